@@ -1,0 +1,38 @@
+"""megatron_infoentropy: the InfoEntropy (MiLe) loss for Megatron-style model-parallel training.
+
+The public names are resolved on first use, so that `import megatron_infoentropy` (and with it
+commands that need no tensors, such as `infoentropy preprocess`) does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_infoentropy.config import InfoEntropyConfig
+    from megatron_infoentropy.loss import (
+        TokenStatistics,
+        infoentropy_loss,
+        vocab_parallel_statistics,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InfoEntropyConfig",
+    "TokenStatistics",
+    "infoentropy_loss",
+    "vocab_parallel_statistics",
+]
+
+_HOME = {
+    "InfoEntropyConfig": "megatron_infoentropy.config",
+    "TokenStatistics": "megatron_infoentropy.loss",
+    "infoentropy_loss": "megatron_infoentropy.loss",
+    "vocab_parallel_statistics": "megatron_infoentropy.loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,91 @@
+"""What the loss can be told, in one place: the Python API, the training flags and the logs read it here.
+
+This module imports nothing but the standard library, so that argument parsing stays fast.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+Objective = Literal["infoentropy", "focal", "cross_entropy"]
+Normalization = Literal["paper", "global", "none"]
+Backend = Literal["auto", "native", "reference"]
+Collective = Literal["gather", "all_reduce"]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class InfoEntropyConfig:
+    """How per-token cross entropies become one objective.
+
+    Every field is also a training flag, `--infoentropy-<field>`, with the same meaning.
+
+    Raises:
+        ValueError: a value that no objective could use, naming the field, the value and what to do.
+    """
+
+    objective: Objective = _setting(
+        "infoentropy",
+        "what is minimised: infoentropy weights each token by (sigma + H)^gamma, H the entropy of "
+        "the predicted distribution; focal by (1 - p(target))^gamma; cross_entropy by 1",
+    )
+    gamma: float = _setting(1.0, "exponent of the weight; 0 is plain cross entropy")
+    sigma: float = _setting(1.0, "added to the entropy (nats) before the power; infoentropy only")
+    normalization: Normalization = _setting(
+        "paper",
+        "paper: alpha = mean over data-parallel ranks of 1/mean(w), per micro-batch, as published; "
+        "global: sum(w ce)/sum(w) over everything, so that it does not depend on how a batch is "
+        "cut; none: alpha = 1",
+    )
+    detach_weight: bool = _setting(
+        True, "treat the weight as a constant in the backward pass, as published"
+    )
+    backend: Backend = _setting(
+        "auto", "kernels: native (compiled), reference (PyTorch), or auto, the fastest that runs"
+    )
+    collective: Collective = _setting(
+        "gather",
+        "how vocabulary shards are joined: gather is one all-gather of 16 bytes a token, folded in "
+        "rank order and bitwise equal on all ranks; all_reduce is a MAX and a packed SUM",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if get_origin(field.type) is Literal:
+                _require_choice(field.name, getattr(self, field.name), get_args(field.type))
+            elif field.type is float:
+                _require_finite(field.name, getattr(self, field.name))
+        if self.sigma < 0:
+            raise ValueError(
+                f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative for "
+                "confident tokens and its power undefined; use sigma=1.0 as published"
+            )
+        if self.gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
+            raise ValueError(
+                f"gamma={self.gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
+                "weight; use gamma >= 0 or sigma > 0"
+            )
+        if self.gamma < 0 and self.objective == "focal":
+            raise ValueError(
+                f"objective='focal' needs gamma >= 0, got {self.gamma}: (1 - p)^gamma is infinite "
+                "for a token predicted with certainty"
+            )
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tokens get different weights at all (with gamma 0 every objective is plain)."""
+        return self.objective != "cross_entropy" and self.gamma != 0
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _require_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
