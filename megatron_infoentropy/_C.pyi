@@ -1,0 +1,31 @@
+def shard_statistics(
+    *,
+    logits: int,
+    dtype: str,
+    row_stride: int,
+    tokens: int,
+    target: int,
+    vocab_start: int,
+    columns: int,
+    ignore_index: int,
+    statistics: int,
+    threads: int,
+) -> None: ...
+def shard_gradient(
+    *,
+    logits: int,
+    dtype: str,
+    row_stride: int,
+    tokens: int,
+    width: int,
+    target: int,
+    vocab_start: int,
+    columns: int,
+    ignore_index: int,
+    coefficients: int,
+    out: int,
+    out_row_stride: int,
+    threads: int,
+) -> None: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> bool: ...

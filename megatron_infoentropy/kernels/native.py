@@ -1,0 +1,83 @@
+"""The contract in C++ (csrc/), for logits in CPU memory: fp32 and bf16, vectorised, multi-threaded.
+
+The extension sees pointers, strides and a thread count, never torch's C++ headers, so that one
+build serves every torch.
+"""
+
+import torch
+
+from megatron_infoentropy.kernels.contract import Kernels, Shard
+
+try:
+    from megatron_infoentropy import _C
+except ImportError as error:  # installed without a compiler
+    _C = None
+    _BUILD_ERROR = str(error)
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where these kernels can run, else the reason in a few words."""
+    if _C is None:
+        return f"the C++ extension is not built ({_BUILD_ERROR})"
+    if device.type != "cpu":
+        return f"it runs on the CPU and the logits are on {device}"
+    if dtype not in DTYPES:
+        return f"it takes {' or '.join(DTYPES.values())} logits, not {str(dtype)[6:]}"
+    return None
+
+
+def instruction_set() -> str:
+    """The vector instructions chosen on this machine: "avx2" or "baseline"."""
+    if _C is None:
+        raise RuntimeError(f"the C++ extension is not built ({_BUILD_ERROR}); `make build` builds it")
+    return str(_C.instruction_set())
+
+
+def shard_statistics(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard
+) -> torch.Tensor:
+    """See `kernels.contract`."""
+    statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=torch.float32)
+    _C.shard_statistics(
+        logits=logits_NV.data_ptr(),
+        dtype=DTYPES[logits_NV.dtype],
+        row_stride=logits_NV.stride(0),
+        tokens=logits_NV.shape[0],
+        target=target_N.data_ptr(),
+        vocab_start=shard.start,
+        columns=shard.columns,
+        ignore_index=shard.ignore_index,
+        statistics=statistics_4N.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return statistics_4N
+
+
+def shard_gradient(
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    coefficients_4N: torch.Tensor,
+    out_NV: torch.Tensor,
+) -> None:
+    """See `kernels.contract`."""
+    _C.shard_gradient(
+        logits=logits_NV.data_ptr(),
+        dtype=DTYPES[logits_NV.dtype],
+        row_stride=logits_NV.stride(0),
+        tokens=logits_NV.shape[0],
+        width=logits_NV.shape[1],
+        target=target_N.data_ptr(),
+        vocab_start=shard.start,
+        columns=shard.columns,
+        ignore_index=shard.ignore_index,
+        coefficients=coefficients_4N.data_ptr(),
+        out=out_NV.data_ptr(),
+        out_row_stride=out_NV.stride(0),
+        threads=torch.get_num_threads(),
+    )
+
+
+KERNELS = Kernels("native", shard_statistics, shard_gradient)

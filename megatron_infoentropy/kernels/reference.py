@@ -1,0 +1,101 @@
+"""The contract in plain PyTorch: any device, any floating dtype, easy to read, not fast.
+
+Works through the tokens in chunks, so that its fp32 temporaries stay small beside the logits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_infoentropy.kernels.contract import (
+    SCALE,
+    SHIFT,
+    SLOPE,
+    TARGET_GRADIENT,
+    Kernels,
+    Shard,
+    statistics_dtype,
+)
+
+CHUNK_BYTES = 1 << 25  # of one temporary
+
+
+def shard_statistics(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard
+) -> torch.Tensor:
+    """See `kernels.contract`."""
+    dtype = statistics_dtype(logits_NV)
+    statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=dtype)
+    for rows in _chunks(logits_NV, dtype):
+        statistics_4N[:, rows] = _statistics(
+            logits_NV[rows, : shard.columns].to(dtype), target_N[rows], shard
+        )
+    return statistics_4N
+
+
+def _statistics(x: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
+    ignored = target_N == shard.ignore_index
+    if shard.columns == 0:  # the whole shard is padding
+        nothing = x.new_tensor([-torch.inf, -1.0, 0.0, 0.0]).unsqueeze(-1)
+        return nothing.expand(4, len(target_N)).masked_fill(ignored, 0)
+    m, top = x.max(-1)
+    d = x - torch.where(m == -torch.inf, 0, m).unsqueeze(-1)
+    e = d.exp()
+    u = torch.where(e == 0, 0, -d * e).sum(-1)  # 0 * inf: a masked logit carries no entropy
+    # Leaving one maximal logit out of the sum is what keeps R exact; a row without mass has R = -1.
+    r = e.scatter(-1, top.unsqueeze(-1), 0).sum(-1)
+    r = torch.where(m == -torch.inf, -1, r)
+    r = torch.where(m == torch.inf, torch.nan, r)
+    column, owned = _owned_column(target_N, shard)
+    x_y = torch.where(owned, x.gather(-1, column).squeeze(-1), 0)
+    return torch.stack([m, r, u, x_y]).masked_fill(ignored, 0)
+
+
+def shard_gradient(
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    coefficients_4N: torch.Tensor,
+    out_NV: torch.Tensor,
+) -> None:
+    """See `kernels.contract`."""
+    dtype = statistics_dtype(logits_NV)
+    for rows in _chunks(logits_NV, dtype):
+        x = logits_NV[rows, : shard.columns].to(dtype)
+        coefficients = coefficients_4N[:, rows]
+        out_NV[rows, : shard.columns] = _gradient(x, target_N[rows], shard, coefficients).to(
+            out_NV.dtype
+        )
+    out_NV[:, shard.columns :] = 0
+
+
+def _gradient(
+    x: torch.Tensor, target_N: torch.Tensor, shard: Shard, coefficients_4N: torch.Tensor
+) -> torch.Tensor:
+    if shard.columns == 0:
+        return x
+    shift, scale, slope = (coefficients_4N[row].unsqueeze(-1) for row in (SHIFT, SCALE, SLOPE))
+    d = x - shift
+    e = d.exp()
+    dz = e * scale + torch.where(e == 0, 0, e * d * slope)
+    column, owned = _owned_column(target_N, shard)
+    own = torch.where(owned, coefficients_4N[TARGET_GRADIENT], dz.gather(-1, column).squeeze(-1))
+    dz.scatter_(-1, column, own.unsqueeze(-1))
+    return dz.masked_fill((target_N == shard.ignore_index).unsqueeze(-1), 0)
+
+
+def _owned_column(target_N: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+    """([N, 1] a column that is safe to index, [N] whether it is the target's)."""
+    column = target_N - shard.start
+    owned = (column >= 0) & (column < shard.columns) & (target_N != shard.ignore_index)
+    return column.clamp(0, shard.columns - 1).unsqueeze(-1), owned
+
+
+def _chunks(logits_NV: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    n, v = logits_NV.shape
+    step = max(1, CHUNK_BYTES // max(1, v * dtype.itemsize))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+KERNELS = Kernels("reference", shard_statistics, shard_gradient)

@@ -1,0 +1,77 @@
+"""The collectives of the loss, each in one place."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_infoentropy.config import Collective
+from megatron_infoentropy.kernels.contract import MAX
+from megatron_infoentropy.loss.merge import (
+    RowStatistics,
+    merge_shards,
+    pack_for_sum,
+    unpack_sum,
+)
+
+Group = dist.ProcessGroup
+
+
+def world_and_rank(group: Group | None) -> tuple[int, int]:
+    """(size, this rank) of the group; None is a group of one."""
+    return (1, 0) if group is None else (group.size(), group.rank())
+
+
+def join_shards(
+    statistics_4N: torch.Tensor, group: Group | None, collective: Collective
+) -> RowStatistics:
+    """The whole rows' statistics from this rank's shard.
+
+    "gather" is one all-gather of 16 bytes a token, folded in rank order: an all-reduce whose order
+    we own, so that all ranks get the same bits whatever the library underneath does. "all_reduce"
+    is a MAX of 4 bytes and a packed SUM of 16, without that promise, for groups where it is faster.
+    """
+    world, _ = world_and_rank(group)
+    if world == 1:
+        return merge_shards(statistics_4N.unsqueeze(0))
+    rows, n = statistics_4N.shape
+    if collective == "gather":
+        # Gathered along the first dimension and viewed: gloo refuses a [T, 4, N] output.
+        every = statistics_4N.new_empty((world * rows, n))
+        dist.all_gather_into_tensor(every, statistics_4N, group=group)
+        return merge_shards(every.view(world, rows, n))
+    if collective == "all_reduce":
+        maximum = statistics_4N[MAX].clone()
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        packed = pack_for_sum(statistics_4N, maximum)
+        dist.all_reduce(packed, group=group)
+        return unpack_sum(packed, maximum)
+    raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """A sum over ranks that all go on to compute the same value from it.
+
+    Backward: every rank holds the same upstream gradient g of that value, and data-parallel
+    wrappers average parameter gradients over the group; the factor size(group) makes that average
+    the gradient of the value. No communication.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.size = group.size()
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad * ctx.size, None
+
+
+def sum_over_group(x: torch.Tensor, group: Group | None) -> torch.Tensor:
+    """Sum of `x` over the ranks of a data-parallel group, differentiable; None is a group of one."""
+    if world_and_rank(group)[0] == 1:
+        return x
+    result: torch.Tensor = _SumOverGroup.apply(x, group)
+    return result

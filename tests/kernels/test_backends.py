@@ -1,0 +1,278 @@
+"""Every backend against dense float64, through the public function, on the same cases.
+
+The grid: vocabularies around the register widths and chunk size (1..33, 1023..1025), one odd large
+one, and one row count above a thread's block.
+"""
+
+import math
+
+import pytest
+import torch
+from close import assert_within, assert_within_bf16_ulp
+from oracle import dense_statistics
+
+from megatron_infoentropy import TokenStatistics, vocab_parallel_statistics
+from megatron_infoentropy.kernels import native
+
+BACKENDS = ["reference", "native-baseline", "native-avx2"]
+VOCABULARIES = [1, 2, 3, 7, 8, 9, 16, 33, 1023, 1024, 1025, 5000, 50257]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    name, _, instructions = request.param.partition("-")
+    if name == "reference":
+        yield name
+        return
+    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
+    assert reason is None, f"the tests need the C++ extension: {reason}"
+    chosen = native._C.instruction_set()
+    if not native._C.use_instruction_set(instructions):
+        pytest.skip(f"this processor has no {instructions}")
+    yield name
+    native._C.use_instruction_set(chosen)
+
+
+def random_case(n, v, dtype=torch.float32, scale=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + 1000 * v + n)
+    logits = (torch.randn(n, v, generator=generator) * scale).to(dtype)
+    return logits, torch.randint(0, v, (n,), generator=generator)
+
+
+def assert_statistics_keep_their_promise(got: TokenStatistics, logits, target):
+    """The bounds of the error analysis: |dH| <= 1e-5, |dCE| <= 2e-6 + 2.4e-7 CE, and so on."""
+    ce, entropy, lse = dense_statistics(logits, target)
+    assert_within(got.cross_entropy, ce, atol=2e-6, rtol=2.4e-7)
+    assert_within(got.entropy, entropy, atol=1e-5)
+    assert_within(got.logsumexp, lse, atol=2e-6, rtol=1.2e-7)
+    assert (got.entropy >= 0).all()
+    assert (got.entropy <= math.log(logits.shape[-1]) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_statistics_of_random_logits(backend, v, dtype):
+    logits, target = random_case(37, v, dtype)
+    got = vocab_parallel_statistics(logits, target, backend=backend)
+    assert all(part.dtype == torch.float32 for part in got)
+    assert_statistics_keep_their_promise(got, logits, target)
+
+
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_gradient_for_any_upstream_gradient(backend, v):
+    logits, target = random_case(11, v)
+    upstream = torch.randn(3, 11, generator=torch.Generator().manual_seed(v))
+    upstream[:, 3] = 0
+    ours = logits.clone().requires_grad_()
+    truth = logits.double().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend)
+    torch.autograd.backward(list(got), list(upstream))
+    torch.autograd.backward(list(dense_statistics(truth, target)), list(upstream.double()))
+    # The entropy's slope p (ln p + H) is a difference: its error is relative to p |ln p|.
+    scale = upstream.abs().sum(0).unsqueeze(-1) * (1 + truth.detach().softmax(-1) * 20)
+    assert_within(ours.grad, truth.grad, atol=4e-7 * scale.double(), rtol=1e-5)
+    assert torch.equal(ours.grad[3], torch.zeros(v))
+
+
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_bf16_gradient_of_the_loss_is_rounded_once(backend, v):
+    logits, target = random_case(23, v, torch.bfloat16, scale=4.0)
+    logits[0, int(target[0])] = 60.0  # p(target) rounds to 1: the gradient must not round to 0
+    weight = torch.rand(23, generator=torch.Generator().manual_seed(1)) + 0.5
+    ours = logits.clone().requires_grad_()
+    (
+        vocab_parallel_statistics(ours, target, backend=backend).cross_entropy * weight
+    ).sum().backward()
+    truth = logits.double().requires_grad_()
+    (dense_statistics(truth, target)[0] * weight).sum().backward()
+    expected = exact_gradient(logits, target, weight)
+    assert_within(truth.grad, expected, atol=1e-13)
+    assert ours.grad.dtype == torch.bfloat16
+    assert_within_bf16_ulp(ours.grad, expected)
+    same = ours.grad == expected.to(torch.bfloat16)
+    assert same.double().mean() >= 0.99
+
+
+def exact_gradient(logits, target, weight):
+    """w (p - [y]) in float64 with p_y - 1 taken as minus the other probabilities."""
+    p = logits.double().softmax(-1)
+    others = p.scatter(-1, target.unsqueeze(-1), 0)
+    own = -others.sum(-1, keepdim=True)
+    return others.scatter(-1, target.unsqueeze(-1), own) * weight.double().unsqueeze(-1)
+
+
+def test_confident_targets_keep_their_gradient(backend):
+    """x_y = max + 10, 20, 40, 80: p_y - 1 relative to itself, where softmax - 1 has lost it."""
+    logits = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+    target = torch.full((4,), 17)
+    for row, gap in enumerate((10.0, 20.0, 40.0, 80.0)):
+        logits[row, 17] = logits[row].max() + gap
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend)
+    got.cross_entropy.sum().backward()
+    expected = exact_gradient(logits, target, torch.ones(4))
+    assert_within(ours.grad[:, 17], expected[:, 17], rtol=2e-6)
+    assert_within(
+        got.cross_entropy[:3], dense_statistics(logits, target)[0][:3], rtol=1e-5, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "entropy"),
+    [
+        ("uniform", torch.zeros(4096), math.log(4096)),
+        (
+            "two-way tie",
+            torch.cat([torch.full((2,), 9.0), torch.full((4094,), -200.0)]),
+            math.log(2),
+        ),
+        ("one-hot", torch.cat([torch.tensor([90.0]), torch.full((4095,), -90.0)]), 0.0),
+        ("peaked", torch.cat([torch.tensor([3.0]), torch.full((4095,), -15.0)]), None),
+        ("all below -110", torch.full((4096,), -113.0), math.log(4096)),
+        ("all at +500", torch.full((4096,), 500.0), math.log(4096)),
+    ],
+)
+def test_entropy_of_known_distributions(backend, name, row, entropy):
+    logits, target = row.expand(3, -1).contiguous(), torch.tensor([0, 1, 4095])
+    got = vocab_parallel_statistics(logits, target, backend=backend)
+    assert_statistics_keep_their_promise(got, logits, target)
+    if entropy is not None:
+        assert_within(got.entropy, torch.full((3,), entropy), atol=1e-6)
+
+
+def test_a_shift_of_all_logits_changes_nothing(backend):
+    logits = torch.randn(9, 3001, generator=torch.Generator().manual_seed(2)).mul(64).round() / 64
+    target = torch.arange(9)
+    plain = vocab_parallel_statistics(logits, target, backend=backend)
+    for shift in (-500.0, 500.0):  # exact in fp32: the logits are multiples of 1/64
+        moved = vocab_parallel_statistics(logits + shift, target, backend=backend)
+        assert_within(moved.cross_entropy, plain.cross_entropy, atol=1e-6)
+        assert_within(moved.entropy, plain.entropy, atol=1e-6)
+
+
+def infinite_rows():
+    logits = torch.randn(6, 5000, generator=torch.Generator().manual_seed(3))
+    logits[0, :4999] = -torch.inf  # one finite logit, the last
+    logits[1, :2500] = -torch.inf  # a leading block
+    logits[2, 7] = -torch.inf  # the target itself
+    logits[3, 1::2] = -torch.inf
+    return logits, torch.tensor([4999, 3000, 7, 0, 1, 2])
+
+
+def test_logits_of_minus_infinity_have_no_mass(backend):
+    logits, target = infinite_rows()
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend)
+    assert_statistics_keep_their_promise(got, logits, target)
+    assert got.cross_entropy[2] == torch.inf
+    assert got.entropy[0] == 0
+    (got.cross_entropy + got.entropy + got.logsumexp).sum().backward()
+    assert ours.grad.isfinite().all()
+    untouched = (logits == -torch.inf).scatter(-1, target.unsqueeze(-1), False)
+    assert (ours.grad[untouched] == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 1500, 4999])
+def test_a_bad_logit_spoils_its_own_row_only(backend, value, column):
+    logits, target = random_case(5, 5000)
+    logits[2, column] = value
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend)
+    for part in got:
+        assert part.isnan().tolist() == [False, False, True, False, False]
+    got.cross_entropy.sum().backward()
+    assert ours.grad.isnan().any(-1).tolist() == [False, False, True, False, False]
+
+
+def test_nan_among_minus_infinities_is_not_swallowed(backend):
+    logits = torch.full((1, 3000), -torch.inf)
+    logits[0, 1234] = torch.nan
+    assert vocab_parallel_statistics(logits, torch.tensor([0]), backend=backend).entropy.isnan()
+
+
+def test_a_row_of_only_minus_infinity_is_nan(backend):
+    logits = torch.full((1, 3000), -torch.inf)
+    assert all(
+        x.isnan() for x in vocab_parallel_statistics(logits, torch.tensor([5]), backend=backend)[:2]
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 999])
+def test_ignored_tokens_are_zero_even_where_the_row_is_nan(backend, ignore_index):
+    logits, target = random_case(6, 1000)
+    target[target == ignore_index] = 500
+    target[[1, 4]] = ignore_index
+    logits[1] = torch.nan
+    logits[4, 3] = torch.inf
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend, ignore_index=ignore_index)
+    for part in got:
+        assert part[[1, 4]].tolist() == [0, 0]
+        assert part[[0, 2, 3, 5]].isfinite().all()
+    sum(part.sum() for part in got).backward()
+    assert torch.equal(ours.grad[[1, 4]], torch.zeros(2, 1000))
+    assert ours.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_never_enters(backend, dtype):
+    logits, target = random_case(7, 1100, dtype)
+    target = target % 1003
+    logits[:, 1003:] = 100.0
+    logits[0, 1050] = torch.nan
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, vocab_size=1003, backend=backend)
+    assert_statistics_keep_their_promise(got, logits[:, :1003], target)
+    sum(part.sum() for part in got).backward()
+    assert torch.equal(ours.grad[:, 1003:], torch.zeros(7, 97, dtype=dtype))
+    assert (ours.grad[:, :1003] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (3, 0, 17), (1, 17)])
+def test_empty_and_single_inputs(backend, shape):
+    logits = torch.randn(shape, requires_grad=True)
+    target = torch.zeros(shape[:-1], dtype=torch.long)
+    got = vocab_parallel_statistics(logits, target, backend=backend)
+    assert got.entropy.shape == target.shape
+    got.cross_entropy.sum().backward()
+    assert logits.grad.shape == shape
+
+
+def test_rows_may_lie_any_distance_apart(backend):
+    wide = torch.randn(5, 700, generator=torch.Generator().manual_seed(4))
+    target = torch.arange(5)
+    got = vocab_parallel_statistics(wide[:, 13:613], target, backend=backend)
+    plain = vocab_parallel_statistics(wide[:, 13:613].contiguous(), target, backend=backend)
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(backend):
+    logits, target = random_case(300, 5000)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            ours = logits.clone().requires_grad_()
+            got = vocab_parallel_statistics(ours, target, backend=backend)
+            (got.cross_entropy * got.entropy).sum().backward()
+            results.append((*got, ours.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_large_gradients_written_around_the_caches_equal_small_ones(backend):
+    """Above some size the native kernels stream; odd rows start at every alignment."""
+    logits, target = random_case(64, 50257)
+    out = []
+    for rows in (slice(0, 64), slice(0, 8)):
+        ours = logits[rows].clone().requires_grad_()
+        vocab_parallel_statistics(
+            ours, target[rows], backend=backend
+        ).cross_entropy.sum().backward()
+        out.append(ours.grad[:8])
+    assert torch.equal(*out)
