@@ -1,0 +1,56 @@
+"""A preprocessed token dataset as the evaluation sees it: domains of documents of token ids."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_infoentropy.data.indexed import IndexedReader, Integers
+from megatron_infoentropy.data.manifest import load_manifest
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The documents of one domain; `lengths` int64 [documents], `bytes` of UTF-8 text."""
+
+    name: str
+    reader: IndexedReader
+    lengths: NDArray[np.int64]
+    bytes: int
+
+    def read(self, document: int, start: int, stop: int) -> Integers:
+        """Token ids `start` to `stop` (excluded) of one document."""
+        return self.reader[document][start:stop]
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """All domains of a dataset folder, and the tokenizer they were written with."""
+
+    domains: list[Domain]
+    tokenizer_sha256: str
+    vocab_size: int
+    eod_id: int
+
+
+def open_dataset(folder: Path) -> TokenDataset:
+    """Open the dataset that preprocessing wrote into a folder.
+
+    Raises:
+        ValueError: the manifest or a domain's .bin/.idx is missing, damaged or cut off.
+    """
+    manifest = load_manifest(folder)
+    domains = []
+    for name, facts in manifest.domains.items():
+        reader = IndexedReader(manifest.prefix(name))
+        documents = range(len(reader))
+        lengths = np.fromiter((len(reader[document]) for document in documents), np.int64)
+        if (len(lengths), int(lengths.sum())) != (facts.documents, facts.tokens):
+            raise ValueError(
+                f"{manifest.prefix(name)}.bin holds {len(lengths)} documents and {lengths.sum()} "
+                f"tokens, the manifest says {facts.documents} and {facts.tokens}: preprocess again"
+            )
+        domains.append(Domain(name, reader, lengths, facts.bytes))
+    tokenizer = manifest.tokenizer
+    return TokenDataset(domains, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)

@@ -1,0 +1,33 @@
+"""What can be wrong with an evaluation's inputs, by name. All are ValueErrors."""
+
+
+class ModelFolderError(ValueError):
+    """The model folder is not one that can be scored."""
+
+
+class TokenizerMismatchError(ValueError):
+    """The model was trained with another tokenizer than the data was written with."""
+
+
+class VocabularyMismatchError(ValueError):
+    """Model, data and token counts do not agree on the size of the vocabulary."""
+
+
+class EmptyDocumentError(ValueError):
+    """A document without tokens, or a domain without documents: nothing to score there."""
+
+
+class NonFiniteScoreError(ValueError):
+    """The model gave NaN logits or probability zero to a token."""
+
+
+class EvaluationFormatError(ValueError):
+    """The files of an evaluation are missing, damaged or of another format."""
+
+
+class DifferentDataError(ValueError):
+    """Two evaluations that scored different tokens cannot be paired."""
+
+
+class RunFolderError(ValueError):
+    """A run folder lacks what the report needs from it."""

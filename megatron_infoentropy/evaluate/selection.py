@@ -1,0 +1,97 @@
+"""Which documents of a dataset are scored, and how many tokens of each."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_infoentropy.evaluate.dataset import TokenDataset
+from megatron_infoentropy.evaluate.errors import EmptyDocumentError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The documents to score, in the order of their domain and index; int64 arrays [documents].
+
+    `domain` and `document` name the document in the dataset, `length` the tokens scored of it,
+    counted from its start. `complete[i]` says whether all of domain i is selected.
+    """
+
+    domain: NDArray[np.int64]
+    document: NDArray[np.int64]
+    length: NDArray[np.int64]
+    complete: list[bool]
+
+
+def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Selection:
+    """Select every document, or with `max_tokens` a sample of that many tokens.
+
+    The sample takes from each domain its share of the dataset, in a fixed shuffled order of
+    documents, and cuts the last one short. It is the same for every model.
+
+    Raises:
+        ValueError: max_tokens is too small to take one token of each domain.
+        EmptyDocumentError: a selected document has no tokens, or a domain no documents.
+    """
+    total = sum(int(domain.lengths.sum()) for domain in dataset.domains)
+    if max_tokens is not None and max_tokens < len(dataset.domains):
+        raise ValueError(
+            f"max_tokens must be at least one token for each of the {len(dataset.domains)} "
+            f"domains, got {max_tokens}"
+        )
+    parts = []
+    for index, domain in enumerate(dataset.domains):
+        _require_tokens(domain.name, domain.lengths)
+        budget = int(domain.lengths.sum())
+        if max_tokens is not None and max_tokens < total:
+            budget = max(1, budget * max_tokens // total)
+        documents, lengths = _within(domain.lengths, budget)
+        parts.append((np.full(len(documents), index, dtype=np.int64), documents, lengths))
+    domains, documents, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+    complete = [
+        int(lengths[domains == index].sum()) == int(domain.lengths.sum())
+        for index, domain in enumerate(dataset.domains)
+    ]
+    return Selection(domains, documents, lengths, complete)
+
+
+def fingerprint(
+    dataset: TokenDataset, selection: Selection, bucket_of_token: NDArray[np.int8]
+) -> str:
+    """SHA-256 of the selected tokens, their places and domains, and every token id's bucket."""
+    digest = hashlib.sha256(bucket_of_token.tobytes())
+    for domain in dataset.domains:
+        digest.update(f"{len(domain.name)}:{domain.name}".encode())
+    for place in (selection.domain, selection.document, selection.length):
+        digest.update(place.astype("<i8").tobytes())
+    for domain, document, length in zip(
+        selection.domain, selection.document, selection.length, strict=True
+    ):
+        tokens = dataset.domains[domain].read(int(document), 0, int(length))
+        digest.update(tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _require_tokens(name: str, lengths: NDArray[np.int64]) -> None:
+    if len(lengths) == 0:
+        raise EmptyDocumentError(
+            f"domain {name!r} has no documents, so it has no perplexity: leave it out of the data"
+        )
+    if lengths.min() < 1:
+        raise EmptyDocumentError(
+            f"document {int(lengths.argmin())} of domain {name!r} has no tokens: preprocess the "
+            "data again, without empty texts or with an end-of-document token"
+        )
+
+
+def _within(lengths: NDArray[np.int64], budget: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Documents and the tokens taken of each, `budget` tokens in all, in ascending order."""
+    order = np.arange(len(lengths))
+    if budget < lengths.sum():
+        order = np.random.default_rng(0).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    taken = np.clip(budget - before, 0, lengths[order])
+    chosen = np.flatnonzero(taken)
+    chosen = chosen[np.argsort(order[chosen])]
+    return order[chosen], taken[chosen]

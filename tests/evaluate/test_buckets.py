@@ -1,0 +1,59 @@
+"""The rule that cuts the vocabulary into frequent, middling and rare tokens."""
+
+import numpy as np
+import pytest
+
+from megatron_infoentropy.evaluate.buckets import (
+    describe_buckets,
+    frequency_buckets,
+    read_token_counts,
+)
+from megatron_infoentropy.evaluate.errors import VocabularyMismatchError
+
+HIGH, MEDIUM, LOW = range(3)
+
+
+def test_buckets_cover_80_15_and_5_percent_where_cuts_fall_between_tokens():
+    counts = np.array([50, 30, 10, 5, 5, 0])
+    assert frequency_buckets(counts).tolist() == [HIGH, HIGH, MEDIUM, MEDIUM, LOW, LOW]
+
+
+def test_the_token_that_crosses_a_cut_belongs_to_the_more_frequent_bucket():
+    counts = np.array([79, 2, 13, 2, 4])  # covered before each, by rank: 0, 79, 92, 96, 98
+    assert frequency_buckets(counts).tolist() == [HIGH, LOW, HIGH, LOW, MEDIUM]
+
+
+def test_a_token_that_starts_exactly_at_a_cut_belongs_to_the_rarer_bucket():
+    assert frequency_buckets(np.array([16, 3, 1])).tolist() == [HIGH, MEDIUM, LOW]
+    # 0.8 + 0.15 is not 0.95 in floating point: counts are compared as integers.
+    assert frequency_buckets(np.array([160, 30, 10]) * 10**15).tolist() == [HIGH, MEDIUM, LOW]
+
+
+def test_equal_counts_are_ordered_by_token_id():
+    assert frequency_buckets(np.full(20, 3)).tolist() == [HIGH] * 16 + [MEDIUM] * 3 + [LOW]
+
+
+def test_tokens_never_seen_in_training_are_low_even_if_the_cuts_are_not_reached():
+    assert frequency_buckets(np.array([0, 7, 0])).tolist() == [LOW, HIGH, LOW]
+
+
+def test_the_share_of_each_bucket_is_near_its_name_on_a_zipf_distribution():
+    counts = (1e6 / np.arange(1, 5001)).astype(np.int64)
+    sizes = describe_buckets(counts, frequency_buckets(counts))
+    shares = [sizes[name]["training_share"] for name in ("high", "medium", "low")]
+    assert shares == pytest.approx([0.80, 0.15, 0.05], abs=0.001)
+    assert sum(size["vocabulary"] for size in sizes.values()) == 5000
+    assert sizes["high"]["vocabulary"] < sizes["low"]["vocabulary"]
+
+
+@pytest.mark.parametrize("counts", [np.zeros(4, int), np.array([3, -1]), np.ones((2, 2), int)])
+def test_counts_that_are_no_counts_are_refused(counts):
+    with pytest.raises(ValueError, match="token counts must be"):
+        frequency_buckets(counts)
+
+
+def test_the_domains_of_the_table_are_added_up(tmp_path):
+    np.save(tmp_path / "counts.npy", np.array([[1, 2, 3], [10, 0, 5]]))
+    assert read_token_counts(tmp_path / "counts.npy", 3).tolist() == [11, 2, 8]
+    with pytest.raises(VocabularyMismatchError, match=r"expected \[domains, 4\]"):
+        read_token_counts(tmp_path / "counts.npy", 4)

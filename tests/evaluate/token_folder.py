@@ -1,0 +1,63 @@
+"""Writes small token datasets by the byte format's description, independently of the data room."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+VOCAB = 61
+EOD = 0
+TOKENIZER = b'{"version": "1.0", "model": {"type": "BPE"}}'
+
+
+def write_token_folder(
+    folder: Path, domains: dict[str, list[np.ndarray]], bytes_per_token: int = 3
+) -> Path:
+    """One .bin/.idx a domain, manifest.json and token_counts.npy; returns the folder."""
+    folder.mkdir(parents=True)
+    manifest: dict = {
+        "format": 1,
+        "tokenizer": {
+            "sha256": hashlib.sha256(TOKENIZER).hexdigest(),
+            "vocab_size": VOCAB,
+            "eod_id": EOD,
+        },
+        "dtype": "uint16",
+        "append_eod": True,
+        "domains": {},
+        "token_counts": "token_counts.npy",
+    }
+    counts = np.zeros((len(domains), VOCAB), dtype=np.int64)
+    for row, (name, documents) in enumerate(domains.items()):
+        prefix = f"domain_{row}"
+        lengths = np.array([len(document) for document in documents], dtype="<i4")
+        tokens = np.concatenate([np.zeros(0, int), *documents]).astype("<u2")
+        offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * 2
+        header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
+        index = np.arange(len(lengths) + 1, dtype="<i8")
+        body = lengths.tobytes() + offsets.astype("<i8").tobytes() + index.tobytes()
+        (folder / f"{prefix}.idx").write_bytes(header + body)
+        (folder / f"{prefix}.bin").write_bytes(tokens.tobytes())
+        counts[row] = np.bincount(tokens, minlength=VOCAB)
+        manifest["domains"][name] = {
+            "prefix": prefix,
+            "documents": len(documents),
+            "tokens": len(tokens),
+            "bytes": len(tokens) * bytes_per_token,
+        }
+    np.save(folder / "token_counts.npy", counts)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def random_documents(seed: int, lengths: list[int]) -> list[np.ndarray]:
+    """Documents of token ids with a Zipf-like distribution, each closed by end-of-document."""
+    generator = np.random.default_rng(seed)
+    share = 1 / np.arange(1, VOCAB)
+    bodies = [
+        generator.choice(np.arange(1, VOCAB), size=length - 1, p=share / share.sum())
+        for length in lengths
+    ]
+    return [np.append(body, EOD) for body in bodies]
