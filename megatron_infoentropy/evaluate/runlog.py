@@ -1,0 +1,125 @@
+"""Megatron's console log, read back: numbers by iteration.
+
+A training log is a mixed stream: the numbers stand in lines such as
+
+    [2026-11-23 05:00:00.123456] iteration       10/     100 | consumed samples: 160 | ... |
+    validation loss at iteration 50 | cross entropy value: 7.1E+00 | cross entropy PPL: 1.2E+03 |
+
+between warnings, banners and other ranks' output. `parse_line` understands one line and says None
+to everything else; it is what a progress bar needs. `parse_log` collects a whole file. Nothing
+heavy is imported here.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Values = dict[str, float]
+
+_TRAINING = re.compile(r"\biteration\s+(?P<iteration>\d+)/\s*(?P<total>\d+)\s*\|(?P<fields>.*)")
+# With several validation sets Megatron writes "validation-NAME loss"; at the end of a run it adds
+# "on validation set" or "on test set" after the iteration.
+_VALIDATION = re.compile(
+    r"\bvalidation(?:-(?P<name>\S+))? loss at iteration (?P<iteration>\d+)"
+    r"(?: on (?P<split>validation|test) set)?\s*\|(?P<fields>.*)"
+)
+_FIELD = re.compile(
+    r"\s*(?P<name>[^:|]+?)\s*:\s*(?P<value>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*"
+)
+
+
+@dataclass(frozen=True)
+class TrainingLine:
+    """What one logged interval of training reported; means over the interval, as Megatron logs."""
+
+    iteration: int
+    train_iters: int
+    values: Values
+
+
+@dataclass(frozen=True)
+class ValidationLine:
+    """What one evaluation during training reported."""
+
+    iteration: int
+    values: Values
+    split: str = "validation"
+    name: str = ""  # of the validation set, where there are several
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """A whole log; where a resumed run logged an iteration twice, the later line counts.
+
+    `training` and `validation` map an iteration to its values; `train_iters` is the planned length
+    as last logged, 0 for a log without training lines.
+    """
+
+    training: dict[int, Values] = field(default_factory=dict)
+    validation: dict[int, Values] = field(default_factory=dict)
+    train_iters: int = 0
+
+    @property
+    def last_iteration(self) -> int:
+        return max(self.training, default=0)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of one training number, where it was logged."""
+        points = [
+            (i, values[name]) for i, values in sorted(self.training.items()) if name in values
+        ]
+        return [i for i, _ in points], [value for _, value in points]
+
+    def validation_series(self, name: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of one validation number, where it was logged."""
+        points = [
+            (i, values[name]) for i, values in sorted(self.validation.items()) if name in values
+        ]
+        return [i for i, _ in points], [value for _, value in points]
+
+
+def parse_line(line: str) -> TrainingLine | ValidationLine | None:
+    """Understand one line of the log.
+
+    Returns:
+        The numbers of a training or validation line (names as Megatron prints them, without
+        "value" for validation losses); None for any other text.
+    """
+    if match := _VALIDATION.search(line):
+        values = {
+            name.removesuffix(" value"): value for name, value in _fields(match["fields"]).items()
+        }
+        split = match["split"] or "validation"
+        return ValidationLine(int(match["iteration"]), values, split, match["name"] or "")
+    if match := _TRAINING.search(line):
+        return TrainingLine(int(match["iteration"]), int(match["total"]), _fields(match["fields"]))
+    return None
+
+
+def parse_log(lines: Iterable[str]) -> TrainingLog:
+    """Collect training lines and the validation lines of the (single) validation set."""
+    training: dict[int, Values] = {}
+    validation: dict[int, Values] = {}
+    train_iters = 0
+    for line in lines:
+        match parse_line(line):
+            case TrainingLine(iteration, train_iters, values):
+                training[iteration] = values
+            case ValidationLine(iteration, values, "validation", ""):
+                validation[iteration] = values
+            case _:
+                pass
+    return TrainingLog(training, validation, train_iters)
+
+
+def read_log(path: Path) -> TrainingLog:
+    """Parse a log file; bytes that are not UTF-8 (a torn line) are replaced, not fatal."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return parse_log(lines)
+
+
+def _fields(text: str) -> Values:
+    """The `name: number` parts of a |-separated line; parts of another form are left out."""
+    matches = (_FIELD.fullmatch(part) for part in text.split("|"))
+    return {match["name"]: float(match["value"]) for match in matches if match}

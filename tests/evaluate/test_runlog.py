@@ -1,0 +1,117 @@
+"""Megatron's console log: what is understood, and what is passed over."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_infoentropy.evaluate.runlog import (
+    TrainingLine,
+    ValidationLine,
+    parse_line,
+    parse_log,
+    read_log,
+)
+
+TRAINING = (
+    " [2026-11-23 05:00:00.123456] iteration       10/     100 | consumed samples:          160 | "
+    "elapsed time per iteration (ms): 612.3 | learning rate: 3.000000E-04 | global batch size:    "
+    "16 | objective: 8.912345E+00 | cross entropy: 8.9E+00 | entropy: 8.7E+00 | weight: 9.7E+00 | "
+    "loss scale: 1.0 | grad norm: 2.345 | number of skipped iterations:   0 | number of nan "
+    "iterations:   0 |"
+)
+VALIDATION = (
+    " validation loss at iteration 50 | cross entropy value: 7.1E+00 | "
+    "cross entropy PPL: 1.2E+03 | "
+)
+LOG = f"""
+using world size: 2, data-parallel size: 1
+WARNING: iteration counts: 3/4 are not a training line
+------------------------ arguments ------------------------
+  train_iters ..................................... 100
+{TRAINING}
+Number of parameters in billions: 0.01
+---------------------------------------------------------------------------------------------------
+{VALIDATION}
+---------------------------------------------------------------------------------------------------
+(min, max) time across ranks (ms):
+ [2026-11-23 05:01:00.1] iteration       20/     100 | lr: 1.0 | cross entropy: 8.0E+00 |
+ [2026-11-23 05:02:00.1] iteration       20/     100 | lr: 1.0 | cross entropy: 7.5E+00 |
+ validation loss at iteration 100 on validation set | cross entropy value: 6.5E+00 |
+ validation loss at iteration 100 on test set | cross entropy value: 6.6E+00 |
+ validation-code loss at iteration 100 | cross entropy value: 5.5E+00 |
+"""
+
+
+def test_a_training_line_gives_every_number_by_name():
+    line = parse_line(TRAINING)
+    assert isinstance(line, TrainingLine)
+    assert (line.iteration, line.train_iters) == (10, 100)
+    assert line.values == {
+        "consumed samples": 160,
+        "elapsed time per iteration (ms)": 612.3,
+        "learning rate": 3e-4,
+        "global batch size": 16,
+        "objective": 8.912345,
+        "cross entropy": 8.9,
+        "entropy": 8.7,
+        "weight": 9.7,
+        "loss scale": 1,
+        "grad norm": 2.345,
+        "number of skipped iterations": 0,
+        "number of nan iterations": 0,
+    }
+
+
+def test_a_validation_line_keeps_loss_and_perplexity_apart():
+    values = {"cross entropy": 7.1, "cross entropy PPL": 1200}
+    assert parse_line(VALIDATION) == ValidationLine(50, values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "iteration 3 of 10", "loss at iteration 5", "saved checkpoint at iteration 100 to x | y"],
+)
+def test_other_text_is_none(text):
+    assert parse_line(text) is None
+
+
+def test_a_line_behind_another_ranks_output_is_still_understood():
+    assert parse_line("[rank1]: warning" + TRAINING) == parse_line(TRAINING)
+
+
+def test_a_torn_line_gives_what_is_whole():
+    line = parse_line(TRAINING[: TRAINING.index("8.912345") + 4])
+    assert line is not None
+    assert "learning rate" in line.values
+    assert parse_line(" iteration 1/ 2 | loss: nan | grad norm: inf | note: see log |") == (
+        TrainingLine(
+            1, 2, pytest.approx({"loss": float("nan"), "grad norm": float("inf")}, nan_ok=True)
+        )
+    )
+
+
+def test_a_log_is_collected_and_a_resumed_iteration_counts_once():
+    log = parse_log(LOG.splitlines())
+    assert log.train_iters == 100
+    assert log.last_iteration == 20
+    assert log.series("cross entropy") == ([10, 20], [8.9, 7.5])
+    assert log.series("objective") == ([10], [8.912345])
+    assert log.validation_series("cross entropy") == ([50, 100], [7.1, 6.5])
+
+
+def test_a_file_with_broken_bytes_is_read(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_bytes(b"\xff\xfe junk\n" + TRAINING.encode() + b"\n\xe9")
+    assert read_log(path).series("entropy") == ([10], [8.7])
+
+
+def test_reading_logs_imports_nothing_heavy():
+    code = (
+        "import sys, megatron_infoentropy.evaluate.runlog;"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
