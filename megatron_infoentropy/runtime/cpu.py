@@ -1,0 +1,274 @@
+"""Megatron's own trainer on a machine without a GPU, unchanged and through gloo.
+
+Megatron asks CUDA for its device, its streams and its random numbers even where nothing it then
+does needs a GPU. Each of these questions has an honest answer on a CPU: the device is the CPU, a
+stream orders nothing because every call finishes before it returns, and the random state is the
+one PyTorch keeps for the CPU. `install` gives these answers, in two ways:
+
+1. every symbol in `_REDIRECTIONS` is replaced, for the reason written beside it;
+2. `_CudaMeansCpu` watches calls on tensors: `device="cuda"`, `.cuda()`, `.to("cuda")`, `.type()`.
+
+Where there is a GPU nothing is touched. `uninstall` undoes all of it.
+
+Not possible this way: sequence parallelism with the local layer specification (its norm refuses
+it), context parallelism, FP8, CUDA graphs; they need Transformer Engine or Apex.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+
+CPU_FLAGS: tuple[str, ...] = (
+    "--distributed-backend=gloo",
+    "--transformer-impl=local",  # the default is Transformer Engine, which needs a GPU
+    "--use-cpu-initialization",  # the same weights under every tensor-parallel size
+    "--no-persist-layer-norm",  # PyTorch's norms refuse the option
+    "--no-rope-fusion",  # Transformer Engine's kernel
+    "--no-masked-softmax-fusion",  # a compiled CUDA extension
+    "--no-gradient-accumulation-fusion",  # Apex's kernel
+    "--num-workers=0",  # worker processes would not have the redirections
+)
+"""Flags of Megatron's trainer without which it does not run on a CPU."""
+
+
+class _Stream:
+    """Orders nothing: on a CPU a call has finished when it returns."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def wait_stream(self, *_: object) -> None:
+        return None
+
+    wait_event = record_event = synchronize = wait_stream
+
+
+class _Event:
+    """A point in a stream that has always been reached; measures no time."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def record(self, *_: object) -> None:
+        return None
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: object) -> float:
+        return 0.0
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Tensor factories and methods act as if the CPU were the CUDA device.
+
+    `.is_cuda` and `.device` keep telling the truth, so code that picks a kernel by them is right.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Optimizers and gradient clipping sort parameters by names like torch.cuda.FloatTensor.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to:
+            args = tuple(_on_cpu(argument) for argument in args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        return func(*args, **kwargs)
+
+
+def _on_cpu(device: Any) -> Any:
+    """Map a CUDA device, or the name of one, to the CPU; leave everything else alone."""
+    if isinstance(device, str | torch.device) and torch.device(device).type == "cuda":
+        return _CPU
+    return device
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    """Return a new function: torch._dynamo refuses one object under several of torch's names."""
+
+    def constant(*_: object, **__: object) -> Any:
+        return value
+
+    return constant
+
+
+def _rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.default_generator.set_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _this_module(module: torch.nn.Module, *_: object, **__: object) -> torch.nn.Module:
+    return module
+
+
+_STREAM = _Stream()
+# Generation 10 is the first of which Megatron makes no demand (CUDA_DEVICE_MAX_CONNECTIONS=1).
+_PROPERTIES = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1)
+
+
+class _Redirection(NamedTuple):
+    symbol: str
+    replacement: Any
+    reason: str
+
+
+_REDIRECTIONS = tuple(
+    _Redirection(*row)
+    for row in (
+        ("torch.cuda.is_available", _returns(True), "Megatron's initialisation asserts it"),
+        ("torch.cuda.device_count", _returns(1), "with 0 no model-parallel group is made"),
+        ("torch.cuda.current_device", _returns(_CPU), "the device of new tensors"),
+        ("torch.cuda.set_device", _returns(None), "every rank has the one device"),
+        ("torch.cuda.get_device_properties", _returns(_PROPERTIES), "checks of the arguments"),
+        ("torch.cuda.synchronize", _returns(None), "timers: nothing is ever in flight"),
+        ("torch.cuda.empty_cache", _returns(None), "there is no caching allocator"),
+        ("torch.cuda.reset_peak_memory_stats", _returns(None), "no allocator to report on"),
+        ("torch.cuda.memory_allocated", _returns(0), "no allocator to report on"),
+        ("torch.cuda.max_memory_allocated", _returns(0), "no allocator to report on"),
+        ("torch.cuda.memory_reserved", _returns(0), "no allocator to report on"),
+        ("torch.cuda.max_memory_reserved", _returns(0), "no allocator to report on"),
+        ("torch.cuda.memory_stats", _returns({}), "no allocator to report on"),
+        ("torch.cuda.current_stream", _returns(_STREAM), "a stream that orders nothing"),
+        ("torch.cuda.default_stream", _returns(_STREAM), "a stream that orders nothing"),
+        ("torch.cuda.Stream", _returns(_STREAM), "a stream that orders nothing"),
+        ("torch.cuda.stream", _returns(_STREAM), "a stream that orders nothing"),
+        ("torch.cuda.Event", _Event, "an event that has always happened"),
+        ("torch.cuda.is_current_stream_capturing", _returns(False), "there are no CUDA graphs"),
+        ("torch.cuda.nvtx.range_push", _returns(None), "there is no GPU profiler"),
+        ("torch.cuda.nvtx.range_pop", _returns(None), "there is no GPU profiler"),
+        ("torch.cuda.manual_seed", _manual_seed, "the CPU's random numbers"),
+        ("torch.cuda.get_rng_state", _rng_state, "the CPU's random numbers"),
+        ("torch.cuda.set_rng_state", _set_rng_state, "the CPU's random numbers"),
+        ("torch.cuda.random.get_rng_state", _rng_state, "the CPU's random numbers"),
+        ("torch.cuda.random.set_rng_state", _set_rng_state, "the CPU's random numbers"),
+        ("torch.nn.Module.cuda", _this_module, "a module is where it belongs"),
+        # A CUDA build of PyTorch calls CUDA its accelerator even without a driver, and the
+        # data loader (pinned memory) and the checkpoint writer (overlapped copies) then use it.
+        ("torch.accelerator.is_available", _returns(False), "no pinned memory in data loaders"),
+        ("torch.accelerator.current_device_index", _returns(0), "the checkpoint writer asks"),
+        ("torch.accelerator.current_stream", _returns(_STREAM), "the checkpoint writer asks"),
+        ("torch._C._accelerator_getDeviceIndex", _returns(0), "the checkpoint writer asks"),
+        ("torch._C._get_accelerator", _returns(_CPU), "autograd and process groups ask"),
+        (
+            "megatron.core.datasets.utils.compile_helpers",
+            _returns(None),
+            "runs make, and ends the process when that fails; the wheel has the compiled helper "
+            "but no Makefile",
+        ),
+        (
+            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+            _rng_state,
+            "the CPU's random numbers",
+        ),
+        (
+            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+            _set_rng_state,
+            "the CPU's random numbers",
+        ),
+    )
+)
+
+_installed: ExitStack | None = None
+
+
+def install() -> None:
+    """Let Megatron run on the CPU if this machine has no GPU; otherwise change nothing.
+
+    Call it once per process, before megatron is imported. A second call does nothing.
+
+    Raises:
+        AttributeError: PyTorch or Megatron lack a symbol of the table (another version?).
+    """
+    global _installed
+    if _installed is not None or torch.cuda.is_available():
+        return
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("no GPU found: Megatron runs on the CPU (see infoentropy doctor)")
+    # torch._dynamo registers torch.cuda's functions when it is imported: let it see the originals.
+    import_module("torch._dynamo")
+    with ExitStack() as stack:
+        stack.enter_context(_without_compiler())
+        for redirection in _REDIRECTIONS:
+            stack.enter_context(_redirected(redirection))
+        stack.enter_context(_CudaMeansCpu())
+        _installed = stack.pop_all()
+
+
+def uninstall() -> None:
+    """Undo `install`; does nothing where nothing was installed."""
+    global _installed
+    if _installed is not None:
+        _installed.close()
+        _installed = None
+
+
+def is_installed() -> bool:
+    """Return whether the redirections are active in this process."""
+    return _installed is not None
+
+
+def redirections() -> list[tuple[str, str]]:
+    """Return (symbol, reason) for everything `install` replaces, active or not."""
+    return [(redirection.symbol, redirection.reason) for redirection in _REDIRECTIONS]
+
+
+@contextmanager
+def _redirected(redirection: _Redirection) -> Iterator[None]:
+    path, _, name = redirection.symbol.rpartition(".")
+    owner = resolve_name(path)
+    original = getattr(owner, name)
+    setattr(owner, name, redirection.replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Turn torch.compile off: it would generate code for the GPU that is_available() promises."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read where Megatron decorates its functions
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before

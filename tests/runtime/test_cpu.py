@@ -1,0 +1,115 @@
+"""Megatron on the CPU: redirected where there is no GPU, untouched where there is one.
+
+Each test that installs the redirections runs in a process of its own, since Megatron must not be
+imported before them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+import torch
+
+from megatron_infoentropy.runtime import cpu
+
+HERE = Path(__file__).parent
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter on the arguments, from the repository root; fail with its output."""
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def current(symbol: str) -> object:
+    owner, _, name = symbol.rpartition(".")
+    return getattr(resolve_name(owner), name)
+
+
+def torch_symbols() -> dict[str, object]:
+    names = [symbol for symbol, _ in cpu.redirections() if symbol.startswith("torch.")]
+    return {name: current(name) for name in names}
+
+
+without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@without_a_gpu
+def test_a_gpt_model_of_megatron_learns_on_the_cpu(tmp_path: Path) -> None:
+    done = run_python(str(HERE / "gpt_steps.py"), str(tmp_path / "store"))
+    losses = json.loads(done.stdout.splitlines()[-1])
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] - 0.5, losses
+
+
+CHECK_EVERY_SYMBOL = """
+import logging, torch
+logging.basicConfig()
+from megatron_infoentropy.runtime import cpu
+from tests.runtime.test_cpu import current, torch_symbols
+before = torch_symbols()
+cpu.install()
+for redirection in cpu._REDIRECTIONS:
+    assert current(redirection.symbol) is redirection.replacement, redirection.symbol
+    assert current(redirection.symbol) is not before.get(redirection.symbol), redirection.symbol
+mode_depth = torch._C._len_torch_function_stack()
+cpu.install()
+assert torch._C._len_torch_function_stack() == mode_depth == 1
+assert torch.zeros(1, device="cuda").to("cuda:0").cuda().device.type == "cpu"
+assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+assert not torch.zeros(1, device="cuda").is_cuda
+cpu.uninstall()
+assert torch_symbols() == before and torch._C._len_torch_function_stack() == 0
+assert torch.zeros(1).type() == "torch.FloatTensor" and not torch.cuda.is_available()
+cpu.uninstall()
+"""
+
+
+@without_a_gpu
+def test_every_listed_symbol_is_redirected_once_said_once_and_restored() -> None:
+    done = run_python("-c", CHECK_EVERY_SYMBOL)
+    assert done.stderr.count("Megatron runs on the CPU") == 1
+
+
+def test_nothing_is_touched_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before, environment = torch_symbols(), dict(os.environ)
+    depth = torch._C._len_torch_function_stack()
+    cpu.install()
+    assert not cpu.is_installed()
+    assert torch_symbols() == before
+    assert torch._C._len_torch_function_stack() == depth
+    assert dict(os.environ) == environment
+    assert not caplog.records
+
+
+def test_a_missing_symbol_is_named_and_leaves_nothing_half_redirected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gone = cpu._Redirection("torch.cuda.no_such_function", None, "")
+    monkeypatch.setattr(cpu, "_REDIRECTIONS", (*cpu._REDIRECTIONS[:5], gone))
+    before = {r.symbol: current(r.symbol) for r in cpu._REDIRECTIONS[:5]}
+    with pytest.raises(AttributeError, match="no_such_function"):
+        cpu.install()
+    assert not cpu.is_installed()
+    assert {symbol: current(symbol) for symbol in before} == before
+
+
+def test_every_symbol_is_listed_once_with_a_reason() -> None:
+    reasons = dict(cpu.redirections())
+    assert len(reasons) == len(cpu.redirections())
+    assert all(reasons.values())
