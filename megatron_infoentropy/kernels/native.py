@@ -31,13 +31,13 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def instruction_set() -> str:
     """The vector instructions chosen on this machine: "avx2" or "baseline"."""
     if _C is None:
-        raise RuntimeError(f"the C++ extension is not built ({_BUILD_ERROR}); `make build` builds it")
+        raise RuntimeError(
+            f"the C++ extension is not built ({_BUILD_ERROR}); `make build` builds it"
+        )
     return str(_C.instruction_set())
 
 
-def shard_statistics(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard
-) -> torch.Tensor:
+def shard_statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
     """See `kernels.contract`."""
     statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=torch.float32)
     _C.shard_statistics(

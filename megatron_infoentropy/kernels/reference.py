@@ -20,9 +20,7 @@ from megatron_infoentropy.kernels.contract import (
 CHUNK_BYTES = 1 << 25  # of one temporary
 
 
-def shard_statistics(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard
-) -> torch.Tensor:
+def shard_statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
     """See `kernels.contract`."""
     dtype = statistics_dtype(logits_NV)
     statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=dtype)

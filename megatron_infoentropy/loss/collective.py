@@ -70,7 +70,7 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 def sum_over_group(x: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Sum of `x` over the ranks of a data-parallel group, differentiable; None is a group of one."""
+    """Sum of `x` over the ranks of a data-parallel group, differentiable; None is one rank."""
     if world_and_rank(group)[0] == 1:
         return x
     result: torch.Tensor = _SumOverGroup.apply(x, group)

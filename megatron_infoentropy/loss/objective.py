@@ -85,7 +85,7 @@ def infoentropy_loss(
 
 
 def token_sums(ce: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:
-    """What one rank contributes; `mask` >= 0 in the shape of `ce`, 0 where a token takes no part."""
+    """What one rank contributes; `mask` has the shape of `ce`, 0 where a token takes no part."""
     masked_weight = mask * weight
     return TokenSums((masked_weight * ce).sum(), masked_weight.sum(), mask.sum())
 

@@ -1,6 +1,6 @@
 """Cross entropy, entropy and log-sum-exp of every token, from logits whose vocabulary is sharded.
 
-    logits [N, V/T] --shard kernel--> [4, N] --one all-gather, fold in rank order--> ce, entropy, lse
+    logits [N, V/T] --shard kernel--> [4, N] --one all-gather, fold in rank order--> ce, H, lse
 
 Each result is exactly differentiable. With upstream gradients g_ce, g_H, g_lse of a token, p the
 softmax, d = x - M and Ubar = U / Z:
@@ -15,7 +15,6 @@ fp32 (fp64 for fp64 logits). Source: chain rule; checked against float64 in test
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective
@@ -118,8 +117,12 @@ class _Statistics(torch.autograd.Function):
         return ce, entropy, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: torch would quietly treat it as constant
+            raise RuntimeError(
+                "the InfoEntropy statistics have no second derivative; call backward or "
+                "torch.autograd.grad without create_graph=True"
+            )
         if ctx.overwritten:
             raise RuntimeError(
                 "the logits of this loss were overwritten by their gradient in an earlier backward "
@@ -172,14 +175,14 @@ def _coefficients(
 
 
 def _memory_order(logits: torch.Tensor) -> list[int]:
-    """Leading dimensions from the outermost in memory inwards: [s, b, V] seen as [b, s, V] stays put."""
+    """Leading dimensions, outermost in memory first: [s, b, V] seen as [b, s, V] stays put."""
     return sorted(range(logits.dim() - 1), key=lambda axis: -logits.stride(axis))
 
 
 def _check_arguments(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:
     if logits.dim() < 2 or target.shape != logits.shape[:-1]:
         raise ValueError(
-            f"expected logits [..., V] and target [...] with the same leading dimensions, got logits "
+            "expected logits [..., V] and target [...] with the same leading dimensions, got logits "
             f"{list(logits.shape)} and target {list(target.shape)}; Megatron's output layer gives "
             "[sequence, batch, V] while its labels are [batch, sequence]: transpose one of them"
         )
@@ -215,5 +218,6 @@ def _check_targets(target_N: torch.Tensor, vocabulary: int, ignore_index: int) -
         index = int(wrong.nonzero()[0])
         raise ValueError(
             f"{int(wrong.sum())} target(s) lie outside the vocabulary of {vocabulary} entries, the "
-            f"first is {int(target_N[index])}; to leave tokens out use ignore_index ({ignore_index})"
+            f"first is {int(target_N[index])}; to leave tokens out use ignore_index "
+            f"({ignore_index})"
         )

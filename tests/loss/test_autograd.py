@@ -1,0 +1,200 @@
+"""How the function behaves inside a graph: inputs untouched, memory, in-place, layouts, errors."""
+
+import pytest
+import torch
+from close import assert_within
+
+from megatron_infoentropy import vocab_parallel_statistics
+
+
+def statistics_of(logits, target, **options):
+    return vocab_parallel_statistics(logits, target, **options)
+
+
+def random_case(*shape, v=257, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(*shape, v, generator=generator).to(dtype)
+    return logits, torch.randint(0, v, shape, generator=generator)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["cross_entropy", "entropy", "logsumexp"])
+def test_gradcheck_of_each_result(which):
+    logits, target = random_case(4, v=9, dtype=torch.float64)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: statistics_of(x, target)[which], logits)
+
+
+def test_a_second_derivative_is_refused():
+    logits, target = random_case(3)
+    logits.requires_grad_()
+    loss = statistics_of(logits, target).cross_entropy.sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_logits_are_unchanged_and_may_have_other_consumers(dtype):
+    leaf, target = random_case(5, 6, dtype=dtype)
+    leaf.requires_grad_()
+    logits = leaf * 2
+    before = logits.detach().clone()
+    loss = statistics_of(logits, target).cross_entropy.float().sum()
+    other = logits.float().square().sum()
+    (loss + other).backward()
+    assert torch.equal(logits.detach(), before)
+    alone = leaf.detach().clone().requires_grad_()
+    (alone * 2).float().square().sum().backward()
+    mine = leaf.detach().clone().requires_grad_()
+    statistics_of(mine * 2, target).cross_entropy.sum().backward()
+    assert_within(leaf.grad, alone.grad.double() + mine.grad.double(), rtol=2e-2, atol=1e-3)
+
+
+def test_backward_twice_accumulates():
+    logits, target = random_case(5)
+    logits.requires_grad_()
+    loss = statistics_of(logits, target).cross_entropy.sum()
+    loss.backward(retain_graph=True)
+    once = logits.grad.clone()
+    loss.backward()
+    assert torch.equal(logits.grad, 2 * once)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place_backward_gives_the_same_gradient_in_the_logits_memory(backend, dtype):
+    leaf, target = random_case(7, dtype=dtype)
+    grads, seen = [], []
+    for inplace in (False, True):
+        x = leaf.clone().requires_grad_()
+        logits = x * 1
+        logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+        got = statistics_of(logits, target, backend=backend, inplace_backward=inplace)
+        (got.cross_entropy * got.entropy).sum().backward()
+        grads.append(x.grad)
+        seen[-1] = seen[-1] == logits.data_ptr()
+    assert torch.equal(*grads)
+    assert seen == [False, True]
+
+
+def test_in_place_backward_makes_a_second_backward_raise():
+    leaf, target = random_case(7)
+    logits = leaf.requires_grad_() * 1
+    loss = statistics_of(logits, target, inplace_backward=True).cross_entropy.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward=False"):
+        loss.backward()
+
+
+def test_in_place_backward_makes_another_reader_of_the_logits_raise():
+    leaf, target = random_case(7)
+    logits = leaf.requires_grad_() * 1
+    square = logits.square().sum()
+    statistics_of(logits, target, inplace_backward=True).cross_entropy.sum().backward(
+        retain_graph=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_in_place_backward_refuses_a_leaf():
+    logits, target = random_case(7)
+    with pytest.raises(ValueError, match="replace your own tensor"):
+        statistics_of(logits.requires_grad_(), target, inplace_backward=True)
+
+
+def test_transposed_logits_give_the_same_without_a_copy():
+    """[s, b, V] as Megatron's output layer makes it, seen as [b, s, V]."""
+    logits, target = random_case(6, 4)
+    plain = logits.clone().requires_grad_()
+    expected = statistics_of(plain, target)
+    (expected.cross_entropy * expected.entropy).sum().backward()
+
+    seen = logits.clone().requires_grad_()
+    got = statistics_of(seen.transpose(0, 1), target.transpose(0, 1))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.transpose(0, 1), b)
+    (got.cross_entropy * got.entropy).sum().backward()
+    assert torch.equal(seen.grad, plain.grad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_is_the_gradient_and_64_bytes_a_token(transposed):
+    n, v = (64, 16), 4096
+    leaf = torch.randn(*n, v, requires_grad=True)
+    target = torch.zeros(n, dtype=torch.long)
+    logits, targets = (x.transpose(0, 1) if transposed else x for x in (leaf, target))
+    peak = peak_bytes(lambda: statistics_of(logits, targets, backend="native"))
+    assert peak <= leaf.numel() * 4 + leaf[..., 0].numel() * 64 + (1 << 16)
+    assert peak >= leaf.numel() * 4  # the measurement sees the gradient
+
+
+def peak_bytes(forward):
+    """Largest sum of live allocations during forward and backward, from torch's own profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        got = forward()
+        weight = 1 + got.entropy.detach()
+        (weight * got.cross_entropy).sum().backward()
+    events = recorded.profiler.kineto_results.events()
+    live = peak = 0
+    for event in sorted(
+        (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
+    ):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_integer_targets_of_any_width_are_taken():
+    logits, target = random_case(5)
+    expected = statistics_of(logits, target)
+    got = statistics_of(logits, target.int())
+    assert torch.equal(got.cross_entropy, expected.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": torch.zeros(4, dtype=torch.long)}, "transpose one of them"),
+        ({"target": torch.zeros(5)}, "integer targets"),
+        ({"target": torch.full((5,), 257)}, r"outside the vocabulary of 257 .* first is 257"),
+        ({"target": torch.full((5,), -1)}, r"first is -1; to leave tokens out use ignore_index"),
+        ({"vocab_size": 258}, "is every rank of the group given its own shard"),
+        ({"vocab_size": 0}, "does not fit"),
+        ({"backend": "cuda"}, "'auto', 'native' or 'reference'"),
+        ({"logits": torch.zeros(5, 257, dtype=torch.long)}, "floating-point logits"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(change, message):
+    logits, target = random_case(5)
+    arguments = {"logits": logits, "target": target, **change}
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_statistics(**arguments)
+
+
+def test_a_named_backend_never_falls_back():
+    logits, target = random_case(5, dtype=torch.float64)
+    with pytest.raises(
+        RuntimeError, match="'native' cannot run here: it takes float32 or bfloat16"
+    ):
+        statistics_of(logits, target, backend="native")
+    assert statistics_of(logits, target, backend="auto").entropy.dtype == torch.float64
+
+
+def test_without_the_extension_the_reference_is_used_and_said_once(monkeypatch, caplog):
+    from megatron_infoentropy import kernels
+    from megatron_infoentropy.kernels import native
+
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_BUILD_ERROR", "no compiler", raising=False)
+    kernels._automatic.cache_clear()
+    logits, target = random_case(5)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            statistics_of(logits, target)
+    kernels._automatic.cache_clear()
+    assert len(caplog.records) == 1
+    assert "not built (no compiler)" in caplog.text
+    with pytest.raises(RuntimeError, match="use backend='reference'"):
+        statistics_of(logits, target, backend="native")

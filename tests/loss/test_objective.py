@@ -1,0 +1,181 @@
+"""The scalar objective against float64: modes, masks, data-parallel ranks, the published code."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from close import assert_within
+from oracle import dense_objective, published_code
+from ranks import run_ranks
+
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
+
+V = 64
+OBJECTIVES = ["infoentropy", "focal", "cross_entropy"]
+NORMALIZATIONS = ["paper", "global", "none"]
+
+
+def make_batches(ranks, dtype=torch.float64):
+    """Unequal masks: rank 0 keeps most tokens, later ranks fewer."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for rank in range(ranks):
+        logits = (torch.randn(2, 9, V, generator=generator) * 3).to(dtype)
+        target = torch.randint(0, V, (2, 9), generator=generator)
+        target[0, rank] = -100
+        mask = (torch.rand(2, 9, generator=generator) > 0.2 + 0.2 * rank).to(dtype)
+        batches.append((logits, target, mask))
+    return batches
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize(
+    ("objective", "normalization"), list(itertools.product(OBJECTIVES, NORMALIZATIONS))
+)
+def test_value_and_gradient_equal_the_oracle(objective, normalization, gamma, detach):
+    if objective == "focal" and gamma < 0:
+        pytest.skip("refused by the configuration")
+    settings = {"objective": objective, "gamma": gamma, "normalization": normalization}
+    config = InfoEntropyConfig(**settings, detach_weight=detach)
+    ((logits, target, mask),) = make_batches(1)
+    ours = logits.clone().requires_grad_()
+    loss = infoentropy_loss(ours, target, config, loss_mask=mask)
+    loss.backward()
+    truth = logits.clone().requires_grad_()
+    expected = dense_objective([(truth, target, mask)], **settings, detach=detach)
+    expected.backward()
+    assert_within(loss, expected, rtol=1e-12)
+    assert_within(ours.grad, truth.grad, atol=1e-13)
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+def test_gradcheck_of_the_whole_loss(detach):
+    """Attached: the gradient of the value. Detached: of the value with its weights held fixed."""
+    config = InfoEntropyConfig(gamma=1.5, detach_weight=detach, normalization="global")
+    logits = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([1, 6, -100, 0])
+    if not detach:
+        logits.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: infoentropy_loss(x, target, config), logits)
+        return
+    x = logits.clone().requires_grad_()
+    infoentropy_loss(x, target, config).backward()
+    from oracle import dense_statistics, dense_weight
+
+    with torch.no_grad():
+        ce, entropy, _ = dense_statistics(logits, target)
+        w = dense_weight(ce, entropy, "infoentropy", 1.5, 1.0) * (target != -100)
+
+    def frozen(z):
+        return (w * dense_statistics(z, target)[0]).sum() / w.sum()
+
+    y = logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(frozen, y)
+    frozen(y).backward()
+    assert_within(x.grad, y.grad, atol=1e-14)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gamma_zero_is_plain_cross_entropy(objective, normalization):
+    ((logits, target, _),) = make_batches(1, torch.float32)
+    config = InfoEntropyConfig(objective=objective, gamma=0, normalization=normalization)
+    ours = logits.clone().requires_grad_()
+    loss = infoentropy_loss(ours, target, config)
+    loss.backward()
+    plain = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain.flatten(0, 1), target.flatten())
+    expected.backward()
+    assert_within(loss, expected, rtol=3e-7)
+    assert_within(ours.grad, plain.grad, atol=1e-8, rtol=2e-6)
+
+
+def data_parallel_rank(settings, detach, empty_rank):
+    """This rank's loss, and the average over ranks of the gradient of a shared parameter."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logits, target, mask = make_batches(world)[rank]
+    if rank == empty_rank:
+        mask = torch.zeros_like(mask)
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    config = InfoEntropyConfig(**settings, detach_weight=detach)
+    loss = infoentropy_loss(
+        logits * scale[0] + logits.sin() * scale[1],
+        target,
+        config,
+        loss_mask=mask,
+        data_parallel_group=dist.group.WORLD,
+    )
+    loss.backward()
+    dist.all_reduce(scale.grad)
+    return loss.detach(), scale.grad / world
+
+
+@pytest.mark.parametrize("empty_rank", [None, 1])
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_averaging_gradients_over_data_ranks_gives_the_gradient_of_the_value(
+    normalization, detach, empty_rank
+):
+    settings = {"gamma": 2.0, "normalization": normalization}
+    results = run_ranks(data_parallel_rank, 2, settings, detach, empty_rank)
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    batches = [
+        (x * scale[0] + x.sin() * scale[1], y, mask * (rank != empty_rank))
+        for rank, (x, y, mask) in enumerate(make_batches(2))
+    ]
+    expected = dense_objective(batches, **settings, detach=detach)
+    expected.backward()
+    for loss, grad in results:
+        assert torch.equal(loss, results[0][0])
+        assert_within(loss, expected, rtol=1e-12)
+        assert_within(grad, scale.grad, rtol=1e-10)
+
+
+def test_without_a_valid_token_the_loss_and_its_gradient_are_zero():
+    for normalization in NORMALIZATIONS:
+        logits = torch.full((3, V), torch.nan, requires_grad=True)
+        config = InfoEntropyConfig(normalization=normalization)
+        loss = infoentropy_loss(logits, torch.zeros(3).long(), config, loss_mask=torch.zeros(3))
+        loss.backward()
+        assert loss == 0
+        assert torch.equal(logits.grad, torch.zeros(3, V))
+
+
+def test_the_published_code_differs_by_its_clamp_and_by_nothing_else():
+    """The clamp at 1e-8 adds up to V 1e-8 ln 1e8 nats to an entropy: bounded here, not copied."""
+    v = 4096
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(50, v, generator=generator, dtype=torch.float64) * 6
+    target = torch.randint(0, v, (50,), generator=generator)
+    ours = infoentropy_loss(logits, target)
+    published = published_code(logits, target, gamma=1.0)
+    clamp = v * 1e-8 * 18.43  # most that the clamp can add to a weight, all of which are >= 1
+    assert 0 < abs(ours - published) <= 2 * clamp * published
+    mild = logits / 6 * 1.5  # no probability below the clamp: the same number
+    assert mild.softmax(-1).min() > 1e-8
+    assert_within(infoentropy_loss(mild, target), published_code(mild, target, 1.0), rtol=1e-12)
+
+
+def test_the_published_code_counts_ignored_tokens_and_ours_does_not():
+    logits, target = make_batches(1)[0][:2]
+    logits, target = logits.flatten(0, 1), target.flatten().clone()
+    target[::3] = -100
+    with_gamma_zero = infoentropy_loss(logits, target, InfoEntropyConfig(gamma=0))
+    valid = (target != -100).double().mean()
+    assert_within(published_code(logits, target, gamma=0.0), with_gamma_zero * valid, rtol=1e-12)
+
+
+def test_focal_weights_of_certain_tokens_have_finite_gradients_when_attached():
+    logits = torch.full((2, V), -200.0)
+    logits[:, 3] = 200.0
+    logits.requires_grad_()
+    config = InfoEntropyConfig(objective="focal", gamma=0.5, detach_weight=False)
+    infoentropy_loss(logits, torch.tensor([3, 4]), config).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"loss_mask must have the target's shape \[3\]"):
+        infoentropy_loss(torch.zeros(3, V), torch.zeros(3).long(), loss_mask=torch.ones(3, 1))

@@ -1,0 +1,168 @@
+"""A sharded vocabulary gives what the whole one gives; all ranks agree to the bit."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from close import assert_within
+from oracle import dense_statistics
+from ranks import run_ranks
+
+from megatron_infoentropy import vocab_parallel_statistics
+
+N, V = 29, 1016  # divides by 1, 2, 4 ranks; no shard is a multiple of a register times a chunk
+TRUE_SIZE = 700  # with 4 ranks the last shard is all padding, with 2 the last is part padding
+
+
+def make_case(dtype):
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(N, V, generator=generator) * 4).to(dtype)
+    target = torch.randint(0, TRUE_SIZE, (N,), generator=generator)
+    logits[0, : V // 2] = -torch.inf  # whole shards without mass
+    target[0] = V // 2 + 3
+    logits[1] = 2.0  # the maximum is tied across all shards
+    logits[2, : V - V // 4] = -torch.inf  # all but the last of four shards
+    target[2] = 3  # ... where its cross entropy is infinite
+    target[[5, 6]] = -100
+    logits[5] = torch.nan
+    upstream = torch.randn(3, N, generator=generator)
+    upstream[0, 2] = 0
+    return logits, target, upstream
+
+
+def one_rank(dtype, vocab_size, backend, collective, rank=0, world=1, group=None):
+    logits, target, upstream = make_case(dtype)
+    if vocab_size is not None:
+        target[2] = 3
+        logits[2] = logits[3]
+    shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    got = vocab_parallel_statistics(
+        shard,
+        target,
+        group=group,
+        vocab_size=vocab_size,
+        backend=backend,
+        collective=collective,
+    )
+    usable = torch.stack(list(got)).masked_fill(torch.stack(list(got)) == torch.inf, 0)
+    (usable * upstream).sum().backward()
+    return [part.detach() for part in got], shard.grad
+
+
+def on_rank(*arguments):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return one_rank(*arguments, rank, world, dist.group.WORLD)
+
+
+@pytest.mark.parametrize("vocab_size", [None, TRUE_SIZE])
+@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shards_equal_the_whole(world, backend, collective, vocab_size):
+    results = run_ranks(on_rank, world, torch.float32, vocab_size, backend, collective)
+    whole, whole_grad = one_rank(torch.float32, vocab_size, backend, collective)
+    for statistics, _ in results:
+        for part, expected in zip(statistics, whole, strict=True):
+            assert_within(part, expected, rtol=2.4e-7, atol=2e-6)
+    joined = torch.cat([grad for _, grad in results], -1)
+    assert_within(joined, whole_grad, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_gathered_results_are_bitwise_equal_on_all_ranks_and_runs(world, backend):
+    arguments = (torch.bfloat16, None, backend, "gather")
+    first = run_ranks(on_rank, world, *arguments)
+    again = run_ranks(on_rank, world, *arguments)
+    for statistics, _ in [*first, *again]:
+        for part, expected in zip(statistics, first[0][0], strict=True):
+            assert torch.equal(part, expected)
+    for (_, a), (_, b) in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_float64_shards_equal_dense_float64(world):
+    """The algebra of the fold and of the gradient, without rounding: 1e-12."""
+    results = run_ranks(on_rank, world, torch.float64, TRUE_SIZE, "reference", "gather")
+    logits, target, upstream = make_case(torch.float64)
+    logits[2] = logits[3]
+    logits[5] = 0  # an ignored row; the oracle cannot skip NaN
+    dense = logits.clone().requires_grad_()
+    expected = dense_statistics(dense[:, :TRUE_SIZE], target)
+    (torch.stack(expected) * upstream).sum().backward()
+    for statistics, _ in results:
+        for part, truth in zip(statistics, expected, strict=True):
+            assert_within(part, truth, atol=1e-12)
+    assert_within(torch.cat([grad for _, grad in results], -1), dense.grad, atol=1e-12)
+
+
+def count_collectives(collective):
+    logits = torch.randn(8, 32, requires_grad=True)
+    target = torch.arange(8)
+    counted = {}
+    names = ("all_gather_into_tensor", "all_reduce", "all_gather", "reduce_scatter", "broadcast")
+    with mock.patch.multiple(dist, **{n: mock.Mock(wraps=getattr(dist, n)) for n in names}):
+        got = vocab_parallel_statistics(
+            logits, target, group=dist.group.WORLD, collective=collective
+        )
+        for phase in ("forward", "backward"):
+            if phase == "backward":
+                (got.cross_entropy * got.entropy.detach()).sum().backward()
+            counted[phase] = {n: getattr(dist, n).call_count for n in names}
+        sent = [call.args[-1] for call in dist.all_gather_into_tensor.call_args_list]
+    return counted, [tensor.numel() * tensor.element_size() for tensor in sent]
+
+
+@pytest.mark.parametrize(
+    ("collective", "expected"),
+    [("gather", {"all_gather_into_tensor": 1}), ("all_reduce", {"all_reduce": 2})],
+)
+def test_forward_needs_the_promised_collectives_and_backward_none(collective, expected):
+    for counted, payload in run_ranks(count_collectives, 2, collective):
+        assert {n: c for n, c in counted["forward"].items() if c} == expected
+        assert counted["backward"] == counted["forward"]
+        if collective == "gather":
+            assert payload == [8 * 16]  # 16 bytes a token
+
+
+def megatron_cross_entropy(dtype):
+    """Megatron's own loss and ours on this rank's shard: values and gradients."""
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    generator = torch.Generator().manual_seed(11)
+    full = (torch.randn(6, 5, 512, generator=generator) * 3).to(dtype)
+    target = torch.randint(0, 512, (6, 5), generator=generator)
+    upstream = torch.rand(6, 5, generator=generator)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shard = full.chunk(world, -1)[rank]
+    ours, theirs = (shard.clone().requires_grad_() for _ in range(2))
+    mine = vocab_parallel_statistics(ours, target, group=dist.group.WORLD).cross_entropy
+    (mine * upstream).sum().backward()
+    # Megatron works in place on fp32 logits: give it a tensor of its own.
+    other = vocab_parallel_cross_entropy(theirs * 1, target, tp_group=dist.group.WORLD)
+    (other * upstream).sum().backward()
+    return mine.detach(), other.detach(), ours.grad, theirs.grad
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cross_entropy_equals_megatrons_own_in_value_and_gradient(world):
+    for mine, other, my_grad, other_grad in run_ranks(megatron_cross_entropy, world, torch.float32):
+        assert_within(mine, other, atol=3e-6, rtol=5e-7)
+        assert_within(my_grad, other_grad, atol=5e-7, rtol=1e-6)
+
+
+def wrong_vocabulary():
+    try:
+        vocab_parallel_statistics(
+            torch.zeros(2, 8), torch.zeros(2).long(), group=dist.group.WORLD, vocab_size=17
+        )
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_vocabulary_larger_than_its_shards_is_refused():
+    for message in run_ranks(wrong_vocabulary, 2):
+        assert "2 shard(s) of 8 columns hold 16 entries" in message
