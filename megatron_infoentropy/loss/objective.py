@@ -28,6 +28,16 @@ class TokenSums(NamedTuple):
     count: torch.Tensor
 
 
+class GroupSums(NamedTuple):
+    """The same over the ranks of a group, and what "paper" averages over them; scalars."""
+
+    weighted_ce: torch.Tensor
+    weight: torch.Tensor
+    count: torch.Tensor
+    inverse_means: torch.Tensor  # sum over ranks of 1 / mean(w)
+    ranks: torch.Tensor  # that had a token with a weight
+
+
 def infoentropy_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -80,8 +90,9 @@ def infoentropy_loss(
     mask = (target != ignore_index).to(ce.dtype)
     if loss_mask is not None:
         mask = mask * loss_mask
-    sums = token_sums(ce, token_weight(ce, entropy, config), mask)
-    return _mean_over_group(sums, config.normalization, data_parallel_group)
+    sums = reduce_sums(token_sums(ce, token_weight(ce, entropy, config), mask), data_parallel_group)
+    mean = sums.weighted_ce / torch.where(sums.count > 0, sums.count, 1)
+    return mean * alpha(sums, config.normalization)
 
 
 def token_sums(ce: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:
@@ -90,21 +101,19 @@ def token_sums(ce: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> To
     return TokenSums((masked_weight * ce).sum(), masked_weight.sum(), mask.sum())
 
 
-def inverse_mean_weight(sums: TokenSums) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 / mean(w) of this rank, 1) or (0, 0) where no token has a weight: left out of the mean."""
+def reduce_sums(sums: TokenSums, group: Group | None) -> GroupSums:
+    """The sums over a data-parallel group: one all-reduce of 20 bytes, differentiable."""
+    # A rank without a weight has no mean to invert: it joins the sum and is left out of the mean.
     takes_part = sums.weight > 0
-    inverse = torch.where(takes_part, sums.count / torch.where(takes_part, sums.weight, 1), 0)
-    return inverse, takes_part.to(inverse.dtype)
+    inverse_mean = torch.where(takes_part, sums.count / torch.where(takes_part, sums.weight, 1), 0)
+    packed = torch.stack([*sums, inverse_mean, takes_part.to(inverse_mean.dtype)])
+    return GroupSums(*sum_over_group(packed, group).unbind(0))
 
 
-def _mean_over_group(
-    sums: TokenSums, normalization: Normalization, group: Group | None
-) -> torch.Tensor:
-    packed = sum_over_group(torch.stack([*sums, *inverse_mean_weight(sums)]), group)
-    weighted_ce, weight, count, inverse_means, ranks = packed.unbind(0)
-    if normalization == "global":
-        return weighted_ce / torch.where(weight > 0, weight, 1)
-    mean = weighted_ce / torch.where(count > 0, count, 1)
+def alpha(sums: GroupSums, normalization: Normalization) -> torch.Tensor:
+    """The factor that makes weights comparable: the objective is alpha sum(w ce) / sum(m)."""
     if normalization == "paper":
-        return mean * inverse_means / ranks.clamp_min(1)
-    return mean
+        return sums.inverse_means / sums.ranks.clamp_min(1)
+    if normalization == "global":
+        return sums.count / torch.where(sums.weight > 0, sums.weight, 1)
+    return torch.ones_like(sums.count)

@@ -182,8 +182,8 @@ def _memory_order(logits: torch.Tensor) -> list[int]:
 def _check_arguments(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:
     if logits.dim() < 2 or target.shape != logits.shape[:-1]:
         raise ValueError(
-            "expected logits [..., V] and target [...] with the same leading dimensions, got logits "
-            f"{list(logits.shape)} and target {list(target.shape)}; Megatron's output layer gives "
+            "expected logits [..., V] and target [...] with the same leading dimensions, got "
+            f"{list(logits.shape)} and {list(target.shape)}; Megatron's output layer gives "
             "[sequence, batch, V] while its labels are [batch, sequence]: transpose one of them"
         )
     if not logits.is_floating_point() or target.is_floating_point() or target.dtype == torch.bool:

@@ -1,0 +1,83 @@
+"""The `--infoentropy-*` flags, generated from InfoEntropyConfig, and what they cannot go with."""
+
+import argparse
+import dataclasses
+from typing import Literal, get_args, get_origin
+
+from megatron_infoentropy.config import InfoEntropyConfig
+
+PREFIX = "infoentropy"
+
+
+def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add one flag for every field of InfoEntropyConfig; Megatron's `extra_args_provider`."""
+    group = parser.add_argument_group("InfoEntropy loss")
+    for field in dataclasses.fields(InfoEntropyConfig):
+        flag = f"--{PREFIX}-{field.name.replace('_', '-')}"
+        help_text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
+        if field.type is bool:
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text
+            )
+        elif get_origin(field.type) is Literal:
+            group.add_argument(
+                flag, choices=get_args(field.type), default=field.default, help=help_text
+            )
+        else:
+            group.add_argument(flag, type=field.type, default=field.default, help=help_text)
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> InfoEntropyConfig:
+    """The configuration that the parsed flags describe.
+
+    Raises:
+        ValueError: a value that no objective could use.
+    """
+    names = [field.name for field in dataclasses.fields(InfoEntropyConfig)]
+    return InfoEntropyConfig(**{name: getattr(args, f"{PREFIX}_{name}") for name in names})
+
+
+def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> None:
+    """Refuse, before anything is built, what cannot work together.
+
+    Raises:
+        ValueError: names the flag and says what to do.
+    """
+    if getattr(args, "trust_remote_code", False):
+        raise ValueError(
+            "--trust-remote-code is refused: it runs code that came with a tokenizer; use a "
+            "tokenizer that needs none (tokenizer.json)"
+        )
+    if args.fp16_lm_cross_entropy:
+        raise ValueError(
+            "--fp16-lm-cross-entropy is refused: the InfoEntropy statistics are fp32 from 16-bit "
+            "logits at no extra memory; leave the flag out"
+        )
+    if config.normalization == "global":
+        _check_gradients_can_be_scaled_at_once(args)
+
+
+def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:
+    """All gradients get divided by the weight of the batch: right only where all are its own."""
+    others = {
+        "--num-experts (its auxiliary losses)": args.num_experts,
+        "--mtp-num-layers (its own loss)": args.mtp_num_layers,
+    }
+    for name, value in others.items():
+        if value:
+            raise ValueError(
+                f"--infoentropy-normalization global cannot go with {name}: it scales every "
+                "gradient once by 1/sum(w) of the global batch, theirs too; use 'paper' or 'none'"
+            )
+
+
+def require_per_token_loss(args: argparse.Namespace, config: InfoEntropyConfig) -> bool:
+    """Let Megatron sum, not average, per-token losses where "global" divides them later.
+
+    Returns whether anything was changed.
+    """
+    if config.normalization != "global" or args.calculate_per_token_loss:
+        return False
+    args.calculate_per_token_loss = True
+    return True

@@ -1,0 +1,108 @@
+"""Batches and datasets for Megatron's trainer, from its own readers of indexed datasets."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator: Any, vp_stage: int | None, config: Any) -> dict[str, Any]:
+    """This rank's part of the next micro-batch; None for fields its pipeline stage does not need.
+
+    tokens, labels, position_ids: int64 [batch, sequence]; loss_mask: fp32 [batch, sequence].
+    """
+    has_mtp = mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    if not is_first_or_last_pipeline_stage(vp_stage) and not has_mtp:
+        return dict.fromkeys(FIELDS)
+    args = get_args()
+    batch: dict[str, Any] = dict.fromkeys(FIELDS)
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        batch |= {
+            name: value.cuda(non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in next(data_iterator).items()
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=True),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return {name: batch.get(name) for name in FIELDS}
+
+
+def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """(train, validation, test) datasets from Megatron's data flags; its `datasets_provider`."""
+    args = get_args()
+    builder = BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        partial(_is_built_on_this_rank, vp_stage),
+        _dataset_config(args),
+    )
+    return builder.build()
+
+
+build_datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron then calls it on all
+
+
+def _is_built_on_this_rank(vp_stage: int | None) -> bool:
+    on_stage: bool = is_first_or_last_pipeline_stage(vp_stage)
+    return on_stage and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def _dataset_config(args: Any) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+    )

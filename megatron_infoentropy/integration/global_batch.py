@@ -1,0 +1,55 @@
+""" "global" normalisation over the global batch: sum(w ce) / sum(w), however the batch is cut.
+
+sum(w) is known only after the last micro-batch. Megatron runs with per-token losses, i.e. sums of
+w ce over micro-batches and ranks, and once all gradients are reduced they are divided by the
+batch's weight here, where Megatron itself would divide by its (integer) token count.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+
+
+class GlobalBatchWeight:
+    """Adds up the weights of a step's micro-batches on this rank, then scales the gradients."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+
+    def add(self, weight: torch.Tensor) -> None:
+        """Count one micro-batch; scalar, on this rank."""
+        weight = weight.detach()
+        self._total = weight.clone() if self._total is None else self._total + weight
+
+    def finalize_model_grads(
+        self,
+        model: list[Any],
+        num_tokens: torch.Tensor | None = None,
+        pg_collection: Any = None,
+        **options: Any,
+    ) -> None:
+        """`config.finalize_model_grads_func` of a run with "global" normalisation."""
+        finalize_model_grads(model, None, pg_collection=pg_collection, **options)
+        total = self._sum_over_ranks(pg_collection)
+        # Without a valid token there is no gradient to scale, and no host has to know.
+        scale = 1 / torch.where(total > 0, total, 1)
+        for chunk in model:
+            chunk.scale_gradients(scale)
+
+    def _sum_over_ranks(self, pg_collection: Any) -> torch.Tensor:
+        """The global batch's weight on every rank; starts the next step from zero."""
+        if pg_collection is None:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        else:
+            pipeline, data = pg_collection.pp, pg_collection.dp_cp
+        total = self._total
+        if total is None:  # a pipeline stage without the loss
+            total = torch.zeros((), device=torch.cuda.current_device())
+        self._total = None
+        # Only the last stage has weights: a sum over the pipeline hands them to the others.
+        torch.distributed.all_reduce(total, group=pipeline)
+        torch.distributed.all_reduce(total, group=data)
+        return total

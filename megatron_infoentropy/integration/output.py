@@ -1,0 +1,87 @@
+"""Door 1: from the last hidden states to per-token statistics, inside `GPTModel.forward`.
+
+megatron-core >= 0.19 calls an output processor in place of its own output layer and loss. Ours
+applies the output layer itself, so that the logits are known to have no other reader and their
+gradient may be written over them: the peak is one tensor of logits, not two.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.loss import TokenStatistics, vocab_parallel_statistics
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What the processor needs to know besides what Megatron hands it."""
+
+    config: InfoEntropyConfig
+    group: Any  # tensor-parallel process group
+    vocab_size: int | None  # true size: padding of the table stays out of the softmax
+
+
+def statistics_processor(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor | None,
+    runtime_gather_output: bool | None,
+    scale_logits: Any,
+    context: OutputSettings,
+    **_: Any,
+) -> torch.Tensor:
+    """[3, batch, sequence]: cross entropy, entropy, log-sum-exp of every token, fp32.
+
+    hidden_states: [sequence, batch, hidden]; labels and loss_mask: [batch, sequence]. Tokens with
+    loss_mask 0 are never looked at; their results are 0.
+    """
+    if runtime_gather_output:
+        raise ValueError(
+            "the InfoEntropy output processor takes vocabulary-sharded logits and was asked to "
+            "gather them; it is for training and validation, call the model without it otherwise"
+        )
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    logits = scale_logits(logits)
+    check_sharding(logits, output_layer, context.group)
+    if loss_mask is not None:
+        labels = labels.masked_fill(loss_mask == 0, IGNORED)
+    statistics = _statistics(logits, labels, context)
+    return torch.stack(list(statistics)).transpose(1, 2).contiguous()
+
+
+def _statistics(
+    logits: torch.Tensor, labels: torch.Tensor, context: OutputSettings
+) -> TokenStatistics:
+    """Each [sequence, batch], of logits [sequence, batch, V/TP] that nothing else reads."""
+    return vocab_parallel_statistics(
+        logits,
+        labels.transpose(0, 1),
+        group=context.group,
+        vocab_size=context.vocab_size,
+        ignore_index=IGNORED,
+        backend=context.config.backend,
+        collective=context.config.collective,
+        inplace_backward=logits.requires_grad and not logits.is_leaf,
+    )
+
+
+def check_sharding(logits: torch.Tensor, output_layer: Any, group: Any) -> None:
+    """Gathered logits, taken for a shard, would give a loss that is off by ln(TP) and look fine.
+
+    Raises:
+        ValueError: the last dimension is not the output layer's share of the vocabulary.
+    """
+    expected = getattr(output_layer, "output_size_per_partition", None)
+    if expected is not None and logits.shape[-1] != expected:
+        raise ValueError(
+            f"expected vocabulary-sharded logits with {expected} columns "
+            f"({output_layer.output_size} over {group.size()} tensor-parallel ranks), got "
+            f"{logits.shape[-1]}; build the model with parallel_output=True"
+        )

@@ -1,0 +1,149 @@
+"""Megatron's forward step: a batch in, the scalar to minimise and the numbers to log out.
+
+    GPTModel.forward(output_processor=...) -> [3, batch, sequence] = ce, entropy, lse
+    loss function: weights, alpha, (sum, token count, report), the only place that has the mask too
+
+In training the sum is of alpha w ce; Megatron divides it by the token count and averages over
+micro-batches and data-parallel ranks (or, with --calculate-per-token-loss, divides the gradients by
+the global count). alpha and, where it is detached, w are constants in the backward pass. In
+evaluation the sum is of plain cross entropy whatever the objective.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+
+from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.integration.batch import get_batch
+from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
+from megatron_infoentropy.integration.output import OutputSettings, statistics_processor
+from megatron_infoentropy.loss.collective import Group, sum_over_group
+from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
+from megatron_infoentropy.loss.weighting import token_weight
+
+SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest seen is reported, as in Megatron
+
+Report = dict[str, torch.Tensor]
+LossResult = tuple[torch.Tensor, torch.Tensor, Report]
+
+
+class Groups(NamedTuple):
+    """The process groups over which a micro-batch's tokens are spread."""
+
+    context_parallel: Group | None
+    data_parallel: Group | None
+
+
+class InfoEntropyForwardStep:
+    """`forward_step_func` for `megatron.training.pretrain`."""
+
+    def __init__(
+        self, config: InfoEntropyConfig, vocab_size: int | None, batch_weight: GlobalBatchWeight
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.batch_weight = batch_weight
+
+    def __call__(
+        self, data_iterator: Any, model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[[torch.Tensor], LossResult]]:
+        timers, straggler = get_timers(), StragglerDetector()
+        timers("batch-generator", log_level=2).start()
+        with straggler(bdata=True):
+            vp_stage = get_attr_wrapped_model(model, "vp_stage")
+            batch = get_batch(data_iterator, vp_stage, get_attr_wrapped_model(model, "config"))
+        timers("batch-generator").stop()
+
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        with straggler:
+            output = forward(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+                output_processor=statistics_processor,
+                output_processor_context=OutputSettings(
+                    self.config, mpu.get_tensor_model_parallel_group(), self.vocab_size
+                ),
+            )
+        if model.training:
+            return output, partial(self._training_loss, batch["loss_mask"])
+        return output, partial(validation_loss, batch["loss_mask"])
+
+    def _training_loss(self, loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
+        groups = Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
+        loss, num_tokens, report = training_loss(loss_mask, output, self.config, groups)
+        self.batch_weight.add(report["weight"][0])
+        _reject_bad_loss(loss)
+        return loss, num_tokens, report
+
+
+def training_loss(
+    loss_mask: torch.Tensor, output: torch.Tensor, config: InfoEntropyConfig, groups: Groups
+) -> LossResult:
+    """(sum of alpha w ce, token count, report) of one micro-batch on one rank.
+
+    loss_mask: [batch, sequence]; output: [3, batch, sequence]. With "global" the sum is of w ce:
+    the weight of the whole batch is not known yet and divides the gradients in the end.
+    """
+    ce, entropy, _lse = output.float().unbind(0)
+    mask = loss_mask.to(ce.dtype)
+    weight = token_weight(ce, entropy, config)
+    loss = (mask * weight * ce).sum()
+    sums = token_sums(ce.detach(), weight.detach(), mask)
+    divisor = sums.count
+    if config.normalization == "global":
+        divisor = sums.weight
+    else:
+        loss = loss * _micro_batch_alpha(sums, config, groups)
+    report = {
+        "objective": torch.stack([loss.detach(), divisor]),
+        "cross entropy": torch.stack([(mask * ce.detach()).sum(), sums.count]),
+        "entropy": torch.stack([(mask * entropy.detach()).sum(), sums.count]),
+        "weight": torch.stack([sums.weight, sums.count]),
+    }
+    return loss, sums.count.to(torch.int), report
+
+
+def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
+    """(sum of plain cross entropy, token count, report): the same for every objective."""
+    mask = loss_mask.to(output.dtype)
+    loss, count = (mask * output[0]).sum(), mask.sum()
+    return loss, count.to(torch.int), {"cross entropy": torch.stack([loss.detach(), count])}
+
+
+def _micro_batch_alpha(sums: TokenSums, config: InfoEntropyConfig, groups: Groups) -> torch.Tensor:
+    """alpha of one micro-batch; ranks that share its sequences (context parallel) count as one."""
+    whole = TokenSums(*sum_over_group(torch.stack(sums), groups.context_parallel).unbind(0))
+    return alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
+
+
+def _reject_bad_loss(loss: torch.Tensor) -> None:
+    """Megatron's own checks of a local loss, for --check-for-nan-in-loss-and-grad and its like."""
+    args, rerun = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            rerun.validate_result(
+                result=loss,
+                rejection_func=is_bad,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(
+                rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )

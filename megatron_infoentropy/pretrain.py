@@ -1,0 +1,64 @@
+"""Pre-train a GPT with the InfoEntropy loss: `torchrun -m megatron_infoentropy.pretrain FLAGS`.
+
+This is Megatron's own `pretrain` with all of Megatron's flags, plus `--infoentropy-*`. On a machine
+without a GPU it runs on the CPU.
+"""
+
+import logging
+from typing import Any
+
+from megatron_infoentropy.runtime import cpu
+
+logger = logging.getLogger(__name__)
+
+
+def prepare() -> tuple[Any, Any]:
+    """What `megatron.training.pretrain` needs, from the command line: (container, forward step).
+
+    Raises:
+        ValueError: settings that cannot work together, before anything is built.
+    """
+    from megatron.training import get_args, get_tokenizer
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_infoentropy.integration import arguments
+    from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
+    from megatron_infoentropy.integration.step import InfoEntropyForwardStep
+
+    parse_and_validate_args(extra_args_provider=arguments.add_infoentropy_args)
+    args = get_args()
+    config = arguments.config_from_args(args)
+    arguments.check_megatron_args(args, config)
+    per_token = arguments.require_per_token_loss(args, config)
+    if args.rank == 0:
+        logger.warning("objective: %s", config)
+        if per_token:
+            logger.warning("--calculate-per-token-loss is on: 'global' divides gradients itself")
+
+    model_config = gpt_config_from_args(args)
+    batch_weight = GlobalBatchWeight()
+    if config.normalization == "global":
+        model_config.transformer.finalize_model_grads_func = batch_weight.finalize_model_grads
+    forward_step = InfoEntropyForwardStep(config, get_tokenizer().vocab_size, batch_weight)
+    return pretrain_cfg_container_from_args(args, model_config), forward_step
+
+
+def main() -> None:
+    """Parse the command line and train; every rank runs this."""
+    cpu.install()  # before megatron is imported; does nothing where there is a GPU
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from megatron_infoentropy.integration.batch import build_datasets
+
+    container, forward_step = prepare()
+    pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()
