@@ -1,0 +1,240 @@
+"""Megatron's token dataset, a `.bin` and an `.idx` file, written and read without torch.
+
+`.bin` is nothing but the token ids, one after the other, uint16 or int32. `.idx`, little endian:
+
+    bytes   what
+    9       the magic "MMIDIDX" and two zeros
+    8       version, uint64, 1
+    1       dtype of the ids: 4 int32, 8 uint16 (1..7 others that Megatron knows)
+    8       S, the number of sequences, uint64
+    8       D, the number of document boundaries, uint64: documents + 1
+    4 S     length of each sequence in tokens, int32
+    8 S     where each sequence starts in `.bin`, in bytes, int64
+    8 D     sequence at which each document starts, int64; first 0, last S
+
+Here a document is one sequence, or, if it has no token, none: only its boundary is written, as
+Megatron's own tool does. Documents of 3, 0 and 1 tokens in uint16 thus have S = 2, D = 4; `.bin` is
+2 * 4 = 8 bytes, `.idx` is 34 + 4 * 2 + 8 * 2 + 8 * 4 = 90 bytes: lengths 3 1, starts 0 6, documents
+0 1 1 2.
+
+The files are byte-identical to those of `IndexedDatasetBuilder` in megatron-core 0.19. There is no
+checksum in the format, so the reader at least holds the sizes of both files against each other.
+"""
+
+import os
+import struct
+from array import array
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.integer[Any]]
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\0\0"
+_VERSION = 1
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+_MAX_LENGTH = 2**31 - 1
+_STARTS_AT_ONCE = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype Megatron stores ids of such a vocabulary in: uint16 below 65500, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+def bin_path(prefix: Path) -> Path:
+    """`prefix` with `.bin` appended (a dot in the prefix stays)."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """`prefix` with `.idx` appended (a dot in the prefix stays)."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+class IndexedWriter:
+    """Writes one dataset; a context manager that publishes on success and discards on error.
+
+    Memory: 12 bytes a document. Until the block ends the files have temporary names; then `.bin`
+    and, last, `.idx` are renamed, so a dataset whose index can be seen is complete.
+    """
+
+    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
+        self.prefix = prefix
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._lengths = array("i")
+        self._boundaries = array("q", [0])
+        self._partial_bin = bin_path(prefix).with_suffix(".bin.partial")
+        self._partial_idx = idx_path(prefix).with_suffix(".idx.partial")
+        self._bin = self._partial_bin.open("wb")
+
+    def add(self, tokens: Integers, lengths: Integers) -> None:
+        """Append documents: `tokens` [sum of lengths], their ids in a row, `lengths` [documents].
+
+        Raises:
+            ValueError: an id outside the vocabulary, lengths that do not add up to the tokens, or
+                a document of more than 2^31 - 1 tokens, which the format can not hold.
+        """
+        self._require_valid(tokens, lengths)
+        self._bin.write(tokens.astype(self.dtype).tobytes())
+        filled = lengths > 0
+        boundaries = len(self._lengths) + np.cumsum(filled, dtype=np.int64)
+        self._lengths.frombytes(lengths[filled].astype(np.int32).tobytes())
+        self._boundaries.frombytes(boundaries.tobytes())
+
+    def _require_valid(self, tokens: Integers, lengths: Integers) -> None:
+        if lengths.sum(dtype=np.int64) != tokens.size or (lengths < 0).any():
+            raise ValueError(
+                f"the lengths of {lengths.size} documents must add up to the {tokens.size} tokens, "
+                f"got {lengths.sum(dtype=np.int64)}"
+            )
+        if lengths.size and lengths.max() > _MAX_LENGTH:
+            raise ValueError(
+                f"a document has {lengths.max()} tokens, the format holds {_MAX_LENGTH}; split it"
+            )
+        # A cast to uint16 would silently wrap what does not fit.
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
+            raise ValueError(
+                f"token ids must be in 0..{self.vocab_size - 1}, got "
+                f"{tokens.min()}..{tokens.max()}; is this the tokenizer the vocabulary size is of?"
+            )
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._bin.close()
+            self._partial_bin.unlink(missing_ok=True)
+            self._partial_idx.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self._write_index()
+        # An index of an earlier dataset must not be seen beside the new .bin.
+        idx_path(self.prefix).unlink(missing_ok=True)
+        self._partial_bin.rename(bin_path(self.prefix))
+        self._partial_idx.rename(idx_path(self.prefix))
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
+        with self._partial_idx.open("wb") as file:
+            code = _CODES[self.dtype]
+            file.write(_HEADER.pack(_MAGIC, _VERSION, code, lengths.size, boundaries.size))
+            file.write(lengths.astype("<i4", copy=False).data)
+            start = 0
+            for first in range(0, lengths.size, _STARTS_AT_ONCE):
+                ends = start + self.dtype.itemsize * np.cumsum(
+                    lengths[first : first + _STARTS_AT_ONCE], dtype=np.int64
+                )
+                file.write(np.concatenate(([start], ends[:-1])).astype("<i8").data)
+                start = int(ends[-1])
+            file.write(boundaries.astype("<i8", copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class IndexedReader:
+    """One dataset, memory-mapped: `len(reader)` documents, `reader[i]` the ids of document i.
+
+    Attributes:
+        tokens: every id in the order of the documents [tokens], read-only view.
+        lengths: tokens of each document, int64 [documents].
+        dtype: of the ids.
+
+    Raises:
+        ValueError: a file is missing, is no Megatron dataset, or was cut off.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        for path in (idx_path(prefix), bin_path(prefix)):
+            if not path.is_file():
+                raise ValueError(f"no such dataset file: {path}; give the prefix without .bin")
+        code, sequences, boundaries = self._read_header()
+        self.dtype = np.dtype(_DTYPES[code])
+        index = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
+        ends = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * boundaries])
+        views = [index[first:last] for first, last in pairwise(ends)]
+        self._sequence_lengths = np.asarray(views[0].view("<i4"))
+        self._starts = np.asarray(views[1].view("<i8"))
+        self._boundaries = np.asarray(views[2].view("<i8"))
+        self._require_consistent()
+        self.tokens = _map(bin_path(prefix), self.dtype)
+        starts = np.append(self._starts // self.dtype.itemsize, self.tokens.size)
+        self.lengths: npt.NDArray[np.int64] = np.diff(starts[self._boundaries])
+
+    def __len__(self) -> int:
+        return self._boundaries.size - 1
+
+    def __getitem__(self, document: int) -> Integers:
+        if not -len(self) <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)}")
+        document %= len(self)
+        first, last = self._boundaries[document : document + 2]
+        return self.tokens[self._token_start(first) : self._token_start(last)]
+
+    def _token_start(self, sequence: int) -> int:
+        if sequence == self._starts.size:
+            return self.tokens.size
+        return int(self._starts[sequence]) // self.dtype.itemsize
+
+    def _read_header(self) -> tuple[int, int, int]:
+        path = idx_path(self.prefix)
+        with path.open("rb") as file:
+            raw = file.read(_HEADER.size)
+        if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
+            raise ValueError(f"{path} is no Megatron index: it does not start with {_MAGIC!r}")
+        _, version, code, sequences, boundaries = _HEADER.unpack(raw)
+        if version != _VERSION:
+            raise ValueError(f"{path} has version {version}, only version {_VERSION} is known")
+        if code not in _DTYPES:
+            raise ValueError(f"{path} has dtype code {code}, expected one of {sorted(_DTYPES)}")
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+        _require_size(path, expected, f"{sequences} sequences and {boundaries} boundaries")
+        return code, sequences, boundaries
+
+    def _require_consistent(self) -> None:
+        sequences = self._sequence_lengths.size
+        bounds = self._boundaries
+        if not bounds.size or bounds[0] != 0 or bounds[-1] != sequences:
+            raise ValueError(
+                f"{idx_path(self.prefix)} is damaged: its documents must span sequences 0 to "
+                f"{sequences}; write it again"
+            )
+        tokens = int(self._sequence_lengths.sum(dtype=np.int64))
+        expected = tokens * self.dtype.itemsize
+        _require_size(bin_path(self.prefix), expected, f"{tokens} tokens of {self.dtype.name}")
+
+
+def _require_size(path: Path, expected: int, what: str) -> None:
+    size = path.stat().st_size
+    if size != expected:
+        state = "cut off" if size < expected else "too long"
+        raise ValueError(
+            f"{path} is {state}: {size} bytes, the index says {expected} ({what}); write it again"
+        )
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> Integers:
+    # An empty file can not be mapped.
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

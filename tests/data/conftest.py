@@ -1,0 +1,34 @@
+"""A small tokenizer, and files written where the test may write."""
+
+from pathlib import Path
+
+import pytest
+from text_files import WriteLines, line, write
+
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer, train_tokenizer
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> WriteLines:
+    """Writes lines to a named file, compressed where the name ends in .zst."""
+    return lambda name, lines: write(tmp_path / name, lines)
+
+
+@pytest.fixture(scope="session")
+def training_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This test suite's own sources, which is text enough for a few hundred merges."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    lines = [line(source.read_text()) for source in sources]
+    return write(tmp_path_factory.mktemp("text") / "train.jsonl", lines)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(training_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_tokenizer(training_text, folder, vocab_size=600)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> LoadedTokenizer:
+    return load_tokenizer(tokenizer_folder)

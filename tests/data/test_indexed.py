@@ -1,0 +1,223 @@
+"""Our .bin/.idx against megatron-core's own writer and reader, and against damage."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_infoentropy.data import indexed
+from megatron_infoentropy.data.indexed import (
+    IndexedReader,
+    IndexedWriter,
+    bin_path,
+    idx_path,
+    token_dtype,
+)
+
+Documents = list[list[int]]
+Write = Callable[[Path, Documents, int], None]
+Damage = Callable[[Path, Path], object]
+SMALL, LARGE = 8192, 70_000  # one vocabulary for each dtype
+
+rng = np.random.default_rng(0)
+MANY = [rng.integers(0, SMALL, size=length).tolist() for length in rng.geometric(0.01, 3000) - 1]
+CASES: dict[str, Documents] = {
+    "one token": [[5]],
+    "empty between": [[1, 2, 3], [], [4]],
+    "empty at both ends": [[], [1], []],
+    "only empty": [[], []],
+    "none": [],
+    "largest ids": [[0, SMALL - 1], [SMALL - 1]],
+    "many": MANY,
+}
+
+
+def flat(documents: Documents) -> list[int]:
+    return [token for document in documents for token in document]
+
+
+def write_ours(prefix: Path, documents: Documents, vocab_size: int, at_once: int = 7) -> None:
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
+        for first in range(0, len(documents), at_once):
+            batch = documents[first : first + at_once]
+            lengths = np.array([len(document) for document in batch])
+            writer.add(np.array(flat(batch), dtype=np.int64), lengths)
+
+
+def write_megatron(prefix: Path, documents: Documents, vocab_size: int) -> None:
+    """As tools/preprocess_data.py does: an empty document is a boundary without a sequence."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(
+            np.array(document, dtype=np.int64), [len(document)] if document else []
+        )
+    builder.finalize(f"{prefix}.idx")
+
+
+def assert_same_bytes(ours: Path, theirs: Path) -> None:
+    for path_of in (bin_path, idx_path):
+        assert path_of(ours).read_bytes() == path_of(theirs).read_bytes()
+
+
+@pytest.mark.parametrize("vocab_size", [SMALL, LARGE])
+@pytest.mark.parametrize("case", CASES)
+def test_files_are_byte_identical_to_megatrons(tmp_path: Path, case: str, vocab_size: int) -> None:
+    write_ours(tmp_path / "ours", CASES[case], vocab_size)
+    write_megatron(tmp_path / "theirs", CASES[case], vocab_size)
+    assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_starts_written_in_several_pieces_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_STARTS_AT_ONCE", 100)
+    write_ours(tmp_path / "ours", MANY, LARGE)
+    write_megatron(tmp_path / "theirs", MANY, LARGE)
+    assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
+    """The index of 2^33 ids, without writing them: lengths are put in behind the writer's back."""
+    lengths = [2**31 - 1] * 4
+    with IndexedWriter(tmp_path / "a", vocab_size=LARGE) as writer:
+        writer._lengths.extend(lengths)
+        writer._boundaries.extend([1, 2, 3, 4])
+    raw = idx_path(tmp_path / "a").read_bytes()
+    starts = np.frombuffer(raw, "<i8", count=4, offset=34 + 4 * 4)
+    assert starts.tolist() == [4 * (2**31 - 1) * i for i in range(4)]
+
+
+def test_megatron_reads_our_files(tmp_path: Path) -> None:
+    for vocab_size in (SMALL, LARGE):
+        prefix = tmp_path / f"ours{vocab_size}"
+        write_ours(prefix, MANY, vocab_size)
+        dataset = IndexedDataset(str(prefix))
+        filled = [document for document in MANY if document]
+        assert len(dataset) == len(filled)
+        assert dataset.document_indices.size == len(MANY) + 1
+        assert all(dataset[i].tolist() == document for i, document in enumerate(filled))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 257, 65_499, 65_500, 65_536, 65_537, 128_256])
+def test_the_dtype_switches_where_megatrons_does(vocab_size: int) -> None:
+    assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+
+
+def test_the_worked_total_of_the_docstring_holds(tmp_path: Path) -> None:
+    write_ours(tmp_path / "a", [[1, 2, 3], [], [4]], SMALL)
+    assert bin_path(tmp_path / "a").stat().st_size == 8
+    assert idx_path(tmp_path / "a").stat().st_size == 90
+
+
+@pytest.mark.parametrize("write", [write_ours, write_megatron])
+@pytest.mark.parametrize("case", CASES)
+def test_the_reader_gives_back_every_document(tmp_path: Path, case: str, write: Write) -> None:
+    documents = CASES[case]
+    write(tmp_path / "a.b", documents, SMALL)
+    reader = IndexedReader(tmp_path / "a.b")
+    assert [reader[i].tolist() for i in range(len(reader))] == documents
+    assert reader.tokens.tolist() == flat(documents)
+    assert reader.lengths.tolist() == [len(document) for document in documents]
+    assert reader.dtype == np.uint16
+
+
+def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
+    builder.add_document(np.arange(5), [2, 3])
+    builder.add_document(np.arange(4), [4])
+    builder.finalize(str(tmp_path / "a.idx"))
+    reader = IndexedReader(tmp_path / "a")
+    assert [reader[0].tolist(), reader[1].tolist()] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+def test_documents_are_read_only_views_found_by_index(tmp_path: Path) -> None:
+    write_ours(tmp_path / "a", [[1, 2], [3]], SMALL)
+    reader = IndexedReader(tmp_path / "a")
+    assert reader[-1].tolist() == [3]
+    assert reader[0].base is not None
+    with pytest.raises(ValueError, match="read-only"):
+        reader[0][0] = 7
+    for beyond in (2, -3):
+        with pytest.raises(IndexError, match="of 2"):
+            reader[beyond]
+
+
+def add(prefix: Path, tokens: list[int], lengths: list[int], vocab_size: int) -> None:
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
+        writer.add(np.array(tokens), np.array(lengths))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([1, SMALL], [2], "must be in 0..8191, got 1..8192"),
+        ([-1, 2], [2], "must be in 0..8191, got -1..2"),
+        ([1, 2], [1], "must add up to the 2 tokens, got 1"),
+        ([1, 2], [3, -1], "must add up"),
+    ],
+)
+def test_what_the_format_can_not_hold_is_refused_and_nothing_is_left(
+    tmp_path: Path, tokens: list[int], lengths: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        add(tmp_path / "a", tokens, lengths, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_longer_than_int32_is_refused(tmp_path: Path) -> None:
+    tokens: npt.NDArray[np.uint8] = np.broadcast_to(np.uint8(0), (2**31,))
+    with (
+        pytest.raises(ValueError, match="has 2147483648 tokens, the format holds 2147483647"),
+        IndexedWriter(tmp_path / "a", vocab_size=SMALL) as writer,
+    ):
+        writer.add(tokens, np.array([2**31]))
+
+
+def test_nothing_is_visible_before_the_end_and_nothing_remains_after_an_error(
+    tmp_path: Path,
+) -> None:
+    with IndexedWriter(tmp_path / "a", vocab_size=SMALL) as writer:
+        writer.add(np.array([1]), np.array([1]))
+        assert not bin_path(tmp_path / "a").exists()
+    before = idx_path(tmp_path / "a").read_bytes()
+    with pytest.raises(ValueError, match="must add up"):
+        add(tmp_path / "a", [1, 2, 3], [4], SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+    assert idx_path(tmp_path / "a").read_bytes() == before
+
+
+def patch(path: Path, offset: int, value: bytes) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(value)] = value
+    path.write_bytes(raw)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b, i: cut(b, -2), r"a\.bin is cut off: 6 bytes, the index says 8 \(4 tokens"),
+        (lambda b, i: b.write_bytes(b.read_bytes() * 2), r"a\.bin is too long: 16 bytes"),
+        (lambda b, i: cut(i, -1), r"a\.idx is cut off: 89 bytes, the index says 90"),
+        (lambda b, i: cut(i, 20), r"a\.idx is no Megatron index"),
+        (lambda b, i: cut(i, 0), r"a\.idx is no Megatron index"),
+        (lambda b, i: patch(i, 0, b"X"), r"a\.idx is no Megatron index"),
+        (lambda b, i: patch(i, 9, struct.pack("<Q", 2)), "version 2, only version 1"),
+        (lambda b, i: patch(i, 17, b"\x09"), "dtype code 9"),
+        (lambda b, i: patch(i, 82, struct.pack("<q", 7)), "must span sequences 0 to 2"),
+        (lambda b, i: b.unlink(), r"no such dataset file: .*a\.bin"),
+        (lambda b, i: i.unlink(), r"no such dataset file: .*a\.idx"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Damage, message: str) -> None:
+    write_ours(tmp_path / "a", [[1, 2, 3], [], [4]], SMALL)
+    damage(bin_path(tmp_path / "a"), idx_path(tmp_path / "a"))
+    with pytest.raises(ValueError, match=message):
+        IndexedReader(tmp_path / "a")

@@ -1,0 +1,140 @@
+"""Reading documents: what is accepted, and how a broken line is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from text_files import WriteLines, line
+
+from megatron_infoentropy.data.jsonl import BrokenLineError, Record, read_jsonl
+
+KEY = "meta.pile_set_name"
+
+
+def read(path: Path, domain_key: str | None = KEY) -> list[Record]:
+    return list(read_jsonl(path, domain_key=domain_key))
+
+
+def broken(path: Path) -> BrokenLineError:
+    with pytest.raises(BrokenLineError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:{caught.value.line}: ")
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+def test_documents_come_in_order_with_line_domain_and_size(
+    write_lines: WriteLines, name: str
+) -> None:
+    path = write_lines(name, [line("one", "A"), line("zw\u00f6lf", "B")])
+    assert read(path) == [Record(1, "one", 3, "A"), Record(2, "zw\u00f6lf", 6, "B")]
+
+
+def test_a_document_far_longer_than_a_chunk_arrives_whole(write_lines: WriteLines) -> None:
+    texts = ["abc\n" * 200_000, "short", "\u20ac" * 150_000]
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        assert [r.text for r in read(write_lines(name, [line(text) for text in texts]))] == texts
+
+
+def test_only_newlines_separate_documents(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be"
+    path = tmp_path / "a.jsonl"
+    raw = json.dumps({"text": text, "meta": {"pile_set_name": "A"}}, ensure_ascii=False)
+    path.write_bytes(f"{raw}\r\n{raw}".encode())  # a Windows line end; no end at the last line
+    assert [record.text for record in read(path)] == [text, text]
+
+
+def test_every_frame_of_a_concatenated_file_is_read(tmp_path: Path) -> None:
+    frames = [zstandard.compress(f"{line(text)}\n".encode()) for text in ("a", "b", "c")]
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0xyz"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skippable.join(frames))
+    assert [record.text for record in read(path)] == ["a", "b", "c"]
+
+
+def test_progress_adds_up_to_the_size_of_the_file(write_lines: WriteLines) -> None:
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        path = write_lines(name, [line("abc" * 100_000)] * 3)
+        steps: list[int] = []
+        list(read_jsonl(path, domain_key=None, advance=steps.append))
+        assert sum(steps) == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ('{"text": "a"', "not JSON"),
+        ("text", "not JSON"),
+        ('["text"]', "expected a JSON object, got list"),
+        ('{"body": "a"}', "no \"text\" key; the keys are ['body']"),
+        ('{"text": null, "meta": {"pile_set_name": "A"}}', "must be a string, got NoneType"),
+        ('{"text": ["a"], "meta": {"pile_set_name": "A"}}', "must be a string, got list"),
+        ('{"text": "a"}', "no domain: expected a non-empty string at meta.pile_set_name"),
+        ('{"text": "a", "meta": "A"}', "no domain"),
+        ('{"text": "a", "meta": {"pile_set_name": ""}}', "no domain"),
+        ('{"text": "a", "meta": {"pile_set_name": 3}}', "no domain"),
+        (r'{"text": "ab\ud800", "meta": {"pile_set_name": "A"}}', "half a surrogate pair at 2"),
+        ('{"text": "\ud800"}', "not UTF-8 at byte 10 of the line"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "integer string conversion"),
+        ("  ", "blank line before the end"),
+        ("", "blank line before the end"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_number_and_reason(
+    write_lines: WriteLines, bad: str, reason: str
+) -> None:
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        error = broken(write_lines(name, [line("a"), line("b"), bad, line("c")]))
+        assert error.line == 3
+        assert reason in error.reason
+
+
+def test_the_documents_before_a_broken_line_are_read_first(write_lines: WriteLines) -> None:
+    documents = read_jsonl(write_lines("a.jsonl", [line("a"), "{", line("c")]), domain_key=KEY)
+    assert next(documents).text == "a"
+    with pytest.raises(BrokenLineError, match=r"a\.jsonl:2: not JSON"):
+        next(documents)
+
+
+def test_blank_lines_at_the_end_are_harmless(write_lines: WriteLines) -> None:
+    assert len(read(write_lines("a.jsonl", [line("a"), "", "  ", ""]))) == 1
+
+
+def test_without_a_domain_key_no_domain_is_needed(write_lines: WriteLines) -> None:
+    records = read(write_lines("a.jsonl", ['{"text": "a"}']), None)
+    assert records == [Record(1, "a", 1, None)]
+
+
+@pytest.mark.parametrize("kept", [0, 3, 0.5, -1])
+def test_a_truncated_file_is_an_error_and_not_a_shorter_corpus(
+    write_lines: WriteLines, kept: float
+) -> None:
+    path = write_lines("a.jsonl.zst", [line(f"document {i}" * 50) for i in range(20_000)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept) if kept == 0.5 else int(kept)])
+    error = broken(path)
+    assert "the file is truncated" in error.reason
+    assert error.line == 1 or kept in (0.5, -1)
+
+
+def test_damaged_compression_is_named(write_lines: WriteLines) -> None:
+    path = write_lines("a.jsonl.zst", [line("a")])
+    path.write_bytes(path.read_bytes() + b"garbage")
+    assert broken(path).line == 2
+    path.write_bytes(line("a").encode())
+    assert "damaged zstd data" in broken(path).reason
+
+
+def test_compressed_text_under_a_plain_name_is_an_error(write_lines: WriteLines) -> None:
+    path = write_lines("a.jsonl.zst", [line("a")])
+    assert "not UTF-8" in broken(path.rename(path.with_name("a.jsonl"))).reason
+
+
+def test_other_kinds_of_files_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(ValueError, match=r"must be a \.jsonl or \.jsonl\.zst file, got .*gz"):
+        read(tmp_path / "a.jsonl.gz")
+    with pytest.raises(ValueError, match="no such input file"):
+        read(tmp_path / "missing.jsonl")
