@@ -1,0 +1,194 @@
+"""The corpus: deterministic, without leaks between splits, and about the sizes it promises."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megatron_infoentropy.data import standard_library
+from megatron_infoentropy.data.corpus import DOCS, SOURCE, SPLITS, CorpusSummary, build_corpus
+from megatron_infoentropy.data.jsonl import read_jsonl
+
+MEGABYTES = 10.5  # the least the corpus is meant to have
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusSummary:
+    return build_corpus(tmp_path_factory.mktemp("corpus") / "out", megabytes=MEGABYTES)
+
+
+@pytest.fixture(scope="module")
+def texts(corpus: CorpusSummary) -> dict[str, list[tuple[str, str]]]:
+    """(domain, text) of every document, by split."""
+    return {
+        split: [(r.domain or "", r.text) for r in read_jsonl(path, domain_key="meta.pile_set_name")]
+        for split, path in corpus.files.items()
+    }
+
+
+def test_the_summary_is_what_the_files_hold(
+    corpus: CorpusSummary, texts: dict[str, list[tuple[str, str]]]
+) -> None:
+    for split in SPLITS:
+        for domain in (DOCS, SOURCE):
+            found = [text for name, text in texts[split] if name == domain]
+            assert corpus.sizes[split, domain] == (len(found), sum(len(t.encode()) for t in found))
+    assert 0.95 * MEGABYTES * 1e6 <= corpus.bytes <= MEGABYTES * 1e6
+
+
+def test_two_percent_of_each_domain_are_held_out_twice(corpus: CorpusSummary) -> None:
+    for domain in (DOCS, SOURCE):
+        total = sum(corpus.sizes[split, domain].bytes for split in SPLITS)
+        for split in ("validation", "test"):
+            assert 0.01 < corpus.sizes[split, domain].bytes / total < 0.04
+
+
+def test_no_document_is_there_twice(texts: dict[str, list[tuple[str, str]]]) -> None:
+    everything = [text for split in SPLITS for _, text in texts[split]]
+    assert len(set(everything)) == len(everything)
+
+
+def test_the_docstrings_of_a_file_are_in_the_split_of_the_file(
+    texts: dict[str, list[tuple[str, str]]],
+) -> None:
+    """Held-out docstrings are exactly those of the held-out files, so training has none of them."""
+    root = Path(sysconfig.get_path("stdlib"))
+    topics = set(standard_library.help_topics(root).values())
+    sources = {
+        standard_library.read_source(root, name): name
+        for name in standard_library.source_names(root)
+        if not standard_library.is_test(name)
+    }
+    for split in SPLITS[1:]:
+        expected = {
+            standard_library.documentation(sources[text], text)
+            for domain, text in texts[split]
+            if domain == SOURCE and text in sources
+        }
+        found = {text for domain, text in texts[split] if domain == DOCS and text not in topics}
+        assert len(found) > 3
+        assert found == expected - {""}
+
+
+def test_held_out_topics_are_no_sections_of_training_topics(
+    texts: dict[str, list[tuple[str, str]]],
+) -> None:
+    trained = {line for _, text in texts["train"] for line in text.splitlines()}
+    topics = set(standard_library.help_topics(Path(sysconfig.get_path("stdlib"))).values())
+    held_out = [t for split in SPLITS[1:] for _, t in texts[split] if t in topics]
+    assert held_out
+    for text in held_out:
+        lines = [line for line in text.splitlines() if len(line) > 30]
+        assert sum(line in trained for line in lines) <= len(lines) / 2
+
+
+def test_nothing_of_this_machine_or_of_installed_packages_is_in_it(
+    texts: dict[str, list[tuple[str, str]]],
+) -> None:
+    everything = "\n".join(text for split in SPLITS for _, text in texts[split])
+    for word in (sysconfig.get_path("stdlib"), "CONFIG_ARGS", "import pip._internal"):
+        assert word not in everything
+
+
+def library(root: Path) -> Path:
+    """A standard library in miniature, with everything that must be left out."""
+    files = {
+        **{f"module_{i}.py": f'"""Docs of {i}."""\nx = {i}\n' * 20 for i in range(60)},
+        **{f"test/test_{i}.py": f"assert {i}\n" * 40 for i in range(30)},
+        "copy_of_module_1.py": '"""Docs of 1."""\nx = 1\n' * 20,
+        "pydoc_data/topics.py": "topics = {'if': 'The if statement', 'for': 'The for statement'}",
+        "site-packages/foreign.py": "FORBIDDEN",
+        "dist-packages/foreign.py": "FORBIDDEN",
+        "config-3.12-x86_64-linux-gnu/python-config.py": "FORBIDDEN",
+        "_sysconfigdata__linux_x86_64-linux-gnu.py": "FORBIDDEN",
+        "sitecustomize.py": "FORBIDDEN",
+        "encodings/cp1252.py": "FORBIDDEN",
+        "__pycache__/module.py": "FORBIDDEN",
+        "empty/__init__.py": "\n",
+        "broken.py": "def (:\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "latin.py").write_bytes(b"# caf\xe9 FORBIDDEN")
+    return root
+
+
+def test_the_same_library_gives_the_same_bytes_wherever_it_is(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        build_corpus(tmp_path / name, library=library(tmp_path / f"lib_{name}"), megabytes=0.03)
+    names = {f"{split}.jsonl.zst" for split in SPLITS}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_what_is_not_the_library_is_left_out(tmp_path: Path) -> None:
+    summary = build_corpus(tmp_path / "out", library=library(tmp_path / "lib"), megabytes=0.05)
+    records = [r for f in summary.files.values() for r in read_jsonl(f, domain_key=None)]
+    texts = [record.text for record in records]
+    assert not [text for text in texts if "FORBIDDEN" in text]
+    assert "def (:\n" in texts
+    assert "module_7\n\nDocs of 7.\n" in texts
+    assert "The if statement" in texts
+    # The copy of module_1 has the same source (once) under another name (its docs differ).
+    assert len(set(texts)) == len(texts) == 60 + 61 + 30 + 2 + 1
+
+
+def test_tests_fill_up_to_the_size_asked_for(tmp_path: Path) -> None:
+    root = library(tmp_path / "lib")
+    whole = build_corpus(tmp_path / "whole", library=root, megabytes=0.05)
+    less = build_corpus(tmp_path / "less", library=root, megabytes=whole.bytes / 1e6 - 0.002)
+    missing = whole.bytes - less.bytes
+    assert 2000 <= missing < 2600
+    assert all(less.sizes[split, DOCS].documents for split in SPLITS)
+    docs = [sum(s.sizes[split, DOCS].bytes for split in SPLITS) for s in (whole, less)]
+    assert docs[0] == docs[1]
+
+
+def test_a_python_without_its_sources_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    root = library(tmp_path / "lib")
+    with pytest.raises(ValueError, match=r"expected about 20 MB of text in .*lib, found 0\.0"):
+        build_corpus(tmp_path / "out", library=root)
+    with pytest.raises(ValueError, match=r"found 0\.0 MB"):
+        build_corpus(tmp_path / "out", library=tmp_path / "missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["lib"]
+
+
+def test_docstrings_are_found_where_they_are_and_named() -> None:
+    source = '''
+"""The module."""
+class Outer:
+    """  The class.
+
+        Indented.
+    """
+    async def method(self):
+        """The method."""
+        def inner():
+            "The inner \\ud800 one."
+if True:
+    try:
+        def guarded():
+            """The guarded."""
+    except ImportError:
+        def guarded():
+            """The fallback."""
+def silent(): pass
+'''
+    assert standard_library.documentation("pkg/__init__.py", source) == (
+        "pkg\n\nThe module.\n\n"
+        "pkg.Outer\n\nThe class.\n\nIndented.\n\n"
+        "pkg.Outer.method\n\nThe method.\n\n"
+        "pkg.Outer.method.inner\n\nThe inner ? one.\n\n"
+        "pkg.guarded\n\nThe guarded.\n\n"
+        "pkg.guarded\n\nThe fallback.\n"
+    )
+
+
+def test_topics_that_are_sections_of_another_are_left_out(tmp_path: Path) -> None:
+    section = "\n".join(f"A line that is long enough to tell, number {i}." for i in range(9))
+    (tmp_path / "pydoc_data").mkdir()
+    topics = {"if": f"The if\n***\n{section}", "compound": f"All\n===\n{section}\nMore.", "x": "y"}
+    (tmp_path / "pydoc_data/topics.py").write_text(f"# generated\ntopics = {topics!r}\n")
+    assert sorted(standard_library.help_topics(tmp_path)) == ["compound", "x"]
