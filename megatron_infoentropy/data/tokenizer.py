@@ -1,0 +1,144 @@
+"""A byte-level BPE: trained on a corpus, and loaded without transformers.
+
+The folder holds `tokenizer.json` and `tokenizer_config.json`, which is what Megatron's
+HuggingFaceTokenizer and transformers' AutoTokenizer open, offline too.
+
+`<|endoftext|>` is the only special token: end of document for Megatron (eos), start of an empty
+prompt for generation (bos). It is deliberately no padding token: Megatron's GPT dataset takes the
+padding id out of the loss, so a model would never learn where a document ends.
+
+A document in which the characters `<|endoftext|>` stand gets the special id there, exactly as with
+transformers and thus with Megatron's own tool.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_infoentropy.data.folder import new_folder
+from megatron_infoentropy.data.jsonl import read_jsonl, require_readable
+from megatron_infoentropy.progress import progress
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+_SMALLEST_VOCAB = 256 + 1  # every byte, so that any text has ids, and the special token
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too."""
+
+    tokenizer: Tokenizer
+    eod_id: int
+    vocab_size: int
+    sha256: str
+
+
+def train_tokenizer(
+    corpus: Path | Sequence[Path], output: Path, *, vocab_size: int, overwrite: bool = False
+) -> LoadedTokenizer:
+    """Train a byte-level BPE of exactly `vocab_size` tokens on `.jsonl(.zst)` files.
+
+    The same files give the same bytes. Domains are not looked at. Memory grows with the number of
+    distinct words, not with the size of the corpus.
+
+    Raises:
+        ValueError: a broken line, a size below 257, a corpus with too few distinct words for the
+            size, or an `output` folder that is not empty and may not be overwritten.
+    """
+    paths = [corpus] if isinstance(corpus, Path) else list(corpus)
+    for path in paths:
+        require_readable(path)
+    if vocab_size < _SMALLEST_VOCAB:
+        raise ValueError(
+            f"vocab_size must be at least {_SMALLEST_VOCAB} (every byte and {END_OF_TEXT}), "
+            f"got {vocab_size}"
+        )
+    with new_folder(output, replaceable=(TOKENIZER, CONFIG), overwrite=overwrite) as folder:
+        tokenizer = _untrained()
+        total = sum(path.stat().st_size for path in paths)
+        with progress("train tokenizer", total, "bytes") as advance:
+            tokenizer.train_from_iterator(_texts(paths, advance), _trainer(vocab_size))
+        found = tokenizer.get_vocab_size()
+        if found != vocab_size:
+            raise ValueError(
+                f"the corpus supports a vocabulary of {found} tokens, asked were {vocab_size}; "
+                "use more text or a smaller vocabulary"
+            )
+        tokenizer.save(str(folder / TOKENIZER))
+        (folder / CONFIG).write_text(json.dumps(_config(), indent=2) + "\n")
+    return load_tokenizer(output)
+
+
+def load_tokenizer(folder: Path) -> LoadedTokenizer:
+    """Open a Hugging Face tokenizer folder so that it encodes as transformers would.
+
+    Raises:
+        ValueError: a file is missing, or the folder names no end-of-document (eos) token.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise ValueError(f"{folder} is no tokenizer folder: it has no {TOKENIZER}")
+    content = path.read_bytes()
+    tokenizer = Tokenizer.from_buffer(content)
+    # A file saved with truncation or padding switched on would cut every document short;
+    # transformers switches them off for a plain call too.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return LoadedTokenizer(
+        tokenizer=tokenizer,
+        eod_id=_eod_id(folder, tokenizer),
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _untrained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _trainer(vocab_size: int) -> trainers.BpeTrainer:
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+
+def _texts(paths: Sequence[Path], advance: Callable[[int], None]) -> Iterator[str]:
+    for path in paths:
+        for record in read_jsonl(path, domain_key=None, advance=advance):
+            yield record.text
+
+
+def _config() -> dict[str, object]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _eod_id(folder: Path, tokenizer: Tokenizer) -> int:
+    path = folder / CONFIG
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    token = config.get("eos_token")
+    if isinstance(token, dict):  # transformers also writes the token with its stripping rules
+        token = token.get("content")
+    eod_id: int | None = None if token is None else tokenizer.token_to_id(token)
+    if eod_id is None:
+        raise ValueError(
+            f"{path} must name an eos_token of the vocabulary, which ends documents; "
+            f"it names {token!r}. Add one, as Megatron needs it too"
+        )
+    return eod_id
