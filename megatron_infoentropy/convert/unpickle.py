@@ -1,0 +1,90 @@
+"""Reading pickles that may come from anywhere: nothing in them can run.
+
+A checkpoint's index and its training arguments are pickles, and a pickle may name any function to
+be called while it is loaded. Here only the names of an allow-list are real. Every other class or
+function becomes a stand-in that remembers its arguments and does nothing, so that arguments which
+hold objects of Megatron's own classes can be read where Megatron is not installed.
+"""
+
+import argparse
+import collections
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+_PLAIN = {
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+
+
+class StandIn:
+    """What an object of a class outside the allow-list is read as."""
+
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any, **_: Any) -> "StandIn":
+        self = super().__new__(cls)
+        self.arguments = arguments
+        self.state = None
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    # Unpickling a list or dict of an unknown class fills it through these.
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.arguments}"
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allowed = {**_PLAIN, **allowed}
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        real = self._allowed.get((module_name, global_name))
+        return type(global_name, (StandIn,), {}) if real is None else real
+
+    def persistent_load(self, pid: Any) -> Any:  # the storage of a tensor: its numbers stay unread
+        return StandIn(pid)
+
+
+def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) -> Any:
+    """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins.
+
+    Raises:
+        ValueError: the bytes are not a complete pickle.
+    """
+    try:
+        return _Unpickler(data, allowed or {}).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"expected a pickle of plain data, got one that fails: {error}") from error
+
+
+def unpickle_torch_file(data: bytes) -> Any:
+    """Load what torch.save wrote, without the numbers of its tensors.
+
+    Raises:
+        ValueError: the bytes are not the zip file that torch.save writes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return unpickle(archive.read(name))
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            "expected a file of torch.save (a zip file), got something else"
+        ) from error

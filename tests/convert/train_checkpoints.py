@@ -1,0 +1,173 @@
+"""Make checkpoints with Megatron's own trainer, on the CPU, and record what its models compute.
+
+Run as `python train_checkpoints.py FOLDER`. For every case below it leaves FOLDER/<case>/save, the
+folder Megatron wrote, and FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for
+them, and its greedy continuation of the first few.
+
+Megatron is imported once and every rank is a fork of this process: importing takes longer than all
+the training. Nothing heavy may be imported at the top of this file, because Megatron's checkpoint
+writer starts processes that import it again.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MODEL = """
+--num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 8
+--seq-length 64 --max-position-embeddings 96 --init-method-std 0.2
+--normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
+--tokenizer-type NullTokenizer --vocab-size 250 --make-vocab-size-divisible-by 8
+--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 0.02 --lr-decay-style constant
+--eval-interval 100 --eval-iters 0 --save-interval 100 --hidden-dropout 0 --attention-dropout 0
+"""
+GQA = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
+# Everything that is the other way round: one key per query, one table, the other rotary pairing,
+# heads wider than hidden/heads, other constants.
+OTHER = "--rotary-interleaved --kv-channels 16 --rotary-base 50000 --norm-epsilon 1e-3"
+
+CASES = {  # name: (number of ranks, flags)
+    "tp1": (1, GQA),
+    "tp2": (2, GQA + " --tensor-model-parallel-size 2"),
+    "pp2": (2, GQA + " --pipeline-model-parallel-size 2"),
+    "other": (2, OTHER + " --tensor-model-parallel-size 2"),
+    "bf16": (2, GQA + " --bf16 --use-distributed-optimizer"),
+}
+PROMPT, NEW_TOKENS = 16, 12
+
+
+def golden_tokens() -> list[list[int]]:
+    """Three sequences of text, one byte a token."""
+    text = (__doc__ or "").encode()
+    return [list(text[start : start + 64]) for start in (0, 200, 400)]
+
+
+def train(folder: Path, flags: str) -> None:
+    """Train one rank's part of a case, let Megatron save it, and record what it computes."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_infoentropy.runtime.cpu import CPU_FLAGS
+
+    sys.argv = ["train", *MODEL.split(), *flags.split(), *CPU_FLAGS, "--save", str(folder / "save")]
+    models: list[Any] = []
+
+    def forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+        models[:] = [model]
+        batch = next(batches)
+        loss = model(*inputs_of(batch[:, :-1]), labels=batch[:, 1:].contiguous())
+        return loss, sum_and_count
+
+    def datasets(sizes: list[int], vp_stage: int | None = None) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (64, get_args().seq_length + 1)
+        return [torch.randint(250, shape, generator=generator) for _ in sizes]
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
+    args = parse_and_validate_args()
+    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    store = torch.distributed.FileStore(str(folder / "store"), args.world_size)
+    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
+    record(models[0], folder / "golden.pt")
+
+
+def inputs_of(tokens: Any) -> tuple[Any, Any, Any]:
+    """Return token ids, positions and the mask of causal attention, as GPTModel takes them."""
+    import torch
+
+    length = tokens.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    return tokens.contiguous(), torch.arange(length).expand_as(tokens), mask
+
+
+def sum_and_count(loss: Any) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    count = torch.tensor(loss.numel(), dtype=torch.int)
+    return loss.sum(), count, {"loss": torch.stack([loss.detach().sum(), count.float()])}
+
+
+def record(model: Any, path: Path) -> None:
+    """Save what the trained model computes, from the ranks of the last pipeline stage."""
+    import torch
+
+    model.eval()
+    sequences = golden_tokens()
+    logits = [full_logits(model, sequence) for sequence in sequences]
+    generated = sequences[0][:PROMPT]
+    last = torch.distributed.get_world_size() - 1
+    for _ in range(NEW_TOKENS):
+        best = full_logits(model, generated)
+        token = torch.zeros(1, dtype=torch.long) if best is None else best[-1:, :250].argmax(-1)
+        torch.distributed.broadcast(token, last)
+        generated = [*generated, int(token)]
+    if torch.distributed.get_rank() == last:
+        torch.save({"tokens": sequences, "logits": logits, "generated": generated}, path)
+
+
+def full_logits(model: Any, sequence: list[int]) -> Any:
+    """Return logits [length, padded vocabulary]; None on ranks before the last pipeline stage."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
+
+    def step(_: Any, model: Any) -> tuple[Any, Any]:
+        output = model(*inputs_of(torch.tensor([sequence])))
+        return output, lambda logits, non_loss_data: gather(logits)[0].float()
+
+    with torch.no_grad():
+        collected = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=None,
+            model=[model],
+            num_microbatches=1,
+            seq_length=len(sequence),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return collected[0] if collected else None
+
+
+def run_rank(folder: Path, flags: str, rank: int, world: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    log = (folder / f"rank{rank}.log").open("w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    train(folder, flags)
+
+
+def main(folder: Path) -> None:
+    import multiprocessing
+
+    from megatron_infoentropy.runtime import cpu
+
+    cpu.install()
+    import megatron.training  # noqa: F401  once, for all the forks
+
+    fork = multiprocessing.get_context("fork")
+    for name, (world, flags) in CASES.items():
+        case = folder / name
+        case.mkdir(parents=True)
+        ranks = [fork.Process(target=run_rank, args=(case, flags, r, world)) for r in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(120)
+        if any(rank.exitcode != 0 for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+            logs = "\n".join(path.read_text()[-3000:] for path in sorted(case.glob("*.log")))
+            sys.exit(f"case {name} failed\n{logs}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
