@@ -33,6 +33,12 @@ TEXTS = [
 DOMAINS = [A if i % 3 else B for i in range(len(TEXTS))]
 
 
+@pytest.fixture(autouse=True)
+def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these few texts too, so that there is something to reorder and to add up."""
+    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 10)
+
+
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
     """The texts in two files, one of them compressed."""
@@ -73,12 +79,8 @@ def test_every_domain_is_byte_identical_to_megatrons_tool(
 
 
 def test_the_number_of_workers_does_not_change_a_byte(
-    inputs: list[Path],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 10)  # so that there are many to reorder
     for workers in (1, 2, 5):
         preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
         assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
