@@ -32,15 +32,15 @@ _CPU = torch.device("cpu")
 
 CPU_FLAGS: tuple[str, ...] = (
     "--distributed-backend=gloo",
-    "--transformer-impl=local",  # the default is Transformer Engine, which needs a GPU
-    "--use-cpu-initialization",  # the same weights under every tensor-parallel size
+    "--transformer-impl=local",  # the default, Transformer Engine, needs a GPU
     "--no-persist-layer-norm",  # PyTorch's norms refuse the option
-    "--no-rope-fusion",  # Transformer Engine's kernel
-    "--no-masked-softmax-fusion",  # a compiled CUDA extension
-    "--no-gradient-accumulation-fusion",  # Apex's kernel
-    "--num-workers=0",  # worker processes would not have the redirections
+    "--no-rope-fusion",  # a kernel of Transformer Engine
+    "--no-masked-softmax-fusion",  # a CUDA kernel, chosen for bf16 and fp16
+    "--no-gradient-accumulation-fusion",  # a kernel of Apex
+    "--use-cpu-initialization",  # the same weights under every tensor-parallel size
+    "--num-workers=0",  # the processor that would prefetch is the one that trains
 )
-"""Flags of Megatron's trainer without which it does not run on a CPU."""
+"""Flags of Megatron's trainer for a CPU; without the first six it fails."""
 
 
 class _Stream:
@@ -59,24 +59,6 @@ class _Stream:
         return None
 
     wait_event = record_event = synchronize = wait_stream
-
-
-class _Event:
-    """A point in a stream that has always been reached; measures no time."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def record(self, *_: object) -> None:
-        return None
-
-    wait = synchronize = record
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: object) -> float:
-        return 0.0
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -133,10 +115,6 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _this_module(module: torch.nn.Module, *_: object, **__: object) -> torch.nn.Module:
-    return module
-
-
 _STREAM = _Stream()
 # Generation 10 is the first of which Megatron makes no demand (CUDA_DEVICE_MAX_CONNECTIONS=1).
 _PROPERTIES = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1)
@@ -148,58 +126,37 @@ class _Redirection(NamedTuple):
     reason: str
 
 
+_NO_ORDER = "calls have finished when they return, so a stream orders nothing"
+_RANDOM = "random numbers on a CPU come from PyTorch's default generator"
+
 _REDIRECTIONS = tuple(
     _Redirection(*row)
     for row in (
         ("torch.cuda.is_available", _returns(True), "Megatron's initialisation asserts it"),
-        ("torch.cuda.device_count", _returns(1), "with 0 no model-parallel group is made"),
-        ("torch.cuda.current_device", _returns(_CPU), "the device of new tensors"),
-        ("torch.cuda.set_device", _returns(None), "every rank has the one device"),
-        ("torch.cuda.get_device_properties", _returns(_PROPERTIES), "checks of the arguments"),
-        ("torch.cuda.synchronize", _returns(None), "timers: nothing is ever in flight"),
-        ("torch.cuda.empty_cache", _returns(None), "there is no caching allocator"),
-        ("torch.cuda.reset_peak_memory_stats", _returns(None), "no allocator to report on"),
-        ("torch.cuda.memory_allocated", _returns(0), "no allocator to report on"),
-        ("torch.cuda.max_memory_allocated", _returns(0), "no allocator to report on"),
-        ("torch.cuda.memory_reserved", _returns(0), "no allocator to report on"),
-        ("torch.cuda.max_memory_reserved", _returns(0), "no allocator to report on"),
-        ("torch.cuda.memory_stats", _returns({}), "no allocator to report on"),
-        ("torch.cuda.current_stream", _returns(_STREAM), "a stream that orders nothing"),
-        ("torch.cuda.default_stream", _returns(_STREAM), "a stream that orders nothing"),
-        ("torch.cuda.Stream", _returns(_STREAM), "a stream that orders nothing"),
-        ("torch.cuda.stream", _returns(_STREAM), "a stream that orders nothing"),
-        ("torch.cuda.Event", _Event, "an event that has always happened"),
+        ("torch.cuda.device_count", _returns(1), "with 0, no model-parallel group is made"),
+        ("torch.cuda.current_device", _returns(_CPU), "it is where new tensors are made"),
+        ("torch.cuda.set_device", _returns(None), "every rank has the same device"),
+        ("torch.cuda.get_device_properties", _returns(_PROPERTIES), "arguments are checked by it"),
+        ("torch.cuda.synchronize", _returns(None), "nothing is ever in flight"),
         ("torch.cuda.is_current_stream_capturing", _returns(False), "there are no CUDA graphs"),
-        ("torch.cuda.nvtx.range_push", _returns(None), "there is no GPU profiler"),
-        ("torch.cuda.nvtx.range_pop", _returns(None), "there is no GPU profiler"),
-        ("torch.cuda.manual_seed", _manual_seed, "the CPU's random numbers"),
-        ("torch.cuda.get_rng_state", _rng_state, "the CPU's random numbers"),
-        ("torch.cuda.set_rng_state", _set_rng_state, "the CPU's random numbers"),
-        ("torch.cuda.random.get_rng_state", _rng_state, "the CPU's random numbers"),
-        ("torch.cuda.random.set_rng_state", _set_rng_state, "the CPU's random numbers"),
-        ("torch.nn.Module.cuda", _this_module, "a module is where it belongs"),
-        # A CUDA build of PyTorch calls CUDA its accelerator even without a driver, and the
-        # data loader (pinned memory) and the checkpoint writer (overlapped copies) then use it.
-        ("torch.accelerator.is_available", _returns(False), "no pinned memory in data loaders"),
-        ("torch.accelerator.current_device_index", _returns(0), "the checkpoint writer asks"),
-        ("torch.accelerator.current_stream", _returns(_STREAM), "the checkpoint writer asks"),
-        ("torch._C._accelerator_getDeviceIndex", _returns(0), "the checkpoint writer asks"),
-        ("torch._C._get_accelerator", _returns(_CPU), "autograd and process groups ask"),
+        ("torch.cuda.current_stream", _returns(_STREAM), _NO_ORDER),
+        ("torch.cuda.Stream", _returns(_STREAM), _NO_ORDER),
+        ("torch.cuda.stream", _returns(_STREAM), _NO_ORDER),
+        ("torch.cuda.manual_seed", _manual_seed, _RANDOM),
+        ("torch.cuda.get_rng_state", _rng_state, _RANDOM),
+        ("torch.cuda.set_rng_state", _set_rng_state, _RANDOM),
+        ("torch.cuda.random.get_rng_state", _rng_state, _RANDOM),
+        ("megatron.core.tensor_parallel.random._set_cuda_rng_state", _set_rng_state, _RANDOM),
+        (
+            "torch.accelerator.is_available",
+            _returns(False),
+            "it follows torch.cuda in a CUDA build, and data loaders would pin memory",
+        ),
         (
             "megatron.core.datasets.utils.compile_helpers",
             _returns(None),
-            "runs make, and ends the process when that fails; the wheel has the compiled helper "
-            "but no Makefile",
-        ),
-        (
-            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
-            _rng_state,
-            "the CPU's random numbers",
-        ),
-        (
-            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
-            _set_rng_state,
-            "the CPU's random numbers",
+            "it runs make and ends the process if that fails; the wheel ships the compiled helper "
+            "and no Makefile",
         ),
     )
 )
