@@ -6,8 +6,8 @@ The running Python's standard library gives two domains, as different as two dom
     Python source   the library's source files, filled up with its tests to the size asked for
 
 train, validation and test are split by *file*, not by document: a file and its docstrings are in
-the same split, so no domain leaks into another. Of each kind (topics, library, tests) about 2 %
-of the bytes go to validation and 2 % to test.
+the same split, so no domain leaks into another. Validation and test get up to 2 % of the bytes of
+each domain.
 
 The same Python gives the same bytes: order and split come from the SHA-256 of the names, and
 neither times nor paths of the machine are in the text.
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import zstandard
 
@@ -31,10 +31,8 @@ from megatron_infoentropy.progress import progress
 DOCS = "Python docs"
 SOURCE = "Python source"
 SPLITS = ("train", "validation", "test")
-_HELD_OUT = 0.02  # of the bytes, once for validation and once for test
+_HELD_OUT = 0.02  # of the bytes of a domain, once for validation and once for test
 _ZSTD_LEVEL = 9
-
-Kind = Literal["topics", "library", "tests"]
 
 
 class Document(NamedTuple):
@@ -69,7 +67,6 @@ class _Unit:
     """What must stay together in one split."""
 
     name: str
-    kind: Kind
     documents: list[Document]
 
     @property
@@ -123,32 +120,31 @@ def _collect(root: Path, limit: int) -> list[_Unit]:
     left = limit
     with progress("build corpus", limit, "bytes") as advance:
         for unit in _units(root):
-            fresh = _Unit(unit.name, unit.kind, _not_seen(unit.documents, seen))
+            fresh = _Unit(unit.name, _not_seen(unit.documents, seen))
             if fresh.bytes > left:
                 break
             left -= fresh.bytes
             advance(fresh.bytes)
             if fresh.documents:
                 units.append(fresh)
-        advance(left)  # the size is a limit; a library without tests stays below it
     return sorted(units, key=lambda unit: _digest(unit.name))
 
 
 def _units(root: Path) -> Iterator[_Unit]:
     topics = standard_library.help_topics(root)
     for topic in sorted(topics, key=_digest):
-        yield _Unit(topic, "topics", [Document(DOCS, topics[topic])])
+        yield _Unit(topic, [Document(DOCS, topics[topic])])
     names = standard_library.source_names(root)
     for name in sorted(names, key=lambda name: (standard_library.is_test(name), _digest(name))):
         source = standard_library.read_source(root, name)
         if source is None or not source.strip():
             continue
         if standard_library.is_test(name):  # what tests say of themselves is no documentation
-            yield _Unit(name, "tests", [Document(SOURCE, source)])
+            yield _Unit(name, [Document(SOURCE, source)])
             continue
         docs = standard_library.documentation(name, source)
         documents = [Document(DOCS, docs)] if docs else []
-        yield _Unit(name, "library", [*documents, Document(SOURCE, source)])
+        yield _Unit(name, [*documents, Document(SOURCE, source)])
 
 
 def _not_seen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]:
@@ -162,18 +158,30 @@ def _not_seen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]
 
 
 def _split(units: list[_Unit]) -> dict[str, list[Document]]:
-    """Of each kind, the first units by hash to validation, the next to test, the rest to train."""
-    totals: Counter[Kind] = Counter()
-    for unit in units:
-        totals[unit.kind] += unit.bytes
-    placed: Counter[Kind] = Counter()
+    """Fill validation, then test, in the order of the units; what does not fit is for training."""
+    room = {
+        split: {domain: _HELD_OUT * total for domain, total in _domain_bytes(units).items()}
+        for split in ("validation", "test")
+    }
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for unit in units:
-        share = placed[unit.kind] / totals[unit.kind]
-        held_out = "validation" if share < _HELD_OUT else "test"
-        splits[held_out if share < 2 * _HELD_OUT else "train"] += unit.documents
-        placed[unit.kind] += unit.bytes
+        needed = _domain_bytes([unit])
+        for split, left in room.items():
+            if all(needed[domain] <= left[domain] for domain in needed):
+                splits[split] += unit.documents
+                left.update({domain: left[domain] - needed[domain] for domain in needed})
+                break
+        else:
+            splits["train"] += unit.documents
     return splits
+
+
+def _domain_bytes(units: Iterable[_Unit]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for unit in units:
+        for domain, text in unit.documents:
+            sizes[domain] += len(text.encode())
+    return sizes
 
 
 def _write(path: Path, documents: list[Document]) -> None:
