@@ -72,13 +72,7 @@ def paired_differences(
             f"expected at least one pair and 2000 resamples, got {len(pairs)} and {resamples}"
         )
     reference = pairs[0][0]
-    for evaluation in (one for pair in pairs for one in pair):
-        if evaluation.fingerprint != reference.fingerprint:
-            raise DifferentDataError(
-                "the evaluations scored different tokens (data fingerprints "
-                f"{reference.fingerprint[:12]} and {evaluation.fingerprint[:12]}), so their "
-                "documents cannot be paired: evaluate both on the same data with the same options"
-            )
+    _require_same_data(reference, pairs)
     tokens = _by_statistic(reference, reference.documents.tokens.astype(np.float64))
     gaps = sum(first.documents.ce - second.documents.ce for first, second in pairs) / len(pairs)
     gap = _by_statistic(reference, np.asarray(gaps))
@@ -93,6 +87,16 @@ def paired_differences(
     buckets = dict(zip(BUCKETS, intervals[1:], strict=False))
     domains = dict(zip(reference.domains, intervals[1 + len(BUCKETS) :], strict=True))
     return Differences(intervals[0], buckets, domains)
+
+
+def _require_same_data(reference: Evaluation, pairs: list[tuple[Evaluation, Evaluation]]) -> None:
+    for evaluation in (one for pair in pairs for one in pair):
+        if evaluation.fingerprint != reference.fingerprint:
+            raise DifferentDataError(
+                "the evaluations scored different tokens (data fingerprints "
+                f"{reference.fingerprint[:12]} and {evaluation.fingerprint[:12]}), so their "
+                "documents cannot be paired: evaluate both on the same data with the same options"
+            )
 
 
 def _by_statistic(evaluation: Evaluation, sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -50,7 +50,6 @@ def frequency_buckets(counts: NDArray[np.int64]) -> NDArray[np.int8]:
     # Integers, rounded up: `before < share * total`, exactly, also beyond what a float resolves.
     cuts = [-(-percent * int(counts.sum()) // 100) for percent in CUTS_PERCENT]
     bucket[order] = np.searchsorted(np.array(cuts), before, side="right")
-    bucket[counts == 0] = BUCKETS.index("low")
     return bucket
 
 

@@ -87,15 +87,24 @@ def evaluate_model(
     bucket_of_token = frequency_buckets(counts)
     selection = select_documents(dataset, max_tokens)
     sums = _score(scoring_model, dataset, selection, bucket_of_token, batch_tokens)
+    return _result(scoring_model, dataset, selection, sums, counts, bucket_of_token)
+
+
+def _result(
+    model: ScoringModel,
+    dataset: TokenDataset,
+    selection: Selection,
+    sums: Tally,
+    counts: NDArray[np.int64],
+    bucket_of_token: NDArray[np.int8],
+) -> Evaluation:
     documents = DocumentSums(
         selection.domain, selection.document, sums.tokens, sums.ce, sums.entropy
     )
-    numbers = summarise_documents(documents, [domain.name for domain in dataset.domains])
-    _add_bits_per_byte(numbers, dataset, selection)
     summary = {
         "format": FORMAT,
-        "scoring": {"rule": SCORING_RULE, "context_length": scoring_model.context_length},
-        "model": _describe_model(scoring_model),
+        "scoring": {"rule": SCORING_RULE, "context_length": model.context_length},
+        "model": _describe_model(model),
         "data": {
             "fingerprint": fingerprint(dataset, selection, bucket_of_token),
             "tokenizer_sha256": dataset.tokenizer_sha256,
@@ -103,7 +112,7 @@ def evaluate_model(
         },
         "bucket_rule": RULE,
         "bucket_sizes": describe_buckets(counts, bucket_of_token),
-        **numbers,
+        **_numbers(documents, dataset, selection),
         "entropy_histogram": sums.histogram(),
     }
     return Evaluation(summary, documents)
@@ -191,11 +200,16 @@ def _describe_model(model: ScoringModel) -> dict[str, Any]:
     }
 
 
-def _add_bits_per_byte(
-    numbers: dict[str, Any], dataset: TokenDataset, selection: Selection
-) -> None:
-    """Bits per byte where a whole domain was scored: its bytes are known only as a whole."""
+def _numbers(
+    documents: DocumentSums, dataset: TokenDataset, selection: Selection
+) -> dict[str, Any]:
+    """Scores in total, by bucket and by domain.
+
+    Bits per byte only where a whole domain was scored: its bytes are known only as a whole.
+    """
+    numbers = summarise_documents(documents, [domain.name for domain in dataset.domains])
     for domain, complete in zip(dataset.domains, selection.complete, strict=True):
         scores = numbers["domains"][domain.name]
         bits = scores["nats_per_token"] * scores["tokens"] / math.log(2)
         scores["bits_per_byte"] = bits / domain.bytes if complete and domain.bytes else None
+    return numbers

@@ -29,8 +29,15 @@ def test_a_token_that_starts_exactly_at_a_cut_belongs_to_the_rarer_bucket():
     assert frequency_buckets(np.array([160, 30, 10]) * 10**15).tolist() == [HIGH, MEDIUM, LOW]
 
 
-def test_equal_counts_are_ordered_by_token_id():
-    assert frequency_buckets(np.full(20, 3)).tolist() == [HIGH] * 16 + [MEDIUM] * 3 + [LOW]
+def test_every_token_follows_the_rule_and_equal_counts_go_by_token_id():
+    counts = np.random.default_rng(0).integers(0, 30, size=2000)
+    expected, before, total = {}, 0, int(counts.sum())
+    for token in sorted(range(2000), key=lambda token: (-counts[token], token)):
+        expected[token] = HIGH if 5 * before < 4 * total else MEDIUM
+        if 20 * before >= 19 * total:
+            expected[token] = LOW
+        before += int(counts[token])
+    assert frequency_buckets(counts).tolist() == [expected[token] for token in range(2000)]
 
 
 def test_tokens_never_seen_in_training_are_low_even_if_the_cuts_are_not_reached():
