@@ -1,0 +1,170 @@
+"""Run folders in, one self-contained page out, and beside it the data the page is made of.
+
+Everything the page shows is first put into one plain structure, `report.json`; verdict, tables and
+figures are functions of it. The page needs no network: figures are inline SVG, styles are inline.
+"""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_infoentropy import __version__
+from megatron_infoentropy.evaluate import plots, verdict, wording
+from megatron_infoentropy.evaluate.comparison import Group, compare_groups, group_runs
+from megatron_infoentropy.evaluate.files import write_atomically
+from megatron_infoentropy.evaluate.runlog import TrainingLog
+from megatron_infoentropy.evaluate.runs import Run, load_run
+from megatron_infoentropy.evaluate.svg import SERIES
+from megatron_infoentropy.evaluate.weights import weight_curves
+
+FORMAT = 1
+_TEMPLATE = "report.html.jinja"
+
+
+def write_report(runs: list[Path], output: Path) -> Path:
+    """Compare run folders on one HTML page.
+
+    Args:
+        runs: folders with run.json, and where they are there train.log and evaluation.json/.npz.
+        output: the page, or a folder to write report.html into; report.json comes beside it,
+            under the page's name.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: no runs, or a folder that is no run or holds a damaged evaluation.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run folder, got none")
+    page = output if output.suffix in (".html", ".htm") else output / "report.html"
+    data = report_data([load_run(folder) for folder in runs])
+    with write_atomically(page.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with write_atomically(page) as temporary:
+        temporary.write_text(render_report(data, page.with_suffix(".json").name), encoding="utf-8")
+    return page
+
+
+def report_data(runs: list[Run]) -> dict[str, Any]:
+    """Everything the page shows, as JSON values; numbers that are not finite become None."""
+    groups = group_runs(runs)
+    comparisons = compare_groups(groups)
+    first_color = 0 if groups[0].is_baseline else 1  # the first is cross entropy's, always
+    position = {id(run): index for index, run in enumerate(runs)}
+    group_of = {
+        id(run): index
+        for index, group in enumerate(groups)
+        for run in (*group.runs, *group.repeated)
+    }
+    data = {
+        "format": FORMAT,
+        "version": __version__,
+        "verdict": {
+            "headline": verdict.headline(runs, comparisons),
+            "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
+            "limits": verdict.limits(runs, groups, comparisons),
+        },
+        "groups": [_describe_group(g, i, position) for i, g in enumerate(groups, first_color)],
+        "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "weights": weight_curves(runs),
+    }
+    finite = _finite(data)
+    assert isinstance(finite, dict)
+    return finite
+
+
+def render_report(data: dict[str, Any], data_file: str) -> str:
+    """The page as HTML; everything in `data` is escaped, only our own figures are markup."""
+    environment = Environment(
+        loader=PackageLoader("megatron_infoentropy", "evaluate"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in wording.__all__:
+        environment.filters[name] = getattr(wording, name)
+    figures = {
+        "training_ce": plots.training_curves(data, "cross entropy", validation=True),
+        "training_objective": plots.training_curves(data, "objective", validation=False),
+        "buckets": plots.bucket_bars(data),
+        "differences": plots.differences(data),
+        "weights": plots.weight_curves(data),
+        "calibration": plots.calibration(data),
+    }
+    evaluations = [run["evaluation"] for run in data["runs"] if run["evaluation"]]
+    return environment.get_template(_TEMPLATE).render(
+        **data,
+        domains=list(dict.fromkeys(name for scores in evaluations for name in scores["domains"])),
+        title=_title(data),
+        data_file=data_file,
+        figures={name: Markup(svg) if svg else None for name, svg in figures.items()},
+    )
+
+
+def _title(data: dict[str, Any]) -> str:
+    labels = [group["label"] for group in data["groups"]]
+    if len(labels) == 1:
+        return f"Training with {labels[0]}"
+    others = labels[1:] if data["groups"][0]["is_baseline"] else labels
+    named = " and ".join(others) if len(others) < 3 else f"{len(others)} objectives"
+    return f"{named} against cross entropy" if others != labels else named
+
+
+def _describe_group(group: Group, index: int, position: dict[int, int]) -> dict[str, Any]:
+    """A group by its runs' places in the report; `color` counts the figures' series from 1."""
+    return {
+        "label": group.label,
+        "is_baseline": group.is_baseline,
+        "color": index % len(SERIES) + 1,
+        "runs": [position[id(run)] for run in group.runs],
+        "evaluated": [position[id(run)] for run in group.evaluated],
+        "repeated": [position[id(run)] for run in group.repeated],
+    }
+
+
+def _describe_run(run: Run, group: int) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "group": group,
+        "objective_label": run.objective_label,
+        "info": run.info,
+        "last_iteration": run.log.last_iteration,
+        "tokens_seen": run.tokens_seen,
+        "training": _series(run.log, "training"),
+        "validation": _series(run.log, "validation"),
+        "evaluation": run.evaluation.summary if run.evaluation else None,
+    }
+
+
+def _series(log: TrainingLog, part: str) -> dict[str, dict[str, list[float]]]:
+    """Every number of a log as iterations and values, those that are not finite left out."""
+    read = log.series if part == "training" else log.validation_series
+    names = {name for values in getattr(log, part).values() for name in values}
+    result: dict[str, dict[str, list[float]]] = {}
+    for name in sorted(names):
+        points = [(i, value) for i, value in zip(*read(name), strict=True) if math.isfinite(value)]
+        if points:
+            result[name] = {
+                "iterations": [float(i) for i, _ in points],
+                "values": [value for _, value in points],
+            }
+    return result
+
+
+def _finite(value: object) -> object:
+    """The same structure with None for what JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

@@ -1,0 +1,91 @@
+"""Run folders, read back: what was trained, how training went, and how the model scored."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_infoentropy.evaluate.errors import RunFolderError
+from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
+from megatron_infoentropy.evaluate.runlog import TrainingLog, read_log
+
+GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
+SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
+
+# What must be equal for two runs to differ in nothing but objective and seed.
+SETUP_FIELDS = ("parameters", "train_iters", "global_batch_size", "seq_length")
+_REQUIRED = ("name", "objective", "gamma", "sigma", "normalization", "seed", "command", "versions")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; `info` is run.json, `log` is empty and `evaluation` None where absent."""
+
+    folder: Path
+    info: dict[str, Any]
+    log: TrainingLog
+    evaluation: Evaluation | None
+
+    @property
+    def name(self) -> str:
+        return str(self.info["name"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.info["seed"])
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the run minimised plain cross entropy (any objective does, with gamma 0)."""
+        return self.info["objective"] == "cross_entropy" or float(self.info["gamma"]) == 0
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on up to the last logged step, padding and masked ones included."""
+        batch, sequence = self.info["global_batch_size"], self.info["seq_length"]
+        return int(self.log.last_iteration * batch * sequence)
+
+    @property
+    def objective_label(self) -> str:
+        """The objective in words, with every setting that is not the published one."""
+        if self.is_baseline:
+            return "cross entropy"
+        names = {"infoentropy": "InfoEntropy", "focal": "focal"}
+        label = f"{names.get(self.info['objective'], self.info['objective'])}"
+        label += f" {GAMMA}={self.info['gamma']:g}"
+        if self.info["objective"] == "infoentropy" and self.info["sigma"] != 1:
+            label += f" {SIGMA}={self.info['sigma']:g}"
+        if self.info["normalization"] != "paper":
+            label += f", {self.info['normalization']} normalization"
+        return label
+
+    @property
+    def setup(self) -> tuple[Any, ...]:
+        return tuple(self.info[name] for name in SETUP_FIELDS)
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder; the training log and the evaluation may be missing.
+
+    Raises:
+        RunFolderError: run.json is missing, unreadable or lacks a field.
+        EvaluationFormatError: an evaluation is there but cannot be read.
+    """
+    path = folder / "run.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{path} is not a readable run description ({error}): expected a folder that "
+            "`infoentropy train` wrote"
+        ) from error
+    missing = [field for field in (*_REQUIRED, *SETUP_FIELDS) if field not in info]
+    if missing:
+        raise RunFolderError(f"{path} lacks {', '.join(missing)}: train the run again, or add them")
+    log = folder / "train.log"
+    return Run(
+        folder,
+        info,
+        read_log(log) if log.is_file() else TrainingLog(),
+        load_evaluation(folder) if (folder / SUMMARY_FILE).is_file() else None,
+    )

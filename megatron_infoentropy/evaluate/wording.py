@@ -1,0 +1,70 @@
+"""Numbers as the report writes them, in tables, figures and sentences alike."""
+
+import math
+import shlex
+
+__all__ = [
+    "compact",
+    "count",
+    "nats",
+    "perplexity",
+    "plural",
+    "quote",
+    "relative",
+    "sentence",
+    "signed",
+]
+
+MINUS = "\N{MINUS SIGN}"
+NOTHING = "\N{EN DASH}"
+PERCENT = "\N{NO-BREAK SPACE}%"
+
+
+def nats(value: float | None) -> str:
+    """Nats per token, four decimals."""
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+def signed(value: float | None) -> str:
+    """A difference in nats with its sign; a true minus, so that columns align."""
+    return NOTHING if value is None else f"{value:+.4f}".replace("-", MINUS)
+
+
+def perplexity(value: float | None) -> str:
+    """Four digits, or all digits before the point where there are more."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
+
+
+def count(value: int) -> str:
+    """A whole number with thousands separated."""
+    return f"{value:,}"
+
+
+def compact(value: float) -> str:
+    """A count in three digits, as 3.21M."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def relative(difference: float) -> str:
+    """What a difference in nats means for the perplexity, in percent."""
+    return f"{100 * math.expm1(difference):+.2f}{PERCENT}".replace("-", MINUS)
+
+
+def sentence(text: str) -> str:
+    """A rule written as a phrase, as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def quote(word: str) -> str:
+    """A word of a command as it can be pasted into a shell."""
+    return shlex.quote(word)

@@ -1,0 +1,138 @@
+"""Writes realistic run folders without training: logs and evaluations with known gaps."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from megatron_infoentropy.evaluate.buckets import BUCKETS, RULE
+from megatron_infoentropy.evaluate.evaluation import (
+    FORMAT,
+    DocumentSums,
+    Evaluation,
+    summarise_documents,
+)
+
+VOCAB = 8192
+DOMAINS = {"Python documentation": 90, "Python source code": 160}
+DIFFICULTY = {"high": 3.1, "medium": 6.4, "low": 8.3}  # nats per token
+
+
+def write_run(
+    folder: Path,
+    *,
+    objective: str = "cross_entropy",
+    gamma: float = 1.0,
+    seed: int = 1,
+    name: str | None = None,
+    shift: float = 0.0,
+    steps: int = 400,
+    evaluated: bool = True,
+    fingerprint: str = "f" * 64,
+    **info,
+) -> Path:
+    """One run folder; `shift` moves its loss on every low-frequency token, in nats."""
+    folder.mkdir(parents=True)
+    description = {
+        "name": name or folder.name,
+        "objective": objective,
+        "gamma": gamma,
+        "sigma": 1.0,
+        "normalization": "paper",
+        "seed": seed,
+        "tensor_parallel": 2,
+        "pipeline_parallel": 1,
+        "data_parallel": 1,
+        "device": "cpu, 2 cores",
+        "parameters": 7_342_336,
+        "train_iters": 400,
+        "global_batch_size": 16,
+        "seq_length": 256,
+        "command": ["torchrun", "--nproc-per-node", "2", "-m", "megatron_infoentropy.pretrain",
+                    "--infoentropy-objective", objective, "--infoentropy-gamma", str(gamma),
+                    "--seed", str(seed), "--tokenizer-model", "runs/demo data/tokenizer.json"],
+        "versions": {"torch": "2.15.0", "megatron-core": "0.19.2"},
+    } | info  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
+    (folder / "train.log").write_text(training_log(objective, seed, steps), encoding="utf-8")
+    if evaluated:
+        example_evaluation(seed, shift, objective, fingerprint).save(folder)
+    return folder
+
+
+def training_log(objective: str, seed: int, steps: int) -> str:
+    """Megatron's console log of a run whose loss falls as a power law."""
+    generator = np.random.default_rng([seed, len(objective)])
+    lines = ["using world size: 2, data-parallel size: 1", "[before the start of training step]"]
+    for step in range(10, steps + 1, 10):
+        ce = 4.1 + 4.9 * (1 + step / 22) ** -0.75 + generator.normal(0, 0.03)
+        entropy = ce - 0.1 + generator.normal(0, 0.02)
+        weight = 1 + entropy if objective == "infoentropy" else 1.0
+        loss = ce * 1.04 if objective == "infoentropy" else ce
+        lines.append(
+            f" [2026-11-23 05:00:00.123456] iteration {step:8d}/     400 | consumed samples: "
+            f"{16 * step:12d} | elapsed time per iteration (ms): 612.3 | learning rate: "
+            f"3.000000E-04 | global batch size:    16 | objective: {loss:.6E} | cross entropy: "
+            f"{ce:.6E} | entropy: {entropy:.6E} | weight: {weight:.6E} | loss scale: 1.0 | "
+            "grad norm: 0.812 | number of skipped iterations:   0 |"
+        )
+        if step % 100 == 0:
+            value = 4.2 + 4.9 * (1 + step / 22) ** -0.75 + generator.normal(0, 0.02)
+            lines += [
+                "-" * 90,
+                f" validation loss at iteration {step} | cross entropy value: {value:.6E} | "
+                f"cross entropy PPL: {math.exp(value):.6E} | ",
+                "-" * 90,
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def example_evaluation(seed: int, shift: float, objective: str, fingerprint: str) -> Evaluation:
+    """An evaluation with the same documents for every seed, and noise of its own."""
+    shared = np.random.default_rng(0)
+    count = sum(DOMAINS.values())
+    tokens = shared.integers(20, 900, size=(count, 1)) * np.array([0.8, 0.15, 0.05])
+    tokens = tokens.astype(np.int64) + 1
+    hard = shared.normal(0, 0.35, size=(count, 1)) + np.array(list(DIFFICULTY.values()))
+    own = np.random.default_rng([seed, len(objective)])
+    per_token = hard + own.normal(0, 0.08, size=(count, 3)) + own.normal(0, 0.006, size=3)
+    per_token = per_token + shift * np.array([0.05, 0.4, 1.0])
+    domain = np.repeat(np.arange(len(DOMAINS)), list(DOMAINS.values()))
+    entropy = 0.96 * per_token * tokens
+    sums = DocumentSums(domain, np.arange(count), tokens, per_token * tokens, entropy)
+    numbers = summarise_documents(sums, list(DOMAINS))
+    for scores in numbers["domains"].values():
+        bits = scores["nats_per_token"] / math.log(2)
+        scores["bits_per_byte"] = bits / 3.4
+    summary = {
+        "format": FORMAT,
+        "scoring": {"rule": "every token once", "context_length": 256},
+        "model": {"parameters": 7_342_336, "vocab_size": VOCAB, "device": "cpu"},
+        "data": {"fingerprint": fingerprint, "tokenizer_sha256": "0" * 64, "complete": True},
+        "bucket_rule": RULE,
+        "bucket_sizes": {
+            name: {"vocabulary": size, "training_share": share}
+            for name, size, share in zip(BUCKETS, (812, 2604, 4776), (0.8, 0.15, 0.05), strict=True)
+        },
+        **numbers,
+        "entropy_histogram": example_histogram(int(tokens.sum())),
+    }
+    return Evaluation(summary, sums)
+
+
+def example_histogram(total: int) -> dict:
+    edges = np.linspace(0, math.log(VOCAB), 65)
+    center = (edges[1:] + edges[:-1]) / 2
+    share = 0.5 * np.exp(-center / 0.5) + np.exp(-((center - 4.6) ** 2) / 3.2)
+    share[center > 8.6] = 0
+    tokens = (share / share.sum() * total).astype(int)
+    filled = tokens > 0
+    return {
+        "edges": edges.tolist(),
+        "tokens": tokens.tolist(),
+        "mean_ce": [
+            float(c * 1.04 + 0.05) if f else None for c, f in zip(center, filled, strict=True)
+        ],
+        "mean_entropy": [float(c) if f else None for c, f in zip(center, filled, strict=True)],
+    }

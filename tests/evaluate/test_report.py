@@ -1,0 +1,276 @@
+"""The report: what it shows, what it must not claim, and that it stands alone."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from example_runs import DOMAINS, write_run
+
+from megatron_infoentropy.evaluate.errors import EvaluationFormatError, RunFolderError
+from megatron_infoentropy.evaluate.report import report_data, write_report
+from megatron_infoentropy.evaluate.runs import load_run
+
+FIGURES = ("train-cross-entropy", "train-objective", "buckets", "differences", "weights",
+           "calibration")  # fmt: skip
+
+
+def four_runs(folder: Path, shift: float) -> list[Path]:
+    return [
+        write_run(folder / f"{objective}-{seed}", objective=objective, seed=seed, shift=amount)
+        for objective, amount in (("cross_entropy", 0.0), ("infoentropy", shift))
+        for seed in (1, 2)
+    ]
+
+
+def written(runs: list[Path], output: Path) -> tuple[str, dict]:
+    page = write_report(runs, output)
+    assert page == output / "report.html"
+    data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    return page.read_text(encoding="utf-8"), data
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    folder = tmp_path_factory.mktemp("four")
+    return written(four_runs(folder / "runs", shift=-0.3), folder)
+
+
+def figures_of(page: str) -> list[str]:
+    return re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+
+
+def test_the_page_holds_every_figure_as_well_formed_inline_svg(four):
+    page, _ = four
+    figures = figures_of(page)
+    assert len(figures) == len(FIGURES)
+    for name, figure in zip(FIGURES, figures, strict=True):
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img"
+        assert root.get("aria-label")
+        ids = re.findall(r'\bid="([^"]+)"', figure)
+        assert ids
+        assert all(identifier.startswith(f"{name}-") for identifier in ids)
+        for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', figure):
+            assert "".join(reference) in ids
+    ids = [name for figure in figures for name in re.findall(r'\bid="([^"]+)"', figure)]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_needs_nothing_from_outside(four):
+    page, _ = four
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) == namespaces
+    assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import|url\((?!#)", page)
+
+
+def test_every_colour_of_a_figure_follows_the_theme(four):
+    page, _ = four
+    for figure in figures_of(page):
+        bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", figure)
+        assert re.findall(r"#[0-9a-f]{6}\b", bare) == []
+
+
+def test_tags_are_closed_and_nested(four):
+    class Nesting(html.parser.HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "br"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    parser = Nesting()
+    parser.feed(four[0])
+    assert parser.open == []
+
+
+def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
+    page, data = four
+    assert [group["label"] for group in data["groups"]] == [
+        "cross entropy",
+        "InfoEntropy \N{GREEK SMALL LETTER GAMMA}=1",
+    ]
+    assert len(data["runs"]) == 4
+    for run in data["runs"]:
+        assert len(run["training"]["cross entropy"]["values"]) == 40
+        assert len(run["training"]["objective"]["iterations"]) == 40
+        assert run["validation"]["cross entropy"]["iterations"] == [100, 200, 300, 400]
+        assert run["tokens_seen"] == 400 * 16 * 256
+        assert run["info"]["command"][0] == "torchrun"
+        assert sum(run["evaluation"]["entropy_histogram"]["tokens"]) > 0
+    (comparison,) = data["comparisons"]
+    names = ["all tokens", "high", "medium", "low", *DOMAINS]
+    assert [row["name"] for row in comparison["rows"]] == names
+    assert comparison["seeds"] == [1, 2]
+    assert {curve["gamma"] for curve in data["weights"]["curves"]} == {0.5, 1, 2}
+    for row in comparison["rows"]:
+        assert f"{row['baseline']:.4f}" in page
+        assert f"{row['seed_noise']:.4f}" in page
+    for sentence in (data["verdict"]["headline"], *data["verdict"]["limits"]):
+        assert sentence in page
+
+
+def test_a_difference_beyond_documents_and_seeds_is_called_one(four):
+    _, data = four
+    rows = {row["name"]: row for row in data["comparisons"][0]["rows"]}
+    assert rows["low"]["reading"] == "better"
+    assert rows["low"]["low"] < -0.3 + 0.1
+    assert rows["low"]["high"] < 0
+    assert "scores better than cross entropy" in data["verdict"]["headline"]
+
+
+def test_the_difference_is_the_mean_over_seeds_of_paired_differences(four):
+    _, data = four
+    nats = [run["evaluation"]["buckets"]["low"]["nats_per_token"] for run in data["runs"]]
+    row = next(row for row in data["comparisons"][0]["rows"] if row["name"] == "low")
+    assert row["difference"] == pytest.approx((nats[2] - nats[0] + nats[3] - nats[1]) / 2)
+    noise = max(abs(nats[0] - nats[1]), abs(nats[2] - nats[3]))
+    assert row["seed_noise"] == pytest.approx(noise)
+
+
+def test_without_a_difference_none_is_claimed(tmp_path):
+    verdict = report_data([load_run(run) for run in four_runs(tmp_path, shift=0.0)])["verdict"]
+    assert verdict["headline"].startswith("No difference shown")
+    assert "likely below noise, and noise here is" in verdict["limits"][0]
+
+
+def test_weights_have_mean_one_over_the_tokens(four):
+    weights = four[1]["weights"]
+    histogram = weights["histogram"]
+    for curve in weights["curves"]:
+        total = weighted = 0.0
+        step = weights["entropy"][1]
+        for tokens, entropy in zip(histogram["tokens"], histogram["mean_entropy"], strict=True):
+            if tokens:
+                total += tokens
+                weighted += tokens * curve["weight"][round(entropy / step)]
+        assert weighted / total == pytest.approx(1, abs=0.01)
+
+
+def test_with_one_seed_each_seed_noise_is_unknown_and_nothing_is_decided(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", objective="cross_entropy"),
+        write_run(tmp_path / "b", objective="infoentropy", shift=-0.3),
+    ]
+    page, data = written(runs, tmp_path)
+    assert data["verdict"]["headline"].startswith("Undecided.")
+    assert {row["seed_noise"] for row in data["comparisons"][0]["rows"]} == {None}
+    assert "better" not in {row["reading"] for row in data["comparisons"][0]["rows"]}
+    assert "Seed noise is unknown" in page
+
+
+def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
+    run = write_run(tmp_path / "a", evaluated=False, steps=200)
+    page, data = written([run], tmp_path)
+    assert len(figures_of(page)) == 2
+    assert data["verdict"]["headline"].startswith("Training curves only")
+    assert "a has logged 200 of 400 steps." in page
+
+
+def test_one_evaluated_run_and_a_run_without_log_are_enough(tmp_path):
+    run = write_run(tmp_path / "a", objective="infoentropy", gamma=2.0)
+    (run / "train.log").unlink()
+    page, data = written([run], tmp_path)
+    assert len(figures_of(page)) == 3
+    assert "there is no cross-entropy run" in data["verdict"]["headline"]
+    assert data["runs"][0]["last_iteration"] == 0
+
+
+def test_runs_of_other_length_seed_or_data_are_not_compared(tmp_path):
+    def refusal(**other) -> str:
+        run = write_run(tmp_path / next(iter(other)), objective="infoentropy", **other)
+        return report_data([load_run(baseline), load_run(run)])["comparisons"][0]["refusal"]
+
+    baseline = write_run(tmp_path / "ce", objective="cross_entropy", seed=1)
+    assert "no cross-entropy run of the same size" in refusal(train_iters=800)
+    assert "no seed was trained and evaluated" in refusal(seed=7)
+    assert refusal(fingerprint="e" * 64) == "the runs were evaluated on different tokens"
+
+
+def test_a_repeated_seed_is_drawn_but_not_compared(tmp_path):
+    data = report_data([load_run(write_run(tmp_path / name, seed=1)) for name in ("a", "b")])
+    assert data["groups"][0]["repeated"] == [1]
+    assert "b repeats an objective, set-up and seed" in " ".join(data["verdict"]["limits"])
+
+
+def test_many_runs_of_several_objectives_fit_on_one_page(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{objective}{gamma}-{seed}", objective=objective, gamma=gamma,
+                  seed=seed)
+        for objective, gamma in (("cross_entropy", 1), ("infoentropy", 0.5), ("infoentropy", 2),
+                                 ("focal", 1))
+        for seed in (1, 2, 3)
+    ]  # fmt: skip
+    page, data = written(runs, tmp_path)
+    assert len(data["comparisons"]) == 3
+    assert len(figures_of(page)) == len(FIGURES)
+    assert "of 3 objectives differ from cross entropy" in page
+
+
+def test_a_bucket_that_does_not_occur_is_left_blank(tmp_path):
+    run = write_run(tmp_path / "a")
+    summary = json.loads((run / "evaluation.json").read_text())
+    summary["buckets"]["low"] = {
+        "tokens": 0, "nats_per_token": None, "perplexity": None, "mean_entropy": None
+    }  # fmt: skip
+    (run / "evaluation.json").write_text(json.dumps(summary))
+    page, _ = written([run], tmp_path)
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower().split()
+
+
+def test_gamma_zero_counts_as_cross_entropy(tmp_path):
+    runs = [
+        write_run(tmp_path / "zero", objective="infoentropy", gamma=0),
+        write_run(tmp_path / "one", objective="infoentropy"),
+    ]
+    data = report_data([load_run(run) for run in runs])
+    assert data["comparisons"][0]["baseline"] == "cross entropy"
+    assert data["comparisons"][0]["rows"]
+
+
+def test_names_are_escaped_in_tables_figures_and_commands(tmp_path):
+    evil = '<script>"1"</script> & $x_1$'
+    run = write_run(tmp_path / "a", name=evil, device=evil, versions={evil: evil}, command=[evil])
+    page, data = written([run], tmp_path)
+    assert "<script" not in page
+    assert "&lt;script&gt;&#34;1&#34;" in page
+    assert data["runs"][0]["name"] == evil
+    assert "&lt;script&gt;" in figures_of(page)[0]
+    assert "$x_1$" in figures_of(page)[0]
+
+
+def test_a_diverged_run_is_reported_not_fatal(tmp_path):
+    run = write_run(tmp_path / "a", evaluated=False)
+    log = (run / "train.log").read_text()
+    (run / "train.log").write_text(re.sub(r"grad norm: 0.812", "grad norm: nan", log))
+    data = report_data([load_run(run)])
+    assert "grad norm" not in data["runs"][0]["training"]
+    assert "cross entropy" in data["runs"][0]["training"]
+
+
+def test_what_is_no_run_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="at least one run folder"):
+        write_report([], tmp_path)
+    with pytest.raises(RunFolderError, match=r"run\.json is not a readable run description"):
+        write_report([tmp_path], tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "x"}')
+    with pytest.raises(RunFolderError, match="lacks objective"):
+        write_report([tmp_path], tmp_path)
+    run = write_run(tmp_path / "a")
+    (run / "evaluation.npz").write_bytes(b"torn")
+    with pytest.raises(EvaluationFormatError, match="no readable evaluation"):
+        write_report([run], tmp_path)
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_the_page_can_be_named(tmp_path):
+    run = write_run(tmp_path / "a", evaluated=False)
+    page = write_report([run], tmp_path / "out" / "page.html")
+    assert page.name == "page.html"
+    assert sorted(path.name for path in page.parent.iterdir()) == ["page.html", "page.json"]
+    assert "page.json" in page.read_text(encoding="utf-8")
