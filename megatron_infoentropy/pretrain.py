@@ -4,12 +4,9 @@ This is Megatron's own `pretrain` with all of Megatron's flags, plus `--infoentr
 without a GPU it runs on the CPU.
 """
 
-import logging
 from typing import Any
 
 from megatron_infoentropy.runtime import cpu
-
-logger = logging.getLogger(__name__)
 
 
 def prepare() -> tuple[Any, Any]:
@@ -18,7 +15,7 @@ def prepare() -> tuple[Any, Any]:
     Raises:
         ValueError: settings that cannot work together, before anything is built.
     """
-    from megatron.training import get_args, get_tokenizer
+    from megatron.training import get_args, get_tokenizer, print_rank_0
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
@@ -27,19 +24,19 @@ def prepare() -> tuple[Any, Any]:
 
     from megatron_infoentropy.integration import arguments
     from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
+    from megatron_infoentropy.integration.model_size import announce_size
     from megatron_infoentropy.integration.step import InfoEntropyForwardStep
 
     parse_and_validate_args(extra_args_provider=arguments.add_infoentropy_args)
     args = get_args()
     config = arguments.config_from_args(args)
     arguments.check_megatron_args(args, config)
-    per_token = arguments.require_per_token_loss(args, config)
-    if args.rank == 0:
-        logger.warning("objective: %s", config)
-        if per_token:
-            logger.warning("--calculate-per-token-loss is on: 'global' divides gradients itself")
+    print_rank_0(f"objective: {config}")
+    if arguments.require_per_token_loss(args, config):
+        print_rank_0("--calculate-per-token-loss is on: 'global' divides the gradients itself")
 
     model_config = gpt_config_from_args(args)
+    model_config.pre_wrap_hooks.append(announce_size)
     batch_weight = GlobalBatchWeight()
     if config.normalization == "global":
         model_config.transformer.finalize_model_grads_func = batch_weight.finalize_model_grads

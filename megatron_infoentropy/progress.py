@@ -1,21 +1,44 @@
 """Progress with a rate and the time left, for anything that takes more than a few seconds."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance = Callable[[int], None]
+
+LINE_EVERY_S = 20.0  # in a log file
 
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """Show a bar on stderr while the block runs; yields a function to call with the work done.
+    """Show progress on stderr while the block runs; yields a function to call with the work done.
 
-    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known.
-    Where stderr is no terminal, one line is written at the end and nothing before.
+    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known. A
+    terminal gets a bar; a log file gets a line every 20 s and one at the end.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    report = _bar if console.is_terminal else _lines
+    with report(console, description, total, unit) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(console: "Console", description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class RateColumn(ProgressColumn):
@@ -33,13 +56,39 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda work: bar.advance(task, work)
 
 
+@contextmanager
+def _lines(console: "Console", description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    start = last = time.monotonic()
+    done = 0
+
+    def say() -> None:
+        seconds = max(time.monotonic() - start, 1e-9)
+        line = f"{description}: {_short(done)}"
+        if total is not None:
+            line += f" of {_short(total)}"
+        line += f" {unit} in {seconds:.0f} s, {_short(done / seconds)} {unit}/s"
+        if total is not None and 0 < done < total:
+            line += f", {seconds * (total - done) / done:.0f} s left"
+        console.print(line, highlight=False, soft_wrap=True)
+
+    def advance(work: int) -> None:
+        nonlocal done, last
+        done += work
+        if time.monotonic() - last >= LINE_EVERY_S:
+            last = time.monotonic()
+            say()
+
+    yield advance
+    say()
+
+
 def _short(number: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= limit:
-            return f"{number / limit:.1f}{suffix}"
-    return f"{number:.1f}"
+            return f"{number / limit * (10 if suffix == 'k' else 1):.1f}{suffix}"
+    return f"{number:.0f}" if number == int(number) else f"{number:.1f}"

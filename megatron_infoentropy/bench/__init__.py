@@ -1,0 +1,1 @@
+"""Measures the loss beside its peers, in one run, as ratios: machines differ, ratios less so."""

@@ -1,0 +1,142 @@
+"""`infoentropy bench`: measures, gives ratios, writes the CSV that the README's table is from."""
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_infoentropy.bench.collectives import measure_collectives
+from megatron_infoentropy.bench.measure import Measurement, measure
+from megatron_infoentropy.bench.providers import available
+from megatron_infoentropy.runtime.device import find_device
+
+OURS = ("infoentropy native", "infoentropy reference")
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All providers at one shape, and the time to join shards."""
+
+    tokens: int
+    vocabulary: int
+    dtype: str
+    threads: int
+    measurements: list[Measurement]
+    collectives_ms: dict[str, float]  # at `ranks` ranks
+    ranks: int
+
+    def ratio(self, measurement: Measurement) -> float:
+        """How many times the time of our fastest backend."""
+        return measurement.median_ms / self.measurements[0].median_ms
+
+
+def bench(
+    *, tokens: int = 2048, vocabulary: int = 32000, dtype: str = "float32", repeats: int = 5
+) -> BenchResult:
+    """Forward and backward of the loss and its peers on random logits [tokens, vocabulary].
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    device = torch.device(find_device().type)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(tokens, vocabulary, device=device, generator=generator) * 3
+    logits = logits.to(getattr(torch, dtype))
+    target = torch.randint(vocabulary, (tokens,), device=device, generator=generator)
+    with _group_of_one():
+        providers = available(device, logits.dtype)
+        measurements = measure(providers, logits, target, repeats=repeats)
+    collectives = measure_collectives(2, tokens, repeats=20)
+    threads = torch.get_num_threads()
+    return BenchResult(tokens, vocabulary, dtype, threads, measurements, collectives, 2)
+
+
+def write_csv(results: list[BenchResult], path: Path) -> None:
+    """Append-free, complete: device, versions, commit and date stand in every row.
+
+    Raises:
+        ValueError: the commit is unknown, or the tree has changes that no commit names.
+    """
+    facts = {
+        "device": _device_name(),
+        "torch": version("torch"),
+        "megatron_core": version("megatron-core"),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    rows = [
+        {
+            "tokens": result.tokens,
+            "vocabulary": result.vocabulary,
+            "dtype": result.dtype,
+            "threads": result.threads,
+            "provider": m.provider,
+            "median_ms": f"{m.median_ms:.3f}",
+            "p20_ms": f"{m.p20_ms:.3f}",
+            "p80_ms": f"{m.p80_ms:.3f}",
+            "peak_mib": f"{m.peak_mib:.1f}",
+            "times_ours": f"{result.ratio(m):.2f}",
+            **facts,
+        }
+        for result in results
+        for m in result.measurements
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def _group_of_one() -> Iterator[None]:
+    """Megatron's cross entropy wants a process group even for one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            find_device().backend, init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _device_name() -> str:
+    if find_device().type == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(': ')[2]}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+    if not commit or changed:
+        raise ValueError(
+            "results are written only with the commit they belong to: run from a clone without "
+            "uncommitted changes, or leave out --output"
+        )
+    return commit

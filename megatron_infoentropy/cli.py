@@ -1,0 +1,286 @@
+"""The `infoentropy` command. Each command imports its room inside itself: all start fast."""
+
+import glob
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_infoentropy import __version__
+from megatron_infoentropy.config import InfoEntropyConfig
+
+app = typer.Typer(
+    name="infoentropy",
+    help="Pre-train with the InfoEntropy (MiLe) loss: data, training, conversion, evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+DEFAULT = InfoEntropyConfig()
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"infoentropy: {error}", markup=False
+        )
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if show_version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def corpus(
+    output: Annotated[Path, typer.Argument(help="folder to write the three files into")],
+    megabytes: Annotated[float, typer.Option(help="about how much text")] = 20.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a small corpus in the Pile's format from Python's standard library (for trying out)."""
+    from megatron_infoentropy.data.corpus import build_corpus
+
+    summary = build_corpus(output, megabytes=megabytes, overwrite=overwrite)
+    for (split, domain), size in summary.sizes.items():
+        out.print(f"{split:10} {domain:14} {size.documents:6} documents {size.bytes:10} bytes")
+
+
+@app.command()
+def tokenizer(
+    inputs: Annotated[list[Path], typer.Argument(help=".jsonl or .jsonl.zst files to learn from")],
+    output: Annotated[Path, typer.Option(help="folder to write, in Hugging Face format")],
+    vocab_size: Annotated[int, typer.Option(help="entries, <|endoftext|> included")] = 8192,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from megatron_infoentropy.data.tokenizer import train_tokenizer
+
+    loaded = train_tokenizer(inputs, output, vocab_size=vocab_size, overwrite=overwrite)
+    out.print(f"{output}: {loaded.vocab_size} entries, end of document is {loaded.eod_id}")
+
+
+@app.command()
+def preprocess(
+    input: Annotated[
+        list[str], typer.Option(help=".jsonl or .jsonl.zst file, or a quoted pattern; repeatable")
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
+    output: Annotated[Path, typer.Option(help="folder to write")],
+    workers: Annotated[int, typer.Option(min=1, help="processor cores to use")] = 1,
+    split_by: Annotated[
+        str, typer.Option(help="key that names a document's domain; '' for one dataset")
+    ] = "meta.pile_set_name",
+    append_eod: Annotated[bool, typer.Option(help="end every document with <eod>")] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn text into Megatron's .bin/.idx datasets, one a domain, with token counts."""
+    from megatron_infoentropy.data.preprocess import preprocess as run
+
+    done = run(
+        _matching(input),
+        tokenizer,
+        output,
+        workers=workers,
+        append_eod=append_eod,
+        split_by=split_by or None,
+        overwrite=overwrite,
+    )
+    for name, domain in done.manifest.domains.items():
+        out.print(f"{name:20} {domain.documents:9} documents {domain.tokens:12} tokens")
+
+
+def _matching(patterns: list[str]) -> list[Path]:
+    """Files in the order given, each pattern's matches sorted; a pattern must match something."""
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 takes absolute
+        files += found or [Path(pattern)]  # a missing file is named by the room that opens it
+    return files
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML of Megatron flags; see examples/")],
+    megatron_flags: Annotated[
+        list[str] | None, typer.Argument(help="more Megatron flags, after --; the last one counts")
+    ] = None,
+    *,
+    data: Annotated[Path, typer.Option(help="folder with train/, validation/, test/ datasets")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
+    run: Annotated[Path, typer.Option(help="folder for this run: log, checkpoints, facts")],
+    objective: Annotated[
+        str, typer.Option(help="infoentropy, focal or cross_entropy")
+    ] = DEFAULT.objective,
+    gamma: Annotated[float, typer.Option(help="exponent of the weight")] = DEFAULT.gamma,
+    sigma: Annotated[float, typer.Option(help="added to the entropy, nats")] = DEFAULT.sigma,
+    normalization: Annotated[
+        str, typer.Option(help="paper, global or none")
+    ] = DEFAULT.normalization,
+    seed: Annotated[int, typer.Option(help="of initialisation and data order")] = 1234,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="vocabulary and weight shards")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(help="processes; default: one a GPU, or what the layout needs")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command only")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")] = False,
+) -> None:
+    """Train with Megatron: runs torchrun for you, prints its command, keeps its log."""
+    from megatron_infoentropy.launch import train as launch
+
+    config = InfoEntropyConfig(objective, gamma, sigma, normalization)  # type: ignore[arg-type]
+    job = launch.TrainingJob(
+        recipe,
+        data,
+        tokenizer,
+        run,
+        config,
+        seed,
+        tensor_parallel,
+        pipeline_parallel,
+        ranks,
+        tuple(megatron_flags or ()),
+    )
+    command = launch.build_command(job)
+    out.print(str(command), markup=False)
+    if not dry_run:
+        launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron --save folder, or an iter_ folder")],
+    output: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder to copy")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as saved")] = "auto",
+    verify: Annotated[
+        Path | None, typer.Option(help="text file: compare both models' logits on it")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a Megatron checkpoint, of any layout, as a Hugging Face Llama."""
+    from megatron_infoentropy.convert.to_hf import convert_checkpoint
+
+    done = convert_checkpoint(
+        checkpoint,
+        output,
+        tokenizer=tokenizer,
+        dtype=dtype,  # type: ignore[arg-type]
+        overwrite=overwrite,
+    )
+    out.print(f"{output}: {done.parameters} parameters, {done.dtype}")
+    if verify is not None:
+        _verify(checkpoint, output, tokenizer, verify)
+
+
+def _verify(checkpoint: Path, output: Path, tokenizer: Path, text: Path) -> None:
+    from megatron_infoentropy.convert.verify import verify_text
+
+    result = verify_text(checkpoint, output, tokenizer, text)
+    out.print(
+        f"logits over {result.tokens} tokens: largest difference {result.max_difference:.1e} "
+        f"(largest logit {result.max_logit:.1f}), same top token {result.top1_agreement:.2%}"
+    )
+    for difference in result.config_differences:
+        out.print(f"configuration differs: {difference}", markup=False)
+    if not result.passed:
+        raise ValueError(f"{output} does not compute what {checkpoint} computes")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder")],
+    data: Annotated[Path, typer.Option(help="preprocessed dataset to score")],
+    token_counts: Annotated[
+        Path, typer.Option(help="token_counts.npy of the training data: defines the buckets")
+    ],
+    output: Annotated[Path, typer.Option(help="folder for evaluation.json and .npz")],
+    max_tokens: Annotated[int | None, typer.Option(help="score about this many only")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+) -> None:
+    """Perplexity by domain and by how frequent a token is."""
+    from megatron_infoentropy.evaluate.perplexity import evaluate_model
+
+    result = evaluate_model(
+        model, data, token_counts=token_counts, max_tokens=max_tokens, device=device
+    )
+    result.save(output)
+    for kind in ("domains", "buckets"):
+        for name, values in result.summary[kind].items():
+            out.print(
+                f"{name:16} {values['tokens']:9} tokens {values['nats_per_token']:8.4f} nats/token "
+                f"perplexity {values['perplexity']:10.3f}"
+            )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders to compare")],
+    output: Annotated[Path, typer.Option(help="HTML file to write; JSON goes beside it")],
+    show: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
+) -> None:
+    """Write one self-contained page that compares runs, with the noise stated."""
+    import webbrowser
+
+    from megatron_infoentropy.evaluate.report import write_report
+
+    page = write_report(runs, output)
+    out.print(f"report: {page.resolve().as_uri()}")
+    if show:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers to training, and what to do about what is missing."""
+    from megatron_infoentropy.doctor import examine
+
+    findings = examine()
+    marks = {"ok": "ok", "optional": "--", "missing": "!!"}
+    for finding in findings:
+        out.print(f"{marks[finding.verdict]:3} {finding.subject:24} {finding.found}", markup=False)
+        if finding.advice:
+            out.print(f"{'':28} {finding.advice}", markup=False)
+    if any(finding.verdict == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    tokens: Annotated[int, typer.Option(help="rows of logits")] = 2048,
+    vocabulary: Annotated[int, typer.Option(help="columns of logits")] = 32000,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="passes per provider")] = 5,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
+) -> None:
+    """Time and memory of the loss beside its peers, in one run, as ratios."""
+    from megatron_infoentropy.bench.run import bench as run
+    from megatron_infoentropy.bench.run import write_csv
+
+    result = run(tokens=tokens, vocabulary=vocabulary, dtype=dtype, repeats=repeats)
+    title = f"forward + backward, {tokens} x {vocabulary} {dtype}, {result.threads} threads"
+    table = Table("provider", "median ms", "p20-p80 ms", "times ours", "peak MiB", title=title)
+    for m in result.measurements:
+        spread = f"{m.p20_ms:.1f}-{m.p80_ms:.1f}"
+        ratio, memory = f"{result.ratio(m):.1f}", f"{m.peak_mib:.0f}"
+        table.add_row(m.provider, f"{m.median_ms:.1f}", spread, ratio, memory)
+    out.print(table)
+    joined = ", ".join(f"{name} {ms:.2f} ms" for name, ms in result.collectives_ms.items())
+    out.print(f"joining {tokens} tokens over {result.ranks} ranks: {joined}")
+    if output is not None:
+        write_csv([result], output)

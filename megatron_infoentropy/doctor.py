@@ -1,0 +1,128 @@
+"""What this machine offers to training, and what to do about what is missing.
+
+Nothing here imports what it only looks for: a package that merely has the right name must not run.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+Verdict = Literal["ok", "optional", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `advice` is empty where nothing is to be done."""
+
+    subject: str
+    found: str
+    verdict: Verdict = "ok"
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything that training depends on, most important first."""
+    transformer_engine = _transformer_engine()
+    apex = find_apex()
+    return [
+        Finding("Python", sys.version.split()[0]),
+        _package("torch", "needed for everything but preprocessing"),
+        _package("megatron-core", "needed for training: pip install 'megatron-core>=0.19,<0.20'"),
+        _package("transformers", "needed for conversion and evaluation"),
+        *_devices(),
+        _kernels(),
+        transformer_engine,
+        apex,
+        *_what_megatron_will_use(transformer_engine, apex),
+    ]
+
+
+def find_apex(search_path: list[str] | None = None) -> Finding:
+    """Whether NVIDIA Apex is there, or the unrelated web library that has its name."""
+    spec = PathFinder.find_spec("apex", search_path)
+    if spec is None or not spec.submodule_search_locations:
+        return Finding(
+            "NVIDIA Apex",
+            "not found",
+            "optional",
+            "not needed where Transformer Engine is; it is built from NVIDIA's source and is not "
+            "on the package registry (the package called apex there is something else)",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not all((folder / part).is_dir() for part in ("optimizers", "normalization")):
+        return Finding(
+            "NVIDIA Apex",
+            f"a package called apex that is not NVIDIA's ({folder})",
+            "missing",
+            "it is an unrelated web library and would be imported in Apex's place: "
+            "pip uninstall apex",
+        )
+    fused = PathFinder.find_spec("amp_C", search_path) is not None
+    found = "found" + ("" if fused else ", without its compiled parts (amp_C)")
+    advice = "" if fused else "rebuild Apex with its C++ and CUDA extensions"
+    return Finding("NVIDIA Apex", found, "ok" if fused else "optional", advice)
+
+
+def _package(name: str, purpose: str) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        return Finding(name, "not installed", "missing", purpose)
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [
+            Finding(
+                "GPU",
+                "none: training runs on the CPU, through gloo",
+                "optional",
+                "fine for trying things out and for tests",
+            )
+        ]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return [Finding("GPU", ", ".join(names)), Finding("NCCL", nccl)]
+
+
+def _kernels() -> Finding:
+    import torch
+
+    from megatron_infoentropy.kernels import native
+
+    if torch.cuda.is_available():
+        return Finding("InfoEntropy kernels", "PyTorch reference on the GPU", "optional")
+    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
+    if reason is None:
+        return Finding("InfoEntropy kernels", f"native ({native.instruction_set()})")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    advice = "reinstall the package" if compiler else "install a C++ compiler, then reinstall"
+    return Finding("InfoEntropy kernels", f"PyTorch reference: {reason}", "optional", advice)
+
+
+def _transformer_engine() -> Finding:
+    if PathFinder.find_spec("transformer_engine") is None:
+        return Finding(
+            "Transformer Engine",
+            "not found",
+            "optional",
+            "on a GPU machine: pip install 'megatron-infoentropy[gpu]'; FP8 needs it",
+        )
+    return _package("transformer-engine", "found without its metadata")
+
+
+def _what_megatron_will_use(transformer_engine: Finding, apex: Finding) -> list[Finding]:
+    """Megatron looks for Transformer Engine first, for Apex next, and falls back on PyTorch."""
+    if transformer_engine.verdict == "ok":
+        adam, norm = "Transformer Engine's FusedAdam", "Transformer Engine's"
+    elif apex.verdict == "ok":
+        adam, norm = "Apex's FusedAdam", "Apex's fused LayerNorm; PyTorch's RMSNorm"
+    else:
+        adam, norm = "PyTorch's AdamW", "PyTorch's (sequence parallelism refuses them)"
+    return [Finding("optimizer in training", adam), Finding("norms in training", norm)]

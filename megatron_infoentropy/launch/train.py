@@ -1,0 +1,233 @@
+"""Runs one training: builds the torchrun command, follows its log, leaves a run folder.
+
+RUN/run.json       what was run: objective, seed, sizes, command, versions
+RUN/train.log      everything Megatron printed
+RUN/checkpoints/   Megatron's torch_dist checkpoints
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
+from megatron_infoentropy.launch.machine import machine_environment, machine_flags
+from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.progress import progress
+from megatron_infoentropy.runtime.device import Device, find_device
+
+SPLITS = {"train": "train-data-path", "validation": "valid-data-path", "test": "test-data-path"}
+
+
+class TrainingFailed(RuntimeError):
+    """The ranks ended with an error; carries the first traceback they printed."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What to train, on what, where."""
+
+    recipe: Path
+    data: Path  # holds train/, validation/ and test/ token datasets
+    tokenizer: Path
+    run: Path
+    config: InfoEntropyConfig = field(default_factory=InfoEntropyConfig)
+    seed: int = 1234
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    ranks: int | None = None  # on this machine; None is one a GPU, or the least the layout needs
+    extra_flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A torchrun command line and the environment it needs."""
+
+    words: list[str]
+    environment: dict[str, str]
+    device: Device
+    ranks: int
+
+    def __str__(self) -> str:
+        variables = " ".join(f"{k}={shlex.quote(v)}" for k, v in self.environment.items())
+        return f"{variables} {shlex.join(self.words)}"
+
+
+def build_command(job: TrainingJob) -> Command:
+    """The command that trains the job on this machine.
+
+    Raises:
+        ValueError: a recipe, dataset or layout that cannot be used, before anything starts.
+    """
+    device = find_device()
+    model_ranks = job.tensor_parallel * job.pipeline_parallel
+    ranks = job.ranks or max(model_ranks, device.count if device.type == "cuda" else 1)
+    if ranks % model_ranks:
+        raise ValueError(
+            f"{ranks} ranks cannot be split into tensor-parallel {job.tensor_parallel} x "
+            f"pipeline-parallel {job.pipeline_parallel}; use a multiple of {model_ranks}"
+        )
+    recipe = load_recipe(job.recipe)
+    flags: dict[str, Any] = {
+        **_loss_flags(job.config),
+        "seed": job.seed,
+        "tensor-model-parallel-size": job.tensor_parallel,
+        "pipeline-model-parallel-size": job.pipeline_parallel,
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": job.tokenizer,
+        **{flag: _blend(job.data / split) for split, flag in SPLITS.items()},
+        "save": job.run / "checkpoints",
+        "load": job.run / "checkpoints",
+    }
+    words = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.pretrain"),
+        *machine_flags(device, recipe),
+        *to_command_line(recipe),
+        *to_command_line(flags),
+        *job.extra_flags,
+    ]
+    return Command(words, machine_environment(device, ranks), device, ranks)
+
+
+def train(
+    job: TrainingJob, command: Command, on_line: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Run the command to its end; returns the run folder. `on_line` is called with every line.
+
+    Raises:
+        TrainingFailed: with the ranks' first traceback and where the whole log is.
+    """
+    job.run.mkdir(parents=True, exist_ok=True)
+    log_path = job.run / "train.log"
+    facts: dict[str, Any] = {}
+    with log_path.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command.words,
+            env={**os.environ, **command.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        try:
+            lines = _tee(process.stdout, log, on_line, facts)
+            _follow(job, lines)
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                process.terminate()
+            code = process.wait()
+    if code != 0:
+        raise TrainingFailed(
+            f"training ended with exit code {code}; the whole log is {log_path}\n"
+            + _first_traceback(log_path)
+        )
+    _write_facts(job, command, facts)
+    return job.run
+
+
+def _loss_flags(config: InfoEntropyConfig) -> dict[str, Any]:
+    """Every field as its flag, so that the command tells the whole objective."""
+    flags: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        flag = f"infoentropy-{name.replace('_', '-')}"
+        flags[f"no-{flag}" if value is False else flag] = True if value is False else value
+    return flags
+
+
+def _blend(dataset: Path) -> list[Any]:
+    """[tokens, prefix, tokens, prefix, ...]: every domain by its natural weight."""
+    manifest = load_manifest(dataset)
+    return [
+        word
+        for name, facts in manifest.domains.items()
+        for word in (facts.tokens, manifest.prefix(name))
+    ]
+
+
+def _tee(
+    stream: Iterator[str], log: Any, on_line: Callable[[str], None], facts: dict[str, Any]
+) -> Iterator[str]:
+    for line in stream:
+        log.write(line)
+        log.flush()
+        on_line(line)
+        _, found, value = line.partition("model parameters: ")
+        if found:
+            facts["model parameters"] = int(value)
+        yield line
+
+
+def _follow(job: TrainingJob, lines: Iterator[str]) -> None:
+    """Show progress from the first training line on, until the log ends."""
+    parsed = (parse_line(line) for line in lines)
+    training = (line for line in parsed if isinstance(line, TrainingLine))
+    first = next(training, None)
+    if first is None:
+        return
+    with progress(f"train {job.run.name}", first.train_iters, "iterations") as advance:
+        done = first.iteration
+        advance(done)
+        for line in training:
+            advance(line.iteration - done)
+            done = line.iteration
+
+
+def _write_facts(job: TrainingJob, command: Command, facts: dict[str, Any]) -> None:
+    model_ranks = job.tensor_parallel * job.pipeline_parallel
+    config = asdict(job.config)
+    run = {
+        "name": job.run.name,
+        **{key: config[key] for key in ("objective", "gamma", "sigma", "normalization")},
+        "seed": job.seed,
+        "tensor_parallel": job.tensor_parallel,
+        "pipeline_parallel": job.pipeline_parallel,
+        "data_parallel": command.ranks // model_ranks,
+        "device": _device_name(command.device),
+        "parameters": facts.get("model parameters"),
+        "train_iters": _number(command.words, "--train-iters"),
+        "global_batch_size": _number(command.words, "--global-batch-size"),
+        "seq_length": _number(command.words, "--seq-length"),
+        "recipe": job.recipe.name,
+        "command": command.words,
+        "versions": {
+            name: version(name)
+            for name in ("megatron-infoentropy", "megatron-core", "torch", "transformers")
+        },
+    }
+    temporary = job.run / "run.json.tmp"
+    temporary.write_text(json.dumps(run, indent=2, default=str) + "\n")
+    temporary.rename(job.run / "run.json")
+
+
+def _number(words: list[str], flag: str) -> int | None:
+    """The value of a flag, the last time it is given (as argparse reads it), in either spelling."""
+    for index in reversed(range(len(words))):
+        name, has_value, value = words[index].partition("=")
+        if name == flag:
+            return int(value if has_value else words[index + 1])
+    return None
+
+
+def _device_name(device: Device) -> str:
+    if device.type == "cpu":
+        return f"CPU, {os.cpu_count()} cores"
+    import torch
+
+    return f"{device.count} x {torch.cuda.get_device_name()}"
+
+
+def _first_traceback(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    start = text.rfind("Traceback (most recent call last)", 0, text.find("torch/distributed/run"))
+    start = text.find("Traceback (most recent call last)") if start < 0 else start
+    return text[start : start + 4000] if start >= 0 else text[-4000:]

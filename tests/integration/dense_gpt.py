@@ -1,0 +1,73 @@
+"""A Llama-style GPT in dense float64 that takes Megatron's parameters: the oracle's model.
+
+Parameters are the ranks' own shards, as leaves; they are joined inside the graph, so that backward
+leaves in each shard's .grad what that rank's main_grad must be. Shares no code with the package.
+"""
+
+import torch
+
+Shards = dict[tuple[int, int], dict[str, torch.Tensor]]  # (pipeline rank, tensor rank) -> by name
+
+HEADS, GROUPS, HEAD_DIM, EPSILON, ROTARY_BASE = 4, 2, 8, 1e-5, 10000.0
+
+
+class DenseGPT:
+    def __init__(self, shards: Shards, layers_per_stage: int) -> None:
+        self.shards = shards
+        self.stages = 1 + max(pp for pp, _ in shards)
+        self.tensor_ranks = 1 + max(tp for _, tp in shards)
+        self.layers_per_stage = layers_per_stage
+
+    def join(self, stage: int, name: str, dim: int) -> torch.Tensor:
+        return torch.cat([self.shards[stage, tp][name] for tp in range(self.tensor_ranks)], dim)
+
+    def replicated(self, stage: int, name: str) -> torch.Tensor:
+        return self.shards[stage, 0][name]
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, sequence] -> [batch, sequence, padded vocabulary]."""
+        x = self.join(0, "embedding.word_embeddings.weight", 0)[tokens]
+        for layer in range(self.stages * self.layers_per_stage):
+            stage, local = divmod(layer, self.layers_per_stage)
+            prefix = f"decoder.layers.{local}."
+            x = x + self.attention(x, stage, prefix)
+            x = x + self.mlp(x, stage, prefix)
+        last = self.stages - 1
+        x = norm(x, self.replicated(last, "decoder.final_layernorm.weight"))
+        return x @ self.join(last, "output_layer.weight", 0).T
+
+    def attention(self, x: torch.Tensor, stage: int, prefix: str) -> torch.Tensor:
+        b, s, _ = x.shape
+        x = norm(x, self.replicated(stage, prefix + "input_layernorm.weight"))
+        qkv = x @ self.join(stage, prefix + "self_attention.linear_qkv.weight", 0).T
+        per_group = HEADS // GROUPS
+        qkv = qkv.view(b, s, GROUPS, per_group + 2, HEAD_DIM)
+        q = qkv[..., :per_group, :].reshape(b, s, HEADS, HEAD_DIM)
+        k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, 2) for i in (0, 1))
+        q, k = rotate(q), rotate(k)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / HEAD_DIM**0.5
+        future = torch.ones(s, s, dtype=torch.bool).triu(1)
+        p = scores.masked_fill(future, -torch.inf).softmax(-1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", p, v).reshape(b, s, -1)
+        return mixed @ self.join(stage, prefix + "self_attention.linear_proj.weight", 1).T
+
+    def mlp(self, x: torch.Tensor, stage: int, prefix: str) -> torch.Tensor:
+        x = norm(x, self.replicated(stage, prefix + "pre_mlp_layernorm.weight"))
+        name = prefix + "mlp.linear_fc1.weight"
+        halves = [self.shards[stage, tp][name].chunk(2) for tp in range(self.tensor_ranks)]
+        gate, up = (torch.cat([half[i] for half in halves]) for i in (0, 1))
+        hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        return hidden @ self.join(stage, prefix + "mlp.linear_fc2.weight", 1).T
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, halves paired."""
+    s, half = x.shape[1], HEAD_DIM // 2
+    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(s, dtype=torch.float64), frequency)[None, :, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)

@@ -1,0 +1,91 @@
+"""Starts Megatron's trainer on gloo ranks of this machine.
+
+Ranks are forked from a server that has imported Megatron already: importing it takes ten seconds,
+training these models one or two. (A user's own way, torchrun, is what tests/end_to_end takes.)
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from megatron_infoentropy.runtime.cpu import CPU_FLAGS
+
+TINY_MODEL = [
+    *("--num-layers=2", "--hidden-size=32", "--ffn-hidden-size=48", "--init-method-std=0.2"),
+    *("--num-attention-heads=4", "--group-query-attention", "--num-query-groups=2"),
+    *("--seq-length=16", "--max-position-embeddings=16", "--position-embedding-type=rope"),
+    *("--normalization=RMSNorm", "--swiglu", "--no-bias-swiglu-fusion", "--disable-bias-linear"),
+    *("--untie-embeddings-and-output-weights", "--attention-dropout=0", "--hidden-dropout=0"),
+    *("--eval-iters=0", "--eval-interval=1000", "--log-interval=1", "--lr-decay-style=constant"),
+]
+ENVIRONMENT = {
+    # The server takes its modules from here: Python 3.12 does not hand it sys.path.
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+TIMEOUT_S = 180
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["preloaded"])
+
+
+def run_trainer(
+    ranks: int, main: Callable[..., None], arguments: tuple, flags: list[str], folder: Path
+) -> str:
+    """Call main(*arguments) on every rank with `flags` as its command line; rank 0's output."""
+    os.environ.update(ENVIRONMENT)  # the server, started by the first call, keeps it
+    port = _free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        log = folder / f"rank{rank}.log"
+        words = [*CPU_FLAGS, *flags]
+        process = _server.Process(
+            target=_rank, args=(main, arguments, words, environment, log), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(TIMEOUT_S)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    failed = [rank for rank, code in enumerate(codes) if code != 0]
+    if failed:
+        log = (folder / f"rank{failed[0]}.log").read_text()
+        raise AssertionError(f"exit codes {codes}; rank {failed[0]}:\n{log[-5000:]}")
+    return (folder / "rank0.log").read_text()
+
+
+def _rank(main, arguments, words, environment, log):
+    os.environ.update(environment)
+    sys.argv = [main.__module__, *words]
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            main(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            file.flush()
+            os._exit(1)
+        file.flush()
+        os._exit(0)  # the ranks' process groups need no orderly end
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,80 @@
+"""Run on every rank: Megatron's real trainer with our loss, every rank writing down its gradients.
+
+The learning rate is 0 and each iteration uses another gamma, so that one start serves several.
+"""
+
+import dataclasses
+
+import torch
+
+from megatron_infoentropy import pretrain as ours
+
+MASKED_SHARE = (0.1, 0.5, 0.8)  # by (data rank + micro-batch): masks are far from equal
+
+
+def make_batch(data_rank, micro_batch, size, sequence, vocab):
+    """The same tokens on every rank of a layout; position 0 is never masked."""
+    generator = torch.Generator().manual_seed(1000 * data_rank + micro_batch)
+    text = torch.randint(0, vocab, (size, sequence + 1), generator=generator)
+    share = MASKED_SHARE[(data_rank + micro_batch) % len(MASKED_SHARE)]
+    mask = (torch.rand(size, sequence, generator=generator) >= share).float()
+    mask[:, 0] = 1
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "loss_mask": mask,
+        "position_ids": torch.arange(sequence).expand(size, -1).contiguous(),
+        "attention_mask": torch.ones(sequence, sequence, dtype=torch.bool).triu(1)[None, None],
+    }
+
+
+def main(folder, gammas):
+    from megatron.core import mpu
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, get_tokenizer, pretrain
+
+    from megatron_infoentropy.integration import step
+    from megatron_infoentropy.integration.batch import build_datasets
+
+    container, forward_step = ours.prepare()
+    transformer = container.model.transformer
+    finalize = transformer.finalize_model_grads_func or finalize_model_grads
+    found = {"parameters": {}, "gradients": []}
+    served = {"batches": 0}
+
+    def get_batch(_iterator, _stage, _config):
+        args = get_args()
+        micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
+        index = served["batches"] % micro_batches
+        served["batches"] += 1
+        return make_batch(
+            mpu.get_data_parallel_rank(),
+            index,
+            args.micro_batch_size,
+            args.seq_length,
+            get_tokenizer().vocab_size,
+        )
+
+    def write_down(model, *arguments, **options):
+        finalize(model, *arguments, **options)
+        named = dict(model[0].module.named_parameters())
+        found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
+        found["gradients"].append({name: p.main_grad.clone() for name, p in named.items()})
+        if len(found["gradients"]) < len(gammas):
+            use_gamma(len(found["gradients"]))
+
+    def use_gamma(index):
+        forward_step.config = dataclasses.replace(forward_step.config, gamma=gammas[index])
+
+    step.get_batch = get_batch
+    transformer.finalize_model_grads_func = write_down
+    use_gamma(0)
+    pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    found["vocab_size"] = get_tokenizer().vocab_size
+    ranks = (
+        mpu.get_pipeline_model_parallel_rank(),
+        mpu.get_tensor_model_parallel_rank(),
+        mpu.get_data_parallel_rank(),
+    )
+    torch.save(found, folder / f"{ranks[0]}-{ranks[1]}-{ranks[2]}.pt")

@@ -1,0 +1,88 @@
+"""The flags are the configuration's fields; what cannot go together is refused before anything."""
+
+import argparse
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.integration.arguments import (
+    add_infoentropy_args,
+    check_megatron_args,
+    config_from_args,
+    require_per_token_loss,
+)
+
+
+def parse(*words):
+    return add_infoentropy_args(argparse.ArgumentParser()).parse_args(words)
+
+
+def megatron_args(**changes):
+    plain = {
+        "trust_remote_code": False,
+        "fp16_lm_cross_entropy": False,
+        "num_experts": None,
+        "mtp_num_layers": None,
+        "calculate_per_token_loss": False,
+    }
+    return SimpleNamespace(**plain | changes)
+
+
+def test_no_flags_give_the_default_configuration():
+    assert config_from_args(parse()) == InfoEntropyConfig()
+
+
+def test_every_field_can_be_set_by_its_flag():
+    given = {
+        "objective": "focal",
+        "gamma": 2.5,
+        "sigma": 0.5,
+        "normalization": "global",
+        "detach_weight": False,
+        "backend": "reference",
+        "collective": "all_reduce",
+    }
+    assert given.keys() == {field.name for field in dataclasses.fields(InfoEntropyConfig)}
+    words = []
+    for name, value in given.items():
+        flag = f"infoentropy-{name.replace('_', '-')}"
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    assert config_from_args(parse(*words)) == InfoEntropyConfig(**given)
+
+
+def test_an_unknown_choice_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        parse("--infoentropy-objective", "entropy")
+    assert "invalid choice: 'entropy'" in capsys.readouterr().err
+
+
+def test_an_impossible_value_is_refused_by_the_configuration():
+    with pytest.raises(ValueError, match="infinite weight"):
+        config_from_args(parse("--infoentropy-gamma=-1", "--infoentropy-sigma=0"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "normalization", "message"),
+    [
+        ({"trust_remote_code": True}, "paper", "--trust-remote-code is refused"),
+        ({"fp16_lm_cross_entropy": True}, "paper", "--fp16-lm-cross-entropy is refused"),
+        ({"num_experts": 8}, "global", "cannot go with --num-experts"),
+        ({"mtp_num_layers": 1}, "global", "cannot go with --mtp-num-layers"),
+    ],
+)
+def test_incompatible_megatron_flags_are_refused(changes, normalization, message):
+    config = InfoEntropyConfig(normalization=normalization)
+    with pytest.raises(ValueError, match=message):
+        check_megatron_args(megatron_args(**changes), config)
+    if normalization == "global":
+        check_megatron_args(megatron_args(**changes), InfoEntropyConfig())
+
+
+def test_global_normalization_turns_per_token_loss_on():
+    args = megatron_args()
+    assert not require_per_token_loss(args, InfoEntropyConfig())
+    assert not args.calculate_per_token_loss
+    assert require_per_token_loss(args, InfoEntropyConfig(normalization="global"))
+    assert args.calculate_per_token_loss
