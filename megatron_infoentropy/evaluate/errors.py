@@ -13,8 +13,8 @@ class VocabularyMismatchError(ValueError):
     """Model, data and token counts do not agree on the size of the vocabulary."""
 
 
-class EmptyDocumentError(ValueError):
-    """A document without tokens, or a domain without documents: nothing to score there."""
+class EmptyDomainError(ValueError):
+    """A domain without a single token: it has no perplexity."""
 
 
 class NonFiniteScoreError(ValueError):

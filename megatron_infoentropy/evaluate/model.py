@@ -1,6 +1,8 @@
 """Loading a Hugging Face folder for scoring: local files only, no code from the folder."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,10 @@ def load_model(folder: Path, device: str = "auto") -> ScoringModel:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32
-    )
+    with _without_progress_bars():
+        network = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
     context_length = getattr(network.config, "max_position_embeddings", None)
     if not isinstance(context_length, int) or context_length < 1:
         raise ModelFolderError(
@@ -59,6 +62,20 @@ def load_model(folder: Path, device: str = "auto") -> ScoringModel:
             "add the context length the model was trained with"
         )
     return ScoringModel(network.to(device).eval(), torch.device(device), context_length)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading draws a bar of its own between ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def require_model_folder(folder: Path) -> None:

@@ -46,6 +46,7 @@ def training_curves(data: Data, series: str, *, validation: bool) -> str | None:
                 axes.plot(*points.values(), "o", color=color, markersize=6, markeredgecolor=PAGE)
         axes.set(xlabel="step", ylabel="nats per token")
         axes.set_ylim(top=_top_after_start([run["training"][series] for run in runs]))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.legend(loc="upper right")
         return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."

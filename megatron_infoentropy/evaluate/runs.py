@@ -79,9 +79,11 @@ def load_run(folder: Path) -> Run:
             f"{path} is not a readable run description ({error}): expected a folder that "
             "`infoentropy train` wrote"
         ) from error
-    missing = [field for field in (*_REQUIRED, *SETUP_FIELDS) if field not in info]
+    missing = [field for field in (*_REQUIRED, *SETUP_FIELDS) if info.get(field) is None]
     if missing:
-        raise RunFolderError(f"{path} lacks {', '.join(missing)}: train the run again, or add them")
+        raise RunFolderError(
+            f"{path} does not say {', '.join(missing)}: train the run again, or add them"
+        )
     log = folder / "train.log"
     return Run(
         folder,

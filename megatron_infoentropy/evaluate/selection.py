@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.dataset import TokenDataset
-from megatron_infoentropy.evaluate.errors import EmptyDocumentError
+from megatron_infoentropy.evaluate.errors import EmptyDomainError
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Selection:
     """The documents to score, in the order of their domain and index; int64 arrays [documents].
 
     `domain` and `document` name the document in the dataset, `length` the tokens scored of it,
-    counted from its start. `complete[i]` says whether all of domain i is selected.
+    counted from its start, at least one. `complete[i]` says whether all of domain i is selected.
     """
 
     domain: NDArray[np.int64]
@@ -28,11 +28,12 @@ def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Se
     """Select every document, or with `max_tokens` a sample of that many tokens.
 
     The sample takes from each domain its share of the dataset, in a fixed shuffled order of
-    documents, and cuts the last one short. It is the same for every model.
+    documents, and cuts the last one short. It is the same for every model. Documents without a
+    token (preprocessing keeps them, as Megatron does) have nothing to score and are left out.
 
     Raises:
         ValueError: max_tokens is too small to take one token of each domain.
-        EmptyDocumentError: a selected document has no tokens, or a domain no documents.
+        EmptyDomainError: a domain has no token at all.
     """
     total = sum(int(domain.lengths.sum()) for domain in dataset.domains)
     if max_tokens is not None and max_tokens < len(dataset.domains):
@@ -74,14 +75,10 @@ def fingerprint(
 
 
 def _require_tokens(name: str, lengths: NDArray[np.int64]) -> None:
-    if len(lengths) == 0:
-        raise EmptyDocumentError(
-            f"domain {name!r} has no documents, so it has no perplexity: leave it out of the data"
-        )
-    if lengths.min() < 1:
-        raise EmptyDocumentError(
-            f"document {int(lengths.argmin())} of domain {name!r} has no tokens: preprocess the "
-            "data again, without empty texts or with an end-of-document token"
+    if lengths.sum() == 0:
+        raise EmptyDomainError(
+            f"domain {name!r} has {len(lengths)} documents and no token, so it has no perplexity: "
+            "leave it out when preprocessing"
         )
 
 

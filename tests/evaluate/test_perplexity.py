@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from megatron_infoentropy.evaluate.buckets import frequency_buckets
 from megatron_infoentropy.evaluate.errors import (
-    EmptyDocumentError,
+    EmptyDomainError,
     EvaluationFormatError,
     ModelFolderError,
     NonFiniteScoreError,
@@ -195,14 +195,22 @@ def test_another_vocabulary_size_is_refused(model, dataset, tmp_path):
         evaluate_model(model, dataset, token_counts=counts, device="cpu")
 
 
-def test_a_document_or_domain_without_tokens_is_refused_by_name(model, tmp_path):
-    documents = [*random_documents(1, [4, 7]), np.zeros(0, dtype=int)]
-    hollow = write_token_folder(tmp_path / "hollow", {"Web": documents})
-    with pytest.raises(EmptyDocumentError, match="document 2 of domain 'Web'"):
-        evaluate(model, hollow)
-    barren = write_token_folder(tmp_path / "barren", {"Web": documents[:2], "Law": []})
-    with pytest.raises(EmptyDocumentError, match="domain 'Law' has no documents"):
-        evaluate(model, barren)
+def test_documents_without_tokens_are_left_out_and_shift_nothing(model, tmp_path):
+    first, second = random_documents(1, [4, 20])
+    empty = np.zeros(0, dtype=int)
+    hollow = write_token_folder(tmp_path / "hollow", {"Web": [empty, first, empty, second, empty]})
+    plain = write_token_folder(tmp_path / "plain", {"Web": [first, second]})
+    with_empty, without = evaluate(model, hollow), evaluate(model, plain)
+    assert with_empty.documents.document.tolist() == [1, 3]
+    np.testing.assert_array_equal(with_empty.documents.ce, without.documents.ce)
+    assert with_empty.summary["data"]["complete"]
+
+
+@pytest.mark.parametrize("documents", [[], [np.zeros(0, dtype=int)]])
+def test_a_domain_without_tokens_is_refused_by_name(model, tmp_path, documents):
+    domains = {"Web": random_documents(1, [4, 7]), "Law": documents}
+    with pytest.raises(EmptyDomainError, match=r"domain 'Law' has \d documents and no"):
+        evaluate(model, write_token_folder(tmp_path / "barren", domains))
 
 
 def test_a_model_that_gives_nan_is_refused(model, dataset, tmp_path):

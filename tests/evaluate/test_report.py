@@ -259,7 +259,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(RunFolderError, match=r"run\.json is not a readable run description"):
         write_report([tmp_path], tmp_path)
     (tmp_path / "run.json").write_text('{"name": "x"}')
-    with pytest.raises(RunFolderError, match="lacks objective"):
+    with pytest.raises(RunFolderError, match="does not say objective"):
         write_report([tmp_path], tmp_path)
     run = write_run(tmp_path / "a")
     (run / "evaluation.npz").write_bytes(b"torn")
