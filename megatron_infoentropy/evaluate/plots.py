@@ -46,7 +46,7 @@ def training_curves(data: Data, series: str, *, validation: bool) -> str | None:
                 axes.plot(*points.values(), "o", color=color, markersize=6, markeredgecolor=PAGE)
         axes.set(xlabel="step", ylabel="nats per token")
         axes.set_ylim(top=_top_after_start([run["training"][series] for run in runs]))
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.legend(loc="upper right")
         return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
@@ -87,9 +87,7 @@ def bucket_bars(data: Data) -> str | None:
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("perplexity (log scale)")
         axes.figure.legend(loc="outside upper left", ncols=2)
-        return (
-            "Perplexity by token-frequency bucket and objective; the table below has the numbers."
-        )
+        return "Perplexity by token-frequency bucket and objective; the table has the numbers."
 
     return draw("buckets", plot)
 
