@@ -31,7 +31,7 @@ def write_weights(
     """
     with path.open("wb") as file:
         file.write(_header(shapes, dtype))
-        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+        for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=True):
             if (name, tuple(tensor.shape)) != (expected, shape):
                 raise ValueError(f"expected {expected} {shape}, got {name} {tuple(tensor.shape)}")
             numbers = tensor.to(dtype).contiguous().flatten().view(torch.uint8)

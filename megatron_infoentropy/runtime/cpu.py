@@ -184,6 +184,7 @@ def install() -> None:
         for redirection in _REDIRECTIONS:
             stack.enter_context(_redirected(redirection))
         stack.enter_context(_CudaMeansCpu())
+        stack.enter_context(_without_false_alarm())
         _installed = stack.pop_all()
 
 
@@ -229,3 +230,21 @@ def _without_compiler() -> Iterator[None]:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+@contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Drop a warning at every dropout: drawing for "the GPU" changed the CPU's random state.
+
+    Here they are one and the same; Megatron puts the state back behind every dropout.
+    """
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("CPU RNG state changed")
+
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_true)

@@ -5,8 +5,7 @@ folder Megatron wrote, and FOLDER/<case>/golden.pt: tokens, the logits of Megatr
 them, and its greedy continuation of the first few.
 
 Megatron is imported once and every rank is a fork of this process: importing takes longer than all
-the training. Nothing heavy may be imported at the top of this file, because Megatron's checkpoint
-writer starts processes that import it again.
+the training.
 """
 
 import os
@@ -47,6 +46,7 @@ def golden_tokens() -> list[list[int]]:
 def train(folder: Path, flags: str) -> None:
     """Train one rank's part of a case, let Megatron save it, and record what it computes."""
     import torch
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import (
@@ -57,6 +57,7 @@ def train(folder: Path, flags: str) -> None:
 
     from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
+    get_write_results_queue("fork")  # made and kept; by default a process that imports torch again
     sys.argv = ["train", *MODEL.split(), *flags.split(), *CPU_FLAGS, "--save", str(folder / "save")]
     models: list[Any] = []
 

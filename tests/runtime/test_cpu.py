@@ -51,6 +51,7 @@ def test_a_gpt_model_of_megatron_learns_on_the_cpu(tmp_path: Path) -> None:
     losses = json.loads(done.stdout.splitlines()[-1])
     assert len(losses) == 5
     assert losses[-1] < losses[0] - 0.5, losses
+    assert "RNG state changed" not in done.stderr  # the false alarm of every dropout
 
 
 CHECK_EVERY_SYMBOL = """

@@ -1,0 +1,95 @@
+"""Finding and reading a checkpoint."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, find_iteration
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_parameters_and_arguments_are_found_in_both_places_of_the_arguments(
+    tmp_path: Path, legacy: bool
+) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args, torch.bfloat16)
+    opened = MegatronCheckpoint(write_checkpoint(tmp_path, args, tensors, legacy=legacy))
+    assert opened.args == args
+    assert opened.iteration == 7
+    assert set(opened.tensors) == set(tensors)  # no optimizer, no extra state
+    for name, tensor in tensors.items():
+        assert opened.tensors[name] == (tuple(tensor.shape), torch.bfloat16)
+        assert torch.equal(opened.read(name), tensor)
+
+
+def test_an_iteration_is_found_by_the_tracker_by_number_and_by_its_own_folder(
+    tmp_path: Path,
+) -> None:
+    args = tiny_args()
+    folder = write_checkpoint(tmp_path / "save", args, tiny_tensors(args)) / "iter_0000007"
+    assert find_iteration(tmp_path / "save", None) == folder
+    assert find_iteration(tmp_path / "save", 7) == folder
+    assert find_iteration(folder, None) == folder
+    with pytest.raises(ValueError, match=r"iter_0000008.*iter_0000007"):
+        find_iteration(tmp_path / "save", 8)
+
+
+def test_a_release_checkpoint_is_found(tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert find_iteration(tmp_path, None) == tmp_path / "release"
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"latest_checkpointed_iteration\.txt.*\.metadata"):
+        MegatronCheckpoint(tmp_path)
+
+
+def test_another_checkpoint_format_is_refused_by_name(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path, args, tiny_tensors(args))
+    path = tmp_path / "iter_0000007" / "metadata.json"
+    path.write_text(json.dumps({"sharded_backend": "fsdp_dtensor"}))
+    with pytest.raises(ValueError, match=r"got fsdp_dtensor.*--ckpt-format torch_dist"):
+        MegatronCheckpoint(tmp_path)
+
+
+def test_a_checkpoint_without_training_arguments_is_refused(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path, args, tiny_tensors(args), legacy=True)
+    (tmp_path / "iter_0000007" / "common.pt").unlink()
+    with pytest.raises(ValueError, match="no training arguments"):
+        MegatronCheckpoint(tmp_path)
+
+
+class Harmful:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_an_index_that_calls_a_function_does_not_get_to(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path, args, tiny_tensors(args))
+    index = tmp_path / "iter_0000007" / ".metadata"
+    index.write_bytes(pickle.dumps(Harmful(tmp_path / "made")))
+    with pytest.raises(ValueError, match="not the index"):
+        MegatronCheckpoint(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_arguments_that_call_a_function_do_not_get_to(tmp_path: Path, legacy: bool) -> None:
+    args = tiny_args(data_path=Harmful(tmp_path / "made"))
+    opened = MegatronCheckpoint(
+        write_checkpoint(tmp_path / "save", args, tiny_tensors(args), legacy=legacy)
+    )
+    assert opened.args.num_layers == 2
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,126 @@
+"""Models LlamaForCausalLM cannot compute: refused by name, before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import tiny_args, tiny_tensors, unstacked, write_checkpoint
+from torch import Tensor
+
+from megatron_infoentropy.convert import UnsupportedModelError, convert_checkpoint
+
+LAYERS = "decoder.layers."
+ARGUMENTS: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "position_embedding_type": "learned_absolute",
+    "rotary_percent": 0.5,
+    "use_rope_scaling": True,
+    "rope_type": "yarn",
+    "rotary_seq_len_interpolation_factor": 4,
+    "no_rope_freq": 4,
+    "qk_layernorm": True,
+    "num_experts": 8,
+    "multi_latent_attention": True,
+    "window_size": (128, 0),
+    "softmax_type": "learnable",
+    "attention_output_gate": True,
+    "apply_residual_connection_post_layernorm": True,
+    "hybrid_layer_pattern": "M*-",
+    "mtp_num_layers": 1,
+    "use_mup": True,
+    "spec": ["some.module", "spec"],
+}
+
+
+def refuse(folder: Path, args: Any, tensors: dict[str, Tensor], match: str) -> None:
+    write_checkpoint(folder / "save", args, tensors)
+    with pytest.raises(ValueError, match=match) as raised:
+        convert_checkpoint(folder / "save", folder / "hf")
+    assert isinstance(raised.value, UnsupportedModelError)
+    assert [path.name for path in folder.iterdir()] == ["save"], "nothing may be written"
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str) -> None:
+    refuse(tmp_path, tiny_args(**{name: ARGUMENTS[name]}), tiny_tensors(tiny_args()), name)
+
+
+def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
+    args = tiny_args(swiglu=False, add_bias_linear=True)
+    refuse(tmp_path, args, tiny_tensors(args), "--swiglu.*--disable-bias-linear")
+
+
+def test_an_argument_that_must_be_there_is_named(tmp_path: Path) -> None:
+    args = tiny_args()
+    del args.normalization
+    refuse(tmp_path, args, tiny_tensors(args), "normalization was not saved")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        LAYERS + "self_attention.linear_qkv.bias",
+        LAYERS + "self_attention.q_layernorm.weight",
+        LAYERS + "0.mlp.experts.linear_fc1.weight",
+        LAYERS + "mlp.linear_fc1.weight_w",
+        "decoder.final_norm.weight",
+        "embedding.position_embeddings.weight",
+        "mtp.layers.0.eh_proj.weight",
+    ],
+)
+def test_a_parameter_llama_has_not_is_named(tmp_path: Path, name: str) -> None:
+    args = tiny_args()
+    refuse(tmp_path, args, tiny_tensors(args) | {name: torch.zeros(2)}, name)
+
+
+def test_a_parameter_that_was_not_stored_is_named(tmp_path: Path) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args)
+    del tensors[LAYERS + "mlp.linear_fc2.weight"]
+    refuse(tmp_path, args, tensors, r"lacks.*model\.layers\.0\.mlp\.down_proj\.weight")
+
+
+def test_a_layer_too_many_is_named(tmp_path: Path) -> None:
+    tensors = unstacked(tiny_tensors(tiny_args(num_layers=3)))
+    refuse(tmp_path, tiny_args(), tensors, r"model\.layers\.2")
+
+
+def test_a_norm_stored_twice_is_named(tmp_path: Path) -> None:
+    args = tiny_args()
+    extra = {LAYERS + "input_layernorm.weight": torch.zeros(2, 32)}
+    refuse(tmp_path, args, tiny_tensors(args) | extra, "input_layernorm")
+
+
+def test_an_output_table_beside_tied_embeddings_is_named(tmp_path: Path) -> None:
+    tensors = tiny_tensors(tiny_args())
+    args = tiny_args(untie_embeddings_and_output_weights=False)
+    refuse(tmp_path, args, tensors, r"lm_head\.weight")
+
+
+def test_quantised_parameters_are_refused(tmp_path: Path) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args)
+    tensors["output_layer.weight"] = torch.zeros(64, 32, dtype=torch.uint8)
+    refuse(tmp_path, args, tensors, "uint8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 65}, "at most 64 tokens"),
+        ({"num_layers": 3}, "3 layers, got 2"),
+        ({"hidden_size": 40}, "shape"),
+        ({"num_query_groups": 4}, "shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_parameters_are_an_error_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_checkpoint(tmp_path / "save", tiny_args(**changes), tiny_tensors(tiny_args()))
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["save"]

@@ -1,0 +1,185 @@
+"""Exported folders, against what Megatron's own models computed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, unstacked, write_checkpoint
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
+from megatron_infoentropy.convert.to_hf import Dtype
+
+
+def load(folder: Path) -> Any:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other"])
+def test_an_export_computes_what_megatrons_model_computed(
+    trained: Path, tmp_path: Path, case: str
+) -> None:
+    summary = convert_checkpoint(trained / case / "save", tmp_path / "hf")
+    assert (summary.iteration, summary.vocab_size, summary.dtype) == (3, 250, "float32")
+    golden = torch.load(trained / case / "golden.pt")
+    model = load(tmp_path / "hf")
+    with torch.no_grad():
+        for tokens, expected in zip(golden["tokens"], golden["logits"], strict=True):
+            actual = model(torch.tensor([tokens])).logits[0]
+            assert expected.abs().max() > 3, "logits near zero would hide mistakes"
+            torch.testing.assert_close(actual, expected[:, :250], atol=2e-5, rtol=0)
+            assert torch.equal(actual.argmax(-1), expected[:, :250].argmax(-1))
+        prompt = torch.tensor([golden["generated"][:16]])
+        generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert generated[0].tolist() == golden["generated"]
+
+
+@pytest.mark.parametrize("case", ["tp2", "other", "bf16"])
+def test_the_check_passes_for_real_checkpoints(trained: Path, tmp_path: Path, case: str) -> None:
+    convert_checkpoint(trained / case / "save", tmp_path / "hf")
+    tokens = torch.load(trained / case / "golden.pt")["tokens"]
+    verification = verify_conversion(trained / case / "save", tmp_path / "hf", tokens)
+    assert verification.passed, verification
+    assert verification.max_difference <= 1e-5 * verification.max_logit
+
+
+def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    save = trained / "bf16" / "save"
+    assert convert_checkpoint(save, tmp_path / "auto").dtype == "bfloat16"
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "auto").dtype == torch.bfloat16
+    convert_checkpoint(save, tmp_path / "fp32", dtype="float32")
+    pairs = zip(load(tmp_path / "auto").parameters(), load(tmp_path / "fp32").parameters())  # noqa: B905
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "a key for every query": {"group_query_attention": False, "num_query_groups": 1},
+    "tied": {"untie_embeddings_and_output_weights": False},
+    "interleaved": {"rotary_interleaved": True},
+    "norms around zero": {"layernorm_zero_centered_gamma": True},
+    "wide heads and other constants": {
+        "kv_channels": 12,
+        "rotary_base": 500000,
+        "layernorm_epsilon": 1e-3,
+    },
+}
+
+
+@pytest.mark.parametrize("layers", ["stacked", "one by one"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_convention_is_undone(tmp_path: Path, variant: str, layers: str) -> None:
+    args = tiny_args(**VARIANTS[variant])
+    tensors = tiny_tensors(args)
+    write_checkpoint(
+        tmp_path / "save", args, tensors if layers == "stacked" else unstacked(tensors)
+    )
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
+    assert verification.passed, verification
+    assert verification.tokens == 96
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "exported"),
+    [
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "auto", torch.float16),
+    ],
+)
+def test_the_dtype_asked_for_is_exported_and_checked_without_its_rounding(
+    tmp_path: Path, stored: torch.dtype, asked: Dtype, exported: torch.dtype
+) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, stored))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", dtype=asked)
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "hf").dtype == exported
+    assert verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
+
+
+def write_tokenizer(folder: Path, size: int) -> Path:
+    folder.mkdir()
+    vocab = {f"t{token}": token for token in range(size - 1)} | {"<|endoftext|>": size - 1}
+    Tokenizer(models.WordLevel(vocab, unk_token="t0")).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "notes.txt").write_text("not part of a tokenizer")
+    return folder
+
+
+def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Path) -> None:
+    args = tiny_args(vocab_size=None)  # as saved after training with a Hugging Face tokenizer
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
+    summary = convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
+    assert (summary.vocab_size, summary.padded_vocab_size) == (61, 64)
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tokenizer / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 60
+    model = load(tmp_path / "hf")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 60
+    assert verify_conversion(tmp_path / "save", tmp_path / "hf", [[60, 1, 2]]).passed
+
+
+def test_without_a_tokenizer_no_special_ids_are_invented(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
+def test_transformers_4_and_5_find_the_rotary_base(tmp_path: Path) -> None:
+    args = tiny_args(rotary_base=500000)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000
+
+
+def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    output = tmp_path / "hf"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(ValueError, match="exists"):
+        convert_checkpoint(tmp_path / "save", output)
+    with monkeypatch.context() as broken:
+        broken.setattr("megatron_infoentropy.convert.to_hf.llama_config", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert_checkpoint(tmp_path / "save", output, overwrite=True)
+    assert [path.name for path in output.iterdir()] == ["old"]
+    assert {path.name for path in tmp_path.iterdir()} == {"save", "hf"}, "nothing is left behind"
+    convert_checkpoint(tmp_path / "save", output, overwrite=True)
+    assert not (output / "old").exists()
+    assert (output / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"save", "hf"}
+
+
+def test_conversion_needs_neither_megatron_nor_transformers(trained: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["megatron"] = sys.modules["transformers"] = None  # importing them would fail
+from pathlib import Path
+from megatron_infoentropy.convert import convert_checkpoint
+convert_checkpoint(Path({str(trained / "tp2" / "save")!r}), Path({str(tmp_path / "hf")!r}))
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+    assert (tmp_path / "hf" / "config.json").is_file()

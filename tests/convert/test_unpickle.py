@@ -1,0 +1,96 @@
+"""Reading pickles without running them."""
+
+import argparse
+import collections
+import enum
+import os
+import pickle
+import signal
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_infoentropy.convert.unpickle import StandIn, unpickle, unpickle_torch_file
+
+
+class Harmful:
+    """Pickles as a call of the function it is given."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Backend(enum.Enum):
+    FLASH = 5
+
+
+@pytest.mark.parametrize("function", [os.system, os.mkdir, eval, exec, print])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_function_in_a_pickle_is_not_called(
+    tmp_path: Path, function: Any, protocol: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "made"
+    argument = f"open({str(target)!r}, 'w')" if function in (eval, exec) else str(target)
+    argument = f"touch {target}" if function is os.system else argument
+    data = pickle.dumps({"args": [Harmful(function, argument)], "n": 1}, protocol=protocol)
+    loaded = unpickle(data)
+    assert loaded["n"] == 1
+    assert isinstance(loaded["args"][0], StandIn)
+    assert loaded["args"][0].arguments == (argument,)
+    assert not target.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_same_pickle_does_run_in_pickle_itself(tmp_path: Path) -> None:
+    data = pickle.dumps(Harmful(os.mkdir, str(tmp_path / "made")))
+    pickle.loads(data)
+    assert (tmp_path / "made").is_dir()
+
+
+def test_training_arguments_are_read_with_stand_ins_for_other_classes() -> None:
+    args = argparse.Namespace(
+        num_layers=4,
+        betas=(0.9, 0.95),
+        attention_backend=Backend.FLASH,
+        exit_signal=signal.SIGTERM,
+        ratio=Fraction(1, 3),
+        groups=collections.OrderedDict(a=[1]),
+        defaults=collections.defaultdict(list, key=[2]),
+    )
+    loaded = unpickle(pickle.dumps(args))
+    assert type(loaded) is argparse.Namespace
+    assert (loaded.num_layers, loaded.betas, loaded.groups["a"]) == (4, (0.9, 0.95), [1])
+    assert repr(loaded.attention_backend) == "Backend(5,)"
+    assert isinstance(loaded.defaults, StandIn)
+    assert isinstance(loaded.ratio, StandIn)
+
+
+def test_an_allowed_class_is_real() -> None:
+    key = (Fraction.__module__, "Fraction")
+    assert unpickle(pickle.dumps(Fraction(1, 3)), {key: Fraction}) == Fraction(1, 3)
+
+
+def test_a_file_of_torch_save_is_read_without_its_numbers() -> None:
+    file = BytesIO()
+    torch.save({"iteration": 3, "step": torch.ones(2)}, file)
+    loaded = unpickle_torch_file(file.getvalue())
+    assert loaded["iteration"] == 3
+    assert isinstance(loaded["step"], StandIn)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps([1, 2])[:-1]])
+def test_a_broken_pickle_is_an_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="expected a pickle"):
+        unpickle(data)
+
+
+def test_something_else_than_a_file_of_torch_save_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"torch\.save"):
+        unpickle_torch_file(b"PK but not a zip file")

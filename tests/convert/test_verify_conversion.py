@@ -1,0 +1,140 @@
+"""The check fails for every mistake a conversion has been seen to make."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from torch import Tensor
+
+from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
+from megatron_infoentropy.convert.architecture import Architecture
+from megatron_infoentropy.convert.layout import LAYOUTS
+
+
+def naive_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
+    """All queries, then all keys, then all values: not how Megatron stores them."""
+    queries, keys = model.num_heads * model.head_dim, model.num_groups * model.head_dim
+    return tuple(qkv.split([queries, keys, keys]))
+
+
+def up_gate(fc1: Tensor, model: Architecture) -> tuple[Tensor, ...]:
+    return tuple(reversed(fc1.chunk(2)))
+
+
+def shifted_vocabulary(table: Tensor, model: Architecture) -> tuple[Tensor]:
+    return (table[1 : model.vocab_size + 1],)
+
+
+def untouched_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
+    return (weight,)
+
+
+def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
+    heads = qkv.view(model.num_groups, -1, model.head_dim, model.hidden_size)
+    return tuple(
+        part.reshape(-1, model.hidden_size)
+        for part in heads.split([model.num_heads // model.num_groups, 1, 1], dim=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "mistake", "changes"),
+    [
+        ("qkv", naive_qkv, {}),
+        ("qkv", naive_qkv, {"group_query_attention": False}),
+        ("qkv", unpaired_qkv, {"rotary_interleaved": True}),
+        ("gate_up", up_gate, {}),
+        ("vocabulary", shifted_vocabulary, {}),
+        ("norm", untouched_norm, {"layernorm_zero_centered_gamma": True}),
+    ],
+)
+def test_a_wrong_layout_fails_the_check(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    mistake: Callable[[Tensor, Architecture], tuple[Tensor, ...]],
+    changes: dict[str, Any],
+) -> None:
+    args = tiny_args(**changes)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    monkeypatch.setitem(LAYOUTS, layout, mistake)
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
+    assert not verification.passed
+    assert verification.max_difference > 0.1
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10001.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "logits_differ"),
+    [
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps", True),
+        ({"rope_parameters": ROPE}, "rope_theta", True),
+        ({"max_position_embeddings": 65}, "max_position_embeddings", False),
+        ({"hidden_act": "gelu"}, "hidden_act", True),
+    ],
+)
+def test_a_wrong_configuration_fails_the_check_and_is_named(
+    exported: Path, changes: dict[str, Any], field: str, logits_differ: bool
+) -> None:
+    change_config(exported, **changes)
+    verification = verify_conversion(exported / "save", exported / "hf", TOKENS)
+    assert not verification.passed
+    assert any(line.startswith(field) for line in verification.config_differences)
+    assert (verification.max_difference > 1e-4) == logits_differ, verification
+
+
+def test_a_vocabulary_cut_off_by_one_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    with monkeypatch.context() as wrong:
+        wrong.setattr("megatron_infoentropy.convert.architecture._true_vocab_size", lambda *_: 59)
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    tokens = [[token for token in sequence if token < 59] for sequence in TOKENS]
+    verification = verify_conversion(tmp_path / "save", tmp_path / "hf", tokens)
+    assert verification.config_differences == ("vocab_size is 59, trained with 60",)
+    assert not verification.passed
+
+
+def test_a_single_wrong_weight_fails_the_check(exported: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = exported / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] += 0.01
+    save_file(tensors, path, {"format": "pt"})
+    assert not verify_conversion(exported / "save", exported / "hf", TOKENS).passed
+
+
+@pytest.mark.parametrize("tokens", [[], [[]], [[60]], [[-1]], [[1] * 65]])
+def test_tokens_the_model_has_not_are_an_error(exported: Path, tokens: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        verify_conversion(exported / "save", exported / "hf", tokens)
+
+
+def test_the_check_does_not_look_at_the_conversion_for_the_truth() -> None:
+    path = Path(verify_conversion.__code__.co_filename).with_name("reference_model.py")
+    imports = [line for line in path.read_text().splitlines() if "megatron_infoentropy" in line]
+    assert imports == ["from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint"]
+    assert torch.get_default_dtype() == torch.float32
