@@ -74,10 +74,7 @@ _OPTIONAL: dict[str, tuple[Any, ...]] = {
     "use_mup": (False,),
     "spec": (None,),
 }
-_FLAGS = {  # where the flag's name is not the argument's
-    "add_bias_linear": "--disable-bias-linear",
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-}
+_FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named as the argument
 
 
 def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Architecture:
@@ -104,7 +101,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         num_heads=heads,
         num_groups=_get(args, "num_query_groups") if grouped else heads,
         head_dim=_get(args, "kv_channels"),
-        norm_epsilon=_get(args, "layernorm_epsilon", "norm_epsilon"),
+        norm_epsilon=_get(args, "layernorm_epsilon"),
         rotary_base=float(_get(args, "rotary_base")),
         max_positions=_get(args, "max_position_embeddings"),
         vocab_size=_true_vocab_size(args, vocab_size),
@@ -112,7 +109,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         tied_embeddings=not _get(args, "untie_embeddings_and_output_weights"),
         initializer_range=_get(args, "init_method_std"),
         interleaved_rotary=_get(args, "rotary_interleaved"),
-        zero_centered_norms=_get(args, "layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+        zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
     )
 
 
@@ -142,9 +139,8 @@ def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
     return size
 
 
-def _get(args: argparse.Namespace, *names: str) -> Any:
-    """Return the argument under the first of its names (versions of Megatron differ) it has."""
-    for name in names:
-        if (value := getattr(args, name, None)) is not None:
-            return value
-    raise ValueError(f"the checkpoint's training arguments lack {' or '.join(names)}")
+def _get(args: argparse.Namespace, name: str) -> Any:
+    value = getattr(args, name, None)
+    if value is None:
+        raise ValueError(f"the checkpoint's training arguments lack {name}")
+    return value

@@ -27,6 +27,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_infoentropy.convert.unpickle import unpickle, unpickle_torch_file
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_RENAMED = {  # training arguments of Megatron-Core before 0.19: their names now
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
 _NOT_PARAMETERS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "common_")
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
@@ -76,6 +80,9 @@ class MegatronCheckpoint:
         self.tensors = dict(self._parameters())
         state = self._common_state()
         self.args = state["args"]
+        for old, new in _RENAMED.items():
+            if hasattr(self.args, old) and not hasattr(self.args, new):
+                setattr(self.args, new, getattr(self.args, old))
         self.iteration = state["iteration"]
 
     def read(self, name: str) -> torch.Tensor:

@@ -70,7 +70,7 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
     """
     try:
         return _Unpickler(data, allowed or {}).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"expected a pickle of plain data, got one that fails: {error}") from error
 
 
@@ -82,9 +82,9 @@ def unpickle_torch_file(data: bytes) -> Any:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return unpickle(archive.read(name))
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            "expected a file of torch.save (a zip file), got something else"
-        ) from error
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    return unpickle(archive.read(name))
+    except zipfile.BadZipFile:
+        pass  # said below
+    raise ValueError("expected the zip file that torch.save writes, got something else")

@@ -16,6 +16,7 @@ import torch
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.reference_model import ReferenceModel
+from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
 from megatron_infoentropy.progress import progress
 
 TOLERANCE = 1e-4
@@ -83,12 +84,15 @@ def verify_conversion(
         max_difference=difference,
         max_logit=largest,
         top1_agreement=agree / total,
-        config_differences=tuple(config_differences(config, opened.args)),
+        config_differences=tuple(config_differences(config, opened.args, _vocab_size(output))),
     )
 
 
-def config_differences(config: Any, args: Namespace) -> list[str]:
-    """Compare a loaded LlamaConfig with the training arguments; say every field that differs."""
+def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> list[str]:
+    """Compare a loaded LlamaConfig with the training arguments; say every field that differs.
+
+    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size.
+    """
     grouped = args.group_query_attention
     expected = {
         "num_hidden_layers": args.num_layers,
@@ -108,13 +112,19 @@ def config_differences(config: Any, args: Namespace) -> list[str]:
     rope = config.rope_parameters
     expected |= {"rope_type": "default", "rope_theta": float(args.rotary_base)}
     actual |= {"rope_type": rope["rope_type"], "rope_theta": rope["rope_theta"]}
-    if args.vocab_size is not None:
-        expected["vocab_size"], actual["vocab_size"] = args.vocab_size, config.vocab_size
+    for size in (vocab_size, args.vocab_size):
+        if size is not None:
+            expected["vocab_size"], actual["vocab_size"] = size, config.vocab_size
     return [
-        f"{name} is {actual[name]!r}, trained with {value!r}"
+        f"{name} is {actual[name]!r}, expected {value!r}"
         for name, value in expected.items()
         if actual[name] != value
     ]
+
+
+def _vocab_size(folder: Path) -> int | None:
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return read_tokenizer(folder).vocab_size if has_tokenizer else None
 
 
 def _require_tokens(sequences: Sequence[Sequence[int]], vocab_size: int, max_length: int) -> None:

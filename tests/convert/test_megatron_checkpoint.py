@@ -27,6 +27,16 @@ def test_parameters_and_arguments_are_found_in_both_places_of_the_arguments(
         assert torch.equal(opened.read(name), tensor)
 
 
+def test_arguments_of_older_versions_get_their_present_names(tmp_path: Path) -> None:
+    args = tiny_args(norm_epsilon=1e-6, apply_layernorm_1p=True)
+    del args.layernorm_epsilon
+    tensors = tiny_tensors(args)
+    del args.layernorm_zero_centered_gamma
+    opened = MegatronCheckpoint(write_checkpoint(tmp_path, args, tensors, legacy=True))
+    assert opened.args.layernorm_epsilon == 1e-6
+    assert opened.args.layernorm_zero_centered_gamma is True
+
+
 def test_an_iteration_is_found_by_the_tracker_by_number_and_by_its_own_folder(
     tmp_path: Path,
 ) -> None:

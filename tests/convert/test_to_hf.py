@@ -132,6 +132,29 @@ def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Pa
     model = load(tmp_path / "hf")
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 60
     assert verify_conversion(tmp_path / "save", tmp_path / "hf", [[60, 1, 2]]).passed
+    change = tmp_path / "hf" / "tokenizer.json"  # another tokenizer than the one it was cut for
+    change.write_bytes((write_tokenizer(tmp_path / "other", 62) / "tokenizer.json").read_bytes())
+    verification = verify_conversion(tmp_path / "save", tmp_path / "hf", [[60, 1, 2]])
+    assert verification.config_differences == ("vocab_size is 61, expected 62",)
+
+
+@pytest.mark.parametrize(("size", "saved"), [(65, None), (61, 60)])
+def test_a_tokenizer_of_another_size_is_refused(
+    tmp_path: Path, size: int, saved: int | None
+) -> None:
+    args = tiny_args(vocab_size=saved)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", size)
+    with pytest.raises(ValueError, match=f"{size}.*the tokenizer of the training data"):
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tmp_path)
 
 
 def test_without_a_tokenizer_no_special_ids_are_invented(tmp_path: Path) -> None:

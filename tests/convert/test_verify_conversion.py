@@ -113,7 +113,7 @@ def test_a_vocabulary_cut_off_by_one_fails_the_check(
         convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     tokens = [[token for token in sequence if token < 59] for sequence in TOKENS]
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", tokens)
-    assert verification.config_differences == ("vocab_size is 59, trained with 60",)
+    assert verification.config_differences == ("vocab_size is 59, expected 60",)
     assert not verification.passed
 
 

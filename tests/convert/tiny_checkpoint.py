@@ -1,6 +1,7 @@
 """Small checkpoints in Megatron's format, written without Megatron, for what needs no training."""
 
 import json
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def write_checkpoint(
         entries["common_state/shard_0_1"] = [common]
     # Megatron's names are not to be made of nested ones, as the default would.
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(entries, checkpoint_id=iteration, planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        dcp.save(entries, checkpoint_id=iteration, planner=planner, no_dist=True)
     (iteration / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
