@@ -185,13 +185,14 @@ def convert(
     )
     out.print(f"{output}: {done.parameters} parameters, {done.dtype}")
     if verify is not None:
-        _verify(checkpoint, output, tokenizer, verify)
+        _verify(checkpoint, output, verify)
 
 
-def _verify(checkpoint: Path, output: Path, tokenizer: Path, text: Path) -> None:
-    from megatron_infoentropy.convert.verify import verify_text
+def _verify(checkpoint: Path, output: Path, text: Path) -> None:
+    from megatron_infoentropy.convert.texts import sequences_from_text
+    from megatron_infoentropy.convert.verify import verify_conversion
 
-    result = verify_text(checkpoint, output, tokenizer, text)
+    result = verify_conversion(checkpoint, output, sequences_from_text(text, output))
     out.print(
         f"logits over {result.tokens} tokens: largest difference {result.max_difference:.1e} "
         f"(largest logit {result.max_logit:.1f}), same top token {result.top1_agreement:.2%}"
@@ -222,10 +223,11 @@ def evaluate(
     result.save(output)
     for kind in ("domains", "buckets"):
         for name, values in result.summary[kind].items():
-            out.print(
-                f"{name:16} {values['tokens']:9} tokens {values['nats_per_token']:8.4f} nats/token "
-                f"perplexity {values['perplexity']:10.3f}"
-            )
+            line = f"{name:16} {values['tokens']:9} tokens"
+            if values["tokens"]:
+                line += f" {values['nats_per_token']:8.4f} nats/token"
+                line += f" perplexity {values['perplexity']:10.3f}"
+            out.print(line, markup=False)
 
 
 @app.command()

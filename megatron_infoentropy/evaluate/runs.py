@@ -57,6 +57,8 @@ class Run:
             label += f" {SIGMA}={self.info['sigma']:g}"
         if self.info["normalization"] != "paper":
             label += f", {self.info['normalization']} normalization"
+        if self.info.get("detach_weight") is False:
+            label += ", weight differentiated"
         return label
 
     @property

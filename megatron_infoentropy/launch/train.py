@@ -110,6 +110,7 @@ def train(
     log_path = job.run / "train.log"
     facts: dict[str, Any] = {}
     with log_path.open("a", encoding="utf-8") as log:
+        start = log.tell()
         process = subprocess.Popen(
             command.words,
             env={**os.environ, **command.environment},
@@ -129,7 +130,7 @@ def train(
     if code != 0:
         raise TrainingFailed(
             f"training ended with exit code {code}; the whole log is {log_path}\n"
-            + _first_traceback(log_path)
+            + _first_failure(log_path, start)
         )
     _write_facts(job, command, facts)
     return job.run
@@ -187,7 +188,10 @@ def _write_facts(job: TrainingJob, command: Command, facts: dict[str, Any]) -> N
     config = asdict(job.config)
     run = {
         "name": job.run.name,
-        **{key: config[key] for key in ("objective", "gamma", "sigma", "normalization")},
+        **{
+            key: config[key]
+            for key in ("objective", "gamma", "sigma", "normalization", "detach_weight")
+        },
         "seed": job.seed,
         "tensor_parallel": job.tensor_parallel,
         "pipeline_parallel": job.pipeline_parallel,
@@ -226,8 +230,11 @@ def _device_name(device: Device) -> str:
     return f"{device.count} x {torch.cuda.get_device_name()}"
 
 
-def _first_traceback(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")
-    start = text.rfind("Traceback (most recent call last)", 0, text.find("torch/distributed/run"))
-    start = text.find("Traceback (most recent call last)") if start < 0 else start
-    return text[start : start + 4000] if start >= 0 else text[-4000:]
+def _first_failure(log: Path, start: int) -> str:
+    """From a rank's first traceback on, without torchrun's own account of its dead children."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode("utf-8", "replace")
+    text, _, _ = text.partition("torch.distributed.elastic.multiprocessing.errors")
+    at = text.find("Traceback (most recent call last)")
+    return text[at : at + 3000].rstrip() if at >= 0 else text[-3000:].rstrip()

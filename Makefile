@@ -1,0 +1,37 @@
+# make demo   train with InfoEntropy and with cross entropy, compare on one page
+# make test   every test that this machine can run
+# Both make .venv and install what they need when it is not there.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*) setup.py
+
+.PHONY: demo test lint bench build status clean
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/infoentropy bench
+
+build: $(READY)
+
+status: $(READY)
+	$(BIN)/python tools/status.py
+
+$(READY): pyproject.toml constraints.txt $(SOURCES)
+	tools/install.sh $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build runs

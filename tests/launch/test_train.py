@@ -1,0 +1,123 @@
+"""The command that trains, and what a run leaves behind, with ranks that only pretend."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+from megatron_infoentropy.launch import train as launch
+from megatron_infoentropy.runtime.cpu import CPU_FLAGS
+from megatron_infoentropy.runtime.device import Device
+
+RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
+
+TALKING_RANK = """
+import sys
+print("model parameters: 1234")
+for i in range(1, 4):
+    print(f" [2026-01-01 00:00:00.0] iteration {i:8d}/       3 | objective: {i}.0E+00 |")
+sys.exit(0)
+"""
+DYING_RANK = """
+raise ValueError("the ranks have reasons of their own")
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "find_device", lambda: Device("cpu", "gloo", 1))
+    for split in launch.SPLITS:
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        domains = {
+            "B text": DomainFacts(prefix="b_text", documents=1, tokens=30, bytes=90),
+            "A text": DomainFacts(prefix="a_text", documents=1, tokens=10, bytes=30),
+        }
+        Manifest(folder, TokenizerFacts("0" * 64, 100, 0), "uint16", True, domains).save()
+        np.save(folder / "token_counts.npy", np.zeros((2, 100), dtype=np.int64))
+    return launch.TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
+
+
+def values(words, flag):
+    """What follows a flag, up to the next one; the last time it is given."""
+    start = len(words) - words[::-1].index(flag)
+    rest = words[start:]
+    stop = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+    return rest[:stop]
+
+
+def test_the_command_tells_the_whole_objective_and_the_data_blend(job):
+    config = InfoEntropyConfig("focal", 2.0, normalization="global", detach_weight=False)
+    command = launch.build_command(replace(job, config=config, tensor_parallel=2, seed=7))
+    assert command.ranks == 2
+    assert values(command.words, "--nproc-per-node")[0] == "2"
+    assert values(command.words, "--infoentropy-objective") == ["focal"]
+    assert values(command.words, "--infoentropy-gamma") == ["2.0"]
+    assert values(command.words, "--infoentropy-normalization") == ["global"]
+    assert "--no-infoentropy-detach-weight" in command.words
+    assert values(command.words, "--seed") == ["7"]
+    blend = values(command.words, "--train-data-path")
+    assert [word if word.isdigit() else Path(word).name for word in blend] == [
+        *("30", "b_text", "10", "a_text"),
+    ]
+
+
+def test_the_recipe_and_extra_flags_come_after_the_machines(job):
+    words = launch.build_command(replace(job, extra_flags=("--lr", "1"))).words
+    assert words.index(CPU_FLAGS[0]) < words.index("--num-layers")
+    assert values(words, "--lr") == ["1"]
+    assert words[-2:] == ["--lr", "1"]
+
+
+def test_without_a_gpu_one_thread_a_rank_on_two_cores(job, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = launch.build_command(replace(job, tensor_parallel=2)).environment
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["TORCHDYNAMO_DISABLE"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launch.build_command(job).environment["OMP_NUM_THREADS"] == "5"
+
+
+def test_gpus_get_a_rank_each_and_no_cpu_flags(job, monkeypatch):
+    monkeypatch.setattr(launch, "find_device", lambda: Device("cuda", "nccl", 8))
+    command = launch.build_command(replace(job, tensor_parallel=2))
+    assert command.ranks == 8
+    assert "--distributed-backend=gloo" not in command.words
+    assert "TORCHDYNAMO_DISABLE" not in command.environment
+
+
+def test_ranks_that_do_not_fit_the_layout_are_refused(job):
+    with pytest.raises(ValueError, match="3 ranks cannot be split into tensor-parallel 2"):
+        launch.build_command(replace(job, tensor_parallel=2, ranks=3))
+
+
+def pretend(job, code):
+    command = launch.build_command(job)
+    return replace(command, words=[sys.executable, "-c", code, *command.words])
+
+
+def test_a_run_leaves_its_log_and_its_facts(job):
+    heard = []
+    command = pretend(job, TALKING_RANK)
+    run = launch.train(job, command, heard.append)
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["parameters"] == 1234
+    assert facts["objective"] == "infoentropy"
+    assert facts["train_iters"] == 120
+    assert facts["seq_length"] == 256
+    assert facts["command"] == command.words
+    assert (run / "train.log").read_text() == "".join(heard)
+    assert len(heard) == 4
+
+
+def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
+    with pytest.raises(launch.TrainingFailed, match="reasons of their own") as failure:
+        launch.train(job, pretend(job, DYING_RANK))
+    assert str(job.run / "train.log") in str(failure.value)
+    assert not (job.run / "run.json").exists()

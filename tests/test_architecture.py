@@ -1,0 +1,133 @@
+"""The rooms and who may import whom; sizes of files; what importing the package must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_infoentropy"
+
+# room -> rooms it may import, besides itself. Only these arrows exist.
+MAY_IMPORT = {
+    "config": set(),
+    "progress": set(),
+    "kernels": {"config"},
+    "loss": {"config", "kernels"},
+    "runtime": set(),
+    "integration": {"config", "loss", "runtime"},
+    "pretrain": {"integration", "runtime"},
+    "data": {"progress"},
+    "convert": {"progress"},
+    "evaluate": {"loss", "data", "progress"},
+    "launch": {"config", "data", "evaluate", "progress", "runtime"},
+    "bench": {"config", "kernels", "loss", "progress", "runtime"},
+    "doctor": {"kernels"},
+    "cli": {"config", "data", "launch", "convert", "evaluate", "doctor", "bench"},
+    "__main__": {"cli"},
+}
+PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong to these rooms
+
+# third-party package -> the only rooms that may import it
+OWNERS = {
+    "megatron": {"integration", "pretrain", "bench"},
+    "transformers": {"convert", "evaluate"},
+    "safetensors": {"convert"},
+    "tokenizers": {"data", "convert"},
+    "zstandard": {"data"},
+    "matplotlib": {"evaluate"},
+    "jinja2": {"evaluate"},
+    "yaml": {"launch"},
+    "typer": {"cli"},
+    "rich": {"cli", "progress"},
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """(top-level package, room of ours or '') of every import, also those inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            room = rest.split(".")[0] if top == PACKAGE.name else ""
+            found.add((top, PUBLIC.get(room, room)))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path):
+    room = room_of(path)
+    if room in ("__init__", "_C"):
+        return
+    assert room in MAY_IMPORT, f"a new room {room!r} needs its arrows in MAY_IMPORT"
+    for top, target in imports_of(path):
+        if top == PACKAGE.name and target in MAY_IMPORT:
+            allowed = MAY_IMPORT[room] | {room}
+            assert target in allowed, f"{room} -> {target} is not an arrow of the house"
+        elif top == PACKAGE.name:
+            public = {"__version__", "_C", "infoentropy_loss", "vocab_parallel_statistics"}
+            assert target in public, f"{path.name} imports {target!r}"
+        elif top in OWNERS:
+            assert room in OWNERS[top], f"{top} belongs to {OWNERS[top]}, not to {room}"
+
+
+def test_the_compiled_extension_has_one_reader():
+    readers = {p.name for p in MODULES if (PACKAGE.name, "_C") in imports_of(p)}
+    assert readers == {"native.py"}
+
+
+def test_no_file_is_too_long():
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.cpp", "*.h", "*.inl", "*.sh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import megatron_infoentropy",
+        "from megatron_infoentropy import InfoEntropyConfig",
+        "import megatron_infoentropy.cli",
+        "import megatron_infoentropy.data.preprocess",
+        "import megatron_infoentropy.evaluate.runlog",
+    ],
+)
+def test_light_imports_stay_light(statement):
+    heavy = {"torch", "transformers", "megatron", "matplotlib"}
+    assert not heavy & modules_after(statement)
+
+
+def test_the_public_names_are_there_and_no_others_are_promised():
+    import megatron_infoentropy
+
+    for name in megatron_infoentropy.__all__:
+        assert getattr(megatron_infoentropy, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'loss_function'"):
+        _ = megatron_infoentropy.loss_function

@@ -1,0 +1,58 @@
+"""What the doctor says of NVIDIA Apex, of the package that has its name, and of this machine."""
+
+import pytest
+
+from megatron_infoentropy.doctor import examine, find_apex
+
+
+def make_package(folder, *parts):
+    for part in parts:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "__init__.py").write_text("raise SystemExit('must not be imported')\n")
+
+
+def test_without_apex(tmp_path):
+    finding = find_apex([str(tmp_path)])
+    assert (finding.found, finding.verdict) == ("not found", "optional")
+    assert "not on the package registry" in finding.advice
+
+
+def test_nvidia_apex_whole(tmp_path):
+    make_package(tmp_path, "apex", "apex/optimizers", "apex/normalization")
+    (tmp_path / "amp_C.py").write_text("")
+    finding = find_apex([str(tmp_path)])
+    assert (finding.found, finding.verdict, finding.advice) == ("found", "ok", "")
+
+
+def test_nvidia_apex_without_its_compiled_parts(tmp_path):
+    make_package(tmp_path, "apex", "apex/optimizers", "apex/normalization")
+    finding = find_apex([str(tmp_path)])
+    assert finding.verdict == "optional"
+    assert "rebuild" in finding.advice
+
+
+def test_the_unrelated_package_of_that_name(tmp_path):
+    make_package(tmp_path, "apex", "apex/lib")
+    finding = find_apex([str(tmp_path)])
+    assert finding.verdict == "missing"
+    assert "not NVIDIA's" in finding.found
+    assert "pip uninstall apex" in finding.advice
+
+
+def test_the_report_covers_what_training_depends_on():
+    findings = {finding.subject: finding for finding in examine()}
+    assert findings["megatron-core"].found.startswith("0.19")
+    assert "native" in findings["InfoEntropy kernels"].found
+    for subject in ("GPU", "Transformer Engine", "optimizer in training", "norms in training"):
+        assert findings[subject].found
+    assert all(f.advice for f in findings.values() if f.verdict == "missing")
+
+
+def test_megatron_really_uses_what_the_doctor_says(monkeypatch):
+    """The doctor's words about the optimizer against the class that Megatron picked here."""
+    pytest.importorskip("megatron.core.optimizer")
+    from megatron.core.optimizer import Adam
+
+    said = {finding.subject: finding.found for finding in examine()}["optimizer in training"]
+    maker = {"torch": "PyTorch", "apex": "Apex", "transformer_engine": "Transformer Engine"}
+    assert maker[Adam.__module__.split(".")[0]] in said
