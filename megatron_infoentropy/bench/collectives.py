@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from megatron_infoentropy.config import Collective
 from megatron_infoentropy.loss.collective import join_shards
@@ -18,7 +19,7 @@ def measure_collectives(ranks: int, tokens: int, *, repeats: int) -> dict[str, f
     device = find_device()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, tokens, repeats, device.type, device.backend, folder)
-        torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_rank, arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
         return dict(torch.load(Path(folder) / "result.pt"))
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.kernels import native
 
+OURS = ("native", "native in place")  # what the others are compared with
+
 Provider = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -30,17 +32,19 @@ def torch_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Ten
 def megatron_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
-    # Megatron works in place on fp32 logits: the copy is part of what it costs a caller who keeps
-    # them, so hand it the tensor itself, as its trainer does.
+    # Overwrites fp32 logits by their softmax and that by the gradient, as in Megatron's trainer.
     group = torch.distributed.group.WORLD
-    return vocab_parallel_cross_entropy(logits, target, tp_group=group).mean()
+    losses: torch.Tensor = vocab_parallel_cross_entropy(logits, target, tp_group=group)
+    return losses.mean()
 
 
-def infoentropy(backend: str) -> Provider:
+def infoentropy(backend: str, *, inplace: bool = False) -> Provider:
+    """Ours; in place the gradient replaces the logits, as in our trainer."""
     config = InfoEntropyConfig(backend=backend)  # type: ignore[arg-type]
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return infoentropy_loss(logits, target, config)
+        computed = logits.view_as(logits)  # in place needs logits that are not a leaf
+        return infoentropy_loss(computed, target, config, inplace_backward=inplace)
 
     return loss
 
@@ -49,8 +53,9 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, Provider]:
     """Providers that run here, ours first."""
     found: dict[str, Provider] = {}
     if native.why_unavailable(device, dtype) is None:
-        found["infoentropy native"] = infoentropy("native")
-    found["infoentropy reference"] = infoentropy("reference")
+        found[OURS[0]] = infoentropy("native")
+        found[OURS[1]] = infoentropy("native", inplace=True)
+    found["reference"] = infoentropy("reference")
     found["torch cross_entropy"] = torch_cross_entropy
     found["megatron cross_entropy"] = megatron_cross_entropy
     found["paper eager"] = paper_eager

@@ -17,15 +17,13 @@ import torch.distributed as dist
 
 from megatron_infoentropy.bench.collectives import measure_collectives
 from megatron_infoentropy.bench.measure import Measurement, measure
-from megatron_infoentropy.bench.providers import available
+from megatron_infoentropy.bench.providers import OURS, available
 from megatron_infoentropy.runtime.device import find_device
-
-OURS = ("infoentropy native", "infoentropy reference")
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All providers at one shape, and the time to join shards."""
+    """All providers at one shape, ours first, and the time to join shards."""
 
     tokens: int
     vocabulary: int
@@ -35,9 +33,10 @@ class BenchResult:
     collectives_ms: dict[str, float]  # at `ranks` ranks
     ranks: int
 
-    def ratio(self, measurement: Measurement) -> float:
-        """How many times the time of our fastest backend."""
-        return measurement.median_ms / self.measurements[0].median_ms
+    def ratios(self, measurement: Measurement) -> dict[str, float]:
+        """How many times the time of each way of ours, by its name."""
+        ours = {m.provider: m for m in self.measurements if m.provider in OURS}
+        return {name: measurement.median_ms / m.median_ms for name, m in ours.items()}
 
 
 def bench(
@@ -70,10 +69,10 @@ def write_csv(results: list[BenchResult], path: Path) -> None:
         ValueError: the commit is unknown, or the tree has changes that no commit names.
     """
     facts = {
-        "device": _device_name(),
+        "device": device_name(),
         "torch": version("torch"),
         "megatron_core": version("megatron-core"),
-        "commit": _commit(),
+        "commit": commit_of_this_tree(),
         "date": datetime.date.today().isoformat(),
     }
     rows = [
@@ -87,7 +86,7 @@ def write_csv(results: list[BenchResult], path: Path) -> None:
             "p20_ms": f"{m.p20_ms:.3f}",
             "p80_ms": f"{m.p80_ms:.3f}",
             "peak_mib": f"{m.peak_mib:.1f}",
-            "times_ours": f"{result.ratio(m):.2f}",
+            **{f"times_{name}": f"{ratio:.2f}" for name, ratio in result.ratios(m).items()},
             **facts,
         }
         for result in results
@@ -113,16 +112,23 @@ def _group_of_one() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """The GPU's name, or the processor's and its number of cores."""
     if find_device().type == "cuda":
-        return torch.cuda.get_device_name()
+        return str(torch.cuda.get_device_name())
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.partition(': ')[2]}, {os.cpu_count()} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
+def commit_of_this_tree() -> str:
+    """The short commit that tracked files are at.
+
+    Raises:
+        ValueError: not a git tree, or files differ from the commit.
+    """
+
     def git(*words: str) -> str:
         done = subprocess.run(
             ["git", *words],

@@ -4,14 +4,16 @@ The extension sees pointers, strides and a thread count, never torch's C++ heade
 build serves every torch.
 """
 
+from typing import Any
+
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Shard
 
+_C: Any = None
 try:
     from megatron_infoentropy import _C
 except ImportError as error:  # installed without a compiler
-    _C = None
     _BUILD_ERROR = str(error)
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
