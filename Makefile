@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test lint bench build status clean
+.PHONY: demo test lint bench build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -26,8 +26,12 @@ bench: $(READY)
 
 build: $(READY)
 
+# the README's generated parts: run every feature's tests and write them down; or only rewrite
 status: $(READY)
-	$(BIN)/python tools/status.py
+	$(BIN)/python tools/status.py run
+
+status-readme: $(READY)
+	$(BIN)/python tools/status.py readme
 
 $(READY): pyproject.toml constraints.txt $(SOURCES)
 	tools/install.sh $(VENV)

@@ -8,8 +8,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 demo=${1:-runs/demo}
 seeds=${SEEDS:-"1 2"}
 recipe=${RECIPE:-$here/tiny.yaml}
-megabytes=${MEGABYTES:-12}
-vocabulary=${VOCABULARY:-8192}
+megabytes=${MEGABYTES:-10}
+vocabulary=${VOCABULARY:-4096}
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 tensor_parallel=${TENSOR_PARALLEL:-$([ "$gpus" = 1 ] && echo 1 || echo 2)}
 

@@ -276,11 +276,13 @@ def bench(
 
     result = run(tokens=tokens, vocabulary=vocabulary, dtype=dtype, repeats=repeats)
     title = f"forward + backward, {tokens} x {vocabulary} {dtype}, {result.threads} threads"
-    table = Table("provider", "median ms", "p20-p80 ms", "times ours", "peak MiB", title=title)
+    ours = result.ratios(result.measurements[0])
+    heads = ("provider", "median ms", "p20-p80 ms", "peak MiB", *(f"x {name}" for name in ours))
+    table = Table(*heads, title=title)
     for m in result.measurements:
-        spread = f"{m.p20_ms:.1f}-{m.p80_ms:.1f}"
-        ratio, memory = f"{result.ratio(m):.1f}", f"{m.peak_mib:.0f}"
-        table.add_row(m.provider, f"{m.median_ms:.1f}", spread, ratio, memory)
+        spread, memory = f"{m.p20_ms:.1f}-{m.p80_ms:.1f}", f"{m.peak_mib:.0f}"
+        ratios = (f"{ratio:.1f}" for ratio in result.ratios(m).values())
+        table.add_row(m.provider, f"{m.median_ms:.1f}", spread, memory, *ratios)
     out.print(table)
     joined = ", ".join(f"{name} {ms:.2f} ms" for name, ms in result.collectives_ms.items())
     out.print(f"joining {tokens} tokens over {result.ranks} ranks: {joined}")

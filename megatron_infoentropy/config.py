@@ -1,4 +1,4 @@
-"""What the loss can be told, in one place: the Python API, the training flags and the logs read it here.
+"""What the loss can be told, in one place for the Python API, the training flags and the logs.
 
 This module imports nothing but the standard library, so that argument parsing stays fast.
 """
@@ -61,8 +61,8 @@ class InfoEntropyConfig:
                 _require_finite(field.name, getattr(self, field.name))
         if self.sigma < 0:
             raise ValueError(
-                f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative for "
-                "confident tokens and its power undefined; use sigma=1.0 as published"
+                f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative "
+                "for confident tokens and its power undefined; use sigma=1.0 as published"
             )
         if self.gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
             raise ValueError(

@@ -69,7 +69,7 @@ def find_apex(search_path: list[str] | None = None) -> Finding:
 
 def _package(name: str, purpose: str) -> Finding:
     try:
-        return Finding(name, version(name))
+        return Finding(name, str(version(name)))
     except PackageNotFoundError:
         return Finding(name, "not installed", "missing", purpose)
 
@@ -87,7 +87,7 @@ def _devices() -> list[Finding]:
             )
         ]
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return [Finding("GPU", ", ".join(names)), Finding("NCCL", nccl)]
 
 

@@ -52,7 +52,9 @@ def main() -> None:
     from megatron.training import pretrain
 
     from megatron_infoentropy.integration.batch import build_datasets
+    from megatron_infoentropy.integration.compat import prepare_megatron
 
+    prepare_megatron()
     container, forward_step = prepare()
     pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
 

@@ -98,18 +98,18 @@ def training_loss(
     weight = token_weight(ce, entropy, config)
     loss = (mask * weight * ce).sum()
     sums = token_sums(ce.detach(), weight.detach(), mask)
-    divisor = sums.count
+    divisor = sums.tokens
     if config.normalization == "global":
         divisor = sums.weight
     else:
         loss = loss * _micro_batch_alpha(sums, config, groups)
     report = {
         "objective": torch.stack([loss.detach(), divisor]),
-        "cross entropy": torch.stack([(mask * ce.detach()).sum(), sums.count]),
-        "entropy": torch.stack([(mask * entropy.detach()).sum(), sums.count]),
-        "weight": torch.stack([sums.weight, sums.count]),
+        "cross entropy": torch.stack([(mask * ce.detach()).sum(), sums.tokens]),
+        "entropy": torch.stack([(mask * entropy.detach()).sum(), sums.tokens]),
+        "weight": torch.stack([sums.weight, sums.tokens]),
     }
-    return loss, sums.count.to(torch.int), report
+    return loss, sums.tokens.to(torch.int), report
 
 
 def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:

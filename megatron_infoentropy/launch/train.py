@@ -84,6 +84,7 @@ def build_command(job: TrainingJob) -> Command:
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": job.tokenizer,
         **{flag: _blend(job.data / split) for split, flag in SPLITS.items()},
+        "data-cache-path": job.data / "cache",  # else Megatron writes among the datasets
         "save": job.run / "checkpoints",
         "load": job.run / "checkpoints",
     }
@@ -99,7 +100,7 @@ def build_command(job: TrainingJob) -> Command:
 
 
 def train(
-    job: TrainingJob, command: Command, on_line: Callable[[str], None] = lambda line: None
+    job: TrainingJob, command: Command, on_line: Callable[[str], object] = lambda line: None
 ) -> Path:
     """Run the command to its end; returns the run folder. `on_line` is called with every line.
 
@@ -156,7 +157,7 @@ def _blend(dataset: Path) -> list[Any]:
 
 
 def _tee(
-    stream: Iterator[str], log: Any, on_line: Callable[[str], None], facts: dict[str, Any]
+    stream: Iterator[str], log: Any, on_line: Callable[[str], object], facts: dict[str, Any]
 ) -> Iterator[str]:
     for line in stream:
         log.write(line)

@@ -25,7 +25,7 @@ class TokenSums(NamedTuple):
 
     weighted_ce: torch.Tensor
     weight: torch.Tensor
-    count: torch.Tensor
+    tokens: torch.Tensor
 
 
 class GroupSums(NamedTuple):
@@ -33,7 +33,7 @@ class GroupSums(NamedTuple):
 
     weighted_ce: torch.Tensor
     weight: torch.Tensor
-    count: torch.Tensor
+    tokens: torch.Tensor
     inverse_means: torch.Tensor  # sum over ranks of 1 / mean(w)
     ranks: torch.Tensor  # that had a token with a weight
 
@@ -91,7 +91,7 @@ def infoentropy_loss(
     if loss_mask is not None:
         mask = mask * loss_mask
     sums = reduce_sums(token_sums(ce, token_weight(ce, entropy, config), mask), data_parallel_group)
-    mean = sums.weighted_ce / torch.where(sums.count > 0, sums.count, 1)
+    mean = sums.weighted_ce / torch.where(sums.tokens > 0, sums.tokens, 1)
     return mean * alpha(sums, config.normalization)
 
 
@@ -105,7 +105,7 @@ def reduce_sums(sums: TokenSums, group: Group | None) -> GroupSums:
     """The sums over a data-parallel group: one all-reduce of 20 bytes, differentiable."""
     # A rank without a weight has no mean to invert: it joins the sum and is left out of the mean.
     takes_part = sums.weight > 0
-    inverse_mean = torch.where(takes_part, sums.count / torch.where(takes_part, sums.weight, 1), 0)
+    inverse_mean = torch.where(takes_part, sums.tokens / torch.where(takes_part, sums.weight, 1), 0)
     packed = torch.stack([*sums, inverse_mean, takes_part.to(inverse_mean.dtype)])
     return GroupSums(*sum_over_group(packed, group).unbind(0))
 
@@ -115,5 +115,5 @@ def alpha(sums: GroupSums, normalization: Normalization) -> torch.Tensor:
     if normalization == "paper":
         return sums.inverse_means / sums.ranks.clamp_min(1)
     if normalization == "global":
-        return sums.count / torch.where(sums.weight > 0, sums.weight, 1)
-    return torch.ones_like(sums.count)
+        return sums.tokens / torch.where(sums.weight > 0, sums.weight, 1)
+    return torch.ones_like(sums.tokens)

@@ -117,7 +117,12 @@ class _Statistics(torch.autograd.Function):
         return ce, entropy, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        g_ce: torch.Tensor | None,
+        g_entropy: torch.Tensor | None,
+        g_lse: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: torch would quietly treat it as constant
             raise RuntimeError(
                 "the InfoEntropy statistics have no second derivative; call backward or "
@@ -129,7 +134,9 @@ class _Statistics(torch.autograd.Function):
                 "pass; pass inplace_backward=False to run backward more than once"
             )
         logits_NV, target_N, maximum, z, mean_distance, ce, entropy = ctx.saved_tensors
-        coefficients_4N = _coefficients(*grads, maximum, z, mean_distance, ce, entropy)
+        coefficients_4N = _coefficients(
+            g_ce, g_entropy, g_lse, maximum, z, mean_distance, ce, entropy
+        )
         out_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
         ctx.kernels.shard_gradient(logits_NV, target_N, ctx.shard, coefficients_4N, out_NV)
         if ctx.inplace:
@@ -176,7 +183,8 @@ def _coefficients(
 
 def _memory_order(logits: torch.Tensor) -> list[int]:
     """Leading dimensions, outermost in memory first: [s, b, V] seen as [b, s, V] stays put."""
-    return sorted(range(logits.dim() - 1), key=lambda axis: -logits.stride(axis))
+    strides = list(logits.stride())
+    return sorted(range(logits.dim() - 1), key=lambda axis: -strides[axis])
 
 
 def _check_arguments(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:

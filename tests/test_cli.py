@@ -1,0 +1,126 @@
+"""The command line as a newcomer meets it: help, errors, each command (training: end_to_end)."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = {
+    "corpus": "standard library",
+    "tokenizer": "byte-level BPE",
+    "preprocess": ".bin/.idx",
+    "train": "torchrun",
+    "convert": "Hugging Face",
+    "evaluate": "Perplexity",
+    "report": "page",
+    "doctor": "missing",
+    "bench": "ratios",
+}
+RECIPE = Path(__file__).parents[1] / "examples" / "tiny.yaml"
+
+
+def run(*words, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_infoentropy", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_lists_every_command():
+    done = run("--help")
+    assert done.returncode == 0
+    listed = re.findall(r"^  ([a-z]+)  ", done.stdout, flags=re.M)
+    assert listed == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_it_does_and_explains_every_option(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert COMMANDS[command] in " ".join(done.stdout.split())
+    options = done.stdout.partition("Options:")[2].splitlines()
+    starts = [line for line in options if re.match(r"  (-|\*)", line)]
+    for line in starts:
+        words = re.split(r"\s{2,}", line.strip())
+        following = options[options.index(line) + 1 :][:1]
+        assert len(words) > 1 or (following and following[0].startswith("   ")), line
+
+
+def test_the_version_is_the_packages():
+    import megatron_infoentropy
+
+    assert run("--version").stdout.strip() == megatron_infoentropy.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["preprocess", "--input", "no.jsonl", "--tokenizer", "t", "--output", "o"],
+            "no.jsonl",
+        ),
+        (["convert", "nowhere", "--tokenizer", "t", "--output", "o"], "nowhere"),
+        (["report", "nowhere", "--output", "o.html"], "nowhere"),
+        (
+            ["evaluate", "m", "--data", "d", "--token-counts", "c", "--output", "o"],
+            "expected",
+        ),
+        (
+            ["train", "no.yaml", "--data", "d", "--tokenizer", "t", "--run", "r"],
+            "no recipe at no.yaml",
+        ),
+        (
+            [
+                *("train", RECIPE, "--data", "d", "--tokenizer", "t", "--run", "r"),
+                *("--sigma", "-1"),
+            ],
+            "sigma must be at least 0",
+        ),
+        (["bench", "--dtype", "int8"], "dtype must be float32 or bfloat16"),
+        (["tokenizer", "no.jsonl", "--output", "t"], "no.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(tmp_path, words, message):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("infoentropy: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_preprocess_writes_a_dataset_a_domain(tmp_path):
+    lines = [{"text": f"text {i}", "meta": {"pile_set_name": "AB"[i % 2]}} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("tokenizer", "a.jsonl", "--output", "t", "--vocab-size", 300, cwd=tmp_path).stdout
+    done = run(
+        "preprocess", "--input", "*.jsonl", "--tokenizer", "t", "--output", "o", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+        ["A", "4", "documents"],
+        ["B", "4", "documents"],
+    ]
+    assert (tmp_path / "o" / "a.bin").exists()
+
+
+def test_bench_prints_ratios_and_refuses_to_write_them_without_a_commit(tmp_path):
+    done = run("bench", "--tokens", 64, "--vocabulary", 1000, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    for provider in ("native", "reference", "torch", "megatron", "paper"):
+        assert provider in done.stdout
+    assert "gather" in done.stdout
+
+
+def test_doctor_names_what_matters():
+    done = run("doctor")
+    assert "InfoEntropy kernels" in done.stdout
+    assert "NVIDIA Apex" in done.stdout
+    assert done.returncode == 0

@@ -1,0 +1,53 @@
+"""The README's code runs, its generated parts are what the result files say, its files exist."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(code.splitlines()) <= 10
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["logits"].grad.isfinite().all()
+    assert scope["loss"].item() > 5
+
+
+def test_generated_parts_are_what_the_result_files_say():
+    spec = importlib.util.spec_from_file_location("status", ROOT / "tools" / "status.py")
+    status = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(status)
+    assert status.generated(README) == README, "run `make status-readme`"
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r'src="([^":]+)"', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_commands_it_shows_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)`?", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_drop_in_example_trains():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "drop_in.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    objectives = [float(x) for x in re.findall(r"objective ([\d.]+)", done.stdout)]
+    assert len(objectives) == 4
+    assert objectives[-1] < 0.8 * objectives[0]
