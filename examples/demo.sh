@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 demo=${1:-runs/demo}
 seeds=${SEEDS:-"1 2"}
 recipe=${RECIPE:-$here/tiny.yaml}
-megabytes=${MEGABYTES:-10}
+megabytes=${MEGABYTES:-12}
 vocabulary=${VOCABULARY:-4096}
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 tensor_parallel=${TENSOR_PARALLEL:-$([ "$gpus" = 1 ] && echo 1 || echo 2)}
@@ -37,9 +37,11 @@ for seed in $seeds; do
     runs+=("$run")
     say "$objective, seed $seed: train with Megatron, tensor parallel $tensor_parallel"
     infoentropy train "$recipe" --data "$demo/tokens" --tokenizer "$demo/tokenizer" --run "$run" \
-      --objective "$objective" --seed "$seed" --tensor-parallel "$tensor_parallel"
+      --objective "$objective" --seed "$seed" --tensor-parallel "$tensor_parallel" \
+      --ranks "$tensor_parallel"
     say "$objective, seed $seed: export to Hugging Face format, evaluate on held-out text"
-    infoentropy convert "$run/checkpoints" --tokenizer "$demo/tokenizer" --output "$run/hf"
+    infoentropy convert "$run/checkpoints" --tokenizer "$demo/tokenizer" --output "$run/hf" \
+      --verify "$here/../README.md"
     infoentropy evaluate "$run/hf" --data "$demo/tokens/test" \
       --token-counts "$demo/tokens/train/token_counts.npy" --output "$run"
   done

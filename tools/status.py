@@ -7,7 +7,6 @@ No number stands in the README without its file under tools/results/.
 """
 
 import csv
-import datetime
 import re
 import subprocess
 import sys
@@ -33,22 +32,14 @@ def main() -> None:
 
 def run_features() -> None:
     """Run every feature's tests here; replaces this device's result file."""
-    from importlib.metadata import version
-
     import torch
 
-    from megatron_infoentropy.bench.run import commit_of_this_tree, device_name
+    from megatron_infoentropy.bench.provenance import provenance
 
     here = {"cpu"} if not torch.cuda.is_available() else {"gpu"}
     if torch.cuda.device_count() > 1:
         here.add("multi_gpu")
-    facts = {
-        "device": device_name(),
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
-        "commit": commit_of_this_tree(),
-        "date": datetime.date.today().isoformat(),
-    }
+    facts = provenance()
     rows = [
         {"feature": feature["feature"], "outcome": outcome_of(feature["tests"]), **facts}
         for feature in features()
@@ -117,13 +108,18 @@ def bench_table() -> str:
             "| | median ms | peak MiB beside the logits | x native | x native in place |\n"
             "|---|---|---|---|---|\n"
         )
+        joins = [row for row in rows if not row["peak_mib"]]
         for row in rows:
+            if row in joins:
+                continue
             text += (
                 f"| {row['provider']} | {float(row['median_ms']):.0f} | "
                 f"{float(row['peak_mib']):.0f} | {float(row['times_native']):.1f} | "
                 f"{float(row['times_native in place']):.1f} |\n"
             )
-        text += "\n"
+        for row in joins:
+            text += f"\n{row['provider'].capitalize()}: {float(row['median_ms']):.1f} ms."
+        text += "\n\n"
     return text
 
 

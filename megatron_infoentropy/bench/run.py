@@ -1,15 +1,10 @@
 """`infoentropy bench`: measures, gives ratios, writes the CSV that the README's table is from."""
 
 import csv
-import datetime
-import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_infoentropy.bench.collectives import measure_collectives
 from megatron_infoentropy.bench.measure import Measurement, measure
+from megatron_infoentropy.bench.provenance import provenance
 from megatron_infoentropy.bench.providers import OURS, available
 from megatron_infoentropy.runtime.device import find_device
 
@@ -68,35 +64,39 @@ def write_csv(results: list[BenchResult], path: Path) -> None:
     Raises:
         ValueError: the commit is unknown, or the tree has changes that no commit names.
     """
-    facts = {
-        "device": device_name(),
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
-        "commit": commit_of_this_tree(),
-        "date": datetime.date.today().isoformat(),
+    facts = provenance()
+    rows = [row for result in results for row in _rows(result)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | facts for row in rows)
+
+
+def _rows(result: BenchResult) -> Iterator[dict[str, str]]:
+    """One a provider, and one for each way to join shards, which has a time only."""
+    shape = {
+        "tokens": str(result.tokens),
+        "vocabulary": str(result.vocabulary),
+        "dtype": result.dtype,
+        "threads": str(result.threads),
     }
-    rows = [
-        {
-            "tokens": result.tokens,
-            "vocabulary": result.vocabulary,
-            "dtype": result.dtype,
-            "threads": result.threads,
+    for m in result.measurements:
+        yield {
+            **shape,
             "provider": m.provider,
             "median_ms": f"{m.median_ms:.3f}",
             "p20_ms": f"{m.p20_ms:.3f}",
             "p80_ms": f"{m.p80_ms:.3f}",
             "peak_mib": f"{m.peak_mib:.1f}",
             **{f"times_{name}": f"{ratio:.2f}" for name, ratio in result.ratios(m).items()},
-            **facts,
         }
-        for result in results
-        for m in result.measurements
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for name, milliseconds in result.collectives_ms.items():
+        yield {
+            **shape,
+            "provider": f"join shards by {name}, {result.ranks} ranks",
+            "median_ms": f"{milliseconds:.3f}",
+        }
 
 
 @contextmanager
@@ -110,39 +110,3 @@ def _group_of_one() -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's and its number of cores."""
-    if find_device().type == "cuda":
-        return str(torch.cuda.get_device_name())
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(': ')[2]}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit_of_this_tree() -> str:
-    """The short commit that tracked files are at.
-
-    Raises:
-        ValueError: not a git tree, or files differ from the commit.
-    """
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip()
-
-    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
-    if not commit or changed:
-        raise ValueError(
-            "results are written only with the commit they belong to: run from a clone without "
-            "uncommitted changes, or leave out --output"
-        )
-    return commit

@@ -9,8 +9,8 @@ from megatron_infoentropy.evaluate.wording import PERCENT, compact, nats, plural
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 _FEW_SEEDS = 5
 _WORDS = {
-    "better": "better, by more than documents or seeds explain",
-    "worse": "worse, by more than documents or seeds explain",
+    "better": "better, by more than the documents explain and these seeds differ",
+    "worse": "worse, by more than the documents explain and these seeds differ",
     "no difference shown": "no difference shown",
     "seed noise unknown": "these runs differ, but how much a seed alone would change is unknown",
 }
@@ -29,7 +29,7 @@ def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
         shown = sum(comparison.rows[0].reading in ("better", "worse") for comparison in made)
         return (
             f"{shown} of {len(made)} objectives differ from cross entropy over all tokens by more "
-            "than documents and seeds explain."
+            "than the documents explain and these seeds differ."
         )
     return _headline_of(made[0])
 

@@ -109,7 +109,7 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     facts = json.loads((run / "run.json").read_text())
     assert facts["parameters"] == 1234
     assert facts["objective"] == "infoentropy"
-    assert facts["train_iters"] == 120
+    assert facts["train_iters"] == 100
     assert facts["seq_length"] == 256
     assert facts["command"] == command.words
     assert (run / "train.log").read_text() == "".join(heard)
