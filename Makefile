@@ -13,8 +13,10 @@ SOURCES := $(wildcard csrc/*) setup.py
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
 
+# Tests for GPUs see them (and skip by name where there is none); all others run as without one.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "gpu or multi_gpu"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu and not multi_gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

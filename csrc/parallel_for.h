@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,7 +25,11 @@ void parallel_for(std::int64_t count, std::int64_t block, int threads, const Wor
   };
   const std::int64_t blocks = (count + block - 1) / block;
   std::vector<std::thread> helpers;
-  for (std::int64_t i = 1; i < threads && i < blocks; ++i) helpers.emplace_back(take_blocks);
+  try {
+    for (std::int64_t i = 1; i < threads && i < blocks; ++i) helpers.emplace_back(take_blocks);
+  } catch (const std::system_error&) {
+    // The system grants no more threads: those there are, at least this one, do all the work.
+  }
   take_blocks();
   for (std::thread& helper : helpers) helper.join();
 }

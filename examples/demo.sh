@@ -2,7 +2,7 @@
 # The whole job on real text, on whatever this machine has: corpus, tokenizer, datasets, a small GPT
 # trained with InfoEntropy and with cross entropy (two seeds each, so that noise has a size), export
 # to Hugging Face format, evaluation, one page that compares them.
-# usage: examples/demo.sh [FOLDER]     (the folder is emptied first)
+# usage: examples/demo.sh [FOLDER]     (an earlier demo there is replaced)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 demo=${1:-runs/demo}
@@ -15,8 +15,13 @@ tensor_parallel=${TENSOR_PARALLEL:-$([ "$gpus" = 1 ] && echo 1 || echo 2)}
 
 say() { printf '\n== %s\n' "$*"; }
 
+if [ -e "$demo" ] && [ ! -e "$demo/.demo" ]; then
+  echo "$demo exists and is not an earlier demo: name another folder" >&2
+  exit 1
+fi
 rm -rf "$demo"
 mkdir -p "$demo"
+touch "$demo/.demo"
 start=$SECONDS
 
 say "real text in the Pile's format: the documentation and the source of this Python"

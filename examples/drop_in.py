@@ -8,6 +8,8 @@ from megatron_infoentropy.runtime import cpu
 
 cpu.install()  # only so that this example runs without a GPU; does nothing where there is one
 
+import os  # noqa: E402
+
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -36,6 +38,7 @@ def build_model() -> GPTModel:
 
 
 def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(find_device().backend)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(0)

@@ -1,6 +1,7 @@
 """The `infoentropy` command. Each command imports its room inside itself: all start fast."""
 
 import glob
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.config import InfoEntropyConfig
 
 app = typer.Typer(
     name="infoentropy",
@@ -21,7 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console(highlight=False, soft_wrap=True)
-DEFAULT = InfoEntropyConfig()
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 
@@ -124,38 +123,38 @@ def train(
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
     run: Annotated[Path, typer.Option(help="folder for this run: log, checkpoints, facts")],
     objective: Annotated[
-        str, typer.Option(help="infoentropy, focal or cross_entropy")
-    ] = DEFAULT.objective,
-    gamma: Annotated[float, typer.Option(help="exponent of the weight")] = DEFAULT.gamma,
-    sigma: Annotated[float, typer.Option(help="added to the entropy, nats")] = DEFAULT.sigma,
-    normalization: Annotated[
-        str, typer.Option(help="paper, global or none")
-    ] = DEFAULT.normalization,
-    seed: Annotated[int, typer.Option(help="of initialisation and data order")] = 1234,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="vocabulary and weight shards")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
+        str | None, typer.Option(help="infoentropy, focal or cross_entropy")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="exponent of the weight")] = None,
+    sigma: Annotated[float | None, typer.Option(help="added to the entropy, nats")] = None,
+    normalization: Annotated[str | None, typer.Option(help="paper, global or none")] = None,
+    seed: Annotated[int | None, typer.Option(help="of initialisation and data order")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="vocabulary and weight shards")
+    ] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="pipeline stages")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="processes; default: one a GPU, or what the layout needs")
+        int | None, typer.Option(help="processes; default: what the GPUs and the batch allow")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command only")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")] = False,
 ) -> None:
-    """Train with Megatron: runs torchrun for you, prints its command, keeps its log."""
-    from megatron_infoentropy.launch import train as launch
+    """Train with Megatron: runs torchrun for you, prints its command, keeps its log.
 
-    config = InfoEntropyConfig(objective, gamma, sigma, normalization)  # type: ignore[arg-type]
-    job = launch.TrainingJob(
-        recipe,
-        data,
-        tokenizer,
-        run,
-        config,
-        seed,
-        tensor_parallel,
-        pipeline_parallel,
-        ranks,
-        tuple(megatron_flags or ()),
-    )
+    What no option says, the recipe says; what it does not say is as published (infoentropy, gamma
+    1, sigma 1, paper), seed 1234, one shard, one stage.
+    """
+    from megatron_infoentropy.launch import train as launch
+    from megatron_infoentropy.launch.flags import loss_flags
+
+    loss = {"objective": objective, "gamma": gamma, "sigma": sigma, "normalization": normalization}
+    settings = loss_flags(loss) | {
+        "seed": seed,
+        "tensor-model-parallel-size": tensor_parallel,
+        "pipeline-model-parallel-size": pipeline_parallel,
+    }
+    extra = tuple(megatron_flags or ())
+    job = launch.TrainingJob(recipe, data, tokenizer, run, settings, ranks, extra)
     command = launch.build_command(job)
     out.print(str(command), markup=False)
     if not dry_run:
@@ -243,8 +242,8 @@ def report(
 
     page = write_report(runs, output)
     out.print(f"report: {page.resolve().as_uri()}")
-    if show:
-        webbrowser.open(page.resolve().as_uri())
+    if show and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        webbrowser.open(page.resolve().as_uri())  # without a screen it might open in a terminal
 
 
 @app.command()
@@ -284,7 +283,7 @@ def bench(
         ratios = (f"{ratio:.1f}" for ratio in result.ratios(m).values())
         table.add_row(m.provider, f"{m.median_ms:.1f}", spread, memory, *ratios)
     out.print(table)
-    joined = ", ".join(f"{name} {ms:.2f} ms" for name, ms in result.collectives_ms.items())
-    out.print(f"joining {tokens} tokens over {result.ranks} ranks: {joined}")
+    for name, milliseconds in result.collectives_ms.items():
+        out.print(f"join the shards of {result.ranks} ranks by {name}: {milliseconds:.2f} ms")
     if output is not None:
         write_csv([result], output)

@@ -62,9 +62,14 @@ def find_apex(search_path: list[str] | None = None) -> Finding:
             "pip uninstall apex",
         )
     fused = PathFinder.find_spec("amp_C", search_path) is not None
-    found = "found" + ("" if fused else ", without its compiled parts (amp_C)")
-    advice = "" if fused else "rebuild Apex with its C++ and CUDA extensions"
-    return Finding("NVIDIA Apex", found, "ok" if fused else "optional", advice)
+    if fused:
+        return Finding("NVIDIA Apex", "found")
+    return Finding(
+        "NVIDIA Apex",
+        "found, without its compiled parts (amp_C)",
+        "missing",
+        "Megatron would choose its optimizer and fail: rebuild it with its C++ and CUDA extensions",
+    )
 
 
 def _package(name: str, purpose: str) -> Finding:
@@ -114,7 +119,10 @@ def _transformer_engine() -> Finding:
             "optional",
             "on a GPU machine: pip install 'megatron-infoentropy[gpu]'; FP8 needs it",
         )
-    return _package("transformer-engine", "found without its metadata")
+    try:
+        return Finding("Transformer Engine", str(version("transformer-engine")))
+    except PackageNotFoundError:  # built from source
+        return Finding("Transformer Engine", "found, of unknown version")
 
 
 def _what_megatron_will_use(transformer_engine: Finding, apex: Finding) -> list[Finding]:

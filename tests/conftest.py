@@ -1,4 +1,4 @@
-"""What every test needs: one thread a process, so that ranks and tests do not fight for cores."""
+"""What every test needs: two threads, and a named skip where there is no GPU."""
 
 import pytest
 import torch

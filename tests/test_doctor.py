@@ -27,7 +27,7 @@ def test_nvidia_apex_whole(tmp_path):
 def test_nvidia_apex_without_its_compiled_parts(tmp_path):
     make_package(tmp_path, "apex", "apex/optimizers", "apex/normalization")
     finding = find_apex([str(tmp_path)])
-    assert finding.verdict == "optional"
+    assert finding.verdict == "missing"
     assert "rebuild" in finding.advice
 
 

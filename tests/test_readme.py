@@ -19,6 +19,14 @@ def test_the_python_example_runs():
     assert scope["loss"].item() > 5
 
 
+def test_the_drop_in_lines_are_those_of_the_example_that_runs():
+    (code,) = re.findall(r"```py\n(.*?)```", README, flags=re.S)
+    example = (ROOT / "examples" / "drop_in.py").read_text()
+    statements = [line.partition("  #")[0].strip() for line in code.splitlines()]
+    for statement in filter(None, statements):
+        assert statement in example, statement
+
+
 def test_generated_parts_are_what_the_result_files_say():
     spec = importlib.util.spec_from_file_location("status", ROOT / "tools" / "status.py")
     status = importlib.util.module_from_spec(spec)

@@ -17,8 +17,7 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing into $venv with $("$venv/bin/python" --version); the first time takes some minutes"
 
-# uv installs the same packages in less than half of pip's time (75 s against 168 s here, most of it
-# torch's CUDA libraries). Where it cannot reach an index that pip is configured for, pip does it.
+# uv installs the same packages faster than pip; most of it are torch's CUDA libraries. Where it cannot reach an index that pip is configured for, pip does it.
 what=(--constraint constraints.txt --editable '.[dev]')
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "${what[@]}" ||

@@ -67,12 +67,12 @@ def _synchronize(tensor: torch.Tensor) -> None:
 
 
 def _peak_mib(provider: Provider, logits: torch.Tensor, target: torch.Tensor) -> float:
-    if logits.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _pass_ms(provider, logits, target)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     leaf = logits.clone().requires_grad_()
+    if logits.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        provider(leaf, target).backward()  # type: ignore[no-untyped-call]
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         provider(leaf, target).backward()  # type: ignore[no-untyped-call]
     assert recorded.profiler is not None

@@ -53,9 +53,11 @@ def bench(
     with _group_of_one():
         providers = available(device, logits.dtype)
         measurements = measure(providers, logits, target, repeats=repeats)
-    collectives = measure_collectives(2, tokens, repeats=20)
+    ranks = 2
+    enough = device.type == "cpu" or find_device().count >= ranks
+    collectives = measure_collectives(ranks, tokens, repeats=20) if enough else {}
     threads = torch.get_num_threads()
-    return BenchResult(tokens, vocabulary, dtype, threads, measurements, collectives, 2)
+    return BenchResult(tokens, vocabulary, dtype, threads, measurements, collectives, ranks)
 
 
 def write_csv(results: list[BenchResult], path: Path) -> None:

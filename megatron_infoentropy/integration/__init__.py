@@ -1,4 +1,4 @@
-"""The loss inside Megatron-Core: nothing of Megatron is edited or patched.
+"""The loss inside Megatron-Core, through doors that Megatron has.
 
 Two doors. In our trainer (`megatron_infoentropy.pretrain`) the loss enters through the output
 processor that `GPTModel.forward` takes. In someone else's, `use_infoentropy_loss(model)` binds the

@@ -8,6 +8,9 @@ from megatron_infoentropy.config import InfoEntropyConfig
 
 PREFIX = "infoentropy"
 
+# Megatron's flags for other kinds of batches than our forward step makes.
+UNSERVED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel")
+
 
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for every field of InfoEntropyConfig; Megatron's `extra_args_provider`."""
@@ -54,6 +57,13 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             "--fp16-lm-cross-entropy is refused: the InfoEntropy statistics are fp32 from 16-bit "
             "logits at no extra memory; leave the flag out"
         )
+    for name in UNSERVED:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is refused: this trainer reads plain packed text and "
+                "would ignore the flag; use Megatron's own script and bind the loss to its model "
+                "(megatron_infoentropy.integration.use_infoentropy_loss)"
+            )
     if config.normalization == "global":
         _check_gradients_can_be_scaled_at_once(args)
 

@@ -17,7 +17,9 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-def get_batch(data_iterator: Any, vp_stage: int | None, config: Any) -> dict[str, Any]:
+def get_batch(
+    data_iterator: Any, vp_stage: int | None, config: Any, *, training: bool
+) -> dict[str, Any]:
     """This rank's part of the next micro-batch; None for fields its pipeline stage does not need.
 
     tokens, labels, position_ids: int64 [batch, sequence]; loss_mask: fp32 [batch, sequence].
@@ -46,7 +48,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None, config: Any) -> dict[str
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -46,9 +46,10 @@ def use_infoentropy_loss(
     """
     config = InfoEntropyConfig() if config is None else config
     target = model
-    while not hasattr(target, "compute_language_model_loss") and hasattr(target, "module"):
+    # Asked of the class: some wrappers pass attributes through, and would be bound in vain.
+    while not _is_language_model(target) and hasattr(target, "module"):
         target = target.module
-    if not hasattr(target, "compute_language_model_loss"):
+    if not _is_language_model(target):
         raise ValueError(
             f"expected a Megatron LanguageModule (GPTModel, ...), got {type(model).__name__} "
             "without compute_language_model_loss"
@@ -83,3 +84,7 @@ def use_infoentropy_loss(
 
     target.compute_language_model_loss = MethodType(compute_language_model_loss, target)
     return model
+
+
+def _is_language_model(module: Any) -> bool:
+    return hasattr(type(module), "compute_language_model_loss")

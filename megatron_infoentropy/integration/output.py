@@ -12,6 +12,7 @@ import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss import TokenStatistics, vocab_parallel_statistics
+from megatron_infoentropy.loss.collective import world_and_rank
 
 IGNORED = -100
 
@@ -80,8 +81,9 @@ def check_sharding(logits: torch.Tensor, output_layer: Any, group: Any) -> None:
     """
     expected = getattr(output_layer, "output_size_per_partition", None)
     if expected is not None and logits.shape[-1] != expected:
+        ranks, _ = world_and_rank(group)
         raise ValueError(
             f"expected vocabulary-sharded logits with {expected} columns "
-            f"({output_layer.output_size} over {group.size()} tensor-parallel ranks), got "
+            f"({output_layer.output_size} over {ranks} tensor-parallel ranks), got "
             f"{logits.shape[-1]}; build the model with parallel_output=True"
         )

@@ -5,8 +5,10 @@
 
 In training the sum is of alpha w ce; Megatron divides it by the token count and averages over
 micro-batches and data-parallel ranks (or, with --calculate-per-token-loss, divides the gradients by
-the global count). alpha and, where it is detached, w are constants in the backward pass. In
-evaluation the sum is of plain cross entropy whatever the objective.
+the global count). Where ranks hold unequal numbers of valid tokens the former is a mean of means;
+the logged "objective" is the mean over tokens, as is `infoentropy_loss`. alpha and, where it is
+detached, w are constants in the backward pass. In evaluation the sum is of plain cross entropy
+whatever the objective.
 """
 
 from collections.abc import Callable
@@ -57,7 +59,8 @@ class InfoEntropyForwardStep:
         timers("batch-generator", log_level=2).start()
         with straggler(bdata=True):
             vp_stage = get_attr_wrapped_model(model, "vp_stage")
-            batch = get_batch(data_iterator, vp_stage, get_attr_wrapped_model(model, "config"))
+            model_config = get_attr_wrapped_model(model, "config")
+            batch = get_batch(data_iterator, vp_stage, model_config, training=model.training)
         timers("batch-generator").stop()
 
         forward = model.build_schedule_plan if return_schedule_plan else model
@@ -90,8 +93,9 @@ def training_loss(
 ) -> LossResult:
     """(sum of alpha w ce, token count, report) of one micro-batch on one rank.
 
-    loss_mask: [batch, sequence]; output: [3, batch, sequence]. With "global" the sum is of w ce:
-    the weight of the whole batch is not known yet and divides the gradients in the end.
+    loss_mask: [batch, sequence], of 0 and 1, as Megatron counts tokens in integers; output:
+    [3, batch, sequence]. With "global" the sum is of w ce: the weight of the whole batch is not
+    known yet and divides the gradients in the end.
     """
     ce, entropy, _lse = output.float().unbind(0)
     mask = loss_mask.to(ce.dtype)

@@ -28,7 +28,8 @@ Conventions that every backend keeps:
   * ignored tokens: never read; statistics 0, gradient exactly 0, even where the row holds NaN;
   * a logit of -inf has probability exactly 0 and carries no entropy; a row (or a shard) of only
     -inf has m = -inf, R = -1 (no mass), U = 0; NaN or +inf in a row gives NaN in that row only;
-  * the last dimension is contiguous, rows may lie any distance apart.
+  * of the logits and `out_NV` the last dimension is contiguous, rows may lie any distance apart
+    without overlapping; `target_N` is int64 and, like the coefficients, contiguous.
 """
 
 from dataclasses import dataclass

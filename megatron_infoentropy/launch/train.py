@@ -11,14 +11,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
+from megatron_infoentropy.launch.flags import DEFAULTS, read_facts, useful_ranks
 from megatron_infoentropy.launch.machine import machine_environment, machine_flags
 from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
 from megatron_infoentropy.progress import progress
@@ -33,17 +33,19 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What to train, on what, where."""
+    """What to train, on what, where.
+
+    `settings` are flags given beside the recipe (names without dashes); what neither says has the
+    published or usual value, see `DEFAULTS`. Of a flag said twice the last counts: default, recipe,
+    settings, extra flags.
+    """
 
     recipe: Path
     data: Path  # holds train/, validation/ and test/ token datasets
     tokenizer: Path
     run: Path
-    config: InfoEntropyConfig = field(default_factory=InfoEntropyConfig)
-    seed: int = 1234
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    ranks: int | None = None  # on this machine; None is one a GPU, or the least the layout needs
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks: int | None = None  # on this machine; None is as many as it has use for
     extra_flags: tuple[str, ...] = ()
 
 
@@ -65,22 +67,35 @@ def build_command(job: TrainingJob) -> Command:
     """The command that trains the job on this machine.
 
     Raises:
-        ValueError: a recipe, dataset or layout that cannot be used, before anything starts.
+        ValueError: a recipe, dataset, objective or layout that cannot be used, before anything
+            starts.
     """
     device = find_device()
-    model_ranks = job.tensor_parallel * job.pipeline_parallel
-    ranks = job.ranks or max(model_ranks, device.count if device.type == "cuda" else 1)
+    recipe = load_recipe(job.recipe)
+    flags = [
+        *machine_flags(device, recipe),
+        *to_command_line(DEFAULTS),
+        *to_command_line(recipe),
+        *to_command_line(job.settings),
+    ]
+    facts = read_facts([*flags, *job.extra_flags])
+    flags += [*to_command_line(_paths(job)), *job.extra_flags]
+    ranks = job.ranks or useful_ranks(facts, device.count if device.type == "cuda" else 1)
+    model_ranks = facts["tensor_parallel"] * facts["pipeline_parallel"]
     if ranks % model_ranks:
         raise ValueError(
-            f"{ranks} ranks cannot be split into tensor-parallel {job.tensor_parallel} x "
-            f"pipeline-parallel {job.pipeline_parallel}; use a multiple of {model_ranks}"
+            f"{ranks} ranks cannot be split into tensor-parallel {facts['tensor_parallel']} x "
+            f"pipeline-parallel {facts['pipeline_parallel']}; use a multiple of {model_ranks}"
         )
-    recipe = load_recipe(job.recipe)
-    flags: dict[str, Any] = {
-        **_loss_flags(job.config),
-        "seed": job.seed,
-        "tensor-model-parallel-size": job.tensor_parallel,
-        "pipeline-model-parallel-size": job.pipeline_parallel,
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.pretrain")
+    environment = machine_environment(device, ranks)
+    return Command([*torchrun, *entry, *flags], environment, device, ranks)
+
+
+def _paths(job: TrainingJob) -> dict[str, Any]:
+    """Where data, tokenizer and checkpoints are."""
+    return {
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": job.tokenizer,
         **{flag: _blend(job.data / split) for split, flag in SPLITS.items()},
@@ -88,15 +103,6 @@ def build_command(job: TrainingJob) -> Command:
         "save": job.run / "checkpoints",
         "load": job.run / "checkpoints",
     }
-    words = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.pretrain"),
-        *machine_flags(device, recipe),
-        *to_command_line(recipe),
-        *to_command_line(flags),
-        *job.extra_flags,
-    ]
-    return Command(words, machine_environment(device, ranks), device, ranks)
 
 
 def train(
@@ -137,15 +143,6 @@ def train(
     return job.run
 
 
-def _loss_flags(config: InfoEntropyConfig) -> dict[str, Any]:
-    """Every field as its flag, so that the command tells the whole objective."""
-    flags: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        flag = f"infoentropy-{name.replace('_', '-')}"
-        flags[f"no-{flag}" if value is False else flag] = True if value is False else value
-    return flags
-
-
 def _blend(dataset: Path) -> list[Any]:
     """[tokens, prefix, tokens, prefix, ...]: every domain by its natural weight."""
     manifest = load_manifest(dataset)
@@ -184,24 +181,14 @@ def _follow(job: TrainingJob, lines: Iterator[str]) -> None:
             done = line.iteration
 
 
-def _write_facts(job: TrainingJob, command: Command, facts: dict[str, Any]) -> None:
-    model_ranks = job.tensor_parallel * job.pipeline_parallel
-    config = asdict(job.config)
+def _write_facts(job: TrainingJob, command: Command, said: dict[str, Any]) -> None:
+    facts = read_facts(command.words)
     run = {
         "name": job.run.name,
-        **{
-            key: config[key]
-            for key in ("objective", "gamma", "sigma", "normalization", "detach_weight")
-        },
-        "seed": job.seed,
-        "tensor_parallel": job.tensor_parallel,
-        "pipeline_parallel": job.pipeline_parallel,
-        "data_parallel": command.ranks // model_ranks,
+        **facts,
+        "data_parallel": command.ranks // (facts["tensor_parallel"] * facts["pipeline_parallel"]),
         "device": _device_name(command.device),
-        "parameters": facts.get("model parameters"),
-        "train_iters": _number(command.words, "--train-iters"),
-        "global_batch_size": _number(command.words, "--global-batch-size"),
-        "seq_length": _number(command.words, "--seq-length"),
+        "parameters": said.get("model parameters"),
         "recipe": job.recipe.name,
         "command": command.words,
         "versions": {
@@ -210,17 +197,8 @@ def _write_facts(job: TrainingJob, command: Command, facts: dict[str, Any]) -> N
         },
     }
     temporary = job.run / "run.json.tmp"
-    temporary.write_text(json.dumps(run, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(run, indent=2) + "\n")
     temporary.rename(job.run / "run.json")
-
-
-def _number(words: list[str], flag: str) -> int | None:
-    """The value of a flag, the last time it is given (as argparse reads it), in either spelling."""
-    for index in reversed(range(len(words))):
-        name, has_value, value = words[index].partition("=")
-        if name == flag:
-            return int(value if has_value else words[index + 1])
-    return None
 
 
 def _device_name(device: Device) -> str:

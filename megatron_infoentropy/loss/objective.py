@@ -58,7 +58,8 @@ def infoentropy_loss(
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
         loss_mask: [...], in the target's shape; each token's weight is multiplied by it. Tokens
             with 0 take no part.
-        data_parallel_group: ranks that hold other tokens of the same micro-batch step.
+        data_parallel_group: ranks that hold other tokens of the same micro-batch step; the mean
+            is over all their valid tokens.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits), equal on all ranks of both groups. *Averaging*
@@ -89,7 +90,7 @@ def infoentropy_loss(
     )
     mask = (target != ignore_index).to(ce.dtype)
     if loss_mask is not None:
-        mask = mask * loss_mask
+        mask = mask * loss_mask.to(mask.dtype)
     sums = reduce_sums(token_sums(ce, token_weight(ce, entropy, config), mask), data_parallel_group)
     mean = sums.weighted_ce / torch.where(sums.tokens > 0, sums.tokens, 1)
     return mean * alpha(sums, config.normalization)

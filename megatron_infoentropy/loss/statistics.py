@@ -68,7 +68,8 @@ def vocab_parallel_statistics(
     _check_arguments(logits, target, inplace_backward)
     order = _memory_order(logits)
     rows_NV = logits.permute(*order, logits.dim() - 1).reshape(-1, logits.shape[-1])
-    if rows_NV.stride(-1) != 1:
+    overlapping = rows_NV.shape[0] > 1 and rows_NV.stride(0) < rows_NV.shape[-1]
+    if rows_NV.stride(-1) != 1 or overlapping:  # expanded logits, for one
         rows_NV = rows_NV.contiguous()
     target_N = target.permute(order).reshape(-1).long().contiguous()
 
@@ -137,7 +138,7 @@ class _Statistics(torch.autograd.Function):
         coefficients_4N = _coefficients(
             g_ce, g_entropy, g_lse, maximum, z, mean_distance, ce, entropy
         )
-        out_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
+        out_NV = logits_NV.detach() if ctx.inplace else torch.empty_like(logits_NV)
         ctx.kernels.shard_gradient(logits_NV, target_N, ctx.shard, coefficients_4N, out_NV)
         if ctx.inplace:
             ctx.overwritten = True
@@ -193,6 +194,11 @@ def _check_arguments(logits: torch.Tensor, target: torch.Tensor, inplace_backwar
             "expected logits [..., V] and target [...] with the same leading dimensions, got "
             f"{list(logits.shape)} and {list(target.shape)}; Megatron's output layer gives "
             "[sequence, batch, V] while its labels are [batch, sequence]: transpose one of them"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"expected logits with at least one column, got {list(logits.shape)}: a shard that is "
+            "all padding still has its columns; say how many count by vocab_size"
         )
     if not logits.is_floating_point() or target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(

@@ -43,7 +43,7 @@ def main(folder, gammas):
     found = {"parameters": {}, "gradients": []}
     served = {"batches": 0}
 
-    def get_batch(_iterator, _stage, _config):
+    def get_batch(_iterator, _stage, _config, *, training):
         args = get_args()
         micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
         index = served["batches"] % micro_batches

@@ -36,7 +36,9 @@ def main(out, mode):
         return loss, count, {"lm loss": torch.stack([loss.detach(), count])}
 
     def megatron_step(data_iterator, model):
-        batch = get_batch(data_iterator, None, get_attr_wrapped_model(model, "config"))
+        batch = get_batch(
+            data_iterator, None, get_attr_wrapped_model(model, "config"), training=True
+        )
         mask = batch.pop("loss_mask")
         output = model(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]

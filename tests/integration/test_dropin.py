@@ -60,8 +60,17 @@ def test_evaluation_is_plain_cross_entropy_whatever_the_objective():
 
 
 def test_a_wrapped_model_is_bound_inside():
+    class Transparent(torch.nn.Module):
+        """Like FSDP: hands on what it does not have."""
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module"), name)
+
     inner = LanguageModel()
-    wrapped = torch.nn.Module()
+    wrapped = Transparent()
     wrapped.module = inner
     assert use_infoentropy_loss(wrapped) is wrapped
     logits, labels = make_case()
@@ -78,7 +87,7 @@ def test_what_cannot_work_is_refused_in_words():
 def test_gathered_logits_are_refused():
     """Half the columns expected, the whole vocabulary given: off by ln 2 if it were accepted."""
     model = use_infoentropy_loss(LanguageModel(columns=V // 2))
-    model.pg_collection.tp = SimpleNamespace(size=lambda: 2)
+    model.pg_collection.tp = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     logits, labels = make_case()
     with pytest.raises(ValueError, match="vocabulary-sharded logits with 20 columns"):
         model.compute_language_model_loss(labels, logits)

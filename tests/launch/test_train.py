@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 from megatron_infoentropy.launch import train as launch
+from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
+TP2 = {"tensor-model-parallel-size": 2}
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
 
 TALKING_RANK = """
@@ -52,8 +53,9 @@ def values(words, flag):
 
 
 def test_the_command_tells_the_whole_objective_and_the_data_blend(job):
-    config = InfoEntropyConfig("focal", 2.0, normalization="global", detach_weight=False)
-    command = launch.build_command(replace(job, config=config, tensor_parallel=2, seed=7))
+    loss = {"objective": "focal", "gamma": 2.0, "normalization": "global", "detach_weight": False}
+    settings = loss_flags(loss) | {"tensor-model-parallel-size": 2, "seed": 7}
+    command = launch.build_command(replace(job, settings=settings))
     assert command.ranks == 2
     assert values(command.words, "--nproc-per-node")[0] == "2"
     assert values(command.words, "--infoentropy-objective") == ["focal"]
@@ -77,24 +79,43 @@ def test_the_recipe_and_extra_flags_come_after_the_machines(job):
 def test_without_a_gpu_one_thread_a_rank_on_two_cores(job, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    environment = launch.build_command(replace(job, tensor_parallel=2)).environment
+    environment = launch.build_command(replace(job, settings=TP2)).environment
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["TORCHDYNAMO_DISABLE"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert launch.build_command(job).environment["OMP_NUM_THREADS"] == "5"
 
 
-def test_gpus_get_a_rank_each_and_no_cpu_flags(job, monkeypatch):
-    monkeypatch.setattr(launch, "find_device", lambda: Device("cuda", "nccl", 8))
-    command = launch.build_command(replace(job, tensor_parallel=2))
-    assert command.ranks == 8
+@pytest.mark.parametrize(
+    ("gpus", "global_batch", "ranks"), [(8, 64, 8), (8, 8, 2), (8, 24, 6), (3, 64, 2), (1, 8, 2)]
+)
+def test_gpus_are_used_as_far_as_the_batch_divides(job, monkeypatch, gpus, global_batch, ranks):
+    """Micro-batches of 8 at TP2: the number of copies of the model must divide the batch."""
+    monkeypatch.setattr(launch, "find_device", lambda: Device("cuda", "nccl", gpus))
+    extra = ("--global-batch-size", str(global_batch))
+    command = launch.build_command(replace(job, settings=TP2, extra_flags=extra))
+    assert command.ranks == ranks
     assert "--distributed-backend=gloo" not in command.words
     assert "TORCHDYNAMO_DISABLE" not in command.environment
 
 
+def test_options_overrule_the_recipe_and_the_recipe_the_defaults(job, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        RECIPE.read_text() + "\nloss:\n  infoentropy-gamma: 2.0\n  seed: 99\n"
+        "  infoentropy-normalization: global\n  tensor-model-parallel-size: 2\n"
+    )
+    facts = read_facts(launch.build_command(replace(job, recipe=recipe)).words)
+    assert (facts["gamma"], facts["seed"], facts["normalization"]) == (2.0, 99, "global")
+    assert (facts["tensor_parallel"], facts["sigma"], facts["detach_weight"]) == (2, 1.0, True)
+    settings = loss_flags({"gamma": 0.5, "sigma": None}) | {"seed": 7}
+    facts = read_facts(launch.build_command(replace(job, recipe=recipe, settings=settings)).words)
+    assert (facts["gamma"], facts["seed"], facts["sigma"]) == (0.5, 7, 1.0)
+
+
 def test_ranks_that_do_not_fit_the_layout_are_refused(job):
     with pytest.raises(ValueError, match="3 ranks cannot be split into tensor-parallel 2"):
-        launch.build_command(replace(job, tensor_parallel=2, ranks=3))
+        launch.build_command(replace(job, settings=TP2, ranks=3))
 
 
 def pretend(job, code):
@@ -104,6 +125,7 @@ def pretend(job, code):
 
 def test_a_run_leaves_its_log_and_its_facts(job):
     heard = []
+    job = replace(job, extra_flags=("--infoentropy-gamma=3", "--no-infoentropy-detach-weight"))
     command = pretend(job, TALKING_RANK)
     run = launch.train(job, command, heard.append)
     facts = json.loads((run / "run.json").read_text())
@@ -112,6 +134,8 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     assert facts["train_iters"] == 100
     assert facts["seq_length"] == 256
     assert facts["command"] == command.words
+    assert facts["gamma"] == 3.0  # the last word on the command line, as the ranks read it
+    assert facts["detach_weight"] is False
     assert (run / "train.log").read_text() == "".join(heard)
     assert len(heard) == 4
 

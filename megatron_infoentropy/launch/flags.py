@@ -1,0 +1,84 @@
+"""What a command line says, read as Megatron's parser will: the last word on a flag counts."""
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_infoentropy.config import InfoEntropyConfig
+
+PREFIX = "infoentropy"
+
+
+def loss_flags(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of InfoEntropyConfig as flags; a false switch becomes its --no- form."""
+    flags: dict[str, Any] = {}
+    for name, value in settings.items():
+        flag = f"{PREFIX}-{name.replace('_', '-')}"
+        flags[f"no-{flag}" if value is False else flag] = True if value is False else value
+    return flags
+
+
+DEFAULTS: dict[str, Any] = {
+    **loss_flags(asdict(InfoEntropyConfig())),
+    "seed": 1234,
+    "tensor-model-parallel-size": 1,
+    "pipeline-model-parallel-size": 1,
+}
+
+
+def read_facts(words: list[str]) -> dict[str, Any]:
+    """Objective, seed, layout and sizes that a command line amounts to.
+
+    Raises:
+        ValueError: an objective that cannot be, or a number that is none.
+    """
+    config = InfoEntropyConfig(
+        objective=_last(words, f"{PREFIX}-objective"),  # type: ignore[arg-type]
+        gamma=_number(words, f"{PREFIX}-gamma", float),
+        sigma=_number(words, f"{PREFIX}-sigma", float),
+        normalization=_last(words, f"{PREFIX}-normalization"),  # type: ignore[arg-type]
+        detach_weight=_is_on(words, f"{PREFIX}-detach-weight"),
+    )
+    named = asdict(config)
+    return {
+        **{
+            name: named[name]
+            for name in ("objective", "gamma", "sigma", "normalization", "detach_weight")
+        },
+        "seed": _number(words, "seed", int),
+        "tensor_parallel": _number(words, "tensor-model-parallel-size", int),
+        "pipeline_parallel": _number(words, "pipeline-model-parallel-size", int),
+        "train_iters": _number(words, "train-iters", int),
+        "global_batch_size": _number(words, "global-batch-size", int),
+        "micro_batch_size": _number(words, "micro-batch-size", int),
+        "seq_length": _number(words, "seq-length", int),
+    }
+
+
+def useful_ranks(facts: dict[str, Any], devices: int) -> int:
+    """The most ranks that fit the devices and divide the batch; at least what one model needs."""
+    model_ranks: int = facts["tensor_parallel"] * facts["pipeline_parallel"]
+    micro_batches = (facts["global_batch_size"] or 1) // (facts["micro_batch_size"] or 1)
+    copies = [n for n in range(1, devices // model_ranks + 1) if micro_batches % n == 0]
+    return model_ranks * max(copies, default=1)
+
+
+def _last(words: list[str], name: str) -> str | None:
+    """The value of a flag, the last time it is given, in either spelling."""
+    for index in reversed(range(len(words))):
+        flag, has_value, value = words[index].partition("=")
+        if flag == f"--{name}":
+            return value if has_value else words[index + 1]
+    return None
+
+
+def _number[T: (int, float)](words: list[str], name: str, kind: type[T]) -> Any:
+    value = _last(words, name)
+    try:
+        return None if value is None else kind(value)
+    except ValueError:
+        raise ValueError(f"--{name} must be a number, got {value!r}") from None
+
+
+def _is_on(words: list[str], name: str) -> bool:
+    switches = [word for word in words if word in (f"--{name}", f"--no-{name}")]
+    return switches[-1] == f"--{name}"

@@ -1,0 +1,86 @@
+"""The trainer's loss function alone, over gloo ranks: alpha by data and context parallel groups."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from close import assert_within
+from oracle import dense_statistics, dense_weight
+from ranks import run_ranks
+
+from megatron_infoentropy import InfoEntropyConfig
+
+B, S, V = 2, 6, 30
+
+
+def make_output(rank):
+    """([3, b, s] as the output processor gives, mask) of one rank; masks are far from equal."""
+    generator = torch.Generator().manual_seed(rank)
+    logits = torch.randn(B, S, V, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(0, V, (B, S), generator=generator)
+    mask = (torch.rand(B, S, generator=generator) > 0.2 * rank).float()
+    return torch.stack(dense_statistics(logits, labels)).float(), mask
+
+
+@functools.cache
+def groups_of(layout):
+    """Data and context groups of four ranks, context ranks next to one another; made once."""
+    from megatron_infoentropy.integration.step import Groups
+
+    if layout == "data 4":
+        return Groups(None, dist.group.WORLD)
+    context = [dist.new_group([i, i + 1]) for i in (0, 2)]
+    data = [dist.new_group([i, i + 2]) for i in (0, 1)]
+    return Groups(context[dist.get_rank() // 2], data[dist.get_rank() % 2])
+
+
+def loss_on_rank(layout, settings):
+    from megatron_infoentropy.integration.step import training_loss
+
+    output, mask = make_output(dist.get_rank())
+    output.requires_grad_()
+    config = InfoEntropyConfig(**settings)
+    loss, count, report = training_loss(mask, output, config, groups_of(layout))
+    loss.backward()
+    return loss.detach(), int(count), report, output.grad
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("layout", ["data 4", "context 2, data 2"])
+@pytest.mark.parametrize("objective", ["infoentropy", "focal"])
+@pytest.mark.parametrize("normalization", ["paper", "global", "none"])
+def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, layout, detach):
+    settings = {"objective": objective, "gamma": 2.0, "normalization": normalization}
+    results = run_ranks(loss_on_rank, 4, layout, settings | {"detach_weight": detach})
+    parts = []
+    for rank in range(4):
+        output, mask = make_output(rank)
+        ce, entropy, _ = output.double().unbind(0)
+        ce, entropy = ce.requires_grad_(), entropy.requires_grad_()
+        weight = dense_weight(ce, entropy, objective, 2.0, 1.0)
+        parts.append((mask.double(), weight.detach() if detach else weight, ce, entropy))
+    alpha = {"none": 1.0, "global": 1.0}.get(normalization)
+    if alpha is None:
+        together = [[0], [1], [2], [3]] if layout == "data 4" else [[0, 1], [2, 3]]
+        inverse = [
+            sum(parts[r][0].sum() for r in ranks)
+            / sum((parts[r][0] * parts[r][1]).sum() for r in ranks).detach()
+            for ranks in together
+        ]
+        alpha = sum(inverse) / len(inverse)
+    for (loss, count, report, grad), (mask, weight, ce, entropy) in zip(
+        results, parts, strict=True
+    ):
+        expected = alpha * (mask * weight * ce).sum()
+        expected.backward()
+        assert_within(loss, expected, rtol=1e-6)
+        assert count == int(mask.sum())
+        assert_within(grad[0], ce.grad, rtol=1e-5, atol=1e-7)
+        if entropy.grad is not None:
+            assert_within(grad[1], entropy.grad, rtol=1e-5, atol=1e-7)
+        assert_within(report["weight"][0], (mask * weight).sum(), rtol=1e-6)
+        assert_within(report["cross entropy"][0], (mask * ce).sum(), rtol=1e-6)
+        assert_within(report["objective"][0], expected, rtol=1e-6)
+        divisor = (mask * weight).sum() if normalization == "global" else mask.sum()
+        assert_within(report["objective"][1], divisor, rtol=1e-6)
