@@ -99,6 +99,13 @@ std::int64_t rows_per_block(std::int64_t columns) {
   return 1 + kElements / (columns + 1);
 }
 
+// The same for writing into fresh memory: blocks of several huge pages. Threads that first touch one
+// page together would each have the system clear a page for it, and one of the two for nothing.
+std::int64_t rows_per_streamed_block(std::int64_t row_bytes) {
+  constexpr std::int64_t kBytes = 16 << 20;
+  return 1 + kBytes / (row_bytes + 1);
+}
+
 template <class T>
 void statistics(const Logits& logits, const Targets& targets, float* out, int threads) {
   const T* data = static_cast<const T*>(logits.data);
@@ -145,7 +152,9 @@ void gradient(const Logits& logits, const Targets& targets, const float* coeffic
   const bool stream_out =
       out != data && tokens * width * std::int64_t{sizeof(T)} > kStreamBytes;
   if (stream_out) prefer_huge_pages(out, ((tokens - 1) * out_row_stride + width) * sizeof(T));
-  parallel_for(tokens, rows_per_block(columns), threads, [=](std::int64_t i, std::int64_t end) {
+  const std::int64_t block =
+      stream_out ? rows_per_streamed_block(width * sizeof(T)) : rows_per_block(columns);
+  parallel_for(tokens, block, threads, [=](std::int64_t i, std::int64_t end) {
     for (; i < end; ++i) {
       T* to = out + i * out_row_stride;
       if (targets.ignored(i)) {
