@@ -43,7 +43,7 @@ def run_features() -> None:
     rows = [
         {"feature": feature["feature"], "outcome": outcome_of(feature["tests"]), **facts}
         for feature in features()
-        if feature["on"] in here
+        if feature["needs"] in here
     ]
     name = "gpu" if "gpu" in here else "cpu"
     with (RESULTS / f"status_{name}.csv").open("w", newline="") as file:
