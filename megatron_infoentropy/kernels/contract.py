@@ -4,30 +4,40 @@ Shapes: N tokens, V = columns of this rank's logits. A backend knows no process 
 no mask; `loss` knows no pointers. Source of the formulas: the log-sum-exp identity, with every sum
 taken over non-negative terms so that nothing cancels.
 
-`shard_statistics(logits_NV, target_N, shard) -> statistics_4N`, one read of the logits:
+`shard_statistics(logits_NV, target_N, shard, options) -> statistics_RN`, one read of the logits:
 
-    row MAX     m   = max x_i
-    row TAIL    R   = sum e^(x_i - m) - 1                 the mass beside one maximal logit
-    row SPREAD  U   = sum e^(x_i - m) (m - x_i)
-    row TARGET  x_y = the target's logit, 0 where another shard owns the target
+    row MAX       m   = max x_i
+    row TAIL      R   = sum e^(x_i - m) - 1                 the mass beside one maximal logit
+    row SPREAD    U   = sum e^(x_i - m) (m - x_i)
+    row TARGET    x_y = the target's logit, 0 where another shard owns the target
+    row DISTANCE  D   = sum (m - x_i)                       only where options.distance: R = 5 rows
 
-from which, once the shards are folded, CE = (m - x_y) + log1p(R) and H = log1p(R) + U / (1 + R).
-R is kept instead of Z = 1 + R because for a confident token R is far below the rounding of 1.
+from which, once the shards are folded, CE = (m - x_y) + log1p(R), H = log1p(R) + U / (1 + R), and
+D / V + log1p(R) is the cross entropy of the uniform distribution (label smoothing). R is kept
+instead of Z = 1 + R because for a confident token R is far below the rounding of 1.
 
-`shard_gradient(logits_NV, target_N, shard, coefficients_4N, out_NV) -> None`, one read, one write:
+`shard_gradient(logits_NV, target_N, shard, options, coefficients_RN, out_NV) -> None`, one read,
+one write:
 
     row SHIFT   m    the maximum over all shards
-    row SCALE   a    dz_i = e^(x_i - m) (a + b (x_i - m))
+    row SCALE   a    dz_i = (e^(x_i - m) (a + b (x_i - m)) + c) s_i
     row SLOPE   b
-    row TARGET  g_y  the gradient of the target's own column, written as it is
+    row TARGET_GRADIENT  g_y  the gradient of the target's own column, written as it is
+    row OFFSET  c    only where options.distance, else 0
+
+x_i is the logit as the model means it: with options, softcap tanh(z_i / softcap) / temperature of
+the stored z_i, computed in fp32 and never stored; s_i = 1 - tanh^2(z_i / softcap), 1 without a
+softcap (the factor 1 / temperature is the caller's, folded into the coefficients).
 
 Conventions that every backend keeps:
   * statistics and coefficients are fp32 (fp64 for fp64 logits); `out_NV` has the logits' dtype, is
     rounded once, and may be the logits themselves;
   * columns at or beyond `shard.columns` are padding: never read, gradient exactly 0;
   * ignored tokens: never read; statistics 0, gradient exactly 0, even where the row holds NaN;
-  * a logit of -inf has probability exactly 0 and carries no entropy; a row (or a shard) of only
-    -inf has m = -inf, R = -1 (no mass), U = 0; NaN or +inf in a row gives NaN in that row only;
+  * a logit of -inf has probability exactly 0 and carries no entropy, also under a softcap, so that
+    a mask stays a mask; a row (or a shard) of only -inf has m = -inf, R = -1 (no mass), U = D = 0;
+    one -inf beside a finite logit makes D = inf; NaN or +inf in a row gives NaN in that row only
+    (under a softcap +inf is the cap);
   * of the logits and `out_NV` the last dimension is contiguous, rows may lie any distance apart
     without overlapping; `target_N` is int64 and, like the coefficients, contiguous.
 """
@@ -37,8 +47,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-MAX, TAIL, SPREAD, TARGET = range(4)  # rows of the statistics
-SHIFT, SCALE, SLOPE, TARGET_GRADIENT = range(4)  # rows of the coefficients
+MAX, TAIL, SPREAD, TARGET, DISTANCE = range(5)  # rows of the statistics
+SHIFT, SCALE, SLOPE, TARGET_GRADIENT, OFFSET = range(5)  # rows of the coefficients
 
 
 class Shard(NamedTuple):
@@ -49,9 +59,26 @@ class Shard(NamedTuple):
     ignore_index: int  # a target of this value marks a token that takes no part
 
 
+class Options(NamedTuple):
+    """What is done to a logit before anything else, and what else is summed. The defaults cost
+    nothing: a backend compiles them away."""
+
+    softcap: float = 0.0  # bound on |logit|; 0 is none
+    temperature: float = 1.0  # > 0; divides the (capped) logits
+    distance: bool = False  # also the rows DISTANCE and OFFSET
+
+    @property
+    def rows(self) -> int:
+        """Rows of the statistics and of the coefficients."""
+        return 5 if self.distance else 4
+
+
+PLAIN = Options()
+
+
 class ShardStatistics(Protocol):
     def __call__(
-        self, logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard
+        self, logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
     ) -> torch.Tensor: ...
 
 
@@ -61,7 +88,8 @@ class ShardGradient(Protocol):
         logits_NV: torch.Tensor,
         target_N: torch.Tensor,
         shard: Shard,
-        coefficients_4N: torch.Tensor,
+        options: Options,
+        coefficients_RN: torch.Tensor,
         out_NV: torch.Tensor,
     ) -> None: ...
 

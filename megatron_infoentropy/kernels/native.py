@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.kernels.contract import Kernels, Shard
+from megatron_infoentropy.kernels.contract import PLAIN, Kernels, Options, Shard
 
 _C: Any = None
 try:
@@ -39,9 +39,12 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
-def shard_statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
+def shard_statistics(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+) -> torch.Tensor:
     """See `kernels.contract`."""
-    statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=torch.float32)
+    assert options == PLAIN
+    statistics_RN = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=torch.float32)
     _C.shard_statistics(
         logits=logits_NV.data_ptr(),
         dtype=DTYPES[logits_NV.dtype],
@@ -51,20 +54,22 @@ def shard_statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Sha
         vocab_start=shard.start,
         columns=shard.columns,
         ignore_index=shard.ignore_index,
-        statistics=statistics_4N.data_ptr(),
+        statistics=statistics_RN.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    return statistics_4N
+    return statistics_RN
 
 
 def shard_gradient(
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
     shard: Shard,
-    coefficients_4N: torch.Tensor,
+    options: Options,
+    coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
 ) -> None:
     """See `kernels.contract`."""
+    assert options == PLAIN
     _C.shard_gradient(
         logits=logits_NV.data_ptr(),
         dtype=DTYPES[logits_NV.dtype],
@@ -75,7 +80,7 @@ def shard_gradient(
         vocab_start=shard.start,
         columns=shard.columns,
         ignore_index=shard.ignore_index,
-        coefficients=coefficients_4N.data_ptr(),
+        coefficients=coefficients_RN.data_ptr(),
         out=out_NV.data_ptr(),
         out_row_stride=out_NV.stride(0),
         threads=torch.get_num_threads(),

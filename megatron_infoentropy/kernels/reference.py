@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from megatron_infoentropy.kernels.contract import (
+    OFFSET,
     SCALE,
     SHIFT,
     SLOPE,
     TARGET_GRADIENT,
     Kernels,
+    Options,
     Shard,
     statistics_dtype,
 )
@@ -20,66 +22,88 @@ from megatron_infoentropy.kernels.contract import (
 CHUNK_BYTES = 1 << 25  # of one temporary
 
 
-def shard_statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
+def shard_statistics(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+) -> torch.Tensor:
     """See `kernels.contract`."""
     dtype = statistics_dtype(logits_NV)
-    statistics_4N = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=dtype)
+    statistics_RN = logits_NV.new_empty((options.rows, logits_NV.shape[0]), dtype=dtype)
     for rows in _chunks(logits_NV, dtype):
-        statistics_4N[:, rows] = _statistics(
-            logits_NV[rows, : shard.columns].to(dtype), target_N[rows], shard
-        )
-    return statistics_4N
+        x, _ = _meant(logits_NV[rows, : shard.columns].to(dtype), options)
+        statistics_RN[:, rows] = _statistics(x, target_N[rows], shard)[: options.rows]
+    return statistics_RN
 
 
 def _statistics(x: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """All five rows [5, n] of x [n, columns]."""
     ignored = target_N == shard.ignore_index
     if shard.columns == 0:  # the whole shard is padding
-        nothing = x.new_tensor([-torch.inf, -1.0, 0.0, 0.0]).unsqueeze(-1)
-        return nothing.expand(4, len(target_N)).masked_fill(ignored, 0)
+        nothing = x.new_tensor([-torch.inf, -1.0, 0.0, 0.0, 0.0]).unsqueeze(-1)
+        return nothing.expand(5, len(target_N)).masked_fill(ignored, 0)
     m, top = x.max(-1)
-    d = x - torch.where(m == -torch.inf, 0, m).unsqueeze(-1)
+    empty = m == -torch.inf
+    d = x - torch.where(empty, 0, m).unsqueeze(-1)
     e = d.exp()
     u = torch.where(e == 0, 0, -d * e).sum(-1)  # 0 * inf: a masked logit carries no entropy
     # Leaving one maximal logit out of the sum is what keeps R exact; a row without mass has R = -1.
     r = e.scatter(-1, top.unsqueeze(-1), 0).sum(-1)
-    r = torch.where(m == -torch.inf, -1, r)
+    r = torch.where(empty, -1, r)
     r = torch.where(m == torch.inf, torch.nan, r)
+    distance = torch.where(empty, 0, -d.sum(-1))
     column, owned = _owned_column(target_N, shard)
     x_y = torch.where(owned, x.gather(-1, column).squeeze(-1), 0)
-    return torch.stack([m, r, u, x_y]).masked_fill(ignored, 0)
+    return torch.stack([m, r, u, x_y, distance]).masked_fill(ignored, 0)
 
 
 def shard_gradient(
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
     shard: Shard,
-    coefficients_4N: torch.Tensor,
+    options: Options,
+    coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
 ) -> None:
     """See `kernels.contract`."""
     dtype = statistics_dtype(logits_NV)
     for rows in _chunks(logits_NV, dtype):
-        x = logits_NV[rows, : shard.columns].to(dtype)
-        coefficients = coefficients_4N[:, rows]
-        out_NV[rows, : shard.columns] = _gradient(x, target_N[rows], shard, coefficients).to(
-            out_NV.dtype
-        )
+        x, slope = _meant(logits_NV[rows, : shard.columns].to(dtype), options)
+        dz = _gradient(x, slope, target_N[rows], shard, coefficients_RN[:, rows])
+        out_NV[rows, : shard.columns] = dz.to(out_NV.dtype)
     out_NV[:, shard.columns :] = 0
 
 
 def _gradient(
-    x: torch.Tensor, target_N: torch.Tensor, shard: Shard, coefficients_4N: torch.Tensor
+    x: torch.Tensor,
+    slope: torch.Tensor | None,
+    target_N: torch.Tensor,
+    shard: Shard,
+    coefficients_RN: torch.Tensor,
 ) -> torch.Tensor:
     if shard.columns == 0:
         return x
-    shift, scale, slope = (coefficients_4N[row].unsqueeze(-1) for row in (SHIFT, SCALE, SLOPE))
-    d = x - shift
+    m, a, b = (coefficients_RN[row].unsqueeze(-1) for row in (SHIFT, SCALE, SLOPE))
+    d = x - m
     e = d.exp()
-    dz = e * scale + torch.where(e == 0, 0, e * d * slope)
+    dz = e * a + torch.where(e == 0, 0, e * d * b)
+    if len(coefficients_RN) > OFFSET:
+        dz = dz + coefficients_RN[OFFSET].unsqueeze(-1)
+    if slope is not None:
+        dz = dz * slope
     column, owned = _owned_column(target_N, shard)
-    own = torch.where(owned, coefficients_4N[TARGET_GRADIENT], dz.gather(-1, column).squeeze(-1))
+    own = torch.where(owned, coefficients_RN[TARGET_GRADIENT], dz.gather(-1, column).squeeze(-1))
     dz.scatter_(-1, column, own.unsqueeze(-1))
     return dz.masked_fill((target_N == shard.ignore_index).unsqueeze(-1), 0)
+
+
+def _meant(z: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the logits after softcap and temperature, the softcap's slope at each or None)."""
+    x, slope = z, None
+    if options.softcap:
+        tanh = (z / options.softcap).tanh()
+        x, slope = (tanh * options.softcap).masked_fill(z == -torch.inf, -torch.inf), 1 - tanh**2
+    if options.temperature != 1:
+        x = x * (1 / options.temperature)
+    return x, slope
 
 
 def _owned_column(target_N: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:

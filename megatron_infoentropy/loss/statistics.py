@@ -18,7 +18,7 @@ import torch
 
 from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective
-from megatron_infoentropy.kernels.contract import Kernels, Shard
+from megatron_infoentropy.kernels.contract import PLAIN, Kernels, Shard
 from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
 
 
@@ -102,7 +102,9 @@ class _Statistics(torch.autograd.Function):
         inplace_backward: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        row = join_shards(chosen.shard_statistics(logits_NV, target_N, shard), group, collective)
+        row = join_shards(
+            chosen.shard_statistics(logits_NV, target_N, shard, PLAIN), group, collective
+        )
         ignored = target_N == shard.ignore_index
         z = (1 + row.tail).masked_fill_(ignored, 1)
         log_z, mean_distance = row.tail.log1p(), row.spread / z
@@ -139,7 +141,7 @@ class _Statistics(torch.autograd.Function):
             g_ce, g_entropy, g_lse, maximum, z, mean_distance, ce, entropy
         )
         out_NV = logits_NV.detach() if ctx.inplace else torch.empty_like(logits_NV)
-        ctx.kernels.shard_gradient(logits_NV, target_N, ctx.shard, coefficients_4N, out_NV)
+        ctx.kernels.shard_gradient(logits_NV, target_N, ctx.shard, PLAIN, coefficients_4N, out_NV)
         if ctx.inplace:
             ctx.overwritten = True
             # The kernels write through raw pointers, which torch cannot see: say so, so that
