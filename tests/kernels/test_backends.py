@@ -12,25 +12,8 @@ from close import assert_within, assert_within_bf16_ulp
 from oracle import dense_statistics
 
 from megatron_infoentropy import TokenStatistics, vocab_parallel_statistics
-from megatron_infoentropy.kernels import native
 
-BACKENDS = ["reference", "native-baseline", "native-avx2"]
 VOCABULARIES = [1, 2, 3, 7, 8, 9, 16, 33, 1023, 1024, 1025, 5000, 50257]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    name, _, instructions = request.param.partition("-")
-    if name == "reference":
-        yield name
-        return
-    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
-    assert reason is None, f"the tests need the C++ extension: {reason}"
-    chosen = native._C.instruction_set()
-    if not native._C.use_instruction_set(instructions):
-        pytest.skip(f"this processor has no {instructions}")
-    yield name
-    native._C.use_instruction_set(chosen)
 
 
 def random_case(n, v, dtype=torch.float32, scale=3.0, seed=0):

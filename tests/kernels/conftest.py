@@ -1,0 +1,26 @@
+"""The backends that every kernel test runs on. A new one is one more name in BACKENDS."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_infoentropy.kernels import native
+
+BACKENDS = ["reference", "native-baseline", "native-avx2"]  # native-<instruction set>
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name to pass as `backend`, with the instruction set chosen where it is the native one."""
+    name, _, instructions = request.param.partition("-")
+    if name != "native":
+        yield name
+        return
+    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
+    assert reason is None, f"the tests need the C++ extension: {reason}"
+    chosen = native._C.instruction_set()
+    if not native._C.use_instruction_set(instructions):
+        pytest.skip(f"this processor has no {instructions}")
+    yield name
+    native._C.use_instruction_set(chosen)
