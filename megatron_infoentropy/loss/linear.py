@@ -1,0 +1,221 @@
+"""The output layer and the loss in one: hidden states and output weight in, no logits in full.
+
+Two functions. `linear_vocab_parallel_statistics` gives per-token statistics, differentiable for any
+upstream gradient; it makes the logits twice. `linear_infoentropy_loss` gives the scalar objective
+and, where its weights are detached, makes them once. Both work through the tokens in chunks: peak
+memory is one chunk of logits (two while statistics are gathered) beside the gradients.
+
+On each rank of a tensor-parallel group of T: weight [V/T, H], a shard of the vocabulary in rank
+order; hidden states of all tokens, equal on all ranks, or with `sequence_parallel` this rank's 1/T
+of the first dimension. The gradient by the hidden states is summed over the group here (all-reduce,
+or reduce-scatter), as Megatron's ColumnParallelLinear does: the caller must not do it again.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron_infoentropy import kernels
+from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
+from megatron_infoentropy.kernels.contract import Options, statistics_dtype
+from megatron_infoentropy.loss.collective import Group, world_and_rank
+from megatron_infoentropy.loss.layout import (
+    Vocabulary,
+    check_targets,
+    make_options,
+    split_vocabulary,
+)
+from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
+from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
+from megatron_infoentropy.loss.linear_statistics import LinearStatistics
+from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
+from megatron_infoentropy.loss.statistics import TokenStatistics
+from megatron_infoentropy.loss.weighting import token_loss, token_weight
+
+CHUNK_TOKENS = 4096
+
+
+def linear_vocab_parallel_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    group: Group | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    uniform_cross_entropy: bool = False,
+    backend: Backend = "auto",
+    collective: Collective = "gather",
+    chunk_tokens: int = CHUNK_TOKENS,
+    sequence_parallel: bool = False,
+    into_main_grad: bool = False,
+) -> TokenStatistics:
+    """`vocab_parallel_statistics` of the logits hidden @ weight^T, which never exist in full.
+
+    Args:
+        hidden: [..., H], fp32, bf16, fp16 or fp64; with `sequence_parallel` this rank's slice of
+            the first dimension.
+        weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
+        target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
+        group, vocab_size, ignore_index, softcap, temperature, uniform_cross_entropy, backend,
+            collective: as in `vocab_parallel_statistics`.
+        chunk_tokens: tokens whose logits are made at a time; results do not depend on it.
+        sequence_parallel: gather `hidden` over `group`, scatter its gradient.
+        into_main_grad: add the weight's gradient to `weight.main_grad` where that exists, and
+            return to autograd what Megatron's gradient accumulation fusion returns.
+
+    Returns:
+        TokenStatistics in the target's shape, fp32 (fp64 for fp64 hidden states).
+
+    Raises:
+        ValueError: shapes, dtypes or sizes that do not fit together; targets as in
+            `vocab_parallel_statistics`.
+        RuntimeError: the named backend cannot run on such logits.
+    """
+    options = make_options(softcap, temperature, uniform_cross_entropy)
+    hidden_LH, target_N, settings = _prepare(
+        hidden,
+        weight,
+        target,
+        options,
+        split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        group,
+        backend,
+        collective,
+        chunk_tokens,
+        sequence_parallel,
+        into_main_grad,
+    )
+    results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
+    return TokenStatistics(*(result.view(target.shape) for result in results))
+
+
+def linear_infoentropy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    loss_mask: torch.Tensor | None = None,
+    config: InfoEntropyConfig | None = None,
+    *,
+    group: Group | None = None,
+    data_parallel_group: Group | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int = CHUNK_TOKENS,
+    sequence_parallel: bool = False,
+    into_main_grad: bool = False,
+) -> torch.Tensor:
+    """`infoentropy_loss` of the logits hidden @ weight^T, which never exist in full.
+
+    With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
+    pass and scaled in the backward pass, which then can run once; with attached ones this is
+    `linear_vocab_parallel_statistics` and ordinary PyTorch.
+
+    Args:
+        hidden, weight, target, group, vocab_size, ignore_index, chunk_tokens, sequence_parallel,
+            into_main_grad: as in `linear_vocab_parallel_statistics`.
+        loss_mask, config, data_parallel_group: as in `infoentropy_loss`.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 hidden states), equal on all ranks of both groups; gradients as
+        `infoentropy_loss`.
+
+    Raises:
+        ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
+    """
+    config = InfoEntropyConfig() if config is None else config
+    target, mask = _leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
+    hidden_LH, target_N, settings = _prepare(
+        hidden,
+        weight,
+        target,
+        make_options(config.softcap or None, config.temperature, config.label_smoothing > 0),
+        split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        group,
+        config.backend,
+        config.collective,
+        chunk_tokens,
+        sequence_parallel,
+        into_main_grad,
+    )
+    mask_N = mask.reshape(-1)
+    if config.detach_weight or not config.is_weighted:
+        tokens, differentiate = Tokens(target_N, mask_N), torch.is_grad_enabled()
+        sums = TokenSums(
+            *LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
+        )
+    else:
+        results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
+        statistics = TokenStatistics(*results)
+        loss, token_weights = token_loss(statistics, config), token_weight(statistics, config)
+        sums = token_sums(loss, token_weights, mask_N)
+    whole = reduce_sums(sums, data_parallel_group)
+    mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
+    return mean * alpha(whole, config.normalization)
+
+
+def _prepare(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+    vocabulary: Vocabulary,
+    group: Group | None,
+    backend: Backend,
+    collective: Collective,
+    chunk_tokens: int,
+    sequence_parallel: bool,
+    into_main_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, LinearSettings]:
+    """(hidden [L, H], target [N], settings), checked."""
+    slices = world_and_rank(group)[0] if sequence_parallel else 1
+    _check_shapes(hidden, weight, target, slices)
+    hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    target_N = target.reshape(-1).long().contiguous()
+    check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
+    chosen = kernels.select(backend, hidden.device, hidden.dtype)
+    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
+    settings = LinearSettings(vocabulary, options, group, chosen, collective, cut, into_main_grad)
+    return hidden_LH, target_N, settings
+
+
+def _leave_out_masked(
+    target: torch.Tensor, loss_mask: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN."""
+    if loss_mask is None:
+        return target, (target != ignore_index).to(dtype)
+    if loss_mask.shape != target.shape:
+        raise ValueError(
+            f"loss_mask must have the target's shape {list(target.shape)}, got "
+            f"{list(loss_mask.shape)}"
+        )
+    target = target.masked_fill(loss_mask == 0, ignore_index)
+    return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
+
+
+def _check_shapes(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, slices: int
+) -> None:
+    if weight.dim() != 2 or hidden.dim() < 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "expected hidden [..., H] and weight [V, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    expected = [hidden.shape[0] * slices, *hidden.shape[1:-1]]
+    if list(target.shape) != expected:
+        slice_of = f", this rank's 1/{slices} of the first dimension," if slices > 1 else ""
+        raise ValueError(
+            f"expected a target of {expected} for hidden {list(hidden.shape)}{slice_of} got "
+            f"{list(target.shape)}; Megatron's hidden states are [sequence, batch, H] while its "
+            "labels are [batch, sequence]: transpose one of them"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"expected hidden and weight of one floating dtype, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"expected integer targets, got {target.dtype}")
