@@ -1,0 +1,151 @@
+// The gradient of one row, by threads that know nothing of each other: each reads its vectors of
+// logits before it writes the same vectors of the gradient, so the gradient may lie over the logits.
+//
+// Vectors are those of the output row; block c takes the c-th kBatch of them. Columns before the
+// first and behind the last whole vector fall to threads of block 0, one each.
+#pragma once
+
+#include "cuda_arithmetic.h"
+
+namespace infoentropy::cuda {
+
+// The coefficients of `contract` for one row, with what else dz_i takes.
+struct RowCoefficients {
+  float shift, scale, slope, target_gradient, offset;
+  LogitScale logit;
+};
+
+// For an output of bf16, whose range reaches as far down as fp32's, 2^t is formed 2^24 too large and
+// the coefficients as much too small, so that probabilities below 2^-126 are not flushed to 0. The
+// addition costs t some bits that bf16 does not have; fp32 would miss them.
+template <class T>
+constexpr float kLift = std::is_same_v<T, BFloat16> ? 24.0f : 0.0f;
+
+template <class T, bool kSoftcap>
+INFOENTROPY_DEVICE float gradient_of(float z, const RowCoefficients& row) {
+  float slope;
+  const float x = row.logit.softcap.template meant<kSoftcap>(z, slope);
+  const float d = fmaf(x, row.logit.inverse_temperature, -row.shift);
+  const float e = exp2_of(kLift<T> == 0 ? d * kLog2e : fmaf(d, kLog2e, kLift<T>));
+  // d is bounded where e is 0 anyway: 0 * inf must not be. A NaN passes through e.
+  const float dz = fmaf(e, fmaf(row.slope, fmaxf(d, -1e4f), row.scale), row.offset);
+  return kSoftcap ? dz * slope : dz;
+}
+
+template <class T, bool kSoftcap>
+INFOENTROPY_DEVICE Vector gradient_of(const Vector& x, const RowCoefficients& row) {
+  Vector result;
+  INFOENTROPY_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    const float first = gradient_of<T, kSoftcap>(low(x.word[w], T{}), row);
+    const float second =
+        kPerWord<T> == 2 ? gradient_of<T, kSoftcap>(high(x.word[w], T{}), row) : 0.0f;
+    result.word[w] = pack(first, second, T{});
+  }
+  return result;
+}
+
+template <class T>
+INFOENTROPY_DEVICE RowCoefficients lifted(RowCoefficients row) {
+  constexpr float kDown = kLift<T> == 0 ? 1.0f : 0x1p-24f;
+  row.scale *= kDown;
+  row.slope *= kDown;
+  return row;
+}
+
+// `rows` 4 or 5 of [rows, tokens], see `contract`.
+INFOENTROPY_DEVICE RowCoefficients row_coefficients(const float* coefficients, int rows,
+                                                  std::int64_t token, std::int64_t tokens,
+                                                  const LogitScale& scale) {
+  const float* of_token = coefficients + token;
+  return {of_token[0],          of_token[tokens],
+          of_token[2 * tokens], of_token[3 * tokens],
+          rows > 4 ? of_token[4 * tokens] : 0.0f, scale};
+}
+
+// One row: `columns` of logits, `width` >= columns of output; an ignored row has no columns.
+template <class T>
+struct GradientRow {
+  const T* logits;
+  T* out;
+  int columns, width;
+  int target;  // column, or -1
+
+  // One column by itself, padding or not.
+  template <bool kSoftcap>
+  INFOENTROPY_DEVICE void write(int column, const RowCoefficients& row) const {
+    float dz = 0;
+    if (column == target) {
+      dz = row.target_gradient;
+    } else if (column < columns) {
+      dz = gradient_of<T, kSoftcap>(to_float(logits[column]), lifted<T>(row));
+    }
+    out[column] = from_float<T>(dz);
+  }
+
+  // Logits whose vectors lie otherwise than the output's are read one by one.
+  INFOENTROPY_DEVICE Vector read(int column, bool aligned) const {
+    if (aligned) return load<Next::kDone>(reinterpret_cast<const Vector*>(logits + column));
+    Vector x;
+    INFOENTROPY_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const T* from = logits + column + w * kPerWord<T>;
+      x.word[w] = pack(to_float(from[0]), to_float(from[kPerWord<T> - 1]), T{});
+    }
+    return x;
+  }
+};
+
+template <class T>
+INFOENTROPY_DEVICE GradientRow<T> gradient_row(const T* logits, T* out, int columns, int width,
+                                             const Targets& targets, std::int64_t token) {
+  if (targets.ignored(token)) return {logits, out, 0, width, -1};
+  return {logits, out, columns, width, targets.column(token, columns)};
+}
+
+// Blocks that share a row.
+template <class T>
+inline int gradient_blocks(int width) {
+  const int vectors = width / kPerVector<T>;
+  return vectors > kBatch ? (vectors + kBatch - 1) / kBatch : 1;
+}
+
+// What thread `thread` of block `block` writes of a row.
+template <class T, bool kSoftcap>
+INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row, const RowCoefficients& coefficients,
+                                     int block, int thread) {
+  constexpr int kEach = kPerVector<T>;
+  const Slicing slicing = slice(row.out, row.width);
+  const Slicing from = slice(row.logits, row.width);
+  const bool aligned = from.head == slicing.head;
+  const int whole = row.columns - slicing.head < 0 ? 0 : (row.columns - slicing.head) / kEach;
+  const int first = block * kBatch + thread;
+  const RowCoefficients down = lifted<T>(coefficients);
+
+  Vector x[kInFlight];
+  INFOENTROPY_UNROLL
+  for (int i = 0; i < kInFlight; ++i) {
+    const int vector = first + i * kThreads;
+    if (vector < whole) x[i] = row.read(slicing.head + vector * kEach, aligned);
+  }
+  INFOENTROPY_UNROLL
+  for (int i = 0; i < kInFlight; ++i) {
+    const int vector = first + i * kThreads, column = slicing.head + vector * kEach;
+    if (vector < whole) {
+      store(reinterpret_cast<Vector*>(row.out + column), gradient_of<T, kSoftcap>(x[i], down));
+      const int own = row.target - column;
+      if (own >= 0 && own < kEach) row.out[row.target] = from_float<T>(coefficients.target_gradient);
+    } else if (vector < slicing.vectors && column >= row.columns) {  // padding
+      store(reinterpret_cast<Vector*>(row.out + column), Vector{});
+    } else if (vector < slicing.vectors) {  // padding in part
+      INFOENTROPY_ROLL
+      for (int j = 0; j < kEach; ++j) row.template write<kSoftcap>(column + j, coefficients);
+    }
+  }
+  if (block == 0 && thread < slicing.head + slicing.tail) {
+    const int behind = row.width - slicing.tail + (thread - slicing.head);
+    row.template write<kSoftcap>(thread < slicing.head ? thread : behind, coefficients);
+  }
+}
+
+}  // namespace infoentropy::cuda

@@ -1,0 +1,146 @@
+// The GPU kernels' arithmetic and slicing on a CPU, for tests on machines without a GPU: loops over
+// all blocks, warps and lanes of cuda_statistics.h and cuda_gradient.h. It cannot see what only many
+// threads at once can do wrong (races, a missing barrier), nor launches, nor the instructions behind
+// `#ifdef __CUDACC__`. Compiled by tests/kernels/cuda_emulation.py, part of nothing that ships.
+#include <cstdint>
+#include <vector>
+
+#include "cuda_gradient.h"
+#include "cuda_statistics.h"
+
+namespace infoentropy::cuda {
+namespace {
+
+template <class LaneType>
+struct EmulatedWarp {
+  using Lane = LaneType;
+  Lane lanes[kWarp] = {};
+
+  template <class F>
+  void each(const F& f) {
+    for (int i = 0; i < kWarp; ++i) f(lanes[i], i);
+  }
+  template <class F>
+  bool any(const F& f) const {
+    bool found = false;
+    for (const Lane& lane : lanes) found |= f(lane);
+    return found;
+  }
+  template <class F>
+  float maximum(const F& f) const {
+    float result = -kInfinity;
+    for (const Lane& lane : lanes) result = fmaxf(result, f(lane));
+    return result;
+  }
+  template <class F>
+  void sum(const F& field) {  // as shuffles add: every lane its partner's value, five times
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      float before[kWarp];
+      for (int i = 0; i < kWarp; ++i) before[i] = field(lanes[i]);
+      for (int i = 0; i < kWarp; ++i) field(lanes[i]) = before[i] + before[i ^ offset];
+    }
+  }
+};
+
+struct Case {
+  std::int64_t row_stride, tokens;
+  int columns;
+  Targets targets;
+  LogitScale scale;
+};
+
+template <class Warp, class SumsType>
+SumsType fold(const std::vector<SumsType>& parts, float exponent) {
+  Warp warp;
+  for (std::size_t i = 0; i < parts.size(); ++i) warp.lanes[i].sums = parts[i];
+  fold_lanes(warp, exponent);
+  return warp.lanes[0].sums;
+}
+
+template <class T, bool kSoftcap, bool kDistance>
+void statistics(const T* logits, const Case& c, int splits, float* out) {
+  using Warp = EmulatedWarp<Lane<T, kSoftcap, kDistance>>;
+  for (std::int64_t token = 0; token < c.tokens; ++token) {
+    if (c.targets.ignored(token)) {
+      for (int row = 0; row < (kDistance ? 5 : 4); ++row) out[row * c.tokens + token] = 0;
+      continue;
+    }
+    const T* row = logits + token * c.row_stride;
+    std::vector<Sums<kDistance>> of_splits;
+    for (int split = 0; split < splits; ++split) {
+      std::vector<Sums<kDistance>> of_warps;
+      for (int index = 0; index < kThreads / kWarp; ++index) {
+        Warp warp;
+        sum_up(warp, index, row, c.columns, split, splits, c.scale);
+        of_warps.push_back(warp.lanes[0].sums);
+      }
+      of_splits.push_back(fold<Warp>(of_warps, c.scale.exponent));
+    }
+    write_statistics(fold<Warp>(of_splits, c.scale.exponent), c.scale, out, token, c.tokens);
+    out[3 * c.tokens + token] = target_logit<kSoftcap>(row, c.targets.column(token, c.columns), c.scale);
+  }
+}
+
+template <class T, bool kSoftcap>
+void gradient(const T* logits, const Case& c, const float* coefficients, int rows, T* out,
+              std::int64_t out_row_stride, int width) {
+  const int blocks = gradient_blocks<T>(width);
+  for (std::int64_t token = 0; token < c.tokens; ++token) {
+    const auto row = gradient_row(logits + token * c.row_stride, out + token * out_row_stride,
+                                  c.columns, width, c.targets, token);
+    const auto of_row = row_coefficients(coefficients, rows, token, c.tokens, c.scale);
+    for (int block = 0; block < blocks; ++block) {
+      for (int thread = 0; thread < kThreads; ++thread) {
+        write_gradient<T, kSoftcap>(row, of_row, block, thread);
+      }
+    }
+  }
+}
+
+// f(T, softcap or not, distance or not) of the C interface's numbers.
+template <class F>
+void choose(int dtype, const F& f) {
+  if (dtype == 0) f(float{});
+  if (dtype == 1) f(BFloat16{});
+  if (dtype == 2) f(Float16{});
+}
+
+}  // namespace
+}  // namespace infoentropy::cuda
+
+using namespace infoentropy::cuda;
+
+// dtype: 0 float32, 1 bfloat16, 2 float16.
+extern "C" void emulate_statistics(const void* logits, int dtype, std::int64_t row_stride,
+                                   std::int64_t tokens, int columns, const std::int64_t* target,
+                                   std::int64_t vocab_start, std::int64_t ignore_index,
+                                   float softcap, float temperature, bool distance, int splits,
+                                   float* out) {
+  const Case c{row_stride, tokens, columns, {target, vocab_start, ignore_index},
+               LogitScale(softcap, temperature)};
+  choose(dtype, [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(logits);
+    using T = decltype(zero);
+    if (softcap == 0 && !distance) statistics<T, false, false>(data, c, splits, out);
+    if (softcap == 0 && distance) statistics<T, false, true>(data, c, splits, out);
+    if (softcap != 0 && !distance) statistics<T, true, false>(data, c, splits, out);
+    if (softcap != 0 && distance) statistics<T, true, true>(data, c, splits, out);
+  });
+}
+
+// rows: 4 or 5 of the coefficients.
+extern "C" void emulate_gradient(const void* logits, int dtype, std::int64_t row_stride,
+                                 std::int64_t tokens, int columns, const std::int64_t* target,
+                                 std::int64_t vocab_start, std::int64_t ignore_index,
+                                 float softcap, float temperature, const float* coefficients,
+                                 int rows, void* out, std::int64_t out_row_stride, int width) {
+  const Case c{row_stride, tokens, columns, {target, vocab_start, ignore_index},
+               LogitScale(softcap, temperature)};
+  choose(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto* from = static_cast<const T*>(logits);
+    auto* to = static_cast<T*>(out);
+    if (softcap == 0) gradient<T, false>(from, c, coefficients, rows, to, out_row_stride, width);
+    if (softcap != 0) gradient<T, true>(from, c, coefficients, rows, to, out_row_stride, width);
+  });
+}
