@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 Objective = Literal["infoentropy", "focal", "cross_entropy"]
 Normalization = Literal["paper", "global", "none"]
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "triton", "cuda", "native", "reference"]
 Collective = Literal["gather", "all_reduce"]
 
 
@@ -44,8 +44,25 @@ class InfoEntropyConfig:
     detach_weight: bool = _setting(
         True, "treat the weight as a constant in the backward pass, as published"
     )
+    label_smoothing: float = _setting(
+        0.0,
+        "share of the target's probability that is spread evenly over the true vocabulary, in [0, "
+        "1): a token's loss is (1 - s) ce + s u, u the cross entropy of the uniform distribution",
+    )
+    z_loss: float = _setting(
+        0.0, "adds this times the squared log-sum-exp to every token's loss; keeps logits small"
+    )
+    entropy_bonus: float = _setting(
+        0.0, "subtracts this times the entropy (nats) from every token's loss"
+    )
+    softcap: float = _setting(
+        0.0, "bounds every logit z by c tanh(z / c), as a part of the model; 0 is no bound"
+    )
+    temperature: float = _setting(1.0, "divides the (capped) logits, as a part of the model")
     backend: Backend = _setting(
-        "auto", "kernels: native (compiled), reference (PyTorch), or auto, the fastest that runs"
+        "auto",
+        "kernels: triton or cuda (GPU), native (C++ on the CPU), reference (PyTorch, anywhere), or "
+        "auto, the best that runs",
     )
     collective: Collective = _setting(
         "gather",
@@ -63,6 +80,20 @@ class InfoEntropyConfig:
             raise ValueError(
                 f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative "
                 "for confident tokens and its power undefined; use sigma=1.0 as published"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}: it "
+                "is the share taken from the target, 0.1 for example"
+            )
+        for name in ("z_loss", "softcap"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must be at least 0, got {getattr(self, name)}; 0 switches it off"
+                )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}; 1 leaves logits as they are"
             )
         if self.gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
             raise ValueError(

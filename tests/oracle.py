@@ -22,6 +22,21 @@ def dense_statistics(
     )
 
 
+def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """-mean ln p over the vocabulary: what label smoothing mixes in."""
+    return -logits.double().log_softmax(-1).mean(-1)
+
+
+def meant(
+    logits: torch.Tensor, softcap: float | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """The logits a model with a softcap and a temperature means; a mask of -inf stays one."""
+    z = logits.double()
+    if softcap is not None:
+        z = (softcap * (z / softcap).tanh()).masked_fill(z == -torch.inf, -torch.inf)
+    return z / temperature
+
+
 def dense_weight(
     ce: torch.Tensor, entropy: torch.Tensor, objective: str, gamma: float, sigma: float
 ) -> torch.Tensor:

@@ -12,10 +12,14 @@ import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.output import check_sharding
-from megatron_infoentropy.loss import vocab_parallel_statistics
 from megatron_infoentropy.loss.collective import Group
-from megatron_infoentropy.loss.objective import alpha, reduce_sums, token_sums
-from megatron_infoentropy.loss.weighting import token_weight
+from megatron_infoentropy.loss.objective import (
+    alpha,
+    configured_statistics,
+    reduce_sums,
+    token_sums,
+)
+from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 
 def use_infoentropy_loss(
@@ -28,7 +32,7 @@ def use_infoentropy_loss(
 ) -> Any:
     """Bind the InfoEntropy loss to a Megatron `LanguageModule`; returns the model.
 
-    In training the per-token losses become alpha w ce; in evaluation they are plain cross entropy,
+    In training the per-token losses become alpha w l; in evaluation they are plain cross entropy,
     so that perplexities stay comparable.
 
     Args:
@@ -67,20 +71,22 @@ def use_infoentropy_loss(
         """labels [batch, sequence], logits [sequence, batch, V/TP] -> [batch, sequence]."""
         check_sharding(logits, self.output_layer, self.pg_collection.tp)
         target = labels.transpose(0, 1)
-        ce, entropy, _ = vocab_parallel_statistics(
+        statistics = configured_statistics(
             logits,
             target,
+            config,
             group=self.pg_collection.tp,
             vocab_size=vocab_size,
             ignore_index=ignore_index,
-            backend=config.backend,
-            collective=config.collective,
         )
+        loss = statistics.cross_entropy
         if self.training:
-            weight = token_weight(ce, entropy, config)
-            sums = token_sums(ce.detach(), weight.detach(), (target != ignore_index).to(ce.dtype))
-            ce = alpha(reduce_sums(sums, data_parallel_group), config.normalization) * weight * ce
-        return ce.transpose(0, 1).contiguous()
+            loss, weight = token_loss(statistics, config), token_weight(statistics, config)
+            mask = (target != ignore_index).to(loss.dtype)
+            sums = token_sums(loss.detach(), weight.detach(), mask)
+            factor = alpha(reduce_sums(sums, data_parallel_group), config.normalization)
+            loss = factor * weight * loss
+        return loss.transpose(0, 1).contiguous()
 
     target.compute_language_model_loss = MethodType(compute_language_model_loss, target)
     return model

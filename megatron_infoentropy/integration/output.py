@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.loss import TokenStatistics, vocab_parallel_statistics
+from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.loss.collective import world_and_rank
+from megatron_infoentropy.loss.objective import configured_statistics
 
 IGNORED = -100
 
@@ -38,7 +39,7 @@ def statistics_processor(
     context: OutputSettings,
     **_: Any,
 ) -> torch.Tensor:
-    """[3, batch, sequence]: cross entropy, entropy, log-sum-exp of every token, fp32.
+    """[K, batch, sequence] fp32: the K parts of `TokenStatistics` that the configuration needs.
 
     hidden_states: [sequence, batch, hidden]; labels and loss_mask: [batch, sequence]. Tokens with
     loss_mask 0 are never looked at; their results are 0.
@@ -53,24 +54,27 @@ def statistics_processor(
     check_sharding(logits, output_layer, context.group)
     if loss_mask is not None:
         labels = labels.masked_fill(loss_mask == 0, IGNORED)
-    statistics = _statistics(logits, labels, context)
-    return torch.stack(list(statistics)).transpose(1, 2).contiguous()
-
-
-def _statistics(
-    logits: torch.Tensor, labels: torch.Tensor, context: OutputSettings
-) -> TokenStatistics:
-    """Each [sequence, batch], of logits [sequence, batch, V/TP] that nothing else reads."""
-    return vocab_parallel_statistics(
+    statistics = configured_statistics(
         logits,
-        labels.transpose(0, 1),
+        labels.transpose(0, 1),  # each result is [sequence, batch], as the logits are
+        context.config,
         group=context.group,
         vocab_size=context.vocab_size,
         ignore_index=IGNORED,
-        backend=context.config.backend,
-        collective=context.config.collective,
         inplace_backward=logits.requires_grad and not logits.is_leaf,
     )
+    return pack(statistics).transpose(1, 2).contiguous()
+
+
+def pack(statistics: TokenStatistics) -> torch.Tensor:
+    """One tensor of all results, since that is what a pipeline schedule carries on."""
+    parts = [part for part in statistics if part is not None]
+    return torch.stack([part.to(parts[0].dtype) for part in parts])
+
+
+def unpack(output: torch.Tensor) -> TokenStatistics:
+    """The reverse of `pack`; `is_top` comes back as 0 and 1."""
+    return TokenStatistics(*output.float().unbind(0))
 
 
 def check_sharding(logits: torch.Tensor, output_layer: Any, group: Any) -> None:

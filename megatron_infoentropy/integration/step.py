@@ -1,14 +1,14 @@
 """Megatron's forward step: a batch in, the scalar to minimise and the numbers to log out.
 
-    GPTModel.forward(output_processor=...) -> [3, batch, sequence] = ce, entropy, lse
+    GPTModel.forward(output_processor=...) -> [K, batch, sequence] = ce, entropy, lse, ...
     loss function: weights, alpha, (sum, token count, report), the only place that has the mask too
 
-In training the sum is of alpha w ce; Megatron divides it by the token count and averages over
-micro-batches and data-parallel ranks (or, with --calculate-per-token-loss, divides the gradients by
-the global count). Where ranks hold unequal numbers of valid tokens the former is a mean of means;
-the logged "objective" is the mean over tokens, as is `infoentropy_loss`. alpha and, where it is
-detached, w are constants in the backward pass. In evaluation the sum is of plain cross entropy
-whatever the objective.
+In training the sum is of alpha w l, l a token's loss; Megatron divides it by the token count and
+averages over micro-batches and data-parallel ranks (or, with --calculate-per-token-loss, divides
+the gradients by the global count). Where ranks hold unequal numbers of valid tokens the former is
+a mean of means; the logged "objective" is the mean over tokens, as is `infoentropy_loss`. alpha
+and, where it is detached, w are constants in the backward pass. In evaluation the sum is of plain
+cross entropy whatever the objective.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from megatron.training import get_args, get_timers
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.batch import get_batch
 from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
-from megatron_infoentropy.integration.output import OutputSettings, statistics_processor
+from megatron_infoentropy.integration.output import OutputSettings, statistics_processor, unpack
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
-from megatron_infoentropy.loss.weighting import token_weight
+from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest seen is reported, as in Megatron
 
@@ -91,17 +91,18 @@ class InfoEntropyForwardStep:
 def training_loss(
     loss_mask: torch.Tensor, output: torch.Tensor, config: InfoEntropyConfig, groups: Groups
 ) -> LossResult:
-    """(sum of alpha w ce, token count, report) of one micro-batch on one rank.
+    """(sum of alpha w l, token count, report) of one micro-batch on one rank.
 
     loss_mask: [batch, sequence], of 0 and 1, as Megatron counts tokens in integers; output:
-    [3, batch, sequence]. With "global" the sum is of w ce: the weight of the whole batch is not
+    [K, batch, sequence]. With "global" the sum is of w l: the weight of the whole batch is not
     known yet and divides the gradients in the end.
     """
-    ce, entropy, _lse = output.float().unbind(0)
-    mask = loss_mask.to(ce.dtype)
-    weight = token_weight(ce, entropy, config)
-    loss = (mask * weight * ce).sum()
-    sums = token_sums(ce.detach(), weight.detach(), mask)
+    statistics = unpack(output)
+    mask = loss_mask.to(statistics.cross_entropy.dtype)
+    weight = token_weight(statistics, config)
+    loss_of_token = token_loss(statistics, config)
+    loss = (mask * weight * loss_of_token).sum()
+    sums = token_sums(loss_of_token.detach(), weight.detach(), mask)
     divisor = sums.tokens
     if config.normalization == "global":
         divisor = sums.weight
@@ -109,8 +110,9 @@ def training_loss(
         loss = loss * _micro_batch_alpha(sums, config, groups)
     report = {
         "objective": torch.stack([loss.detach(), divisor]),
-        "cross entropy": torch.stack([(mask * ce.detach()).sum(), sums.tokens]),
-        "entropy": torch.stack([(mask * entropy.detach()).sum(), sums.tokens]),
+        "cross entropy": _mean_over(mask, statistics.cross_entropy),
+        "entropy": _mean_over(mask, statistics.entropy),
+        "accuracy": _mean_over(mask, statistics.is_top),
         "weight": torch.stack([sums.weight, sums.tokens]),
     }
     return loss, sums.tokens.to(torch.int), report
@@ -121,6 +123,11 @@ def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult
     mask = loss_mask.to(output.dtype)
     loss, count = (mask * output[0]).sum(), mask.sum()
     return loss, count.to(torch.int), {"cross entropy": torch.stack([loss.detach(), count])}
+
+
+def _mean_over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(sum, count), which Megatron adds up over micro-batches and ranks, then divides."""
+    return torch.stack([(mask * values.detach()).sum(), mask.sum()])
 
 
 def _micro_batch_alpha(sums: TokenSums, config: InfoEntropyConfig, groups: Groups) -> torch.Tensor:

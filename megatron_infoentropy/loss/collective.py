@@ -1,5 +1,6 @@
 """The collectives of the loss, each in one place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,27 +24,31 @@ def world_and_rank(group: Group | None) -> tuple[int, int]:
 
 
 def join_shards(
-    statistics_4N: torch.Tensor, group: Group | None, collective: Collective
+    statistics_RN: torch.Tensor,
+    group: Group | None,
+    collective: Collective,
+    columns: Sequence[int],
 ) -> RowStatistics:
     """The whole rows' statistics from this rank's shard.
 
-    "gather" is one all-gather of 16 bytes a token, folded in rank order: an all-reduce whose order
-    we own, so that all ranks get the same bits whatever the library underneath does. "all_reduce"
-    is a MAX of 4 bytes and a packed SUM of 16, without that promise, for groups where it is faster.
+    "gather" is one all-gather of 16 bytes a token (20 with distances), folded in rank order: an
+    all-reduce whose order we own, so that all ranks get the same bits whatever the library
+    underneath does. "all_reduce" is a MAX of 4 bytes and a packed SUM of 16, without that promise,
+    for groups where it is faster. columns: how many take part, of every rank's shard.
     """
-    world, _ = world_and_rank(group)
+    world, rank = world_and_rank(group)
     if world == 1:
-        return merge_shards(statistics_4N.unsqueeze(0))
-    rows, n = statistics_4N.shape
+        return merge_shards(statistics_RN.unsqueeze(0), columns)
+    rows, n = statistics_RN.shape
     if collective == "gather":
-        # Gathered along the first dimension and viewed: gloo refuses a [T, 4, N] output.
-        every = statistics_4N.new_empty((world * rows, n))
-        dist.all_gather_into_tensor(every, statistics_4N, group=group)
-        return merge_shards(every.view(world, rows, n))
+        # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
+        every = statistics_RN.new_empty((world * rows, n))
+        dist.all_gather_into_tensor(every, statistics_RN, group=group)
+        return merge_shards(every.view(world, rows, n), columns)
     if collective == "all_reduce":
-        maximum = statistics_4N[MAX].clone()
+        maximum = statistics_RN[MAX].clone()
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        packed = pack_for_sum(statistics_4N, maximum)
+        packed = pack_for_sum(statistics_RN, maximum, columns[rank])
         dist.all_reduce(packed, group=group)
         return unpack_sum(packed, maximum)
     raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")

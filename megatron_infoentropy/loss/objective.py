@@ -2,11 +2,12 @@
 
 With w the weights, m the mask, r the data-parallel ranks (all sums over valid tokens):
 
-    paper    alpha sum(w ce) / sum(m),    alpha = mean over r of sum_r(m) / sum_r(w)
-    global   sum(w ce) / sum(w)
-    none     sum(w ce) / sum(m)
+    paper    alpha sum(w l) / sum(m),    alpha = mean over r of sum_r(m) / sum_r(w)
+    global   sum(w l) / sum(w)
+    none     sum(w l) / sum(m)
 
-With gamma 0 all three are the mean cross entropy. "paper" is the published objective over valid
+l is a token's cross entropy, unless smoothing or a regulariser is asked for (`weighting`). With
+gamma 0 all three are its mean. "paper" is the published objective over valid
 tokens; the published code also counts ignored tokens, and clamps probabilities at 1e-8.
 """
 
@@ -16,14 +17,14 @@ import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig, Normalization
 from megatron_infoentropy.loss.collective import Group, sum_over_group
-from megatron_infoentropy.loss.statistics import vocab_parallel_statistics
-from megatron_infoentropy.loss.weighting import token_weight
+from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
+from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 
 class TokenSums(NamedTuple):
     """Sums over the valid tokens of one micro-batch on one rank; scalars."""
 
-    weighted_ce: torch.Tensor
+    weighted_loss: torch.Tensor
     weight: torch.Tensor
     tokens: torch.Tensor
 
@@ -31,7 +32,7 @@ class TokenSums(NamedTuple):
 class GroupSums(NamedTuple):
     """The same over the ranks of a group, and what "paper" averages over them; scalars."""
 
-    weighted_ce: torch.Tensor
+    weighted_loss: torch.Tensor
     weight: torch.Tensor
     tokens: torch.Tensor
     inverse_means: torch.Tensor  # sum over ranks of 1 / mean(w)
@@ -78,28 +79,55 @@ def infoentropy_loss(
     if loss_mask is not None:
         # Masked tokens are ignored rather than multiplied by 0: 0 * NaN would be NaN.
         target = target.masked_fill(loss_mask == 0, ignore_index)
-    ce, entropy, _ = vocab_parallel_statistics(
+    statistics = configured_statistics(
+        logits,
+        target,
+        config,
+        group=group,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+    )
+    loss = token_loss(statistics, config)
+    weight = token_weight(statistics, config)
+    mask = (target != ignore_index).to(loss.dtype)
+    if loss_mask is not None:
+        mask = mask * loss_mask.to(mask.dtype)
+    sums = reduce_sums(token_sums(loss, weight, mask), data_parallel_group)
+    mean = sums.weighted_loss / torch.where(sums.tokens > 0, sums.tokens, 1)
+    return mean * alpha(sums, config.normalization)
+
+
+def configured_statistics(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    config: InfoEntropyConfig,
+    *,
+    group: Group | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    inplace_backward: bool = False,
+) -> TokenStatistics:
+    """`vocab_parallel_statistics` with what a configuration asks of it."""
+    return vocab_parallel_statistics(
         logits,
         target,
         group=group,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
+        softcap=config.softcap or None,
+        temperature=config.temperature,
+        uniform_cross_entropy=config.label_smoothing > 0,
         backend=config.backend,
         collective=config.collective,
         inplace_backward=inplace_backward,
     )
-    mask = (target != ignore_index).to(ce.dtype)
-    if loss_mask is not None:
-        mask = mask * loss_mask.to(mask.dtype)
-    sums = reduce_sums(token_sums(ce, token_weight(ce, entropy, config), mask), data_parallel_group)
-    mean = sums.weighted_ce / torch.where(sums.tokens > 0, sums.tokens, 1)
-    return mean * alpha(sums, config.normalization)
 
 
-def token_sums(ce: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:
-    """What one rank contributes; `mask` has the shape of `ce`, 0 where a token takes no part."""
+def token_sums(loss: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:
+    """What one rank contributes; `mask` has the shape of `loss`, 0 where a token takes no part."""
     masked_weight = mask * weight
-    return TokenSums((masked_weight * ce).sum(), masked_weight.sum(), mask.sum())
+    return TokenSums((masked_weight * loss).sum(), masked_weight.sum(), mask.sum())
 
 
 def reduce_sums(sums: TokenSums, group: Group | None) -> GroupSums:
@@ -112,7 +140,7 @@ def reduce_sums(sums: TokenSums, group: Group | None) -> GroupSums:
 
 
 def alpha(sums: GroupSums, normalization: Normalization) -> torch.Tensor:
-    """The factor that makes weights comparable: the objective is alpha sum(w ce) / sum(m)."""
+    """The factor that makes weights comparable: the objective is alpha sum(w l) / sum(m)."""
     if normalization == "paper":
         return sums.inverse_means / sums.ranks.clamp_min(1)
     if normalization == "global":

@@ -20,7 +20,9 @@ def make_output(rank):
     logits = torch.randn(B, S, V, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(0, V, (B, S), generator=generator)
     mask = (torch.rand(B, S, generator=generator) > 0.2 * rank).float()
-    return torch.stack(dense_statistics(logits, labels)).float(), mask
+    statistics = dense_statistics(logits, labels)
+    is_top = logits.argmax(-1) == labels
+    return torch.stack([*statistics, is_top]).float(), mask
 
 
 @functools.cache
@@ -56,10 +58,10 @@ def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, la
     parts = []
     for rank in range(4):
         output, mask = make_output(rank)
-        ce, entropy, _ = output.double().unbind(0)
+        ce, entropy, _, is_top = output.double().unbind(0)
         ce, entropy = ce.requires_grad_(), entropy.requires_grad_()
         weight = dense_weight(ce, entropy, objective, 2.0, 1.0)
-        parts.append((mask.double(), weight.detach() if detach else weight, ce, entropy))
+        parts.append((mask.double(), weight.detach() if detach else weight, ce, entropy, is_top))
     alpha = {"none": 1.0, "global": 1.0}.get(normalization)
     if alpha is None:
         together = [[0], [1], [2], [3]] if layout == "data 4" else [[0, 1], [2, 3]]
@@ -69,7 +71,7 @@ def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, la
             for ranks in together
         ]
         alpha = sum(inverse) / len(inverse)
-    for (loss, count, report, grad), (mask, weight, ce, entropy) in zip(
+    for (loss, count, report, grad), (mask, weight, ce, entropy, is_top) in zip(
         results, parts, strict=True
     ):
         expected = alpha * (mask * weight * ce).sum()
@@ -81,6 +83,7 @@ def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, la
             assert_within(grad[1], entropy.grad, rtol=1e-5, atol=1e-7)
         assert_within(report["weight"][0], (mask * weight).sum(), rtol=1e-6)
         assert_within(report["cross entropy"][0], (mask * ce).sum(), rtol=1e-6)
+        assert_within(report["accuracy"][0], (mask * is_top).sum())
         assert_within(report["objective"][0], expected, rtol=1e-6)
         divisor = (mask * weight).sum() if normalization == "global" else mask.sum()
         assert_within(report["objective"][1], divisor, rtol=1e-6)

@@ -37,7 +37,7 @@ def assert_statistics_keep_their_promise(got: TokenStatistics, logits, target):
 def test_statistics_of_random_logits(backend, v, dtype):
     logits, target = random_case(37, v, dtype)
     got = vocab_parallel_statistics(logits, target, backend=backend)
-    assert all(part.dtype == torch.float32 for part in got)
+    assert all(part.dtype == torch.float32 for part in got[:3])
     assert_statistics_keep_their_promise(got, logits, target)
 
 
@@ -49,7 +49,7 @@ def test_gradient_for_any_upstream_gradient(backend, v):
     ours = logits.clone().requires_grad_()
     truth = logits.double().requires_grad_()
     got = vocab_parallel_statistics(ours, target, backend=backend)
-    torch.autograd.backward(list(got), list(upstream))
+    torch.autograd.backward(got[:3], list(upstream))
     torch.autograd.backward(list(dense_statistics(truth, target)), list(upstream.double()))
     # The entropy's slope p (ln p + H) is a difference: its error is relative to p |ln p|.
     scale = upstream.abs().sum(0).unsqueeze(-1) * (1 + truth.detach().softmax(-1) * 20)
@@ -162,7 +162,7 @@ def test_a_bad_logit_spoils_its_own_row_only(backend, value, column):
     logits[2, column] = value
     ours = logits.clone().requires_grad_()
     got = vocab_parallel_statistics(ours, target, backend=backend)
-    for part in got:
+    for part in got[:3]:
         assert part.isnan().tolist() == [False, False, True, False, False]
     got.cross_entropy.sum().backward()
     assert ours.grad.isnan().any(-1).tolist() == [False, False, True, False, False]
@@ -190,10 +190,10 @@ def test_ignored_tokens_are_zero_even_where_the_row_is_nan(backend, ignore_index
     logits[4, 3] = torch.inf
     ours = logits.clone().requires_grad_()
     got = vocab_parallel_statistics(ours, target, backend=backend, ignore_index=ignore_index)
-    for part in got:
+    for part in got[:3]:
         assert part[[1, 4]].tolist() == [0, 0]
         assert part[[0, 2, 3, 5]].isfinite().all()
-    sum(part.sum() for part in got).backward()
+    sum(part.sum() for part in got[:3]).backward()
     assert torch.equal(ours.grad[[1, 4]], torch.zeros(2, 1000))
     assert ours.grad.isfinite().all()
 
@@ -207,7 +207,7 @@ def test_padding_never_enters(backend, dtype):
     ours = logits.clone().requires_grad_()
     got = vocab_parallel_statistics(ours, target, vocab_size=1003, backend=backend)
     assert_statistics_keep_their_promise(got, logits[:, :1003], target)
-    sum(part.sum() for part in got).backward()
+    sum(part.sum() for part in got[:3]).backward()
     assert torch.equal(ours.grad[:, 1003:], torch.zeros(7, 97, dtype=dtype))
     assert (ours.grad[:, :1003] != 0).any(-1).all()
 
@@ -227,7 +227,7 @@ def test_rows_may_lie_any_distance_apart(backend):
     target = torch.arange(5)
     got = vocab_parallel_statistics(wide[:, 13:613], target, backend=backend)
     plain = vocab_parallel_statistics(wide[:, 13:613].contiguous(), target, backend=backend)
-    for a, b in zip(got, plain, strict=True):
+    for a, b in zip(got[:4], plain[:4], strict=True):
         assert torch.equal(a, b)
 
 
@@ -241,7 +241,7 @@ def test_results_do_not_depend_on_the_number_of_threads(backend):
             ours = logits.clone().requires_grad_()
             got = vocab_parallel_statistics(ours, target, backend=backend)
             (got.cross_entropy * got.entropy).sum().backward()
-            results.append((*got, ours.grad))
+            results.append((*got[:4], ours.grad))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

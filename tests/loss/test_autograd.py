@@ -124,7 +124,7 @@ def test_transposed_logits_give_the_same_without_a_copy():
 
     seen = logits.clone().requires_grad_()
     got = statistics_of(seen.transpose(0, 1), target.transpose(0, 1))
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(got[:4], expected[:4], strict=True):
         assert torch.equal(a.transpose(0, 1), b)
     (got.cross_entropy * got.entropy).sum().backward()
     assert torch.equal(seen.grad, plain.grad)
@@ -176,7 +176,7 @@ def test_integer_targets_of_any_width_are_taken():
         ({"vocab_size": 258}, "is every rank of the group given its own shard"),
         ({"vocab_size": 0}, "does not fit"),
         ({"logits": torch.zeros(5, 0)}, "at least one column"),
-        ({"backend": "cuda"}, "'auto', 'native' or 'reference'"),
+        ({"backend": "numpy"}, "must be 'auto' or one of .*'native', 'reference'"),
         ({"logits": torch.zeros(5, 257, dtype=torch.long)}, "floating-point logits"),
     ],
 )
@@ -190,25 +190,25 @@ def test_what_does_not_fit_is_refused_in_words(change, message):
 def test_a_named_backend_never_falls_back():
     logits, target = random_case(5, dtype=torch.float64)
     with pytest.raises(
-        RuntimeError, match="'native' cannot run here: it takes float32 or bfloat16"
+        RuntimeError,
+        match=r"'native' cannot run here: it takes .*; these can: reference",
     ):
         statistics_of(logits, target, backend="native")
     assert statistics_of(logits, target, backend="auto").entropy.dtype == torch.float64
 
 
 def test_without_the_extension_the_reference_is_used_and_said_once(monkeypatch, caplog):
-    from megatron_infoentropy import kernels
-    from megatron_infoentropy.kernels import native
+    from megatron_infoentropy.kernels import dispatch, native
 
     monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(native, "_BUILD_ERROR", "no compiler", raising=False)
-    kernels._automatic.cache_clear()
+    dispatch._automatic.cache_clear()
     logits, target = random_case(5)
     with caplog.at_level("WARNING"):
         for _ in range(2):
             statistics_of(logits, target)
-    kernels._automatic.cache_clear()
+    dispatch._automatic.cache_clear()
     assert len(caplog.records) == 1
     assert "not built (no compiler)" in caplog.text
-    with pytest.raises(RuntimeError, match="use backend='reference'"):
+    with pytest.raises(RuntimeError, match="these can: reference"):
         statistics_of(logits, target, backend="native")

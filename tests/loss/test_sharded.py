@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from oracle import dense_statistics
+from oracle import dense_statistics, meant, uniform_cross_entropy
 from ranks import run_ranks
 
 from megatron_infoentropy import vocab_parallel_statistics
@@ -45,9 +45,9 @@ def one_rank(dtype, vocab_size, backend, collective, rank=0, world=1, group=None
         backend=backend,
         collective=collective,
     )
-    usable = torch.stack(list(got)).masked_fill(torch.stack(list(got)) == torch.inf, 0)
+    usable = torch.stack(got[:3]).masked_fill(torch.stack(got[:3]) == torch.inf, 0)
     (usable * upstream).sum().backward()
-    return [part.detach() for part in got], shard.grad
+    return [part.detach() for part in got[:4]], shard.grad
 
 
 def on_rank(*arguments):
@@ -93,9 +93,57 @@ def test_float64_shards_equal_dense_float64(world):
     expected = dense_statistics(dense[:, :TRUE_SIZE], target)
     (torch.stack(expected) * upstream).sum().backward()
     for statistics, _ in results:
-        for part, truth in zip(statistics, expected, strict=True):
+        for part, truth in zip(statistics[:3], expected, strict=True):
             assert_within(part, truth, atol=1e-12)
     assert_within(torch.cat([grad for _, grad in results], -1), dense.grad, atol=1e-12)
+
+
+OPTIONS = {"softcap": 7.0, "temperature": 0.6, "uniform_cross_entropy": True}
+
+
+def optioned_case():
+    generator = torch.Generator().manual_seed(9)
+    logits = (torch.randn(N, V, generator=generator) * 6).to(torch.float64)
+    logits[1] = 2.0
+    target = torch.randint(0, TRUE_SIZE, (N,), generator=generator)
+    target[4] = -100
+    return logits, target, torch.randn(4, N, generator=generator)
+
+
+def optioned(collective):
+    logits, target, upstream = optioned_case()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    got = vocab_parallel_statistics(
+        shard,
+        target,
+        group=dist.group.WORLD,
+        vocab_size=TRUE_SIZE,
+        collective=collective,
+        **OPTIONS,
+    )
+    results = torch.stack([*got[:3], got.uniform_cross_entropy])
+    (results * upstream).sum().backward()
+    return results.detach(), got.is_top, shard.grad
+
+
+@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_softcap_temperature_and_the_uniform_term_equal_dense_float64(world, collective):
+    """With 4 ranks one shard is all padding: it must add nothing to the fifth statistic."""
+    logits, target, upstream = optioned_case()
+    dense = logits.clone().requires_grad_()
+    z = meant(dense[:, :TRUE_SIZE], OPTIONS["softcap"], OPTIONS["temperature"])
+    uniform = uniform_cross_entropy(z).masked_fill(target == -100, 0)
+    expected = torch.stack([*dense_statistics(z, target), uniform])
+    (expected * upstream).sum().backward()
+    column = target.clamp_min(0).unsqueeze(-1)
+    is_top = z.gather(-1, column).squeeze(-1) == z.amax(-1)
+    results = run_ranks(optioned, world, collective)
+    for statistics, top, _ in results:
+        assert_within(statistics, expected, atol=1e-11)
+        assert torch.equal(top, is_top & (target != -100))
+    assert_within(torch.cat([grad for *_, grad in results], -1), dense.grad, atol=1e-11)
 
 
 def count_collectives(collective):

@@ -1,0 +1,111 @@
+"""What the public functions are given, checked and laid out as rows for the kernels."""
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_infoentropy.kernels.contract import Options, Shard
+from megatron_infoentropy.loss.collective import Group, world_and_rank
+
+
+class Vocabulary(NamedTuple):
+    """How `size` entries lie over the ranks of a tensor-parallel group."""
+
+    size: int
+    shard: Shard  # of this rank
+    columns: tuple[int, ...]  # that take part, of every rank's shard
+
+
+class Rows(NamedTuple):
+    """Logits and targets as the kernels take them."""
+
+    logits_NV: torch.Tensor
+    target_N: torch.Tensor
+    order: list[int]  # leading dimensions of the logits, outermost in memory first
+
+    def restore(self, result_N: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A result of every row in the target's own shape."""
+        inverse = [self.order.index(axis) for axis in range(len(self.order))]
+        return result_N.view([target.shape[axis] for axis in self.order]).permute(inverse)
+
+
+def as_rows(logits: torch.Tensor, target: torch.Tensor) -> Rows:
+    """In memory order, so that [s, b, V] logits transposed to [b, s, V] stay where they are."""
+    strides = list(logits.stride())
+    order = sorted(range(logits.dim() - 1), key=lambda axis: -strides[axis])
+    rows_NV = logits.permute(*order, logits.dim() - 1).reshape(-1, logits.shape[-1])
+    overlapping = rows_NV.shape[0] > 1 and rows_NV.stride(0) < rows_NV.shape[-1]
+    if rows_NV.stride(-1) != 1 or overlapping:  # expanded logits, for one
+        rows_NV = rows_NV.contiguous()
+    return Rows(rows_NV, target.permute(order).reshape(-1).long().contiguous(), order)
+
+
+def split_vocabulary(
+    vocab_size: int | None, width: int, group: Group | None, ignore_index: int
+) -> Vocabulary:
+    """The vocabulary over `group`, `width` columns a rank; the last ranks may hold padding.
+
+    Raises:
+        ValueError: more entries than columns.
+    """
+    world, rank = world_and_rank(group)
+    size = width * world if vocab_size is None else vocab_size
+    if not 0 < size <= width * world:
+        raise ValueError(
+            f"vocab_size={vocab_size} does not fit: {world} shard(s) of {width} columns hold "
+            f"{width * world} entries; is every rank of the group given its own shard?"
+        )
+    columns = tuple(min(max(size - r * width, 0), width) for r in range(world))
+    return Vocabulary(size, Shard(rank * width, columns[rank], ignore_index), columns)
+
+
+def make_options(softcap: float | None, temperature: float, distance: bool) -> Options:
+    """The kernels' options.
+
+    Raises:
+        ValueError: a softcap or a temperature that is not positive.
+    """
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return Options(float(softcap or 0), float(temperature), distance)
+
+
+def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:
+    """Raises ValueError where shapes or dtypes do not fit, or the caller's tensor is at risk."""
+    if logits.dim() < 2 or target.shape != logits.shape[:-1]:
+        raise ValueError(
+            "expected logits [..., V] and target [...] with the same leading dimensions, got "
+            f"{list(logits.shape)} and {list(target.shape)}; Megatron's output layer gives "
+            "[sequence, batch, V] while its labels are [batch, sequence]: transpose one of them"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"expected logits with at least one column, got {list(logits.shape)}: a shard that is "
+            "all padding still has its columns; say how many count by vocab_size"
+        )
+    if not logits.is_floating_point() or target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(
+            f"expected floating-point logits and integer targets, got {logits.dtype} and "
+            f"{target.dtype}"
+        )
+    if inplace_backward and logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace_backward=True would replace your own tensor by its gradient: it is for logits "
+            "that a model computed, not for a leaf; pass inplace_backward=False"
+        )
+
+
+def check_targets(target_N: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError for a target outside the vocabulary, where a look at it costs no stall."""
+    if torch.compiler.is_compiling() or target_N.device.type != "cpu" or target_N.numel() == 0:
+        return
+    wrong = ((target_N < 0) | (target_N >= vocabulary)) & (target_N != ignore_index)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{int(wrong.sum())} target(s) lie outside the vocabulary of {vocabulary} entries, the "
+            f"first is {int(target_N[index])}; to leave tokens out use ignore_index "
+            f"({ignore_index})"
+        )
