@@ -15,10 +15,13 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_infoentropy._C",
-            ["csrc/bindings.cpp", "csrc/shard_ops_cpu.cpp"],
+            ["csrc/bindings.cpp", "csrc/instruction_sets.cpp", "csrc/shard_ops_cpu.cpp"],
             depends=[
                 "csrc/shard_ops.h",
+                "csrc/instruction_sets.h",
+                "csrc/meanings.inl",
                 "csrc/shard_kernels.inl",
+                "csrc/vectors.inl",
                 "csrc/parallel_for.h",
             ],
             cxx_std=17,

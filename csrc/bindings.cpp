@@ -1,5 +1,6 @@
 // The Python face of shard_ops.h: addresses and sizes, checked, without the interpreter's lock.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -7,6 +8,7 @@
 #include "shard_ops.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 using namespace infoentropy;
 
 namespace {
@@ -14,7 +16,8 @@ namespace {
 Dtype parse_dtype(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
   if (name == "bfloat16") return Dtype::kBFloat16;
-  throw std::invalid_argument("dtype must be float32 or bfloat16, got " + name);
+  if (name == "float16") return Dtype::kFloat16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
 template <class T>
@@ -22,47 +25,53 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "CPU kernels of megatron_infoentropy.kernels.contract, over raw addresses.";
-
+void bind_shard_ops(py::module_& module) {
   module.def(
       "shard_statistics",
       [](std::uintptr_t logits, const std::string& dtype, std::int64_t row_stride,
          std::int64_t tokens, std::uintptr_t target, std::int64_t vocab_start,
-         std::int64_t columns, std::int64_t ignore_index, std::uintptr_t statistics, int threads) {
+         std::int64_t columns, std::int64_t ignore_index, float softcap, float temperature,
+         bool distance, std::uintptr_t statistics, int threads) {
         const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         py::gil_scoped_release unlocked;
-        shard_statistics(x, y, pointer<float>(statistics), threads);
+        shard_statistics(x, y, {softcap, temperature, distance}, pointer<float>(statistics),
+                         threads);
       },
-      py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("row_stride"),
-      py::arg("tokens"), py::arg("target"), py::arg("vocab_start"), py::arg("columns"),
-      py::arg("ignore_index"), py::arg("statistics"), py::arg("threads"),
-      "Fills float [4, tokens]: MAX, TAIL, SPREAD, TARGET.");
+      py::kw_only(), "logits"_a, "dtype"_a, "row_stride"_a, "tokens"_a, "target"_a,
+      "vocab_start"_a, "columns"_a, "ignore_index"_a, "softcap"_a = 0.0f, "temperature"_a = 1.0f,
+      "distance"_a = false, "statistics"_a, "threads"_a,
+      "Fills float [4 or 5, tokens]: MAX, TAIL, SPREAD, TARGET, DISTANCE.");
 
   module.def(
       "shard_gradient",
       [](std::uintptr_t logits, const std::string& dtype, std::int64_t row_stride,
          std::int64_t tokens, std::int64_t width, std::uintptr_t target, std::int64_t vocab_start,
-         std::int64_t columns, std::int64_t ignore_index, std::uintptr_t coefficients,
-         std::uintptr_t out, std::int64_t out_row_stride, int threads) {
+         std::int64_t columns, std::int64_t ignore_index, float softcap, float temperature,
+         bool distance, std::uintptr_t coefficients, std::uintptr_t out,
+         std::int64_t out_row_stride, int threads) {
         if (columns > width) throw std::invalid_argument("columns exceed the width of the output");
         const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         py::gil_scoped_release unlocked;
-        shard_gradient(x, y, pointer<float>(coefficients), pointer<void>(out), out_row_stride,
-                       width, threads);
+        shard_gradient(x, y, {softcap, temperature, distance}, pointer<float>(coefficients),
+                       pointer<void>(out), out_row_stride, width, threads);
       },
-      py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("row_stride"),
-      py::arg("tokens"), py::arg("width"), py::arg("target"), py::arg("vocab_start"),
-      py::arg("columns"), py::arg("ignore_index"), py::arg("coefficients"), py::arg("out"),
-      py::arg("out_row_stride"), py::arg("threads"),
-      "Fills [tokens, width] of the logits' dtype from float [4, tokens]: SHIFT, SCALE, SLOPE, "
-      "TARGET_GRADIENT.");
+      py::kw_only(), "logits"_a, "dtype"_a, "row_stride"_a, "tokens"_a, "width"_a, "target"_a,
+      "vocab_start"_a, "columns"_a, "ignore_index"_a, "softcap"_a = 0.0f, "temperature"_a = 1.0f,
+      "distance"_a = false, "coefficients"_a, "out"_a, "out_row_stride"_a, "threads"_a,
+      "Fills [tokens, width] of the logits' dtype from float [4 or 5, tokens]: SHIFT, SCALE, "
+      "SLOPE, TARGET_GRADIENT, OFFSET.");
 
+  module.def("instruction_sets", &instruction_sets, "What this processor can run, best first.");
   module.def("instruction_set", &instruction_set, "The vector instructions in use.");
-  module.def("use_instruction_set", &use_instruction_set, py::arg("name"),
-             "Forces \"avx2\" or \"baseline\"; False where the processor lacks it.");
+  module.def("use_instruction_set", &use_instruction_set, "name"_a,
+             "Forces one of instruction_sets(); False where the processor lacks it.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The kernels of megatron_infoentropy.kernels.contract, over raw addresses.";
+  bind_shard_ops(module);
 }

@@ -1,115 +1,49 @@
-// One row of each function, written once in the compiler's portable vector types and compiled once
-// per instruction set: shard_ops_cpu.cpp includes this file several times, each time inside another
-// namespace that defines kLanes (floats in a register); INFOENTROPY_AVX2 says which time it is.
-// No include guard, on purpose.
-
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t IVec __attribute__((vector_size(4 * kLanes)));
-typedef std::uint32_t UVec __attribute__((vector_size(4 * kLanes)));
-typedef std::uint16_t HVec __attribute__((vector_size(2 * kLanes)));
+// One row of each function of the contract. Included once per instruction set, after vectors.inl
+// and meanings.inl; T is a storage type, Meaning what is done to a stored logit first.
 
 constexpr std::int64_t kChunk = 1024;  // columns between looks at the maximum: 4 KiB, stays in L1
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.693147180559945309417f;
-constexpr float kInfinity = __builtin_inff();
 
-static inline Vec splat(float value) { return value - Vec{}; }
+// x log2 e - m log2 e in one operation is as exact as (x - m) log2 e but for the rounding of the
+// second term, which is the same for the whole row and taken out of its sums. Beyond this bound it
+// is no longer small.
+constexpr float kFar = 65536.0f;
 
-static inline Vec load(const float* from) {
-  Vec value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
+static inline bool is_far(float m) { return !(m >= -kFar && m <= kFar) && m != -kInfinity; }
 
-static inline Vec load(const BFloat16* from) {
-  HVec half;
-  __builtin_memcpy(&half, from, sizeof half);
-#if INFOENTROPY_AVX2  // compilers take two instructions and a join where one widens
-  return (Vec)((UVec)_mm256_cvtepu16_epi32((__m128i)half) << 16);
-#else
-  return (Vec)(__builtin_convertvector(half, UVec) << 16);
-#endif
-}
+// The exponents t = (x - m) log2 e of one row; `fused` ones are larger by `excess`.
+template <bool kFused>
+struct Origin {
+  explicit Origin(float m) : m(splat(m)) {
+    if (kFused) {
+      const float scaled = m * kLog2e;
+      minus_scaled = splat(-scaled);
+      excess = static_cast<double>(m) * kLog2e - scaled;
+      // 2^-excess: |excess| <= 2^-8, where three terms have all digits of a float.
+      const double u = excess * 0.6931471805599453;
+      correction = 1 - u * (1 - u * (0.5 - u / 6));
+    }
+  }
 
-static inline void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof value); }
+  Vec exponent(Vec x) const {
+    return clamp_exponent(kFused ? fused(x, splat(kLog2e), minus_scaled) : (x - m) * kLog2e);
+  }
 
-static inline HVec to_bfloat16(Vec value) {
-  const UVec bits = (UVec)value;
-  const UVec nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // ties to even
-  const UVec rounded = value == value ? nearest : 0x7fc0u - UVec{};
-#if INFOENTROPY_AVX2  // compilers shuffle where one instruction packs
-  const __m256i words = (__m256i)rounded;
-  return (HVec)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-#else
-  return __builtin_convertvector(rounded, HVec);
-#endif
-}
-
-static inline void store(BFloat16* to, Vec value) {
-  const HVec half = to_bfloat16(value);
-  __builtin_memcpy(to, &half, sizeof half);
-}
-
-// Writes around the caches; `to` is aligned to what it writes.
-#if INFOENTROPY_AVX2
-static inline void stream(float* to, Vec value) { _mm256_stream_ps(to, (__m256)value); }
-static inline void stream(BFloat16* to, Vec value) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)to_bfloat16(value));
-}
-#else
-template <class T>
-static inline void stream(T* to, Vec value) {
-  store(to, value);
-}
-#endif
-
-// b where either is NaN, as the instruction has it.
-#if INFOENTROPY_AVX2
-static inline Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
-#else
-static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-#endif
-
-static inline float horizontal_maximum(Vec value) {
-  float result = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) result = value[lane] > result ? value[lane] : result;
-  return result;
-}
-
-static inline double horizontal_sum(Vec value) {
-  double result = 0;
-  for (int lane = 0; lane < kLanes; ++lane) result += value[lane];
-  return result;
-}
-
-// 2^t for t <= 0, relative error below 2e-7; exactly 1 at 0, exactly 0 at and below -127; NaN stays.
-// Expects clamp_exponent(t).
-static inline Vec exp2_of(Vec t) {
-  // Adding 1.5 * 2^23 rounds t to an integer n that then stands in the low mantissa bits; adding the
-  // exponent bias 127 along makes a shift by 23 yield 2^n, and 0 for n = -127.
-  constexpr float kRound = 12582912.0f + 127.0f;
-  const Vec shifted = t + kRound;
-  const Vec f = t - (shifted - kRound);  // in [-1/2, 1/2]
-  const Vec scale = (Vec)((UVec)shifted << 23);
-  // Minimax polynomial of 2^f in relative error with p(0) = 1: 9.1e-8.
-  Vec p = splat(1.3264727313071489e-3f);
-  p = p * f + 9.6715129911899567e-3f;
-  p = p * f + 5.5507335811853409e-2f;
-  p = p * f + 2.4022242426872253e-1f;
-  p = p * f + 6.9314700365066528e-1f;
-  p = p * f + 1.0f;
-  return p * scale;
-}
-
-// Keeps -inf out of the products that follow (0 * inf), where 2^t is exactly 0 anyway.
-static inline Vec clamp_exponent(Vec t) { return maximum(splat(-127.0f), t); }
+  Vec m, minus_scaled;
+  double excess = 0, correction = 1;
+};
 
 // Running sums over the columns seen so far, relative to the maximum m seen so far.
+template <class Meaning>
 struct RowSums {
+  explicit RowSums(const Meaning& meaning) : meaning(meaning) {}
+
+  Meaning meaning;
   float m = -kInfinity;
-  float tops = 0;   // columns whose logit is m: they stay out of `tail`, which keeps it exact
-  Vec tail = {};    // sum of 2^t over the others, t = (x - m) log2 e
-  Vec spread = {};  // sum of 2^t (-t)
+  float tops = 0;       // columns whose logit is m: they stay out of `tail`, which keeps it exact
+  Vec tail = {};        // sum of 2^t over the others, t = (x - m) log2 e
+  Vec spread = {};      // sum of 2^t (-t)
+  double distance = 0;  // sum of m - x over `columns`; only where it is asked for
+  double columns = 0;
 
   void raise_maximum_to(float m_new) {
     if (m != -kInfinity) {
@@ -123,143 +57,210 @@ struct RowSums {
         spread *= 0.0f;
         tail *= 0.0f;
       }
+      distance += columns * (static_cast<double>(m_new) - m);
     }
     tops = 0;
     m = m_new;
   }
 
-  // count is a multiple of kLanes. Two independent chains of sums hide the latency of adding; the
+  // count is a multiple of kPair. Two independent chains of sums hide the latency of adding; the
   // chunk's own sums keep each chain short, which is what bounds the rounding error.
   template <bool kMayHoldTop, class T>
-  void add(const T* x, std::int64_t count) {
-    Vec tail0 = {}, tail1 = {}, spread0 = {}, spread1 = {};
-    IVec tops0 = {}, tops1 = {};
-    const Vec shift = splat(m);
-    std::int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-      // The next chunk arrives from memory while this one is being computed.
-      __builtin_prefetch(x + i + kChunk);
-      add_register<kMayHoldTop>(load(x + i) - shift, tail0, spread0, tops0);
-      add_register<kMayHoldTop>(load(x + i + kLanes) - shift, tail1, spread1, tops1);
+  void add(const T* z, std::int64_t count) {
+    Vec tail_a = {}, tail_b = {}, spread_a = {}, spread_b = {};
+    IVec tops_a = {}, tops_b = {};
+    const Origin<Meaning::kFused> origin(m);
+    for (std::int64_t i = 0; i < count; i += kPair) {
+      __builtin_prefetch(z + i + kChunk);  // the next chunk arrives while this one is computed
+      const Pair pair = load(z + i);
+      add_register<kMayHoldTop>(origin, meaning.of(pair.a), tail_a, spread_a, tops_a);
+      add_register<kMayHoldTop>(origin, meaning.of(pair.b), tail_b, spread_b, tops_b);
     }
-    if (i < count) add_register<kMayHoldTop>(load(x + i) - shift, tail0, spread0, tops0);
-    tail += tail0 + tail1;
-    spread += spread0 + spread1;
-    if (kMayHoldTop) {
-      tops0 += tops1;
-      for (int lane = 0; lane < kLanes; ++lane) tops -= static_cast<float>(tops0[lane]);
-    }
+    const float excess = static_cast<float>(origin.excess);
+    const float correction = static_cast<float>(origin.correction);
+    tail_a += tail_b;
+    tail += tail_a * correction;
+    spread += (spread_a + spread_b + tail_a * excess) * correction;
+    if (kMayHoldTop) tops -= static_cast<float>(sum_of_lanes(tops_a + tops_b));
   }
 
-  template <bool kMayHoldTop>
-  static inline void add_register(Vec d, Vec& tail, Vec& spread, IVec& tops) {
-    const Vec t = clamp_exponent(d * kLog2e);
+  template <bool kMayHoldTop, class Origin>
+  static inline void add_register(const Origin& origin, Vec x, Vec& tail, Vec& spread,
+                                  IVec& tops) {
+    const Vec t = origin.exponent(x);
     Vec e = exp2_of(t);
-    spread -= e * t;
     if (kMayHoldTop) {
-      const IVec is_top = d == 0.0f;
+      const IVec is_top = x == origin.m;
       tops += is_top;  // -1 a top
       e = (Vec)((IVec)e & ~is_top);
     }
+    spread -= e * t;
     tail += e;
   }
+
+  // After `add` of the same columns.
+  template <class T>
+  void add_distance(const T* z, std::int64_t count) {
+    Vec sum = {};
+    for (std::int64_t i = 0; i < count; i += kPair) {
+      const Pair pair = load(z + i);
+      sum += (m - meaning.of(pair.a)) + (m - meaning.of(pair.b));
+    }
+    distance += horizontal_sum(sum);
+    columns += count;
+  }
 };
 
 template <class T>
-static float chunk_maximum(const T* x, std::int64_t count) {  // count is a multiple of kLanes
-  Vec m0 = splat(-kInfinity), m1 = m0;
-  std::int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    m0 = maximum(load(x + i), m0);
-    m1 = maximum(load(x + i + kLanes), m1);
+static inline float chunk_maximum(const T* z, std::int64_t count) {  // a multiple of kPair
+  Vec a = splat(-kInfinity), b = a;
+  for (std::int64_t i = 0; i < count; i += kPair) {
+    const Pair pair = load(z + i);
+    a = maximum(pair.a, a);
+    b = maximum(pair.b, b);
   }
-  if (i < count) m0 = maximum(load(x + i), m0);
-  return horizontal_maximum(maximum(m0, m1));
+  return horizontal_maximum(maximum(a, b));
 }
 
 template <class T>
-static bool holds_nan(const T* x, std::int64_t count) {
+static bool holds_nan(const T* z, std::int64_t count) {
   IVec found = {};
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    const Vec value = load(x + i);
-    found |= value != value;
+  for (std::int64_t i = 0; i < count; i += kPair) {
+    const Pair pair = load(z + i);
+    found |= (pair.a != pair.a) | (pair.b != pair.b);
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (found[lane]) return true;
-  }
-  return false;
+  return any(found);
 }
 
-template <class T>
-static void add_chunk(RowSums& sums, const T* x, std::int64_t count) {
-  const float chunk_m = chunk_maximum(x, count);  // ignores NaN: found below, or in the sums
-  if (chunk_m == -kInfinity) {
-    if (holds_nan(x, count)) sums.tail += __builtin_nanf("");
-    return;
+// False where the row is too far from 0 for fused exponents; then nothing was added.
+template <class Meaning, class T>
+static bool add_chunk(RowSums<Meaning>& sums, const T* z, std::int64_t count) {
+  const float z_max = chunk_maximum(z, count);  // may ignore NaN: found below, or in the sums
+  if (z_max == -kInfinity) {
+    if (holds_nan(z, count)) sums.tail += __builtin_nanf("");
+    sums.distance = kInfinity;  // if any other column has mass
+    return true;
   }
+  const float chunk_m = sums.meaning.of(splat(z_max))[0];
+  if (Meaning::kFused && is_far(chunk_m)) return false;
   if (chunk_m > sums.m) sums.raise_maximum_to(chunk_m);
   if (chunk_m == sums.m) {
-    sums.template add<true>(x, count);
+    sums.template add<true>(z, count);
   } else {
-    sums.template add<false>(x, count);
+    sums.template add<false>(z, count);
   }
+  return true;
 }
 
-template <class T>
-static void row_statistics(const T* x, std::int64_t columns, float& max, float& tail,
-                           float& spread) {
-  RowSums sums;
-  std::int64_t i = 0;
-  for (; i + kChunk <= columns; i += kChunk) add_chunk(sums, x + i, kChunk);
-  const std::int64_t whole = (columns - i) / kLanes * kLanes;
-  if (whole > 0) add_chunk(sums, x + i, whole);
-  i += whole;
-  if (i < columns) {  // fewer than one register: pad with logits that carry no mass
-    float last[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      last[lane] = i + lane < columns ? to_float(x[i + lane]) : -kInfinity;
+// row: MAX, TAIL, SPREAD, TARGET, DISTANCE; `own` is the target's column or -1.
+template <class T, class Meaning>
+static void row_statistics(const void* logits, std::int64_t columns, std::int64_t own,
+                           const Options& options, float* row) {
+  const T* z = static_cast<const T*>(logits);
+  RowSums<Meaning> sums{Meaning(options)};
+  for (std::int64_t i = 0; i < columns;) {
+    T last[kPair];
+    const T* from = z + i;
+    std::int64_t count = columns - i >= kChunk ? kChunk : (columns - i) / kPair * kPair;
+    const std::int64_t rest = count > 0 ? 0 : columns - i;
+    if (rest > 0) {  // fewer than a pair of registers: pad with logits that carry no mass
+      for (T& each : last) each = minus_infinity(T{});
+      for (std::int64_t k = 0; k < rest; ++k) last[k] = from[k];
+      from = last, count = kPair;
     }
-    add_chunk(sums, last, kLanes);
+    if (!add_chunk(sums, from, count)) {
+      return row_statistics<T, Scaled>(logits, columns, own, options, row);
+    }
+    if (options.distance && rest == 0) sums.add_distance(from, count);
+    for (std::int64_t k = 0; options.distance && k < rest; ++k) {
+      sums.distance += sums.m - sums.meaning.of(splat(read_one(from + k)))[0];
+    }
+    i += rest > 0 ? rest : count;
   }
-  max = sums.m;
-  tail = static_cast<float>(horizontal_sum(sums.tail) + (double(sums.tops) - 1.0));
-  spread = static_cast<float>(horizontal_sum(sums.spread) * kLn2);
+  row[0] = sums.m;
+  row[1] = static_cast<float>(horizontal_sum(sums.tail) + (double(sums.tops) - 1.0));
+  if (sums.m == kInfinity) row[1] = __builtin_nanf("");
+  row[2] = static_cast<float>(horizontal_sum(sums.spread) * kLn2);
+  row[3] = own < 0 ? 0.0f : sums.meaning.of(splat(read_one(z + own)))[0];
+  row[4] = sums.m == -kInfinity ? 0.0f : static_cast<float>(sums.distance);
 }
 
-struct RowCoefficients {
-  float shift, scale, slope;
+// dz = (2^t (scale + t slope) + offset) s with s the softcap's slope.
+template <class Meaning>
+struct RowGradient {
+  RowGradient(const Coefficients& c, const Options& options)
+      : meaning(options), origin(c.shift), offset(c.offset) {
+    scale = static_cast<float>(origin.correction *
+                               (c.scale - origin.excess * c.slope * 0.6931471805599453));
+    slope = static_cast<float>(origin.correction * c.slope * 0.6931471805599453);
+    if (scale != scale) scale = __builtin_nanf("");  // of the bits that round_to_bfloat16 wants
+  }
+
+  Vec of(Vec z) const {
+    Vec s;
+    Vec x;
+    if constexpr (Meaning::kCapped) {
+      x = meaning.of(z, s);
+    } else {
+      x = meaning.of(z);
+    }
+    const Vec t = origin.exponent(x);
+    const Vec dz = exp2_of(t) * (scale + t * slope) + offset;
+    return Meaning::kCapped ? dz * s : dz;
+  }
+  Pair of(Pair z) const { return {of(z.a), of(z.b)}; }
+
+  Meaning meaning;
+  Origin<Meaning::kFused> origin;
+  float scale, slope, offset;
 };
 
-template <class T>
-static inline Vec gradient_of(const T* x, const RowCoefficients& c) {
-  const Vec t = clamp_exponent((load(x) - c.shift) * kLog2e);
-  return exp2_of(t) * (c.scale + t * (c.slope * kLn2));
-}
-
-// Fewer columns than one register holds.
-template <class T>
-static void partial_gradient(const T* x, std::int64_t columns, const RowCoefficients& c, T* out) {
-  T from[kLanes], to[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) from[lane] = x[lane < columns ? lane : 0];
-  store(to, gradient_of(from, c));
-  for (std::int64_t lane = 0; lane < columns; ++lane) out[lane] = to[lane];
+// Fewer columns than a pair of registers holds.
+template <class T, class Gradient>
+static void partial_gradient(const T* z, std::int64_t columns, const Gradient& gradient, T* out) {
+  T from[kPair], to[kPair];
+  for (std::int64_t k = 0; k < kPair; ++k) from[k] = z[k < columns ? k : 0];
+  store(to, gradient.of(load(from)));
+  for (std::int64_t k = 0; k < columns; ++k) out[k] = to[k];
 }
 
 // stream_out: write around the caches, for outputs far larger than they are.
-template <class T>
-static void row_gradient(const T* x, std::int64_t columns, const RowCoefficients& c, T* out,
+template <class T, class Meaning>
+static void row_gradient(const void* logits, std::int64_t columns, std::int64_t own,
+                         const Coefficients& coefficients, const Options& options, void* to,
                          bool stream_out) {
+  if (Meaning::kFused && is_far(coefficients.shift)) {
+    return row_gradient<T, Scaled>(logits, columns, own, coefficients, options, to, stream_out);
+  }
+  const RowGradient<Meaning> gradient(coefficients, options);
+  const T* z = static_cast<const T*>(logits);
+  T* out = static_cast<T*>(to);
   std::int64_t i = 0;
   if (stream_out) {
     const auto address = reinterpret_cast<std::uintptr_t>(out);
-    const std::int64_t misaligned = address / sizeof(T) % kLanes;
+    const std::int64_t misaligned = address / sizeof(T) % kPair;
     if (misaligned != 0) {
-      i = kLanes - misaligned < columns ? kLanes - misaligned : columns;
-      partial_gradient(x, i, c, out);
+      i = kPair - misaligned < columns ? kPair - misaligned : columns;
+      partial_gradient(z, i, gradient, out);
     }
-    for (; i + kLanes <= columns; i += kLanes) stream(out + i, gradient_of(x + i, c));
+    for (; i + kPair <= columns; i += kPair) stream(out + i, gradient.of(load(z + i)));
   } else {
-    for (; i + kLanes <= columns; i += kLanes) store(out + i, gradient_of(x + i, c));
+    for (; i + kPair <= columns; i += kPair) store(out + i, gradient.of(load(z + i)));
   }
-  if (i < columns) partial_gradient(x + i, columns - i, c, out + i);
+  if (i < columns) partial_gradient(z + i, columns - i, gradient, out + i);
+  if (own >= 0) write_one(out + own, coefficients.target);
 }
+
+// By storage type, then by meaning.
+constexpr Kernels kKernels = {
+    {{row_statistics<float, Plain>, row_statistics<float, Scaled>, row_statistics<float, Capped>},
+     {row_statistics<BFloat16, Plain>, row_statistics<BFloat16, Scaled>,
+      row_statistics<BFloat16, Capped>},
+     {row_statistics<Float16, Plain>, row_statistics<Float16, Scaled>,
+      row_statistics<Float16, Capped>}},
+    {{row_gradient<float, Plain>, row_gradient<float, Scaled>, row_gradient<float, Capped>},
+     {row_gradient<BFloat16, Plain>, row_gradient<BFloat16, Scaled>,
+      row_gradient<BFloat16, Capped>},
+     {row_gradient<Float16, Plain>, row_gradient<Float16, Scaled>,
+      row_gradient<Float16, Capped>}},
+};

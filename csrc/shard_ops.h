@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace infoentropy {
 
-enum class Dtype { kFloat32, kBFloat16 };
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 struct Logits {
   const void* data;  // [tokens, >= columns], last dimension contiguous
@@ -29,19 +31,28 @@ struct Targets {
   bool ignored(std::int64_t token) const { return data[token] == ignore_index; }
 };
 
-// statistics: float [4, tokens] = MAX, TAIL, SPREAD, TARGET.
-void shard_statistics(const Logits&, const Targets&, float* statistics, int threads);
+struct Options {
+  float softcap = 0;  // 0 is none
+  float temperature = 1;
+  bool distance = false;  // five rows of statistics and coefficients instead of four
+};
 
-// coefficients: float [4, tokens] = SHIFT, SCALE, SLOPE, TARGET_GRADIENT.
+// statistics: float [4 or 5, tokens] = MAX, TAIL, SPREAD, TARGET, DISTANCE.
+void shard_statistics(const Logits&, const Targets&, const Options&, float* statistics,
+                      int threads);
+
+// coefficients: float [4 or 5, tokens] = SHIFT, SCALE, SLOPE, TARGET_GRADIENT, OFFSET.
 // out: [tokens, width] of the logits' dtype, `out_row_stride` elements between rows; columns in
 // [columns, width) are padding and become 0. May be the logits' own memory.
-void shard_gradient(const Logits&, const Targets&, const float* coefficients, void* out,
-                    std::int64_t out_row_stride, std::int64_t width, int threads);
+void shard_gradient(const Logits&, const Targets&, const Options&, const float* coefficients,
+                    void* out, std::int64_t out_row_stride, std::int64_t width, int threads);
 
-// "avx2" or "baseline"; chosen once from what the processor can do.
-const char* instruction_set();
+// Those compiled in that this processor has, the one chosen by itself first.
+std::vector<std::string> instruction_sets();
+
+const char* instruction_set();  // the one in use
 
 // Forces a choice, for tests and measurements. False where this processor lacks it.
-bool use_instruction_set(const char* name);
+bool use_instruction_set(const std::string& name);
 
 }  // namespace infoentropy

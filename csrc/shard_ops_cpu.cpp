@@ -9,89 +9,11 @@
 #include <sys/mman.h>
 #endif
 
+#include "instruction_sets.h"
 #include "parallel_for.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace infoentropy {
 namespace {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(BFloat16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline void from_float(float value, float& to) { to = value; }
-
-inline void from_float(float value, BFloat16& to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  to.bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-namespace baseline {  // SSE2 or NEON, whatever the compiler may use unasked
-constexpr int kLanes = 4;
-#define INFOENTROPY_AVX2 0
-#include "shard_kernels.inl"
-#undef INFOENTROPY_AVX2
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-constexpr int kLanes = 8;
-#define INFOENTROPY_AVX2 1
-#include "shard_kernels.inl"
-#undef INFOENTROPY_AVX2
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-bool has_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
-std::atomic<bool> use_avx2{has_avx2()};
-
-template <class T>
-void one_row_statistics(const T* x, std::int64_t columns, float& m, float& r, float& u) {
-#if defined(__x86_64__)
-  if (use_avx2) return avx2::row_statistics(x, columns, m, r, u);
-#endif
-  baseline::row_statistics(x, columns, m, r, u);
-}
-
-template <class T>
-void one_row_gradient(const T* x, std::int64_t columns, float shift, float scale, float slope,
-                      T* out, bool stream_out) {
-#if defined(__x86_64__)
-  if (use_avx2) return avx2::row_gradient(x, columns, {shift, scale, slope}, out, stream_out);
-#endif
-  baseline::row_gradient(x, columns, {shift, scale, slope}, out, stream_out);
-}
 
 // Rows a thread takes at a time: enough work to be worth a thread, few enough to balance.
 std::int64_t rows_per_block(std::int64_t columns) {
@@ -106,23 +28,11 @@ std::int64_t rows_per_streamed_block(std::int64_t row_bytes) {
   return 1 + kBytes / (row_bytes + 1);
 }
 
-template <class T>
-void statistics(const Logits& logits, const Targets& targets, float* out, int threads) {
-  const T* data = static_cast<const T*>(logits.data);
-  const std::int64_t tokens = logits.tokens, columns = logits.columns;
-  float *max = out, *tail = max + tokens, *spread = tail + tokens, *target = spread + tokens;
-  parallel_for(tokens, rows_per_block(columns), threads, [=](std::int64_t i, std::int64_t end) {
-    for (; i < end; ++i) {
-      if (targets.ignored(i)) {
-        max[i] = tail[i] = spread[i] = target[i] = 0;
-        continue;
-      }
-      const T* x = data + i * logits.row_stride;
-      one_row_statistics(x, columns, max[i], tail[i], spread[i]);
-      const std::int64_t column = targets.column(i, columns);
-      target[i] = column < 0 ? 0 : to_float(x[column]);
-    }
-  });
+std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+int meaning_of(const Options& options) {
+  return options.softcap != 0 ? kCappedMeaning
+                              : options.temperature != 1 ? kScaledMeaning : kPlainMeaning;
 }
 
 // Memory fresh from the system costs one page fault per 4 KiB when first written: for a gradient of
@@ -139,68 +49,60 @@ void prefer_huge_pages(void* data, std::int64_t bytes) {
 #endif
 }
 
-template <class T>
-void gradient(const Logits& logits, const Targets& targets, const float* coefficients, T* out,
-              std::int64_t out_row_stride, std::int64_t width, int threads) {
-  const T* data = static_cast<const T*>(logits.data);
+}  // namespace
+
+void shard_statistics(const Logits& logits, const Targets& targets, const Options& options,
+                      float* out, int threads) {
+  const auto* data = static_cast<const char*>(logits.data);
   const std::int64_t tokens = logits.tokens, columns = logits.columns;
-  const float *shift = coefficients, *scale = shift + tokens, *slope = scale + tokens;
-  const float* target = slope + tokens;
-  // Beyond this size nobody can find the gradient in a cache anyway; written around the caches it
-  // costs no read of the memory it replaces. In place the line has just been read.
-  constexpr std::int64_t kStreamBytes = 8 << 20;
-  const bool stream_out =
-      out != data && tokens * width * std::int64_t{sizeof(T)} > kStreamBytes;
-  if (stream_out) prefer_huge_pages(out, ((tokens - 1) * out_row_stride + width) * sizeof(T));
-  const std::int64_t block =
-      stream_out ? rows_per_streamed_block(width * sizeof(T)) : rows_per_block(columns);
-  parallel_for(tokens, block, threads, [=](std::int64_t i, std::int64_t end) {
+  const std::int64_t row_bytes = logits.row_stride * bytes_of(logits.dtype);
+  const int rows = options.distance ? 5 : 4;
+  const StatisticsOfRow statistics_of =
+      kernels().statistics[static_cast<int>(logits.dtype)][meaning_of(options)];
+  parallel_for(tokens, rows_per_block(columns), threads, [=](std::int64_t i, std::int64_t end) {
     for (; i < end; ++i) {
-      T* to = out + i * out_row_stride;
-      if (targets.ignored(i)) {
-        std::memset(to, 0, width * sizeof(T));
-        continue;
+      float row[5] = {};
+      if (!targets.ignored(i)) {
+        statistics_of(data + i * row_bytes, columns, targets.column(i, columns), options, row);
       }
-      one_row_gradient(data + i * logits.row_stride, columns, shift[i], scale[i], slope[i], to,
-                       stream_out);
-      const std::int64_t column = targets.column(i, columns);
-      if (column >= 0) from_float(target[i], to[column]);
-      std::memset(to + columns, 0, (width - columns) * sizeof(T));
+      for (int k = 0; k < rows; ++k) out[k * tokens + i] = row[k];
     }
-#if defined(__x86_64__)
-    _mm_sfence();  // streamed writes become visible before the thread says it is done
-#endif
   });
 }
 
-}  // namespace
-
-void shard_statistics(const Logits& logits, const Targets& targets, float* out, int threads) {
-  if (logits.dtype == Dtype::kFloat32) {
-    statistics<float>(logits, targets, out, threads);
-  } else {
-    statistics<BFloat16>(logits, targets, out, threads);
-  }
-}
-
-void shard_gradient(const Logits& logits, const Targets& targets, const float* coefficients,
-                    void* out, std::int64_t out_row_stride, std::int64_t width, int threads) {
-  if (logits.dtype == Dtype::kFloat32) {
-    gradient(logits, targets, coefficients, static_cast<float*>(out), out_row_stride, width,
-             threads);
-  } else {
-    gradient(logits, targets, coefficients, static_cast<BFloat16*>(out), out_row_stride, width,
-             threads);
-  }
-}
-
-const char* instruction_set() { return use_avx2 ? "avx2" : "baseline"; }
-
-bool use_instruction_set(const char* name) {
-  const bool avx2 = std::strcmp(name, "avx2") == 0;
-  if (avx2 ? !has_avx2() : std::strcmp(name, "baseline") != 0) return false;
-  use_avx2 = avx2;
-  return true;
+void shard_gradient(const Logits& logits, const Targets& targets, const Options& options,
+                    const float* coefficients, void* out, std::int64_t out_row_stride,
+                    std::int64_t width, int threads) {
+  const auto* data = static_cast<const char*>(logits.data);
+  auto* const to_data = static_cast<char*>(out);
+  const std::int64_t tokens = logits.tokens, columns = logits.columns;
+  const std::int64_t bytes = bytes_of(logits.dtype), row_bytes = logits.row_stride * bytes;
+  const std::int64_t to_row_bytes = out_row_stride * bytes;
+  // Beyond this size nobody can find the gradient in a cache anyway; written around the caches it
+  // costs no read of the memory it replaces. In place the line has just been read.
+  constexpr std::int64_t kStreamBytes = 8 << 20;
+  const bool stream_out = out != logits.data && tokens * width * bytes > kStreamBytes;
+  if (stream_out) prefer_huge_pages(out, (tokens - 1) * to_row_bytes + width * bytes);
+  const std::int64_t block =
+      stream_out ? rows_per_streamed_block(width * bytes) : rows_per_block(columns);
+  const GradientOfRow gradient_of =
+      kernels().gradient[static_cast<int>(logits.dtype)][meaning_of(options)];
+  parallel_for(tokens, block, threads, [=](std::int64_t i, std::int64_t end) {
+    for (; i < end; ++i) {
+      char* const to = to_data + i * to_row_bytes;
+      if (targets.ignored(i)) {
+        std::memset(to, 0, width * bytes);
+        continue;
+      }
+      const float* c = coefficients + i;
+      const Coefficients row{c[0], c[tokens], c[2 * tokens], c[3 * tokens],
+                             options.distance ? c[4 * tokens] : 0.0f};
+      gradient_of(data + i * row_bytes, columns, targets.column(i, columns), row, options, to,
+                  stream_out);
+      std::memset(to + columns * bytes, 0, (width - columns) * bytes);
+    }
+    finish_streams();
+  });
 }
 
 }  // namespace infoentropy

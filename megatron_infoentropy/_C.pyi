@@ -8,6 +8,9 @@ def shard_statistics(
     vocab_start: int,
     columns: int,
     ignore_index: int,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    distance: bool = False,
     statistics: int,
     threads: int,
 ) -> None: ...
@@ -22,10 +25,14 @@ def shard_gradient(
     vocab_start: int,
     columns: int,
     ignore_index: int,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    distance: bool = False,
     coefficients: int,
     out: int,
     out_row_stride: int,
     threads: int,
 ) -> None: ...
+def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> bool: ...

@@ -1,4 +1,4 @@
-"""The contract in C++ (csrc/), for logits in CPU memory: fp32 and bf16, vectorised, multi-threaded.
+"""The contract in C++ (csrc/), for logits in CPU memory: vectorised, multi-threaded.
 
 The extension sees pointers, strides and a thread count, never torch's C++ headers, so that one
 build serves every torch.
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.kernels.contract import PLAIN, Kernels, Options, Shard
+from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 
 _C: Any = None
 try:
@@ -16,7 +16,7 @@ try:
 except ImportError as error:  # installed without a compiler
     _BUILD_ERROR = str(error)
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,7 +31,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def instruction_set() -> str:
-    """The vector instructions chosen on this machine: "avx2" or "baseline"."""
+    """The vector instructions in use: "avx512", "avx2" or "baseline" (SSE2, NEON)."""
     if _C is None:
         raise RuntimeError(
             f"the C++ extension is not built ({_BUILD_ERROR}); `make build` builds it"
@@ -43,8 +43,7 @@ def shard_statistics(
     logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
 ) -> torch.Tensor:
     """See `kernels.contract`."""
-    assert options == PLAIN
-    statistics_RN = logits_NV.new_empty((4, logits_NV.shape[0]), dtype=torch.float32)
+    statistics_RN = logits_NV.new_empty((options.rows, logits_NV.shape[0]), dtype=torch.float32)
     _C.shard_statistics(
         logits=logits_NV.data_ptr(),
         dtype=DTYPES[logits_NV.dtype],
@@ -54,6 +53,9 @@ def shard_statistics(
         vocab_start=shard.start,
         columns=shard.columns,
         ignore_index=shard.ignore_index,
+        softcap=options.softcap,
+        temperature=options.temperature,
+        distance=options.distance,
         statistics=statistics_RN.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -69,7 +71,6 @@ def shard_gradient(
     out_NV: torch.Tensor,
 ) -> None:
     """See `kernels.contract`."""
-    assert options == PLAIN
     _C.shard_gradient(
         logits=logits_NV.data_ptr(),
         dtype=DTYPES[logits_NV.dtype],
@@ -80,6 +81,9 @@ def shard_gradient(
         vocab_start=shard.start,
         columns=shard.columns,
         ignore_index=shard.ignore_index,
+        softcap=options.softcap,
+        temperature=options.temperature,
+        distance=options.distance,
         coefficients=coefficients_RN.data_ptr(),
         out=out_NV.data_ptr(),
         out_row_stride=out_NV.stride(0),

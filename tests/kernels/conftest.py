@@ -7,7 +7,8 @@ import torch
 
 from megatron_infoentropy.kernels import native
 
-BACKENDS = ["reference", "native-baseline", "native-avx2"]  # native-<instruction set>
+# native-<instruction set> is the native one with those vector instructions.
+BACKENDS = ["reference", "native-baseline", "native-avx2", "native-avx512"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,227 @@
+"""The native kernels against the reference in float64: every option, every dtype, row by row.
+
+Vocabularies around two registers of every instruction set and around the chunk between looks at
+the maximum.
+"""
+
+import pytest
+import torch
+from close import assert_within, assert_within_bf16_ulp
+
+from megatron_infoentropy.kernels import native, reference
+from megatron_infoentropy.kernels.contract import (
+    DISTANCE,
+    MAX,
+    SPREAD,
+    TAIL,
+    TARGET,
+    Options,
+    Shard,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VOCABULARIES = [1, 5, 8, 15, 16, 17, 31, 33, 63, 1024, 1031, 2100]
+OPTIONS = {
+    "plain": Options(),
+    "distance": Options(distance=True),
+    "temperature": Options(temperature=0.7),
+    "softcap": Options(softcap=30.0),
+    "tight softcap": Options(softcap=2.0, temperature=1.5),
+    "all": Options(softcap=5.0, temperature=0.5, distance=True),
+}
+EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request):
+    chosen = native._C.instruction_set()
+    if not native._C.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native._C.use_instruction_set(chosen)
+
+
+def random_case(v, dtype, n=9):
+    generator = torch.Generator().manual_seed(v)
+    logits = (torch.randn(n, v, generator=generator) * 4).to(dtype)
+    target = torch.randint(0, v, (n,), generator=generator)
+    target[n // 2] = -100
+    return logits, target, Shard(0, v, -100)
+
+
+def random_coefficients(logits, target, shard, options):
+    """Of the size that losses have: the true maximum, and the others of order one."""
+    statistics = reference.shard_statistics(logits.double(), target, shard, options)
+    generator = torch.Generator().manual_seed(1)
+    coefficients = torch.randn(options.rows, len(target), generator=generator)
+    coefficients[MAX] = statistics[MAX].float()
+    return coefficients
+
+
+def gradient(kernels, logits, target, shard, options, coefficients):
+    out = torch.full_like(logits, torch.nan)
+    kernels.shard_gradient(logits, target, shard, options, coefficients, out)
+    return out
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_statistics_equal_the_reference(instructions, v, dtype, options):
+    logits, target, shard = random_case(v, dtype)
+    got = native.shard_statistics(logits, target, shard, options)
+    want = reference.shard_statistics(logits.double(), target, shard, options)
+    assert got.shape == want.shape
+    bound = options.softcap or 20.0  # of a logit: what its rounding is relative to
+    rounding = 2.4e-7 * bound / options.temperature
+    for row in (MAX, TARGET):
+        assert_within(got[row], want[row], atol=rounding)
+    mass = 1 + want[TAIL]
+    assert_within(got[TAIL] / mass, want[TAIL] / mass, atol=2e-7 + 2 * rounding)
+    assert_within(got[SPREAD] / mass, want[SPREAD] / mass, atol=1e-6 + 20 * rounding)
+    if options.distance:
+        assert_within(got[DISTANCE] / v, want[DISTANCE] / v, atol=2 * rounding, rtol=1e-6)
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_gradients_equal_the_reference(instructions, v, dtype, options):
+    logits, target, shard = random_case(v, dtype)
+    coefficients = random_coefficients(logits, target, shard, options)
+    got = gradient(native, logits, target, shard, options, coefficients)
+    want = gradient(reference, logits.double(), target, shard, options, coefficients.double())
+    step = 2e-7 * (options.softcap or 20.0) / options.temperature  # of a probability, relative
+    atol = {torch.float32: 2e-7, torch.float16: 6e-8, torch.bfloat16: 2e-7}[dtype]
+    rtol = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    # a + b d changes sign: the error is relative to its parts, which reach 20 times a coefficient.
+    assert_within(got, want, atol=atol + 20 * step * float(coefficients.abs().max()), rtol=rtol)
+    own = target[target >= 0]
+    kept = target >= 0
+    assert_within(got[kept, own].double(), coefficients[3, kept].to(dtype).double(), atol=0.0)
+    assert torch.equal(got[~kept], torch.zeros_like(got[~kept]))
+
+
+def test_in_place_equals_out_of_place(instructions):
+    for dtype in DTYPES:
+        logits, target, shard = random_case(2100, dtype)
+        for options in OPTIONS.values():
+            coefficients = random_coefficients(logits, target, shard, options)
+            want = gradient(native, logits, target, shard, options, coefficients)
+            own = logits.clone()
+            native.shard_gradient(own, target, shard, options, coefficients, own)
+            assert torch.equal(own, want)
+
+
+@pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 1e4])
+def test_a_softcap_is_the_tanh_to_the_last_digits(instructions, softcap):
+    """Through rows of one logit: MAX is the capped logit. Relative where tanh is nearly linear."""
+    size = torch.logspace(-6, 1.3, 20001, dtype=torch.float64)
+    z = (torch.cat([-size, size, torch.zeros(1)]) * softcap).float().unsqueeze(-1)
+    target = torch.zeros(len(z), dtype=torch.long)
+    got = native.shard_statistics(z, target, Shard(0, 1, -100), Options(softcap=softcap))
+    want = (z.double() / softcap).tanh().squeeze(-1) * softcap
+    assert_within(got[MAX], want, atol=1.5e-7 * softcap, rtol=0.0)
+    assert_within(got[MAX], want, atol=0.0, rtol=5e-7)
+    assert torch.equal(got[MAX], got[TARGET])
+
+
+def test_the_softcap_slope_keeps_its_digits_where_it_is_nearly_flat(instructions):
+    z = torch.linspace(-60, 60, 4001).unsqueeze(-1).expand(-1, 2).contiguous()
+    target = torch.ones(len(z), dtype=torch.long)
+    coefficients = torch.zeros(4, len(z))  # SHIFT 0, SCALE 1 and no mass to speak of elsewhere
+    coefficients[1] = 1.0
+    options = Options(softcap=7.0)
+    got = gradient(native, z, target, Shard(0, 2, -100), options, coefficients)[:, 0]
+    x = (z[:, 0].double() / 7).tanh()
+    want = (x * 7).exp() / (z[:, 0].double() / 7).cosh() ** 2
+    assert_within(got, want, atol=0.0, rtol=5e-6)
+
+
+@EVERY_OPTION
+def test_masked_logits_stay_masked(instructions, options):
+    logits = torch.randn(5, 1500, generator=torch.Generator().manual_seed(2))
+    logits[0] = -torch.inf
+    logits[1, :1100] = -torch.inf
+    logits[2, 1::2] = -torch.inf
+    logits[3, :1499] = -torch.inf
+    target, shard = torch.tensor([0, 1, 3, 1499, 5]), Shard(0, 1500, -100)
+    got = native.shard_statistics(logits, target, shard, options)
+    want = reference.shard_statistics(logits.double(), target, shard, options)
+    assert got[:3, 0].tolist() == [-torch.inf, -1, 0]
+    assert got[1:3, 3].tolist() == [0, 0]
+    assert_within(got[:, 1:], want[:, 1:], atol=1e-4, rtol=1e-6)
+    if options.distance:
+        assert got[DISTANCE, :4].tolist() == [0, torch.inf, torch.inf, torch.inf]
+    coefficients = random_coefficients(logits, target, shard, options)
+    dz = gradient(native, logits, target, shard, options, coefficients)[1:4]
+    truth = gradient(reference, logits.double(), target, shard, options, coefficients.double())[1:4]
+    assert_within(dz, truth, atol=2e-4)
+    masked = (logits[1:4] == -torch.inf).scatter(-1, target[1:4, None], False)
+    rest = coefficients[4, 1:4, None].expand_as(dz) if options.distance else torch.zeros_like(dz)
+    assert torch.equal(
+        dz[masked], torch.zeros_like(rest)[masked] if options.softcap else rest[masked]
+    )
+
+
+@pytest.mark.parametrize("offset", [300.0, 65000.0, 65600.0, 3e6, -3e6, 1e30, -3e38])
+def test_logits_however_far_from_zero_lose_nothing(instructions, offset):
+    """Beyond some size the fused exponents would; a mask of large finite numbers is such a row."""
+    v = 1100
+    step = max(torch.finfo(torch.float32).eps * abs(offset), 1 / 64)
+    small = torch.arange(v) % 7
+    logits = (small * step + offset).float()
+    exact = logits.double().expand(3, v).contiguous()
+    logits = logits.expand(3, v).contiguous()
+    target, shard = torch.tensor([0, 3, 1099]), Shard(0, v, -100)
+    got = native.shard_statistics(logits, target, shard, Options(distance=True))
+    want = reference.shard_statistics(exact, target, shard, Options(distance=True))
+    assert_within(got, want, atol=1e-5, rtol=2e-6)
+    coefficients = torch.tensor([[0.0], [0.3], [0.2], [0.1]]).expand(4, 3).contiguous()
+    coefficients[0] = logits[0].max()
+    dz = gradient(native, logits, target, shard, Options(), coefficients)
+    truth = gradient(reference, exact, target, shard, Options(), coefficients.double())
+    assert_within(dz, truth, atol=1e-6)
+
+
+def test_float16_keeps_its_subnormals_and_its_largest(instructions):
+    """Every float16 through MAX of a row of one, and every gradient rounded as torch rounds it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[~every.isnan() & (every != torch.inf)].unsqueeze(-1)
+    target = torch.zeros(len(every), dtype=torch.long)
+    got = native.shard_statistics(every, target, Shard(0, 1, -100), Options())
+    assert torch.equal(got[MAX], every.squeeze(-1).float())
+
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(40000, generator=generator) * torch.logspace(-9, 6, 40000)
+    coefficients = torch.stack([torch.zeros(40000), value, torch.zeros(40000), value])
+    flat = torch.zeros(40000, 2, dtype=torch.float16)
+    target = torch.ones(40000, dtype=torch.long)
+    dz = gradient(native, flat, target, Shard(0, 2, -100), Options(), coefficients)
+    assert torch.equal(dz, value.to(torch.float16).unsqueeze(-1).expand(-1, 2))
+
+
+def test_bf16_gradients_are_rounded_to_nearest_even(instructions):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(40000, generator=generator)
+    value[:20000] = (value[:20000].view(torch.int32) & -65536 | 0x8000).view(torch.float32)  # ties
+    coefficients = torch.stack([torch.zeros(40000), value, torch.zeros(40000), value])
+    flat = torch.zeros(40000, 2, dtype=torch.bfloat16)
+    target = torch.ones(40000, dtype=torch.long)
+    dz = gradient(native, flat, target, Shard(0, 2, -100), Options(), coefficients)
+    assert torch.equal(dz, value.bfloat16().unsqueeze(-1).expand(-1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_negative_and_mixed_signs_find_their_maximum(instructions, dtype):
+    """16-bit maxima are taken on the bits, where the order of negative numbers is reversed."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(64, 1100, generator=generator) * 3
+    logits[:32] = -logits[:32].abs() - 0.01
+    logits[7] = -0.0
+    logits[8, 3] = 0.0
+    logits = logits.to(dtype)
+    target = torch.zeros(64, dtype=torch.long)
+    got = native.shard_statistics(logits, target, Shard(0, 1100, -100), Options())
+    assert torch.equal(got[MAX], logits.float().max(-1).values)
+    assert_within_bf16_ulp(got[TARGET].bfloat16(), logits[:, 0].double())
