@@ -1,0 +1,168 @@
+"""What the fused linear holds in memory, sends over the group, and in which order."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_infoentropy import InfoEntropyConfig, vocab_parallel_statistics
+from megatron_infoentropy.loss import linear_objective
+from megatron_infoentropy.loss.linear import (
+    linear_infoentropy_loss,
+    linear_vocab_parallel_statistics,
+)
+
+N, H, V, CHUNK = 1024, 16, 512, 128
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_reduce",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "broadcast",
+)
+
+
+def statistics_objective(hidden, weight, target, **options):
+    got = linear_vocab_parallel_statistics(hidden, weight, target, backend="native", **options)
+    return (got.cross_entropy * got.entropy).sum()
+
+
+def fused_loss(hidden, weight, target, **options):
+    config = InfoEntropyConfig(backend="native")
+    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
+
+
+def unfused_objective(hidden, weight, target, **_):
+    logits = hidden @ weight.T
+    got = vocab_parallel_statistics(logits, target, backend="native", inplace_backward=True)
+    return (got.cross_entropy * got.entropy).sum()
+
+
+def make_case(world=1, tokens=N):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, H, generator=generator, requires_grad=True)
+    weight = torch.randn(V // world, H, generator=generator, requires_grad=True)
+    return hidden, weight, torch.randint(0, V, (tokens,), generator=generator)
+
+
+def peak_bytes(call):
+    """Largest sum of live allocations during a call, from torch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = recorded.profiler.kineto_results.events()
+    live = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def peak_on_rank(function, chunk):
+    group = dist.group.WORLD
+    return peak_of(function, make_case(group.size()), chunk_tokens=chunk, group=group)
+
+
+def peak_of(function, case, **options):
+    return peak_bytes(lambda: function(*case, **options).backward())
+
+
+GRADIENTS = (N + V) * H * 4
+PER_TOKEN = 160 * N  # statistics, coefficients, results and their temporaries
+
+
+@pytest.mark.parametrize("function", [statistics_objective, fused_loss])
+def test_without_ranks_memory_is_one_chunk_of_logits_and_the_gradients(function):
+    peak = peak_of(function, make_case(), chunk_tokens=CHUNK)
+    chunk = CHUNK * V * 4
+    assert chunk + GRADIENTS <= peak <= chunk + GRADIENTS + PER_TOKEN
+
+
+def test_the_measurement_sees_the_logits_of_the_unfused_loss():
+    assert peak_of(unfused_objective, make_case()) >= N * V * 4
+
+
+@pytest.mark.parametrize(("function", "chunks"), [(statistics_objective, 1), (fused_loss, 2)])
+def test_on_ranks_memory_is_the_promised_chunks_and_the_gradients(function, chunks):
+    logits = chunks * CHUNK * V // 2 * 4
+    gradients = (N + V // 2) * H * 4
+    for peak in run_ranks(peak_on_rank, 2, function, CHUNK):
+        assert logits + gradients <= peak <= logits + gradients + 2 * PER_TOKEN
+
+
+def count_on_rank(function, sequence_parallel, all_ignored):
+    group = dist.group.WORLD
+    hidden, weight, target = make_case(group.size(), tokens=20)
+    if sequence_parallel:
+        hidden = hidden.detach().chunk(group.size())[group.rank()].requires_grad_()
+    if all_ignored:
+        target = torch.full_like(target, -100)
+    counted = []
+    with mock.patch.multiple(dist, **{n: mock.Mock(wraps=getattr(dist, n)) for n in COLLECTIVES}):
+        options = {"group": group, "chunk_tokens": 6, "sequence_parallel": sequence_parallel}
+        loss = function(hidden, weight, target, **options)
+        counted.append({n: getattr(dist, n).call_count for n in COLLECTIVES})
+        loss.backward()
+        counted.append({n: getattr(dist, n).call_count for n in COLLECTIVES})
+    before, after = counted
+    backward = {n: c - before[n] for n, c in after.items() if c > before[n]}
+    return {n: c for n, c in before.items() if c}, backward
+
+
+GATHER, REDUCE, SCATTER = COLLECTIVES[:3]
+
+
+@pytest.mark.parametrize("all_ignored", [False, True])
+@pytest.mark.parametrize(
+    ("function", "sequence_parallel", "forward", "backward"),
+    [
+        (statistics_objective, False, {GATHER: 1}, {REDUCE: 4}),
+        (statistics_objective, True, {GATHER: 1 + 4}, {GATHER: 4, SCATTER: 4}),
+        (fused_loss, False, {GATHER: 4, REDUCE: 4}, {}),
+        (fused_loss, True, {GATHER: 4 + 4, SCATTER: 4}, {}),
+    ],
+)
+def test_collectives_are_as_many_as_chunks_and_do_not_depend_on_data(
+    function, sequence_parallel, forward, backward, all_ignored
+):
+    """20 tokens in chunks of at most 6: four."""
+    for counted in run_ranks(count_on_rank, 2, function, sequence_parallel, all_ignored):
+        assert counted == (forward, backward)
+
+
+def order_on_rank():
+    """What the forward pass of the loss does, in order, as (what, chunk)."""
+    happened = []
+
+    def note(what, function):
+        calls = iter(range(100))
+
+        def noted(*arguments):
+            happened.append((what, next(calls)))
+            return function(*arguments)
+
+        return noted
+
+    def start(*arguments):
+        return note(f"fold {len([w for w, _ in happened if w == 'gather'])}", real(*arguments))
+
+    real = linear_objective.start_join
+    with (
+        mock.patch.object(
+            linear_objective, "logits_of", note("logits", linear_objective.logits_of)
+        ),
+        mock.patch.object(linear_objective, "start_join", note("gather", start)),
+    ):
+        hidden, weight, target = make_case(2, tokens=15)
+        fused_loss(hidden, weight, target, group=dist.group.WORLD, chunk_tokens=5)
+    return [what if what.startswith("fold") else f"{what} {chunk + 1}" for what, chunk in happened]
+
+
+def test_the_logits_of_the_next_chunk_are_under_way_before_a_gather_is_waited_for():
+    for order in run_ranks(order_on_rank, 2):
+        assert order == [
+            *("logits 1", "gather 1", "logits 2", "gather 2", "fold 1"),
+            *("logits 3", "gather 3", "fold 2", "fold 3"),
+        ]
