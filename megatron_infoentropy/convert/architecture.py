@@ -1,24 +1,25 @@
-"""What model a checkpoint holds, from its training arguments; refused if Llama cannot express it.
+"""What model the training arguments describe, and which Hugging Face family computes the same.
 
-LlamaForCausalLM is: RMSNorm, SwiGLU, rotary positions over the whole head, causal attention over
-everything with grouped queries, and no biases. The tables below say, for each training argument
-that changes the computation, which values mean that model.
+A family is a class of transformers. The tables below say, for each training argument that changes
+the computation, which of its values mean that family. What no family has is refused by name.
 """
 
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from megatron_infoentropy.convert.errors import UnsupportedModelError
 
-class UnsupportedModelError(ValueError):
-    """The checkpoint holds a model that LlamaForCausalLM cannot compute."""
+Family = Literal["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"]
+Activation = Literal["silu_gated", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and constants of a Llama model, with the two conventions Megatron has about weights."""
+    """Sizes and constants of a model, with the conventions Megatron has about its weights."""
 
+    family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -26,30 +27,90 @@ class Architecture:
     num_groups: int  # key/value heads
     head_dim: int
     norm_epsilon: float
+    activation: Activation
     rotary_base: float
+    rotary_percent: float  # of the head, from its start
+    rope_scaling_factor: float | None  # Llama 3's stretching of slow rotations
     max_positions: int
     vocab_size: int  # the true one
     padded_vocab_size: int
-    tied_embeddings: bool
     initializer_range: float
+    # Which parameters there are, by the names that `naming` uses for it.
+    untied: bool
+    linear_bias: bool
+    qkv_bias: bool
+    # Conventions about stored numbers.
     interleaved_rotary: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
     zero_centered_norms: bool  # norm weights are stored minus 1
 
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_percent)
 
-# Arguments that must be there, with the values that mean Llama.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+    @property
+    def rms_norm(self) -> bool:
+        return self.family not in ("gpt_neox", "gpt2")
+
+
+ROTARY, LEARNED = "rope", "learned_absolute"
+_RMS_SWIGLU: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
-    "position_embedding_type": ("rope",),
-    "add_bias_linear": (False,),
+    "position_embedding_type": (ROTARY,),
     "rotary_percent": (1.0,),
 }
-# Arguments that some versions lack; where they are there, these values mean Llama.
-_OPTIONAL: dict[str, tuple[Any, ...]] = {
-    "add_qkv_bias": (False,),
+_LAYER_NORM_GELU: dict[str, tuple[Any, ...]] = {
+    "normalization": ("LayerNorm",),
+    "swiglu": (False,),
+    "add_bias_linear": (True,),
     "qk_layernorm": (False,),
-    "qk_l2_norm": (False,),
+    "group_query_attention": (False,),
     "use_rope_scaling": (False,),
+}
+# Arguments that must be there, with the values that mean the family; the first that fits is it.
+FAMILIES: dict[Family, dict[str, tuple[Any, ...]]] = {
+    "llama": {
+        **_RMS_SWIGLU,
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (False,),
+        "qk_layernorm": (False,),
+    },
+    "qwen2": {
+        **_RMS_SWIGLU,
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (True,),
+        "qk_layernorm": (False,),
+    },
+    "qwen3": {
+        **_RMS_SWIGLU,
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (False,),
+        "qk_layernorm": (True,),
+    },
+    "gpt_neox": {**_LAYER_NORM_GELU, "position_embedding_type": (ROTARY,)},
+    "gpt2": {**_LAYER_NORM_GELU, "position_embedding_type": (LEARNED,)},
+}
+CLASSES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# With biases everywhere Llama is exact too: its attention_bias and mlp_bias mean the same four.
+_LLAMA_WITH_BIASES = {
+    **FAMILIES["llama"],
+    "add_bias_linear": (True,),
+    "add_qkv_bias": (False, True),
+}
+
+# Arguments that some versions lack; where they are there, these values leave the model as it is.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "qk_l2_norm": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "openai_gelu": (False,),
+    "softmax_scale": (None,),
     "rope_type": (None, "rope"),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "rotary_scaling_factor": (None, 1.0),
@@ -73,7 +134,10 @@ _OPTIONAL: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None, 0),
     "use_mup": (False,),
     "spec": (None,),
+    "infoentropy_softcap": (0.0,),
+    "infoentropy_temperature": (1.0,),
 }
+_ABSENT_MEANS = {"add_qkv_bias": False, "qk_layernorm": False, "use_rope_scaling": False}
 _FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named as the argument
 
 
@@ -85,16 +149,16 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         vocab_size: the true size of the vocabulary; by default that of the arguments.
 
     Raises:
-        UnsupportedModelError: naming every argument that LlamaForCausalLM has no counterpart for.
+        UnsupportedModelError: naming every argument that no family has a counterpart for.
         ValueError: the vocabulary sizes do not fit each other.
     """
-    if problems := list(_unsupported(args)):
-        raise UnsupportedModelError(
-            "LlamaForCausalLM cannot compute this model: " + "; ".join(problems)
-        )
+    family = _family_of(args)
     grouped = _get(args, "group_query_attention")
     heads = _get(args, "num_attention_heads")
-    return Architecture(
+    biased = _get(args, "add_bias_linear")
+    scaled = getattr(args, "use_rope_scaling", False)
+    model = Architecture(
+        family=family,
         num_layers=_get(args, "num_layers"),
         hidden_size=_get(args, "hidden_size"),
         ffn_hidden_size=_get(args, "ffn_hidden_size"),
@@ -102,25 +166,77 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         num_groups=_get(args, "num_query_groups") if grouped else heads,
         head_dim=_get(args, "kv_channels"),
         norm_epsilon=_get(args, "layernorm_epsilon"),
+        activation=_activation(args),
         rotary_base=float(_get(args, "rotary_base")),
+        rotary_percent=_get(args, "rotary_percent"),
+        rope_scaling_factor=float(_get(args, "rope_scaling_factor")) if scaled else None,
         max_positions=_get(args, "max_position_embeddings"),
         vocab_size=_true_vocab_size(args, vocab_size),
         padded_vocab_size=_get(args, "padded_vocab_size"),
-        tied_embeddings=not _get(args, "untie_embeddings_and_output_weights"),
         initializer_range=_get(args, "init_method_std"),
-        interleaved_rotary=_get(args, "rotary_interleaved"),
+        untied=_get(args, "untie_embeddings_and_output_weights"),
+        linear_bias=biased,
+        qkv_bias=biased or getattr(args, "add_qkv_bias", False),
+        interleaved_rotary=family != "gpt2" and _get(args, "rotary_interleaved"),
         zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
     )
+    _require_expressible(model)
+    return model
 
 
-def _unsupported(args: argparse.Namespace) -> Iterator[str]:
-    for name, accepted in {**_REQUIRED, **_OPTIONAL}.items():
-        if name not in _OPTIONAL and not hasattr(args, name):
+def _family_of(args: argparse.Namespace) -> Family:
+    others = list(_deviations(args, _NEUTRAL, optional=True))
+    candidates: list[tuple[Family, dict[str, tuple[Any, ...]]]] = [
+        *FAMILIES.items(),
+        ("llama", _LLAMA_WITH_BIASES),
+    ]
+    problems = {
+        index: list(_deviations(args, table)) for index, (_, table) in enumerate(candidates)
+    }
+    nearest = min(problems, key=lambda index: len(problems[index]))
+    if others or problems[nearest]:
+        raise UnsupportedModelError(
+            f"{CLASSES[candidates[nearest][0]]}, the nearest of {', '.join(CLASSES.values())}, "
+            f"cannot compute this model: {'; '.join(problems[nearest] + others)}"
+        )
+    return candidates[nearest][0]
+
+
+def _deviations(
+    args: argparse.Namespace, table: dict[str, tuple[Any, ...]], *, optional: bool = False
+) -> Iterator[str]:
+    for name, accepted in table.items():
+        if not optional and name not in _ABSENT_MEANS and not hasattr(args, name):
             yield f"the argument {name} was not saved (expected {accepted[0]!r})"
-        value = getattr(args, name, accepted[0])
+            continue
+        value = getattr(args, name, accepted[0] if optional else _ABSENT_MEANS.get(name))
         if value not in accepted:
             flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
             yield f"{name}={value!r} (flag {flag}; expected {accepted[0]!r})"
+
+
+def _activation(args: argparse.Namespace) -> Activation:
+    if args.swiglu:
+        return "silu_gated"
+    # Megatron's fused kernel and Transformer Engine's both compute the tanh approximation.
+    approximate = _get(args, "bias_gelu_fusion") or getattr(args, "use_te_activation_func", False)
+    return "gelu_tanh" if approximate else "gelu"
+
+
+def _require_expressible(model: Architecture) -> None:
+    """Refuse sizes that the configuration class of the family has no field for."""
+    heads_fill = model.num_heads * model.head_dim == model.hidden_size
+    if model.family in ("qwen2", "gpt_neox", "gpt2") and not heads_fill:
+        raise UnsupportedModelError(
+            f"{CLASSES[model.family]} has heads of hidden_size / num_attention_heads = "
+            f"{model.hidden_size} / {model.num_heads} numbers; got kv_channels={model.head_dim} "
+            "(flag --kv-channels)"
+        )
+    if model.family == "llama" and model.hidden_size % model.num_heads:
+        raise UnsupportedModelError(
+            f"LlamaForCausalLM refuses a hidden_size ({model.hidden_size}) that "
+            f"num_attention_heads ({model.num_heads}) does not divide"
+        )
 
 
 def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
@@ -142,5 +258,5 @@ def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
 def _get(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     if value is None:
-        raise ValueError(f"the checkpoint's training arguments lack {name}")
+        raise UnsupportedModelError(f"the checkpoint's training arguments lack {name}")
     return value

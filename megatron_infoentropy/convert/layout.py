@@ -1,87 +1,118 @@
-"""How Megatron arranges the numbers of a parameter, undone: pure functions of tensors.
+"""How Megatron arranges the numbers of a parameter, undone and done: pure functions of tensors.
 
 H queries, G key/value groups, D numbers a head; tensors of one layer, output features first.
 
-qkv         [G * (H/G + 2) * D, hidden]: for each group its H/G queries, its key, its value
-gate_up     [2 * ffn, hidden]: the gate's rows (the ones that pass through SiLU), then the up rows
-vocabulary  [padded, hidden]: rows after the true vocabulary are padding
-norm        [hidden]: with zero-centred norms, the weight minus 1
-The other two, linear_proj and linear_fc2, are as in Llama.
+qkv             [G * (H/G + 2) * D, hidden], or the bias [same]: for each group its H/G queries, its
+                key, its value. Llama has three tensors; GPT-NeoX one, by head, which is the same
+                for G = H; GPT-2 one, all queries, then keys, then values, input features first
+gate_up         [2 * ffn, hidden]: the gate's rows (those that pass through SiLU), then the up rows
+vocabulary      [padded, hidden]: rows after the true vocabulary are padding
+norm, head_norm [hidden], [D]: with zero-centred norms, the weight minus 1
+transposed      GPT-2 keeps input features first
+
+With interleaved rotary positions the rows of every query and key, and what multiplies them, are
+reordered so that pairs (0, 1), (2, 3) become (0, R/2), (1, R/2 + 1), as Hugging Face pairs them.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.naming import Layout
+from megatron_infoentropy.convert.naming import LayoutName
+
+
+class Layout(NamedTuple):
+    """Megatron's tensor as the family's, and the way back (for plain norms, halves paired)."""
+
+    to_hf: Callable[[Tensor, Architecture], tuple[Tensor, ...]]
+    to_megatron: Callable[[tuple[Tensor, ...], Architecture], Tensor]
 
 
 def split_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [H * D, hidden], k and v [G * D, hidden], rotated halves as Llama pairs them."""
-    queries = model.num_heads // model.num_groups
-    rows = model.num_groups * (queries + 2) * model.head_dim
-    _require_shape("qkv", qkv, (rows, model.hidden_size))
-    width = model.hidden_size
-    heads = qkv.view(model.num_groups, queries + 2, model.head_dim, width)
+    """Return q [H * D, ...], k and v [G * D, ...], rotary halves paired as in Hugging Face."""
+    queries, rest = model.num_heads // model.num_groups, qkv.shape[1:]
+    heads = qkv.view(model.num_groups, queries + 2, model.head_dim, *rest)
     q, k, v = heads[:, :queries], heads[:, queries : queries + 1], heads[:, queries + 1 :]
     if model.interleaved_rotary:
-        q, k = pair_halves(q), pair_halves(k)
-    return q.reshape(-1, width), k.reshape(-1, width), v.reshape(-1, width)
+        q, k = pair_halves(q, 2, model.rotary_dim), pair_halves(k, 2, model.rotary_dim)
+    return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
 
 
-def pair_halves(heads: Tensor) -> Tensor:
-    """Reorder rows [..., D, hidden]: rotary pairs (0, 1), (2, 3) become (0, D/2), (1, D/2 + 1)."""
-    *outer, head_dim, width = heads.shape
-    pairs = heads.reshape(*outer, head_dim // 2, 2, width)
-    return pairs.transpose(-3, -2).reshape(*outer, head_dim, width)
+def join_qkv(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
+    """Return [G * (H/G + 2) * D, ...], group by group."""
+    rest = parts[0].shape[1:]
+    groups = [part.view(model.num_groups, -1, model.head_dim, *rest) for part in parts]
+    return torch.cat(groups, dim=1).reshape(-1, *rest)
 
 
-def split_gate_up(fc1: Tensor, model: Architecture) -> tuple[Tensor, Tensor]:
-    """Return gate and up, each [ffn, hidden]."""
-    _require_shape("gate_up", fc1, (2 * model.ffn_hidden_size, model.hidden_size))
-    gate, up = fc1.chunk(2)
-    return gate, up
+def pair_halves(tensor: Tensor, axis: int, rotary_dim: int) -> Tensor:
+    """Reorder the first `rotary_dim` entries of an axis: 0, 1, 2, 3, ... become 0, 2, ..., 1, 3."""
+    turned = tensor.narrow(axis, 0, rotary_dim)
+    straight = tensor.narrow(axis, rotary_dim, tensor.shape[axis] - rotary_dim)
+    outer, inner = tensor.shape[:axis], tensor.shape[axis + 1 :]
+    pairs = turned.reshape(*outer, rotary_dim // 2, 2, *inner)
+    return torch.cat([pairs.transpose(axis, axis + 1).flatten(axis, axis + 1), straight], dim=axis)
+
+
+def split_by_head(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
+    """Return GPT-NeoX's: for every head its query, key and value, as in Megatron."""
+    if not model.interleaved_rotary:
+        return (qkv,)
+    return (join_qkv(split_qkv(qkv, model), model),)
+
+
+def split_in_columns(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
+    """Return GPT-2's: all queries, keys, values; a weight with input features first."""
+    return (torch.cat(split_qkv(qkv, model)).t().contiguous(),)
+
+
+def join_from_columns(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
+    return join_qkv(tuple(parts[0].t().contiguous().chunk(3)), model)
 
 
 def cut_vocabulary(table: Tensor, model: Architecture) -> tuple[Tensor]:
     """Return the rows of tokens that exist, [vocabulary, hidden]."""
-    _require_shape("vocabulary", table, (model.padded_vocab_size, model.hidden_size))
     return (table[: model.vocab_size],)
 
 
 def plain_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
-    """Return the factor [hidden] that multiplies the normalised vector."""
-    _require_shape("norm", weight, (model.hidden_size,))
+    """Return the factor that multiplies the normalised vector."""
     # In fp32: a bf16 sum would lose most of what the stored weight says.
     return (weight.float() + 1 if model.zero_centered_norms else weight,)
 
 
-def attention_output(weight: Tensor, model: Architecture) -> tuple[Tensor]:
-    """Return the weight as it is: its columns are the heads in the order of the queries."""
-    _require_shape("linear_proj", weight, (model.hidden_size, model.num_heads * model.head_dim))
-    return (weight,)
+def head_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
+    """Return the factor [D] of a normalised query or key, in the order of its rows."""
+    (plain,) = plain_norm(weight, model)
+    return (pair_halves(plain, 0, model.rotary_dim) if model.interleaved_rotary else plain,)
 
 
-def down(weight: Tensor, model: Architecture) -> tuple[Tensor]:
-    """Return the weight as it is, [hidden, ffn]."""
-    _require_shape("linear_fc2", weight, (model.hidden_size, model.ffn_hidden_size))
-    return (weight,)
+def split_gate_up(fc1: Tensor, model: Architecture) -> tuple[Tensor, ...]:
+    """Return gate and up, each [ffn, ...]."""
+    return tuple(fc1.chunk(2))
 
 
-LAYOUTS: dict[Layout, Callable[[Tensor, Architecture], tuple[Tensor, ...]]] = {
-    "norm": plain_norm,
-    "vocabulary": cut_vocabulary,
-    "qkv": split_qkv,
-    "attention_output": attention_output,
-    "gate_up": split_gate_up,
-    "down": down,
+def _same(tensor: Tensor, model: Architecture) -> tuple[Tensor]:
+    return (tensor,)
+
+
+def _only(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
+    return parts[0]
+
+
+LAYOUTS: dict[LayoutName, Layout] = {
+    "same": Layout(_same, _only),
+    "transposed": Layout(
+        lambda tensor, _: (tensor.t().contiguous(),), lambda parts, _: parts[0].t().contiguous()
+    ),
+    "norm": Layout(plain_norm, _only),
+    "head_norm": Layout(head_norm, _only),
+    "vocabulary": Layout(cut_vocabulary, _only),
+    "qkv": Layout(split_qkv, join_qkv),
+    "qkv_by_head": Layout(split_by_head, _only),
+    "qkv_in_columns": Layout(split_in_columns, join_from_columns),
+    "gate_up": Layout(split_gate_up, lambda parts, _: torch.cat(parts)),
 }
-
-
-def _require_shape(what: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"expected {what} weights of shape {list(expected)}, from the training arguments; got "
-            f"{list(tensor.shape)}"
-        )

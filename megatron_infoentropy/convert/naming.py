@@ -1,127 +1,168 @@
-"""Which parameter of Megatron becomes which parameters of Llama: one table.
+"""Which parameter of Megatron becomes which parameters of a Hugging Face family: one table.
 
-A `*` stands for the layer. On disk it is either a number (`decoder.layers.3.mlp...`) or absent
-(`decoder.layers.mlp...`): then the tensors of all layers are stacked into one, layer first, which
-is what Megatron writes for models whose layers are all alike.
+A `*` stands for the layer. On Megatron's disk it is either a number (`decoder.layers.3.mlp...`) or
+absent (`decoder.layers.mlp...`): then the tensors of all layers are stacked into one, layer first,
+which is what Megatron writes for models whose layers are all alike.
 """
 
-import re
-from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from megatron_infoentropy.convert.architecture import Architecture, UnsupportedModelError
+from megatron_infoentropy.convert.architecture import Family
 
-Layout = Literal["norm", "vocabulary", "qkv", "attention_output", "gate_up", "down"]
+LayoutName = Literal[
+    "same",
+    "transposed",
+    "norm",
+    "head_norm",
+    "vocabulary",
+    "qkv",
+    "qkv_by_head",
+    "qkv_in_columns",
+    "gate_up",
+]
+Dim = Literal[
+    "hidden", "ffn", "gate_and_up", "heads", "head", "qkv", "padded_vocabulary", "positions"
+]
+Needs = Literal["", "untied", "linear_bias", "qkv_bias"]
 
 
 class Row(NamedTuple):
-    """One parameter of Megatron, the parameters of Llama it holds, and how it holds them."""
+    """One parameter of Megatron, the parameters of the family it holds, and how it holds them."""
 
     megatron: str
-    llama: tuple[str, ...]
-    layout: Layout
+    hf: tuple[str, ...]
+    layout: LayoutName
+    shape: tuple[Dim, ...]  # of Megatron's, of one layer
+    needs: Needs = ""  # the property of an Architecture without which it is absent
 
 
-_ATTENTION, _MLP = "model.layers.*.self_attn.", "model.layers.*.mlp."
-_NORM_1 = ("model.layers.*.input_layernorm.weight",)
-_NORM_2 = ("model.layers.*.post_attention_layernorm.weight",)
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+OUTPUT = "output_layer.weight"
+_QKV = "decoder.layers.*.self_attention.linear_qkv."
+_PROJ = "decoder.layers.*.self_attention.linear_proj."
+_FC1 = "decoder.layers.*.mlp.linear_fc1."
+_FC2 = "decoder.layers.*.mlp.linear_fc2."
 
-TABLE = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
-    # A norm belongs to the linear layer behind it (Transformer Engine) or stands alone (local).
-    Row("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", _NORM_1, "norm"),
-    Row("decoder.layers.*.input_layernorm.weight", _NORM_1, "norm"),
+
+def _norms(
+    first: str, second: str, last: str, kinds: tuple[Literal["weight", "bias"], ...]
+) -> tuple[Row, ...]:
+    """A norm belongs to the linear layer behind it (Transformer Engine) or stands alone (local)."""
+    return tuple(
+        Row(name + kind, (hf + kind,), "norm" if kind == "weight" else "same", ("hidden",))
+        for kind in kinds
+        for name, hf in (
+            (_QKV + "layer_norm_", first),
+            ("decoder.layers.*.input_layernorm.", first),
+            (_FC1 + "layer_norm_", second),
+            ("decoder.layers.*.pre_mlp_layernorm.", second),
+            ("decoder.final_layernorm.", last),
+        )
+    )
+
+
+_A, _M = "model.layers.*.self_attn.", "model.layers.*.mlp."
+_LLAMA = (
+    Row(EMBEDDING, ("model.embed_tokens.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    *_norms(
+        "model.layers.*.input_layernorm.",
+        "model.layers.*.post_attention_layernorm.",
+        "model.norm.",
+        ("weight",),
+    ),
     Row(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
-        (_ATTENTION + "q_proj.weight", _ATTENTION + "k_proj.weight", _ATTENTION + "v_proj.weight"),
+        _QKV + "weight",
+        (_A + "q_proj.weight", _A + "k_proj.weight", _A + "v_proj.weight"),
         "qkv",
+        ("qkv", "hidden"),
     ),
     Row(
-        "decoder.layers.*.self_attention.linear_proj.weight",
-        (_ATTENTION + "o_proj.weight",),
-        "attention_output",
+        _QKV + "bias",
+        (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"),
+        "qkv",
+        ("qkv",),
+        "qkv_bias",
     ),
-    Row("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", _NORM_2, "norm"),
-    Row("decoder.layers.*.pre_mlp_layernorm.weight", _NORM_2, "norm"),
+    Row(_PROJ + "weight", (_A + "o_proj.weight",), "same", ("hidden", "heads")),
+    Row(_PROJ + "bias", (_A + "o_proj.bias",), "same", ("hidden",), "linear_bias"),
     Row(
-        "decoder.layers.*.mlp.linear_fc1.weight",
-        (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
+        _FC1 + "weight",
+        (_M + "gate_proj.weight", _M + "up_proj.weight"),
         "gate_up",
+        ("gate_and_up", "hidden"),
     ),
-    Row("decoder.layers.*.mlp.linear_fc2.weight", (_MLP + "down_proj.weight",), "down"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "norm"),
-    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+    # The format fsdp_dtensor keeps the two halves apart.
+    Row(_FC1 + "weight_w", (_M + "gate_proj.weight",), "same", ("ffn", "hidden")),
+    Row(_FC1 + "weight_v", (_M + "up_proj.weight",), "same", ("ffn", "hidden")),
+    Row(
+        _FC1 + "bias",
+        (_M + "gate_proj.bias", _M + "up_proj.bias"),
+        "gate_up",
+        ("gate_and_up",),
+        "linear_bias",
+    ),
+    Row(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "linear_bias"),
+    Row(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
+    Row(_FC2 + "weight", (_M + "down_proj.weight",), "same", ("hidden", "ffn")),
+    Row(_FC2 + "bias", (_M + "down_proj.bias",), "same", ("hidden",), "linear_bias"),
+    Row(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+)
+_QK_NORMS = tuple(
+    Row(
+        f"decoder.layers.*.self_attention.{part}_layernorm.weight",
+        (f"{_A}{part}_norm.weight",),
+        "head_norm",
+        ("head",),
+    )
+    for part in ("q", "k")
 )
 
-_ROWS = {row.megatron: row for row in TABLE}
-_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")
+_X = "gpt_neox.layers.*."
+_GPT_NEOX = (
+    Row(EMBEDDING, ("gpt_neox.embed_in.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    *_norms(
+        _X + "input_layernorm.",
+        _X + "post_attention_layernorm.",
+        "gpt_neox.final_layer_norm.",
+        ("weight", "bias"),
+    ),
+    Row(
+        _QKV + "weight",
+        (_X + "attention.query_key_value.weight",),
+        "qkv_by_head",
+        ("qkv", "hidden"),
+    ),
+    Row(_QKV + "bias", (_X + "attention.query_key_value.bias",), "qkv_by_head", ("qkv",)),
+    Row(_PROJ + "weight", (_X + "attention.dense.weight",), "same", ("hidden", "heads")),
+    Row(_PROJ + "bias", (_X + "attention.dense.bias",), "same", ("hidden",)),
+    Row(_FC1 + "weight", (_X + "mlp.dense_h_to_4h.weight",), "same", ("ffn", "hidden")),
+    Row(_FC1 + "bias", (_X + "mlp.dense_h_to_4h.bias",), "same", ("ffn",)),
+    Row(_FC2 + "weight", (_X + "mlp.dense_4h_to_h.weight",), "same", ("hidden", "ffn")),
+    Row(_FC2 + "bias", (_X + "mlp.dense_4h_to_h.bias",), "same", ("hidden",)),
+    Row(OUTPUT, ("embed_out.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+)
 
+_H = "transformer.h.*."
+_GPT2 = (
+    Row(EMBEDDING, ("transformer.wte.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    Row(POSITIONS, ("transformer.wpe.weight",), "same", ("positions", "hidden")),
+    *_norms(_H + "ln_1.", _H + "ln_2.", "transformer.ln_f.", ("weight", "bias")),
+    Row(_QKV + "weight", (_H + "attn.c_attn.weight",), "qkv_in_columns", ("qkv", "hidden")),
+    Row(_QKV + "bias", (_H + "attn.c_attn.bias",), "qkv_in_columns", ("qkv",)),
+    Row(_PROJ + "weight", (_H + "attn.c_proj.weight",), "transposed", ("hidden", "heads")),
+    Row(_PROJ + "bias", (_H + "attn.c_proj.bias",), "same", ("hidden",)),
+    Row(_FC1 + "weight", (_H + "mlp.c_fc.weight",), "transposed", ("ffn", "hidden")),
+    Row(_FC1 + "bias", (_H + "mlp.c_fc.bias",), "same", ("ffn",)),
+    Row(_FC2 + "weight", (_H + "mlp.c_proj.weight",), "transposed", ("hidden", "ffn")),
+    Row(_FC2 + "bias", (_H + "mlp.c_proj.bias",), "same", ("hidden",)),
+    Row(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+)
 
-class Source(NamedTuple):
-    """A stored tensor, its row of the table, and the layer it belongs to.
-
-    `layer` is None outside the layers; `stacked` says that the tensor holds all of them.
-    """
-
-    name: str
-    row: Row
-    layer: int | None
-    stacked: bool
-
-
-def match_names(names: Iterable[str], architecture: Architecture) -> list[Source]:
-    """Match every stored parameter with the table, in the order of the model.
-
-    Raises:
-        UnsupportedModelError: parameters Llama has not, or has and were not stored.
-    """
-    sources, unknown = [], []
-    for name in names:
-        row = _ROWS.get(_LAYER.sub("decoder.layers.*.", name))
-        if row is None:
-            unknown.append(name)
-        else:
-            layer = _LAYER.match(name)
-            number = None if layer is None or layer[1] is None else int(layer[1])
-            sources.append(Source(name, row, number, layer is not None and number is None))
-    if unknown:
-        raise UnsupportedModelError(
-            f"LlamaForCausalLM has no counterpart for {_some(unknown)}: biases, experts, norms of "
-            "queries and keys, other attention, or a HybridModel"
-        )
-    _require_exactly_once(sources, architecture)
-    return sorted(sources, key=lambda source: (TABLE.index(source.row), source.layer or 0))
-
-
-def llama_names(source: Source, num_layers: int) -> Iterator[tuple[str, ...]]:
-    """Yield Llama's names for each of the layers that the stored tensor holds (or once)."""
-    layers = range(num_layers) if source.stacked else (source.layer,)
-    for layer in layers:
-        yield tuple(name.replace("*", str(layer)) for name in source.row.llama)
-
-
-def _require_exactly_once(sources: list[Source], architecture: Architecture) -> None:
-    found = [
-        name
-        for source in sources
-        for names in llama_names(source, architecture.num_layers)
-        for name in names
-    ]
-    wanted = {
-        name.replace("*", str(layer))
-        for row in TABLE
-        for name in row.llama
-        for layer in range(architecture.num_layers)
-    }
-    if architecture.tied_embeddings:
-        wanted.discard("lm_head.weight")
-    if missing := sorted(wanted - set(found)):
-        raise UnsupportedModelError(f"the checkpoint lacks the parameters behind {_some(missing)}")
-    if extra := sorted(set(found) - wanted) or sorted({n for n in found if found.count(n) > 1}):
-        raise UnsupportedModelError(
-            f"the checkpoint holds more than one parameter, or one too many, for {_some(extra)}"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+TABLES: dict[Family, tuple[Row, ...]] = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA + _QK_NORMS,
+    "gpt_neox": _GPT_NEOX,
+    "gpt2": _GPT2,
+}

@@ -2,14 +2,17 @@
 
 It shares no code with the conversion. It does what Megatron's modules do in the arrangement they
 do it in: queries, keys and values of a group come out of one multiplication side by side, and
-rotary pairs are turned where they stand. One sequence at a time, fp32, no cache, no dropout.
+rotary pairs are turned where they stand. fp32, no cache, no dropout. One layer's parameters are in
+memory at a time, and all sequences go through it before the next is read.
 """
 
+import math
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
@@ -19,35 +22,49 @@ class ReferenceModel:
 
     def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
         self.args: Namespace = checkpoint.args
-        self.weights = {
-            name: checkpoint.read(name).to(dtype).float() for name in checkpoint.tensors
-        }
+        self._checkpoint = checkpoint
+        self._dtype = dtype
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return [length, padded vocabulary] for token ids [length]."""
-        table = self.weights["embedding.word_embeddings.weight"]
-        x = table[tokens]
-        turn = self._angles(len(tokens))
-        for layer in range(self.args.num_layers):
-            x = x + self._attention(x, layer, turn)
-            x = x + self._mlp(x, layer)
-        x = self._norm(x, self.weights["decoder.final_layernorm.weight"])
-        return x @ self.weights.get("output_layer.weight", table).T
+    def logits(
+        self, sequences: Sequence[Tensor], done: Callable[[int], None] = lambda layers: None
+    ) -> Iterator[Tensor]:
+        """Yield [length, padded vocabulary] for each sequence of token ids [length].
 
-    def _attention(self, x: Tensor, layer: int, turn: Tensor) -> Tensor:
+        `done` is called with the number of layers that have been computed.
+        """
+        table = self._read("embedding.word_embeddings.weight", None)
+        states = [table[tokens] for tokens in sequences]
+        if self.args.position_embedding_type == "learned_absolute":
+            positions = self._read("embedding.position_embeddings.weight", None)
+            states = [x + positions[: len(x)] for x in states]
+        for layer in range(self.args.num_layers):
+            parameters = _Layer(self, layer)
+            states = [self._block(x, parameters) for x in states]
+            done(1)
+        last = _Layer(self, None, "decoder.")
+        if "output_layer.weight" in self._checkpoint.tensors:
+            table = self._read("output_layer.weight", None)
+        for x in states:
+            yield self._norm(x, last, ("final_layernorm.",)) @ table.T
+
+    def _block(self, x: Tensor, layer: "_Layer") -> Tensor:
+        x = x + self._attention(x, layer)
+        return x + self._mlp(x, layer)
+
+    def _attention(self, x: Tensor, layer: "_Layer") -> Tensor:
         args, length = self.args, len(x)
-        x = self._norm(
-            x,
-            self._of(
-                layer, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
-            ),
-        )
+        x = self._norm(x, layer, ("self_attention.linear_qkv.layer_norm_", "input_layernorm."))
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        mixed = x @ self._of(layer, "self_attention.linear_qkv.weight").T
+        mixed = layer.linear(x, "self_attention.linear_qkv.")
         mixed = mixed.view(length, groups, -1, args.kv_channels).transpose(0, 1)
         query, key, value = mixed[:, :, :-2], mixed[:, :, -2:-1], mixed[:, :, -1:]
-        query, key = self._rotate(query, turn), self._rotate(key, turn)
+        if getattr(args, "qk_layernorm", False):
+            query = self._norm(query, layer, ("self_attention.q_layernorm.",))
+            key = self._norm(key, layer, ("self_attention.k_layernorm.",))
+        if args.position_embedding_type == "rope":
+            turn = self._turns(length)
+            query, key = self._rotate(query, turn), self._rotate(key, turn)
         context = [
             scaled_dot_product_attention(
                 query[group].transpose(0, 1),
@@ -58,44 +75,104 @@ class ReferenceModel:
             for group in range(groups)
         ]
         heads = torch.cat(context).transpose(0, 1).reshape(length, -1)
-        return heads @ self._of(layer, "self_attention.linear_proj.weight").T
+        return layer.linear(heads, "self_attention.linear_proj.")
 
-    def _mlp(self, x: Tensor, layer: int) -> Tensor:
-        x = self._norm(
-            x, self._of(layer, "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-        )
-        both = x @ self._of(layer, "mlp.linear_fc1.weight").T
-        width = both.shape[-1] // 2
-        return (silu(both[:, :width]) * both[:, width:]) @ self._of(
-            layer, "mlp.linear_fc2.weight"
-        ).T
+    def _mlp(self, x: Tensor, layer: "_Layer") -> Tensor:
+        x = self._norm(x, layer, ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
+        both = layer.linear(x, "mlp.linear_fc1.")
+        if self.args.swiglu:
+            width = both.shape[-1] // 2
+            inner = silu(both[:, :width]) * both[:, width:]
+        else:
+            te = getattr(self.args, "use_te_activation_func", False)
+            inner = gelu(both, approximate="tanh" if self.args.bias_gelu_fusion or te else "none")
+        return layer.linear(inner, "mlp.linear_fc2.")
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.args.layernorm_epsilon)
-        return x * scale * (weight + 1 if self.args.layernorm_zero_centered_gamma else weight)
+    def _norm(self, x: Tensor, layer: "_Layer", names: tuple[str, ...]) -> Tensor:
+        weight = layer.find(tuple(name + "weight" for name in names))
+        if self.args.layernorm_zero_centered_gamma:
+            weight = weight + 1
+        epsilon = self.args.layernorm_epsilon
+        if self.args.normalization == "RMSNorm":
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+        bias = layer.find(tuple(name + "bias" for name in names))
+        return layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
-    def _angles(self, length: int) -> Tensor:
-        """Return unit complex numbers [length, D/2]: by how much each pair is turned."""
-        pairs = self.args.kv_channels // 2
-        frequency = self.args.rotary_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    def _turns(self, length: int) -> Tensor:
+        """Return unit complex numbers [length, R/2]: by how much each pair is turned.
+
+        In fp32, as Megatron computes them: at position 2000 that is 1e-4 of a radian off.
+        """
+        args = self.args
+        width = int(args.kv_channels * args.rotary_percent)
+        exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
+        frequency = 1.0 / (args.rotary_base**exponent)
+        if getattr(args, "use_rope_scaling", False):
+            frequency = _stretched(frequency, args.rope_scaling_factor)
+        angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+        return torch.polar(torch.ones_like(angle), angle)
 
     def _rotate(self, x: Tensor, turn: Tensor) -> Tensor:
-        """Turn the pairs of x [G, length, heads, D]."""
+        """Turn the pairs of x [G, length, heads, D], which are in its first 2 R/2 numbers."""
+        width = 2 * turn.shape[-1]
+        x, straight = x[..., :width], x[..., width:]
         if self.args.rotary_interleaved:
             pairs = x.reshape(*x.shape[:-1], -1, 2)
             turned = torch.view_as_complex(pairs.contiguous()) * turn[:, None]
-            return torch.view_as_real(turned).flatten(-2)
+            return torch.cat([torch.view_as_real(turned).flatten(-2), straight], dim=-1)
         first, second = x.chunk(2, dim=-1)
         turned = torch.complex(first.contiguous(), second.contiguous()) * turn[:, None]
-        return torch.cat([turned.real, turned.imag], dim=-1)
+        return torch.cat([turned.real, turned.imag, straight], dim=-1)
 
-    def _of(self, layer: int, *names: str) -> Tensor:
-        """Return the layer's parameter under the first of its names that was stored."""
+    def _read(self, name: str, layer: int | None) -> Tensor:
+        read = self._checkpoint.read
+        stored = read(name) if layer is None else self._checkpoint.read_layer(name, layer)
+        return stored.to(self._dtype).float()
+
+
+class _Layer:
+    """The parameters of one layer, under whichever of their names they were stored."""
+
+    def __init__(self, model: ReferenceModel, layer: int | None, prefix: str = "") -> None:
+        stored = model._checkpoint.tensors
+        names: dict[str, tuple[str, int | None]]
+        if layer is None:
+            names = {name.removeprefix(prefix): (name, None) for name in stored}
+        else:
+            stacked, alone = "decoder.layers.", f"decoder.layers.{layer}."
+            names = {
+                name.removeprefix(stacked): (name, layer)
+                for name in stored
+                if name.startswith(stacked) and not name.removeprefix(stacked)[0].isdigit()
+            } | {
+                name.removeprefix(alone): (name, None) for name in stored if name.startswith(alone)
+            }
+        self._names, self._model = names, model
+        self._loaded: dict[str, Tensor] = {}
+
+    def find(self, names: tuple[str, ...]) -> Tensor:
+        """Return the parameter under the first of its names that was stored."""
         for name in names:
-            if (stacked := self.weights.get(f"decoder.layers.{name}")) is not None:
-                return stacked[layer]
-            if (alone := self.weights.get(f"decoder.layers.{layer}.{name}")) is not None:
-                return alone
-        raise ValueError(f"the checkpoint has no {' or '.join(names)} for layer {layer}")
+            if name in self._names:
+                if name not in self._loaded:
+                    self._loaded[name] = self._model._read(*self._names[name])
+                return self._loaded[name]
+        raise ValueError(f"the checkpoint has no {' or '.join(names)}")
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        y = x @ self._whole(name + "weight").T
+        has_bias = {name + "bias", name + "bias_w"} & self._names.keys()
+        return y + self._whole(name + "bias") if has_bias else y
+
+    def _whole(self, name: str) -> Tensor:
+        """Join what the format fsdp_dtensor keeps apart: the gate's half and the other."""
+        if name in self._names:
+            return self.find((name,))
+        return torch.cat([self.find((name + "_w",)), self.find((name + "_v",))])
+
+
+def _stretched(frequency: Tensor, factor: float) -> Tensor:
+    """Llama 3's scaling: slow rotations slower by `factor`, fast ones kept, smooth in between."""
+    turns = 8192 * frequency / (2 * math.pi)  # over the context of the first training
+    share = ((turns - 1) / 3).clamp(0, 1)  # 0 below one turn, 1 from four turns on
+    return (1 - share) * frequency / factor + share * frequency

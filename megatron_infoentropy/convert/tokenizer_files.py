@@ -18,6 +18,7 @@ _NAMES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TokenizerFacts:
     files: tuple[Path, ...]
     vocab_size: int
     ids: dict[str, int]  # bos_token_id, eos_token_id, pad_token_id, as far as there are
+    generation: dict[str, Any]  # generation_config.json of the folder, with these ids
 
 
 def read_tokenizer(folder: Path) -> TokenizerFacts:
@@ -43,7 +45,8 @@ def read_tokenizer(folder: Path) -> TokenizerFacts:
         files=tuple(folder / name for name in _NAMES if (folder / name).is_file()),
         # The highest id counts, not the number of tokens: a vocabulary may have holes.
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        ids=_special_ids(folder / "tokenizer_config.json", tokenizer),
+        ids=(ids := _special_ids(folder / "tokenizer_config.json", tokenizer)),
+        generation=_read_json(folder / _GENERATION) | ids,
     )
 
 
@@ -53,8 +56,13 @@ def copy_tokenizer(tokenizer: TokenizerFacts, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content
+
+
 def _special_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    config = _read_json(path)
     ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)
@@ -63,3 +71,25 @@ def _special_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
         if token_id is not None:
             ids[name + "_id"] = token_id
     return ids
+
+
+def tokenizer_differences(folder: Path) -> list[str]:
+    """Load a folder's tokenizer as transformers does and compare it with tokenizer.json, id by id.
+
+    Returns one line for every kind of difference; none where there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    written = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    loaded = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    ).get_vocab()
+    other = [token for token in written if loaded.get(token) != written[token]]
+    more = [token for token in loaded if token not in written]
+    return [
+        f"{len(tokens)} tokens {what}, first {tokens[0]!r}"
+        for what, tokens in (("have another id in transformers", other), ("are not stored", more))
+        if tokens
+    ]

@@ -10,9 +10,10 @@ import argparse
 import collections
 import io
 import pickle
-import zipfile
 from collections.abc import Mapping
 from typing import Any
+
+from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 
 _PLAIN = {
     ("argparse", "Namespace"): argparse.Namespace,
@@ -66,25 +67,11 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
     """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins.
 
     Raises:
-        ValueError: the bytes are not a complete pickle.
+        UnreadableCheckpointError: the bytes are not a complete pickle.
     """
     try:
         return _Unpickler(data, allowed or {}).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"expected a pickle of plain data, got one that fails: {error}") from error
-
-
-def unpickle_torch_file(data: bytes) -> Any:
-    """Load what torch.save wrote, without the numbers of its tensors.
-
-    Raises:
-        ValueError: the bytes are not the zip file that torch.save writes.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for name in archive.namelist():
-                if name.endswith("/data.pkl"):
-                    return unpickle(archive.read(name))
-    except zipfile.BadZipFile:
-        pass  # said below
-    raise ValueError("expected the zip file that torch.save writes, got something else")
+        raise UnreadableCheckpointError(
+            f"expected a pickle of plain data, got one that fails: {error}"
+        ) from error

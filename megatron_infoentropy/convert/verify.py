@@ -1,26 +1,28 @@
-"""Whether an exported folder computes what the checkpoint computes.
+"""Whether a Hugging Face folder computes what a Megatron checkpoint computes.
 
-Two things are compared, because each misses what the other sees: the logits of both models, in
+Three things are compared, because each misses what the others see: the logits of both models, in
 fp32 on given tokens (a wrong constant such as the norm's epsilon may leave every next-token choice
-as it was, and still moves the largest logit difference a hundredfold), and the configuration, as
-transformers understands it, with the training arguments (a wrong maximal length moves no logit).
+as it was, and still moves the largest logit difference a hundredfold); the configuration, as
+transformers understands it, with the training arguments (a wrong maximal length moves no logit);
+and the tokenizer, id by id.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.reference_model import ReferenceModel
-from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
+from megatron_infoentropy.convert.tokenizer_files import read_tokenizer, tokenizer_differences
 from megatron_infoentropy.progress import progress
 
-TOLERANCE = 1e-4
-"""The largest difference between two fp32 logits that rounding explains."""
+TOLERANCE = 1e-5
+"""The largest difference between two fp32 logits that rounding explains, of the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -32,94 +34,88 @@ class Verification:
     max_logit: float  # largest |logit|, the scale of the above
     top1_agreement: float  # share of positions where both predict the same token
     config_differences: tuple[str, ...]
+    tokenizer_differences: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        close = self.max_difference <= TOLERANCE
-        return close and self.top1_agreement == 1.0 and not self.config_differences
+        close = self.max_difference <= TOLERANCE * self.max_logit  # NaN is not
+        same = self.top1_agreement == 1.0
+        return close and same and not self.config_differences and not self.tokenizer_differences
 
 
 def verify_conversion(
     checkpoint: Path,
-    output: Path,
+    folder: Path,
     sequences: Sequence[Sequence[int]],
     *,
     iteration: int | None = None,
 ) -> Verification:
-    """Compare a LlamaForCausalLM folder with the checkpoint it was made from.
+    """Compare a Hugging Face folder with a Megatron checkpoint, whichever was made of the other.
 
     The checkpoint's parameters are rounded to the folder's dtype first, so that what is measured
     is the conversion and not the rounding that was asked for.
 
     Args:
         checkpoint: as for `convert_checkpoint`.
-        output: the folder it wrote.
-        sequences: token ids to run both models on; real text, up to the full length, tells most.
+        folder: the Hugging Face side.
+        sequences: token ids to run both models on; real text, of the full length, tells most.
         iteration: as for `convert_checkpoint`.
 
     Raises:
         ValueError: no tokens, or ids outside the vocabulary.
     """
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     opened = MegatronCheckpoint(checkpoint, iteration)
-    config = AutoConfig.from_pretrained(output)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
-    reference = ReferenceModel(opened, config.dtype)
-    model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
-    difference = largest = 0.0
-    agree = total = 0
-    with progress("verify", sum(map(len, sequences)), "tokens") as advance, torch.no_grad():
-        for sequence in sequences:
-            tokens = torch.tensor(sequence)
-            expected = reference.logits(tokens)[:, : config.vocab_size]
-            actual = model(tokens[None]).logits[0]
-            difference = max(difference, (actual - expected).abs().max().item())
-            largest = max(largest, expected.abs().max().item())
-            agree += int((actual.argmax(-1) == expected.argmax(-1)).sum())
-            total += len(sequence)
-            advance(len(sequence))
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, dtype=torch.float32
+    ).eval()
+    logits = _compare_logits(ReferenceModel(opened, config.dtype), model, sequences)
+    fields = config_differences(config, opened.args, _vocab_size(folder))
     return Verification(
-        tokens=total,
-        max_difference=difference,
-        max_logit=largest,
-        top1_agreement=agree / total,
-        config_differences=tuple(config_differences(config, opened.args, _vocab_size(output))),
+        *logits, (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
     )
 
 
-def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> list[str]:
-    """Compare a loaded LlamaConfig with the training arguments; say every field that differs.
+def memory_needed(folder: Path, length: int) -> int:
+    """Return about how many bytes the check allocates at most.
 
-    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size.
+    All of transformers' model in fp32, one layer and the embeddings of the other, and logits.
     """
-    grouped = args.group_query_attention
-    expected = {
-        "num_hidden_layers": args.num_layers,
-        "hidden_size": args.hidden_size,
-        "intermediate_size": args.ffn_hidden_size,
-        "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
-        "head_dim": args.kv_channels,
-        "rms_norm_eps": args.layernorm_epsilon,
-        "max_position_embeddings": args.max_position_embeddings,
-        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    actual = {name: getattr(config, name) for name in expected}
-    rope = config.rope_parameters
-    expected |= {"rope_type": "default", "rope_theta": float(args.rotary_base)}
-    actual |= {"rope_type": rope["rope_type"], "rope_theta": rope["rope_theta"]}
-    for size in (vocab_size, args.vocab_size):
-        if size is not None:
-            expected["vocab_size"], actual["vocab_size"] = size, config.vocab_size
-    return [
-        f"{name} is {actual[name]!r}, expected {value!r}"
-        for name, value in expected.items()
-        if actual[name] != value
-    ]
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    parameters = stored / config.dtype.itemsize
+    table = config.vocab_size * config.hidden_size
+    logits = 3 * length * config.vocab_size
+    return int(4 * (parameters + 2 * table + logits)) + 500_000_000
+
+
+def memory_allows(folder: Path, length: int) -> bool:
+    return memory_needed(folder, length) <= int(psutil.virtual_memory().available)
+
+
+@torch.no_grad()
+def _compare_logits(
+    reference: ReferenceModel, model: Any, sequences: Sequence[Sequence[int]]
+) -> tuple[int, float, float, float]:
+    """(tokens, largest difference, largest logit, share of same top tokens)."""
+    tokens = [torch.tensor(sequence) for sequence in sequences if len(sequence)]
+    difference, largest, agree, total = 0.0, 0.0, 0, sum(map(len, tokens))
+    layers = int(reference.args.num_layers)
+    with progress("verify", layers + len(tokens), "layers and texts") as advance:
+        for ids, expected in zip(tokens, reference.logits(tokens, advance), strict=True):
+            actual = model(ids[None], use_cache=False).logits[0]
+            expected = expected[:, : actual.shape[-1]]
+            gaps = (actual - expected).abs().max()
+            difference = gaps.item() if not gaps <= difference else difference  # NaN stays
+            largest = max(largest, expected.abs().max().item())
+            agree += int((actual.argmax(-1) == expected.argmax(-1)).sum())
+            advance(1)
+    return total, difference, largest, agree / total
 
 
 def _vocab_size(folder: Path) -> int | None:

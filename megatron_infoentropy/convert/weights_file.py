@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Shape = tuple[int, ...]
 
@@ -24,18 +24,26 @@ def write_weights(
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
-    """Write tensors in the order of `shapes`, converted to `dtype`.
+    """Write tensors in the order of `shapes`, converted to `dtype`; the file appears when whole.
 
     Raises:
         ValueError: the tensors are not those announced.
     """
-    with path.open("wb") as file:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
         file.write(_header(shapes, dtype))
         for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=True):
             if (name, tuple(tensor.shape)) != (expected, shape):
                 raise ValueError(f"expected {expected} {shape}, got {name} {tuple(tensor.shape)}")
             numbers = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
             file.write(numbers.numpy())
+    unfinished.replace(path)
+
+
+def size_of(shapes: dict[str, Shape], dtype: torch.dtype) -> int:
+    """Return how many bytes the file has."""
+    numbers = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    return len(_header(shapes, dtype)) + numbers
 
 
 def _header(shapes: dict[str, Shape], dtype: torch.dtype) -> bytes:
@@ -44,7 +52,7 @@ def _header(shapes: dict[str, Shape], dtype: torch.dtype) -> bytes:
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [start, end],
         }

@@ -23,7 +23,7 @@ def test_parameters_and_arguments_are_found_in_both_places_of_the_arguments(
     assert opened.iteration == 7
     assert set(opened.tensors) == set(tensors)  # no optimizer, no extra state
     for name, tensor in tensors.items():
-        assert opened.tensors[name] == (tuple(tensor.shape), torch.bfloat16)
+        assert opened.tensors[name][:2] == (tuple(tensor.shape), torch.bfloat16)
         assert torch.equal(opened.read(name), tensor)
 
 
@@ -64,8 +64,8 @@ def test_another_checkpoint_format_is_refused_by_name(tmp_path: Path) -> None:
     args = tiny_args()
     write_checkpoint(tmp_path, args, tiny_tensors(args))
     path = tmp_path / "iter_0000007" / "metadata.json"
-    path.write_text(json.dumps({"sharded_backend": "fsdp_dtensor"}))
-    with pytest.raises(ValueError, match=r"got fsdp_dtensor.*--ckpt-format torch_dist"):
+    path.write_text(json.dumps({"sharded_backend": "zarr"}))
+    with pytest.raises(ValueError, match=r"got zarr.*--ckpt-format torch_dist"):
         MegatronCheckpoint(tmp_path)
 
 

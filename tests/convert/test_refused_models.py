@@ -1,28 +1,28 @@
-"""Models LlamaForCausalLM cannot compute: refused by name, before anything is written."""
+"""Models no Hugging Face family can compute: refused by name, before anything is written."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import tiny_args, tiny_tensors, unstacked, write_checkpoint
+from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, unstacked, write_checkpoint
 from torch import Tensor
 
-from megatron_infoentropy.convert import UnsupportedModelError, convert_checkpoint
+from megatron_infoentropy.convert import (
+    IncompleteCheckpointError,
+    UnsupportedModelError,
+    convert_checkpoint,
+)
 
 LAYERS = "decoder.layers."
 ARGUMENTS: dict[str, Any] = {
     "normalization": "LayerNorm",
     "swiglu": False,
-    "add_bias_linear": True,
-    "add_qkv_bias": True,
     "position_embedding_type": "learned_absolute",
     "rotary_percent": 0.5,
-    "use_rope_scaling": True,
     "rope_type": "yarn",
     "rotary_seq_len_interpolation_factor": 4,
     "no_rope_freq": 4,
-    "qk_layernorm": True,
     "num_experts": 8,
     "multi_latent_attention": True,
     "window_size": (128, 0),
@@ -33,14 +33,23 @@ ARGUMENTS: dict[str, Any] = {
     "mtp_num_layers": 1,
     "use_mup": True,
     "spec": ["some.module", "spec"],
+    "softmax_scale": 0.1,
+    "squared_relu": True,
+    "infoentropy_softcap": 30.0,
+    "infoentropy_temperature": 2.0,
 }
 
 
-def refuse(folder: Path, args: Any, tensors: dict[str, Tensor], match: str) -> None:
+def refuse(
+    folder: Path,
+    args: Any,
+    tensors: dict[str, Tensor],
+    match: str,
+    error: type[ValueError] = UnsupportedModelError,
+) -> None:
     write_checkpoint(folder / "save", args, tensors)
-    with pytest.raises(ValueError, match=match) as raised:
+    with pytest.raises(error, match=match):
         convert_checkpoint(folder / "save", folder / "hf")
-    assert isinstance(raised.value, UnsupportedModelError)
     assert [path.name for path in folder.iterdir()] == ["save"], "nothing may be written"
 
 
@@ -50,14 +59,37 @@ def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str
 
 
 def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
-    args = tiny_args(swiglu=False, add_bias_linear=True)
-    refuse(tmp_path, args, tiny_tensors(args), "--swiglu.*--disable-bias-linear")
+    args = tiny_args(rotary_percent=0.5, add_bias_linear=True, window_size=(8, 0))
+    refuse(tmp_path, args, tiny_tensors(args), "--rotary-percent.*--window-size")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "match"),
+    [
+        ("qwen3", {"add_qkv_bias": True}, "add_qkv_bias|qk_layernorm"),
+        ("qwen2", {"add_bias_linear": True, "qk_layernorm": True}, "qk_layernorm"),
+        ("qwen2", {"kv_channels": 16}, "--kv-channels"),
+        ("gpt_neox", {"kv_channels": 16}, "--kv-channels"),
+        ("gpt_neox", {"add_bias_linear": False}, "add_bias_linear"),
+        ("gpt_neox", {"group_query_attention": True}, "group_query_attention"),
+        ("gpt_neox", {"use_rope_scaling": True}, "use_rope_scaling"),
+        ("gpt2", {"normalization": "RMSNorm"}, "normalization"),
+        ("gpt2", {"position_embedding_type": "none"}, "position_embedding_type"),
+        ("llama", {"num_attention_heads": 6, "kv_channels": 4}, "does not divide"),
+    ],
+)
+def test_what_a_family_has_no_field_for_is_named(
+    tmp_path: Path, family: str, changes: dict[str, Any], match: str
+) -> None:
+    args = tiny_args(**FAMILIES[family] | changes)
+    refuse(tmp_path, args, tiny_tensors(args), match)
 
 
 def test_an_argument_that_must_be_there_is_named(tmp_path: Path) -> None:
     args = tiny_args()
+    tensors = tiny_tensors(args)
     del args.normalization
-    refuse(tmp_path, args, tiny_tensors(args), "normalization was not saved")
+    refuse(tmp_path, args, tensors, "normalization was not saved")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +98,6 @@ def test_an_argument_that_must_be_there_is_named(tmp_path: Path) -> None:
         LAYERS + "self_attention.linear_qkv.bias",
         LAYERS + "self_attention.q_layernorm.weight",
         LAYERS + "0.mlp.experts.linear_fc1.weight",
-        LAYERS + "mlp.linear_fc1.weight_w",
         "decoder.final_norm.weight",
         "embedding.position_embeddings.weight",
         "mtp.layers.0.eh_proj.weight",
@@ -81,7 +112,8 @@ def test_a_parameter_that_was_not_stored_is_named(tmp_path: Path) -> None:
     args = tiny_args()
     tensors = tiny_tensors(args)
     del tensors[LAYERS + "mlp.linear_fc2.weight"]
-    refuse(tmp_path, args, tensors, r"lacks.*model\.layers\.0\.mlp\.down_proj\.weight")
+    match = r"lacks.*model\.layers\.0\.mlp\.down_proj\.weight"
+    refuse(tmp_path, args, tensors, match, IncompleteCheckpointError)
 
 
 def test_a_layer_too_many_is_named(tmp_path: Path) -> None:
@@ -98,21 +130,21 @@ def test_a_norm_stored_twice_is_named(tmp_path: Path) -> None:
 def test_an_output_table_beside_tied_embeddings_is_named(tmp_path: Path) -> None:
     tensors = tiny_tensors(tiny_args())
     args = tiny_args(untie_embeddings_and_output_weights=False)
-    refuse(tmp_path, args, tensors, r"lm_head\.weight")
+    refuse(tmp_path, args, tensors, r"output_layer\.weight")
 
 
 def test_quantised_parameters_are_refused(tmp_path: Path) -> None:
     args = tiny_args()
     tensors = tiny_tensors(args)
     tensors["output_layer.weight"] = torch.zeros(64, 32, dtype=torch.uint8)
-    refuse(tmp_path, args, tensors, "uint8")
+    refuse(tmp_path, args, tensors, "output_layer.weight in torch.uint8")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"vocab_size": 65}, "at most 64 tokens"),
-        ({"num_layers": 3}, "3 layers, got 2"),
+        ({"num_layers": 3}, r"\[3, 64, 32\].*got \[2, 64, 32\]"),
         ({"hidden_size": 40}, "shape"),
         ({"num_query_groups": 4}, "shape"),
     ],

@@ -120,6 +120,7 @@ def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Pa
     summary = convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
     assert (summary.vocab_size, summary.padded_vocab_size) == (61, 64)
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -184,7 +185,7 @@ def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
     with pytest.raises(ValueError, match="exists"):
         convert_checkpoint(tmp_path / "save", output)
     with monkeypatch.context() as broken:
-        broken.setattr("megatron_infoentropy.convert.to_hf.llama_config", lambda *_: 1 / 0)
+        broken.setattr("megatron_infoentropy.convert.to_hf.hf_config", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert_checkpoint(tmp_path / "save", output, overwrite=True)
     assert [path.name for path in output.iterdir()] == ["old"]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_infoentropy.convert.unpickle import StandIn, unpickle, unpickle_torch_file
+from megatron_infoentropy.convert.torch_file import load_object
+from megatron_infoentropy.convert.unpickle import StandIn, unpickle
 
 
 class Harmful:
@@ -80,7 +81,7 @@ def test_an_allowed_class_is_real() -> None:
 def test_a_file_of_torch_save_is_read_without_its_numbers() -> None:
     file = BytesIO()
     torch.save({"iteration": 3, "step": torch.ones(2)}, file)
-    loaded = unpickle_torch_file(file.getvalue())
+    loaded = load_object(file.getvalue(), "a file")
     assert loaded["iteration"] == 3
     assert isinstance(loaded["step"], StandIn)
 
@@ -93,4 +94,4 @@ def test_a_broken_pickle_is_an_error(data: bytes) -> None:
 
 def test_something_else_than_a_file_of_torch_save_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"torch\.save"):
-        unpickle_torch_file(b"PK but not a zip file")
+        load_object(b"PK but not a zip file", "a file")

@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.layout import LAYOUTS
+from megatron_infoentropy.convert.naming import LayoutName
+from megatron_infoentropy.convert.verify import TOLERANCE
 
 
 def naive_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
@@ -55,13 +57,13 @@ def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
 def test_a_wrong_layout_fails_the_check(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    layout: str,
+    layout: LayoutName,
     mistake: Callable[[Tensor, Architecture], tuple[Tensor, ...]],
     changes: dict[str, Any],
 ) -> None:
     args = tiny_args(**changes)
     write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    monkeypatch.setitem(LAYOUTS, layout, mistake)
+    monkeypatch.setitem(LAYOUTS, layout, LAYOUTS[layout]._replace(to_hf=mistake))
     convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert not verification.passed
@@ -100,7 +102,8 @@ def test_a_wrong_configuration_fails_the_check_and_is_named(
     verification = verify_conversion(exported / "save", exported / "hf", TOKENS)
     assert not verification.passed
     assert any(line.startswith(field) for line in verification.config_differences)
-    assert (verification.max_difference > 1e-4) == logits_differ, verification
+    close = verification.max_difference <= TOLERANCE * verification.max_logit
+    assert close != logits_differ, verification
 
 
 def test_a_vocabulary_cut_off_by_one_fails_the_check(

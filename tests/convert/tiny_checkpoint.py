@@ -33,11 +33,32 @@ _ARGS: dict[str, Any] = {
     "swiglu": True,
     "position_embedding_type": "rope",
     "add_bias_linear": False,
+    "bias_gelu_fusion": False,
+    "rope_scaling_factor": 8.0,
+}
+_GELU: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "group_query_attention": False,
+    "num_query_groups": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {  # name of the Hugging Face class: what is different
+    "llama": {},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True},
+    "gpt_neox": _GELU | {"rotary_percent": 0.5},
+    "gpt2": _GELU
+    | {
+        "position_embedding_type": "learned_absolute",
+        "bias_gelu_fusion": True,
+        "untie_embeddings_and_output_weights": False,
+    },
 }
 _LAYERS = "decoder.layers."
 _LOCAL_NAMES = {  # Transformer Engine's place of a norm: where the local layers have it
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 TOKENS = [[(7 * i * i + 3 * i + start) % 60 for i in range(48)] for start in (0, 11)]
 
@@ -54,27 +75,39 @@ def tiny_tensors(args: Namespace, dtype: torch.dtype = torch.float32) -> dict[st
     def draw(*shape: int, around: float = 0.0) -> Tensor:
         return (around + 0.3 * torch.randn(shape, generator=generator)).to(dtype)
 
-    layers, hidden, ffn, width = (
-        args.num_layers,
-        args.hidden_size,
-        args.ffn_hidden_size,
-        args.kv_channels,
-    )
+    layers, hidden, width = args.num_layers, args.hidden_size, args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    rows = (args.num_attention_heads + 2 * groups) * width
     one = 0.0 if args.layernorm_zero_centered_gamma else 1.0
-    tensors = {
-        "embedding.word_embeddings.weight": draw(args.padded_vocab_size, hidden),
-        _LAYERS + "self_attention.linear_qkv.layer_norm_weight": draw(layers, hidden, around=one),
-        _LAYERS + "self_attention.linear_qkv.weight": draw(layers, rows, hidden),
-        _LAYERS + "self_attention.linear_proj.weight": draw(
-            layers, hidden, args.num_attention_heads * width
-        ),
-        _LAYERS + "mlp.linear_fc1.layer_norm_weight": draw(layers, hidden, around=one),
-        _LAYERS + "mlp.linear_fc1.weight": draw(layers, 2 * ffn, hidden),
-        _LAYERS + "mlp.linear_fc2.weight": draw(layers, hidden, ffn),
-        "decoder.final_layernorm.weight": draw(hidden, around=one),
+    shapes = {  # of the linear layers
+        "self_attention.linear_qkv.": ((args.num_attention_heads + 2 * groups) * width, hidden),
+        "self_attention.linear_proj.": (hidden, args.num_attention_heads * width),
+        "mlp.linear_fc1.": (args.ffn_hidden_size * (1 + args.swiglu), hidden),
+        "mlp.linear_fc2.": (hidden, args.ffn_hidden_size),
     }
+    tensors = {"embedding.word_embeddings.weight": draw(args.padded_vocab_size, hidden)}
+    if args.position_embedding_type == "learned_absolute":
+        shape = (args.max_position_embeddings, hidden)
+        tensors["embedding.position_embeddings.weight"] = draw(*shape)
+    for name, shape in shapes.items():
+        tensors[_LAYERS + name + "weight"] = draw(layers, *shape)
+        of_qkv = getattr(args, "add_qkv_bias", False) and "qkv" in name
+        if args.add_bias_linear or of_qkv:
+            tensors[_LAYERS + name + "bias"] = draw(layers, shape[0])
+    norms = (
+        _LAYERS + "self_attention.linear_qkv.layer_norm_",
+        _LAYERS + "mlp.linear_fc1.layer_norm_",
+    )
+    for norm in norms:
+        tensors[norm + "weight"] = draw(layers, hidden, around=one)
+        if args.normalization == "LayerNorm":
+            tensors[norm + "bias"] = draw(layers, hidden)
+    if getattr(args, "qk_layernorm", False):
+        for part in ("q", "k"):
+            name = f"{_LAYERS}self_attention.{part}_layernorm.weight"
+            tensors[name] = draw(layers, width, around=one)
+    tensors["decoder.final_layernorm.weight"] = draw(hidden, around=one)
+    if args.normalization == "LayerNorm":
+        tensors["decoder.final_layernorm.bias"] = draw(hidden)
     if args.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = draw(args.padded_vocab_size, hidden)
     return tensors
@@ -88,8 +121,10 @@ def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             result[name] = tensor
             continue
         rest = name.removeprefix(_LAYERS)
+        for there, here in _LOCAL_NAMES.items():
+            rest = rest.replace(there, here)
         for layer, part in enumerate(tensor):
-            result[f"{_LAYERS}{layer}.{_LOCAL_NAMES.get(rest, rest)}"] = part.clone()
+            result[f"{_LAYERS}{layer}.{rest}"] = part.clone()
     return result
 
 

@@ -1,0 +1,75 @@
+"""Megatron's training arguments for a model that comes from elsewhere, as flags and as saved."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_infoentropy.convert.architecture import FAMILIES, LEARNED, Architecture
+
+
+def arguments_of(model: Architecture) -> Namespace:
+    """Return the arguments that describe this model, as a checkpoint of Megatron keeps them."""
+    table = {name: values[0] for name, values in FAMILIES[model.family].items()}
+    scaled = model.rope_scaling_factor is not None
+    return Namespace(
+        **table
+        | {
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "num_attention_heads": model.num_heads,
+            "group_query_attention": model.num_groups != model.num_heads,
+            "num_query_groups": model.num_groups,
+            "kv_channels": model.head_dim,
+            "max_position_embeddings": model.max_positions,
+            "seq_length": model.max_positions,
+            "add_position_embedding": True,
+            "rotary_base": _whole(model.rotary_base),
+            "rotary_percent": model.rotary_percent,
+            "rotary_interleaved": model.interleaved_rotary,
+            "use_rope_scaling": scaled,
+            "rope_scaling_factor": model.rope_scaling_factor if scaled else 8.0,
+            "layernorm_epsilon": model.norm_epsilon,
+            "layernorm_zero_centered_gamma": model.zero_centered_norms,
+            "add_bias_linear": model.linear_bias,
+            "bias_gelu_fusion": model.activation == "gelu_tanh",
+            "init_method_std": model.initializer_range,
+            "untie_embeddings_and_output_weights": model.untied,
+            "vocab_size": model.vocab_size,
+            "padded_vocab_size": model.padded_vocab_size,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "iteration": 0,
+            "consumed_train_samples": 0,
+        }
+    )
+
+
+def flags_of(model: Architecture) -> dict[str, Any]:
+    """Return the flags that tell Megatron's trainer of this model: {name without dashes: value}."""
+    args = arguments_of(model)
+    learned = args.position_embedding_type == LEARNED
+    flags = {
+        name.replace("_", "-"): getattr(args, name)
+        for name in (
+            *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+            *("kv_channels", "max_position_embeddings", "seq_length", "position_embedding_type"),
+            *("normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "init_method_std"),
+            "untie_embeddings_and_output_weights",
+        )
+        if hasattr(args, name)
+    }
+    flags["norm-epsilon"] = args.layernorm_epsilon
+    flags["disable-bias-linear"] = not args.add_bias_linear
+    if args.group_query_attention:
+        flags |= {"group-query-attention": True, "num-query-groups": args.num_query_groups}
+    if not learned:
+        flags |= {"rotary-base": args.rotary_base, "rotary-percent": args.rotary_percent}
+    if args.use_rope_scaling:
+        flags |= {"use-rope-scaling": True, "rope-scaling-factor": args.rope_scaling_factor}
+    # Megatron's fused gelu is the tanh approximation; its other gelu is exact.
+    flags["no-bias-gelu-fusion"] = model.activation == "gelu"
+    return {name: value for name, value in flags.items() if value is not False}
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number  # --rotary-base is an integer

@@ -1,0 +1,113 @@
+"""config.json against the saved training arguments, field by field.
+
+A wrong epsilon or rotary base leaves every next token as it was on short texts, so no comparison
+of outputs replaces this one. Shares no table with `hf_config`.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+_LLAMA_3 = {
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 8192,
+}
+_MISSING = "missing"
+
+
+def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> list[str]:
+    """Compare a configuration, as transformers loaded it, with the training arguments.
+
+    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size.
+    Returns one line for every field that differs.
+    """
+    expected = {
+        "num_hidden_layers": args.num_layers,
+        "hidden_size": args.hidden_size,
+        "num_attention_heads": args.num_attention_heads,
+        "max_position_embeddings": args.max_position_embeddings,
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        **(_rms_fields(args) if args.normalization == "RMSNorm" else _gelu_fields(args)),
+    }
+    actual = {name: getattr(config, name, _MISSING) for name in expected}
+    if args.position_embedding_type == "rope":
+        for name, value in _rope_fields(args).items():
+            expected[name], actual[name] = value, config.rope_parameters.get(name, _MISSING)
+    for size in (vocab_size, args.vocab_size):
+        if size is not None:
+            expected["vocab_size"], actual["vocab_size"] = size, config.vocab_size
+    return [
+        f"{name} is {actual[name]!r}, expected {value!r}"
+        for name, value in expected.items()
+        if actual[name] != value
+    ]
+
+
+def file_differences(folder: Path) -> list[str]:
+    """Compare what transformers 4 reads of config.json with what transformers 5 does."""
+    config = json.loads((folder / "config.json").read_text())
+    if "rope_parameters" not in config:
+        return []
+    rope = config["rope_parameters"]
+    old = config.get("rope_theta", config.get("rotary_emb_base", _MISSING))
+    pairs = {"rope_theta": (old, rope["rope_theta"])}
+    if "rotary_pct" in config:
+        pairs["rotary_pct"] = (config["rotary_pct"], rope.get("partial_rotary_factor"))
+    if rope["rope_type"] != "default":
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        pairs["rope_scaling"] = (config.get("rope_scaling", _MISSING), scaling)
+    return [
+        f"{name} is {four!r} for transformers 4, {five!r} for 5"
+        for name, (four, five) in pairs.items()
+        if four != five
+    ]
+
+
+def _rms_fields(args: Namespace) -> dict[str, Any]:
+    grouped = args.group_query_attention
+    biased = args.add_bias_linear
+    fields = {
+        "intermediate_size": args.ffn_hidden_size,
+        "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
+        "head_dim": args.kv_channels,
+        "rms_norm_eps": args.layernorm_epsilon,
+        "hidden_act": "silu",
+    }
+    if getattr(args, "qk_layernorm", False):
+        return fields | {"model_type": "qwen3", "attention_bias": False, "sliding_window": None}
+    if getattr(args, "add_qkv_bias", False) and not biased:
+        return fields | {"model_type": "qwen2", "sliding_window": None}
+    return fields | {"model_type": "llama", "attention_bias": biased, "mlp_bias": biased}
+
+
+def _gelu_fields(args: Namespace) -> dict[str, Any]:
+    fused = args.bias_gelu_fusion or getattr(args, "use_te_activation_func", False)
+    activation = "gelu_pytorch_tanh" if fused else "gelu"
+    if args.position_embedding_type == "rope":
+        return {
+            "model_type": "gpt_neox",
+            "intermediate_size": args.ffn_hidden_size,
+            "layer_norm_eps": args.layernorm_epsilon,
+            "hidden_act": activation,
+            "use_parallel_residual": False,
+            "attention_bias": True,
+        }
+    return {
+        "model_type": "gpt2",
+        "n_inner": args.ffn_hidden_size,
+        "layer_norm_epsilon": args.layernorm_epsilon,
+        "activation_function": activation,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+
+
+def _rope_fields(args: Namespace) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
+    if args.normalization != "RMSNorm":
+        fields["partial_rotary_factor"] = args.rotary_percent
+    if getattr(args, "use_rope_scaling", False):
+        fields |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA_3}
+    return fields

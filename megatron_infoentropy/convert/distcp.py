@@ -1,0 +1,185 @@
+"""PyTorch's distributed checkpoint format, read without PyTorch's classes for it.
+
+    .metadata         a pickle: for every tensor its shape, dtype and pieces; for every piece the
+                      file it is in, where, and how long it is
+    __0_0.distcp ...  the pieces, each as torch.save writes it; which rank wrote them is past
+
+The index is read into the plain records below. Pickles of PyTorch's own classes change with its
+version (2.15 added a field, and older versions fail on it); what is needed here has not changed.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_infoentropy.convert.errors import (
+    IncompleteCheckpointError,
+    UnreadableCheckpointError,
+)
+from megatron_infoentropy.convert.torch_file import DTYPES, Extent, find_tensor
+from megatron_infoentropy.convert.unpickle import unpickle
+
+
+class Place(NamedTuple):
+    """Where something lies: `length` bytes of a file from `start` on."""
+
+    file: str
+    start: int
+    length: int
+
+
+class Piece(NamedTuple):
+    """A block of a tensor, from `offsets` on, of the size `sizes`."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+class StoredTensor(NamedTuple):
+    """Shape and dtype of a tensor as a whole, and the pieces of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+
+class Index(NamedTuple):
+    """What a checkpoint holds, by name."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, Place]
+
+
+def read_index(folder: Path) -> Index:
+    """Read `.metadata`.
+
+    Raises:
+        UnreadableCheckpointError: it is not the index of a checkpoint, or of an unknown version.
+    """
+    allowed = {**DTYPES, ("torch", "Size"): torch.Size}
+    root = unpickle((folder / ".metadata").read_bytes(), allowed)
+    try:
+        return _read(root.state)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        state = getattr(root, "state", None)
+        version = state.get("version") if isinstance(state, dict) else None
+        raise UnreadableCheckpointError(
+            f"{folder / '.metadata'} is not the index of a checkpoint that can be read here: it "
+            f"was written in version {version or 'unknown'} of PyTorch's format; known are those "
+            f"up to 1.0.0, of PyTorch up to 2.15 (installed: {torch.__version__}). Save it again "
+            f"with one of these ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(state: dict[str, Any]) -> Index:
+    objects: dict[str, Place] = {}
+    places: dict[str, dict[tuple[int, ...], Place]] = {}
+    for key, value in state["storage_data"].items():
+        if value.state.get("transform_descriptors"):
+            raise ValueError(f"{key.state['fqn']} is compressed")
+        info = value.state
+        place = Place(str(info["relative_path"]), info["offset"], info["length"])
+        offset = key.state.get("offset")
+        if offset is None:
+            objects[key.state["fqn"]] = place
+        else:
+            places.setdefault(key.state["fqn"], {})[tuple(offset)] = place
+    tensors = {}
+    for name, entry in state["state_dict_metadata"].items():
+        if type(entry).__name__ != "TensorStorageMetadata":
+            continue
+        sizes = {tuple(c.state["offsets"]): tuple(c.state["sizes"]) for c in entry.state["chunks"]}
+        found = places.get(name, {})
+        pieces = tuple(Piece(at, sizes[at], place) for at, place in found.items())
+        properties = entry.state["properties"].state
+        tensors[name] = StoredTensor(tuple(entry.state["size"]), properties[0], pieces)
+    return Index(tensors, objects)
+
+
+def require_complete(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Look whether every piece is on disk, without reading it.
+
+    Raises:
+        IncompleteCheckpointError: naming the tensor, and the file with its size if there is one.
+    """
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    for name, tensor in tensors.items():
+        for _, _, (file, start, length) in tensor.pieces:
+            if sizes.get(file, -1) < start + length:
+                has = f"has {sizes[file]} bytes" if file in sizes else "is missing"
+                raise IncompleteCheckpointError(
+                    f"{folder / file} {has}; {name} needs {start + length} of it: the copy is "
+                    "incomplete, or saving was interrupted; copy it again or take another iteration"
+                )
+        stored = sum(math.prod(piece.sizes) for piece in tensor.pieces)
+        if stored < math.prod(tensor.shape):
+            raise IncompleteCheckpointError(
+                f"{folder} has {stored} of the {math.prod(tensor.shape)} numbers of {name}: "
+                "ranks did not write their part; take another iteration"
+            )
+
+
+class TensorReader:
+    """Reads rows of tensors; remembers where in its archive a piece's numbers begin."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._extents: dict[Place, Extent] = {}
+
+    def rows(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) along the first axis, joined from the pieces that have some.
+
+        Raises:
+            UnreadableCheckpointError: a file does not hold what the index says.
+        """
+        result = torch.empty((stop - start, *tensor.shape[1:]), dtype=tensor.dtype)
+        for first, last, piece in _overlaps(tensor, start, stop):
+            other_axes = tuple(
+                slice(at, at + size)
+                for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)
+            )
+            part = result[(slice(first - start, last - start), *other_axes)]
+            if part.is_contiguous():
+                self._read_into(part, piece, first, tensor)
+            else:
+                block = torch.empty(part.shape, dtype=part.dtype)
+                self._read_into(block, piece, first, tensor)
+                part.copy_(block)
+        return result
+
+    def _read_into(self, part: torch.Tensor, piece: Piece, first: int, of: StoredTensor) -> None:
+        path = self._folder / piece.place.file
+        extent = self._extents.get(piece.place)
+        if extent is None:
+            extent = find_tensor(path, piece.place.start, piece.place.length)
+            self._extents[piece.place] = extent
+        if extent.dtype != of.dtype or math.prod(extent.shape) != math.prod(piece.sizes):
+            raise UnreadableCheckpointError(
+                f"{path} at byte {piece.place.start}: expected {of.dtype} {list(piece.sizes)}, "
+                f"got {extent.dtype} {list(extent.shape)}"
+            )
+        row_bytes = math.prod(piece.sizes[1:]) * of.dtype.itemsize
+        target = part.flatten().view(torch.uint8).numpy()
+        with path.open("rb", buffering=0) as file:
+            file.seek(extent.start + (first - piece.offsets[0]) * row_bytes)
+            _fill(file, memoryview(target), path)
+
+
+def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[int, int, Piece]]:
+    for piece in tensor.pieces:
+        first = max(start, piece.offsets[0])
+        last = min(stop, piece.offsets[0] + piece.sizes[0])
+        if first < last:
+            yield first, last, piece
+
+
+def _fill(file: Any, target: memoryview, path: Path) -> None:
+    while len(target):  # one call reads 2 GiB at most
+        count = file.readinto(target)
+        if not count:
+            raise IncompleteCheckpointError(f"{path} ends early; copy it again")
+        target = target[count:]
