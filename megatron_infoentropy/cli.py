@@ -1,6 +1,5 @@
 """The `infoentropy` command. Each command imports its room inside itself: all start fast."""
 
-import glob
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_infoentropy import __version__
+from megatron_infoentropy.commands import data as data_commands
 
 app = typer.Typer(
     name="infoentropy",
@@ -45,71 +45,8 @@ def about(
         raise typer.Exit
 
 
-@app.command()
-def corpus(
-    output: Annotated[Path, typer.Argument(help="folder to write the three files into")],
-    megabytes: Annotated[float, typer.Option(help="about how much text")] = 20.0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Make a small corpus in the Pile's format from Python's standard library (for trying out)."""
-    from megatron_infoentropy.data.corpus import build_corpus
-
-    summary = build_corpus(output, megabytes=megabytes, overwrite=overwrite)
-    for (split, domain), size in summary.sizes.items():
-        out.print(f"{split:10} {domain:14} {size.documents:6} documents {size.bytes:10} bytes")
-
-
-@app.command()
-def tokenizer(
-    inputs: Annotated[list[Path], typer.Argument(help=".jsonl or .jsonl.zst files to learn from")],
-    output: Annotated[Path, typer.Option(help="folder to write, in Hugging Face format")],
-    vocab_size: Annotated[int, typer.Option(help="entries, <|endoftext|> included")] = 8192,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a byte-level BPE tokenizer."""
-    from megatron_infoentropy.data.tokenizer import train_tokenizer
-
-    loaded = train_tokenizer(inputs, output, vocab_size=vocab_size, overwrite=overwrite)
-    out.print(f"{output}: {loaded.vocab_size} entries, end of document is {loaded.eod_id}")
-
-
-@app.command()
-def preprocess(
-    input: Annotated[
-        list[str], typer.Option(help=".jsonl or .jsonl.zst file, or a quoted pattern; repeatable")
-    ],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
-    output: Annotated[Path, typer.Option(help="folder to write")],
-    workers: Annotated[int, typer.Option(min=1, help="processor cores to use")] = 1,
-    split_by: Annotated[
-        str, typer.Option(help="key that names a document's domain; '' for one dataset")
-    ] = "meta.pile_set_name",
-    append_eod: Annotated[bool, typer.Option(help="end every document with <eod>")] = True,
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn text into Megatron's .bin/.idx datasets, one a domain, with token counts."""
-    from megatron_infoentropy.data.preprocess import preprocess as run
-
-    done = run(
-        _matching(input),
-        tokenizer,
-        output,
-        workers=workers,
-        append_eod=append_eod,
-        split_by=split_by or None,
-        overwrite=overwrite,
-    )
-    for name, domain in done.manifest.domains.items():
-        out.print(f"{name:20} {domain.documents:9} documents {domain.tokens:12} tokens")
-
-
-def _matching(patterns: list[str]) -> list[Path]:
-    """Files in the order given, each pattern's matches sorted; a pattern must match something."""
-    files: list[Path] = []
-    for pattern in patterns:
-        found = [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 takes absolute
-        files += found or [Path(pattern)]  # a missing file is named by the room that opens it
-    return files
+for _command in data_commands.COMMANDS:
+    app.command()(_command)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -104,19 +104,19 @@ def test_preprocess_writes_a_dataset_a_domain(tmp_path):
         "preprocess", "--input", "*.jsonl", "--tokenizer", "t", "--output", "o", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
-        ["A", "4", "documents"],
-        ["B", "4", "documents"],
-    ]
+    rows = [re.findall(r"\w+", line)[:2] for line in done.stdout.splitlines()]
+    assert ["A", "4"] in rows
+    assert ["B", "4"] in rows
     assert (tmp_path / "o" / "a.bin").exists()
 
 
 def test_bench_prints_ratios():
-    done = run("bench", "--tokens", 64, "--vocabulary", 1000, "--repeats", 1)
+    done = run("bench", "--tokens", 64, "--vocabulary", 1000, "--repeats", 1, "--no-compiled")
     assert done.returncode == 0, done.stderr
-    for provider in ("native", "reference", "torch", "megatron", "paper"):
-        assert provider in done.stdout
-    assert "gather" in done.stdout
+    for provider in ("native in place", "reference", "torch", "megatron unfused", "paper eager"):
+        assert re.search(rf"^ *{provider}  .* \d+\.\d\d ", done.stdout, flags=re.M), provider
+    assert "% of limit" in done.stdout
+    assert "not measured: torch compiled" in done.stdout
 
 
 def test_doctor_names_what_matters():

@@ -1,4 +1,4 @@
-"""Megatron's token dataset, a `.bin` and an `.idx` file, written and read without torch.
+"""Megatron's token dataset, a `.bin` and an `.idx` file: the format, and reading it without torch.
 
 `.bin` is nothing but the token ids, one after the other, uint16 or int32. `.idx`, little endian:
 
@@ -17,16 +17,13 @@ Megatron's own tool does. Documents of 3, 0 and 1 tokens in uint16 thus have S =
 2 * 4 = 8 bytes, `.idx` is 34 + 4 * 2 + 8 * 2 + 8 * 4 = 90 bytes: lengths 3 1, starts 0 6, documents
 0 1 1 2.
 
-The files are byte-identical to those of `IndexedDatasetBuilder` in megatron-core 0.19. There is no
+`writer.py` writes it, byte-identical to `IndexedDatasetBuilder` in megatron-core 0.19. There is no
 checksum in the format, so the reader at least holds the sizes of both files against each other.
 """
 
-import os
 import struct
-from array import array
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -34,13 +31,12 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
 
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\0\0"
-_VERSION = 1
-_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
-_MAX_LENGTH = 2**31 - 1
-_STARTS_AT_ONCE = 1 << 20
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\0\0"
+VERSION = 1
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+MAX_LENGTH = 2**31 - 1  # lengths are int32
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -56,99 +52,6 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """`prefix` with `.idx` appended (a dot in the prefix stays)."""
     return prefix.with_name(prefix.name + ".idx")
-
-
-class IndexedWriter:
-    """Writes one dataset; a context manager that publishes on success and discards on error.
-
-    Memory: 12 bytes a document. Until the block ends the files have temporary names; then `.bin`
-    and, last, `.idx` are renamed, so a dataset whose index can be seen is complete.
-    """
-
-    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
-        self.prefix = prefix
-        self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
-        self._lengths = array("i")
-        self._boundaries = array("q", [0])
-        self._partial_bin = bin_path(prefix).with_suffix(".bin.partial")
-        self._partial_idx = idx_path(prefix).with_suffix(".idx.partial")
-        self._bin = self._partial_bin.open("wb")
-
-    def add(self, tokens: Integers, lengths: Integers) -> None:
-        """Append documents: `tokens` [sum of lengths], their ids in a row, `lengths` [documents].
-
-        Raises:
-            ValueError: an id outside the vocabulary, lengths that do not add up to the tokens, or
-                a document of more than 2^31 - 1 tokens, which the format can not hold.
-        """
-        self._require_valid(tokens, lengths)
-        self._bin.write(tokens.astype(self.dtype).tobytes())
-        filled = lengths > 0
-        boundaries = len(self._lengths) + np.cumsum(filled, dtype=np.int64)
-        self._lengths.frombytes(lengths[filled].astype(np.int32).tobytes())
-        self._boundaries.frombytes(boundaries.tobytes())
-
-    def _require_valid(self, tokens: Integers, lengths: Integers) -> None:
-        if lengths.sum(dtype=np.int64) != tokens.size or (lengths < 0).any():
-            raise ValueError(
-                f"the lengths of {lengths.size} documents must add up to the {tokens.size} tokens, "
-                f"got {lengths.sum(dtype=np.int64)}"
-            )
-        if lengths.size and lengths.max() > _MAX_LENGTH:
-            raise ValueError(
-                f"a document has {lengths.max()} tokens, the format holds {_MAX_LENGTH}; split it"
-            )
-        # A cast to uint16 would silently wrap what does not fit.
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
-            raise ValueError(
-                f"token ids must be in 0..{self.vocab_size - 1}, got "
-                f"{tokens.min()}..{tokens.max()}; is this the tokenizer the vocabulary size is of?"
-            )
-
-    def __enter__(self) -> "IndexedWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._bin.close()
-            self._partial_bin.unlink(missing_ok=True)
-            self._partial_idx.unlink(missing_ok=True)
-
-    def _publish(self) -> None:
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._write_index()
-        # An index of an earlier dataset must not be seen beside the new .bin.
-        idx_path(self.prefix).unlink(missing_ok=True)
-        self._partial_bin.rename(bin_path(self.prefix))
-        self._partial_idx.rename(idx_path(self.prefix))
-
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
-        with self._partial_idx.open("wb") as file:
-            code = _CODES[self.dtype]
-            file.write(_HEADER.pack(_MAGIC, _VERSION, code, lengths.size, boundaries.size))
-            file.write(lengths.astype("<i4", copy=False).data)
-            start = 0
-            for first in range(0, lengths.size, _STARTS_AT_ONCE):
-                ends = start + self.dtype.itemsize * np.cumsum(
-                    lengths[first : first + _STARTS_AT_ONCE], dtype=np.int64
-                )
-                file.write(np.concatenate(([start], ends[:-1])).astype("<i8").data)
-                start = int(ends[-1])
-            file.write(boundaries.astype("<i8", copy=False).data)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class IndexedReader:
@@ -169,9 +72,9 @@ class IndexedReader:
             if not path.is_file():
                 raise ValueError(f"no such dataset file: {path}; give the prefix without .bin")
         code, sequences, boundaries = self._read_header()
-        self.dtype = np.dtype(_DTYPES[code])
+        self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
-        ends = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * boundaries])
+        ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * boundaries])
         views = [index[first:last] for first, last in pairwise(ends)]
         self._sequence_lengths = np.asarray(views[0].view("<i4"))
         self._starts = np.asarray(views[1].view("<i8"))
@@ -199,15 +102,15 @@ class IndexedReader:
     def _read_header(self) -> tuple[int, int, int]:
         path = idx_path(self.prefix)
         with path.open("rb") as file:
-            raw = file.read(_HEADER.size)
-        if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
-            raise ValueError(f"{path} is no Megatron index: it does not start with {_MAGIC!r}")
-        _, version, code, sequences, boundaries = _HEADER.unpack(raw)
-        if version != _VERSION:
-            raise ValueError(f"{path} has version {version}, only version {_VERSION} is known")
-        if code not in _DTYPES:
-            raise ValueError(f"{path} has dtype code {code}, expected one of {sorted(_DTYPES)}")
-        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+            raw = file.read(HEADER.size)
+        if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+            raise ValueError(f"{path} is no Megatron index: it does not start with {MAGIC!r}")
+        _, version, code, sequences, boundaries = HEADER.unpack(raw)
+        if version != VERSION:
+            raise ValueError(f"{path} has version {version}, only version {VERSION} is known")
+        if code not in DTYPES:
+            raise ValueError(f"{path} has dtype code {code}, expected one of {sorted(DTYPES)}")
+        expected = HEADER.size + 12 * sequences + 8 * boundaries
         _require_size(path, expected, f"{sequences} sequences and {boundaries} boundaries")
         return code, sequences, boundaries
 

@@ -1,23 +1,30 @@
-"""`manifest.json`: what a token dataset folder holds, for the rooms that read one.
+"""`manifest.json`: what a token dataset folder holds and what it was made of.
 
     DIR/<slug>.bin, DIR/<slug>.idx   one Megatron dataset per domain
     DIR/token_counts.npy             int64 [domains, vocab_size], occurrences of every token id
+    DIR/rejected.tsv                 file, line and reason of every line that was skipped, if any
     DIR/manifest.json                this
 
 The rows of the counts are in the order of the manifest's domains, which is that of their names.
+Nothing in it depends on the machine, the day or the number of workers.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-FORMAT = 1
+from megatron_infoentropy.data.folder import write_synced
+from megatron_infoentropy.data.options import Options
+
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
+REJECTED = "rejected.tsv"
+OUTPUT_FILES = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS, REJECTED)
 
 
 @dataclass(frozen=True)
@@ -31,23 +38,55 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class DomainFacts:
-    """One domain: `bytes` of UTF-8 text became `tokens` ids (end-of-document ids included)."""
+    """One domain: `bytes` of UTF-8 text became `tokens` ids (end-of-document ids included).
+
+    `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
+    document and were skipped. The checksums are SHA-256, "" where an older version wrote none.
+    """
 
     prefix: str
     documents: int
     tokens: int
     bytes: int
+    empty: int = 0
+    rejected: int = 0
+    bin_sha256: str = ""
+    idx_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """One input file: lines = documents + rejected + blank (at the file's end)."""
+
+    name: str
+    bytes: int
+    lines: int
+    documents: int
+    empty: int
+    rejected: int
+    blank: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The dataset in `folder`; `dtype` of the ids is "uint16" or "int32"."""
+    """The dataset in `folder`; `dtype` of the ids is "uint16" or "int32".
+
+    `left_out` are the domains none of whose documents has a token, with their documents: Megatron
+    can not open an empty dataset. `shard` is (i, n) for one part of a larger dataset.
+    """
 
     folder: Path
     tokenizer: TokenizerFacts
     dtype: str
     append_eod: bool
     domains: dict[str, DomainFacts]
+    options: Options = field(default_factory=Options)
+    versions: dict[str, str] = field(default_factory=dict)
+    engine: str = "hf"
+    inputs: tuple[InputFacts, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+    shard: tuple[int, int] | None = None
+    token_counts_sha256: str = ""
 
     def prefix(self, domain: str) -> Path:
         """The domain's dataset without `.bin` or `.idx`, as Megatron's `--data-path` wants it."""
@@ -62,20 +101,27 @@ class Manifest:
         """Write `manifest.json` into the folder."""
         content = {
             "format": FORMAT,
+            "versions": self.versions,
+            "engine": self.engine,
+            "options": asdict(self.options),
             "tokenizer": asdict(self.tokenizer),
             "dtype": self.dtype,
             "append_eod": self.append_eod,
+            "shard": self.shard,
+            "inputs": [asdict(facts) for facts in self.inputs],
             "domains": {name: asdict(facts) for name, facts in self.domains.items()},
+            "left_out": self.left_out,
             "token_counts": TOKEN_COUNTS,
+            "token_counts_sha256": self.token_counts_sha256,
         }
-        (self.folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+        write_synced(self.folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a token dataset folder.
+    """Read the manifest of a token dataset folder; format 1, with fewer facts, is read too.
 
     Raises:
-        ValueError: there is none, or it is not of the format this version writes.
+        ValueError: there is none, or it is of no format that this version knows.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -86,8 +132,8 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         found = content["format"]
-        if found != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, got {found!r}; preprocess again")
+        if found not in (1, FORMAT):
+            raise ValueError(f"expected format 1 or {FORMAT}, got {found!r}; preprocess again")
         return _parse(folder, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -95,10 +141,18 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+    shard = content.get("shard")
     return Manifest(
         folder=folder,
         tokenizer=TokenizerFacts(**content["tokenizer"]),
         dtype=content["dtype"],
         append_eod=content["append_eod"],
         domains={name: DomainFacts(**facts) for name, facts in content["domains"].items()},
+        options=Options(**content.get("options", {})),
+        versions=content.get("versions", {}),
+        engine=content.get("engine", "hf"),
+        inputs=tuple(InputFacts(**facts) for facts in content.get("inputs", ())),
+        left_out=content.get("left_out", {}),
+        shard=None if shard is None else (shard[0], shard[1]),
+        token_counts_sha256=content.get("token_counts_sha256", ""),
     )

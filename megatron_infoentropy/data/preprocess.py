@@ -1,67 +1,39 @@
-"""Text to Megatron datasets: one pass over `.jsonl(.zst)` files, one dataset per domain.
+"""Text to Megatron datasets: one pass over `.jsonl(.zst|.gz)` files, one dataset per domain.
 
-    files --read--> documents --group by domain--> batches --encode, in threads--> ids --> writers
+    inputs --read, one process--> blocks of lines --parse and encode, `workers` processes-->
+    ids by domain --append, in order--> .bin files --at the end--> .idx files, manifest
 
-The output is the same, byte by byte, for any number of workers. Ids are those of Megatron's own
-tool: special tokens the tokenizer adds to a text are added, and a document without ids leaves a
-boundary in the index but no end-of-document id.
+The output is the same, byte by byte, for any number of workers and any number of interruptions.
+Ids are those of Megatron's own tool: special tokens the tokenizer adds to a text are added, and a
+document without ids leaves a boundary in the index but no end-of-document id.
 """
 
-import re
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_infoentropy.data.encode import Encoded, encode_batches, read_batches
-from megatron_infoentropy.data.folder import new_folder
-from megatron_infoentropy.data.indexed import IndexedWriter, token_dtype
-from megatron_infoentropy.data.jsonl import require_readable
-from megatron_infoentropy.data.manifest import (
-    MANIFEST,
-    TOKEN_COUNTS,
-    DomainFacts,
-    Manifest,
-    TokenizerFacts,
-    load_manifest,
-)
-from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data.blocks import Block, Position, read_blocks
+from megatron_infoentropy.data.compression import require_readable
+from megatron_infoentropy.data.finish import Written, finish
+from megatron_infoentropy.data.folder import publish, require_free, work_folder
+from megatron_infoentropy.data.journal import JOURNAL, Journal
+from megatron_infoentropy.data.manifest import OUTPUT_FILES, REJECTED, Manifest, load_manifest
+from megatron_infoentropy.data.options import DEFAULT_OPTIONS, Options
+from megatron_infoentropy.data.run import Run
+from megatron_infoentropy.data.shards import shard_inputs, shard_name
+from megatron_infoentropy.data.task import Task
+from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.worker import Settings
+from megatron_infoentropy.data.workers import encode_blocks
 from megatron_infoentropy.progress import progress
 
-
-@dataclass(frozen=True)
-class PreprocessSummary:
-    """What was written: `documents` (of all domains), of them `empty_documents` without a token."""
-
-    manifest: Manifest
-    documents: int
-    empty_documents: int
-    tokens: int
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@dataclass
-class _Domain:
-    """One dataset while it is being written, and its running sums."""
-
-    writer: IndexedWriter
-    counts: npt.NDArray[np.int64]  # [vocab_size]
-    documents: int = 0
-    empty_documents: int = 0
-    bytes: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        self.writer.add(encoded.tokens, encoded.lengths)
-        self.counts += np.bincount(encoded.tokens, minlength=self.counts.size)
-        self.documents += encoded.lengths.size
-        self.empty_documents += int((encoded.lengths == 0).sum())
-        self.bytes += encoded.batch.bytes
-
-    def facts(self) -> DomainFacts:
-        tokens = int(self.counts.sum())
-        return DomainFacts(self.writer.prefix.name, self.documents, tokens, self.bytes)
+class DiskFull(RuntimeError):
+    """There is no room for the output; what is finished is kept, nothing of it is visible."""
 
 
 def preprocess(
@@ -69,109 +41,98 @@ def preprocess(
     tokenizer: Path,
     output: Path,
     *,
+    options: Options = DEFAULT_OPTIONS,
     workers: int = 1,
-    append_eod: bool = True,
-    split_by: str | None = "meta.pile_set_name",
+    engine: str = "hf",
+    max_errors: int = 0,
+    shard: tuple[int, int] | None = None,
     overwrite: bool = False,
-) -> PreprocessSummary:
+    restart: bool = False,
+) -> Manifest:
     """Write `output/<slug>.bin/.idx` per domain, the token counts and the manifest.
 
-    `tokenizer` is a Hugging Face tokenizer folder. `split_by` is the key that holds a record's
-    domain, dots leading into objects; None makes one dataset, "all". `workers` is the number of
-    encoding threads. `overwrite` replaces an earlier token dataset.
+    `tokenizer` is a Hugging Face tokenizer folder, `workers` the number of encoding processes. Up
+    to `max_errors` lines that hold no document are skipped, counted and listed. `shard` (i, n) does
+    part i of n of the inputs into a folder of its own below `output`. `overwrite` replaces a
+    dataset of other inputs or options. Given again after whatever ended it, the same call goes on
+    (`restart`: begins anew); given again after it was done, it does nothing.
 
     Raises:
-        BrokenLineError: a line that is no document, by file and number.
-        ValueError: inputs, tokenizer or output that can not be used; two domains with one slug; a
-            domain without a token. Whatever the error, `output` is left as it was.
+        BrokenLineError: a line that holds no document, by file and number.
+        WorkerDied, DiskFull: with what to do.
+        ValueError: inputs, tokenizer or output that can not be used; two domains with one slug.
+            Whatever the error, `output` is left as it was.
     """
-    _require_usable(inputs, workers)
-    loaded = load_tokenizer(tokenizer)
-    replaceable = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS)
-    with new_folder(output, replaceable=replaceable, overwrite=overwrite) as folder:
-        domains = _write_domains(folder, inputs, loaded, workers, append_eod, split_by)
-        _save_facts(folder, domains, loaded, append_eod)
-    return PreprocessSummary(
-        manifest=load_manifest(output),
-        documents=sum(domain.documents for domain in domains.values()),
-        empty_documents=sum(domain.empty_documents for domain in domains.values()),
-        tokens=sum(int(domain.counts.sum()) for domain in domains.values()),
-    )
+    _require_usable(inputs, workers, max_errors)
+    if shard is not None:
+        inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
+    task = Task(inputs, output, load_tokenizer(tokenizer), options, shard)
+    settings = Settings(tokenizer.resolve(), options, engine)
+    if not task.is_done():
+        require_free(output, OUTPUT_FILES, overwrite)
+    with work_folder(output) as work:
+        try:
+            if restart:
+                (work / JOURNAL).unlink(missing_ok=True)
+            if not task.is_done():
+                publish(_make(task, settings, work, workers, max_errors), output)
+            (work / JOURNAL).unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise _disk_full(work, error) from error
+        finally:
+            if not (work / JOURNAL).exists():  # nothing to go on from
+                shutil.rmtree(work)
+    return load_manifest(output)
 
 
-def slug(domain: str) -> str:
-    """The domain's file name: lower case, everything but letters and digits to `_`.
+def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: int) -> Path:
+    """Run from the journal's place to the end; returns the finished folder."""
+    size = task.loaded.vocab_size
+    run = Run(work, job=task.job(), vocab_size=size, max_errors=max_errors)
+    with closing(run):
+        total = sum(path.stat().st_size for path in task.inputs)
+        with progress("preprocess", total, "bytes") as advance:
+            blocks = _read(task.inputs, run.journal, advance)
+            for block, encoded in encode_blocks(settings, blocks, workers=workers):
+                run.add(block, encoded)
+        if not run.journal.rejected:
+            (run.dataset / REJECTED).unlink()
+        journal = run.journal
+        written = {
+            name: Written(run.writers[name], tally, run.counts[name])
+            for name, tally in journal.domains.items()
+        }
+        manifest = task.manifest(run.dataset, settings.engine, journal.lines, journal.inputs)
+        finish(manifest, written)
+    return run.dataset
 
-    Raises:
-        ValueError: nothing but underscores would be left.
-    """
-    name = re.sub(r"\W", "_", domain.lower())
-    if not name.strip("_"):
-        raise ValueError(f"the domain {domain!r} has no letter or digit to name a file after")
-    return name
+
+def _read(
+    inputs: Sequence[Path], journal: Journal, advance: Callable[[int], None]
+) -> Iterator[Block]:
+    advance(sum(path.stat().st_size for path in inputs[: journal.file]))
+    start = journal.position
+    for path in inputs[journal.file :]:
+        yield from read_blocks(path, advance, start)
+        start = Position()
 
 
-def _require_usable(inputs: Sequence[Path], workers: int) -> None:
+def _require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> None:
     if not inputs:
         raise ValueError("expected at least one input file, got none")
     for path in inputs:
         require_readable(path)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    if max_errors < 0:
+        raise ValueError(f"max_errors must be at least 0, got {max_errors}")
 
 
-def _write_domains(
-    folder: Path,
-    inputs: Sequence[Path],
-    loaded: LoadedTokenizer,
-    workers: int,
-    append_eod: bool,
-    split_by: str | None,
-) -> dict[str, _Domain]:
-    domains: dict[str, _Domain] = {}
-    slugs: dict[str, str] = {}
-
-    total = sum(path.stat().st_size for path in inputs)
-    with ExitStack() as stack:
-        advance = stack.enter_context(progress("preprocess", total, "bytes"))
-        batches = read_batches(inputs, split_by, advance)
-        for encoded in encode_batches(loaded, batches, append_eod=append_eod, workers=workers):
-            name = encoded.batch.domain
-            if name not in domains:
-                prefix = folder / _unused_slug(name, slugs)
-                writer = IndexedWriter(prefix, vocab_size=loaded.vocab_size)
-                counts = np.zeros(loaded.vocab_size, dtype=np.int64)
-                domains[name] = _Domain(stack.enter_context(writer), counts)
-            domains[name].add(encoded)
-    return dict(sorted(domains.items()))
-
-
-def _unused_slug(domain: str, slugs: dict[str, str]) -> str:
-    name = slug(domain)
-    other = slugs.setdefault(name, domain)
-    if other != domain:
-        raise ValueError(
-            f"the domains {other!r} and {domain!r} would both be written to {name}.bin; rename one"
-        )
-    return name
-
-
-def _save_facts(
-    folder: Path, domains: dict[str, _Domain], loaded: LoadedTokenizer, append_eod: bool
-) -> None:
-    if not domains:
-        raise ValueError("the inputs hold no document; nothing to write")
-    for name, domain in domains.items():
-        if not domain.counts.any():
-            raise ValueError(
-                f"the {domain.documents} documents of {name!r} hold no token; Megatron can not "
-                "open an empty dataset, so leave that domain out"
-            )
-    np.save(folder / TOKEN_COUNTS, np.stack([domain.counts for domain in domains.values()]))
-    Manifest(
-        folder=folder,
-        tokenizer=TokenizerFacts(loaded.sha256, loaded.vocab_size, loaded.eod_id),
-        dtype=token_dtype(loaded.vocab_size).name,
-        append_eod=append_eod,
-        domains={name: domain.facts() for name, domain in domains.items()},
-    ).save()
+def _disk_full(work: Path, error: OSError) -> DiskFull:
+    free = shutil.disk_usage(work).free
+    return DiskFull(
+        f"no room for the output below {work.parent} ({error.strerror}; {free / 1e6:.0f} MB are "
+        "free): make room and give the same command again, it goes on from what is finished"
+    )

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_infoentropy.data.compression import require_readable
 from megatron_infoentropy.data.folder import new_folder
-from megatron_infoentropy.data.jsonl import read_jsonl, require_readable
+from megatron_infoentropy.data.jsonl import read_jsonl
 from megatron_infoentropy.progress import progress
 
 END_OF_TEXT = "<|endoftext|>"

@@ -10,7 +10,7 @@ from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer,
 
 @pytest.fixture
 def write_lines(tmp_path: Path) -> WriteLines:
-    """Writes lines to a named file, compressed where the name ends in .zst."""
+    """Writes lines to a named file, compressed where the name ends in .zst or .gz."""
     return lambda name, lines: write(tmp_path / name, lines)
 
 

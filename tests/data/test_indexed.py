@@ -9,14 +9,9 @@ import numpy.typing as npt
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_infoentropy.data import indexed
-from megatron_infoentropy.data.indexed import (
-    IndexedReader,
-    IndexedWriter,
-    bin_path,
-    idx_path,
-    token_dtype,
-)
+from megatron_infoentropy.data import writer as writer_module
+from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
+from megatron_infoentropy.data.writer import NOTHING, DatasetWriter, Size, file_sha256, write_index
 
 Documents = list[list[int]]
 Write = Callable[[Path, Documents, int], None]
@@ -41,11 +36,27 @@ def flat(documents: Documents) -> list[int]:
 
 
 def write_ours(prefix: Path, documents: Documents, vocab_size: int, at_once: int = 7) -> None:
-    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-        for first in range(0, len(documents), at_once):
-            batch = documents[first : first + at_once]
-            lengths = np.array([len(document) for document in batch])
-            writer.add(np.array(flat(batch), dtype=np.int64), lengths)
+    writer = new_writer(prefix, vocab_size)
+    add_documents(writer, documents, at_once)
+    checksums = writer.finish()
+    writer.close()
+    side_file(prefix).unlink()
+    assert checksums == (file_sha256(bin_path(prefix)), file_sha256(idx_path(prefix)))
+
+
+def side_file(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".lengths")
+
+
+def new_writer(prefix: Path, vocab_size: int, size: Size = NOTHING) -> DatasetWriter:
+    return DatasetWriter(prefix, vocab_size=vocab_size, lengths=side_file(prefix), size=size)
+
+
+def add_documents(writer: DatasetWriter, documents: Documents, at_once: int = 7) -> None:
+    for first in range(0, len(documents), at_once):
+        batch = documents[first : first + at_once]
+        lengths = np.array([len(document) for document in batch])
+        writer.add(np.array(flat(batch), dtype=np.int64), lengths)
 
 
 def write_megatron(prefix: Path, documents: Documents, vocab_size: int) -> None:
@@ -71,21 +82,19 @@ def test_files_are_byte_identical_to_megatrons(tmp_path: Path, case: str, vocab_
     assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_starts_written_in_several_pieces_are_the_same(
+def test_an_index_written_in_several_pieces_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed, "_STARTS_AT_ONCE", 100)
+    monkeypatch.setattr(writer_module, "LENGTHS_AT_ONCE", 100)
     write_ours(tmp_path / "ours", MANY, LARGE)
     write_megatron(tmp_path / "theirs", MANY, LARGE)
     assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
-    """The index of 2^33 ids, without writing them: lengths are put in behind the writer's back."""
-    lengths = [2**31 - 1] * 4
-    with IndexedWriter(tmp_path / "a", vocab_size=LARGE) as writer:
-        writer._lengths.extend(lengths)
-        writer._boundaries.extend([1, 2, 3, 4])
+    """The index of 2^33 ids, which is made of their lengths alone."""
+    np.array([2**31 - 1] * 4, dtype="<i4").tofile(tmp_path / "lengths")
+    write_index(idx_path(tmp_path / "a"), tmp_path / "lengths", token_dtype(LARGE))
     raw = idx_path(tmp_path / "a").read_bytes()
     starts = np.frombuffer(raw, "<i8", count=4, offset=34 + 4 * 4)
     assert starts.tolist() == [4 * (2**31 - 1) * i for i in range(4)]
@@ -147,8 +156,7 @@ def test_documents_are_read_only_views_found_by_index(tmp_path: Path) -> None:
 
 
 def add(prefix: Path, tokens: list[int], lengths: list[int], vocab_size: int) -> None:
-    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-        writer.add(np.array(tokens), np.array(lengths))
+    new_writer(prefix, vocab_size).add(np.array(tokens), np.array(lengths))
 
 
 @pytest.mark.parametrize(
@@ -160,34 +168,43 @@ def add(prefix: Path, tokens: list[int], lengths: list[int], vocab_size: int) ->
         ([1, 2], [3, -1], "must add up"),
     ],
 )
-def test_what_the_format_can_not_hold_is_refused_and_nothing_is_left(
+def test_what_the_format_can_not_hold_is_refused_and_not_written(
     tmp_path: Path, tokens: list[int], lengths: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         add(tmp_path / "a", tokens, lengths, SMALL)
-    assert list(tmp_path.iterdir()) == []
+    assert bin_path(tmp_path / "a").stat().st_size == 0
 
 
 def test_a_document_longer_than_int32_is_refused(tmp_path: Path) -> None:
     tokens: npt.NDArray[np.uint8] = np.broadcast_to(np.uint8(0), (2**31,))
-    with (
-        pytest.raises(ValueError, match="has 2147483648 tokens, the format holds 2147483647"),
-        IndexedWriter(tmp_path / "a", vocab_size=SMALL) as writer,
-    ):
+    writer = new_writer(tmp_path / "a", SMALL)
+    with pytest.raises(ValueError, match="has 2147483648 tokens, the format holds 2147483647"):
         writer.add(tokens, np.array([2**31]))
 
 
-def test_nothing_is_visible_before_the_end_and_nothing_remains_after_an_error(
-    tmp_path: Path,
-) -> None:
-    with IndexedWriter(tmp_path / "a", vocab_size=SMALL) as writer:
-        writer.add(np.array([1]), np.array([1]))
-        assert not bin_path(tmp_path / "a").exists()
-    before = idx_path(tmp_path / "a").read_bytes()
-    with pytest.raises(ValueError, match="must add up"):
-        add(tmp_path / "a", [1, 2, 3], [4], SMALL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
-    assert idx_path(tmp_path / "a").read_bytes() == before
+@pytest.mark.parametrize("at", [0, 1, 1500, 3000])
+def test_a_writer_goes_on_from_where_it_was_synced(tmp_path: Path, at: int) -> None:
+    """Whatever was written after that, whole documents or not, is cut off."""
+    write_ours(tmp_path / "whole", MANY, SMALL)
+    writer = new_writer(tmp_path / "a", SMALL)
+    add_documents(writer, MANY[:at])
+    size = writer.sync()
+    add_documents(writer, [[1, 2, 3]])
+    writer.close()
+    with side_file(tmp_path / "a").open("ab") as file:
+        file.write(b"x")
+    again = new_writer(tmp_path / "a", SMALL, size)
+    add_documents(again, MANY[at:])
+    assert again.finish() == again.finish()
+    again.close()
+    assert_same_bytes(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path: Path) -> None:
+    new_writer(tmp_path / "a", SMALL).add(np.array([1, 2]), np.array([2]))
+    with pytest.raises(ValueError, match=r"a\.bin is cut off: expected at least 6 bytes, found 4"):
+        new_writer(tmp_path / "a", SMALL, Size(1, 3))
 
 
 def patch(path: Path, offset: int, value: bytes) -> None:

@@ -1,5 +1,6 @@
-"""From text to datasets: the bytes Megatron's tool would write, all of them or none."""
+"""The dataset folder: facts that add up, all of it or nothing, and mistakes by name."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from text_files import WriteLines, line, write
-from transformers import AutoTokenizer
 
-from megatron_infoentropy.data import encode
+from megatron_infoentropy.data import blocks
+from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.jsonl import BrokenLineError
-from megatron_infoentropy.data.manifest import DomainFacts, load_manifest
-from megatron_infoentropy.data.preprocess import preprocess, slug
+from megatron_infoentropy.data.manifest import DomainFacts, InputFacts, load_manifest
+from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.run import slug
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer
 
 A, B = "Pile-CC", "ArXiv"
-KEYS = {"format", "tokenizer", "dtype", "append_eod", "domains", "token_counts"}
 TEXTS = [
     "",
     "one",
@@ -34,9 +34,9 @@ DOMAINS = [A if i % 3 else B for i in range(len(TEXTS))]
 
 
 @pytest.fixture(autouse=True)
-def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of these few texts too, so that there is something to reorder and to add up."""
-    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
 
 
 @pytest.fixture
@@ -49,51 +49,12 @@ def inputs(tmp_path: Path) -> list[Path]:
     ]
 
 
-def expected_files(tokenizer_folder: Path, folder: Path, *, append_eod: bool) -> None:
-    """What tools/preprocess_data.py writes for each domain, with its own classes."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    for domain, prefix in ((A, "pile_cc"), (B, "arxiv")):
-        dtype = DType.optimal_dtype(len(tokenizer))
-        builder = IndexedDatasetBuilder(str(folder / f"{prefix}.bin"), dtype=dtype)
-        for text in (t for t, d in zip(TEXTS, DOMAINS, strict=True) if d == domain):
-            ids = tokenizer(text).input_ids
-            if ids and append_eod:
-                ids.append(tokenizer.eos_token_id)
-            builder.add_document(np.array(ids, dtype=np.int64), [len(ids)] if ids else [])
-        builder.finalize(str(folder / f"{prefix}.idx"))
-
-
-def assert_same_files(found: Path, expected: Path) -> None:
-    for path in expected.iterdir():
-        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-@pytest.mark.parametrize("append_eod", [True, False])
-def test_every_domain_is_byte_identical_to_megatrons_tool(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, append_eod: bool
-) -> None:
-    (tmp_path / "expected").mkdir()
-    expected_files(tokenizer_folder, tmp_path / "expected", append_eod=append_eod)
-    preprocess(inputs, tokenizer_folder, tmp_path / "out", append_eod=append_eod)
-    assert_same_files(tmp_path / "out", tmp_path / "expected")
-
-
-def test_the_number_of_workers_does_not_change_a_byte(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    for workers in (1, 2, 5):
-        preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
-        assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
-        assert_same_files(tmp_path / f"out{workers}", tmp_path / "out1")
-
-
 def test_counts_of_everything_add_up(
     inputs: list[Path], tokenizer_folder: Path, tokenizer: LoadedTokenizer, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    summary = preprocess(inputs, tokenizer_folder, out)
-    manifest = load_manifest(out)
-    assert summary.manifest == manifest
+    manifest = preprocess(inputs, tokenizer_folder, out)
+    assert manifest == load_manifest(out)
     assert list(manifest.domains) == [B, A]
     for domain, facts in manifest.domains.items():
         texts = [t for t, d in zip(TEXTS, DOMAINS, strict=True) if d == domain]
@@ -102,9 +63,11 @@ def test_counts_of_everything_add_up(
         assert facts.bytes == sum(len(text.encode()) for text in texts)
         assert facts.tokens == reader.tokens.size
         assert all(reader[i][-1] == tokenizer.eod_id for i in range(len(reader)) if texts[i])
-    assert summary.documents == len(TEXTS)
-    assert summary.empty_documents == TEXTS.count("") == 2
-    assert summary.tokens == sum(facts.tokens for facts in manifest.domains.values())
+        assert facts.empty == texts.count("") == 1
+    for path, facts, lines in zip(inputs, manifest.inputs, (100, len(TEXTS) - 100), strict=True):
+        empty = 2 if lines == 100 else 0
+        size = path.stat().st_size
+        assert facts == InputFacts(path.name, size, lines, lines, empty, rejected=0, blank=0)
 
 
 def test_the_frequency_table_is_that_of_the_files(
@@ -124,8 +87,14 @@ def test_the_manifest_is_the_agreed_format(
 ) -> None:
     preprocess(inputs, tokenizer_folder, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert set(content) == KEYS
-    assert content["format"] == 1
+    assert content["format"] == 2
+    assert set(content["versions"]) == {"megatron-infoentropy", "tokenizers"}
+    assert content["options"] == {
+        "append_eod": True,
+        "special_tokens": True,
+        "text_key": "text",
+        "split_by": "meta.pile_set_name",
+    }
     assert content["tokenizer"] == {
         "sha256": tokenizer.sha256,
         "vocab_size": 600,
@@ -133,8 +102,29 @@ def test_the_manifest_is_the_agreed_format(
     }
     assert (content["dtype"], content["append_eod"]) == ("uint16", True)
     assert content["token_counts"] == "token_counts.npy"
-    assert set(content["domains"][A]) == {"prefix", "documents", "tokens", "bytes"}
-    assert content["domains"][A]["prefix"] == "pile_cc"
+    facts = content["domains"][A]
+    assert facts["prefix"] == "pile_cc"
+    for kind in ("bin", "idx"):
+        raw = (tmp_path / "out" / f"pile_cc.{kind}").read_bytes()
+        assert facts[f"{kind}_sha256"] == hashlib.sha256(raw).hexdigest()
+    raw = (tmp_path / "out" / "token_counts.npy").read_bytes()
+    assert content["token_counts_sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_a_manifest_of_the_first_format_is_read(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    manifest = preprocess(inputs, tokenizer_folder, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    old = {key: content[key] for key in ("tokenizer", "dtype", "append_eod", "token_counts")}
+    facts = ("prefix", "documents", "tokens", "bytes")
+    domains = {n: {k: d[k] for k in facts} for n, d in content["domains"].items()}
+    path.write_text(json.dumps({"format": 1, **old, "domains": domains}))
+    found = load_manifest(tmp_path / "out")
+    assert found.tokenizer == manifest.tokenizer
+    assert found.domains[A].tokens == manifest.domains[A].tokens
+    assert found.domains[A].bin_sha256 == ""
 
 
 def test_a_manifest_that_can_not_be_used_is_named(
@@ -144,7 +134,7 @@ def test_a_manifest_that_can_not_be_used_is_named(
     preprocess(inputs, tokenizer_folder, out)
     content = json.loads((out / "manifest.json").read_text())
     for change, message in (
-        ({"format": 2}, "expected format 1, got 2; preprocess again"),
+        ({"format": 3}, "expected format 1 or 2, got 3; preprocess again"),
         ({"domains": {"A": {"prefix": "a"}}}, "missing 3 required"),
         ({"tokenizer": None}, "must be a mapping"),
     ):
@@ -187,7 +177,7 @@ def test_an_error_leaves_an_earlier_dataset_as_it_was(
     preprocess(inputs, tokenizer_folder, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match=r"is not empty .* or allow overwriting"):
-        preprocess(inputs, tokenizer_folder, out)
+        preprocess(inputs[:1], tokenizer_folder, out)
     with pytest.raises(BrokenLineError):
         preprocess([write_lines("b.jsonl", ["{"])], tokenizer_folder, out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -204,8 +194,9 @@ def test_an_error_leaves_an_earlier_dataset_as_it_was(
             "'Pile CC' and 'pile-cc' would both be",
         ),
         ([line("a", "--")], "the domain '--' has no letter or digit"),
-        ([line("a", A), line("", B), line("", B)], "the 2 documents of 'ArXiv' hold no token"),
-        ([], "the inputs hold no document"),
+        ([line("", A)], "the inputs hold no document with a token"),
+        ([], "the inputs hold no document with a token"),
+        ([line("a", f"d{i}") for i in range(501)], "more than 500 domains, the last is 'd500'"),
     ],
 )
 def test_domains_that_can_not_be_written_are_refused(
@@ -229,16 +220,24 @@ def test_unusable_arguments_are_refused_before_any_work(
         preprocess(inputs, tmp_path, out)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         preprocess(inputs, tokenizer_folder, out, workers=0)
+    with pytest.raises(ValueError, match="max_errors must be at least 0, got -1"):
+        preprocess(inputs, tokenizer_folder, out, max_errors=-1)
+    assert sorted(tmp_path.iterdir()) == sorted(inputs)
 
 
 def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
     write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     path = write_lines("a.jsonl", ['{"text": "a", "lang": "en"}', '{"text": "b", "lang": "de"}'])
-    whole = preprocess([path], tokenizer_folder, tmp_path / "whole", split_by=None)
-    assert whole.manifest.domains == {"all": DomainFacts("all", 2, 4, 2)}
-    split = preprocess([path], tokenizer_folder, tmp_path / "split", split_by="lang")
-    assert list(split.manifest.domains) == ["de", "en"]
+    options = Options(split_by=None)
+    whole = preprocess([path], tokenizer_folder, tmp_path / "whole", options=options)
+    facts = whole.domains["all"]
+    assert facts == DomainFacts("all", 2, 4, 2, 0, 0, facts.bin_sha256, facts.idx_sha256)
+    options = Options(split_by="lang")
+    split = preprocess([path], tokenizer_folder, tmp_path / "split", options=options)
+    assert list(split.domains) == ["de", "en"]
+    options = Options(split_by=None, text_key="lang")
+    assert preprocess([path], tokenizer_folder, tmp_path / "key", options=options).inputs[0].lines
     with pytest.raises(BrokenLineError, match=r"a\.jsonl:1: no domain: .* meta\.pile_set_name"):
         preprocess([path], tokenizer_folder, tmp_path / "out")
 
@@ -271,3 +270,15 @@ assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
     assert (tmp_path / "o" / "manifest.json").is_file()
+
+
+def test_a_domain_without_any_token_is_left_out_and_said(
+    write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Megatron can not open an empty dataset; failing after a day would be worse."""
+    path = write_lines("a.jsonl", [line("a", A), line("", B), line("", B)])
+    manifest = preprocess([path], tokenizer_folder, tmp_path / "out")
+    assert list(manifest.domains) == [A]
+    assert manifest.left_out == {B: 2}
+    assert not (tmp_path / "out" / "arxiv.bin").exists()
+    assert manifest.token_counts().shape == (1, 600)

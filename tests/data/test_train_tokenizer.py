@@ -11,7 +11,7 @@ from text_files import WriteLines, line
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_infoentropy.data.jsonl import BrokenLineError
+from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.tokenizer import (
     END_OF_TEXT,
     LoadedTokenizer,

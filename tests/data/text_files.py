@@ -1,5 +1,6 @@
 """Text files for the data tests: lines in the Pile's format, plain or compressed."""
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ def line(text: str, domain: str = "A") -> str:
 
 def write(path: Path, lines: Sequence[str]) -> Path:
     content = "".join(f"{each}\n" for each in lines).encode("utf-8", "surrogatepass")
-    compressed = zstandard.ZstdCompressor().compress(content)
-    path.write_bytes(compressed if path.suffix == ".zst" else content)
+    if path.suffix == ".zst":
+        content = zstandard.ZstdCompressor().compress(content)
+    elif path.suffix == ".gz":
+        content = gzip.compress(content)
+    path.write_bytes(content)
     return path

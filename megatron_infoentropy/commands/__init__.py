@@ -1,0 +1,1 @@
+"""Commands of `infoentropy`, by room; each imports its room inside itself."""

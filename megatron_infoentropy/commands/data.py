@@ -1,0 +1,124 @@
+"""Commands that make datasets: text, tokenizer, `.bin/.idx`."""
+
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from megatron_infoentropy.data.manifest import Manifest
+
+out = Console(highlight=False, soft_wrap=True)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+
+
+def corpus(
+    output: Annotated[Path, typer.Argument(help="folder to write the three files into")],
+    megabytes: Annotated[float, typer.Option(help="about how much text")] = 20.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a small corpus in the Pile's format from Python's standard library (for trying out)."""
+    from megatron_infoentropy.data.corpus import build_corpus
+
+    summary = build_corpus(output, megabytes=megabytes, overwrite=overwrite)
+    for (split, domain), size in summary.sizes.items():
+        out.print(f"{split:10} {domain:14} {size.documents:6} documents {size.bytes:10} bytes")
+
+
+def tokenizer(
+    inputs: Annotated[list[Path], typer.Argument(help=".jsonl, .jsonl.zst or .jsonl.gz files")],
+    output: Annotated[Path, typer.Option(help="folder to write, in Hugging Face format")],
+    vocab_size: Annotated[int, typer.Option(help="entries, <|endoftext|> included")] = 8192,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from megatron_infoentropy.data.tokenizer import train_tokenizer
+
+    loaded = train_tokenizer(inputs, output, vocab_size=vocab_size, overwrite=overwrite)
+    out.print(f"{output}: {loaded.vocab_size} entries, end of document is {loaded.eod_id}")
+
+
+def preprocess(
+    input: Annotated[
+        list[str],
+        typer.Option(help=".jsonl, .jsonl.zst or .jsonl.gz file, or a quoted pattern; repeatable"),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
+    output: Annotated[Path, typer.Option(help="folder to write")],
+    workers: Annotated[int, typer.Option(min=1, help="encoding processes, one a core")] = 1,
+    split_by: Annotated[
+        str, typer.Option(help="key that names a document's domain; '' for one dataset")
+    ] = "meta.pile_set_name",
+    text_key: Annotated[str, typer.Option(help="key that holds the text")] = "text",
+    append_eod: Annotated[bool, typer.Option(help="end every document with <eod>")] = True,
+    special_tokens: Annotated[
+        bool, typer.Option(help="keep what the tokenizer adds itself, such as a start token")
+    ] = True,
+    engine: Annotated[str, typer.Option(help="hf")] = "hf",
+    on_error: Annotated[
+        str, typer.Option(help="stop, or skip lines that hold no document, counted and listed")
+    ] = "stop",
+    max_errors: Annotated[int, typer.Option(min=1, help="with skip: at most so many")] = 1000,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: do part i (from 0) of n; merge joins the parts")
+    ] = None,
+    overwrite: Overwrite = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="throw away what an unfinished run has done")
+    ] = False,
+) -> None:
+    """Turn text into Megatron's .bin/.idx datasets, one a domain, with token counts.
+
+    Killed or failed, the same command goes on where it was.
+    """
+    from megatron_infoentropy.data.options import Options
+    from megatron_infoentropy.data.preprocess import preprocess as run
+    from megatron_infoentropy.data.shards import parse_shard
+
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
+    done = run(
+        _matching(input),
+        tokenizer,
+        output,
+        options=Options(append_eod, special_tokens, text_key, split_by or None),
+        workers=workers,
+        engine=engine,
+        max_errors=max_errors if on_error == "skip" else 0,
+        shard=None if shard is None else parse_shard(shard),
+        overwrite=overwrite,
+        restart=restart,
+    )
+    _print_domains(done)
+
+
+def _matching(patterns: list[str]) -> list[Path]:
+    """Files in the order given, each pattern's matches sorted; a pattern must match something."""
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 takes absolute
+        files += found or [Path(pattern)]  # a missing file is named by the room that opens it
+    return files
+
+
+def _print_domains(manifest: "Manifest") -> None:
+    """One row a domain, and what was not written."""
+    table = Table("domain", "documents", "tokens", "bytes", "bytes/token", "empty", "rejected")
+    for name, facts in manifest.domains.items():
+        ratio = f"{facts.bytes / facts.tokens:.2f}" if facts.tokens else ""
+        sizes = (facts.documents, facts.tokens, facts.bytes)
+        row = (*map(str, sizes), ratio, str(facts.empty), str(facts.rejected))
+        table.add_row(name, *row)
+    out.print(table)
+    for name, documents in manifest.left_out.items():
+        out.print(f"left out: {name}, whose {documents} documents have no token", markup=False)
+    rejected = sum(facts.rejected for facts in manifest.inputs)
+    if rejected:
+        out.print(f"skipped: {rejected} lines, listed in {manifest.folder}/rejected.tsv")
+
+
+COMMANDS = (corpus, tokenizer, preprocess)

@@ -1,0 +1,98 @@
+"""Files as blocks of whole lines: what a worker gets at once, and where a run can go on.
+
+A block is some raw lines of one file, about half a megabyte, together with where they stand in it.
+Nothing is parsed here: counting newlines is all that the one reading process does per byte.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infoentropy.data.compression import (
+    DamagedFileError,
+    read_chunks,
+    require_readable,
+)
+
+BLOCK_BYTES = 1 << 19
+
+
+class BrokenLineError(ValueError):
+    """A line, named by file and number, that does not hold a document."""
+
+    def __init__(self, path: Path, line: int, reason: str) -> None:
+        super().__init__(f"{path}:{line}: {reason}")
+        self.path, self.line, self.reason = path, line, reason
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two lines: bytes of decompressed text before it, number of the next line."""
+
+    offset: int = 0
+    line: int = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines, newlines included (a file's last one may lack it), between two places."""
+
+    path: Path
+    data: bytes
+    start: Position
+    end: Position
+
+    @property
+    def lines(self) -> int:
+        """How many lines there are."""
+        return self.end.line - self.start.line
+
+
+def read_blocks(
+    path: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    start: Position = Position(),
+) -> Iterator[Block]:
+    """Yield the lines of one file from `start` on, and last a block without any: the end.
+
+    `advance` is called with the bytes read from the disk since the last call.
+
+    Raises:
+        BrokenLineError: the file is truncated or damaged, after the last whole line.
+        ValueError: see `require_readable`.
+    """
+    require_readable(path)
+    at = start
+    pieces: list[bytes] = []  # a list, as one line may span very many chunks
+    size = 0
+    damage: DamagedFileError | None = None
+    chunks = read_chunks(path, advance, start.offset)
+    while True:
+        try:
+            chunk = next(chunks, None)
+        except DamagedFileError as error:
+            chunk, damage = None, error
+        if chunk is None:
+            break
+        pieces.append(chunk)
+        size += len(chunk)
+        if size >= BLOCK_BYTES and b"\n" in chunk:
+            lines, _, rest = b"".join(pieces).rpartition(b"\n")
+            block = _block(path, lines + b"\n", at)
+            yield block
+            at, pieces, size = block.end, [rest], len(rest)
+    data = b"".join(pieces)
+    if damage is not None:  # the line that was cut is not one that the file holds
+        data = data[: data.rfind(b"\n") + 1]
+    if data:
+        block = _block(path, data, at)
+        yield block
+        at = block.end
+    if damage is not None:
+        raise BrokenLineError(path, at.line, str(damage)) from damage
+    yield Block(path, b"", at, at)
+
+
+def _block(path: Path, data: bytes, start: Position) -> Block:
+    lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    return Block(path, data, start, Position(start.offset + len(data), start.line + lines))

@@ -1,0 +1,141 @@
+"""Byte-identical to Megatron's tool: hard texts, special tokens, vocabularies, any layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+from golden import assert_same_files, write_golden
+from text_files import line, write
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from megatron_infoentropy.data import blocks
+from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.tokenizer import END_OF_TEXT
+
+A, B = "Pile-CC", "ArXiv"
+TEXTS = [
+    "",
+    "one",
+    "def f(x):\n    return x ** 2\n" * 30,
+    "gr\u00fc\u00df dich, \u4f60\u597d, \U0001f600, e\u0301, \u2028, \x00, \ufffd, \ufeff",
+    "newer than some Unicode tables: \ua7cf, \U00016ebc, \U00016ecf, \u1c89, \U0001cc00",
+    f"a {END_OF_TEXT} b",
+    f"{END_OF_TEXT}{END_OF_TEXT}\n{END_OF_TEXT} ",
+    "<s> is no text here </s>",
+    "",
+    " ",
+    "\r\n\t  ",
+    "x" * 5000,
+    *(f"document number {i}\n" * (i % 7 + 1) for i in range(300)),
+    "",
+]
+DOMAINS = [A if i % 3 else B for i in range(len(TEXTS))]
+LINES = [line(text, domain) for text, domain in zip(TEXTS, DOMAINS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these few texts too, so that there is something to reorder and to add up."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    """The texts in three files, two of them compressed."""
+    return [
+        write(tmp_path / "first.jsonl.zst", LINES[:100]),
+        write(tmp_path / "second.jsonl", LINES[100:200]),
+        write(tmp_path / "third.jsonl.gz", LINES[200:]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def starting(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that puts a start token before and another token behind, as Llama's may."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 600), ("</s>", 601)]
+    )
+    return save(tokenizer, tmp_path_factory.mktemp("starting"))
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT}))
+    return folder
+
+
+def write_goldens(folder: Path, tokenizer_folder: Path, **options: bool) -> Path:
+    folder.mkdir()
+    for domain, prefix in ((A, "pile_cc"), (B, "arxiv")):
+        texts = [t for t, d in zip(TEXTS, DOMAINS, strict=True) if d == domain]
+        write_golden(folder / prefix, texts, tokenizer_folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("kind", ["tokenizer_folder", "starting"])
+def test_every_domain_is_byte_identical_to_megatrons_tool(
+    inputs: list[Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    append_eod: bool,
+    special_tokens: bool,
+) -> None:
+    tokenizer: Path = request.getfixturevalue(kind)
+    if kind == "tokenizer_folder" and not special_tokens:
+        return  # it adds none: the same as with them
+    choices = {"append_eod": append_eod, "special_tokens": special_tokens}
+    expected = write_goldens(tmp_path / "expected", tokenizer, **choices)
+    preprocess(inputs, tokenizer, tmp_path / "out", options=Options(**choices))
+    assert_same_files(tmp_path / "out", expected)
+
+
+def test_the_number_of_workers_does_not_change_a_byte(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for workers in (1, 2, 5):
+        preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
+        assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
+        assert_same_files(tmp_path / f"out{workers}", tmp_path / "out1")
+
+
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500, 65_536])
+def test_ids_at_the_end_of_a_vocabulary_keep_megatrons_dtype(
+    tmp_path: Path, vocab_size: int
+) -> None:
+    """Where others switch to four bytes at another size, and where two bytes would not do."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    first = vocab_size - len(letters) - 1
+    vocab = {f"filler{i}": i for i in range(first)}
+    vocab |= {letter: first + i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    assert tokenizer.get_vocab_size() == vocab_size
+    (tmp_path / "tokenizer").mkdir()
+    folder = save(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "expected").mkdir()
+    write_golden(tmp_path / "expected" / "all", TEXTS[:12], folder)
+    text = write(tmp_path / "a.jsonl", LINES[:12])
+    found = preprocess([text], folder, tmp_path / "out", options=Options(split_by=None))
+    assert found.dtype == ("uint16" if vocab_size < 65_500 else "int32")
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
+
+
+def test_a_document_of_a_million_tokens_is_whole(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    texts = ["before", "0 1 z 2 q\n" * 126_000, "after"]
+    (tmp_path / "expected").mkdir()
+    write_golden(tmp_path / "expected" / "a", texts, tokenizer_folder)
+    text = write(tmp_path / "a.jsonl.zst", [line(text) for text in texts])
+    found = preprocess([text], tokenizer_folder, tmp_path / "out")
+    assert found.domains["A"].tokens > 1_000_000
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
