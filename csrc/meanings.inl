@@ -18,8 +18,9 @@ struct Scaled {
   float factor;
 };
 
-// tanh |y| = (1 - q) / (1 + q) with q = 2^(-2 log2(e) |y|). 1 - q comes from the power's parts, so
-// that small logits keep their relative precision; the slope 4 q / (1 + q)^2 keeps it everywhere.
+// tanh |y| = (1 - q) / (1 + q) = 1 - 2 q / (1 + q) with q = 2^(-2 log2(e) |y|): the first form where
+// q is near 1, with 1 - q from the power's parts, so that small logits keep their relative precision;
+// the second where the result is near 1. The slope is 4 q / (1 + q)^2.
 struct Capped {
   static constexpr bool kFused = false;
   static constexpr bool kCapped = true;
@@ -39,11 +40,13 @@ struct Capped {
   Vec of(Vec z, Vec& slope) const {
     constexpr std::uint32_t kSign = 0x80000000u;
     const Vec w = maximum(splat(-limit), (Vec)((UVec)z | kSign));
-    const Power q = power_of_2(fused(w, splat(high), w * low));
-    const Vec difference = (1.0f - q.scale) - q.scale * (q.p * q.f);
-    const Vec inverse = 1.0f / (2.0f - difference);
-    slope = 4.0f * (1.0f - difference) * inverse * inverse;
-    const Vec magnitude = difference * inverse * bound;
+    const Power power = power_of_2(fused(w, splat(high), w * low));
+    const Vec h = power.p * power.f, q = (h + 1.0f) * power.scale;
+    const Vec inverse = 1.0f / (1.0f + q);
+    slope = 4.0f * q * inverse * inverse;
+    const Vec difference = (1.0f - power.scale) - power.scale * h;
+    const Vec magnitude = select(q > 0.25f, difference * inverse * bound,
+                                 fused(q * (-2.0f * bound), inverse, splat(bound)));
     const Vec x = rounded((Vec)((UVec)magnitude | ((UVec)z & kSign)));
     return select(z == -kInfinity, z, x);  // a mask stays a mask
   }

@@ -101,13 +101,24 @@ struct RowSums {
   // After `add` of the same columns.
   template <class T>
   void add_distance(const T* z, std::int64_t count) {
+    columns += count;
+    if (m == -kInfinity) {
+      distance = kInfinity;  // of any column that has mass
+      return;
+    }
     Vec sum = {};
     for (std::int64_t i = 0; i < count; i += kPair) {
       const Pair pair = load(z + i);
       sum += (m - meaning.of(pair.a)) + (m - meaning.of(pair.b));
     }
     distance += horizontal_sum(sum);
-    columns += count;
+  }
+
+  template <class T>
+  void add_distance_of_one(const T* z) {
+    const float x = meaning.of(splat(read_one(z)))[0];
+    distance = m == -kInfinity ? kInfinity : distance + (static_cast<double>(m) - x);
+    columns += 1;
   }
 };
 
@@ -138,7 +149,6 @@ static bool add_chunk(RowSums<Meaning>& sums, const T* z, std::int64_t count) {
   const float z_max = chunk_maximum(z, count);  // may ignore NaN: found below, or in the sums
   if (z_max == -kInfinity) {
     if (holds_nan(z, count)) sums.tail += __builtin_nanf("");
-    sums.distance = kInfinity;  // if any other column has mass
     return true;
   }
   const float chunk_m = sums.meaning.of(splat(z_max))[0];
@@ -172,8 +182,8 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
       return row_statistics<T, Scaled>(logits, columns, own, options, row);
     }
     if (options.distance && rest == 0) sums.add_distance(from, count);
-    for (std::int64_t k = 0; options.distance && k < rest; ++k) {
-      sums.distance += sums.m - sums.meaning.of(splat(read_one(from + k)))[0];
+    if (options.distance) {
+      for (std::int64_t k = 0; k < rest; ++k) sums.add_distance_of_one(z + i + k);
     }
     i += rest > 0 ? rest : count;
   }
