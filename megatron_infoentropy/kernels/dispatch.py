@@ -73,3 +73,8 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> Kernels:
         level, "InfoEntropy kernels for %s %s: %s%s", device, dtype, name, why and f" ({why})"
     )
     return BACKENDS[name][0]
+
+
+# A compiled graph burns the choice in instead of tracing through it. This is all that
+# torch.compiler.assume_constant_result does; calling it imports the compiler: seconds.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from megatron_infoentropy.kernels.dispatch import by_name
 
 
 @torch.library.custom_op("infoentropy::shard_statistics", mutates_args=())
-def _shard_statistics(
+def statistics_operator(
     logits: torch.Tensor,
     target: torch.Tensor,
     start: int,
@@ -27,7 +27,7 @@ def _shard_statistics(
     return by_name(backend).shard_statistics(logits, target, shard, options)
 
 
-@_shard_statistics.register_fake
+@statistics_operator.register_fake
 def _(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -44,7 +44,7 @@ def _(
 
 
 @torch.library.custom_op("infoentropy::shard_gradient", mutates_args=())
-def _shard_gradient(
+def gradient_operator(
     logits: torch.Tensor,
     target: torch.Tensor,
     coefficients: torch.Tensor,
@@ -62,7 +62,7 @@ def _shard_gradient(
     return out
 
 
-@_shard_gradient.register_fake
+@gradient_operator.register_fake
 def _(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -87,7 +87,7 @@ def shard_statistics(
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     if torch.compiler.is_compiling():
-        result: torch.Tensor = _shard_statistics(
+        result: torch.Tensor = statistics_operator(
             logits_NV, target_N, *shard, *options, backend=kernels.name
         )
         return result
@@ -109,7 +109,7 @@ def shard_gradient(
     A compiled graph gets a new tensor whatever `inplace` says: it plans its own memory.
     """
     if torch.compiler.is_compiling():
-        result: torch.Tensor = _shard_gradient(
+        result: torch.Tensor = gradient_operator(
             logits_NV, target_N, coefficients_RN, *shard, *options, backend=kernels.name
         )
         return result

@@ -1,0 +1,179 @@
+"""Smoothing, z-loss, entropy bonus, softcap, temperature, accuracy: each against its definition."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from close import assert_within
+from oracle import dense_statistics, meant, uniform_cross_entropy
+from ranks import run_ranks
+
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
+
+V, TRUE_SIZE = 512, 401
+
+
+def random_case(n=23, v=V, scale=3.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(n, v, generator=generator) * scale).to(dtype)
+    return logits, torch.randint(0, TRUE_SIZE, (n,), generator=generator)
+
+
+def loss_and_gradient(function, logits):
+    leaf = logits.clone().requires_grad_()
+    loss = function(leaf)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def test_smoothing_without_weights_is_pytorchs_own():
+    logits, target = random_case()
+    target[3] = -100
+    config = InfoEntropyConfig(gamma=0.0, label_smoothing=0.1)
+    ours = loss_and_gradient(lambda x: infoentropy_loss(x, target, config), logits)
+    theirs = loss_and_gradient(
+        lambda x: F.cross_entropy(x, target, label_smoothing=0.1, ignore_index=-100), logits
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_within(mine, other, atol=1e-13)
+
+
+def smoothed_on_rank(normalization):
+    logits, target = random_case()
+    shard = logits.chunk(dist.get_world_size(), -1)[dist.get_rank()].clone().requires_grad_()
+    config = InfoEntropyConfig(label_smoothing=0.1, normalization=normalization)
+    loss = infoentropy_loss(shard, target, config, group=dist.group.WORLD, vocab_size=TRUE_SIZE)
+    loss.backward()
+    return loss.detach(), shard.grad
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_smoothing_is_over_the_true_vocabulary_however_it_is_sharded(world):
+    """Not over a rank's own columns, and not over the table's padding."""
+    logits, target = random_case()
+
+    def dense(leaf):
+        kept = leaf[:, :TRUE_SIZE]
+        ce, entropy, _ = dense_statistics(kept, target)
+        weight = (1 + entropy).detach()
+        loss = 0.9 * ce + 0.1 * uniform_cross_entropy(kept)
+        return (weight * loss).sum() / weight.sum()
+
+    expected, gradient = loss_and_gradient(dense, logits)
+    results = run_ranks(smoothed_on_rank, world, "global")
+    for loss, _ in results:
+        assert_within(loss, expected, atol=1e-13)
+    assert_within(torch.cat([grad for _, grad in results], -1), gradient, atol=1e-13)
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+def test_z_loss_and_entropy_bonus_are_added_to_every_tokens_loss(detach):
+    logits, target = random_case()
+    config = InfoEntropyConfig(
+        z_loss=1e-2, entropy_bonus=0.3, normalization="none", detach_weight=detach
+    )
+
+    def dense(leaf):
+        ce, entropy, lse = dense_statistics(leaf, target)
+        weight = 1 + (entropy.detach() if detach else entropy)
+        return (weight * (ce + 1e-2 * lse**2 - 0.3 * entropy)).mean()
+
+    ours = loss_and_gradient(lambda x: infoentropy_loss(x, target, config), logits)
+    for mine, truth in zip(ours, loss_and_gradient(dense, logits), strict=True):
+        assert_within(mine, truth, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 4.0}, {"temperature": 0.5}], ids=str)
+def test_softcap_and_temperature_are_part_of_the_model(options):
+    logits, target = random_case()
+    config = InfoEntropyConfig(normalization="none", **options)
+
+    def dense(leaf):
+        ce, entropy, _ = dense_statistics(meant(leaf, **options), target)
+        return ((1 + entropy).detach() * ce).mean()
+
+    ours = loss_and_gradient(lambda x: infoentropy_loss(x, target, config), logits)
+    for mine, truth in zip(ours, loss_and_gradient(dense, logits), strict=True):
+        assert_within(mine, truth, atol=1e-13)
+
+
+def test_a_mask_stays_a_mask_under_a_softcap():
+    """-softcap would give masked entries a share of the probability."""
+    logits, target = random_case(n=5)
+    masked = logits.clone()
+    masked[:, 200:300] = -torch.inf
+    target = target % 200
+    plain = torch.cat([logits[:, :200], logits[:, 300:]], -1)
+    leaf = masked.requires_grad_()
+    got = vocab_parallel_statistics(leaf, target, softcap=2.0)
+    expected = vocab_parallel_statistics(plain, target, softcap=2.0)
+    for part, truth in zip(got[:3], expected[:3], strict=True):
+        assert_within(part, truth, atol=1e-13)
+    sum(part.sum() for part in got[:3]).backward()
+    assert torch.equal(leaf.grad[:, 200:300], torch.zeros(5, 100, dtype=leaf.dtype))
+
+
+def test_accuracy_is_that_of_argmax_and_ties_count():
+    logits, target = random_case(n=400, dtype=torch.float32)
+    best = logits[:, :TRUE_SIZE].argmax(-1)
+    target[::3] = best[::3]
+    target[6] = -100
+    is_top = vocab_parallel_statistics(logits, target, vocab_size=TRUE_SIZE).is_top
+    assert is_top.dtype == torch.bool
+    assert torch.equal(is_top, best == target)
+    tied = torch.zeros(2, 9)
+    assert vocab_parallel_statistics(tied, torch.tensor([4, -100])).is_top.tolist() == [True, False]
+
+
+def test_the_weight_is_that_of_the_plain_statistics():
+    """Smoothing and regularisers change what a weight multiplies, never the weight."""
+    logits, target = random_case()
+    plain = InfoEntropyConfig(objective="focal", gamma=2.0, normalization="none")
+    smooth = InfoEntropyConfig(
+        objective="focal", gamma=2.0, normalization="none", label_smoothing=0.2
+    )
+    ce, _, _ = dense_statistics(logits, target)
+    weight = (1 - (-ce).exp()) ** 2
+    difference = infoentropy_loss(logits, target, smooth) - infoentropy_loss(logits, target, plain)
+    expected = (weight * 0.2 * (uniform_cross_entropy(logits) - ce)).mean()
+    assert_within(difference, expected, atol=1e-13)
+
+
+def test_four_statistics_are_gathered_unless_a_fifth_is_asked_for():
+    for sizes in run_ranks(gathered_bytes, 2):
+        assert sizes == [8 * 16, 8 * 20]
+
+
+def gathered_bytes():
+    from unittest import mock
+
+    sizes = []
+    for label_smoothing in (0.0, 0.1):
+        config = InfoEntropyConfig(label_smoothing=label_smoothing)
+        wrapped = mock.Mock(wraps=dist.all_gather_into_tensor)
+        with mock.patch.object(dist, "all_gather_into_tensor", wrapped):
+            infoentropy_loss(torch.zeros(8, 32), torch.arange(8), config, group=dist.group.WORLD)
+        (call,) = wrapped.call_args_list
+        sizes.append(call.args[-1].numel() * call.args[-1].element_size())
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"label_smoothing": 1.0}, "below 1, got 1.0"),
+        ({"label_smoothing": -0.1}, "at least 0"),
+        ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0; 0 switches it off"),
+        ({"softcap": -30.0}, "softcap must be at least 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        InfoEntropyConfig(**setting)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 0.0}, {"softcap": -1.0}, {"temperature": 0.0}])
+def test_arguments_that_mean_nothing_are_refused(option):
+    with pytest.raises(ValueError, match="must be positive"):
+        vocab_parallel_statistics(torch.zeros(1, 3), torch.tensor([0]), **option)
