@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test lint bench build status status-readme clean
+.PHONY: demo test lint bench bench-gpu build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -23,8 +23,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The loss beside its peers. OUTPUT=tools/results writes the result file (only at a clean commit).
 bench: $(READY)
-	$(BIN)/infoentropy bench
+	$(BIN)/infoentropy bench --grid small $(if $(OUTPUT),--output $(OUTPUT))
+
+# Every shape on one large GPU, with the bytes that ncu counts. PYTHON=... uses another environment
+# than .venv; where there is no git, INFOENTROPY_COMMIT=... names the commit.
+bench-gpu: $(if $(PYTHON),,$(READY))
+	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 20 --counters \
+	  --output $(or $(OUTPUT),tools/results)
 
 build: $(READY)
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from megatron_infoentropy import __version__
 from megatron_infoentropy.commands import data as data_commands
@@ -201,26 +200,34 @@ def doctor() -> None:
 @app.command()
 def bench(
     tokens: Annotated[int, typer.Option(help="rows of logits")] = 2048,
-    vocabulary: Annotated[int, typer.Option(help="columns of logits")] = 32000,
+    vocabulary: Annotated[int, typer.Option(help="columns of logits, over all ranks")] = 32000,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="ranks to split the vocabulary over")
+    ] = 1,
+    grid: Annotated[
+        str | None, typer.Option(help="small or full: measure these shapes instead")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="shrink all shapes, to try it out")] = False,
+    compiled: Annotated[
+        bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")
+    ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="passes per provider")] = 5,
-    output: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="also count the bytes moved, by ncu (GPU)")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
+    ] = None,
 ) -> None:
     """Time and memory of the loss beside its peers, in one run, as ratios."""
+    from megatron_infoentropy.bench import cases
     from megatron_infoentropy.bench.run import bench as run
-    from megatron_infoentropy.bench.run import write_csv
+    from megatron_infoentropy.bench.table import WIDTH, tables
 
-    result = run(tokens=tokens, vocabulary=vocabulary, dtype=dtype, repeats=repeats)
-    title = f"forward + backward, {tokens} x {vocabulary} {dtype}, {result.threads} threads"
-    ours = result.ratios(result.measurements[0])
-    heads = ("provider", "median ms", "p20-p80 ms", "peak MiB", *(f"x {name}" for name in ours))
-    table = Table(*heads, title=title)
-    for m in result.measurements:
-        spread, memory = f"{m.p20_ms:.1f}-{m.p80_ms:.1f}", f"{m.peak_mib:.0f}"
-        ratios = (f"{ratio:.1f}" for ratio in result.ratios(m).values())
-        table.add_row(m.provider, f"{m.median_ms:.1f}", spread, memory, *ratios)
-    out.print(table)
-    for name, milliseconds in result.collectives_ms.items():
-        out.print(f"join the shards of {result.ranks} ranks by {name}: {milliseconds:.2f} ms")
-    if output is not None:
-        write_csv([result], output)
+    shape = (tokens, vocabulary, dtype, tensor_parallel)
+    chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
+    chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
+    wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
+    for part in tables(run(chosen, repeats=repeats, counters=counters, output=output)):
+        wide.print(part)

@@ -1,7 +1,8 @@
 """The README's generated parts: what was run where and when, and how fast.
 
     tools/status.py run       run the tests of every feature this machine can run; write the results
-    tools/status.py readme    rewrite the README's generated parts from the result files
+    tools/status.py readme    rewrite the generated parts of the README and of docs/benchmarks.md
+                              from the result files, and redraw the pictures
 
 No number stands in the README without its file under tools/results/.
 """
@@ -16,6 +17,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # also where this file is imported by its path
+import bench_report  # noqa: E402
+
 RESULTS = ROOT / "tools" / "results"
 FIELDS = ("feature", "outcome", "device", "torch", "megatron_core", "commit", "date")
 
@@ -26,8 +30,10 @@ def main() -> None:
         sys.argv[1:] = ["readme"]
     if sys.argv[1:] != ["readme"]:
         sys.exit(__doc__)
-    readme = ROOT / "README.md"
+    bench_report.draw_pictures()
+    readme, benchmarks = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     readme.write_text(generated(readme.read_text()))
+    benchmarks.write_text(generated_benchmarks(benchmarks.read_text()))
 
 
 def run_features() -> None:
@@ -41,7 +47,8 @@ def run_features() -> None:
         here.add("multi_gpu")
     facts = provenance()
     rows = [
-        {"feature": feature["feature"], "outcome": outcome_of(feature["tests"]), **facts}
+        {"feature": feature["feature"], "outcome": outcome_of(feature["tests"])}
+        | {name: facts[name] for name in FIELDS[2:]}
         for feature in features()
         if feature["needs"] in here
     ]
@@ -67,13 +74,23 @@ def features() -> list[dict[str, Any]]:
 
 def generated(readme: str) -> str:
     """The README with its generated parts renewed."""
-    for name, text in (("status", status_table()), ("bench", bench_table())):
+    return renewed(readme, {"status": status_table(), "bench": bench_report.summary(ROOT)})
+
+
+def generated_benchmarks(page: str) -> str:
+    """docs/benchmarks.md with its generated part renewed."""
+    return renewed(page, {"bench": bench_report.everything(ROOT / "docs")})
+
+
+def renewed(page: str, parts: dict[str, str]) -> str:
+    """The page with the text after each part's mark replaced."""
+    for name, text in parts.items():
         block = f"<!-- {name} -->\n{text}<!-- /{name} -->"
         pattern = rf"<!-- {name} -->\n(?:.*?<!-- /{name} -->)?"
-        readme, count = re.subn(pattern, lambda _, b=block: b, readme, count=1, flags=re.S)
+        page, count = re.subn(pattern, lambda _, b=block: b, page, count=1, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md has no <!-- {name} --> mark")
-    return readme
+            raise ValueError(f"the page has no <!-- {name} --> mark")
+    return page
 
 
 def status_table() -> str:
@@ -92,41 +109,6 @@ def status_table() -> str:
         when = f"{row['date']}, {row['commit']}"
         lines.append(f"| {feature['feature']} | {row['outcome']} | {where} | {when} |")
     return "\n".join(lines) + "\n"
-
-
-def bench_table() -> str:
-    """One table a result file of `infoentropy bench`."""
-    text = ""
-    for path in sorted(RESULTS.glob("bench_*.csv")):
-        rows = list(csv.DictReader(path.open()))
-        first = rows[0]
-        text += (
-            f"Forward and backward of {first['tokens']} x {first['vocabulary']} {first['dtype']} "
-            f"logits, {first['device']}, {first['threads']} threads, torch {first['torch']}, "
-            f"{first['date']}, commit {first['commit']} ([file](tools/results/{path.name}); "
-            "`make bench` repeats it):\n\n"
-            "| | median ms | peak MiB beside the logits | x native | x native in place |\n"
-            "|---|---|---|---|---|\n"
-        )
-        joins = [row for row in rows if not row["peak_mib"]]
-        for row in rows:
-            if row in joins:
-                continue
-            text += (
-                f"| {row['provider']} | {float(row['median_ms']):.0f} | "
-                f"{float(row['peak_mib']):.0f} | {_times(row, 'native')} | "
-                f"{_times(row, 'native in place')} |\n"
-            )
-        for row in joins:
-            text += f"\n{row['provider'].capitalize()}: {float(row['median_ms']):.1f} ms."
-        text += "\n\n"
-    return text
-
-
-def _times(row: dict[str, str], ours: str) -> str:
-    """A ratio, where that way of ours runs on the device."""
-    value = row.get(f"times_{ours}")
-    return f"{float(value):.1f}" if value else ""
 
 
 if __name__ == "__main__":

@@ -1,51 +1,53 @@
-"""The two ways to join vocabulary shards, side by side on gloo (or NCCL) ranks of this machine."""
+"""What a loss sends between ranks, counted at PyTorch's dispatcher while it runs."""
 
-import statistics
-import tempfile
-import time
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_infoentropy.config import Collective
-from megatron_infoentropy.loss.collective import join_shards
-from megatron_infoentropy.runtime.device import find_device
-
-
-def measure_collectives(ranks: int, tokens: int, *, repeats: int) -> dict[str, float]:
-    """{collective: median ms} to join statistics of `tokens` tokens over `ranks` ranks."""
-    device = find_device()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, tokens, repeats, device.type, device.backend, folder)
-        spawn(_rank, arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
-        return dict(torch.load(Path(folder) / "result.pt"))
-
-
-def _rank(
-    rank: int, ranks: int, tokens: int, repeats: int, device: str, backend: str, folder: str
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-    )
-    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    mine = torch.rand(4, tokens, device=place)
-    times: dict[str, list[float]] = {"gather": [], "all_reduce": []}
-    for _ in range(repeats + 1):
-        for collective in times:
-            dist.barrier()
-            start = time.perf_counter()
-            _join(mine, collective)  # type: ignore[arg-type]
-            times[collective].append((time.perf_counter() - start) * 1e3)
-    if rank == 0:
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-        torch.save(medians, Path(folder) / "result.pt")
-    dist.destroy_process_group()
+# operator -> position of what this rank contributes; each counted once however it is spelled
+_CONTRIBUTED = {
+    "c10d::allreduce_": 0,
+    "c10d::allreduce_coalesced_": 0,
+    "c10d::allgather_": 1,
+    "c10d::_allgather_base_": 1,
+    "c10d::reduce_scatter_": 1,
+    "c10d::_reduce_scatter_base_": 1,
+    "c10d::alltoall_base_": 1,
+    "c10d::broadcast_": 0,
+    "_c10d_functional::all_reduce": 0,
+    "_c10d_functional::all_reduce_": 0,
+    "_c10d_functional::all_gather_into_tensor": 0,
+    "_c10d_functional::all_gather_into_tensor_out": 0,
+    "_c10d_functional::reduce_scatter_tensor": 0,
+}
 
 
-def _join(mine: torch.Tensor, collective: Collective) -> None:
-    joined = join_shards(mine, dist.group.WORLD, collective)
-    if joined.tail.is_cuda:
-        torch.cuda.synchronize()
+class Traffic(NamedTuple):
+    """Collectives, and the bytes that this rank contributed to them."""
+
+    collectives: int
+    bytes: int
+
+
+class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts every collective called inside the block, also by backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.traffic = Traffic(0, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        position = _CONTRIBUTED.get(func._schema.name)
+        if position is not None:
+            count, size = self.traffic
+            self.traffic = Traffic(count + 1, size + _bytes(args[position]))
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(tensor) for tensor in tensors)

@@ -3,13 +3,25 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from megatron_infoentropy.runtime.device import find_device
+
+# Those that are not installed leave their column empty.
+PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformer-engine",
+    "liger-kernel",
+    "flash-attn",
+    "quack-kernels",
+)
 
 
 def provenance() -> dict[str, str]:
@@ -18,13 +30,21 @@ def provenance() -> dict[str, str]:
     Raises:
         ValueError: the commit is unknown, or the tree has changes that no commit names.
     """
+    versions = {package.replace("-", "_"): _version(package) for package in PACKAGES}
     return {
         "device": device_name(),
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
+        **versions,
         "commit": commit_of_this_tree(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def file_name(facts: dict[str, str]) -> str:
+    """bench_<device>_<yyyymm>.csv: "cpu", or the GPU's model."""
+    words = re.findall(r"[a-z0-9]+", facts["device"].lower())
+    model = next((word for word in words if re.search(r"\d", word)), "gpu")  # "NVIDIA H200"
+    name = model if find_device().type == "cuda" else "cpu"
+    return f"bench_{name}_{facts['date'].replace('-', '')[:6]}.csv"
 
 
 def device_name() -> str:
@@ -38,26 +58,43 @@ def device_name() -> str:
 
 
 def commit_of_this_tree() -> str:
-    """The short commit that tracked files are at.
+    """The short commit that tracked files are at; INFOENTROPY_COMMIT names it where the files were
+    copied without their git folder.
 
     Raises:
-        ValueError: not a git tree, or files differ from the commit.
+        ValueError: neither a git tree nor a named commit, or files differ from the commit.
     """
+    named = os.environ.get("INFOENTROPY_COMMIT")
+    if named:
+        if not re.fullmatch(r"[0-9a-f]{7,40}", named):
+            raise ValueError(f"INFOENTROPY_COMMIT must be 7 to 40 hex digits, got {named!r}")
+        return named[:7]
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                ["git", *words],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:  # no git on this machine
+            return ""
         return done.stdout.strip()
 
     commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
     if not commit or changed:
         raise ValueError(
             "results are written only with the commit they belong to: run from a clone without "
-            "uncommitted changes, or leave out --output"
+            "uncommitted changes (or, where there is no git, set INFOENTROPY_COMMIT), or leave out "
+            "--output"
         )
     return commit
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

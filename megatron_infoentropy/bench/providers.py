@@ -1,62 +1,117 @@
-"""What is measured: each provider is a function from logits and targets to a scalar to minimise.
+"""What is measured: each provider turns a shard of logits and targets into a scalar to minimise.
 
-`paper_eager` is the published training code's loss written in plain PyTorch, `megatron` is
-Megatron-Core's own cross entropy, both without tensor parallelism.
+A provider is made for a setting and may refuse it; what refused is listed with its reason, so that
+nothing is silently absent. Ours are here, everybody else's in `peers`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
-from megatron_infoentropy.kernels import native
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.kernels import dispatch
 
-OURS = ("native", "native in place")  # what the others are compared with
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Computes = Literal["infoentropy", "cross entropy", "label smoothing", "softcap"]
 
-Provider = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def paper_eager(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The published formula step by step, the probability clamp at 1e-8 included; gamma 1."""
-    ce = F.cross_entropy(logits, target, reduction="none")
-    p = logits.detach().softmax(-1).clamp(1e-8, 1.0)
-    weight = 1 + -(p * p.log()).sum(-1)
-    return (ce * weight / weight.mean()).mean()
+LABEL_SMOOTHING = 0.1
+SOFTCAP = 30.0
+REASON_CHARACTERS = 160
 
 
-def torch_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, target)
+class Unavailable(Exception):
+    """A provider cannot take part; says why, in a few words."""
 
 
-def megatron_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-
-    # Overwrites fp32 logits by their softmax and that by the gradient, as in Megatron's trainer.
-    group = torch.distributed.group.WORLD
-    losses: torch.Tensor = vocab_parallel_cross_entropy(logits, target, tp_group=group)
-    return losses.mean()
+def failure(error: Exception) -> str:
+    """The reason of something that was tried and failed, in one line."""
+    text = " ".join(str(error).split())
+    return f"it failed: {type(error).__name__}: {text}"[:REASON_CHARACTERS]
 
 
-def infoentropy(backend: str, *, inplace: bool = False) -> Provider:
-    """Ours; in place the gradient replaces the logits, as in our trainer."""
-    config = InfoEntropyConfig(backend=backend)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class Setting:
+    """What a provider is made for."""
 
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        computed = logits.view_as(logits)  # in place needs logits that are not a leaf
-        return infoentropy_loss(computed, target, config, inplace_backward=inplace)
+    case: Case
+    device: torch.device
+    group: dist.ProcessGroup  # of case.tensor_parallel ranks, also where that is one
 
-    return loss
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.case.dtype)
+        return dtype
+
+    def refuse_shards(self) -> None:
+        """For providers that need whole rows."""
+        if self.case.tensor_parallel > 1:
+            raise Unavailable("it has no tensor parallelism")
 
 
-def available(device: torch.device, dtype: torch.dtype) -> dict[str, Provider]:
-    """Providers that run here, ours first."""
-    found: dict[str, Provider] = {}
-    if native.why_unavailable(device, dtype) is None:
-        found[OURS[0]] = infoentropy("native")
-        found[OURS[1]] = infoentropy("native", inplace=True)
-    found["reference"] = infoentropy("reference")
-    found["torch cross_entropy"] = torch_cross_entropy
-    found["megatron cross_entropy"] = megatron_cross_entropy
-    found["paper eager"] = paper_eager
-    return found
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a loss; `make` raises Unavailable where it cannot run."""
+
+    name: str
+    make: Callable[[Setting], Loss]
+    computes: Computes = "cross entropy"
+    is_ours: bool = False
+    gradient_in_forward: bool = False
+
+
+def ours(setting: Setting) -> list[Provider]:
+    """Every backend, writing the gradient into new memory and over the logits, best first; then,
+    with the best of them in place, what the entropy and each option cost."""
+    found = []
+    for backend, reason in dispatch.unavailable(setting.device, setting.dtype).items():
+        found += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
+    name = in_place(best_backend(setting))
+    return [
+        *found,
+        _ours(f"{name}, cross entropy", "cross entropy", objective="cross_entropy"),
+        _ours(f"{name}, label smoothing", "label smoothing", label_smoothing=LABEL_SMOOTHING),
+        _ours(f"{name}, softcap", "softcap", softcap=SOFTCAP),
+    ]
+
+
+def best_backend(setting: Setting) -> str:
+    """The backend that "auto" chooses."""
+    reasons = dispatch.unavailable(setting.device, setting.dtype)
+    return next(name for name, reason in reasons.items() if reason is None)
+
+
+def in_place(backend: str) -> str:
+    """The name of the provider that writes the gradient over the logits, as our trainer does."""
+    return f"{backend} in place"
+
+
+def _of_backend(backend: str, reason: str | None, inplace: bool) -> Provider:
+    name = in_place(backend) if inplace else backend
+    if reason is None:
+        return _ours(name, "infoentropy", backend=backend, inplace=inplace)
+
+    def refuse(setting: Setting) -> Loss:
+        raise Unavailable(reason)
+
+    return Provider(name, refuse, "infoentropy", is_ours=True)
+
+
+def _ours(
+    name: str, computes: Computes, *, inplace: bool = True, **settings: str | float
+) -> Provider:
+    def make(setting: Setting) -> Loss:
+        config = InfoEntropyConfig(**settings)  # type: ignore[arg-type]
+
+        def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            computed = logits.view_as(logits)  # in place needs logits that are not a leaf
+            return infoentropy_loss(
+                computed, target, config, group=setting.group, inplace_backward=inplace
+            )
+
+        return loss
+
+    return Provider(name, make, computes, is_ours=True)

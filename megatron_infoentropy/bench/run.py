@@ -1,114 +1,119 @@
-"""`infoentropy bench`: measures, gives ratios, writes the CSV that the README's table is from."""
+"""`infoentropy bench`: all cases of a grid, on one rank or several, as rows of a result file."""
 
-import csv
+import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
-from megatron_infoentropy.bench.collectives import measure_collectives
-from megatron_infoentropy.bench.measure import Measurement, measure
-from megatron_infoentropy.bench.provenance import provenance
-from megatron_infoentropy.bench.providers import OURS, available
-from megatron_infoentropy.runtime.device import find_device
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.counters import dram_bytes
+from megatron_infoentropy.bench.experiment import prepare
+from megatron_infoentropy.bench.kernel_rows import measure_kernels
+from megatron_infoentropy.bench.losses import measure_losses
+from megatron_infoentropy.bench.provenance import file_name, provenance
+from megatron_infoentropy.bench.providers import Setting, Unavailable
+from megatron_infoentropy.bench.results import Row, row_of_case, write_csv
+from megatron_infoentropy.runtime.device import Device, find_device
 
-
-@dataclass(frozen=True)
-class BenchResult:
-    """All providers at one shape, ours first, and the time to join shards."""
-
-    tokens: int
-    vocabulary: int
-    dtype: str
-    threads: int
-    measurements: list[Measurement]
-    collectives_ms: dict[str, float]  # at `ranks` ranks
-    ranks: int
-
-    def ratios(self, measurement: Measurement) -> dict[str, float]:
-        """How many times the time of each way of ours, by its name."""
-        ours = {m.provider: m for m in self.measurements if m.provider in OURS}
-        return {name: measurement.median_ms / m.median_ms for name, m in ours.items()}
+TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails instead of hanging
 
 
 def bench(
-    *, tokens: int = 2048, vocabulary: int = 32000, dtype: str = "float32", repeats: int = 5
-) -> BenchResult:
-    """Forward and backward of the loss and its peers on random logits [tokens, vocabulary].
+    cases: list[Case], *, repeats: int, counters: bool = False, output: Path | None = None
+) -> list[Row]:
+    """Measure every case; with `counters`, also the bytes that the kernels of the first one moved.
+    Write the rows where `output` is given: a file, or a folder in which the file is named by device
+    and month.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: results would be written without the commit they belong to.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    device = torch.device(find_device().type)
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(tokens, vocabulary, device=device, generator=generator) * 3
-    logits = logits.to(getattr(torch, dtype))
-    target = torch.randint(vocabulary, (tokens,), device=device, generator=generator)
-    with _group_of_one():
-        providers = available(device, logits.dtype)
-        measurements = measure(providers, logits, target, repeats=repeats)
-    ranks = 2
-    enough = device.type == "cpu" or find_device().count >= ranks
-    collectives = measure_collectives(ranks, tokens, repeats=20) if enough else {}
-    threads = torch.get_num_threads()
-    return BenchResult(tokens, vocabulary, dtype, threads, measurements, collectives, ranks)
+    facts = provenance() if output else {}  # refuses before the work, not after it
+    device = find_device()
+    rows = [row for case in cases for row in _measure(case, device, repeats)]
+    if counters:
+        rows = _with_dram_bytes(rows, device)
+    if output:
+        write_csv(rows, facts, output / file_name(facts) if output.is_dir() else output)
+    return rows
 
 
-def write_csv(results: list[BenchResult], path: Path) -> None:
-    """Append-free, complete: device, versions, commit and date stand in every row.
+def _measure(case: Case, device: Device, repeats: int) -> list[Row]:
+    if device.type == "cuda" and case.tensor_parallel > device.count:
+        reason = f"it needs {case.tensor_parallel} GPUs, found {device.count}"
+        return [_left_out(case, "every provider", reason)]
+    with tempfile.TemporaryDirectory() as folder:
+        if case.tensor_parallel == 1:
+            return _on_rank(0, case, device, repeats, torch.get_num_threads(), folder)
+        threads = max(1, torch.get_num_threads() // case.tensor_parallel)
+        arguments = (case, device, repeats, threads, folder)
+        spawn(_on_rank, arguments, nprocs=case.tensor_parallel)  # type: ignore[no-untyped-call]
+        rows: list[Row] = pickle.loads((Path(folder) / "rows").read_bytes())
+        return rows
 
-    Raises:
-        ValueError: the commit is unknown, or the tree has changes that no commit names.
-    """
-    facts = provenance()
-    rows = [row for result in results for row in _rows(result)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | facts for row in rows)
 
-
-def _rows(result: BenchResult) -> Iterator[dict[str, str]]:
-    """One a provider, and one for each way to join shards, which has a time only."""
-    shape = {
-        "tokens": str(result.tokens),
-        "vocabulary": str(result.vocabulary),
-        "dtype": result.dtype,
-        "threads": str(result.threads),
-    }
-    for m in result.measurements:
-        yield {
-            **shape,
-            "provider": m.provider,
-            "median_ms": f"{m.median_ms:.3f}",
-            "p20_ms": f"{m.p20_ms:.3f}",
-            "p80_ms": f"{m.p80_ms:.3f}",
-            "peak_mib": f"{m.peak_mib:.1f}",
-            **{f"times_{name}": f"{ratio:.2f}" for name, ratio in result.ratios(m).items()},
-        }
-    for name, milliseconds in result.collectives_ms.items():
-        yield {
-            **shape,
-            "provider": f"join shards by {name}, {result.ranks} ranks",
-            "median_ms": f"{milliseconds:.3f}",
-        }
+def _on_rank(
+    rank: int, case: Case, device: Device, repeats: int, threads: int, folder: str
+) -> list[Row]:
+    """The case's rows; rank 0 of several also leaves them in the folder."""
+    torch.set_num_threads(threads)
+    place = torch.device(device.type, rank) if device.type == "cuda" else torch.device("cpu")
+    with _group(rank, case, device, folder) as group:
+        setting = Setting(case, place, group)
+        if case.compiled:
+            torch._dynamo.reset()  # compile for this very shape
+        experiment = prepare(setting, repeats=repeats)
+        rows = measure_losses(experiment)
+        if case.tensor_parallel == 1:
+            rows += measure_kernels(experiment)
+        elif rank == 0:
+            (Path(folder) / "rows").write_bytes(pickle.dumps(rows))
+    return rows
 
 
 @contextmanager
-def _group_of_one() -> Iterator[None]:
-    """Megatron's cross entropy wants a process group even for one rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            find_device().backend, init_method=f"file://{folder}/store", rank=0, world_size=1
-        )
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+def _group(rank: int, case: Case, device: Device, folder: str) -> Iterator[dist.ProcessGroup]:
+    """A group of the case's ranks; Megatron's cross entropy wants one even for one rank."""
+    if device.type == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        device.backend,
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=case.tensor_parallel,
+        timeout=TIMEOUT,
+    )
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _with_dram_bytes(rows: list[Row], device: Device) -> list[Row]:
+    """The rows, those of our kernels at the first case with what they moved; or with the reason why
+    that is not known."""
+    counted = []
+    try:
+        for row in rows:
+            if row.kind == "kernel" and row.case == rows[0].case and row.provider != "reference":
+                if device.type != "cuda":
+                    raise Unavailable("there is no GPU whose counters could be read")
+                moved = dram_bytes(row.provider, row.step, row.case)
+                row = replace(row, dram_read_bytes=moved.read, dram_write_bytes=moved.write)
+            counted.append(row)
+    except Unavailable as error:
+        return [*rows, _left_out(rows[0].case, "bytes by hardware counters", str(error))]
+    return counted
+
+
+def _left_out(case: Case, what: str, reason: str) -> Row:
+    nothing = {"threads": 0, "clock": "", "by": "", "computes": "", "step": ""}
+    return row_of_case(case, kind="unavailable", provider=what, reason=reason, **nothing)

@@ -1,0 +1,68 @@
+"""Clocks for the steps of one pass: CUDA events on a GPU, wall time on a CPU."""
+
+import time
+from typing import Protocol
+
+import torch
+
+L2_FACTOR = 2  # what is written to empty the L2 cache, in sizes of it
+
+
+class Clock(Protocol):
+    name: str  # how the times were taken, in words, for the result file
+
+    def start(self) -> None:
+        """Make ready and begin; the caches hold nothing of the pass that follows (GPU)."""
+
+    def mark(self) -> None:
+        """A step has ended (on a GPU: once everything launched so far has run)."""
+
+    def read(self) -> list[float]:
+        """Milliseconds of each step since `start`."""
+
+
+class WallClock:
+    """For a CPU, where a call has finished when it returns."""
+
+    name = "wall time"
+
+    def start(self) -> None:
+        self._times = [time.perf_counter()]
+
+    def mark(self) -> None:
+        self._times.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        pairs = zip(self._times, self._times[1:], strict=False)
+        return [(after - before) * 1e3 for before, after in pairs]
+
+
+class EventClock:
+    """CUDA events, the L2 cache overwritten first; the writing gives the host a head start, so that
+    the first launches are not what is measured."""
+
+    name = "CUDA events, L2 flushed"
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties().L2_cache_size
+        self._flush = torch.empty(L2_FACTOR * size, dtype=torch.int8, device="cuda")
+
+    def start(self) -> None:
+        torch.cuda.synchronize()
+        self._flush.zero_()
+        self._events: list[torch.cuda.Event] = []
+        self.mark()
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+
+    def read(self) -> list[float]:
+        self._events[-1].synchronize()
+        pairs = zip(self._events, self._events[1:], strict=False)
+        return [before.elapsed_time(after) for before, after in pairs]
+
+
+def clock_for(device: torch.device) -> Clock:
+    return EventClock() if device.type == "cuda" else WallClock()

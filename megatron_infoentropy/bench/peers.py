@@ -1,0 +1,184 @@
+"""Everybody else's loss, each as its users call it. Imported only where it is measured.
+
+`paper eager` is the published training code's loss written in plain PyTorch; `megatron unfused` and
+`megatron fused` are Megatron-Core's own two, `fused` compiled by torch as its users get it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_infoentropy.bench.providers import Loss, Provider, Setting, Unavailable
+
+
+def peers() -> list[Provider]:
+    """All of them, whether or not they are installed."""
+    return [
+        Provider("torch", _torch),
+        Provider("torch compiled", _torch_compiled),
+        Provider("megatron unfused", _megatron_unfused),
+        Provider("megatron fused", _megatron_fused),
+        Provider("transformer engine", _transformer_engine),
+        Provider("transformer engine in place", _transformer_engine_in_place),
+        Provider("liger", _liger, gradient_in_forward=True),
+        Provider("liger vocab-parallel", _liger_vocab_parallel),
+        Provider("flash-attn", _flash_attention),
+        Provider("quack", _quack),
+        Provider("paper eager", _paper, "infoentropy"),
+        Provider("paper compiled", _paper_compiled, "infoentropy"),
+    ]
+
+
+def _torch(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return F.cross_entropy
+
+
+def _torch_compiled(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return _compiled(setting, _cross_entropy)
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def _paper(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return paper_loss
+
+
+def _paper_compiled(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return _compiled(setting, paper_loss)
+
+
+def paper_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The published formula step by step, the probability clamp at 1e-8 included; gamma 1."""
+    ce = F.cross_entropy(logits, target, reduction="none")
+    p = logits.detach().softmax(-1).clamp(1e-8, 1.0)
+    weight = 1 + -(p * p.log()).sum(-1)
+    return (ce * weight / weight.mean()).mean()
+
+
+def _compiled(setting: Setting, loss: Loss) -> Loss:
+    _refuse_uncompiled(setting)
+    compiled: Loss = torch.compile(loss, dynamic=False)
+    return compiled
+
+
+def _refuse_uncompiled(setting: Setting) -> None:
+    if not setting.case.compiled:
+        raise Unavailable("compiled providers were left out of this case, to save time")
+
+
+def _megatron_unfused(setting: Setting) -> Loss:
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # Overwrites fp32 logits by their softmax and that by the gradient, as in its trainer.
+        return _mean(vocab_parallel_cross_entropy(logits, target, tp_group=setting.group))
+
+    return loss
+
+
+def _megatron_fused(setting: Setting) -> Loss:
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    _refuse_uncompiled(setting)
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(fused_vocab_parallel_cross_entropy(logits, target, setting.group))
+
+    return loss
+
+
+def _transformer_engine(setting: Setting, *, overwrite: bool = False) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+    except ImportError as error:
+        raise Unavailable(_not_installed("transformer_engine", error)) from None
+    # Told of the overwriting only where wanted: releases before it do not know the word.
+    words: dict[str, Any] = {"overwrite_input": True} if overwrite else {}
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows, targets = logits.unsqueeze(1), target.unsqueeze(1)  # [sequence, batch, V]
+        return _mean(
+            parallel_cross_entropy(rows, targets, dist_process_group=setting.group, **words)
+        )
+
+    return loss
+
+
+def _transformer_engine_in_place(setting: Setting) -> Loss:
+    return _transformer_engine(setting, overwrite=True)
+
+
+def _liger(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("liger_kernel", error)) from None
+    loss: Loss = LigerCrossEntropyLoss()
+    return loss
+
+
+def _liger_vocab_parallel(setting: Setting) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from liger_kernel.megatron.cross_entropy import LigerMegatronCrossEntropy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("liger_kernel.megatron", error)) from None
+    per_token = LigerMegatronCrossEntropy()
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(per_token(logits.unsqueeze(1), target.unsqueeze(1), setting.group))
+
+    return loss
+
+
+def _flash_attention(setting: Setting) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("flash_attn", error)) from None
+    group = setting.group if setting.case.tensor_parallel > 1 else None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses, _ = cross_entropy_loss(logits, target, inplace_backward=True, process_group=group)
+        return _mean(losses)
+
+    return loss
+
+
+def _quack(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("quack", error)) from None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(cross_entropy(logits, target, reduction="none", inplace_backward=True))
+
+    return loss
+
+
+def _refuse_cpu(setting: Setting) -> None:
+    if setting.device.type != "cuda":
+        raise Unavailable("its kernels need a GPU")
+
+
+def _not_installed(package: str, error: ImportError) -> str:
+    missing = isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]
+    return "it is not installed" if missing else f"it cannot be imported ({error})"
+
+
+def _mean(losses: torch.Tensor) -> torch.Tensor:
+    return losses.mean()

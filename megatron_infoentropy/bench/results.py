@@ -1,0 +1,123 @@
+"""Result files: one row a provider and pass, each with where and with what it was measured."""
+
+import csv
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from megatron_infoentropy.bench.cases import Case
+
+Kind = Literal["loss", "kernel", "limit", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result file; what does not apply is None, and empty in the file."""
+
+    kind: Kind
+    tokens: int
+    vocabulary: int
+    dtype: str
+    tensor_parallel: int
+    shard_of: int
+    threads: int
+    clock: str
+    provider: str
+    by: str  # "ours" or whose
+    computes: str
+    step: str  # forward, backward, both; of a kernel its name
+    repeats: int | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    times_ours: float | None = None  # median over that of the best of ours into new memory
+    times_ours_p20: float | None = None
+    times_ours_p80: float | None = None
+    times_in_place: float | None = None  # the same, of the best of ours over the logits
+    times_in_place_p20: float | None = None
+    times_in_place_p80: float | None = None
+    bytes: int | None = None  # of logits and gradient that the problem must move
+    bytes_are: str = ""
+    gb_per_s: float | None = None
+    limit: str = ""  # what bounds a kernel here, measured in the same run
+    limit_gb_per_s: float | None = None
+    percent_of_limit: float | None = None
+    dram_read_bytes: int | None = None  # by hardware counters
+    dram_write_bytes: int | None = None
+    peak_mib: float | None = None  # beside the logits
+    collectives: int | None = None
+    collective_bytes: int | None = None  # that one rank contributes
+    loss_error: float | None = None  # against float64, nats
+    gradient_error: float | None = None  # against float64, relative to the largest entry
+    reason: str = ""  # why there is no time
+
+    @property
+    def case(self) -> Case:
+        """The shape it belongs to; rows of one case compare equal here."""
+        return Case(
+            self.tokens,
+            self.vocabulary,
+            self.dtype,  # type: ignore[arg-type]
+            self.tensor_parallel,
+            self.shard_of,
+        )
+
+
+def row_of_case(case: Case, **fields: Any) -> Row:
+    """A row with the case's columns filled in."""
+    return Row(
+        tokens=case.tokens,
+        vocabulary=case.vocabulary,
+        dtype=case.dtype,
+        tensor_parallel=case.tensor_parallel,
+        shard_of=case.shard_of,
+        **fields,
+    )
+
+
+def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
+    """Replace `path` by these rows, the facts in every one of them.
+
+    Raises:
+        ValueError: a fact is missing that a result is worth nothing without.
+    """
+    for fact in ("device", "torch", "megatron_core", "commit", "date"):
+        if not facts.get(fact):
+            raise ValueError(f"a result file needs the {fact} it belongs to; got none")
+    names = [field.name for field in dataclasses.fields(Row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*names, *facts], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _text(getattr(row, name)) for name in names} | facts)
+    unfinished.replace(path)
+
+
+def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """(rows, facts) of a result file."""
+    types = get_type_hints(Row)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not set(types) <= set(lines[0]):
+        raise ValueError(f"{path} is not a result file of `infoentropy bench`; write it anew")
+    rows = [Row(**{name: _value(line[name], types[name]) for name in types}) for line in lines]
+    return rows, {name: text for name, text in lines[0].items() if name not in types}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str, hint: Any) -> Any:
+    kinds = get_args(hint) or (hint,)
+    if type(None) in kinds and text == "":
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            return kind(text)
+    return text

@@ -1,0 +1,113 @@
+"""What README and docs/benchmarks.md say of the result files, from the files: tables, pictures."""
+
+import sys
+from pathlib import Path
+
+from megatron_infoentropy.bench.plot import plot
+from megatron_infoentropy.bench.results import Row, read_csv
+from megatron_infoentropy.bench.table import not_measured, number
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tools" / "results"
+
+
+def result_files() -> list[Path]:
+    return sorted(RESULTS.glob("bench_*.csv"))
+
+
+def picture_of(path: Path) -> Path:
+    return ROOT / "docs" / f"{path.stem}.svg"
+
+
+def draw_pictures() -> None:
+    """One picture a result file, beside the docs."""
+    for path in result_files():
+        plot(path, picture_of(path))
+
+
+def summary(folder: Path) -> str:
+    """For the README: the first case of every result file; links are relative to `folder`."""
+    text = ""
+    for path in result_files():
+        rows, facts = read_csv(path)
+        first = [row for row in rows if row.case == rows[0].case]
+        picture, csv = _link(picture_of(path), folder), _link(path, folder)
+        text += f"{_heading(first, facts)} ([file]({csv})).\n\n{_losses(first)}\n"
+        text += f'<img src="{picture}" width="720" alt="{_alternative(first)}">\n\n'
+    return text
+
+
+def everything(folder: Path) -> str:
+    """For the docs: every case of every result file, what is missing, and the kernels."""
+    text = ""
+    for path in result_files():
+        rows, facts = read_csv(path)
+        text += f"### {facts['device']} ([file]({_link(path, folder)}))\n\n"
+        text += f"![{_alternative(rows)}]({_link(picture_of(path), folder)})\n\n"
+        for case in dict.fromkeys(row.case for row in rows):
+            of_case = [row for row in rows if row.case == case]
+            text += f"{_heading(of_case, facts)}.\n\n{_losses(of_case)}\n{_kernels(of_case)}"
+            text += "".join(f"{_sentence(words)}\n" for words in not_measured(of_case)) + "\n"
+    return text
+
+
+def _heading(rows: list[Row], facts: dict[str, str]) -> str:
+    row = rows[0]
+    return (
+        f"Forward and backward of {row.case} logits, {facts['device']}, {row.threads} threads, "
+        f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}"
+    )
+
+
+def _losses(rows: list[Row]) -> str:
+    whole = [row for row in rows if row.kind == "loss" and row.step == "both"]
+    ms = {(row.provider, row.step): row.median_ms for row in rows if row.kind == "loss"}
+    sends = any(row.collectives for row in whole)
+    heads = ["", "computes", "forward ms", "backward ms", "both ms (p20-p80)", "x in place"]
+    heads += ["MiB beside the logits", *(["collectives, bytes a token"] if sends else [])]
+    lines = [heads, ["---"] * len(heads)]
+    for row in whole:
+        steps = [number(ms.get((row.provider, step))) for step in ("forward", "backward")]
+        both = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
+        name = f"**{row.provider}**" if row.by == "ours" else row.provider
+        cells = [name, row.computes, *steps, both, number(row.times_in_place), number(row.peak_mib)]
+        if sends:
+            cells.append(f"{row.collectives}, {(row.collective_bytes or 0) / row.tokens:.0f}")
+        lines.append(cells)
+    return _table(lines) if whole else ""
+
+
+def _kernels(rows: list[Row]) -> str:
+    alone = [row for row in rows if row.kind in ("kernel", "limit")]
+    counted = any(row.dram_read_bytes for row in alone)
+    heads = ["alone", "", "ms (p20-p80)", "GB/s", "% of", *(["bytes moved"] if counted else [])]
+    lines = [heads, ["---"] * len(heads)]
+    for row in alone:
+        share = f"{number(row.percent_of_limit)} of {row.limit}" if row.limit else ""
+        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
+        cells = [row.provider, row.step, time, number(row.gb_per_s), share]
+        if counted:
+            moved = (row.dram_read_bytes or 0) + (row.dram_write_bytes or 0)
+            cells.append(f"{moved / row.bytes:.3f} of least" if moved and row.bytes else "")
+        lines.append(cells)
+    return _table(lines) + "\n" if alone else ""
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _alternative(rows: list[Row]) -> str:
+    return f"time of forward and backward by provider, {rows[0].case}"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}.  "
+
+
+def _link(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder, walk_up=True))
+
+
+if __name__ == "__main__":
+    sys.exit("run `tools/status.py readme`")
