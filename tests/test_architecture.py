@@ -38,11 +38,11 @@ OWNERS = {
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert"},
     "zstandard": {"data"},
-    "matplotlib": {"evaluate"},
+    "matplotlib": {"evaluate", "bench"},
     "jinja2": {"evaluate"},
     "yaml": {"launch"},
     "typer": {"cli", "commands"},
-    "rich": {"cli", "commands", "progress"},
+    "rich": {"cli", "commands", "progress", "bench"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
