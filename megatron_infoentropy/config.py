@@ -69,6 +69,11 @@ class InfoEntropyConfig:
         "how vocabulary shards are joined: gather is one all-gather of 16 bytes a token, folded in "
         "rank order and bitwise equal on all ranks; all_reduce is a MAX and a packed SUM",
     )
+    fused_linear: bool = _setting(
+        False,
+        "training only: fuse the output layer with the loss, so that logits exist for 4096 tokens "
+        "at a time; they are computed once more in the backward pass",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -11,6 +11,15 @@ PREFIX = "infoentropy"
 # Megatron's flags for other kinds of batches than our forward step makes.
 UNSERVED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel")
 
+# What Megatron's output layer does beside its matrix product, or with its weight before it.
+UNFUSED = {
+    "use_mup": "it scales the logits",
+    "defer_embedding_wgrad_compute": "it keeps the gradients of all logits",
+    "fp8_output_proj": "it multiplies in FP8",
+    "use_megatron_fsdp": "it gathers the weight when the output layer is called",
+    "use_torch_fsdp2": "it gathers the weight when the output layer is called",
+}
+
 
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for every field of InfoEntropyConfig; Megatron's `extra_args_provider`."""
@@ -64,8 +73,24 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
                 "would ignore the flag; use Megatron's own script and bind the loss to its model "
                 "(megatron_infoentropy.integration.use_infoentropy_loss)"
             )
+    if config.fused_linear:
+        _check_output_layer_can_be_fused(args)
     if config.normalization == "global":
         _check_gradients_can_be_scaled_at_once(args)
+
+
+def _check_output_layer_can_be_fused(args: argparse.Namespace) -> None:
+    for name, reason in UNFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--infoentropy-fused-linear cannot go with --{name.replace('_', '-')}: {reason}; "
+                "leave one of them out"
+            )
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        raise ValueError(
+            "--infoentropy-fused-linear cannot go with --tensor-parallel-num-weight-shards: it "
+            "gathers the weight when the output layer is called; leave one of them out"
+        )
 
 
 def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:

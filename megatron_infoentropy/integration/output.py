@@ -2,7 +2,8 @@
 
 megatron-core >= 0.19 calls an output processor in place of its own output layer and loss. Ours
 applies the output layer itself, so that the logits are known to have no other reader and their
-gradient may be written over them: the peak is one tensor of logits, not two.
+gradient may be written over them: the peak is one tensor of logits, not two. With `fused_linear` it
+takes the layer's weight, and no tensor of logits exists at all.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.loss.collective import world_and_rank
+from megatron_infoentropy.loss.linear import configured_linear_statistics
 from megatron_infoentropy.loss.objective import configured_statistics
 
 IGNORED = -100
@@ -49,14 +51,18 @@ def statistics_processor(
             "the InfoEntropy output processor takes vocabulary-sharded logits and was asked to "
             "gather them; it is for training and validation, call the model without it otherwise"
         )
+    if loss_mask is not None:
+        labels = labels.masked_fill(loss_mask == 0, IGNORED)
+    target = labels.transpose(0, 1)  # each result is [sequence, batch], as the logits are
+    if context.config.fused_linear:
+        statistics = _fused_statistics(hidden_states, output_layer, output_weight, target, context)
+        return pack(statistics).transpose(1, 2).contiguous()
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = scale_logits(logits)
     check_sharding(logits, output_layer, context.group)
-    if loss_mask is not None:
-        labels = labels.masked_fill(loss_mask == 0, IGNORED)
     statistics = configured_statistics(
         logits,
-        labels.transpose(0, 1),  # each result is [sequence, batch], as the logits are
+        target,
         context.config,
         group=context.group,
         vocab_size=context.vocab_size,
@@ -64,6 +70,38 @@ def statistics_processor(
         inplace_backward=logits.requires_grad and not logits.is_leaf,
     )
     return pack(statistics).transpose(1, 2).contiguous()
+
+
+def _fused_statistics(
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    target: torch.Tensor,
+    context: OutputSettings,
+) -> TokenStatistics:
+    """Of an output layer that is not called; Megatron's ColumnParallelLinear, without a bias.
+
+    `--use-mup`, which would scale the logits, is refused by `check_megatron_args`.
+    """
+    if output_layer.bias is not None or output_layer.disable_grad_reduce:
+        raise ValueError(
+            "--infoentropy-fused-linear takes an output layer without bias whose input gradient is "
+            f"summed over tensor-parallel ranks, got {output_layer}; leave the flag out"
+        )
+    # Here --overlap-param-gather waits for the weight to arrive, and nothing else would.
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, (hidden_states,))
+    return configured_linear_statistics(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        target,
+        context.config,
+        group=context.group,
+        vocab_size=context.vocab_size,
+        ignore_index=IGNORED,
+        sequence_parallel=output_layer.sequence_parallel,
+        into_main_grad=output_layer.gradient_accumulation_fusion,
+    )
 
 
 def pack(statistics: TokenStatistics) -> torch.Tensor:

@@ -15,17 +15,11 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
-from megatron_infoentropy.kernels.contract import Options, statistics_dtype
-from megatron_infoentropy.loss.collective import Group, world_and_rank
-from megatron_infoentropy.loss.layout import (
-    Vocabulary,
-    check_targets,
-    make_options,
-    split_vocabulary,
-)
-from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
+from megatron_infoentropy.kernels.contract import statistics_dtype
+from megatron_infoentropy.loss.collective import Group
+from megatron_infoentropy.loss.layout import make_options, split_vocabulary
+from megatron_infoentropy.loss.linear_inputs import leave_out_masked, prepare_linear
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.linear_statistics import LinearStatistics
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
@@ -75,7 +69,7 @@ def linear_vocab_parallel_statistics(
         RuntimeError: the named backend cannot run on such logits.
     """
     options = make_options(softcap, temperature, uniform_cross_entropy)
-    hidden_LH, target_N, settings = _prepare(
+    hidden_LH, target_N, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -90,6 +84,36 @@ def linear_vocab_parallel_statistics(
     )
     results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
     return TokenStatistics(*(result.view(target.shape) for result in results))
+
+
+def configured_linear_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    config: InfoEntropyConfig,
+    *,
+    group: Group | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    sequence_parallel: bool,
+    into_main_grad: bool,
+) -> TokenStatistics:
+    """`linear_vocab_parallel_statistics` with what a configuration asks of it."""
+    return linear_vocab_parallel_statistics(
+        hidden,
+        weight,
+        target,
+        group=group,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        softcap=config.softcap or None,
+        temperature=config.temperature,
+        uniform_cross_entropy=config.label_smoothing > 0,
+        backend=config.backend,
+        collective=config.collective,
+        sequence_parallel=sequence_parallel,
+        into_main_grad=into_main_grad,
+    )
 
 
 def linear_infoentropy_loss(
@@ -126,8 +150,8 @@ def linear_infoentropy_loss(
         ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
     """
     config = InfoEntropyConfig() if config is None else config
-    target, mask = _leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
-    hidden_LH, target_N, settings = _prepare(
+    target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
+    hidden_LH, target_N, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -154,68 +178,3 @@ def linear_infoentropy_loss(
     whole = reduce_sums(sums, data_parallel_group)
     mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
     return mean * alpha(whole, config.normalization)
-
-
-def _prepare(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    options: Options,
-    vocabulary: Vocabulary,
-    group: Group | None,
-    backend: Backend,
-    collective: Collective,
-    chunk_tokens: int,
-    sequence_parallel: bool,
-    into_main_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, LinearSettings]:
-    """(hidden [L, H], target [N], settings), checked."""
-    slices = world_and_rank(group)[0] if sequence_parallel else 1
-    _check_shapes(hidden, weight, target, slices)
-    hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    target_N = target.reshape(-1).long().contiguous()
-    check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
-    chosen = kernels.select(backend, hidden.device, hidden.dtype)
-    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
-    settings = LinearSettings(vocabulary, options, group, chosen, collective, cut, into_main_grad)
-    return hidden_LH, target_N, settings
-
-
-def _leave_out_masked(
-    target: torch.Tensor, loss_mask: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN."""
-    if loss_mask is None:
-        return target, (target != ignore_index).to(dtype)
-    if loss_mask.shape != target.shape:
-        raise ValueError(
-            f"loss_mask must have the target's shape {list(target.shape)}, got "
-            f"{list(loss_mask.shape)}"
-        )
-    target = target.masked_fill(loss_mask == 0, ignore_index)
-    return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
-
-
-def _check_shapes(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, slices: int
-) -> None:
-    if weight.dim() != 2 or hidden.dim() < 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            "expected hidden [..., H] and weight [V, H], got "
-            f"{list(hidden.shape)} and {list(weight.shape)}"
-        )
-    expected = [hidden.shape[0] * slices, *hidden.shape[1:-1]]
-    if list(target.shape) != expected:
-        slice_of = f", this rank's 1/{slices} of the first dimension," if slices > 1 else ""
-        raise ValueError(
-            f"expected a target of {expected} for hidden {list(hidden.shape)}{slice_of} got "
-            f"{list(target.shape)}; Megatron's hidden states are [sequence, batch, H] while its "
-            "labels are [batch, sequence]: transpose one of them"
-        )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(
-            f"expected hidden and weight of one floating dtype, got {hidden.dtype} and "
-            f"{weight.dtype}"
-        )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"expected integer targets, got {target.dtype}")

@@ -109,6 +109,11 @@ def configured_statistics(
     inplace_backward: bool = False,
 ) -> TokenStatistics:
     """`vocab_parallel_statistics` with what a configuration asks of it."""
+    if config.fused_linear:
+        raise ValueError(
+            "fused_linear needs the hidden states and the output weight, not logits: use "
+            "linear_infoentropy_loss, or the trainer (--infoentropy-fused-linear)"
+        )
     return vocab_parallel_statistics(
         logits,
         target,

@@ -1,0 +1,84 @@
+"""What the fused functions are given, checked and laid out for chunks."""
+
+import torch
+
+from megatron_infoentropy import kernels
+from megatron_infoentropy.config import Backend, Collective
+from megatron_infoentropy.kernels.contract import Options
+from megatron_infoentropy.loss.collective import Group, world_and_rank
+from megatron_infoentropy.loss.layout import Vocabulary, check_targets
+from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
+
+
+def prepare_linear(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    options: Options,
+    vocabulary: Vocabulary,
+    group: Group | None,
+    backend: Backend,
+    collective: Collective,
+    chunk_tokens: int,
+    sequence_parallel: bool,
+    into_main_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, LinearSettings]:
+    """(hidden [L, H], target [N], settings), checked.
+
+    Raises:
+        ValueError: shapes, dtypes, targets or sizes that do not fit.
+        RuntimeError: the named backend cannot run here.
+    """
+    slices = world_and_rank(group)[0] if sequence_parallel else 1
+    _check_shapes(hidden, weight, target, slices)
+    hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    target_N = target.reshape(-1).long().contiguous()
+    check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
+    chosen = kernels.select(backend, hidden.device, hidden.dtype)
+    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
+    settings = LinearSettings(vocabulary, options, group, chosen, collective, cut, into_main_grad)
+    return hidden_LH, target_N, settings
+
+
+def leave_out_masked(
+    target: torch.Tensor, loss_mask: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if loss_mask is None:
+        return target, (target != ignore_index).to(dtype)
+    if loss_mask.shape != target.shape:
+        raise ValueError(
+            f"loss_mask must have the target's shape {list(target.shape)}, got "
+            f"{list(loss_mask.shape)}"
+        )
+    target = target.masked_fill(loss_mask == 0, ignore_index)
+    return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
+
+
+def _check_shapes(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, slices: int
+) -> None:
+    if weight.dim() != 2 or hidden.dim() < 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "expected hidden [..., H] and weight [V, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    expected = [hidden.shape[0] * slices, *hidden.shape[1:-1]]
+    if list(target.shape) != expected:
+        slice_of = f", this rank's 1/{slices} of the first dimension," if slices > 1 else ""
+        raise ValueError(
+            f"expected a target of {expected} for hidden {list(hidden.shape)}{slice_of} got "
+            f"{list(target.shape)}; Megatron's hidden states are [sequence, batch, H] while its "
+            "labels are [batch, sequence]: transpose one of them"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"expected hidden and weight of one floating dtype, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"expected integer targets, got {target.dtype}")
