@@ -71,8 +71,13 @@ class InfoEntropyConfig:
     )
     fused_linear: bool = _setting(
         False,
-        "training only: fuse the output layer with the loss, so that logits exist for 4096 tokens "
+        "training only: fuse the output layer with the loss, so that logits exist for few tokens "
         "at a time; they are computed once more in the backward pass",
+    )
+    chunk_tokens: int = _setting(
+        4096,
+        "the most tokens whose logits exist at a time with fused_linear; fewer take less memory "
+        "and more time",
     )
 
     def __post_init__(self) -> None:
@@ -96,6 +101,10 @@ class InfoEntropyConfig:
                 raise ValueError(
                     f"{name} must be at least 0, got {getattr(self, name)}; 0 switches it off"
                 )
+        if isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int):
+            raise ValueError(f"chunk_tokens must be an integer, got {self.chunk_tokens!r}")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}; 1 leaves logits as they are"

@@ -26,8 +26,6 @@ from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, t
 from megatron_infoentropy.loss.statistics import TokenStatistics
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
-CHUNK_TOKENS = 4096
-
 
 def linear_vocab_parallel_statistics(
     hidden: torch.Tensor,
@@ -42,7 +40,7 @@ def linear_vocab_parallel_statistics(
     uniform_cross_entropy: bool = False,
     backend: Backend = "auto",
     collective: Collective = "gather",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int = 4096,
     sequence_parallel: bool = False,
     into_main_grad: bool = False,
 ) -> TokenStatistics:
@@ -111,6 +109,7 @@ def configured_linear_statistics(
         uniform_cross_entropy=config.label_smoothing > 0,
         backend=config.backend,
         collective=config.collective,
+        chunk_tokens=config.chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
@@ -127,7 +126,6 @@ def linear_infoentropy_loss(
     data_parallel_group: Group | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = CHUNK_TOKENS,
     sequence_parallel: bool = False,
     into_main_grad: bool = False,
 ) -> torch.Tensor:
@@ -138,8 +136,8 @@ def linear_infoentropy_loss(
     `linear_vocab_parallel_statistics` and ordinary PyTorch.
 
     Args:
-        hidden, weight, target, group, vocab_size, ignore_index, chunk_tokens, sequence_parallel,
-            into_main_grad: as in `linear_vocab_parallel_statistics`.
+        hidden, weight, target, group, vocab_size, ignore_index, sequence_parallel, into_main_grad:
+            as in `linear_vocab_parallel_statistics`.
         loss_mask, config, data_parallel_group: as in `infoentropy_loss`.
 
     Returns:
@@ -160,7 +158,7 @@ def linear_infoentropy_loss(
         group,
         config.backend,
         config.collective,
-        chunk_tokens,
+        config.chunk_tokens,
         sequence_parallel,
         into_main_grad,
     )

@@ -43,12 +43,20 @@ def test_every_field_can_be_set_by_its_flag():
         "detach_weight": False,
         "backend": "reference",
         "collective": "all_reduce",
+        "label_smoothing": 0.1,
+        "z_loss": 1e-4,
+        "entropy_bonus": 0.01,
+        "softcap": 30.0,
+        "temperature": 0.9,
+        "fused_linear": True,
+        "chunk_tokens": 512,
     }
     assert given.keys() == {field.name for field in dataclasses.fields(InfoEntropyConfig)}
     words = []
     for name, value in given.items():
         flag = f"infoentropy-{name.replace('_', '-')}"
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        switch = {True: [f"--{flag}"], False: [f"--no-{flag}"]}
+        words += switch[value] if isinstance(value, bool) else [f"--{flag}", str(value)]
     assert config_from_args(parse(*words)) == InfoEntropyConfig(**given)
 
 

@@ -136,10 +136,9 @@ def loss_on_rank(chunks, sequence_parallel, settings, factor, group):
             weight,
             target,
             mask,
-            InfoEntropyConfig(backend="reference", **settings),
+            InfoEntropyConfig(backend="reference", chunk_tokens=chunk, **settings),
             group=group,
             vocab_size=TRUE_SIZE,
-            chunk_tokens=chunk,
             sequence_parallel=sequence_parallel,
         )
         (loss * factor).backward()
@@ -209,11 +208,10 @@ def loss_on_data_ranks(settings, sequence_parallel):
         weight,
         target,
         mask,
-        InfoEntropyConfig(backend="reference", **settings),
+        InfoEntropyConfig(backend="reference", chunk_tokens=7, **settings),
         group=group,
         data_parallel_group=data_groups[tensor_rank],
         vocab_size=TRUE_SIZE,
-        chunk_tokens=7,
         sequence_parallel=sequence_parallel,
     )
     loss.backward()
@@ -271,6 +269,7 @@ def test_ignored_and_masked_tokens_have_a_gradient_of_exactly_zero_even_beside_n
     hidden[3], hidden[0, 0] = torch.nan, torch.inf
     target[0, 0] = -100
     hidden.requires_grad_(), weight.requires_grad_()
-    linear_infoentropy_loss(hidden, weight, target, mask, chunk_tokens=5).backward()
+    config = InfoEntropyConfig(chunk_tokens=5)
+    linear_infoentropy_loss(hidden, weight, target, mask, config).backward()
     assert hidden.grad.isfinite().all()
     assert torch.equal(hidden.grad[3], torch.zeros(B, H, dtype=torch.float64))

@@ -27,7 +27,13 @@ def statistics_objective(hidden, weight, target, **options):
     return ((1 + got.entropy.detach()) * got.cross_entropy).sum()
 
 
-BOTH = pytest.mark.parametrize("function", [statistics_objective, linear_infoentropy_loss])
+def fused_loss(hidden, weight, target, *, chunk_tokens=4096, **options):
+    """The scalar by the function that makes them once."""
+    config = InfoEntropyConfig(chunk_tokens=chunk_tokens)
+    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
+
+
+BOTH = pytest.mark.parametrize("function", [statistics_objective, fused_loss])
 
 
 def gradients(function, *arguments, dtype=torch.float32, tokens=N, **options):
@@ -61,19 +67,19 @@ def test_results_do_not_depend_on_the_chunks_to_the_bit():
         got = linear_vocab_parallel_statistics(hidden, weight, target, chunk_tokens=chunk)
         for part, expected in zip(got[:4], unfused[:4], strict=True):
             assert torch.equal(part, expected)
-        fused = linear_infoentropy_loss(hidden, weight, target, chunk_tokens=chunk)
+        fused = fused_loss(hidden, weight, target, chunk_tokens=chunk)
         assert torch.equal(fused, loss)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_equals_unfused(dtype, backend):
-    config = InfoEntropyConfig(backend=backend)
+    config = InfoEntropyConfig(backend=backend, chunk_tokens=40)
     hidden, weight, target = make_case(dtype)
     expected = infoentropy_loss(hidden @ weight.T, target, config)
     expected.backward()
     h, w, _ = make_case(dtype)
-    loss = linear_infoentropy_loss(h, w, target, None, config, chunk_tokens=40)
+    loss = linear_infoentropy_loss(h, w, target, None, config)
     loss.backward()
     assert loss.dtype == torch.float32
     assert_within(loss, expected, rtol=1e-6)
@@ -91,7 +97,7 @@ def test_the_weight_gradient_of_16_bit_inputs_is_added_up_in_fp32(function):
     hidden, weight, target = make_case(torch.bfloat16, tokens)
     in_bf16 = torch.zeros_like(weight)
     logits = (hidden @ weight.T).detach().requires_grad_()  # rounded as ours are
-    if function is linear_infoentropy_loss:
+    if function is fused_loss:
         infoentropy_loss(logits, target).backward()
     else:
         got = vocab_parallel_statistics(logits, target)
@@ -112,7 +118,7 @@ def test_the_factor_of_a_loss_is_not_rounded_to_16_bits():
     hidden, weight, target = make_case(torch.bfloat16)
     loss = linear_infoentropy_loss(hidden, weight, target)
     (loss * factor).backward()
-    plain = gradients(linear_infoentropy_loss, dtype=torch.bfloat16)
+    plain = gradients(fused_loss, dtype=torch.bfloat16)
     for scaled, once in zip((hidden.grad, weight.grad), plain, strict=True):
         assert not torch.equal(scaled, once)
         assert_within_bf16_ulp(scaled, once.double() * factor, ulps=1.01)
@@ -164,7 +170,7 @@ def test_a_tied_weight_gets_the_gradient_of_both_its_uses(function, into_main_gr
     dense = make_case(torch.float64)[1].detach().requires_grad_()
     target = make_case()[2]
     logits = dense[tokens] @ dense.T
-    if function is linear_infoentropy_loss:
+    if function is fused_loss:
         dense_objective([(logits, target, torch.ones(N))]).backward()
     else:
         ce, entropy, _ = dense_statistics(logits, target)

@@ -30,8 +30,8 @@ def statistics_objective(hidden, weight, target, **options):
     return (got.cross_entropy * got.entropy).sum()
 
 
-def fused_loss(hidden, weight, target, **options):
-    config = InfoEntropyConfig(backend="native")
+def fused_loss(hidden, weight, target, *, chunk_tokens, **options):
+    config = InfoEntropyConfig(backend="native", chunk_tokens=chunk_tokens)
     return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
 
 
