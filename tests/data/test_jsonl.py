@@ -7,7 +7,8 @@ import pytest
 import zstandard
 from text_files import WriteLines, line
 
-from megatron_infoentropy.data.blocks import BrokenLineError
+from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
 from megatron_infoentropy.data.jsonl import Record, read_jsonl
 
 KEY = "meta.pile_set_name"
@@ -50,6 +51,26 @@ def test_every_frame_of_a_concatenated_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(skippable.join(frames))
     assert [record.text for record in read(path)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
+def test_reading_goes_on_from_the_start_of_any_block(
+    write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(compression, "_READ_BYTES", 500)
+    path = write_lines(name, [line(str(hash(str(i))) * (i % 20)) for i in range(5000)])
+    whole = list(read_blocks(path))
+    assert len(whole) > 5
+    assert whole[-1].lines == 0
+    for first in (0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1):
+        steps: list[int] = []
+        rest = list(read_blocks(path, steps.append, whole[first].start))
+        data = b"".join(block.data for block in whole[first:])
+        assert b"".join(block.data for block in rest) == data
+        assert rest[0].start == whole[first].start
+        assert rest[-1].end == whole[-1].end
+        assert sum(steps) == path.stat().st_size
 
 
 def test_progress_adds_up_to_the_size_of_the_file(write_lines: WriteLines) -> None:

@@ -1,0 +1,99 @@
+"""The inputs that make Megatron's tool wait for ever, and others: an end by name, or a count."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from text_files import line, write
+
+from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data.blocks import Block, BrokenLineError, Position
+from megatron_infoentropy.data.indexed import IndexedReader
+from megatron_infoentropy.data.preprocess import preprocess
+
+BAD = {
+    "not JSON": ('{"text": "cut o', "not JSON: Unterminated string"),
+    "missing key": ('{"txt": "a", "meta": {"pile_set_name": "A"}}', 'no "text" key'),
+    "blank line": ("", "blank line before the end of the file"),
+    "no domain": ('{"text": "a"}', "no domain: expected a non-empty string at meta.pile_set_name"),
+    "no string": (
+        '{"text": 3, "meta": {"pile_set_name": "A"}}',
+        '"text" must be a string, got int',
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_lines_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 150)
+    monkeypatch.setattr(compression, "_READ_BYTES", 50)
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
+@pytest.mark.parametrize("kind", BAD)
+def test_the_first_bad_line_ends_the_run_by_file_line_and_reason(
+    tokenizer_folder: Path, tmp_path: Path, kind: str, suffix: str
+) -> None:
+    bad, reason = BAD[kind]
+    lines = [line(f"text {i}") for i in range(20)]
+    path = write(tmp_path / f"a.jsonl{suffix}", [*lines[:13], bad, *lines[13:], "{"])
+    with pytest.raises(BrokenLineError) as caught:
+        preprocess([path], tokenizer_folder, tmp_path / "out", workers=2)
+    assert str(caught.value).startswith(f"{path}:14: {reason}")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder: Path, tmp_path: Path) -> None:
+    good = [line(f"text {i}", "AB"[i % 2]) for i in range(30)]
+    first = [*good[:7], "", "", "  ", good[7], "{", *good[8:15], "", ""]
+    second = [BAD["missing key"][0], *good[15:], line("", "B"), BAD["no string"][0]]
+    paths = [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl.gz", second)]
+    done = preprocess(paths, tokenizer_folder, tmp_path / "out", max_errors=6)
+    a, b = done.inputs
+    assert (a.lines, a.documents, a.empty, a.rejected, a.blank) == (21, 15, 0, 4, 2)
+    assert (b.lines, b.documents, b.empty, b.rejected, b.blank) == (18, 16, 1, 2, 0)
+    assert {name: facts.rejected for name, facts in done.domains.items()} == {"A": 2, "B": 0}
+    listed = (tmp_path / "out" / "rejected.tsv").read_text().splitlines()
+    assert [entry.split("\t")[:2] for entry in listed] == [
+        *(["a.jsonl", number] for number in ("8", "9", "10", "12")),
+        *(["b.jsonl.gz", number] for number in ("1", "18")),
+    ]
+    preprocess([write(tmp_path / "c.jsonl", good)], tokenizer_folder, tmp_path / "clean")
+    for name, more in (("a", 0), ("b", 1)):
+        found, clean = (IndexedReader(tmp_path / folder / name) for folder in ("out", "clean"))
+        assert len(found) == len(clean) + more
+        assert (found.tokens == clean.tokens).all()
+    assert not (tmp_path / "clean" / "rejected.tsv").exists()
+
+
+def test_one_bad_line_more_than_allowed_ends_the_run(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", ["{", line("a"), "[", line("b"), "x"])
+    with pytest.raises(BrokenLineError, match=r"a\.jsonl:5: not JSON: .*\(2 were skipped already"):
+        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=2)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
+def test_a_truncated_file_is_no_line_to_skip(
+    tokenizer_folder: Path, tmp_path: Path, name: str
+) -> None:
+    path = write(tmp_path / name, [line(f"text {i}") for i in range(500)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BrokenLineError, match="the file is truncated"):
+        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=1000)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_more(path: Path, data: bytes, start: Position) -> Block:
+        whole = block(path, data, start)
+        return replace(whole, end=Position(whole.end.offset, whole.end.line + 1))
+
+    path = write(tmp_path / "a.jsonl", [line("a")])
+    block = blocks._block
+    monkeypatch.setattr(blocks, "_block", one_more)
+    with pytest.raises(RuntimeError, match="has 2 lines, but 1 documents, 0 rejected and 0 blank"):
+        preprocess([path], tokenizer_folder, tmp_path / "out")
