@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_infoentropy.bench.cases import Case
 
-Kind = Literal["loss", "kernel", "limit", "unavailable"]
+Kind = Literal["loss", "linear", "kernel", "limit", "unavailable"]
 
 
 @dataclass(frozen=True)
