@@ -1,0 +1,33 @@
+"""A group of one for what wants a process group, and a case small enough to measure in a test."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.providers import Setting
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory):
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def setting(group):
+    return Setting(Case(12, 70, compiled=False), torch.device("cpu"), group)
+
+
+@pytest.fixture
+def facts():
+    return {
+        "device": "Example CPU, 2 cores",
+        "torch": "2.15.0",
+        "triton": "",
+        "megatron_core": "0.19.2",
+        "commit": "abcdef0",
+        "date": "2026-11-23",
+    }

@@ -1,0 +1,163 @@
+"""One small case measured whole: nobody is missing, and counts are what the algorithms say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from megatron_infoentropy.bench import losses, run
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.experiment import prepare
+from megatron_infoentropy.bench.kernel_rows import measure_kernels
+from megatron_infoentropy.bench.memory import peak_mib
+from megatron_infoentropy.bench.passes import ratio, spread, time_in_turn
+from megatron_infoentropy.bench.peers import peers
+from megatron_infoentropy.bench.providers import Provider, Setting, Unavailable, in_place, ours
+from megatron_infoentropy.bench.rehearsal import rehearse
+from megatron_infoentropy.bench.truth import Truth
+from megatron_infoentropy.runtime.device import Device
+
+LOGITS_BYTES = 12 * 70 * 4
+
+
+@pytest.fixture
+def experiment(setting):
+    return prepare(setting, repeats=2)
+
+
+def test_every_provider_has_its_times_or_a_reason(experiment, setting):
+    rows = losses.measure_losses(experiment)
+    everybody = [p.name for p in ours(setting) + peers()]
+    assert sorted({row.provider for row in rows}) == sorted(everybody)
+    for row in rows:
+        assert (row.kind == "unavailable") == bool(row.reason)
+    steps = {}
+    for row in rows:
+        if row.kind == "loss":
+            steps.setdefault(row.provider, []).append(row.step)
+            assert row.p20_ms <= row.median_ms <= row.p80_ms
+    assert {"native", "native in place", "torch", "megatron unfused", "paper eager"} <= set(steps)
+    assert set(map(tuple, steps.values())) == {("forward", "backward", "both")}
+
+
+def test_bytes_are_those_the_problem_must_move(experiment):
+    rows = {row.step: row for row in losses.measure_losses(experiment) if row.provider == "native"}
+    assert [rows[s].bytes for s in ("forward", "backward", "both")] == [
+        LOGITS_BYTES,
+        2 * LOGITS_BYTES,
+        3 * LOGITS_BYTES,
+    ]
+    assert rows["both"].bytes_are == "2 reads, 1 write"
+    assert rows["both"].gb_per_s == pytest.approx(3 * LOGITS_BYTES / rows["both"].median_ms / 1e6)
+    assert rows["both"].times_ours == 1
+
+
+def test_kernels_are_held_against_a_copy_of_the_same_logits(experiment):
+    rows = measure_kernels(experiment)
+    assert (rows[0].kind, rows[0].step, rows[0].bytes) == ("limit", "copy", 2 * LOGITS_BYTES)
+    for row in rows[1:]:
+        assert row.kind == "kernel", row.reason
+        assert row.percent_of_limit == pytest.approx(100 * row.gb_per_s / row.limit_gb_per_s)
+    bytes_of = {(row.provider, row.step): row.bytes for row in rows[1:]}
+    assert bytes_of["native", "statistics"] == LOGITS_BYTES
+    assert bytes_of["native", "gradient"] == 2 * LOGITS_BYTES
+
+
+class CountingClock:
+    """Each step takes as long as the number that stands in `next_ms`."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.next_ms = []
+
+    def start(self):
+        self.marks = 0
+
+    def mark(self):
+        self.marks += 1
+
+    def read(self):
+        return [self.next_ms.pop(0) for _ in range(self.marks)]
+
+
+def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run(experiment):
+    order = []
+
+    def steps(name):
+        yield
+        order.append(name)
+        yield
+
+    clock = CountingClock()
+    clock.next_ms = [10, 1, 20, 4, 30, 2]
+    experiment = replace(experiment, clock=clock, repeats=3)
+    passes = {"slow": lambda: steps("slow"), "fast": lambda: steps("fast")}
+    times = time_in_turn(passes, experiment, lambda work: None)
+    assert order == ["slow", "fast"] * 3
+    slow, fast = ([repeat[0] for repeat in times[name]] for name in passes)
+    assert (slow, fast) == ([10, 20, 30], [1, 4, 2])
+    assert ratio(slow, fast) == (20 / 2, 5, 15)  # the repeats' own ratios: 10, 5, 15
+    assert spread([5, 1, 2, 4, 3, 6]) == (3.5, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda x, y: torch.nn.functional.cross_entropy(x, y) * 1.1, "another number"),
+        (lambda x, y: torch.nn.functional.cross_entropy(x, y) * float("nan"), "another number"),
+        (lambda x, y: torch.nn.functional.cross_entropy(x.roll(1, 0).detach() * 0 + x, y)
+         + x.sum() * 1e-2 - (x.sum() * 1e-2).detach(), "another number"),
+        (lambda x, y: 1 / 0, "ZeroDivisionError"),
+    ],
+    ids=["loss", "nan", "gradient", "failure"],
+)  # fmt: skip
+def test_a_provider_that_is_wrong_or_fails_is_not_timed(experiment, wrong, reason):
+    truth = Truth(experiment.logits, experiment.target, experiment.setting.group)
+    with pytest.raises(Unavailable, match=reason):
+        rehearse(Provider("wrong", lambda setting: wrong), experiment, truth)
+
+
+def test_memory_is_the_worst_moment():
+    def run():
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        del first
+        second = torch.empty(3 << 20, dtype=torch.uint8)
+        del second
+
+    assert peak_mib(run, torch.device("cpu")) == pytest.approx(3, abs=0.01)
+
+
+def rows_of_two_ranks():
+    case = Case(12, 70, tensor_parallel=2, compiled=False)
+    setting = Setting(case, torch.device("cpu"), dist.group.WORLD)
+    return losses.measure_losses(prepare(setting, repeats=1))
+
+
+def test_collectives_are_counted_over_two_ranks():
+    first, second = run_ranks(rows_of_two_ranks, 2)
+    assert [row.median_ms for row in first] == [row.median_ms for row in second]
+    counted = {(row.provider, row.step): row for row in first if row.kind == "loss"}
+    for name in ("native", in_place("native"), "reference"):
+        forward, backward = counted[name, "forward"], counted[name, "backward"]
+        assert (forward.collectives, forward.collective_bytes) == (1, 16 * 12)
+        assert (backward.collectives, backward.collective_bytes) == (0, 0)
+    unfused = counted["megatron unfused", "both"]
+    assert (unfused.collectives, unfused.collective_bytes) == (3, 3 * 4 * 12)
+    assert {row.provider for row in first if "no tensor parallelism" in row.reason} >= {"torch"}
+
+
+def test_a_case_for_more_gpus_than_there_are_is_listed():
+    two_ranks = Case(8, 64, tensor_parallel=2)
+    (row,) = run._measure(two_ranks, Device("cuda", "nccl", 1), repeats=1)
+    assert (row.kind, row.reason) == ("unavailable", "it needs 2 GPUs, found 1")
+
+
+@pytest.mark.gpu
+def test_a_case_is_measured_on_a_gpu():
+    rows = run.bench([Case(64, 4096, "bfloat16", compiled=False)], repeats=2)
+    timed = {row.provider for row in rows if row.kind == "loss"}
+    assert {"reference", "torch", "megatron unfused"} <= timed
+    assert all(row.clock.startswith("CUDA events") for row in rows)

@@ -1,0 +1,153 @@
+"""Every provider computes the right number, called as its users call it."""
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_within
+from oracle import dense_statistics
+
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.peers import peers
+from megatron_infoentropy.bench.providers import LABEL_SMOOTHING, SOFTCAP, Unavailable, ours
+
+NEED_A_GPU = {"liger", "liger vocab-parallel", "flash-attn", "quack"}
+NEED_A_GPU |= {"transformer engine", "transformer engine in place"}
+
+
+def inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(12, 70, generator=generator) * 3).to(dtype)
+    return logits, torch.randint(70, (12,), generator=generator)
+
+
+def true_loss(logits, target, computes):
+    z = SOFTCAP * (logits / SOFTCAP).tanh() if computes == "softcap" else logits
+    ce, entropy, lse = dense_statistics(z, target)
+    if computes == "cross entropy":
+        return ce.mean()
+    if computes == "label smoothing":
+        ce = (1 - LABEL_SMOOTHING) * ce + LABEL_SMOOTHING * (lse - z.mean(-1))
+    weight = 1 + entropy.detach()
+    return (weight * ce).sum() / weight.sum()
+
+
+def assert_right(provider, setting, rtol):
+    logits, target = inputs(setting.dtype)
+    truth = logits.double().requires_grad_()
+    true_loss(truth, target, provider.computes).backward()
+    leaf = logits.clone().requires_grad_()
+    loss = provider.make(setting)(leaf, target)
+    loss.backward()
+    expected = true_loss(logits.double(), target, provider.computes)
+    assert_within(loss, expected, rtol=rtol)
+    assert_within(leaf.grad, truth.grad, atol=rtol * float(truth.grad.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_of_ours_are_right(setting, dtype):
+    setting = replace(setting, case=replace(setting.case, dtype=dtype))
+    running = [p for p in ours(setting) if "triton" not in p.name and "cuda" not in p.name]
+    assert len(running) == 7  # two backends, each twice; plain; two options
+    for provider in running:
+        assert_right(provider, setting, 1e-6 if dtype == "float32" else 2**-7)
+
+
+@pytest.mark.parametrize("name", [p.name for p in peers() if p.name not in NEED_A_GPU])
+def test_peers_that_need_no_gpu_are_right(setting, name):
+    setting = replace(setting, case=replace(setting.case, compiled=True))
+    (provider,) = [p for p in peers() if p.name == name]
+    # Compiling takes seconds; what is compiled is the same function.
+    with torch.compiler.set_stance("force_eager"):
+        # "megatron fused" rounds every gradient to bf16; the paper clamps probabilities.
+        rtol = 2**-8 if name == "megatron fused" else 1e-6
+        assert_right(provider, setting, rtol)
+
+
+def test_peers_on_a_cpu_say_that_they_need_a_gpu(setting):
+    refusing = [p for p in peers() if p.name in NEED_A_GPU]
+    assert len(refusing) == len(NEED_A_GPU)
+    for provider in refusing:
+        with pytest.raises(Unavailable, match=r"need a GPU"):
+            provider.make(setting)
+
+
+def test_peers_without_tensor_parallelism_refuse_shards(setting):
+    case = Case(12, 70, tensor_parallel=2)
+    refused = []
+    for provider in peers():
+        try:
+            provider.make(replace(setting, case=case))
+        except Unavailable as reason:
+            refused += [provider.name] if "no tensor parallelism" in str(reason) else []
+    assert set(refused) == {
+        *("torch", "torch compiled", "liger", "quack", "paper eager", "paper compiled"),
+    }
+
+
+def test_uninstalled_and_broken_packages_are_told_apart(setting, monkeypatch):
+    on_gpu = replace(setting, device=torch.device("cuda"))
+    liger = next(p for p in peers() if p.name == "liger")
+    with pytest.raises(Unavailable, match="it is not installed"):
+        liger.make(on_gpu)
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    with pytest.raises(Unavailable, match="it cannot be imported"):
+        liger.make(on_gpu)
+
+
+def install(monkeypatch, path, **names):
+    """Put a stand-in module under a dotted path."""
+    parts = path.split(".")
+    for depth in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(parts[depth - 1]))
+    for name, value in names.items():
+        setattr(sys.modules[path], name, value)
+
+
+def per_token(logits, target, *_, **words):
+    shape = target.shape
+    losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
+    return losses.view(shape)
+
+
+def test_gpu_peers_are_called_as_their_users_do(setting, monkeypatch):
+    """Stand-ins with the signatures of the real ones; these compute, so a wrong call shows."""
+
+    def te(inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None,
+           ignore_idx=-100, *, overwrite_input=False):  # fmt: skip
+        assert inp.dim() == 3
+        assert target.shape == inp.shape[:2]
+        assert dist_process_group is setting.group
+        return per_token(inp, target)
+
+    def flash(logits, labels, *, inplace_backward, process_group):
+        assert process_group is None
+        return per_token(logits, labels), None
+
+    def quack(x, target, *, reduction, inplace_backward):
+        return per_token(x, target)
+
+    class VocabParallel:
+        def __call__(self, logits, target, group):
+            assert logits.dim() == 3
+            assert group is setting.group
+            return per_token(logits, target)
+
+    te_path = "transformer_engine.pytorch.cross_entropy"
+    install(monkeypatch, te_path, parallel_cross_entropy=te)
+    install(monkeypatch, "flash_attn.ops.triton.cross_entropy", cross_entropy_loss=flash)
+    install(monkeypatch, "quack.cross_entropy", cross_entropy=quack)
+    install(monkeypatch, "liger_kernel.transformers.cross_entropy",
+            LigerCrossEntropyLoss=torch.nn.CrossEntropyLoss)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "liger_kernel.megatron", ModuleType("megatron"))
+    stand_in = ModuleType("cross_entropy")
+    stand_in.LigerMegatronCrossEntropy = VocabParallel
+    monkeypatch.setitem(sys.modules, "liger_kernel.megatron.cross_entropy", stand_in)
+
+    on_gpu = replace(setting, device=torch.device("cuda"))
+    for provider in peers():
+        if provider.name in NEED_A_GPU:
+            assert_right(provider, on_gpu, 1e-6)

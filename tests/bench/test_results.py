@@ -1,0 +1,184 @@
+"""Result files: complete, refused without their origin, read back as they were; pages from them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_infoentropy.bench import run
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.plot import plot
+from megatron_infoentropy.bench.provenance import commit_of_this_tree, file_name, provenance
+from megatron_infoentropy.bench.results import Row, read_csv, row_of_case, write_csv
+from megatron_infoentropy.bench.table import WHOLE_TABLES, not_measured, tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(case, provider, step, ms, **more):
+    by = "ours" if "native" in provider else "peer"
+    fields = {"kind": "loss", "computes": "infoentropy", "threads": 2, "clock": "wall time"}
+    fields |= {"repeats": 5, "median_ms": ms, "p20_ms": ms - 1, "p80_ms": ms + 1}
+    return row_of_case(case, provider=provider, by=by, step=step, **(fields | more))
+
+
+def example_rows(cases):
+    rows = []
+    for case in cases:
+        for provider, scale in (("native in place", 1.0), ("torch", 9.0)):
+            for step, ms in (("forward", 20.0), ("backward", 31.0), ("both", 50.0)):
+                more = {"peak_mib": 250.0, "times_in_place": scale}
+                rows.append(row(case, provider, step, scale * ms, **more))
+        names = {"provider": "liger", "by": "peer", "computes": "", "step": ""}
+        names |= {"threads": 2, "clock": "wall time", "reason": "its kernels need a GPU"}
+        rows.append(row_of_case(case, kind="unavailable", **names))
+        bound = {"limit": "copy", "limit_gb_per_s": 25.0, "percent_of_limit": 80.0}
+        moved = {"bytes": 1000, "dram_read_bytes": 1010, "dram_write_bytes": 10}
+        rows.append(row(case, "native", "statistics", 12.0, kind="kernel", **bound, **moved))
+    return rows
+
+
+@pytest.fixture
+def rows():
+    return example_rows([Case(2048, 32000), Case(2048, 32000, "bfloat16", tensor_parallel=2)])
+
+
+def test_rows_come_back_as_they_were(rows, facts, tmp_path):
+    path = tmp_path / "bench.csv"
+    write_csv(rows, facts, path)
+    assert read_csv(path) == (rows, facts)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fact", ["device", "torch", "megatron_core", "commit", "date"])
+def test_a_file_without_its_origin_is_refused(rows, facts, tmp_path, fact):
+    with pytest.raises(ValueError, match=f"needs the {fact}"):
+        write_csv(rows, facts | {fact: ""}, tmp_path / "bench.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "other.csv").write_text("provider,median_ms\nnative,1.0\n")
+    with pytest.raises(ValueError, match="is not a result file"):
+        read_csv(tmp_path / "other.csv")
+
+
+def test_without_a_commit_nothing_is_measured_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    monkeypatch.delenv("INFOENTROPY_COMMIT", raising=False)
+    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="only with the commit they belong to"):
+        run.bench([Case(8, 64)], repeats=1, output=tmp_path)
+
+
+def test_the_environment_names_the_commit_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("INFOENTROPY_COMMIT", "0123456789abcdef0123456789abcdef01234567")
+    assert commit_of_this_tree() == "0123456"
+    monkeypatch.setenv("INFOENTROPY_COMMIT", "main")
+    with pytest.raises(ValueError, match="7 to 40 hex digits"):
+        commit_of_this_tree()
+    monkeypatch.delenv("INFOENTROPY_COMMIT")
+    with pytest.raises(ValueError, match="set INFOENTROPY_COMMIT"):
+        commit_of_this_tree()
+
+
+def test_a_run_writes_a_file_named_by_device_and_month(tmp_path, monkeypatch, rows):
+    monkeypatch.setenv("INFOENTROPY_COMMIT", "abcdef0")
+    monkeypatch.setattr(run, "_measure", lambda case, device, repeats: rows)
+    run.bench([Case(8, 64)], repeats=1, output=tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name == file_name(provenance())
+    _, facts = read_csv(path)
+    assert facts["commit"] == "abcdef0"
+    assert facts["torch"]
+    assert "transformer_engine" in facts
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla V100-SXM2", "v100")],
+)
+def test_a_gpu_is_named_by_its_model(monkeypatch, device, name):
+    from megatron_infoentropy.bench import provenance as module
+    from megatron_infoentropy.runtime.device import Device
+
+    monkeypatch.setattr(module, "find_device", lambda: Device("cuda", "nccl", 1))
+    facts = {"device": device, "date": "2026-11-23"}
+    assert file_name(facts) == f"bench_{name}_202611.csv"
+
+
+def test_the_console_shows_ratios_kernels_and_what_is_missing(rows):
+    text = [part if isinstance(part, str) else cells(part) for part in tables(rows)]
+    assert any("native in place" in part and "1.00" in part and "9.00" in part for part in text)
+    assert any("statistics" in part and "80.0" in part and "1.020" in part for part in text)
+    assert "not measured: liger: its kernels need a GPU" in text
+    assert not_measured([row for row in rows if row.kind == "loss"]) == []
+
+
+def test_a_grid_is_summed_up_in_a_line_a_case():
+    cases = [Case(8 * 2**i, 64) for i in range(WHOLE_TABLES + 1)]
+    parts = tables(example_rows(cases))
+    assert "128 x 64 float32" in cells(parts[-1])
+
+
+def cells(table):
+    return " ".join(str(cell) for column in table.columns for cell in column.cells)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+@pytest.mark.parametrize("count", [1, 5], ids=["one case", "grid"])
+def test_the_same_file_gives_the_same_picture(facts, tmp_path, suffix, count):
+    cases = [Case(8 * 2**i, 64) for i in range(count)]
+    write_csv(example_rows(cases), facts, tmp_path / "bench.csv")
+    for name in ("a", "b"):
+        plot(tmp_path / "bench.csv", tmp_path / (name + suffix))
+    first = (tmp_path / f"a{suffix}").read_bytes()
+    assert first == (tmp_path / f"b{suffix}").read_bytes()
+    if suffix == ".svg":
+        text = first.decode()
+        for words in ("native in place *", "450 ms", "9.00x", facts["device"]):
+            assert words in text
+        assert ("% of the limit" in text) == (count > 3)
+
+
+def status_module():
+    spec = importlib.util.spec_from_file_location("status", ROOT / "tools" / "status.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_made_from_result_files(rows, facts, tmp_path, monkeypatch):
+    status_module()
+    report = sys.modules["bench_report"]
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "docs").mkdir()
+    write_csv(rows, facts, tmp_path / "bench_cpu_202611.csv")
+    report.draw_pictures()
+    assert (tmp_path / "docs" / "bench_cpu_202611.svg").exists()
+    readme, page = report.summary(tmp_path), report.everything(tmp_path / "docs")
+    line = "| **native in place** | infoentropy | 20.0 | 31.0 | 50.0 (49.0-51.0) | 1.00 | 250 |"
+    assert line in readme
+    assert line in page
+    assert "2048 x 32000 float32 logits, Example CPU, 2 cores, 2 threads" in readme
+    assert "bfloat16" not in readme  # only the first case of a file
+    assert "bfloat16, TP 2" in page
+    assert "Not measured: liger: its kernels need a GPU." in page
+    assert "80.0 of copy" in page
+    assert "](../bench_cpu_202611.csv)" in page
+
+
+def test_the_benchmark_page_is_what_the_result_files_say():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert status_module().generated_benchmarks(page) == page, "run `make status-readme`"
+
+
+def test_every_result_file_has_the_present_columns():
+    for path in (ROOT / "tools" / "results").glob("bench_*.csv"):
+        rows, facts = read_csv(path)
+        assert rows
+        assert isinstance(rows[0], Row)
+        assert facts["commit"]
