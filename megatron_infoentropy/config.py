@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-Objective = Literal["infoentropy", "focal", "cross_entropy"]
+Objective = Literal["infoentropy", "focal", "cross_entropy", "custom"]
+Schedule = Literal["constant", "linear", "cosine"]
 Normalization = Literal["paper", "global", "none"]
 Backend = Literal["auto", "triton", "cuda", "native", "reference"]
 Collective = Literal["gather", "all_reduce"]
@@ -31,9 +32,15 @@ class InfoEntropyConfig:
     objective: Objective = _setting(
         "infoentropy",
         "what is minimised: infoentropy weights each token by (sigma + H)^gamma, H the entropy of "
-        "the predicted distribution; focal by (1 - p(target))^gamma; cross_entropy by 1",
+        "the predicted distribution; focal by (1 - p(target))^gamma; cross_entropy by 1; custom by "
+        "what `weighting` names",
     )
     gamma: float = _setting(1.0, "exponent of the weight; 0 is plain cross entropy")
+    gamma_schedule: Schedule = _setting(
+        "constant", "how gamma changes over the first gamma_samples training samples"
+    )
+    gamma_end: float = _setting(1.0, "gamma at the end of a linear or cosine schedule and after")
+    gamma_samples: int = _setting(0, "samples (sequences) that a gamma schedule lasts")
     sigma: float = _setting(1.0, "added to the entropy (nats) before the power; infoentropy only")
     normalization: Normalization = _setting(
         "paper",
@@ -43,6 +50,14 @@ class InfoEntropyConfig:
     )
     detach_weight: bool = _setting(
         True, "treat the weight as a constant in the backward pass, as published"
+    )
+    blend: float = _setting(
+        0.0, "mixes plain cross entropy in: the weight is (1 - blend) w + blend, blend in [0, 1]"
+    )
+    weighting: str = _setting(
+        "",
+        "objective custom: package.module:function that takes the cross entropy and the entropy of "
+        "every token (tensors, nats) and returns their weights >= 0 in the same shape",
     )
     label_smoothing: float = _setting(
         0.0,
@@ -82,14 +97,36 @@ class InfoEntropyConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if get_origin(field.type) is Literal:
-                _require_choice(field.name, getattr(self, field.name), get_args(field.type))
+                _require_choice(field.name, value, get_args(field.type))
             elif field.type is float:
-                _require_finite(field.name, getattr(self, field.name))
+                _require_finite(field.name, value)
+            elif field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{field.name} must be an integer, got {value!r}")
+        self._check_ranges()
+        self._check_exponents()
+        self._check_schedule()
+        if (self.objective == "custom") != bool(self.weighting):
+            raise ValueError(
+                f"objective='custom' and weighting belong together, got {self.objective!r} and "
+                f"{self.weighting!r}; weighting names a function, package.module:function"
+            )
+        if self.weighting and not all(self.weighting.partition(":")):
+            raise ValueError(
+                f"weighting must look like package.module:function, got {self.weighting!r}"
+            )
+
+    def _check_ranges(self) -> None:
         if self.sigma < 0:
             raise ValueError(
                 f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative "
                 "for confident tokens and its power undefined; use sigma=1.0 as published"
+            )
+        if not 0 <= self.blend <= 1:
+            raise ValueError(
+                f"blend must be in [0, 1], got {self.blend}: 0 is the weighted loss alone, 1 plain "
+                "cross entropy"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -101,29 +138,55 @@ class InfoEntropyConfig:
                 raise ValueError(
                     f"{name} must be at least 0, got {getattr(self, name)}; 0 switches it off"
                 )
-        if isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int):
-            raise ValueError(f"chunk_tokens must be an integer, got {self.chunk_tokens!r}")
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}; 1 leaves logits as they are"
             )
-        if self.gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+
+    def _check_exponents(self) -> None:
+        changes = self.gamma_schedule != "constant"
+        for name, gamma in [("gamma", self.gamma), *[("gamma_end", self.gamma_end)] * changes]:
+            if gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
+                raise ValueError(
+                    f"{name}={gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
+                    "weight; use gamma >= 0 or sigma > 0"
+                )
+            if gamma < 0 and self.objective == "focal":
+                raise ValueError(
+                    f"objective='focal' needs {name} >= 0, got {gamma}: (1 - p)^gamma is infinite "
+                    "for a token predicted with certainty"
+                )
+
+    def _check_schedule(self) -> None:
+        if self.gamma_schedule != "constant" and self.gamma_samples < 1:
             raise ValueError(
-                f"gamma={self.gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
-                "weight; use gamma >= 0 or sigma > 0"
+                f"gamma_schedule={self.gamma_schedule!r} needs gamma_samples of at least 1, got "
+                f"{self.gamma_samples}: how many samples it takes gamma to become gamma_end"
             )
-        if self.gamma < 0 and self.objective == "focal":
+        if self.gamma_schedule == "constant" and self.gamma_samples:
             raise ValueError(
-                f"objective='focal' needs gamma >= 0, got {self.gamma}: (1 - p)^gamma is infinite "
-                "for a token predicted with certainty"
+                f"gamma_samples={self.gamma_samples} has no effect on a constant gamma; set "
+                "gamma_schedule to 'linear' or 'cosine', or leave it out"
             )
 
     @property
     def is_weighted(self) -> bool:
         """Whether tokens get different weights at all (with gamma 0 every objective is plain)."""
-        return self.objective != "cross_entropy" and self.gamma != 0
+        if self.objective == "cross_entropy" or self.blend == 1:
+            return False
+        return self.objective == "custom" or self.gamma != 0
+
+    def at(self, samples: int) -> "InfoEntropyConfig":
+        """The configuration after so many training samples, its gamma no longer scheduled."""
+        if self.gamma_schedule == "constant":
+            return self
+        done = min(samples / self.gamma_samples, 1.0)
+        if self.gamma_schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        gamma = self.gamma + (self.gamma_end - self.gamma) * done
+        return dataclasses.replace(self, gamma=gamma, gamma_schedule="constant", gamma_samples=0)
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -13,7 +13,7 @@ from megatron_infoentropy import InfoEntropyConfig
     [
         ({"objective": "entropy"}, "objective must be one of 'infoentropy', 'focal'"),
         ({"normalization": "mean"}, "normalization must be one of 'paper', 'global', 'none'"),
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"backend": "numpy"}, "backend must be one of"),
         ({"collective": "ring"}, "collective must be one of"),
         ({"gamma": math.nan}, "gamma must be a finite number"),
         ({"gamma": "1"}, "gamma must be a finite number, got '1'"),
@@ -21,6 +21,17 @@ from megatron_infoentropy import InfoEntropyConfig
         ({"sigma": -0.1}, "sigma must be at least 0"),
         ({"sigma": 0.0, "gamma": -1.0}, "infinite weight; use gamma >= 0 or sigma > 0"),
         ({"objective": "focal", "gamma": -1.0}, "'focal' needs gamma >= 0"),
+        (
+            {"objective": "focal", "gamma_schedule": "linear", "gamma_end": -1.0},
+            "'focal' needs gamma_end >= 0",
+        ),
+        ({"gamma_schedule": "linear"}, "needs gamma_samples of at least 1, got 0"),
+        ({"gamma_samples": 10}, "no effect on a constant gamma"),
+        ({"gamma_samples": 1.5}, "gamma_samples must be an integer"),
+        ({"blend": 1.5}, r"blend must be in \[0, 1\]"),
+        ({"objective": "custom"}, "belong together"),
+        ({"weighting": "my.module:weight"}, "belong together"),
+        ({"objective": "custom", "weighting": "my.module"}, "package.module:function, got"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -39,3 +50,25 @@ def test_the_configuration_is_frozen_and_the_published_setting_is_the_default():
 def test_every_setting_explains_itself():
     for field in dataclasses.fields(InfoEntropyConfig):
         assert len(field.metadata["help"]) > 20, field.name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("linear", {0: 0.0, 250: 0.5, 500: 1.0, 1000: 2.0, 5000: 2.0}),
+        ("cosine", {0: 0.0, 250: 1 - math.sqrt(0.5), 500: 1.0, 1000: 2.0, 5000: 2.0}),
+    ],
+)
+def test_gamma_moves_from_its_start_to_its_end_over_the_samples(schedule, values):
+    config = InfoEntropyConfig(
+        gamma=0.0, gamma_schedule=schedule, gamma_end=2.0, gamma_samples=1000
+    )
+    for samples, gamma in values.items():
+        now = config.at(samples)
+        assert now.gamma == pytest.approx(gamma, abs=1e-12)
+        assert now.at(123) is now
+
+
+def test_a_constant_gamma_stays():
+    config = InfoEntropyConfig(gamma=0.7)
+    assert config.at(10**9) is config

@@ -64,6 +64,7 @@ class InfoEntropyForwardStep:
         timers("batch-generator").stop()
 
         forward = model.build_schedule_plan if return_schedule_plan else model
+        config = self.config.at(get_args().consumed_train_samples)  # saved and resumed by Megatron
         with straggler:
             output = forward(
                 batch["tokens"],
@@ -73,17 +74,21 @@ class InfoEntropyForwardStep:
                 loss_mask=batch["loss_mask"],
                 output_processor=statistics_processor,
                 output_processor_context=OutputSettings(
-                    self.config, mpu.get_tensor_model_parallel_group(), self.vocab_size
+                    config, mpu.get_tensor_model_parallel_group(), self.vocab_size
                 ),
             )
         if model.training:
-            return output, partial(self._training_loss, batch["loss_mask"])
+            return output, partial(self._training_loss, batch["loss_mask"], config)
         return output, partial(validation_loss, batch["loss_mask"])
 
-    def _training_loss(self, loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
+    def _training_loss(
+        self, loss_mask: torch.Tensor, config: InfoEntropyConfig, output: torch.Tensor
+    ) -> LossResult:
         groups = Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
-        loss, num_tokens, report = training_loss(loss_mask, output, self.config, groups)
+        loss, num_tokens, report = training_loss(loss_mask, output, config, groups)
         self.batch_weight.add(report["weight"][0])
+        if self.config.gamma_schedule != "constant":
+            report["gamma"] = torch.tensor([config.gamma, 1.0], device=loss.device)
         _reject_bad_loss(loss)
         return loss, num_tokens, report
 

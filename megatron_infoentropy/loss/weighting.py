@@ -1,5 +1,9 @@
 """A token's loss and its weight, from the statistics of the predicted distribution."""
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
@@ -10,19 +14,60 @@ def token_weight(statistics: TokenStatistics, config: InfoEntropyConfig) -> torc
     """The weight w >= 0 of every token, in the target's shape, before normalisation.
 
     infoentropy: (sigma + H)^gamma, the published weight with sigma 1 and gamma 1; focal:
-    (1 - p(target))^gamma. A constant in the backward pass where `config.detach_weight`.
+    (1 - p(target))^gamma; custom: the configuration's own function; then mixed with 1 by
+    config.blend. A constant in the backward pass where `config.detach_weight`.
     """
     ce, entropy = statistics.cross_entropy, statistics.entropy
     if not config.is_weighted:
         return torch.ones_like(ce, requires_grad=False)
     if config.detach_weight:
         ce, entropy = ce.detach(), entropy.detach()
+    if config.objective == "custom":
+        weight = _custom_weight(ce, entropy, config)
+    else:
+        weight = _power(ce, entropy, config)
+    return torch.lerp(weight, torch.ones_like(weight), config.blend) if config.blend else weight
+
+
+def _power(ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
     # 1 - e^-ce by expm1, so that it keeps its digits for confident tokens.
     base = entropy + config.sigma if config.objective == "infoentropy" else -torch.expm1(-ce)
     if config.gamma < 1 and not config.detach_weight:
         # The power's slope is infinite at 0; such a token's weight is then held constant.
         base = base.clamp_min(torch.finfo(base.dtype).tiny)
     return base**config.gamma
+
+
+def _custom_weight(
+    ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig
+) -> torch.Tensor:
+    weight = _load_function(config.weighting)(ce, entropy)
+    if not isinstance(weight, torch.Tensor) or weight.shape != ce.shape:
+        raise ValueError(
+            f"weighting {config.weighting!r} must return a tensor of shape {list(ce.shape)}, one "
+            f"weight a token, got {getattr(weight, 'shape', type(weight).__name__)}"
+        )
+    return weight.to(ce.dtype)
+
+
+@functools.cache
+def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that "package.module:function" names.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"weighting {path!r} cannot be loaded ({error}); it must name a function of an "
+            "importable module, package.module:function"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"weighting {path!r} is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
 
 
 def token_loss(statistics: TokenStatistics, config: InfoEntropyConfig) -> torch.Tensor:

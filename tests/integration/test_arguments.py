@@ -36,13 +36,18 @@ def test_no_flags_give_the_default_configuration():
 
 def test_every_field_can_be_set_by_its_flag():
     given = {
-        "objective": "focal",
+        "objective": "custom",
         "gamma": 2.5,
         "sigma": 0.5,
         "normalization": "global",
         "detach_weight": False,
         "backend": "reference",
         "collective": "all_reduce",
+        "gamma_schedule": "cosine",
+        "gamma_end": 0.5,
+        "gamma_samples": 1000,
+        "blend": 0.25,
+        "weighting": "package.module:weight",
         "label_smoothing": 0.1,
         "z_loss": 1e-4,
         "entropy_bonus": 0.01,
