@@ -56,7 +56,7 @@ INFOENTROPY_DEVICE To bits_as(From value) {
   return result;
 }
 
-// What the GPU does in one instruction, for the emulation.
+#ifndef __CUDACC__  // what the GPU does in one instruction
 inline float half_to_float_on_host(std::uint16_t half) {
   const std::uint32_t sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
   if (rest >= 0x7c00u << 13) return bits_as<float>(sign | rest | 0x7f800000u);  // inf, NaN
@@ -73,6 +73,7 @@ inline std::uint16_t float_to_half_on_host(float value) {
   const float rounded = std::ldexp(std::nearbyint(std::ldexp(size, -step)), step);  // ties to even
   return sign | (bits_as<std::uint32_t>(rounded * 0x1p-112f) >> 13);
 }
+#endif
 
 INFOENTROPY_DEVICE float low(std::uint32_t word, float) { return bits_as<float>(word); }
 INFOENTROPY_DEVICE float high(std::uint32_t, float) { return 0; }
@@ -282,8 +283,8 @@ INFOENTROPY_DEVICE Slicing slice(const T* row, int columns) {
   return {head, vectors, columns - head - vectors * kPerVector<T>};
 }
 
-// The targets of `contract.Shard`.
-struct Targets {
+// Targets of shard_ops.h, for a GPU to read.
+struct DeviceTargets {
   const std::int64_t* data;  // [tokens], vocabulary ids
   std::int64_t vocab_start;  // id of column 0
   std::int64_t ignore_index;

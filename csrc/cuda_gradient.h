@@ -98,7 +98,7 @@ struct GradientRow {
 
 template <class T>
 INFOENTROPY_DEVICE GradientRow<T> gradient_row(const T* logits, T* out, int columns, int width,
-                                             const Targets& targets, std::int64_t token) {
+                                             const DeviceTargets& targets, std::int64_t token) {
   if (targets.ignored(token)) return {logits, out, 0, width, -1};
   return {logits, out, columns, width, targets.column(token, columns)};
 }

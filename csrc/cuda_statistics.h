@@ -62,9 +62,9 @@ INFOENTROPY_DEVICE Sums<kDistance> of_one_logit(float x) {
 
 template <class T, bool kSoftcap, bool kDistance>
 struct Lane {
+  static constexpr bool kSoftcapped = kSoftcap, kSumsDistance = kDistance;
   Sums<kDistance> sums;
   Vector batch[kInFlight];
-  static constexpr bool kSumsDistance = kDistance;
   int held;  // vectors of the batch that this lane has; the rest of it are logits of -inf
   float batch_maximum;
 
@@ -140,7 +140,8 @@ INFOENTROPY_DEVICE void add_batch(Warp& warp, const Vectors& read, const LogitSc
   using Lane = typename Warp::Lane;
   warp.each(read);
   const auto reaches = [](const Lane& lane) { return lane.batch_maximum >= lane.sums.m; };
-  if (warp.any(reaches)) {
+  // The second branch is what runs nearly always; where that saves little, there is only the first.
+  if (!kWhole || Lane::kSoftcapped || warp.any(reaches)) {
     const float m = warp.maximum(
         [](const Lane& lane) { return fmaxf(lane.batch_maximum, lane.sums.m); });
     warp.each([&](Lane& lane, int) {
@@ -148,7 +149,7 @@ INFOENTROPY_DEVICE void add_batch(Warp& warp, const Vectors& read, const LogitSc
       lane.template add_batch<kWhole, true>(scale);
     });
   } else {
-    warp.each([&](Lane& lane, int) { lane.template add_batch<kWhole, false>(scale); });
+    warp.each([&](Lane& lane, int) { lane.template add_batch<true, false>(scale); });
   }
 }
 
@@ -210,14 +211,15 @@ INFOENTROPY_DEVICE float target_logit(const T* row, int column, const LogitScale
   return scale.softcap.template meant<kSoftcap>(to_float(row[column])) * scale.inverse_temperature;
 }
 
-// Writes rows MAX, TAIL, SPREAD and, where asked for, DISTANCE of `contract`.
+// `rows` 4 or 5 of the statistics of `contract`, but for TARGET.
 template <bool kDistance>
 INFOENTROPY_DEVICE void write_statistics(const Sums<kDistance>& sums, const LogitScale& scale,
-                                       float* statistics, std::int64_t token, std::int64_t tokens) {
+                                         float* statistics, int rows, std::int64_t token,
+                                         std::int64_t tokens) {
   statistics[token] = sums.m * scale.inverse_temperature;
   statistics[tokens + token] = sums.tail + (sums.tops - 1.0f);
   statistics[2 * tokens + token] = sums.spread * kLn2;
-  if (!kDistance) return;
+  if (rows < 5) return;
   const bool empty = sums.m == -kInfinity;
   statistics[4 * tokens + token] = empty ? 0 : sums.distance * scale.inverse_temperature;
 }

@@ -45,7 +45,7 @@ struct EmulatedWarp {
 struct Case {
   std::int64_t row_stride, tokens;
   int columns;
-  Targets targets;
+  DeviceTargets targets;
   LogitScale scale;
 };
 
@@ -58,11 +58,11 @@ SumsType fold(const std::vector<SumsType>& parts, float exponent) {
 }
 
 template <class T, bool kSoftcap, bool kDistance>
-void statistics(const T* logits, const Case& c, int splits, float* out) {
+void statistics(const T* logits, const Case& c, int splits, int rows, float* out) {
   using Warp = EmulatedWarp<Lane<T, kSoftcap, kDistance>>;
   for (std::int64_t token = 0; token < c.tokens; ++token) {
     if (c.targets.ignored(token)) {
-      for (int row = 0; row < (kDistance ? 5 : 4); ++row) out[row * c.tokens + token] = 0;
+      for (int row = 0; row < rows; ++row) out[row * c.tokens + token] = 0;
       continue;
     }
     const T* row = logits + token * c.row_stride;
@@ -76,7 +76,7 @@ void statistics(const T* logits, const Case& c, int splits, float* out) {
       }
       of_splits.push_back(fold<Warp>(of_warps, c.scale.exponent));
     }
-    write_statistics(fold<Warp>(of_splits, c.scale.exponent), c.scale, out, token, c.tokens);
+    write_statistics(fold<Warp>(of_splits, c.scale.exponent), c.scale, out, rows, token, c.tokens);
     out[3 * c.tokens + token] = target_logit<kSoftcap>(row, c.targets.column(token, c.columns), c.scale);
   }
 }
@@ -97,7 +97,7 @@ void gradient(const T* logits, const Case& c, const float* coefficients, int row
   }
 }
 
-// f(T, softcap or not, distance or not) of the C interface's numbers.
+// f(T{}) for the interface's number of a storage type.
 template <class F>
 void choose(int dtype, const F& f) {
   if (dtype == 0) f(float{});
@@ -110,25 +110,27 @@ void choose(int dtype, const F& f) {
 
 using namespace infoentropy::cuda;
 
-// dtype: 0 float32, 1 bfloat16, 2 float16.
+// dtype: 0 float32, 1 bfloat16, 2 float16. rows: 4 or 5 of the statistics or coefficients.
 extern "C" void emulate_statistics(const void* logits, int dtype, std::int64_t row_stride,
                                    std::int64_t tokens, int columns, const std::int64_t* target,
                                    std::int64_t vocab_start, std::int64_t ignore_index,
-                                   float softcap, float temperature, bool distance, int splits,
+                                   float softcap, float temperature, int rows, int splits,
                                    float* out) {
   const Case c{row_stride, tokens, columns, {target, vocab_start, ignore_index},
                LogitScale(softcap, temperature)};
   choose(dtype, [&](auto zero) {
     const auto* data = static_cast<const decltype(zero)*>(logits);
     using T = decltype(zero);
-    if (softcap == 0 && !distance) statistics<T, false, false>(data, c, splits, out);
-    if (softcap == 0 && distance) statistics<T, false, true>(data, c, splits, out);
-    if (softcap != 0 && !distance) statistics<T, true, false>(data, c, splits, out);
-    if (softcap != 0 && distance) statistics<T, true, true>(data, c, splits, out);
+    if (softcap != 0) {
+      statistics<T, true, true>(data, c, splits, rows, out);
+    } else if (rows == 5) {
+      statistics<T, false, true>(data, c, splits, rows, out);
+    } else {
+      statistics<T, false, false>(data, c, splits, rows, out);
+    }
   });
 }
 
-// rows: 4 or 5 of the coefficients.
 extern "C" void emulate_gradient(const void* logits, int dtype, std::int64_t row_stride,
                                  std::int64_t tokens, int columns, const std::int64_t* target,
                                  std::int64_t vocab_start, std::int64_t ignore_index,

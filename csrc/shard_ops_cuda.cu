@@ -50,19 +50,19 @@ struct Warp {
 struct Arguments {
   std::int64_t row_stride, tokens;
   int columns;
-  Targets targets;
+  DeviceTargets targets;
   LogitScale scale;
 };
 
 // Block b works on part b % splits of row b / splits.
 template <class T, bool kSoftcap, bool kDistance>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    statistics_kernel(const T* logits, Arguments a, int splits, float* statistics,
+    statistics_kernel(const T* logits, Arguments a, int splits, float* statistics, int rows,
                       Sums<kDistance>* workspace) {
   const std::int64_t token = blockIdx.x / splits;
   const int split = blockIdx.x % splits;
   if (a.targets.ignored(token)) {
-    if (split == 0 && threadIdx.x < (kDistance ? 5 : 4)) {
+    if (split == 0 && threadIdx.x < rows) {
       statistics[threadIdx.x * a.tokens + token] = 0;
     }
     return;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   fold_lanes(warp, a.scale.exponent);
   if (threadIdx.x != 0) return;
   if (splits == 1) {
-    write_statistics(warp.self.sums, a.scale, statistics, token, a.tokens);
+    write_statistics(warp.self.sums, a.scale, statistics, rows, token, a.tokens);
   } else {
     workspace[token * splits + split] = warp.self.sums;
   }
@@ -92,14 +92,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 // One warp a row, one lane a part of it.
 template <bool kDistance>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const Sums<kDistance>* workspace, Arguments a, int splits, float* statistics) {
+    fold_kernel(const Sums<kDistance>* workspace, Arguments a, int splits, float* statistics,
+                int rows) {
   const std::int64_t token = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   if (token >= a.tokens || a.targets.ignored(token)) return;
   Warp<Lane<float, false, kDistance>> warp;
   const int lane = threadIdx.x % kWarp;
   warp.self.sums = lane < splits ? workspace[token * splits + lane] : Sums<kDistance>{};
   fold_lanes(warp, a.scale.exponent);
-  if (lane == 0) write_statistics(warp.self.sums, a.scale, statistics, token, a.tokens);
+  if (lane == 0) write_statistics(warp.self.sums, a.scale, statistics, rows, token, a.tokens);
 }
 
 // Rows from the last to the first: the statistics read the last ones last, so those are the likeliest
@@ -139,81 +140,96 @@ int checked_columns(std::int64_t columns) {
   return static_cast<int>(columns);
 }
 
-Arguments arguments(const Logits& x) {
-  return {x.row_stride, x.tokens, checked_columns(x.columns),
-          {x.target, x.vocab_start, x.ignore_index}, LogitScale(x.softcap, x.temperature)};
-}
+// One call, checked: what the launchers below share.
+struct Call {
+  const Logits& logits;
+  Arguments arguments;
+  int rows;  // of the statistics or coefficients
+  bool softcap;
+  cudaStream_t stream;
+
+  Call(const Logits& x, const Targets& y, const Options& options, const Launch& launch)
+      : logits(x),
+        arguments{x.row_stride, x.tokens, checked_columns(x.columns),
+                  {y.data, y.vocab_start, y.ignore_index},
+                  LogitScale(options.softcap, options.temperature)},
+        rows(options.distance ? 5 : 4),
+        softcap(options.softcap != 0),
+        stream(static_cast<cudaStream_t>(launch.stream)) {
+    check(cudaSetDevice(launch.device), "choosing the GPU");
+  }
+};
 
 template <class T, bool kSoftcap, bool kDistance>
-void launch_statistics(const Logits& x, float* out, int splits, void* workspace, cudaStream_t on) {
-  const Arguments a = arguments(x);
+void launch_statistics(const Call& call, float* out, int splits, void* workspace) {
+  const Arguments& a = call.arguments;
   auto* parts = static_cast<Sums<kDistance>*>(workspace);
-  statistics_kernel<T, kSoftcap, kDistance><<<grid(x.tokens, splits), kThreads, 0, on>>>(
-      static_cast<const T*>(x.data), a, splits, out, parts);
+  statistics_kernel<T, kSoftcap, kDistance>
+      <<<grid(a.tokens, splits), kThreads, 0, call.stream>>>(
+          static_cast<const T*>(call.logits.data), a, splits, out, call.rows, parts);
   check(cudaGetLastError(), "launching the statistics kernel");
   if (splits == 1) return;
-  constexpr int kRows = kThreads / kWarp;
-  fold_kernel<kDistance><<<grid((x.tokens + kRows - 1) / kRows, 1), kThreads, 0, on>>>(
-      parts, a, splits, out);
+  constexpr int kTokens = kThreads / kWarp;  // of a block
+  fold_kernel<kDistance><<<grid((a.tokens + kTokens - 1) / kTokens, 1), kThreads, 0, call.stream>>>(
+      parts, a, splits, out, call.rows);
   check(cudaGetLastError(), "launching the fold kernel");
 }
 
 template <class T>
-void choose_statistics(const Logits& x, bool distance, float* out, int splits, void* workspace,
-                       cudaStream_t on) {
-  const bool softcap = x.softcap != 0;
-  if (!softcap && !distance) launch_statistics<T, false, false>(x, out, splits, workspace, on);
-  if (!softcap && distance) launch_statistics<T, false, true>(x, out, splits, workspace, on);
-  if (softcap && !distance) launch_statistics<T, true, false>(x, out, splits, workspace, on);
-  if (softcap && distance) launch_statistics<T, true, true>(x, out, splits, workspace, on);
+void statistics(const Call& call, float* out, int splits, void* workspace) {
+  if (call.softcap) {  // tanh costs so much more than the distance that one kernel does both
+    launch_statistics<T, true, true>(call, out, splits, workspace);
+  } else if (call.rows == 5) {
+    launch_statistics<T, false, true>(call, out, splits, workspace);
+  } else {
+    launch_statistics<T, false, false>(call, out, splits, workspace);
+  }
 }
 
 template <class T>
-void choose_gradient(const Logits& x, const float* coefficients, int rows, void* out,
-                     std::int64_t out_row_stride, int width, cudaStream_t on) {
-  const auto kernel = x.softcap != 0 ? gradient_kernel<T, true> : gradient_kernel<T, false>;
+void gradient(const Call& call, const float* coefficients, T* out, std::int64_t out_row_stride,
+              int width) {
+  const auto kernel = call.softcap ? gradient_kernel<T, true> : gradient_kernel<T, false>;
   const int blocks = gradient_blocks<T>(width);
-  kernel<<<grid(x.tokens, blocks), kThreads, 0, on>>>(
-      static_cast<const T*>(x.data), arguments(x), coefficients, rows, static_cast<T*>(out),
+  kernel<<<grid(call.arguments.tokens, blocks), kThreads, 0, call.stream>>>(
+      static_cast<const T*>(call.logits.data), call.arguments, coefficients, call.rows, out,
       out_row_stride, width, blocks);
   check(cudaGetLastError(), "launching the gradient kernel");
 }
 
-// Calls f with a value of the storage type.
-template <class F>
-void with_type_of(const Logits& x, const F& f) {
-  if (x.dtype == Dtype::kFloat32) f(float{});
-  if (x.dtype == Dtype::kBFloat16) f(BFloat16{});
-  if (x.dtype == Dtype::kFloat16) f(Float16{});
-}
-
 }  // namespace
 
-void shard_statistics(const Logits& x, bool distance, float* statistics, int splits,
-                      float* workspace, const Launch& launch) {
-  static_assert(sizeof(Sums<true>) == kWorkspaceFloats * sizeof(float), "");
-  static_assert(sizeof(Sums<false>) == kWorkspaceFloats * sizeof(float), "");
+void shard_statistics(const Logits& x, const Targets& y, const Options& options, float* out,
+                      int splits, float* workspace, const Launch& launch) {
+  static_assert(sizeof(Sums<true>) == kWorkspaceFloats * sizeof(float), "the workspace holds Sums");
+  static_assert(sizeof(Sums<false>) == sizeof(Sums<true>), "with and without distance");
   if (splits < 1 || splits > kMaxSplits) {
-    throw std::invalid_argument("splits must lie in 1..32, got " + std::to_string(splits));
+    throw std::invalid_argument("splits must lie in 1.." + std::to_string(kMaxSplits) + ", got " +
+                                std::to_string(splits));
   }
   if (x.tokens == 0) return;
-  check(cudaSetDevice(launch.device), "choosing the GPU");
-  with_type_of(x, [&](auto zero) {
-    choose_statistics<decltype(zero)>(x, distance, statistics, splits, workspace,
-                                      static_cast<cudaStream_t>(launch.stream));
-  });
+  const Call call(x, y, options, launch);
+  switch (x.dtype) {
+    case Dtype::kFloat32: return statistics<float>(call, out, splits, workspace);
+    case Dtype::kBFloat16: return statistics<BFloat16>(call, out, splits, workspace);
+    case Dtype::kFloat16: return statistics<Float16>(call, out, splits, workspace);
+  }
 }
 
-void shard_gradient(const Logits& x, const float* coefficients, int rows, void* out,
-                    std::int64_t out_row_stride, std::int64_t width, const Launch& launch) {
-  if (x.columns > width) throw std::invalid_argument("columns exceed the width of the output");
+void shard_gradient(const Logits& x, const Targets& y, const Options& options,
+                    const float* coefficients, void* out, std::int64_t stride,
+                    std::int64_t width, const Launch& launch) {
+  const int columns = checked_columns(width);
   if (x.tokens == 0 || width == 0) return;
-  check(cudaSetDevice(launch.device), "choosing the GPU");
-  with_type_of(x, [&](auto zero) {
-    choose_gradient<decltype(zero)>(x, coefficients, rows, out, out_row_stride,
-                                    checked_columns(width),
-                                    static_cast<cudaStream_t>(launch.stream));
-  });
+  const Call call(x, y, options, launch);
+  switch (x.dtype) {
+    case Dtype::kFloat32:
+      return gradient(call, coefficients, static_cast<float*>(out), stride, columns);
+    case Dtype::kBFloat16:
+      return gradient(call, coefficients, static_cast<BFloat16*>(out), stride, columns);
+    case Dtype::kFloat16:
+      return gradient(call, coefficients, static_cast<Float16*>(out), stride, columns);
+  }
 }
 
 }  // namespace infoentropy::cuda

@@ -58,7 +58,7 @@ def shard_statistics(
         *_logits(logits_NV, target_N, shard),
         ctypes.c_float(options.softcap),
         ctypes.c_float(options.temperature),
-        ctypes.c_bool(options.distance),
+        options.rows,
         splits,
         ctypes.c_void_p(statistics_RN.data_ptr()),
     )

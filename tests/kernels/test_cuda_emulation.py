@@ -1,0 +1,242 @@
+"""The CUDA kernels' slicing and arithmetic, walked thread by thread on the CPU, against float64.
+
+`cuda_emulation` says what that cannot see. The grid: vocabularies around the widths of a vector, a
+warp's reach and a batch, each dtype, rows that start at every alignment.
+"""
+
+import math
+
+import cuda_emulation
+import pytest
+import torch
+from close import assert_within, assert_within_bf16_ulp
+from oracle import dense_statistics
+
+from megatron_infoentropy.kernels import reference
+from megatron_infoentropy.kernels.contract import (
+    DISTANCE,
+    MAX,
+    PLAIN,
+    SPREAD,
+    TAIL,
+    TARGET,
+    Options,
+    Shard,
+)
+
+VOCABULARIES = [1, 7, 8, 9, 33, 1000, 8193, 20011]
+OPTIONS = {
+    "plain": PLAIN,
+    "distance": Options(distance=True),
+    "temperature": Options(temperature=0.7),
+    "softcap": Options(softcap=30.0, temperature=1.3, distance=True),
+}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+every_dtype = pytest.mark.parametrize("dtype", cuda_emulation.DTYPES, ids=str)
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def random_case(n, v, dtype, scale=4.0, offset=0):
+    """Logits whose rows start `offset` elements into wider rows of odd length."""
+    generator = torch.Generator().manual_seed(1000 * v + n)
+    wide = torch.randn(n, v + 2 * offset + 1 - v % 2, generator=generator) * scale
+    logits = wide.to(dtype)[:, offset : offset + v]
+    return logits, torch.randint(0, v, (n,), generator=generator)
+
+
+def whole(v):
+    return Shard(0, v, -100)
+
+
+def assert_statistics(got, logits, target, shard, options):
+    truth = reference.shard_statistics(logits.double(), target, shard, options)
+    # A softcap costs the rounding of z / softcap and of tanh, both relative to the cap.
+    slack = options.softcap * 2e-7
+    assert_within(got[MAX], truth[MAX], rtol=1.2e-7, atol=slack)
+    assert_within(got[TARGET], truth[TARGET], rtol=1.2e-7, atol=slack)
+    # A logit d below the maximum: e^d is off by 1.5e-7 |d|, and no more than 2 ulp.
+    assert_within(got[TAIL], truth[TAIL], rtol=3e-6 + slack)
+    assert_within(got[SPREAD], truth[SPREAD], rtol=3e-6 + slack, atol=slack)
+    if options.distance:
+        assert_within(got[DISTANCE], truth[DISTANCE], rtol=1e-6, atol=1e-6 + slack)
+
+
+@every_option
+@every_dtype
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_statistics_of_any_vocabulary_and_alignment(v, dtype, options):
+    for offset in (0, 3):
+        logits, target = random_case(5, v, dtype, offset=offset)
+        shard = whole(v)
+        got = cuda_emulation.shard_statistics(logits, target, shard, options)
+        assert_statistics(got, logits, target, shard, options)
+
+
+@every_option
+@pytest.mark.parametrize("splits", [2, 3, 7, 32])
+def test_blocks_that_share_a_row_find_what_one_finds(splits, options):
+    logits, target = random_case(3, 50257, torch.bfloat16, offset=5)
+    got = cuda_emulation.shard_statistics(logits, target, whole(50257), options, splits)
+    assert_statistics(got, logits, target, whole(50257), options)
+
+
+def test_every_column_is_read_once():
+    """With equal logits TAIL counts the columns; with one high logit MAX finds it anywhere."""
+    for v in (*range(1, 70), 8192 + 9, 3 * 8192 + 5):
+        logits = torch.full((2, v), -3.0, dtype=torch.bfloat16)
+        got = cuda_emulation.shard_statistics(logits, torch.zeros(2).long(), whole(v), PLAIN, 2)
+        assert got[TAIL].tolist() == [v - 1, v - 1]
+    v = 1021
+    logits = torch.eye(v, dtype=torch.bfloat16) * 9
+    got = cuda_emulation.shard_statistics(logits, torch.arange(v), whole(v), PLAIN)
+    assert got[MAX].eq(9).all()
+    assert got[TARGET].eq(9).all()
+
+
+def test_the_promise_holds_at_the_largest_vocabulary():
+    """|dH| <= 1e-5, |dCE| <= 2e-6 + 2.4e-7 CE at 262144 columns."""
+    v = 262144
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randn(v, generator=generator) * scale for scale in (1.0, 3.0, 6.0)]
+    rows += [rows[0] + 500, rows[0] - 500, torch.zeros(v), rows[0] * 0.01]
+    logits, target = torch.stack(rows), torch.randint(0, v, (7,), generator=generator)
+    m, r, u, x_y = cuda_emulation.shard_statistics(logits, target, whole(v), PLAIN).double()
+    ce, entropy, _ = dense_statistics(logits, target)
+    assert_within((m - x_y) + r.log1p(), ce, atol=2e-6, rtol=2.4e-7)
+    assert_within(r.log1p() + u / (1 + r), entropy, atol=1e-5)
+
+
+@every_dtype
+def test_confident_rows_keep_their_tail(dtype):
+    logits, _ = random_case(3, 5001, dtype, scale=1.0)
+    for row, gap in enumerate((9.0, 20.0, 60.0)):
+        logits[row, 17] = logits[row].max() + gap
+    got = cuda_emulation.shard_statistics(logits, torch.full((3,), 17), whole(5001), PLAIN)
+    truth = reference.shard_statistics(logits.double(), torch.full((3,), 17), whole(5001), PLAIN)
+    assert_within(got[TAIL], truth[TAIL], rtol=4e-6)
+    assert truth[TAIL][2] < 1e-20
+
+
+@every_dtype
+def test_ties_at_the_maximum_are_all_counted(dtype):
+    logits = torch.full((1, 30000), -60.0, dtype=dtype)
+    logits[0, [0, 4, 5, 9000, 9001, 29999]] = 2.0
+    got = cuda_emulation.shard_statistics(logits, torch.tensor([4]), whole(30000), PLAIN)
+    assert got[TAIL].item() == 5
+
+
+@every_option
+@every_dtype
+def test_logits_of_minus_infinity_have_no_mass(dtype, options):
+    logits, target = random_case(5, 20011, dtype)
+    logits[0, :-1] = -torch.inf
+    logits[1, :9000] = -torch.inf
+    logits[2, 1::2] = -torch.inf
+    logits[3] = -torch.inf
+    logits[4, int(target[4])] = -torch.inf
+    got = cuda_emulation.shard_statistics(logits, target, whole(20011), options, splits=2)
+    assert_statistics(got, logits, target, whole(20011), options)
+    assert got[:3, 3].tolist() == [-torch.inf, -1, 0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 1, 9000, 20010])
+def test_a_bad_logit_spoils_its_own_row_only(value, column):
+    logits, target = random_case(3, 20011, torch.bfloat16)
+    logits[1, column] = value
+    got = cuda_emulation.shard_statistics(logits, target, whole(20011), PLAIN)
+    assert got[TAIL].isnan().tolist() == [False, True, False]  # and whatever is made of it
+    assert got[:, [0, 2]].isfinite().all()
+
+
+def test_nan_among_minus_infinities_is_not_swallowed():
+    for column in (0, 1, 5000, 20010):
+        logits = torch.full((1, 20011), -torch.inf, dtype=torch.bfloat16)
+        logits[0, column] = torch.nan
+        got = cuda_emulation.shard_statistics(logits, torch.tensor([0]), whole(20011), PLAIN)
+        assert got[TAIL].isnan().all()
+
+
+def coefficients_for(logits, target, shard, options):
+    """Coefficients as the loss makes them, with an entropy term and, where it has one, an offset."""
+    truth = reference.shard_statistics(logits.double(), target, shard, options)
+    z = 1 + truth[TAIL]
+    upstream = torch.linspace(0.5, 2, len(target), dtype=torch.float64)
+    rows = [truth[MAX], upstream / z, -0.3 * upstream / z, -0.9 * upstream, 1e-5 * upstream]
+    return torch.stack(rows[: options.rows]).float()
+
+
+@pytest.mark.parametrize("options", [OPTIONS[n] for n in ("plain", "softcap")], ids=str)
+@every_dtype
+@pytest.mark.parametrize("v", VOCABULARIES[:-1])
+@pytest.mark.parametrize("place", ["same alignment", "other alignment", "in place"])
+def test_gradient_of_any_vocabulary_and_alignment(v, dtype, options, place):
+    logits, target = random_case(4, v, dtype, offset=3)
+    columns = max(1, v - v // 3)
+    shard = Shard(0, columns, -100)
+    target = target % columns
+    target[1] = columns  # another shard's
+    target[2] = -100
+    coefficients = coefficients_for(logits, target, shard, options)
+    truth = torch.full((4, v), 7.0, dtype=torch.float64)
+    reference.shard_gradient(logits.double(), target, shard, options, coefficients.double(), truth)
+    start = 4 if place == "other alignment" else 3
+    wide = torch.full((4, logits.stride(0)), 7.0, dtype=dtype)
+    around = (wide if place != "in place" else logits._base).clone()
+    out = logits if place == "in place" else wide[:, start : start + v]
+    wide = out._base
+    cuda_emulation.shard_gradient(logits, target, shard, options, coefficients, out)
+    scale = coefficients[1:3].abs().sum(0).double().unsqueeze(-1) + 1e-5 + options.softcap * 1e-6
+    assert_within(out, truth, rtol=2e-6 + ROUNDING[dtype], atol=3e-6 * scale + 2.0**-25)
+    assert torch.equal(out[2], torch.zeros(v, dtype=dtype))
+    assert torch.equal(out[:, columns:], torch.zeros(4, v - columns, dtype=dtype))
+    first = out.storage_offset()
+    assert torch.equal(wide[:, :first], around[:, :first])
+    assert torch.equal(wide[:, first + v :], around[:, first + v :])
+
+
+def test_a_bf16_gradient_is_rounded_once_down_to_the_smallest_step():
+    logits, target = random_case(6, 4001, torch.bfloat16)
+    logits[0, 40] = 80.0  # probabilities below 2^-126, which bf16 still has
+    logits[1, 40] = 95.0
+    truth = reference.shard_statistics(logits.double(), target, whole(4001), PLAIN)
+    coefficients = torch.stack(
+        [truth[MAX], 1 / (1 + truth[TAIL]), torch.zeros(6), torch.full((6,), -0.123456789)]
+    ).float()
+    got = torch.empty_like(logits)
+    cuda_emulation.shard_gradient(logits, target, whole(4001), PLAIN, coefficients, got)
+    expected = torch.empty(6, 4001, dtype=torch.float64)
+    reference.shard_gradient(
+        logits.double(), target, whole(4001), PLAIN, coefficients.double(), expected
+    )
+    assert_within_bf16_ulp(got, expected)
+    assert (got == expected.to(torch.bfloat16)).double().mean() >= 0.99
+    assert (got[0] != 0).double().mean() > 0.99
+    assert got[0].abs().min() < 2.0**-126
+
+
+@every_dtype
+def test_ignored_rows_are_never_read(dtype):
+    logits, target = random_case(3, 9000, dtype)
+    logits[1] = torch.nan
+    target[1] = 5
+    shard = Shard(0, 9000, 5)
+    target[[0, 2]] = 6
+    got = cuda_emulation.shard_statistics(logits, target, shard, OPTIONS["softcap"])
+    assert torch.equal(got[:, 1], torch.zeros(5))
+    assert got[:, [0, 2]].isfinite().all()
+    out = torch.full_like(logits, 7)
+    cuda_emulation.shard_gradient(logits, target, shard, PLAIN, got[:4].contiguous(), out)
+    assert torch.equal(out[1], torch.zeros(9000, dtype=dtype))
+
+
+def test_a_shard_of_padding_alone_is_empty():
+    logits = torch.full((2, 9000), torch.nan)
+    shard = Shard(18000, 0, -100)
+    got = cuda_emulation.shard_statistics(
+        logits, torch.tensor([3, -100]), shard, Options(0, 1, True)
+    )
+    assert got.T.tolist() == [[-math.inf, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    out = torch.full_like(logits, 7)
+    cuda_emulation.shard_gradient(logits, torch.tensor([3, 4]), shard, PLAIN, got, out)
+    assert torch.equal(out, torch.zeros(2, 9000))
