@@ -46,7 +46,7 @@ for seed in $seeds; do
       --ranks "$tensor_parallel"
     say "$objective, seed $seed: export to Hugging Face format, evaluate on held-out text"
     infoentropy convert "$run/checkpoints" --tokenizer "$demo/tokenizer" --output "$run/hf" \
-      --verify "$here/../README.md"
+      --text "$here/../README.md"
     infoentropy evaluate "$run/hf" --data "$demo/tokens/test" \
       --token-counts "$demo/tokens/train/token_counts.npy" --output "$run"
   done

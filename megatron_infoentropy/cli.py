@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from megatron_infoentropy import __version__
+from megatron_infoentropy.commands import convert as convert_commands
 from megatron_infoentropy.commands import data as data_commands
 
 app = typer.Typer(
@@ -20,8 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console(highlight=False, soft_wrap=True)
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 
 
 def main() -> None:
@@ -97,45 +96,8 @@ def train(
         launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
 
 
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Megatron --save folder, or an iter_ folder")],
-    output: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder to copy")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as saved")] = "auto",
-    verify: Annotated[
-        Path | None, typer.Option(help="text file: compare both models' logits on it")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Export a Megatron checkpoint, of any layout, as a Hugging Face Llama."""
-    from megatron_infoentropy.convert.to_hf import convert_checkpoint
-
-    done = convert_checkpoint(
-        checkpoint,
-        output,
-        tokenizer=tokenizer,
-        dtype=dtype,  # type: ignore[arg-type]
-        overwrite=overwrite,
-    )
-    out.print(f"{output}: {done.parameters} parameters, {done.dtype}")
-    if verify is not None:
-        _verify(checkpoint, output, verify)
-
-
-def _verify(checkpoint: Path, output: Path, text: Path) -> None:
-    from megatron_infoentropy.convert.texts import sequences_from_text
-    from megatron_infoentropy.convert.verify import verify_conversion
-
-    result = verify_conversion(checkpoint, output, sequences_from_text(text, output))
-    out.print(
-        f"logits over {result.tokens} tokens: largest difference {result.max_difference:.1e} "
-        f"(largest logit {result.max_logit:.1f}), same top token {result.top1_agreement:.2%}"
-    )
-    for difference in result.config_differences:
-        out.print(f"configuration differs: {difference}", markup=False)
-    if not result.passed:
-        raise ValueError(f"{output} does not compute what {checkpoint} computes")
+for _convert_command in convert_commands.COMMANDS:
+    app.command()(_convert_command)
 
 
 @app.command()
@@ -213,6 +175,9 @@ def bench(
         bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")
     ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="passes per provider")] = 5,
+    hidden: Annotated[
+        int | None, typer.Option(help="also an output layer of this size, fused and unfused")
+    ] = None,
     counters: Annotated[
         bool, typer.Option("--counters", help="also count the bytes moved, by ncu (GPU)")
     ] = False,
@@ -229,5 +194,6 @@ def bench(
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
     wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
-    for part in tables(run(chosen, repeats=repeats, counters=counters, output=output)):
+    rows = run(chosen, repeats=repeats, hidden=hidden, counters=counters, output=output)
+    for part in tables(rows):
         wide.print(part)

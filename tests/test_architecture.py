@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "launch": {"config", "data", "evaluate", "progress", "runtime"},
     "bench": {"config", "kernels", "loss", "progress", "runtime"},
     "doctor": {"kernels"},
-    "commands": {"data"},
+    "commands": {"convert", "data"},
     "cli": {"commands", "config", "launch", "convert", "evaluate", "doctor", "bench"},
     "__main__": {"cli"},
 }
@@ -40,7 +40,7 @@ OWNERS = {
     "zstandard": {"data"},
     "matplotlib": {"evaluate", "bench"},
     "jinja2": {"evaluate"},
-    "yaml": {"launch"},
+    "yaml": {"launch", "convert"},
     "typer": {"cli", "commands"},
     "rich": {"cli", "commands", "progress", "bench"},
 }
@@ -85,9 +85,9 @@ def test_a_room_imports_only_what_it_may(path):
             assert room in OWNERS[top], f"{top} belongs to {OWNERS[top]}, not to {room}"
 
 
-def test_the_compiled_extension_has_one_reader():
+def test_the_compiled_extension_has_one_reader_a_device():
     readers = {p.name for p in MODULES if (PACKAGE.name, "_C") in imports_of(p)}
-    assert readers == {"native.py"}
+    assert readers == {"native.py", "cuda.py"}
 
 
 def test_no_file_is_too_long():

@@ -14,6 +14,7 @@ COMMANDS = {
     "preprocess": ".bin/.idx",
     "train": "torchrun",
     "convert": "Hugging Face",
+    "convert-from-hf": "Megatron checkpoint",
     "evaluate": "Perplexity",
     "report": "page",
     "doctor": "missing",
@@ -35,7 +36,7 @@ def run(*words, cwd=None):
 def test_help_lists_every_command():
     done = run("--help")
     assert done.returncode == 0
-    listed = re.findall(r"^  ([a-z]+)  ", done.stdout, flags=re.M)
+    listed = re.findall(r"^  ([a-z-]+)  ", done.stdout, flags=re.M)
     assert listed == list(COMMANDS)
 
 

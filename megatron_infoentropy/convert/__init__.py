@@ -4,25 +4,33 @@ reading    checkpoint (distcp, torch_file, unpickle): any parallel layout, by la
 what it is architecture: the family that computes the same, or refused; arguments, hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
 writing    to_hf (shards, weights_file, tokenizer_files, model_card), output_folder
+           from_hf (hf_weights, distcp_writer)
 proof      reference_model and config_check, which share nothing with the mapping; texts, verify
 """
 
 from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     InvalidWeightsError,
+    UnprovenConversionError,
     UnreadableCheckpointError,
     UnsupportedModelError,
 )
+from megatron_infoentropy.convert.from_hf import ImportSummary, convert_from_hf
 from megatron_infoentropy.convert.to_hf import ConversionSummary, convert_checkpoint
-from megatron_infoentropy.convert.verify import Verification, verify_conversion
+from megatron_infoentropy.convert.verify import Verification, prove, verify_conversion, why_not_now
 
 __all__ = [
     "ConversionSummary",
+    "ImportSummary",
     "IncompleteCheckpointError",
     "InvalidWeightsError",
+    "UnprovenConversionError",
     "UnreadableCheckpointError",
     "UnsupportedModelError",
     "Verification",
     "convert_checkpoint",
+    "convert_from_hf",
+    "prove",
     "verify_conversion",
+    "why_not_now",
 ]

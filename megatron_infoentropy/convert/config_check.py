@@ -31,7 +31,7 @@ def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> 
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         **(_rms_fields(args) if args.normalization == "RMSNorm" else _gelu_fields(args)),
     }
-    actual = {name: getattr(config, name, _MISSING) for name in expected}
+    actual = {name: _effective(config, name) for name in expected}
     if args.position_embedding_type == "rope":
         for name, value in _rope_fields(args).items():
             expected[name], actual[name] = value, config.rope_parameters.get(name, _MISSING)
@@ -63,6 +63,16 @@ def file_differences(folder: Path) -> list[str]:
         for name, (four, five) in pairs.items()
         if four != five
     ]
+
+
+def _effective(config: Any, name: str) -> Any:
+    """What transformers computes with; two fields may be absent and then follow from others."""
+    value = getattr(config, name, None)
+    if value is None and name == "head_dim":
+        return config.hidden_size // config.num_attention_heads
+    if value is None and name == "n_inner":
+        return 4 * config.hidden_size
+    return value
 
 
 def _rms_fields(args: Namespace) -> dict[str, Any]:

@@ -13,5 +13,9 @@ class IncompleteCheckpointError(ValueError):
     """A file, a part of a file or a tensor is missing."""
 
 
+class UnprovenConversionError(ValueError):
+    """The two sides do not compute the same."""
+
+
 class InvalidWeightsError(ValueError):
     """Numbers that no model could compute with: NaN or infinity."""

@@ -14,11 +14,11 @@ _FINGERPRINT = ".made-of"
 
 
 @contextmanager
-def new_folder(output: Path, fingerprint: str) -> Iterator[Path]:
+def new_folder(output: Path, fingerprint: str | None) -> Iterator[Path]:
     """Yield a hidden folder that takes the place of `output` if the block succeeds.
 
-    What is in it stays for the next attempt if the machine is at fault (no space, killed,
-    interrupted), and goes if the input is.
+    Without a fingerprint it starts empty. What is in it stays for the next attempt if the machine
+    is at fault (no space, killed, interrupted), and goes if the input is.
 
     Raises:
         ValueError: another process is making the same folder.
@@ -63,14 +63,14 @@ def require_space(output: Path, size: int) -> None:
         )
 
 
-def _clear_unless_of(partial: Path, fingerprint: str) -> None:
+def _clear_unless_of(partial: Path, fingerprint: str | None) -> None:
     mark = partial / _FINGERPRINT
-    if mark.read_text() == fingerprint:
+    if fingerprint and mark.read_text() == fingerprint:
         return
     for path in partial.iterdir():
         if path.name != _FINGERPRINT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    mark.write_text(fingerprint)
+    mark.write_text(fingerprint or "")
 
 
 def _replace(output: Path, new: Path) -> None:

@@ -1,31 +1,53 @@
-"""Token ids of real text, for comparing two models on it."""
+"""Token ids to compare two models on: texts of the model's full length."""
 
 import json
+import random
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 SEQUENCES = 3
+LONGEST = 4096
+"""Beyond this a text costs more than it tells; positions are compared by the configuration."""
 
 
-def sequences_from_text(text: Path, model: Path) -> list[list[int]]:
-    """At most three sequences of the model's full length, from the start, middle and end of a file.
+def sequences_for(folder: Path, text: Path | None = None) -> list[list[int]]:
+    """Return three sequences of full length, from the start, middle and end of a text.
 
-    text: any UTF-8 file; model: Hugging Face folder with tokenizer.json and config.json.
+    Args:
+        folder: a Hugging Face folder; without a tokenizer in it the ids are drawn at random.
+        text: any UTF-8 file; by default the reference texts that come with Python.
 
     Raises:
-        ValueError: the file holds less than two tokens.
+        ValueError: the text holds less than two tokens.
     """
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    length = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    length = length_for(folder)
+    if not (folder / "tokenizer.json").is_file():
+        draw = random.Random(0)
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(SEQUENCES)]
+    raw = _python_reference() if text is None else text.read_bytes()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # A token is rarely longer than 16 bytes: enough text, without encoding all of a large file.
-    raw = text.read_bytes()
     starts = {0, max(0, len(raw) // 2), max(0, len(raw) - 16 * length)}
     sequences = [
         tokenizer.encode(raw[start : start + 16 * length].decode("utf-8", "ignore")).ids[:length]
-        for start in sorted(starts)[:SEQUENCES]
+        for start in sorted(starts)
     ]
     long_enough = [sequence for sequence in sequences if len(sequence) > 1]
     if not long_enough:
         raise ValueError(f"expected text to verify on in {text}, got less than two tokens")
     return long_enough
+
+
+def length_for(folder: Path) -> int:
+    """Return the model's full length, or LONGEST."""
+    config = json.loads((folder / "config.json").read_text())
+    length: int = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
+    return min(LONGEST, length)
+
+
+def _python_reference() -> bytes:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values()).encode()

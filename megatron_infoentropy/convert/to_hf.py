@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,7 @@ def convert_checkpoint(
     iteration: int | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> ConversionSummary:
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
 
@@ -75,6 +77,7 @@ def convert_checkpoint(
         iteration: which iteration of a `--save` folder; by default the latest.
         overwrite: replace an existing output.
         shard_bytes: how large a file of weights may be.
+        check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
         UnsupportedModelError: the model is none that a family of transformers could compute.
@@ -100,6 +103,7 @@ def convert_checkpoint(
         (folder / "README.md").write_text(model_card(opened, model, _parameters(shards)))
         if facts is not None:
             copy_tokenizer(facts, folder)
+        check(folder)
     return _summary(output, opened, model, torch_dtype, shards)
 
 

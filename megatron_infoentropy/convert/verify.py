@@ -7,6 +7,7 @@ transformers understands it, with the training arguments (a wrong maximal length
 and the tokenizer, id by id.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
+from megatron_infoentropy.convert.errors import UnprovenConversionError
 from megatron_infoentropy.convert.reference_model import ReferenceModel
+from megatron_infoentropy.convert.texts import length_for, sequences_for
 from megatron_infoentropy.convert.tokenizer_files import read_tokenizer, tokenizer_differences
 from megatron_infoentropy.progress import progress
 
@@ -42,6 +45,52 @@ class Verification:
         same = self.top1_agreement == 1.0
         return close and same and not self.config_differences and not self.tokenizer_differences
 
+    def __str__(self) -> str:
+        ratio = self.max_difference / self.max_logit if self.max_logit else math.inf
+        lines = [
+            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.1e}, "
+            f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
+            f"token {self.top1_agreement:.2%}",
+            *(f"configuration: {line}" for line in self.config_differences),
+            *(f"tokenizer: {line}" for line in self.tokenizer_differences),
+        ]
+        return "\n".join(lines)
+
+
+def prove(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    text: Path | None = None,
+    iteration: int | None = None,
+    imported: bool = False,
+) -> Verification:
+    """Compare both sides on three texts of full length, as `verify_conversion` does, and insist.
+
+    Args:
+        checkpoint, folder, iteration, imported: as for `verify_conversion`.
+        text: as for `sequences_for`.
+
+    Raises:
+        UnprovenConversionError: they do not compute the same, with all that differs.
+    """
+    sequences = sequences_for(folder, text)
+    result = verify_conversion(
+        checkpoint, folder, sequences, iteration=iteration, imported=imported
+    )
+    if not result.passed:
+        raise UnprovenConversionError(f"the two sides do not compute the same; {result}")
+    return result
+
+
+def why_not_now(folder: Path) -> str | None:
+    """Say why this machine cannot compare the models; None if it can."""
+    needed = memory_needed(folder, length_for(folder))
+    free = int(psutil.virtual_memory().available)
+    if needed <= free:
+        return None
+    return f"comparing the models takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+
 
 def verify_conversion(
     checkpoint: Path,
@@ -49,6 +98,7 @@ def verify_conversion(
     sequences: Sequence[Sequence[int]],
     *,
     iteration: int | None = None,
+    imported: bool = False,
 ) -> Verification:
     """Compare a Hugging Face folder with a Megatron checkpoint, whichever was made of the other.
 
@@ -60,6 +110,7 @@ def verify_conversion(
         folder: the Hugging Face side.
         sequences: token ids to run both models on; real text, of the full length, tells most.
         iteration: as for `convert_checkpoint`.
+        imported: the checkpoint was made of the folder, which need not suit transformers 4.
 
     Raises:
         ValueError: no tokens, or ids outside the vocabulary.
@@ -73,6 +124,8 @@ def verify_conversion(
         str(folder), local_files_only=True, dtype=torch.float32
     ).eval()
     logits = _compare_logits(ReferenceModel(opened, config.dtype), model, sequences)
+    if imported:
+        return Verification(*logits, tuple(config_differences(config, opened.args, None)))
     fields = config_differences(config, opened.args, _vocab_size(folder))
     return Verification(
         *logits, (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
@@ -92,10 +145,6 @@ def memory_needed(folder: Path, length: int) -> int:
     table = config.vocab_size * config.hidden_size
     logits = 3 * length * config.vocab_size
     return int(4 * (parameters + 2 * table + logits)) + 500_000_000
-
-
-def memory_allows(folder: Path, length: int) -> bool:
-    return memory_needed(folder, length) <= int(psutil.virtual_memory().available)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Run as `python train_checkpoints.py FOLDER`. For every case below it leaves FOLDER/<case>/save, the
 folder Megatron wrote, and FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for
-them, and its greedy continuation of the first few.
+them, its greedy continuation of the first few, and the first batch with its loss. The cases of
+IMPORTED start from a Hugging Face model, FOLDER/<case>/hf, and do not change it (learning rate 0).
 
 Megatron is imported once and every rank is a fork of this process: importing takes longer than all
 the training.
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+COMMON = """
+--seq-length 64 --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 8
+--micro-batch-size 2 --global-batch-size 4 --lr-decay-style constant
+--eval-interval 100 --eval-iters 0 --save-interval 100 --hidden-dropout 0 --attention-dropout 0
+"""
 MODEL = """
 --num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 8
---seq-length 64 --max-position-embeddings 96 --init-method-std 0.2
+--max-position-embeddings 96 --init-method-std 0.2 --vocab-size 250
 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
---tokenizer-type NullTokenizer --vocab-size 250 --make-vocab-size-divisible-by 8
---micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 0.02 --lr-decay-style constant
---eval-interval 100 --eval-iters 0 --save-interval 100 --hidden-dropout 0 --attention-dropout 0
+--train-iters 3 --lr 0.02
 """
 GQA = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
 # Everything that is the other way round: one key per query, one table, the other rotary pairing,
@@ -33,6 +37,19 @@ CASES = {  # name: (number of ranks, flags)
     "pp2": (2, GQA + " --pipeline-model-parallel-size 2"),
     "other": (2, OTHER + " --tensor-model-parallel-size 2"),
     "bf16": (2, GQA + " --bf16 --use-distributed-optimizer"),
+}
+_LLAMA = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 256}
+_LLAMA |= {"intermediate_size": 176, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_LLAMA |= {"initializer_range": 0.2}
+_GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 64, "vocab_size": 256}
+_NEOX = {**_LLAMA, "use_parallel_residual": False, "rotary_pct": 0.5}
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+IMPORTED: dict[str, tuple[str, dict[str, Any], str]] = {  # model type, its configuration, layout
+    "llama": ("llama", _LLAMA | {"rope_theta": 5e4, "tie_word_embeddings": True}, TP2),
+    "qwen2": ("qwen2", _LLAMA | {"rms_norm_eps": 1e-3}, PP2),
+    "qwen3": ("qwen3", _LLAMA | {"head_dim": 16}, TP2),
+    "gpt_neox": ("gpt_neox", _NEOX, TP2),
+    "gpt2": ("gpt2", _GPT2 | {"activation_function": "gelu", "initializer_range": 0.2}, PP2),
 }
 PROMPT, NEW_TOKENS = 16, 12
 
@@ -58,13 +75,17 @@ def train(folder: Path, flags: str) -> None:
     from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
     get_write_results_queue("fork")  # made and kept; by default a process that imports torch again
-    sys.argv = ["train", *MODEL.split(), *flags.split(), *CPU_FLAGS, "--save", str(folder / "save")]
+    words = [*COMMON.split(), *flags.split(), *CPU_FLAGS]
+    sys.argv = ["train", *words, "--save", str(folder / "save")]
     models: list[Any] = []
+    first: dict[str, Any] = {}
 
     def forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
         models[:] = [model]
         batch = next(batches)
         loss = model(*inputs_of(batch[:, :-1]), labels=batch[:, 1:].contiguous())
+        first.setdefault("batch", batch)
+        first.setdefault("loss", loss.detach().mean())
         return loss, sum_and_count
 
     def datasets(sizes: list[int], vp_stage: int | None = None) -> list[torch.Tensor]:
@@ -77,7 +98,7 @@ def train(folder: Path, flags: str) -> None:
     container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     store = torch.distributed.FileStore(str(folder / "store"), args.world_size)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
-    record(models[0], folder / "golden.pt")
+    record(models[0], first, folder / "golden.pt")
 
 
 def inputs_of(tokens: Any) -> tuple[Any, Any, Any]:
@@ -96,7 +117,7 @@ def sum_and_count(loss: Any) -> tuple[Any, Any, dict[str, Any]]:
     return loss.sum(), count, {"loss": torch.stack([loss.detach().sum(), count.float()])}
 
 
-def record(model: Any, path: Path) -> None:
+def record(model: Any, first: dict[str, Any], path: Path) -> None:
     """Save what the trained model computes, from the ranks of the last pipeline stage."""
     import torch
 
@@ -111,7 +132,8 @@ def record(model: Any, path: Path) -> None:
         torch.distributed.broadcast(token, last)
         generated = [*generated, int(token)]
     if torch.distributed.get_rank() == last:
-        torch.save({"tokens": sequences, "logits": logits, "generated": generated}, path)
+        golden = {"tokens": sequences, "logits": logits, "generated": generated, **first}
+        torch.save(golden, path)
 
 
 def full_logits(model: Any, sequence: list[int]) -> Any:
@@ -147,27 +169,56 @@ def run_rank(folder: Path, flags: str, rank: int, world: int) -> None:
 
 
 def main(folder: Path) -> None:
-    import multiprocessing
-
     from megatron_infoentropy.runtime import cpu
 
+    imported = {
+        name: import_model(folder / name, kind, config) + layout
+        for name, (kind, config, layout) in IMPORTED.items()
+    }
     cpu.install()
     import megatron.training  # noqa: F401  once, for all the forks
 
-    fork = multiprocessing.get_context("fork")
     for name, (world, flags) in CASES.items():
-        case = folder / name
-        case.mkdir(parents=True)
-        ranks = [fork.Process(target=run_rank, args=(case, flags, r, world)) for r in range(world)]
+        run_case(folder / name, MODEL + flags, world)
+    for name, flags in imported.items():
+        run_case(folder / name, flags, 2)
+
+
+def import_model(case: Path, kind: str, config: dict[str, Any]) -> str:
+    """Make a Hugging Face model and a Megatron checkpoint of it; return the flags to load it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_infoentropy.convert.from_hf import convert_from_hf
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms are all 1 and biases 0: mistakes would not show
+                parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(case / "hf")
+    flags = convert_from_hf(case / "hf", case / "megatron").flags
+    words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
+    load = f"--load {case / 'save'} --pretrained-checkpoint {case / 'megatron'}"
+    return " ".join(words) + f" {load} --vocab-size 256 --train-iters 1 --lr 0 "
+
+
+def run_case(case: Path, flags: str, world: int) -> None:
+    import multiprocessing
+
+    case.mkdir(parents=True, exist_ok=True)
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(case, flags, r, world)) for r in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    if any(rank.exitcode != 0 for rank in ranks):
         for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(120)
-        if any(rank.exitcode != 0 for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-            logs = "\n".join(path.read_text()[-3000:] for path in sorted(case.glob("*.log")))
-            sys.exit(f"case {name} failed\n{logs}")
+            rank.kill()
+        logs = "\n".join(path.read_text()[-3000:] for path in sorted(case.glob("*.log")))
+        sys.exit(f"case {case.name} failed\n{logs}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def evaluated(folder):
     for run in ("whole", "resumed"):
         infoentropy(
             *("convert", f"{run}/checkpoints", "--tokenizer", "tokenizer"),
-            *("--output", f"{run}/hf", "--verify", "test.jsonl"),
+            *("--output", f"{run}/hf", "--verify", "--text", "test.jsonl"),
             cwd=folder,
         )
         infoentropy(

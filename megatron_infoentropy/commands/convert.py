@@ -1,0 +1,91 @@
+"""Commands between Megatron's checkpoints and Hugging Face folders."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console(highlight=False, soft_wrap=True)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="compare both models' logits, configuration and tokenizer; default: if memory allows",
+    ),
+]
+Text = Annotated[
+    Path | None, typer.Option(help="text file to compare on; default: Python's reference texts")
+]
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron --save folder, or an iter_ folder")],
+    output: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder to copy")],
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: as saved")
+    ] = "auto",
+    iteration: Annotated[int | None, typer.Option(help="which one; default: the latest")] = None,
+    verify: Verify = None,
+    text: Text = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a Megatron checkpoint, of any layout, as a Hugging Face model, and prove it."""
+    from megatron_infoentropy.convert import convert_checkpoint
+
+    done = convert_checkpoint(
+        checkpoint,
+        output,
+        tokenizer=tokenizer,
+        dtype=dtype,  # type: ignore[arg-type]
+        iteration=iteration,
+        overwrite=overwrite,
+        check=lambda folder: _prove(checkpoint, folder, folder, verify, text, iteration),
+    )
+    out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
+
+
+def convert_from_hf(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder")],
+    output: Annotated[Path, typer.Option(help="folder to write, for --pretrained-checkpoint")],
+    verify: Verify = None,
+    text: Text = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a Megatron checkpoint of a Hugging Face model, to train it further, and prove it."""
+    from megatron_infoentropy.convert import convert_from_hf as run
+
+    done = run(
+        model,
+        output,
+        overwrite=overwrite,
+        check=lambda made: _prove(made, model, made, verify, text, None),
+    )
+    out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
+    flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
+    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}", markup=False)
+
+
+def _prove(
+    checkpoint: Path,
+    folder: Path,
+    made: Path,
+    verify: bool | None,
+    text: Path | None,
+    iteration: int | None,
+) -> None:
+    from megatron_infoentropy.convert import prove, why_not_now
+
+    if verify is False:
+        return
+    if verify is None and (reason := why_not_now(folder)):
+        out.print(f"not verified: {reason}; --verify insists")
+        return
+    result = prove(checkpoint, folder, text=text, iteration=iteration, imported=made == checkpoint)
+    out.print(str(result), markup=False)
+
+
+COMMANDS = (convert, convert_from_hf)

@@ -1,0 +1,193 @@
+"""A Hugging Face folder as a checkpoint that Megatron-Core 0.19 loads under any parallel layout.
+
+OUTPUT/latest_checkpointed_iteration.txt   "release": Megatron starts at iteration 0
+OUTPUT/release/                            the parameters and arguments, in the format torch_dist
+OUTPUT/model.yaml                          the flags that describe the model to Megatron's trainer
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_infoentropy.convert.architecture import CLASSES, Architecture
+from megatron_infoentropy.convert.arguments import arguments_of, flags_of
+from megatron_infoentropy.convert.checkpoint import LATEST
+from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
+from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.hf_config import architecture_from_config
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.layout import LAYOUTS
+from megatron_infoentropy.convert.matching import rows_of, shape_of
+from megatron_infoentropy.convert.naming import Row
+from megatron_infoentropy.convert.output_folder import new_folder, require_space
+from megatron_infoentropy.convert.shards import require_finite
+from megatron_infoentropy.progress import progress
+
+# What Megatron's layers ask for beside their parameters, stored empty, one entry a layer.
+_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
+_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What was written, and from what."""
+
+    output: Path
+    family: str
+    parameters: int
+    dtype: str
+    vocab_size: int
+    flags: dict[str, Any]  # for Megatron's trainer, names without dashes
+
+
+def convert_from_hf(
+    folder: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] = lambda checkpoint: None,
+) -> ImportSummary:
+    """Write a Hugging Face model as a Megatron checkpoint, to continue its training.
+
+    Args:
+        folder: the Hugging Face folder, with safetensors files.
+        output: the folder to make; give it to Megatron as `--pretrained-checkpoint`.
+        overwrite: replace an existing output.
+        check: called with the finished folder before it gets its name; if it raises, it never does.
+
+    Raises:
+        UnsupportedModelError: Megatron's GPTModel cannot compute this model.
+        UnreadableCheckpointError, IncompleteCheckpointError: the weights cannot be read.
+        InvalidWeightsError: NaN or infinity in the weights.
+        ValueError: too little space, or an existing output.
+    """
+    from transformers import AutoConfig
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    model = architecture_from_config(config)
+    weights = HuggingFaceWeights(folder)
+    names = _match(weights, model)
+    dtype = _dtype_of(weights, names)
+    parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
+    require_space(output, parameters * dtype.itemsize)
+    flags = flags_of(model)
+    with new_folder(output, None) as new:
+        (new / "release").mkdir()
+        _write(new / "release", weights, names, model, dtype)
+        (new / LATEST).write_text("release")
+        (new / "model.yaml").write_text(yaml.safe_dump({"model": flags}, sort_keys=False))
+        check(new)
+    name = str(dtype).removeprefix("torch.")
+    return ImportSummary(output, model.family, parameters, name, model.vocab_size, flags)
+
+
+def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
+    """Return {name in the table: name in the files}; both sides complete, with the right shapes."""
+    prefix = _PREFIXES.get(model.family, "")
+    stored = {
+        name if name.startswith((prefix, "lm_head.", "embed_out.")) else prefix + name: name
+        for name in weights.tensors
+        if not name.endswith(_BUFFERS)
+    }
+    if not model.untied:  # some exports keep the shared table twice
+        stored = {
+            k: v for k, v in stored.items() if k not in ("lm_head.weight", "embed_out.weight")
+        }
+    wanted: dict[str, str] = {}
+    for row, layer in _rows(model):
+        shapes = [part.shape for part in _hf_parts(row, model)]
+        for name, shape in zip(_names(row, layer), shapes, strict=True):
+            if name not in stored:
+                raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
+            got = weights.tensors[stored[name]].shape
+            if got != tuple(shape):
+                raise ValueError(
+                    f"expected {name} of shape {list(shape)}, from config.json; got {list(got)}"
+                )
+            wanted[name] = stored[name]
+    if unknown := sorted(set(stored) - set(wanted)):
+        raise UnsupportedModelError(
+            f"Megatron has no counterpart for {len(unknown)} tensors of this "
+            f"{CLASSES[model.family]}: {', '.join(unknown[:4])}"
+        )
+    return wanted
+
+
+def _rows(model: Architecture) -> Iterator[tuple[Row, int | None]]:
+    """Yield every row that has to be written, with its layer; a parameter's first name is taken."""
+    done: set[str] = set()
+    for row in rows_of(model):
+        if not done & set(row.hf):
+            done |= set(row.hf)
+            for layer in range(model.num_layers) if "*" in row.megatron else (None,):
+                yield row, layer
+
+
+def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
+    return LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
+
+
+def _names(row: Row, layer: int | None) -> list[str]:
+    return [name.replace("*", str(layer)) for name in row.hf]
+
+
+def _dtype_of(weights: HuggingFaceWeights, names: dict[str, str]) -> torch.dtype:
+    dtypes = {weights.tensors[name].dtype for name in names.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _write(
+    folder: Path,
+    weights: HuggingFaceWeights,
+    names: dict[str, str],
+    model: Architecture,
+    dtype: torch.dtype,
+) -> None:
+    writer = CheckpointWriter(folder)
+    args = arguments_of(model)
+    writer.object(
+        "common_state/shard_0_1",
+        {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "content_metadata": {
+                "singleton_local_shards": False,
+                "chained_optim_avoid_prefix": True,
+            },
+        },
+    )
+    with progress("import", len(names), "tensors") as advance:
+        for row, layer in _rows(model):
+            parts = []
+            for name in _names(row, layer):
+                part = weights.read(names[name])
+                require_finite(name, part)
+                parts.append(part.to(dtype))
+            tensor = LAYOUTS[row.layout].to_megatron(tuple(parts), model)
+            stacked = row.megatron.replace(".*.", ".")
+            writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
+            advance(len(parts))
+    for module in _EXTRA_STATES:
+        for layer in range(model.num_layers):
+            name = f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}"
+            writer.object(name, None)
+    writer.finish()
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(config))

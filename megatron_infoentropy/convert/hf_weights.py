@@ -1,0 +1,123 @@
+"""The weights of a Hugging Face folder, read tensor by tensor: one `.safetensors` file or many."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_infoentropy.convert.errors import (
+    IncompleteCheckpointError,
+    UnreadableCheckpointError,
+    UnsupportedModelError,
+)
+from megatron_infoentropy.convert.shards import INDEX
+from megatron_infoentropy.convert.weights_file import NAMES
+
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+_WHOLE = "model.safetensors"
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
+
+
+class Stored(NamedTuple):
+    """A tensor on disk: its numbers begin at byte `start` of `path`."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class HuggingFaceWeights:
+    """What tensors a folder holds, and their numbers on request.
+
+    Raises:
+        UnreadableCheckpointError: no safetensors files, or one that is damaged.
+        IncompleteCheckpointError: a file of the index, a part of a file, or a tensor is missing.
+        UnsupportedModelError: a tensor in another dtype than fp32, bf16 or fp16.
+    """
+
+    tensors: dict[str, Stored]
+
+    def __init__(self, folder: Path) -> None:
+        wanted = _weight_map(folder)
+        found = {
+            file: _read_header(folder / file)
+            for file in ([_WHOLE] if wanted is None else sorted(set(wanted.values())))
+        }
+        if wanted is None:
+            self.tensors = found[_WHOLE]
+            return
+        self.tensors = {}
+        for name, file in wanted.items():
+            if name not in found[file]:
+                raise IncompleteCheckpointError(
+                    f"{folder / INDEX} says that {file} holds {name}, and it does not: the folder "
+                    "mixes two exports; copy it again"
+                )
+            self.tensors[name] = found[file][name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in the dtype it was saved in."""
+        path, start, dtype, shape = self.tensors[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        target = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while len(target):  # one call reads 2 GiB at most
+                count = file.readinto(target)
+                if not count:
+                    raise IncompleteCheckpointError(f"{path} ends early; copy it again")
+                target = target[count:]
+        return tensor
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """{tensor: file} of the index; None where there is one file without an index."""
+    if (folder / INDEX).is_file():
+        content: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        return content
+    if not (folder / _WHOLE).is_file():
+        other = [path.name for path in folder.glob("*.bin")]
+        raise UnreadableCheckpointError(
+            f"expected {_WHOLE} or {INDEX} in {folder}, got {other or 'no weights'}; .bin files "
+            "are pickles: load the model with transformers and save it again as safetensors"
+        )
+    return None
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    if not path.is_file():
+        raise IncompleteCheckpointError(f"{path} is missing; the index names it; copy it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER + 1
+        try:
+            entries: dict[str, Any] = json.loads(file.read(length) if length <= _MAX_HEADER else "")
+            entries.pop("__metadata__", None)
+        except (ValueError, AttributeError):
+            raise UnreadableCheckpointError(
+                f"{path} is no safetensors file, or a damaged one; copy it again"
+            ) from None
+    tensors = {name: _stored(path, 8 + length, name, entry) for name, entry in entries.items()}
+    for name, (_, start, dtype, shape) in tensors.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        if end > size:
+            raise IncompleteCheckpointError(
+                f"{path} has {size} bytes; {name} needs {end} of it: the copy is incomplete, copy "
+                "it again"
+            )
+    return tensors
+
+
+def _stored(path: Path, after_header: int, name: str, entry: dict[str, Any]) -> Stored:
+    if entry["dtype"] not in _DTYPES:
+        raise UnsupportedModelError(
+            f"expected weights in {', '.join(_DTYPES)}, got {name} in {entry['dtype']}; take the "
+            "model before it was quantised"
+        )
+    start = after_header + entry["data_offsets"][0]
+    return Stored(path, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))

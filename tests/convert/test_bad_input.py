@@ -1,0 +1,204 @@
+"""Damaged input: named before, or without, a visible output."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+
+from megatron_infoentropy.convert import (
+    IncompleteCheckpointError,
+    InvalidWeightsError,
+    UnreadableCheckpointError,
+    UnsupportedModelError,
+    convert_checkpoint,
+    convert_from_hf,
+)
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+PIECES = "iter_0000007/__0_0.distcp"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint `save` and, in two files, the Hugging Face folder `hf` of the same model."""
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", shard_bytes=60_000)
+    return tmp_path
+
+
+def export_fails(folder: Path, error: type[ValueError], match: str) -> None:
+    before = set(folder.iterdir())
+    with pytest.raises(error, match=match):
+        convert_checkpoint(folder / "save", folder / "out")
+    assert set(folder.iterdir()) == before, "nothing may be left"
+
+
+def test_a_missing_file_of_the_checkpoint(folder: Path) -> None:
+    (folder / "save" / PIECES).unlink()
+    export_fails(folder, IncompleteCheckpointError, r"__0_0\.distcp is missing")
+
+
+def test_a_file_of_the_checkpoint_that_was_cut_off(folder: Path) -> None:
+    path = folder / "save" / PIECES
+    os.truncate(path, path.stat().st_size - 5000)
+    export_fails(folder, IncompleteCheckpointError, r"__0_0\.distcp has \d+ bytes; .* needs \d+")
+
+
+def test_a_file_of_the_checkpoint_with_other_bytes(folder: Path) -> None:
+    path = folder / "save" / PIECES
+    path.write_bytes(bytes(path.stat().st_size))
+    export_fails(folder, UnreadableCheckpointError, "expected the archive that torch.save writes")
+
+
+def rewrite_index(folder: Path, change: Callable[[Any], None]) -> None:
+    path = folder / "save" / "iter_0000007" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    change(index)
+    path.write_bytes(pickle.dumps(index))
+
+
+def test_a_rank_that_did_not_write_its_part(folder: Path) -> None:
+    def forget(index: Any) -> None:
+        index.storage_data = {k: v for k, v in index.storage_data.items() if k.fqn != QKV}
+
+    rewrite_index(folder, forget)
+    export_fails(folder, IncompleteCheckpointError, rf"0 of the 4096 numbers of {re.escape(QKV)}")
+
+
+def test_an_index_of_an_unknown_version_names_both_versions(folder: Path) -> None:
+    def change(index: Any) -> None:
+        index.version = "9.0.0"
+        del index.storage_data
+
+    rewrite_index(folder, change)
+    installed = re.escape(torch.__version__)
+    export_fails(folder, UnreadableCheckpointError, rf"version 9\.0\.0 .*installed: {installed}")
+
+
+def test_an_index_with_fields_of_a_later_version_is_read(folder: Path) -> None:
+    """Adding a field to TensorProperties is what made older versions of PyTorch fail on it."""
+    expected = MegatronCheckpoint(folder / "save").read(QKV)
+    path = folder / "save" / "iter_0000007" / ".metadata"
+
+    def later_state(properties: Any) -> tuple[Any, ...]:
+        return (properties.dtype, None, False, None, False, None, "one more", "and another")
+
+    index = pickle.loads(path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        kind = type(index.state_dict_metadata[QKV].properties)
+        patch.setattr(kind, "__getstate__", later_state)
+        path.write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="too many values"):
+        pickle.loads(path.read_bytes())
+    assert torch.equal(MegatronCheckpoint(folder / "save").read(QKV), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_are_none(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args, dtype)
+    tensors[QKV][1, 3, 5] = value
+    write_checkpoint(tmp_path / "save", args, tensors)
+    export_fails(tmp_path, InvalidWeightsError, rf"{QKV} \(layer 1\) holds 1 numbers")
+
+
+def test_too_little_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    export_fails(folder, ValueError, r"GB of free space for .*out, got 0\.00 GB")
+    with pytest.raises(ValueError, match=r"GB of free space for .*back"):
+        convert_from_hf(folder / "hf", folder / "back")
+
+
+def import_fails(folder: Path, error: type[ValueError], match: str) -> None:
+    before = set(folder.iterdir())
+    with pytest.raises(error, match=match):
+        convert_from_hf(folder / "hf", folder / "back")
+    assert set(folder.iterdir()) == before, "nothing may be left"
+
+
+def test_a_missing_file_of_weights(folder: Path) -> None:
+    (folder / "hf" / "model-00002-of-00002.safetensors").unlink()
+    import_fails(folder, IncompleteCheckpointError, "model-00002-of-00002.safetensors is missing")
+
+
+def test_a_file_of_weights_that_was_cut_off(folder: Path) -> None:
+    path = folder / "hf" / "model-00002-of-00002.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+    import_fails(folder, IncompleteCheckpointError, r"has \d+ bytes; .* needs \d+")
+    os.truncate(path, 20)
+    import_fails(folder, UnreadableCheckpointError, "no safetensors file, or a damaged one")
+
+
+def test_an_index_that_names_a_tensor_no_file_holds(folder: Path) -> None:
+    index = json.loads((folder / "hf" / INDEX).read_text())
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (folder / "hf" / INDEX).write_text(json.dumps(index))
+    import_fails(folder, IncompleteCheckpointError, "says that .* holds ghost, and it does not")
+
+
+def test_pickled_weights_are_not_opened(folder: Path) -> None:
+    for path in (folder / "hf").glob("model*"):
+        path.unlink()
+    (folder / "hf" / "pytorch_model.bin").write_bytes(b"a pickle")
+    import_fails(folder, UnreadableCheckpointError, "pytorch_model.bin.*save it again")
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (folder / "hf").glob("model*"):
+        if path.suffix == ".safetensors":
+            tensors |= load_file(path)
+        path.unlink()
+    change(tensors)
+    save_file(tensors, folder / "hf" / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+            UnsupportedModelError,
+            "no counterpart for 1 tensors.*q_norm",
+        ),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            IncompleteCheckpointError,
+            "lacks the tensor model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(61, 32)}),
+            ValueError,
+            r"lm_head.weight of shape \[60, 32\].*got \[61, 32\]",
+        ),
+        (
+            lambda t: t["model.norm.weight"].fill_(float("nan")),
+            InvalidWeightsError,
+            "model.norm.weight holds 32 numbers",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(60, 32, dtype=torch.int8)}),
+            UnsupportedModelError,
+            "lm_head.weight in I8",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration(
+    folder: Path, change: Callable[[Any], Any], error: type[ValueError], match: str
+) -> None:
+    change_weights(folder, change)
+    import_fails(folder, error, match)

@@ -1,0 +1,128 @@
+"""Hugging Face models in Megatron: in its own trainer, and there and back without a bit changed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from train_checkpoints import IMPORTED
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_infoentropy.convert import (
+    UnsupportedModelError,
+    convert_checkpoint,
+    convert_from_hf,
+    verify_conversion,
+)
+from megatron_infoentropy.launch.recipe import load_recipe
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = weights_of(first), weights_of(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("case", IMPORTED)
+def test_megatrons_trainer_starts_where_the_model_was(trained: Path, case: str) -> None:
+    """Loaded under TP2 or PP2 by the trainer itself: its first loss and its logits are HF's."""
+    golden = torch.load(trained / case / "golden.pt")
+    model = AutoModelForCausalLM.from_pretrained(trained / case / "hf", dtype=torch.float32).eval()
+    batch = golden["batch"]
+    with torch.no_grad():
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        assert golden["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+        assert abs(loss.item() - torch.tensor(256.0).log().item()) > 1, "a loss that says something"
+        for tokens, expected in zip(golden["tokens"], golden["logits"], strict=True):
+            actual = model(torch.tensor([tokens])).logits[0]
+            largest = expected.abs().max().item()
+            torch.testing.assert_close(actual, expected, atol=1e-5 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("case", IMPORTED)
+def test_what_the_trainer_saves_again_is_the_same_model_to_the_bit(
+    trained: Path, tmp_path: Path, case: str
+) -> None:
+    convert_checkpoint(trained / case / "save", tmp_path / "hf")
+    assert same(trained / case / "hf", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_the_same_to_the_bit(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    args = tiny_args(**FAMILIES[family])
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, dtype))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", shard_bytes=20_000)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    summary = convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    assert (summary.family, summary.vocab_size) == (family, 60)
+    convert_checkpoint(tmp_path / "megatron", tmp_path / "again")
+    assert same(tmp_path / "hf", tmp_path / "again")
+    first, second = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "again")
+    )
+    assert first == second
+    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
+    assert verification.passed, verification
+
+
+def test_the_flags_are_a_recipe(trained: Path, tmp_path: Path) -> None:
+    summary = convert_from_hf(trained / "qwen3" / "hf", tmp_path / "megatron")
+    assert load_recipe(tmp_path / "megatron" / "model.yaml") == summary.flags
+    assert summary.flags["qk-layernorm"] is True
+    assert summary.flags["kv-channels"] == 16
+
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 48, "vocab_size": 60}
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("gpt_neox", {}, "use_parallel_residual=True"),  # every Pythia
+        ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "relu"}, "hidden_act"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_parameters": LLAMA_3 | {"low_freq_factor": 2.0}}, "low_freq_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("mistral", {}, "model_type='mistral'"),
+    ],
+)
+def test_a_model_megatron_cannot_compute_is_refused_by_name(
+    tmp_path: Path, kind: str, changes: dict[str, Any], named: str
+) -> None:
+    sizes = {} if kind == "gpt2" else SMALL
+    AutoConfig.for_model(kind, **sizes | changes).save_pretrained(tmp_path / "hf")
+    with pytest.raises(UnsupportedModelError, match=named):
+        convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_scaling_of_llama_3_is_taken_over(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "llama", **SMALL, rope_parameters=LLAMA_3, max_position_embeddings=64, head_dim=16
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    summary = convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    assert summary.flags["use-rope-scaling"] is True
+    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
+    assert verification.passed, verification
+    assert verification.max_logit > 0.1
