@@ -25,13 +25,13 @@ lint: $(READY)
 
 # The loss beside its peers. OUTPUT=tools/results writes the result file (only at a clean commit).
 bench: $(READY)
-	$(BIN)/infoentropy bench --grid small $(if $(OUTPUT),--output $(OUTPUT))
+	$(BIN)/infoentropy bench --grid small --hidden 256 $(if $(OUTPUT),--output $(OUTPUT))
 
 # Every shape on one large GPU, with the bytes that ncu counts. PYTHON=... uses another environment
 # than .venv; where there is no git, INFOENTROPY_COMMIT=... names the commit.
 bench-gpu: $(if $(PYTHON),,$(READY))
-	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 20 --counters \
-	  --output $(or $(OUTPUT),tools/results)
+	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 10 --hidden 4096 \
+	  --counters --output $(or $(OUTPUT),tools/results)
 
 build: $(READY)
 

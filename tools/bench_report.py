@@ -47,6 +47,7 @@ def everything(folder: Path) -> str:
         for case in dict.fromkeys(row.case for row in rows):
             of_case = [row for row in rows if row.case == case]
             text += f"{_heading(of_case, facts)}.\n\n{_losses(of_case)}\n{_kernels(of_case)}"
+            text += _linear(of_case)
             text += "".join(f"{_sentence(words)}\n" for words in not_measured(of_case)) + "\n"
     return text
 
@@ -91,6 +92,15 @@ def _kernels(rows: list[Row]) -> str:
             cells.append(f"{moved / row.bytes:.3f} of least" if moved and row.bytes else "")
         lines.append(cells)
     return _table(lines) + "\n" if alone else ""
+
+
+def _linear(rows: list[Row]) -> str:
+    found = [row for row in rows if row.kind == "linear"]
+    lines = [["output layer and loss", "ms (p20-p80)", "MiB beside the inputs"], ["---"] * 3]
+    for row in found:
+        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
+        lines.append([row.provider, time, number(row.peak_mib)])
+    return f"Alone: {found[0].computes}.\n\n{_table(lines)}\n" if found else ""
 
 
 def _table(lines: list[list[str]]) -> str:

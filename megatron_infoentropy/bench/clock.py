@@ -44,7 +44,7 @@ class EventClock:
     name = "CUDA events, L2 flushed"
 
     def __init__(self) -> None:
-        size = torch.cuda.get_device_properties().L2_cache_size
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flush = torch.empty(L2_FACTOR * size, dtype=torch.int8, device="cuda")
 
     def start(self) -> None:

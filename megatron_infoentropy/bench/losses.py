@@ -1,6 +1,7 @@
 """Rows of the losses: forward, backward and both of every provider, and how often it takes ours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from megatron_infoentropy.bench.collectives import Traffic
@@ -18,7 +19,7 @@ from megatron_infoentropy.bench.providers import (
 from megatron_infoentropy.bench.rehearsal import Rehearsed, rehearse
 from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.bench.truth import Truth
-from megatron_infoentropy.progress import progress
+from megatron_infoentropy.progress import Advance, progress
 
 # step -> (logits read or written, in words): what the problem needs, whoever solves it
 MOVES = {
@@ -35,7 +36,7 @@ def measure_losses(experiment: Experiment) -> list[Row]:
     """Rows of every provider: three of one that runs, one with a reason of one that does not."""
     every = ours(experiment.setting) + peers()
     turns = (experiment.repeats + 1) * len(every)
-    with progress(str(experiment.setting.case), turns, "passes") as advance:
+    with _progress_of_first_rank(experiment, turns) as advance:
         rehearsed, refused = _rehearse_all(every, experiment, advance)
         passes = {one.provider.name: partial(_one_pass, one.loss, experiment) for one in rehearsed}
         measured = time_in_turn(passes, experiment, advance)
@@ -44,8 +45,17 @@ def measure_losses(experiment: Experiment) -> list[Row]:
     return rows + [_unavailable(provider, why, experiment) for provider, why in refused]
 
 
+@contextmanager
+def _progress_of_first_rank(experiment: Experiment, turns: int) -> Iterator[Advance]:
+    if experiment.setting.group.rank() > 0:
+        yield lambda work: None
+        return
+    with progress(str(experiment.setting.case), turns, "passes") as advance:
+        yield advance
+
+
 def _rehearse_all(
-    every: list[Provider], experiment: Experiment, advance: Callable[[int], None]
+    every: list[Provider], experiment: Experiment, advance: Advance
 ) -> tuple[list[Rehearsed], list[tuple[Provider, str]]]:
     truth = Truth(experiment.logits, experiment.target, experiment.setting.group)
     rehearsed, refused = [], []

@@ -72,9 +72,9 @@ def ours(setting: Setting) -> list[Provider]:
     name = in_place(best_backend(setting))
     return [
         *found,
-        _ours(f"{name}, cross entropy", "cross entropy", objective="cross_entropy"),
-        _ours(f"{name}, label smoothing", "label smoothing", label_smoothing=LABEL_SMOOTHING),
-        _ours(f"{name}, softcap", "softcap", softcap=SOFTCAP),
+        _ours(f"{name} (cross entropy)", "cross entropy", objective="cross_entropy"),
+        _ours(f"{name} (label smoothing)", "label smoothing", label_smoothing=LABEL_SMOOTHING),
+        _ours(f"{name} (softcap)", "softcap", softcap=SOFTCAP),
     ]
 
 

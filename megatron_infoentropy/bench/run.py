@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.counters import dram_bytes
 from megatron_infoentropy.bench.experiment import prepare
+from megatron_infoentropy.bench.fused_linear import compare_fused_linear
 from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.losses import measure_losses
 from megatron_infoentropy.bench.provenance import file_name, provenance
@@ -26,11 +28,16 @@ TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails ins
 
 
 def bench(
-    cases: list[Case], *, repeats: int, counters: bool = False, output: Path | None = None
+    cases: list[Case],
+    *,
+    repeats: int,
+    hidden: int | None = None,
+    counters: bool = False,
+    output: Path | None = None,
 ) -> list[Row]:
-    """Measure every case; with `counters`, also the bytes that the kernels of the first one moved.
-    Write the rows where `output` is given: a file, or a folder in which the file is named by device
-    and month.
+    """Measure every case; at the first one's shape also, with `hidden`, the output layer of that
+    size fused and unfused, and with `counters` the bytes that the kernels moved. Write the rows
+    where `output` is given: a file, or a folder in which the file is named by device and month.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
@@ -38,11 +45,24 @@ def bench(
     facts = provenance() if output else {}  # refuses before the work, not after it
     device = find_device()
     rows = [row for case in cases for row in _measure(case, device, repeats)]
+    if hidden:
+        rows += _fused_linear(cases[0], hidden)
     if counters:
         rows = _with_dram_bytes(rows, device)
     if output:
         write_csv(rows, facts, output / file_name(facts) if output.is_dir() else output)
     return rows
+
+
+def _fused_linear(case: Case, hidden: int) -> list[Row]:
+    chunk_tokens = max(1, min(InfoEntropyConfig().chunk_tokens, case.tokens // 2))
+    return compare_fused_linear(
+        tokens=case.tokens,
+        hidden=hidden,
+        vocabulary=case.vocabulary,
+        dtype=case.dtype,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def _measure(case: Case, device: Device, repeats: int) -> list[Row]:

@@ -19,7 +19,8 @@ def tables(rows: list[Row]) -> list[Table | str]:
     parts: list[Table | str] = []
     for case in cases[:WHOLE_TABLES]:
         of_case = [row for row in rows if row.case == case]
-        parts += [_losses(case, of_case), _kernels(of_case), *not_measured(of_case)]
+        parts += [_losses(case, of_case), _kernels(of_case), _linear(of_case)]
+        parts += not_measured(of_case)
     if len(cases) > WHOLE_TABLES:
         parts.append(_line_a_case(rows))
     return [part for part in parts if not isinstance(part, Table) or part.row_count]
@@ -69,6 +70,17 @@ def _kernels(rows: list[Row]) -> Table:
             cells = [row.provider, row.step, number(row.median_ms), _range(row.p20_ms, row.p80_ms)]
             cells += [number(row.gb_per_s), row.limit, number(row.percent_of_limit), moved]
             table.add_row(*cells)
+    return table
+
+
+def _linear(rows: list[Row]) -> Table:
+    """The output layer and the loss, fused and unfused."""
+    found = [row for row in rows if row.kind == "linear"]
+    title = f"{found[0].computes}, forward + backward" if found else ""
+    table = _table(title, ["way", "", "ms", "p20-p80", "peak MiB"])
+    for row in found:
+        spread = _range(row.p20_ms, row.p80_ms)
+        table.add_row(row.provider, "", number(row.median_ms), spread, number(row.peak_mib))
     return table
 
 

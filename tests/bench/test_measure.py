@@ -1,6 +1,7 @@
 """One small case measured whole: nobody is missing, and counts are what the algorithms say."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ranks import run_ranks
 
 from megatron_infoentropy.bench import losses, run
 from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.clock import clock_for
 from megatron_infoentropy.bench.experiment import prepare
 from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.memory import peak_mib
@@ -161,3 +163,39 @@ def test_a_case_is_measured_on_a_gpu():
     timed = {row.provider for row in rows if row.kind == "loss"}
     assert {"reference", "torch", "megatron unfused"} <= timed
     assert all(row.clock.startswith("CUDA events") for row in rows)
+
+
+def test_on_a_gpu_the_cache_is_flushed_before_events_mark_the_steps(monkeypatch):
+    """The clock's order of calls, on a machine without a GPU: everything of torch.cuda stood in."""
+    calls = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(calls)
+            calls.append("event")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, later):
+            return float(later.at - self.at)
+
+    flush = mock.Mock(zero_=lambda: calls.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("drain"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: mock.Mock(L2_cache_size=50)
+    )
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: flush)
+    clock = clock_for(torch.device("cuda"))
+    clock.start()
+    clock.mark()
+    calls.append("launch")
+    clock.mark()
+    assert calls == ["drain", "flush", "event", "event", "launch", "event"]
+    assert clock.read() == [1.0, 2.0]
+    assert calls[-1] == "wait"
