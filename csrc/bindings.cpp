@@ -13,13 +13,6 @@ using namespace infoentropy;
 
 namespace {
 
-Dtype parse_dtype(const std::string& name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
-
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -32,7 +25,7 @@ void bind_shard_ops(py::module_& module) {
          std::int64_t tokens, std::uintptr_t target, std::int64_t vocab_start,
          std::int64_t columns, std::int64_t ignore_index, float softcap, float temperature,
          bool distance, std::uintptr_t statistics, int threads) {
-        const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
+        const Logits x{pointer<void>(logits), dtype_named(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         py::gil_scoped_release unlocked;
         shard_statistics(x, y, {softcap, temperature, distance}, pointer<float>(statistics),
@@ -51,7 +44,7 @@ void bind_shard_ops(py::module_& module) {
          bool distance, std::uintptr_t coefficients, std::uintptr_t out,
          std::int64_t out_row_stride, int threads) {
         if (columns > width) throw std::invalid_argument("columns exceed the width of the output");
-        const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
+        const Logits x{pointer<void>(logits), dtype_named(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         py::gil_scoped_release unlocked;
         shard_gradient(x, y, {softcap, temperature, distance}, pointer<float>(coefficients),
@@ -71,7 +64,16 @@ void bind_shard_ops(py::module_& module) {
 
 }  // namespace
 
+void bind_roofline(py::module_& module);  // bindings_roofline.cpp
+#if INFOENTROPY_CUDA
+void bind_cuda(py::module_& module);  // bindings_cuda.cpp
+#endif
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The kernels of megatron_infoentropy.kernels.contract, over raw addresses.";
   bind_shard_ops(module);
+  bind_roofline(module);
+#if INFOENTROPY_CUDA
+  bind_cuda(module);
+#endif
 }

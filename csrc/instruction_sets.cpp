@@ -1,9 +1,10 @@
-// Compiles vectors.inl, meanings.inl and shard_kernels.inl once per instruction set, by attributes,
+// Compiles the .inl files once per instruction set, by attributes,
 // so that one portable build serves every processor, and chooses among them when first asked.
 #include "instruction_sets.h"
 
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -32,6 +33,7 @@ constexpr int kLanes = 4;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
+#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace baseline
 
@@ -48,6 +50,7 @@ constexpr int kLanes = 8;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
+#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace avx2
 #if defined(__clang__)
@@ -65,6 +68,7 @@ constexpr int kLanes = 16;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
+#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace avx512
 #if defined(__clang__)
@@ -93,14 +97,15 @@ struct InstructionSet {
   const char* name;
   bool (*available)();
   const Kernels* kernels;
+  const Limits* limits;
 };
 
 constexpr InstructionSet kInstructionSets[] = {  // best first
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::kKernels},
-    {"avx2", has_avx2, &avx2::kKernels},
+    {"avx512", has_avx512, &avx512::kKernels, &avx512::kLimits},
+    {"avx2", has_avx2, &avx2::kKernels, &avx2::kLimits},
 #endif
-    {"baseline", [] { return true; }, &baseline::kKernels},
+    {"baseline", [] { return true; }, &baseline::kKernels, &baseline::kLimits},
 };
 
 const InstructionSet* best() {
@@ -114,6 +119,8 @@ std::atomic<const InstructionSet*> in_use{best()};
 }  // namespace
 
 const Kernels& kernels() { return *in_use.load()->kernels; }
+
+const Limits& limits() { return *in_use.load()->limits; }
 
 void finish_streams() {
 #if defined(__x86_64__)

@@ -122,8 +122,8 @@ struct RowSums {
   }
 };
 
-template <class T>
-static inline float chunk_maximum(const T* z, std::int64_t count) {  // a multiple of kPair
+// The maximum of a multiple of kPair columns; may or may not be NaN where one of them is.
+static inline float chunk_maximum(const float* z, std::int64_t count) {
   Vec a = splat(-kInfinity), b = a;
   for (std::int64_t i = 0; i < count; i += kPair) {
     const Pair pair = load(z + i);
@@ -131,6 +131,27 @@ static inline float chunk_maximum(const T* z, std::int64_t count) {  // a multip
     b = maximum(pair.b, b);
   }
   return horizontal_maximum(maximum(a, b));
+}
+
+// 16-bit floats are a sign and a magnitude: as signed integers the non-negative ones are in order, as
+// unsigned ones the negative ones are in reverse. Half the work of widening them first.
+template <class T>
+static inline float chunk_maximum(const T* z, std::int64_t count) {
+  I16Vec top = I16Vec{} - static_cast<std::int16_t>(0x7fff);
+  U16Vec low = ~U16Vec{};
+  for (std::int64_t i = 0; i < count; i += kPair) {
+    const I16Vec bits = (I16Vec)words(z + i);
+    top = bits > top ? bits : top;
+    low = (U16Vec)bits < low ? (U16Vec)bits : low;
+  }
+  std::int16_t highest = top[0];
+  std::uint16_t lowest = low[0];
+  for (int lane = 1; lane < kPair; ++lane) {
+    highest = top[lane] > highest ? top[lane] : highest;
+    lowest = low[lane] < lowest ? low[lane] : lowest;
+  }
+  const T result{highest >= 0 ? static_cast<std::uint16_t>(highest) : lowest};
+  return read_one(&result);
 }
 
 template <class T>
@@ -195,8 +216,9 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
   row[4] = sums.m == -kInfinity ? 0.0f : static_cast<float>(sums.distance);
 }
 
-// dz = (2^t (scale + t slope) + offset) s with s the softcap's slope.
-template <class Meaning>
+// dz = (2^t (scale + t slope) + offset) s with s the softcap's slope. Without kSloped, slope and
+// offset are 0, as they are in most trainings.
+template <class T, class Meaning, bool kSloped>
 struct RowGradient {
   RowGradient(const Coefficients& c, const Options& options)
       : meaning(options), origin(c.shift), offset(c.offset) {
@@ -206,19 +228,23 @@ struct RowGradient {
     if (scale != scale) scale = __builtin_nanf("");  // of the bits that round_to_bfloat16 wants
   }
 
-  Vec of(Vec z) const {
-    Vec s;
-    Vec x;
-    if constexpr (Meaning::kCapped) {
-      x = meaning.of(z, s);
-    } else {
-      x = meaning.of(z);
-    }
-    const Vec t = origin.exponent(x);
-    const Vec dz = exp2_of(t) * (scale + t * slope) + offset;
-    return Meaning::kCapped ? dz * s : dz;
-  }
   Pair of(Pair z) const { return {of(z.a), of(z.b)}; }
+
+  Vec of(Vec z) const {
+    if constexpr (Meaning::kCapped) {
+      Vec s;
+      const Vec x = meaning.of(z, s);
+      return of_meant(x) * s;
+    } else {
+      return of_meant(meaning.of(z));
+    }
+  }
+
+  Vec of_meant(Vec x) const {
+    const Vec t = origin.exponent(x);
+    const Vec e = exp2_of<std::is_same<T, BFloat16>::value ? 4 : 5>(t);
+    return kSloped ? e * (scale + t * slope) + offset : e * scale;
+  }
 
   Meaning meaning;
   Origin<Meaning::kFused> origin;
@@ -235,16 +261,9 @@ static void partial_gradient(const T* z, std::int64_t columns, const Gradient& g
 }
 
 // stream_out: write around the caches, for outputs far larger than they are.
-template <class T, class Meaning>
-static void row_gradient(const void* logits, std::int64_t columns, std::int64_t own,
-                         const Coefficients& coefficients, const Options& options, void* to,
-                         bool stream_out) {
-  if (Meaning::kFused && is_far(coefficients.shift)) {
-    return row_gradient<T, Scaled>(logits, columns, own, coefficients, options, to, stream_out);
-  }
-  const RowGradient<Meaning> gradient(coefficients, options);
-  const T* z = static_cast<const T*>(logits);
-  T* out = static_cast<T*>(to);
+template <class T, class Gradient>
+static void all_gradients(const T* z, std::int64_t columns, const Gradient& gradient, T* out,
+                          bool stream_out) {
   std::int64_t i = 0;
   if (stream_out) {
     const auto address = reinterpret_cast<std::uintptr_t>(out);
@@ -258,7 +277,23 @@ static void row_gradient(const void* logits, std::int64_t columns, std::int64_t 
     for (; i + kPair <= columns; i += kPair) store(out + i, gradient.of(load(z + i)));
   }
   if (i < columns) partial_gradient(z + i, columns - i, gradient, out + i);
-  if (own >= 0) write_one(out + own, coefficients.target);
+}
+
+template <class T, class Meaning>
+static void row_gradient(const void* logits, std::int64_t columns, std::int64_t own,
+                         const Coefficients& c, const Options& options, void* to,
+                         bool stream_out) {
+  if (Meaning::kFused && is_far(c.shift)) {
+    return row_gradient<T, Scaled>(logits, columns, own, c, options, to, stream_out);
+  }
+  const T* z = static_cast<const T*>(logits);
+  T* out = static_cast<T*>(to);
+  if (c.slope == 0 && c.offset == 0) {
+    all_gradients(z, columns, RowGradient<T, Meaning, false>(c, options), out, stream_out);
+  } else {
+    all_gradients(z, columns, RowGradient<T, Meaning, true>(c, options), out, stream_out);
+  }
+  if (own >= 0) write_one(out + own, c.target);
 }
 
 // By storage type, then by meaning.

@@ -10,6 +10,8 @@ namespace infoentropy {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+Dtype dtype_named(const std::string& name);  // as torch names them; throws std::invalid_argument
+
 struct Logits {
   const void* data;  // [tokens, >= columns], last dimension contiguous
   Dtype dtype;

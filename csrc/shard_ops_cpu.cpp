@@ -2,8 +2,8 @@
 // The arithmetic of one row is in shard_kernels.inl.
 #include "shard_ops.h"
 
-#include <atomic>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -50,6 +50,13 @@ void prefer_huge_pages(void* data, std::int64_t bytes) {
 }
 
 }  // namespace
+
+Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
 
 void shard_statistics(const Logits& logits, const Targets& targets, const Options& options,
                       float* out, int threads) {
