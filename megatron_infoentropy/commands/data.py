@@ -121,4 +121,88 @@ def _print_domains(manifest: "Manifest") -> None:
         out.print(f"skipped: {rejected} lines, listed in {manifest.folder}/rejected.tsv")
 
 
-COMMANDS = (corpus, tokenizer, preprocess)
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="dataset folders, or one of shards")],
+    output: Annotated[Path, typer.Option(help="folder to write")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Join the shards of a dataset, or datasets of one kind, domain by domain."""
+    from megatron_infoentropy.data.merge import merge as run
+
+    _print_domains(run(datasets, output, overwrite=overwrite))
+
+
+def blend(
+    dataset: Annotated[Path, typer.Argument(help="preprocessed dataset folder")],
+    weights: Annotated[
+        str, typer.Option(help="natural, paper, temperature:T, or a .json file of domain: weight")
+    ] = "natural",
+    tokens: Annotated[
+        float | None, typer.Option(help="of the training run: tells the epochs of each domain")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="file for --data-args-path; default: print it")
+    ] = None,
+) -> None:
+    """Weigh the domains: writes Megatron's list for --data-path or --data-args-path."""
+    from megatron_infoentropy.data.blend import blend as run
+    from megatron_infoentropy.data.blend import data_path
+
+    shares = run(dataset, weights)
+    table = Table("domain", "share", "tokens", *(("epochs",) if tokens else ()))
+    for share in shares:
+        epochs = (f"{share.epochs(tokens):.2f}",) if tokens else ()
+        table.add_row(share.domain, f"{share.weight:.2%}", str(share.tokens), *epochs)
+    text = data_path(shares)
+    if output is None:
+        out.print(text, end="", markup=False)
+    else:
+        output.write_text(text)
+    Console(stderr=True, highlight=False).print(table)  # beside the list, which may be piped
+
+
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="dataset folder, or prefix of a .bin and .idx")],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder: show text")] = None,
+    document: Annotated[
+        list[int] | None, typer.Option(help="number of one to show; repeatable")
+    ] = None,
+) -> None:
+    """Show a dataset: documents, lengths, and how some documents begin."""
+    from megatron_infoentropy.data import inspection
+
+    for name, prefix in inspection.datasets(dataset).items():
+        found = inspection.lengths(prefix)
+        out.print(
+            f"{name}: {found.documents} documents ({found.empty} empty), {found.tokens} tokens, "
+            f"median {found.median}, longest {found.longest}",
+            markup=False,
+        )
+        out.print(found.picture(), end="", markup=False)
+        shown = [0, found.documents - 1] if document is None and found.documents else document
+        for sample in inspection.samples(prefix, shown or (), tokenizer):
+            head = f"document {sample.document}, {sample.tokens} tokens: "
+            out.print(f"{head}{sample.beginning!r}", markup=False)
+
+
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="dataset folder, or prefix of a .bin and .idx")],
+    tokenizer: Annotated[Path | None, typer.Option(help="that it must have been made with")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="mend what the recorded checksums can prove")
+    ] = False,
+) -> None:
+    """Check every byte of a dataset; exit code 1 if something is wrong and was not mended."""
+    from megatron_infoentropy.data.verify import verify as run
+
+    findings = run(dataset, tokenizer=tokenizer, repair=repair)
+    for finding in findings:
+        mended = f" (repaired: {finding.repaired})" if finding.repaired else ""
+        out.print(f"{finding.path}: {finding.problem}{mended}", markup=False)
+    left = [finding for finding in findings if not finding.repaired]
+    if left:
+        raise ValueError(f"{len(left)} things are wrong with {dataset}; see above")
+    out.print(f"{dataset}: ok")
+
+
+COMMANDS = (corpus, tokenizer, preprocess, merge, blend, inspect, verify)

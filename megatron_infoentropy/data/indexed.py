@@ -22,6 +22,8 @@ checksum in the format, so the reader at least holds the sizes of both files aga
 """
 
 import struct
+from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ VERSION = 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 MAX_LENGTH = 2**31 - 1  # lengths are int32
+_DOCUMENTS_AT_ONCE = 2048
+_SEQUENCES_AT_ONCE = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -59,7 +63,6 @@ class IndexedReader:
 
     Attributes:
         tokens: every id in the order of the documents [tokens], read-only view.
-        lengths: tokens of each document, int64 [documents].
         dtype: of the ids.
 
     Raises:
@@ -81,8 +84,6 @@ class IndexedReader:
         self._boundaries = np.asarray(views[2].view("<i8"))
         self._require_consistent()
         self.tokens = _map(bin_path(prefix), self.dtype)
-        starts = np.append(self._starts // self.dtype.itemsize, self.tokens.size)
-        self.lengths: npt.NDArray[np.int64] = np.diff(starts[self._boundaries])
 
     def __len__(self) -> int:
         return self._boundaries.size - 1
@@ -93,6 +94,40 @@ class IndexedReader:
         document %= len(self)
         first, last = self._boundaries[document : document + 2]
         return self.tokens[self._token_start(first) : self._token_start(last)]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, int64 [documents]; kept, at 8 bytes a document."""
+        pieces = [lengths for _, lengths in self.pieces()]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    def pieces(self) -> Iterator[tuple[Integers, npt.NDArray[np.int64]]]:
+        """All documents in order, some at a time: (their tokens in a row, their lengths)."""
+        for first in range(0, len(self), _DOCUMENTS_AT_ONCE):
+            sequences = self._boundaries[first : first + _DOCUMENTS_AT_ONCE + 1]
+            inner = sequences[sequences < self._starts.size]
+            starts = np.full(sequences.size, self.tokens.size, dtype=np.int64)
+            starts[: inner.size] = self._starts[inner] // self.dtype.itemsize
+            yield self.tokens[starts[0] : starts[-1]], np.diff(starts)
+
+    def disorder(self) -> str:
+        """Where the index contradicts itself beyond what opening it finds; "" if nowhere."""
+        start = 0
+        for first in range(0, self._starts.size, _SEQUENCES_AT_ONCE):
+            lengths = self._sequence_lengths[first : first + _SEQUENCES_AT_ONCE].astype(np.int64)
+            ends = start + self.dtype.itemsize * np.cumsum(lengths)
+            found = self._starts[first : first + lengths.size]
+            wrong = np.flatnonzero((found != np.append(start, ends[:-1])) | (lengths < 0))
+            if wrong.size:
+                at = int(wrong[0])
+                return f"offsets out of order: sequence {first + at} starts at byte {found[at]}"
+            start = int(ends[-1])
+        for first in range(0, self._boundaries.size, _SEQUENCES_AT_ONCE):
+            steps = np.diff(self._boundaries[first : first + _SEQUENCES_AT_ONCE + 1])
+            if (steps < 0).any():
+                at = first + int(np.flatnonzero(steps < 0)[0])
+                return f"documents out of order: number {at} ends before it starts"
+        return ""
 
     def _token_start(self, sequence: int) -> int:
         if sequence == self._starts.size:

@@ -1,0 +1,140 @@
+"""How much of each domain a training run sees: Megatron's list of weights and prefixes.
+
+    natural          every token once: weight in proportion to the domain's tokens
+    temperature:T    in proportion to tokens^(1/T); T > 1 raises the small domains
+    paper            the weights that the paper's authors published with their code
+    FILE.json        {"domain": weight, ...}, any scale
+
+Weights are shares of the run's tokens, as Megatron understands them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infoentropy.data.manifest import load_manifest
+
+# From pile_sampling_rates.json of the published code, normalised, in percent; they are not the
+# proportions of the Pile, and their origin is not stated there.
+PAPER_WEIGHTS = {
+    "ArXiv": 11.75,
+    "BookCorpus2": 0.59,
+    "Books3": 9.65,
+    "DM Mathematics": 2.95,
+    "Enron Emails": 0.17,
+    "EuroParl": 0.92,
+    "FreeLaw": 5.27,
+    "Github": 5.66,
+    "Gutenberg (PG-19)": 2.83,
+    "HackerNews": 0.69,
+    "NIH ExPorter": 0.28,
+    "OpenSubtitles": 1.40,
+    "OpenWebText2": 10.21,
+    "PhilPapers": 0.43,
+    "Pile-CC": 9.12,
+    "PubMed Abstracts": 3.15,
+    "PubMed Central": 16.61,
+    "StackExchange": 6.04,
+    "USPTO Backgrounds": 3.45,
+    "Ubuntu IRC": 1.35,
+    "Wikipedia (en)": 6.60,
+    "YoutubeSubtitles": 0.89,
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One domain in a blend: `weight` is its share of the run's tokens, `tokens` what it has."""
+
+    domain: str
+    prefix: Path
+    weight: float
+    tokens: int
+
+    def epochs(self, run_tokens: float) -> float:
+        """How often a run of so many tokens goes through the domain."""
+        return run_tokens * self.weight / self.tokens
+
+
+def blend(dataset: Path, weights: str = "natural") -> list[Share]:
+    """The shares of a preprocessed dataset's domains, largest first; their weights sum to 1.
+
+    Raises:
+        ValueError: weights of no known kind, negative or all 0, or that name other domains than the
+            dataset has. (The paper's may name more.)
+    """
+    manifest = load_manifest(dataset.resolve())
+    sizes = {name: facts.tokens for name, facts in manifest.domains.items()}
+    raw = _weights(weights, sizes)
+    unknown = sorted(sizes.keys() - raw.keys())
+    if unknown:
+        raise ValueError(
+            f"the weights {weights!r} say nothing of {unknown[0]!r}; they know {sorted(raw)}"
+        )
+    total = sum(raw[name] for name in sizes)
+    if total <= 0 or any(raw[name] < 0 for name in sizes):
+        raise ValueError(f"expected weights of 0 or more, not all 0, got {raw}")
+    shares = [
+        Share(name, manifest.prefix(name), raw[name] / total, size)
+        for name, size in sizes.items()
+        if raw[name] > 0
+    ]
+    return sorted(shares, key=lambda share: (-share.weight, share.domain))
+
+
+def data_path(shares: list[Share]) -> str:
+    """The value of Megatron's --data-path, one domain a line; a file for --data-args-path.
+
+    Raises:
+        ValueError: a path with white space, at which Megatron would split.
+    """
+    for share in shares:
+        if len(str(share.prefix).split()) != 1:
+            raise ValueError(
+                f"Megatron splits its data list at white space: move {share.prefix} to a path "
+                "without any"
+            )
+    return "".join(f"{share.weight!r} {share.prefix}\n" for share in shares)
+
+
+def _weights(kind: str, sizes: dict[str, int]) -> dict[str, float]:
+    if kind == "natural":
+        return {name: float(size) for name, size in sizes.items()}
+    if kind == "paper":
+        return PAPER_WEIGHTS
+    if kind.startswith("temperature:"):
+        temperature = _positive(kind.removeprefix("temperature:"))
+        return {name: size ** (1 / temperature) for name, size in sizes.items()}
+    if kind.endswith(".json"):
+        return _from_file(Path(kind), sizes)
+    raise ValueError(f"weights must be natural, paper, temperature:T or a .json file, got {kind!r}")
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"the temperature must be a number above 0, got {text!r}")
+    return number
+
+
+def _from_file(path: Path, sizes: dict[str, int]) -> dict[str, float]:
+    if not path.is_file():
+        raise ValueError(f"no such file of weights: {path}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    numbers = isinstance(content, dict) and all(
+        isinstance(value, int | float) for value in content.values()
+    )
+    if not numbers:
+        raise ValueError(f"{path} must hold an object of domains and numbers")
+    foreign = sorted(content.keys() - sizes.keys())
+    if foreign:
+        raise ValueError(
+            f"{path} weighs {foreign[0]!r}, which the dataset does not have; it has {sorted(sizes)}"
+        )
+    return {name: float(value) for name, value in content.items()}

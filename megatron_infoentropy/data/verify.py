@@ -1,0 +1,154 @@
+"""Is a dataset what it should be? Looks at every byte, and repairs what can be proved right.
+
+A repair is made only if the result has the checksum that the manifest recorded when the dataset was
+written: a repaired file is the original file. Nothing is guessed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
+from megatron_infoentropy.data.manifest import (
+    MANIFEST,
+    TOKEN_COUNTS,
+    DomainFacts,
+    Manifest,
+    load_manifest,
+)
+from megatron_infoentropy.data.repair import repair_bin, repair_counts, repair_index
+from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.writer import file_sha256
+from megatron_infoentropy.progress import progress
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a file; `repaired` tells how that was put right, "" if it was not."""
+
+    path: Path
+    problem: str
+    repaired: str = ""
+
+
+def verify(target: Path, *, tokenizer: Path | None = None, repair: bool = False) -> list[Finding]:
+    """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
+
+    With `tokenizer`, a folder, the ids must be of its vocabulary and its documents end with its
+    token. `repair` mends what the manifest's checksums can prove.
+
+    Raises:
+        ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read.
+    """
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    if not target.is_dir():
+        vocab = None if loaded is None else loaded.vocab_size
+        if not bin_path(target).is_file() and not idx_path(target).is_file():
+            raise ValueError(f"no dataset folder and no dataset prefix: {target}")
+        return list(_check(target, vocab, None, None))
+    manifest = load_manifest(target)
+    found = []
+    if loaded is not None and loaded.sha256 != manifest.tokenizer.sha256:
+        problem = f"was made with another tokenizer than {tokenizer}"
+        found.append(Finding(target / MANIFEST, problem))
+    with progress("verify", len(manifest.domains), "domains") as advance:
+        for name, facts in manifest.domains.items():
+            found += _check_domain(manifest, name, facts, repair)
+            advance(1)
+    return [*found, *_check_counts(manifest, repair)]
+
+
+def _check_domain(
+    manifest: Manifest, name: str, facts: DomainFacts, repair: bool
+) -> Iterator[Finding]:
+    prefix = manifest.prefix(name)
+    eod = manifest.tokenizer.eod_id if manifest.append_eod else None
+    problems = list(_check(prefix, manifest.tokenizer.vocab_size, eod, facts))
+    if not problems or not repair:
+        yield from problems
+        return
+    dtype = token_dtype(manifest.tokenizer.vocab_size)
+    repairs = (
+        repair_bin(prefix, facts, dtype),
+        repair_index(prefix, facts, dtype, manifest.tokenizer.eod_id),
+    )
+    how = ", ".join(repair for repair in repairs if repair)
+    left = {finding.path for finding in _check(prefix, manifest.tokenizer.vocab_size, eod, facts)}
+    for finding in problems:
+        yield Finding(finding.path, finding.problem, "" if finding.path in left else how)
+
+
+def _check(
+    prefix: Path, vocab_size: int | None, eod: int | None, facts: DomainFacts | None
+) -> Iterator[Finding]:
+    """All that one dataset shows; what can not be opened shows only that."""
+    try:
+        reader = IndexedReader(prefix)
+    except ValueError as error:
+        for path in (idx_path(prefix), bin_path(prefix)):
+            if str(path) in str(error).partition(":")[0] or not path.is_file():
+                yield Finding(path, str(error))
+                return
+        yield Finding(idx_path(prefix), str(error))
+        return
+    disorder = reader.disorder()
+    if disorder:
+        yield Finding(idx_path(prefix), disorder)
+    else:
+        yield from _check_tokens(reader, vocab_size, eod)
+    if facts is None:
+        return
+    size = (len(reader), reader.tokens.size)
+    if size != (facts.documents, facts.tokens):
+        problem = f"has {size[0]} documents and {size[1]} tokens, the manifest says "
+        yield Finding(idx_path(prefix), f"{problem}{facts.documents} and {facts.tokens}")
+    for path, expected in (
+        (bin_path(prefix), facts.bin_sha256),
+        (idx_path(prefix), facts.idx_sha256),
+    ):
+        if expected and file_sha256(path) != expected:
+            yield Finding(path, "does not have the checksum that the manifest says")
+
+
+def _check_tokens(
+    reader: IndexedReader, vocab_size: int | None, eod: int | None
+) -> Iterator[Finding]:
+    path = bin_path(reader.prefix)
+    if vocab_size is not None and reader.dtype != token_dtype(vocab_size):
+        wanted = token_dtype(vocab_size).name
+        yield Finding(
+            idx_path(reader.prefix),
+            f"says {reader.dtype.name}, ids of a vocabulary of {vocab_size} are {wanted}",
+        )
+        return
+    largest, smallest, unended, first = -1, 0, 0, 0
+    example = None
+    for tokens, lengths in reader.pieces():
+        if tokens.size:
+            largest = max(largest, int(tokens.max()))
+            smallest = min(smallest, int(tokens.min()))
+        if eod is not None:
+            filled = np.flatnonzero(lengths)
+            wrong = filled[tokens[np.cumsum(lengths)[filled] - 1] != eod]
+            unended += wrong.size
+            if example is None and wrong.size:
+                example = first + int(wrong[0])
+        first += lengths.size
+    if vocab_size is not None and (largest >= vocab_size or smallest < 0):
+        yield Finding(path, f"has ids {smallest}..{largest}, the vocabulary is {vocab_size}")
+    if unended:
+        yield Finding(path, f"{unended} documents lack the end token {eod}, the first is {example}")
+
+
+def _check_counts(manifest: Manifest, repair: bool) -> Iterator[Finding]:
+    path = manifest.folder / TOKEN_COUNTS
+    expected = manifest.token_counts_sha256
+    if not path.is_file():
+        problem = "is missing"
+    elif expected and file_sha256(path) != expected:
+        problem = "does not have the checksum that the manifest says"
+    else:
+        return
+    yield Finding(path, problem, repair_counts(manifest) if repair else "")

@@ -1,0 +1,98 @@
+"""Weights of domains: what Megatron reads, and how often a run goes through each domain."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_infoentropy.data.blend import PAPER_WEIGHTS, blend, data_path
+from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+
+
+def dataset(folder: Path, sizes: dict[str, int]) -> Path:
+    folder.mkdir()
+    domains = {name: DomainFacts(name.lower(), 1, size, size) for name, size in sizes.items()}
+    Manifest(folder, TokenizerFacts("0" * 64, 300, 0), "uint16", True, domains).save()
+    return folder
+
+
+def weights_of(folder: Path, kind: str) -> dict[str, float]:
+    return {share.domain: share.weight for share in blend(folder, kind)}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    return dataset(tmp_path / "data", {"A": 900, "B": 100})
+
+
+def test_natural_weights_use_every_token_equally_often(two: Path) -> None:
+    assert weights_of(two, "natural") == {"A": 0.9, "B": 0.1}
+    assert {share.epochs(2000) for share in blend(two)} == {2.0}
+
+
+def test_temperature_raises_the_small_domain(two: Path) -> None:
+    assert weights_of(two, "temperature:1") == pytest.approx({"A": 0.9, "B": 0.1})
+    assert weights_of(two, "temperature:2") == pytest.approx({"A": 0.75, "B": 0.25})
+    shares = {share.domain: share.epochs(1000) for share in blend(two, "temperature:2")}
+    assert shares == pytest.approx({"A": 0.75 / 0.9, "B": 2.5})
+
+
+def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps({"A": 1, "B": 3}))
+    assert weights_of(two, str(path)) == {"B": 0.75, "A": 0.25}
+    path.write_text(json.dumps({"A": 0, "B": 3}))
+    assert weights_of(two, str(path)) == {"B": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"A": 1}', "say nothing of 'B'"),
+        ('{"A": 1, "B": 1, "C": 1}', "weighs 'C', which the dataset does not have"),
+        ('{"A": -1, "B": 1}', "weights of 0 or more"),
+        ('{"A": 0, "B": 0}', "not all 0"),
+        ('{"A": "1", "B": 0}', "an object of domains and numbers"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_weights_that_can_not_be_used_are_named(
+    two: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "w.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        blend(two, str(path))
+
+
+def test_other_kinds_are_refused(two: Path) -> None:
+    for kind, message in (
+        ("even", "must be natural, paper, temperature:T or a .json file, got 'even'"),
+        ("temperature:0", "a number above 0, got '0'"),
+        ("temperature:x", "a number above 0, got 'x'"),
+        ("gone.json", "no such file of weights"),
+        ("paper", "say nothing of 'A'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blend(two, kind)
+
+
+def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path: Path) -> None:
+    assert len(PAPER_WEIGHTS) == 22
+    assert sum(PAPER_WEIGHTS.values()) == pytest.approx(100, abs=0.1)
+    some = dataset(tmp_path / "some", {"ArXiv": 10, "Enron Emails": 10})
+    weights = weights_of(some, "paper")
+    assert weights["ArXiv"] / weights["Enron Emails"] == pytest.approx(11.75 / 0.17)
+    assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_megatron_reads_the_list(two: Path, tmp_path: Path) -> None:
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    shares = blend(two, "temperature:3")
+    prefixes, weights = get_blend_from_list(data_path(shares).split())
+    assert prefixes == [str(two / "a"), str(two / "b")]
+    assert weights == [share.weight for share in shares]
+    spaced = dataset(tmp_path / "a folder", {"A": 1})
+    with pytest.raises(ValueError, match="splits its data list at white space"):
+        data_path(blend(spaced))

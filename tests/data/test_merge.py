@@ -1,0 +1,107 @@
+"""Shards and their union: byte for byte what one run writes, or an error that names what is off."""
+
+from pathlib import Path
+
+import pytest
+from golden import assert_same_files
+from text_files import line, write
+
+from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.merge import merge
+from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.shards import parse_shard, shard_inputs
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    """Five files; domain C is only in the last, domain E has no text in the first two."""
+    files = []
+    for number in range(5):
+        lines = [line(f"file {number} text {i} " * (i % 9), "ABD"[i % 3]) for i in range(50)]
+        lines.append(line("" if number < 2 else "at last", "E"))
+        lines.append(line("", "never"))
+        if number == 4:
+            lines.append(line("only here", "C"))
+        lines.insert(10, "{")
+        files.append(write(tmp_path / f"{number}.jsonl.zst", lines))
+    return files
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_merged_shards_are_what_one_run_writes(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, number: int
+) -> None:
+    for index in range(number):
+        shard = (index, number)
+        preprocess(inputs, tokenizer_folder, tmp_path / "shards", shard=shard, max_errors=5)
+    merged = merge([tmp_path / "shards"], tmp_path / "merged")
+    whole = preprocess(inputs, tokenizer_folder, tmp_path / "whole", max_errors=5)
+    assert sorted(whole.domains) == ["A", "B", "C", "D", "E"]
+    assert whole.left_out == {"never": 5}
+    assert_same_files(tmp_path / "merged", tmp_path / "whole")
+    assert merged.shard is None
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_every_file_is_in_one_shard_and_neighbours_stay_together(inputs: list[Path]) -> None:
+    for number in range(1, 6):
+        parts = [shard_inputs(inputs, (index, number)) for index in range(number)]
+        assert [path for part in parts for path in part] == inputs
+    with pytest.raises(ValueError, match="5 input files can not be split into 6 shards"):
+        shard_inputs(inputs, (0, 6))
+    with pytest.raises(ValueError, match=r"needs i in 0\.\.n-1, got 5/5"):
+        shard_inputs(inputs, (5, 5))
+
+
+def test_shards_are_written_as_a_fraction() -> None:
+    assert parse_shard("3/10") == (3, 10)
+    for text in ("3", "a/b", "3/", "/4", "-1/4", "1.5/2"):
+        with pytest.raises(ValueError, match="must be i/n"):
+            parse_shard(text)
+
+
+def test_a_missing_shard_and_a_stranger_are_named(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for index in (0, 2):
+        shard = (index, 3)
+        preprocess(inputs, tokenizer_folder, tmp_path / "s", shard=shard, max_errors=5)
+    with pytest.raises(ValueError, match=r"the 3 shards .* missing: 1"):
+        merge([tmp_path / "s"], tmp_path / "out")
+    options = Options(append_eod=False)
+    other = tmp_path / "other"
+    preprocess(inputs, tokenizer_folder, other, options=options, max_errors=5)
+    plain = tmp_path / "plain"
+    preprocess(inputs, tokenizer_folder, plain, max_errors=5)
+    with pytest.raises(ValueError, match="their options differ"):
+        merge([plain, other], tmp_path / "out")
+    with pytest.raises(ValueError, match="is no token dataset"):
+        merge([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_shard_is_not_merged(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    manifest = preprocess(inputs, tokenizer_folder, tmp_path / "a", max_errors=5)
+    path = manifest.prefix("B").with_name("b.bin")
+    raw = bytearray(path.read_bytes())
+    raw[6] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"b\.bin is not what its manifest says \(checksum\)"):
+        merge([tmp_path / "a"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_datasets_of_one_kind_are_joined_in_the_order_given(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for index, path in enumerate(inputs[:2]):
+        preprocess([path], tokenizer_folder, tmp_path / str(index), max_errors=5)
+    merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
+    preprocess(inputs[:2], tokenizer_folder, tmp_path / "whole", max_errors=5)
+    assert_same_files(tmp_path / "both", tmp_path / "whole")
+    assert load_manifest(tmp_path / "both").left_out == {"E": 2, "never": 2}

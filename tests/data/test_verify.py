@@ -1,0 +1,155 @@
+"""Damage is found and named; only what can be proved is mended."""
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import assert_same_files
+from text_files import line, write
+
+from megatron_infoentropy.data import inspection
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.verify import Finding, verify
+
+LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def original(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    text = write(folder / "a.jsonl", LINES)
+    preprocess([text], tokenizer_folder, folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def dataset(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "data"))
+
+
+def change(path: Path, offset: int, value: bytes) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(value)] = value
+    path.write_bytes(raw)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+Damage = Callable[[Path], object]
+STARTS = 34 + 4 * 100
+BOUNDARIES = STARTS + 8 * 100
+# what happens to the files of domain A; file and words of the finding; how it is mended, if it can
+CASES: dict[str, tuple[Damage, str, str, str]] = {
+    "bin cut off": (lambda d: cut(d / "a.bin", -6), "a.bin", "is cut off", ""),
+    "bin gone": (lambda d: (d / "a.bin").unlink(), "a.bin", "no such dataset file", ""),
+    "bin longer": (
+        lambda d: (d / "a.bin").open("ab").write(b"xxxx"),
+        "a.bin",
+        "is too long",
+        "cut off what was behind",
+    ),
+    "one bit of bin": (lambda d: change(d / "a.bin", 40, b"\1"), "a.bin", "checksum", ""),
+    "id too large": (
+        lambda d: change(d / "a.bin", 40, b"\xff\xff"),
+        "a.bin",
+        "has ids 0..65535, the vocabulary is 600",
+        "",
+    ),
+    "no end token": (
+        lambda d: change(d / "a.bin", (d / "a.bin").stat().st_size - 2, b"\7\0"),
+        "a.bin",
+        "1 documents lack the end token 0, the first is 99",
+        "",
+    ),
+    "idx cut off": (lambda d: cut(d / "a.idx", -9), "a.idx", "is cut off", "end tokens"),
+    "idx gone": (lambda d: (d / "a.idx").unlink(), "a.idx", "no such dataset", "end tokens"),
+    "magic": (lambda d: change(d / "a.idx", 0, b"X"), "a.idx", "no Megatron index", "lengths"),
+    "dtype": (lambda d: change(d / "a.idx", 17, b"\3"), "a.idx", "int16", "lengths"),
+    "offsets": (
+        lambda d: change(d / "a.idx", STARTS + 24, struct.pack("<q", 2)),
+        "a.idx",
+        "sequence 3 starts at byte 2",
+        "lengths",
+    ),
+    "lengths": (
+        lambda d: change(d / "a.idx", 34, struct.pack("<ii", 7, -1)),
+        "a.bin",
+        "is too long: 15550 bytes, the index says 15538",
+        "end tokens",
+    ),
+    "documents": (
+        lambda d: change(d / "a.idx", BOUNDARIES + 16, struct.pack("<q", 50)),
+        "a.idx",
+        "documents out of order: number 2 ends before it starts",
+        "end tokens",
+    ),
+    "counts": (lambda d: change(d / "token_counts.npy", 200, b"\1"), "token_counts.npy", "", "cou"),
+    "no counts": (lambda d: (d / "token_counts.npy").unlink(), "token_counts.npy", "missing", "c"),
+}
+
+
+def test_a_sound_dataset_has_no_findings(
+    dataset: Path, original: Path, tokenizer_folder: Path
+) -> None:
+    assert verify(dataset, tokenizer=tokenizer_folder, repair=True) == []
+    assert verify(dataset / "a", tokenizer=tokenizer_folder) == []
+    assert_same_files(dataset, original)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damage_is_found_and_mended_where_that_can_be_proved(
+    dataset: Path, original: Path, case: str
+) -> None:
+    damage, name, words, how = CASES[case]
+    damage(dataset)
+    before = {path.name: path.read_bytes() for path in dataset.iterdir()}
+    found = verify(dataset)
+    assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
+    assert any(f.path.name == name and words in f.problem for f in found), found
+    assert not any(finding.repaired for finding in found)
+    mended = verify(dataset, repair=True)
+    if how:
+        assert any(how in finding.repaired for finding in mended), mended
+        assert verify(dataset) == []
+        assert_same_files(dataset, original)
+    else:
+        assert not any(finding.repaired for finding in mended)
+        assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
+
+
+def test_another_tokenizer_is_noticed(
+    dataset: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tokenizer_folder, tmp_path / "other"))
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text + " ")
+    problem = f"was made with another tokenizer than {other}"
+    assert verify(dataset, tokenizer=other) == [Finding(dataset / "manifest.json", problem)]
+
+
+def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no dataset folder and no dataset prefix"):
+        verify(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is no token dataset"):
+        verify(tmp_path)
+
+
+def test_a_look_shows_lengths_and_texts(dataset: Path, tokenizer_folder: Path) -> None:
+    assert list(inspection.datasets(dataset)) == ["A", "B"]
+    found = inspection.lengths(dataset / "a")
+    assert (found.documents, found.empty) == (100, 0)
+    assert found.tokens == np.fromfile(dataset / "a.bin", "<u2").size
+    assert sum(number for *_, number in found.bars) == 100
+    assert found.bars[-1][0] <= found.longest <= found.bars[-1][1]
+    assert len(found.picture().splitlines()) == len(found.bars)
+    first, last = inspection.samples(dataset / "a", [0, -1], tokenizer_folder)
+    assert first.beginning == "text 0 <|endoftext|>"
+    assert last.document == 99
+    assert last.beginning.startswith("text 198 text 198")
+    with pytest.raises(ValueError, match="has documents 0 to 99, not 100"):
+        inspection.samples(dataset / "a", [100])
