@@ -93,7 +93,7 @@ class LinearSums(torch.autograd.Function):
         by_hidden_LH, total_VH = ctx.saved_tensors
         if by_hidden_LH is not None:
             for rows in ctx.cut.chunks():
-                # A factor with dimensions: PyTorch would round one without to 16 bits first.
+                # A factor with dimensions: a GPU would round one without to 16 bits first.
                 by_hidden_LH[rows] = by_hidden_LH[rows] * factor.view(1, 1)
         if total_VH is not None:
             total_VH = deliver_weight_gradient(total_VH.mul_(factor), ctx.weight, ctx.main_grad)
