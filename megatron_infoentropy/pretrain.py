@@ -15,6 +15,7 @@ def prepare() -> tuple[Any, Any]:
     Raises:
         ValueError: settings that cannot work together, before anything is built.
     """
+    from megatron.core.distributed import finalize_model_grads
     from megatron.training import get_args, get_tokenizer, print_rank_0
     from megatron.training.argument_utils import (
         gpt_config_from_args,
@@ -25,6 +26,7 @@ def prepare() -> tuple[Any, Any]:
     from megatron_infoentropy.integration import arguments
     from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
     from megatron_infoentropy.integration.model_size import announce_size
+    from megatron_infoentropy.integration.observe import TokenObserver, observed
     from megatron_infoentropy.integration.step import InfoEntropyForwardStep
 
     parse_and_validate_args(extra_args_provider=arguments.add_infoentropy_args)
@@ -37,10 +39,15 @@ def prepare() -> tuple[Any, Any]:
 
     model_config = gpt_config_from_args(args)
     model_config.pre_wrap_hooks.append(announce_size)
-    batch_weight = GlobalBatchWeight()
-    if config.normalization == "global":
-        model_config.transformer.finalize_model_grads_func = batch_weight.finalize_model_grads
-    forward_step = InfoEntropyForwardStep(config, get_tokenizer().vocab_size, batch_weight)
+    vocab_size = get_tokenizer().vocab_size
+    batch_weight, observer = GlobalBatchWeight(), TokenObserver(vocab_size)
+    is_global = config.normalization == "global"
+    model_config.transformer.finalize_model_grads_func = observed(
+        batch_weight.finalize_model_grads if is_global else finalize_model_grads,
+        observer,
+        args.infoentropy_histogram_interval,
+    )
+    forward_step = InfoEntropyForwardStep(config, vocab_size, batch_weight, observer)
     return pretrain_cfg_container_from_args(args, model_config), forward_step
 
 

@@ -37,6 +37,13 @@ def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
             )
         else:
             group.add_argument(flag, type=field.type, default=field.default, help=help_text)
+    group.add_argument(
+        f"--{PREFIX}-histogram-interval",
+        type=int,
+        default=0,
+        help="training steps between histograms of entropies and weights for TensorBoard and W&B, "
+        "a multiple of --log-interval; 0 is none (default: 0)",
+    )
     return parser
 
 

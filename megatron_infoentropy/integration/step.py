@@ -24,6 +24,7 @@ from megatron.training import get_args, get_timers
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.batch import get_batch
 from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
+from megatron_infoentropy.integration.observe import TokenObserver
 from megatron_infoentropy.integration.output import OutputSettings, statistics_processor, unpack
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
@@ -46,11 +47,16 @@ class InfoEntropyForwardStep:
     """`forward_step_func` for `megatron.training.pretrain`."""
 
     def __init__(
-        self, config: InfoEntropyConfig, vocab_size: int | None, batch_weight: GlobalBatchWeight
+        self,
+        config: InfoEntropyConfig,
+        vocab_size: int,
+        batch_weight: GlobalBatchWeight,
+        observer: TokenObserver,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.batch_weight = batch_weight
+        self.observer = observer
 
     def __call__(
         self, data_iterator: Any, model: Any, return_schedule_plan: bool = False
@@ -87,6 +93,8 @@ class InfoEntropyForwardStep:
         groups = Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
         loss, num_tokens, report = training_loss(loss_mask, output, config, groups)
         self.batch_weight.add(report["weight"][0])
+        statistics = unpack(output.detach())
+        self.observer.add(statistics, token_weight(statistics, config), loss_mask)
         if self.config.gamma_schedule != "constant":
             report["gamma"] = torch.tensor([config.gamma, 1.0], device=loss.device)
         _reject_bad_loss(loss)
@@ -112,7 +120,8 @@ def training_loss(
     if config.normalization == "global":
         divisor = sums.weight
     else:
-        loss = loss * _micro_batch_alpha(sums, config, groups)
+        factor = _micro_batch_alpha(sums, config, groups)
+        loss = loss * factor
     report = {
         "objective": torch.stack([loss.detach(), divisor]),
         "cross entropy": _mean_over(mask, statistics.cross_entropy),
@@ -120,6 +129,8 @@ def training_loss(
         "accuracy": _mean_over(mask, statistics.is_top),
         "weight": torch.stack([sums.weight, sums.tokens]),
     }
+    if config.normalization == "paper":
+        report["alpha"] = torch.stack([factor, torch.ones_like(factor)])
     return loss, sums.tokens.to(torch.int), report
 
 

@@ -1,0 +1,166 @@
+"""What Megatron's sums cannot tell: percentiles and maxima of entropies and weights, as they train.
+
+Every micro-batch adds its tokens to histograms of fixed bins on the device; at the log interval one
+packed all-reduce joins those of all data-parallel ranks, and only then a host looks. The last rank,
+which holds Megatron's writers, reports to the console, TensorBoard and W&B.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_infoentropy.integration.histogram import Histogram
+from megatron_infoentropy.loss import TokenStatistics
+from megatron_infoentropy.runtime.device import find_device
+
+ENTROPY_BINS = 128
+WEIGHT_BINS_PER_OCTAVE, WEIGHT_OCTAVES = 8, (-8, 12)  # from 2^-8 to 2^12
+SUMS = ("tokens", "cross entropy", "weight", "positions")
+# Dense bf16 TFLOP/s of a card as its maker states it; utilisation is given where the name is known,
+# also of FP8 runs, so that the two can be compared.
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+
+
+class TokenObserver:
+    """Histograms and sums since the last report; one a training process."""
+
+    def __init__(self, vocab_size: int) -> None:
+        low, high = WEIGHT_OCTAVES
+        self.entropy = Histogram(0.0, math.log(vocab_size), ENTROPY_BINS)
+        self.log2_weight = Histogram(low, high, (high - low) * WEIGHT_BINS_PER_OCTAVE)
+        self._counts: torch.Tensor | None = None  # float64: entropy bins, weight bins, SUMS
+        self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
+        self._since = time.perf_counter()
+
+    def add(self, statistics: TokenStatistics, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count the tokens of one micro-batch, all [batch, sequence]; no synchronisation."""
+        mask, weight = mask.double().flatten(), weight.detach().double().flatten()
+        ce, entropy = (part.detach().double().flatten() for part in statistics[:2])
+        positions = torch.tensor(float(mask.numel()), dtype=mask.dtype, device=mask.device)
+        sums = [mask.sum(), (mask * ce).sum(), (mask * weight).sum(), positions]
+        mine = torch.cat(
+            [
+                self.entropy.count(entropy, mask),
+                self.log2_weight.count(weight.clamp_min(2.0**-30).log2(), mask),
+                torch.stack(sums),
+            ]
+        )
+        self._counts = mine if self._counts is None else self._counts + mine
+
+    def report(self, group: Any) -> dict[str, float] | None:
+        """Numbers by name, over all ranks of `group`, and a new start; None without tokens here.
+
+        Waits for the device. Times count from the report before.
+        """
+        counts, self._counts = self._counts, None
+        seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+        if counts is None:  # a pipeline stage without the loss
+            return None
+        dist.all_reduce(counts, group=group)
+        return self._read(counts.cpu(), seconds)
+
+    def _read(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
+        sizes = [self.entropy.bins, self.log2_weight.bins, len(SUMS)]
+        entropy, weight, sums = torch.split(counts, sizes)
+        self._drawn = entropy, weight
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        tokens = max(total["tokens"], 1.0)
+        mean_weight = total["weight"] / tokens
+        found = {"perplexity": math.exp(min(total["cross entropy"] / tokens, 700.0))}
+        for percent in (10, 50, 90):
+            found[f"entropy p{percent}"] = self.entropy.quantile(entropy, percent / 100)
+        found["entropy max"] = self.entropy.quantile(entropy, 1.0)
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+            found[f"weight {name}"] = 2.0 ** self.log2_weight.quantile(weight, share)
+        above = self.log2_weight.share_above(weight, math.log2(max(mean_weight, 2.0**-30)))
+        found["share of tokens above mean weight"] = above
+        found["tokens/s"] = total["positions"] / seconds
+        return found
+
+    def draw(self, tensorboard: Any, wandb: Any, iteration: int) -> None:
+        """Histograms of the last report, for the writers that there are."""
+        entropy, log2_weight = self._drawn
+        for name, histogram, counts in (
+            ("entropy", self.entropy, entropy),
+            ("log2 weight", self.log2_weight, log2_weight),
+        ):
+            edges = histogram.edges()
+            values = (edges[1:] + edges[:-1]) / 2
+            if tensorboard:
+                tensorboard.add_histogram_raw(
+                    f"infoentropy/{name}",
+                    min=float(edges[0]),
+                    max=float(edges[-1]),
+                    num=float(counts.sum()),
+                    sum=float((values * counts).sum()),
+                    sum_squares=float((values**2 * counts).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=iteration,
+                )
+            if wandb:
+                picture = wandb.Histogram(np_histogram=(counts.numpy(), edges.numpy()))
+                wandb.log({f"infoentropy/{name}": picture}, iteration)
+
+
+def utilisation(tokens_per_second: float, args: Any) -> dict[str, float]:
+    """Model TFLOP/s of a rank and, on a card whose peak is known, its share of that."""
+    from megatron.training.training import num_floating_point_operations
+
+    per_token = num_floating_point_operations(args, 1) / args.seq_length
+    tflops = tokens_per_second * per_token / args.world_size / 1e12
+    found = {"model TFLOP/s per rank": tflops}
+    name = torch.cuda.get_device_name() if find_device().type == "cuda" else ""
+    for card, peak in PEAK_TFLOPS.items():
+        if card in name:
+            found["model FLOP utilisation"] = tflops / peak
+    return found
+
+
+def observed(
+    finalize: Callable[..., None], observer: TokenObserver, histogram_interval: int
+) -> Callable[..., None]:
+    """Megatron's `finalize_model_grads_func`, followed by a report where one is due.
+
+    It is the one place that every rank passes once a step, after the last micro-batch.
+    """
+
+    def finalize_model_grads(model: Any, *arguments: Any, **options: Any) -> None:
+        finalize(model, *arguments, **options)
+        from megatron.training import get_args
+
+        iteration = get_args().curr_iteration + 1
+        if iteration % get_args().log_interval == 0:
+            _report(observer, iteration, histogram_interval)
+
+    return finalize_model_grads
+
+
+def _report(observer: TokenObserver, iteration: int, histogram_interval: int) -> None:
+    from megatron.core import parallel_state
+    from megatron.training import (
+        get_args,
+        get_tensorboard_writer,
+        get_wandb_writer,
+        print_rank_last,
+    )
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    found = observer.report(group)
+    if found is None:
+        return
+    found |= utilisation(found["tokens/s"], get_args())
+    words = " | ".join(f"{name}: {value:.6G}" for name, value in found.items())
+    print_rank_last(f" InfoEntropy at iteration {iteration:8d} | {words} |")
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if tensorboard:
+        for name, value in found.items():
+            tensorboard.add_scalar(f"infoentropy/{name}", value, iteration)
+    if wandb:
+        wandb.log({f"infoentropy/{name}": value for name, value in found.items()}, iteration)
+    if histogram_interval and iteration % histogram_interval == 0:
+        observer.draw(tensorboard, wandb, iteration)
