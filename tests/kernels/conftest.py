@@ -1,5 +1,10 @@
-"""The backends that every kernel test runs on. A new one is one more name in BACKENDS."""
+"""The backends that every kernel test runs on. A new one is one more name in BACKENDS.
 
+With TRITON_INTERPRET=1 in the environment it is the Triton kernels alone, run on the CPU: what
+test_triton_interpreted.py does in a process of its own, since Triton reads it when it is imported.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +14,8 @@ from megatron_infoentropy.kernels import native
 
 # native-<instruction set> is the native one with those vector instructions.
 BACKENDS = ["reference", "native-baseline", "native-avx2", "native-avx512"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS = ["triton"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -24,4 +31,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if not native._C.use_instruction_set(instructions):
         pytest.skip(f"this processor has no {instructions}")
     yield name
+    native._C.use_instruction_set(chosen)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set that the native kernels use during the test."""
+    chosen = native._C.instruction_set()
+    if not native._C.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
     native._C.use_instruction_set(chosen)

@@ -32,15 +32,6 @@ OPTIONS = {
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instructions(request):
-    chosen = native._C.instruction_set()
-    if not native._C.use_instruction_set(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native._C.use_instruction_set(chosen)
-
-
 def random_case(v, dtype, n=9):
     generator = torch.Generator().manual_seed(v)
     logits = (torch.randn(n, v, generator=generator) * 4).to(dtype)
