@@ -1,8 +1,4 @@
-"""Rows of the kernels alone, against what bounds them: measured in the same run, in turn.
-
-Statistics read the logits once; the gradient reads and writes them once. Both are held against a
-copy (PyTorch's) of the same logits.
-"""
+"""Rows of the kernels alone, against what bounds them on this machine: see `limits`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,40 +7,63 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.bench.experiment import Experiment
+from megatron_infoentropy.bench.limits import COPY, MOVES, Limit, limits_of
 from megatron_infoentropy.bench.passes import Pass, spread, time_in_turn
 from megatron_infoentropy.bench.providers import failure
 from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.kernels import dispatch
 from megatron_infoentropy.kernels.contract import MAX, PLAIN, SCALE, SHIFT, Kernels, Shard
 
-# step -> (logits read or written, in words)
-MOVES = {
-    "copy": (2, "1 read, 1 write"),
-    "statistics": (1, "1 read"),
-    "gradient": (2, "1 read, 1 write"),
-}
-KERNEL_STEPS = ("statistics", "gradient")
+KERNEL_STEPS = ("statistics", "gradient", "gradient in place")
 
 
 def measure_kernels(experiment: Experiment) -> list[Row]:
-    """The copy, then statistics and gradient of every backend that runs here."""
+    """What bounds them, then every step of every backend that runs here."""
     shard = Shard(0, experiment.logits.shape[-1], -100)
     arguments = (experiment.logits, experiment.target, shard)
-    passes: dict[tuple[str, str], Pass] = {("torch", "copy"): partial(_copy, experiment.logits)}
-    for name in backends_here(experiment):
+    passes: dict[tuple[str, str], Pass] = {COPY: partial(_copy, experiment.logits)}
+    for name in _backends(experiment):
         for step in KERNEL_STEPS:
             passes[name, step] = partial(kernel_pass, step, dispatch.by_name(name), *arguments)
     failed = _rehearse(passes)
-    for key in failed:
-        del passes[key]
-    measured = time_in_turn(passes, experiment, lambda work: None)
+    running = {key: one_pass for key, one_pass in passes.items() if key not in failed}
+    measured = time_in_turn(running, experiment, lambda work: None)
     times = {key: [steps[0] for steps in values] for key, values in measured.items()}
-    copy_gb_per_s = 2 * experiment.logits_bytes / spread(times["torch", "copy"]).median / 1e6
-    rows = [_row(*key, values, copy_gb_per_s, experiment) for key, values in times.items()]
+    limits, rows = limits_of(experiment, times[COPY])
+    for key, values in times.items():
+        rows.append(_row(*key, values, None if key == COPY else limits[key[1]], experiment))
     for (provider, step), reason in failed.items():
         names = {"provider": f"{provider} kernel", "by": "ours", "computes": "", "step": step}
         rows.append(experiment.row(kind="unavailable", reason=reason, **names))
     return rows
+
+
+def kernel_pass(
+    step: str, kernels: Kernels, logits: torch.Tensor, target: torch.Tensor, shard: Shard
+) -> Iterator[None]:
+    """A pass of one launch of one of `KERNEL_STEPS`."""
+    if step == "statistics":
+        yield
+        kernels.shard_statistics(logits, target, shard, PLAIN)
+        yield
+        return
+    statistics = kernels.shard_statistics(logits, target, shard, PLAIN)
+    coefficients = torch.zeros_like(statistics)
+    coefficients[SHIFT] = statistics[MAX]
+    coefficients[SCALE] = 1.0
+    # Touched memory: the system's clearing of fresh pages is not the kernel's time.
+    logits = logits.clone() if step == "gradient in place" else logits
+    out = logits if step == "gradient in place" else torch.zeros_like(logits)
+    yield
+    kernels.shard_gradient(logits, target, shard, PLAIN, coefficients, out)
+    yield
+
+
+def _copy(logits: torch.Tensor) -> Iterator[None]:
+    out = torch.zeros_like(logits)
+    yield
+    out.copy_(logits)
+    yield
 
 
 def _rehearse(passes: dict[tuple[str, str], Pass]) -> dict[tuple[str, str], str]:
@@ -58,47 +77,23 @@ def _rehearse(passes: dict[tuple[str, str], Pass]) -> dict[tuple[str, str], str]
     return failed
 
 
-def backends_here(experiment: Experiment) -> list[str]:
+def _backends(experiment: Experiment) -> list[str]:
     reasons = dispatch.unavailable(experiment.setting.device, experiment.setting.dtype)
     return [name for name, reason in reasons.items() if reason is None]
 
 
-def kernel_pass(
-    step: str, kernels: Kernels, logits: torch.Tensor, target: torch.Tensor, shard: Shard
-) -> Iterator[None]:
-    """A pass of one launch of "statistics" or "gradient"."""
-    if step == "statistics":
-        yield
-        kernels.shard_statistics(logits, target, shard, PLAIN)
-        yield
-        return
-    statistics = kernels.shard_statistics(logits, target, shard, PLAIN)
-    coefficients = torch.zeros_like(statistics)
-    coefficients[SHIFT] = statistics[MAX]
-    coefficients[SCALE] = 1.0
-    out = torch.zeros_like(logits)  # touched: the system's clearing is not the kernel's
-    yield
-    kernels.shard_gradient(logits, target, shard, PLAIN, coefficients, out)
-    yield
-
-
-def _copy(logits: torch.Tensor) -> Iterator[None]:
-    out = torch.zeros_like(logits)
-    yield
-    out.copy_(logits)
-    yield
-
-
 def _row(
-    provider: str, step: str, values: list[float], copy_gb_per_s: float, experiment: Experiment
+    provider: str, step: str, values: list[float], limit: Limit | None, experiment: Experiment
 ) -> Row:
     taken, (moved, words) = spread(values), MOVES[step]
-    gb_per_s = moved * experiment.logits_bytes / taken.median / 1e6
+    size = moved * experiment.logits_bytes
     bound: dict[str, Any] = {"kind": "limit", "by": "peer"}
-    if step in KERNEL_STEPS:
-        percent = 100 * gb_per_s / copy_gb_per_s
-        bound = {"kind": "kernel", "by": "ours", "limit": "copy", "percent_of_limit": percent}
-        bound["limit_gb_per_s"] = copy_gb_per_s
+    if limit is not None:
+        bound = {"kind": "kernel", "by": "ours", "limit": limit.name}
+        bound["limit_gb_per_s"] = size / limit.ms / 1e6
+        bound["percent_of_limit"] = (
+            100 * limit.ms / (min(values) if limit.of_best else taken.median)
+        )
     return experiment.row(
         provider=provider,
         computes="",
@@ -107,8 +102,8 @@ def _row(
         median_ms=taken.median,
         p20_ms=taken.p20,
         p80_ms=taken.p80,
-        bytes=moved * experiment.logits_bytes,
+        bytes=size,
         bytes_are=words,
-        gb_per_s=gb_per_s,
+        gb_per_s=size / taken.median / 1e6,
         **bound,
     )

@@ -112,7 +112,7 @@ def test_a_failing_or_missing_ncu_is_a_reason(fake_ncu, monkeypatch, tmp_path):
         counters.dram_bytes("triton", "gradient", Case(8, 64))
 
 
-@pytest.mark.parametrize("step", ["statistics", "gradient"])
+@pytest.mark.parametrize("step", ["statistics", "gradient", "gradient in place"])
 def test_what_ncu_runs_launches_on_any_device(step):
     launch_once("reference", step, 8, 64, torch.bfloat16)
 
