@@ -23,7 +23,7 @@ def prepare() -> tuple[Any, Any]:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_infoentropy.integration import arguments
+    from megatron_infoentropy.integration import arguments, lineage
     from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
     from megatron_infoentropy.integration.model_size import announce_size
     from megatron_infoentropy.integration.observe import TokenObserver, observed
@@ -34,6 +34,10 @@ def prepare() -> tuple[Any, Any]:
     config = arguments.config_from_args(args)
     arguments.check_megatron_args(args, config)
     print_rank_0(f"objective: {config}")
+    saved = lineage.saved_arguments(args)
+    difference = None if saved is None else lineage.other_objective(saved, config)
+    if difference is not None:
+        print_rank_0(f"WARNING: {difference}")
     if arguments.require_per_token_loss(args, config):
         print_rank_0("--calculate-per-token-loss is on: 'global' divides the gradients itself")
 

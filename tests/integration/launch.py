@@ -54,16 +54,17 @@ def run_trainer(
         }
         log = folder / f"rank{rank}.log"
         words = [*CPU_FLAGS, *flags]
-        process = _server.Process(
-            target=_rank, args=(main, arguments, words, environment, log), daemon=True
-        )
+        # Not a daemon: those may not start the processes that write checkpoints.
+        process = _server.Process(target=_rank, args=(main, arguments, words, environment, log))
         process.start()
         processes.append(process)
-    for process in processes:
-        process.join(TIMEOUT_S)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    try:
+        for process in processes:
+            process.join(TIMEOUT_S)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if failed:
         log = (folder / f"rank{failed[0]}.log").read_text()

@@ -1,4 +1,4 @@
-"""Run on every rank: our trainer as it is, without what a daemonic process may not do."""
+"""Run on every rank: our trainer as `torchrun -m megatron_infoentropy.pretrain` runs it."""
 
 from megatron_infoentropy import pretrain as ours
 
@@ -8,6 +8,8 @@ def main():
     from megatron.training import pretrain
 
     from megatron_infoentropy.integration.batch import build_datasets
+    from megatron_infoentropy.integration.compat import prepare_megatron
 
+    prepare_megatron()
     container, forward_step = ours.prepare()
     pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
