@@ -1,0 +1,141 @@
+"""The contract in Triton, for NVIDIA GPUs: launches the kernels of `triton_device`.
+
+Needs no host synchronisation and no shape that depends on data, so CUDA graphs capture both. No
+autotuning: a choice by timing would make results differ from run to run. The launch parameters were
+chosen by arithmetic and are not measured yet. Predicted for an H200 (132 SMs, 1.98 GHz, 4.3 TB/s)
+and bf16 logits:
+
+    statistics  128 threads a row, 4 loads of 16 bytes a thread in flight, see `triton_device`
+    gradient    128 threads a block of 4096 columns
+
+Importing this module imports no Triton; the first launch does.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2E = 1.4426950408889634
+WARPS = 4
+THREADS = 32 * WARPS
+LOADS = 4  # of 16 bytes a thread at once
+
+
+def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where these kernels can run, else the reason in a few words."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not _is_interpreted():
+        return f"it runs on CUDA devices and the logits are on {device}"
+    if dtype not in DTYPES:
+        return f"it takes bfloat16, float16 or float32 logits, not {str(dtype)[6:]}"
+    return None
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, one program after another: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
+
+
+def shard_statistics(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+) -> torch.Tensor:
+    """See `kernels.contract`."""
+    from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
+
+    n = logits_NV.shape[0]
+    statistics_RN = logits_NV.new_empty((options.rows, n), dtype=torch.float32)
+    if n == 0:
+        return statistics_RN
+    scale = _scale(options)
+    with torch.cuda.device(logits_NV.get_device()):
+        statistics_kernel[(n,)](
+            logits_NV,
+            logits_NV.stride(0),
+            target_N,
+            statistics_RN,
+            n,
+            shard.start,
+            shard.columns,
+            shard.ignore_index,
+            scale,
+            scale * LOG2E,
+            1 / (options.softcap or 1.0),
+            ALIGNED=_is_aligned(logits_NV),
+            SOFTCAP=options.softcap != 0,
+            DISTANCE=options.distance,
+            THREADS=THREADS,
+            LOADS=LOADS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+    return statistics_RN
+
+
+def shard_gradient(
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    options: Options,
+    coefficients_RN: torch.Tensor,
+    out_NV: torch.Tensor,
+) -> None:
+    """See `kernels.contract`."""
+    from megatron_infoentropy.kernels.triton_gradient import gradient_kernel
+
+    n, width = logits_NV.shape
+    if n == 0:
+        return
+    vector = 16 // logits_NV.element_size()
+    block = THREADS * LOADS * vector
+    aligned = _is_aligned(logits_NV) and _is_aligned(out_NV)
+    # Rows off the boundary begin with a part of a vector.
+    blocks = -(-(width if aligned else width + vector - 1) // block)
+    with torch.cuda.device(logits_NV.get_device()):
+        gradient_kernel[(n * blocks,)](
+            logits_NV,
+            logits_NV.stride(0),
+            out_NV,
+            out_NV.stride(0),
+            target_N,
+            coefficients_RN,
+            n,
+            shard.start,
+            shard.columns,
+            width,
+            shard.ignore_index,
+            _scale(options),
+            1 / (options.softcap or 1.0),
+            blocks,
+            ALIGNED=aligned,
+            TOGETHER=_lie_alike(logits_NV, out_NV),
+            SOFTCAP=options.softcap != 0,
+            OFFSET=options.distance,
+            BLOCK=block,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+
+
+def _scale(options: Options) -> float:
+    """What a value between the softcap's -1 and 1, or a plain logit, is multiplied by."""
+    return (options.softcap or 1.0) / options.temperature
+
+
+def _is_aligned(rows_NV: torch.Tensor) -> bool:
+    """Whether every row starts at a 16-byte boundary."""
+    stride = rows_NV.stride(0) * rows_NV.element_size() if rows_NV.shape[0] > 1 else 0
+    return rows_NV.data_ptr() % 16 == 0 and stride % 16 == 0
+
+
+def _lie_alike(a_NV: torch.Tensor, b_NV: torch.Tensor) -> bool:
+    """Whether each row of both starts equally far from a 16-byte boundary."""
+    apart = (a_NV.stride(0) - b_NV.stride(0)) * a_NV.element_size() if a_NV.shape[0] > 1 else 0
+    return (a_NV.data_ptr() - b_NV.data_ptr()) % 16 == 0 and apart % 16 == 0
+
+
+KERNELS = Kernels("triton", shard_statistics, shard_gradient)
