@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import bench_targets
+
 from megatron_infoentropy.bench.plot import plot
 from megatron_infoentropy.bench.results import Row, read_csv
 from megatron_infoentropy.bench.table import not_measured, number
@@ -44,6 +46,8 @@ def everything(folder: Path) -> str:
         rows, facts = read_csv(path)
         text += f"### {facts['device']} ([file]({_link(path, folder)}))\n\n"
         text += f"![{_alternative(rows)}]({_link(picture_of(path), folder)})\n\n"
+        if targets := list(bench_targets.lines(rows)):
+            text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *targets])}\n"
         for case in dict.fromkeys(row.case for row in rows):
             of_case = [row for row in rows if row.case == case]
             text += f"{_heading(of_case, facts)}.\n\n{_losses(of_case)}\n{_kernels(of_case)}"

@@ -9,7 +9,7 @@ import torch
 from megatron_infoentropy.bench.experiment import Experiment
 from megatron_infoentropy.bench.limits import COPY, MOVES, Limit, limits_of
 from megatron_infoentropy.bench.passes import Pass, spread, time_in_turn
-from megatron_infoentropy.bench.providers import failure
+from megatron_infoentropy.bench.providers import backends, failure
 from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.kernels import dispatch
 from megatron_infoentropy.kernels.contract import MAX, PLAIN, SCALE, SHIFT, Kernels, Shard
@@ -22,7 +22,7 @@ def measure_kernels(experiment: Experiment) -> list[Row]:
     shard = Shard(0, experiment.logits.shape[-1], -100)
     arguments = (experiment.logits, experiment.target, shard)
     passes: dict[tuple[str, str], Pass] = {COPY: partial(_copy, experiment.logits)}
-    for name in _backends(experiment):
+    for name in (name for name, reason in backends(experiment.setting).items() if reason is None):
         for step in KERNEL_STEPS:
             passes[name, step] = partial(kernel_pass, step, dispatch.by_name(name), *arguments)
     failed = _rehearse(passes)
@@ -75,11 +75,6 @@ def _rehearse(passes: dict[tuple[str, str], Pass]) -> dict[tuple[str, str], str]
         except Exception as error:  # whatever a kernel that cannot run says
             failed[key] = failure(error)
     return failed
-
-
-def _backends(experiment: Experiment) -> list[str]:
-    reasons = dispatch.unavailable(experiment.setting.device, experiment.setting.dtype)
-    return [name for name, reason in reasons.items() if reason is None]
 
 
 def _row(

@@ -67,7 +67,7 @@ def ours(setting: Setting) -> list[Provider]:
     """Every backend, writing the gradient into new memory and over the logits, best first; then,
     with the best of them in place, what the entropy and each option cost."""
     found = []
-    for backend, reason in dispatch.unavailable(setting.device, setting.dtype).items():
+    for backend, reason in backends(setting).items():
         found += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
     name = in_place(best_backend(setting))
     return [
@@ -78,10 +78,17 @@ def ours(setting: Setting) -> list[Provider]:
     ]
 
 
+def backends(setting: Setting) -> dict[str, str | None]:
+    """Every backend by name, best first: None where it can be measured, else why not."""
+    reasons = dispatch.unavailable(setting.device, setting.dtype)
+    if setting.device.type == "cpu" and reasons.get("triton", "") is None:
+        reasons["triton"] = "its kernels would be interpreted here (TRITON_INTERPRET)"
+    return reasons
+
+
 def best_backend(setting: Setting) -> str:
     """The backend that "auto" chooses."""
-    reasons = dispatch.unavailable(setting.device, setting.dtype)
-    return next(name for name, reason in reasons.items() if reason is None)
+    return next(name for name, reason in backends(setting).items() if reason is None)
 
 
 def in_place(backend: str) -> str:

@@ -123,7 +123,7 @@ def _with_dram_bytes(rows: list[Row], device: Device) -> list[Row]:
     counted = []
     try:
         for row in rows:
-            if row.kind == "kernel" and row.case == rows[0].case and row.provider != "reference":
+            if row.case == rows[0].case and row.kind == "kernel" and _is_counted(row):
                 if device.type != "cuda":
                     raise Unavailable("there is no GPU whose counters could be read")
                 moved = dram_bytes(row.provider, row.step, row.case)
@@ -132,6 +132,10 @@ def _with_dram_bytes(rows: list[Row], device: Device) -> list[Row]:
     except Unavailable as error:
         return [*rows, _left_out(rows[0].case, "bytes by hardware counters", str(error))]
     return counted
+
+
+def _is_counted(row: Row) -> bool:
+    return row.provider != "reference" and row.step in ("statistics", "gradient")
 
 
 def _left_out(case: Case, what: str, reason: str) -> Row:

@@ -50,10 +50,17 @@ def assert_right(provider, setting, rtol):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_of_ours_are_right(setting, dtype):
     setting = replace(setting, case=replace(setting.case, dtype=dtype))
-    running = [p for p in ours(setting) if "triton" not in p.name and "cuda" not in p.name]
+    running = [p for p in ours(setting) if not p.name.startswith(("triton", "cuda"))]
     assert len(running) == 7  # two backends, each twice; plain; two options
     for provider in running:
         assert_right(provider, setting, 1e-6 if dtype == "float32" else 2**-7)
+
+
+def test_interpreted_kernels_are_not_timed(setting, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton = next(p for p in ours(setting) if p.name == "triton")
+    with pytest.raises(Unavailable, match="interpreted"):
+        triton.make(setting)
 
 
 @pytest.mark.parametrize("name", [p.name for p in peers() if p.name not in NEED_A_GPU])

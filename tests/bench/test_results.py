@@ -18,9 +18,15 @@ ROOT = Path(__file__).parents[2]
 
 def row(case, provider, step, ms, **more):
     by = "ours" if "native" in provider else "peer"
-    fields = {"kind": "loss", "computes": "infoentropy", "threads": 2, "clock": "wall time"}
+    fields = {
+        "kind": "loss",
+        "by": by,
+        "computes": "infoentropy",
+        "threads": 2,
+        "clock": "wall time",
+    }
     fields |= {"repeats": 5, "median_ms": ms, "p20_ms": ms - 1, "p80_ms": ms + 1}
-    return row_of_case(case, provider=provider, by=by, step=step, **(fields | more))
+    return row_of_case(case, provider=provider, step=step, **(fields | more))
 
 
 def example_rows(cases):
@@ -168,7 +174,29 @@ def test_pages_are_made_from_result_files(rows, facts, tmp_path, monkeypatch):
     assert "bfloat16, TP 2" in page
     assert "Not measured: liger: its kernels need a GPU." in page
     assert "80.0 of copy" in page
+    assert "| torch, times ours: >= 8 | 9.00 | yes |" in page
+    assert "| statistics, % of what bounds them: >= 80 | 80.0 | yes |" in page
+    assert "| paper eager, times ours: >= 20 |  | not measured |" in page
     assert "](../bench_cpu_202611.csv)" in page
+
+
+def test_targets_of_a_gpu_are_judged_at_the_headline(monkeypatch):
+    status_module()
+    case = Case(8192, 128256, "bfloat16")
+    size = {"bytes": 3 * 8192 * 128256 * 2, "peak_mib": 30.0}
+    rows = [row(case, "triton in place", "both", 1.7, by="ours", times_in_place=1.0, **size)]
+    plain = "triton in place (cross entropy)"
+    rows.append(row(case, plain, "both", 1.6, by="ours", times_in_place=0.95))
+    rows.append(row(case, "megatron unfused", "both", 13.0, times_in_place=7.6))
+    rows.append(row(case, "triton", "gradient", 1.1, kind="kernel", percent_of_limit=89.0))
+    rows.append(row(case, "fused loss, chunks of 4096", "both", 36.0, kind="linear"))
+    met = {words: (value, met) for words, value, met in sys.modules["bench_targets"].lines(rows)}
+    assert met["Megatron unfused, times ours: >= 7.5"] == ("7.60", "yes")
+    assert met["gradient, % of the copy bandwidth: >= 90"] == ("89.0", "**no**")
+    assert met["entropy, % over our plain cross entropy: <= 3"] == ("5.26", "**no**")
+    assert met["peak memory, times the logits: <= 1.01"] == ("1.01", "**no**")  # 1.015
+    assert met["fused linear, hidden size 4096, ms: <= 37"] == ("36.0", "yes")
+    assert met["Liger vocab-parallel, times ours: >= 3"] == ("", "not measured")
 
 
 def test_the_benchmark_page_is_what_the_result_files_say():
