@@ -75,14 +75,18 @@ class MegatronCheckpoint:
             if hasattr(self.args, old) and not hasattr(self.args, new):
                 setattr(self.args, new, getattr(self.args, old))
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one parameter, joined from its pieces, in the dtype it was saved in."""
-        tensor = self.tensors[name]
-        return self._reader.rows(tensor, 0, tensor.shape[0])
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return one parameter, joined from its pieces, in the dtype it was saved in.
 
-    def read_layer(self, name: str, layer: int) -> torch.Tensor:
-        """Return one layer of a stacked parameter."""
-        return self._reader.rows(self.tensors[name], layer, layer + 1)[0]
+        With `into`, some bytes to put it in, nothing is allocated, and it is gone when they are
+        given again: new memory costs as much time as reading.
+        """
+        tensor = self.tensors[name]
+        return self._reader.rows(tensor, 0, tensor.shape[0], into)
+
+    def read_layer(self, name: str, layer: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return one layer of a stacked parameter, as `read` does."""
+        return self._reader.rows(self.tensors[name], layer, layer + 1, into)[0]
 
     def _arguments(self) -> tuple[argparse.Namespace, int]:
         legacy = self.folder / "common.pt"

@@ -130,13 +130,21 @@ class TensorReader:
         self._folder = folder
         self._extents: dict[Place, Extent] = {}
 
-    def rows(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    def rows(
+        self, tensor: StoredTensor, start: int, stop: int, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return rows [start, stop) along the first axis, joined from the pieces that have some.
+
+        They are put at the beginning of `into`, of bytes, if that is given and large enough.
 
         Raises:
             UnreadableCheckpointError: a file does not hold what the index says.
         """
-        result = torch.empty((stop - start, *tensor.shape[1:]), dtype=tensor.dtype)
+        shape = (stop - start, *tensor.shape[1:])
+        size = math.prod(shape) * tensor.dtype.itemsize
+        if into is None or len(into) < size:
+            into = torch.empty(size, dtype=torch.uint8)
+        result = into[:size].view(tensor.dtype).view(shape)
         for first, last, piece in _overlaps(tensor, start, stop):
             other_axes = tuple(
                 slice(at, at + size)

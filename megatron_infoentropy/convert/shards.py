@@ -1,6 +1,6 @@
 """Which tensors go into which `.safetensors` file, and the index that says so."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,22 +80,33 @@ def index_of(shards: list[Shard], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def convert_steps(
-    checkpoint: MegatronCheckpoint, steps: Iterable[Step], model: Architecture
+    checkpoint: MegatronCheckpoint, steps: Sequence[Step], model: Architecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the family, reading one step's numbers at a time.
+
+    A tensor lasts until the next step is read.
 
     Raises:
         InvalidWeightsError: NaN or infinity among them.
     """
+    memory = torch.empty(
+        max((_stored_bytes(checkpoint, step) for step in steps)), dtype=torch.uint8
+    )
     for step in steps:
         source = step.source
         if source.stacked and step.layer is not None:
-            stored = checkpoint.read_layer(source.name, step.layer)
+            stored = checkpoint.read_layer(source.name, step.layer, memory)
         else:
-            stored = checkpoint.read(source.name)
+            stored = checkpoint.read(source.name, memory)
         where = source.name if step.layer is None else f"{source.name} (layer {step.layer})"
         require_finite(where, stored)
         yield from _converted(step, stored, model)
+
+
+def _stored_bytes(checkpoint: MegatronCheckpoint, step: Step) -> int:
+    tensor = checkpoint.tensors[step.source.name]
+    shape = tensor.shape[1:] if step.source.stacked else tensor.shape
+    return torch.Size(shape).numel() * tensor.dtype.itemsize
 
 
 def require_finite(where: str, tensor: torch.Tensor) -> None:
