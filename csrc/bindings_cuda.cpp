@@ -12,13 +12,6 @@ using namespace infoentropy;
 
 namespace {
 
-Dtype parse_dtype(const std::string& name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
-
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -34,7 +27,7 @@ void bind_cuda(py::module_& module) {
          std::int64_t columns, std::int64_t ignore_index, float softcap, float temperature,
          bool distance, std::uintptr_t statistics, int splits, std::uintptr_t workspace,
          int device, std::uintptr_t stream) {
-        const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
+        const Logits x{pointer<void>(logits), dtype_named(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         cuda::shard_statistics(x, y, {softcap, temperature, distance}, pointer<float>(statistics),
                                splits, pointer<float>(workspace),
@@ -53,7 +46,7 @@ void bind_cuda(py::module_& module) {
          bool distance, std::uintptr_t coefficients, std::uintptr_t out,
          std::int64_t out_row_stride, int device, std::uintptr_t stream) {
         if (columns > width) throw std::invalid_argument("columns exceed the width of the output");
-        const Logits x{pointer<void>(logits), parse_dtype(dtype), row_stride, tokens, columns};
+        const Logits x{pointer<void>(logits), dtype_named(dtype), row_stride, tokens, columns};
         const Targets y{pointer<std::int64_t>(target), vocab_start, ignore_index};
         cuda::shard_gradient(x, y, {softcap, temperature, distance}, pointer<float>(coefficients),
                              pointer<void>(out), out_row_stride, width,

@@ -1,7 +1,7 @@
 // Numbers and memory of one GPU thread: storage types, 16 bytes at a time, 2^t and tanh.
 //
-// This file, cuda_statistics.h and cuda_gradient.h compile twice: for the GPU, and as plain C++, so
-// that emulate_cuda.cpp can walk all threads of a block on a machine without a GPU. Only what stands
+// This file, cuda_statistics.h and cuda_gradient.h compile twice: for the GPU, and as plain C++ so
+// that emulate_cuda.cpp can walk all threads of a block on a machine without a GPU. Only what is
 // inside `#ifdef __CUDACC__` differs between the two.
 #pragma once
 
@@ -101,7 +101,9 @@ INFOENTROPY_DEVICE float high(std::uint32_t word, Float16) {
 }
 
 // Rounds to nearest, ties to even.
-INFOENTROPY_DEVICE std::uint32_t pack(float low, float, float) { return bits_as<std::uint32_t>(low); }
+INFOENTROPY_DEVICE std::uint32_t pack(float low, float, float) {
+  return bits_as<std::uint32_t>(low);
+}
 INFOENTROPY_DEVICE std::uint32_t pack(float low, float high, BFloat16) {
 #ifdef __CUDACC__
   std::uint32_t word;
@@ -162,9 +164,15 @@ INFOENTROPY_DEVICE T from_float(float value) {
   }
 }
 
-// What is read twice: once for the statistics, which leave in the second-level cache whatever it can
-// hold for the gradient, and a last time for the gradient. Neither fits a first-level cache.
+// Logits are read twice: for the statistics, which leave in the second-level cache whatever it can
+// hold, and a last time for the gradient. Neither gains from the first-level cache.
 enum class Next { kReadAgain, kDone };
+
+#ifndef __CUDACC__  // elsewhere a GPU traps; the emulation reads NaN and writes nothing
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % sizeof(Vector) == 0;
+}
+#endif
 
 template <Next kNext>
 INFOENTROPY_DEVICE Vector load(const Vector* from) {
@@ -178,7 +186,8 @@ INFOENTROPY_DEVICE Vector load(const Vector* from) {
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3]) : "l"(from));
   }
 #else
-  memcpy(&v, from, sizeof v);
+  memset(&v, is_aligned(from) ? 0 : 0xff, sizeof v);
+  if (is_aligned(from)) memcpy(&v, from, sizeof v);
 #endif
   return v;
 }
@@ -189,18 +198,24 @@ INFOENTROPY_DEVICE void store(Vector* to, Vector v) {
                :: "l"(to), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 #else
-  memcpy(to, &v, sizeof v);
+  if (is_aligned(to)) memcpy(to, &v, sizeof v);
 #endif
 }
 
-// 2^t to 2 ulp; exactly 1 at 0, exactly 0 below 2^-126; NaN stays.
+// 2^t to 2 ulp; exactly 1 at 0; NaN stays. Below 2^-126 it is 0, or with kSubnormal, at the cost of
+// three instructions, what fp32 still has there.
+template <bool kSubnormal = false>
 INFOENTROPY_DEVICE float exp2_of(float t) {
   float e;
 #ifdef __CUDACC__
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  if constexpr (kSubnormal) {
+    asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(t));
+  } else {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  }
 #else
   e = std::exp2(t);
-  if (e < 0x1p-126f) return 0;
+  if (e < 0x1p-126f) return kSubnormal ? e : 0;
   if (t == 0 || !(e < kInfinity)) return e;
   // Errs by -2 to 2 ulp, differently for every t, so that tests see the instruction's worst.
   const std::uint32_t dice = (bits_as<std::uint32_t>(t) * 2654435761u) >> 16;
@@ -235,8 +250,8 @@ INFOENTROPY_DEVICE float tanh_of(float y, float& slope) {
   return size < 1.0f ? fmaf(p * square, y, y) : copysignf(1.0f - 2.0f * q, y);
 }
 
-// A logit as `contract.Options` means it, but for the temperature: that scales differences of logits,
-// where it costs nothing.
+// A logit as `contract.Options` means it, but for the temperature: that scales differences of
+// logits, where it costs nothing.
 struct Softcap {
   float cap, inverse;
 

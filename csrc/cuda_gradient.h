@@ -1,5 +1,5 @@
 // The gradient of one row, by threads that know nothing of each other: each reads its vectors of
-// logits before it writes the same vectors of the gradient, so the gradient may lie over the logits.
+// logits before it writes the same vectors of the gradient, so that may lie over the logits.
 //
 // Vectors are those of the output row; block c takes the c-th kBatch of them. Columns before the
 // first and behind the last whole vector fall to threads of block 0, one each.
@@ -15,18 +15,12 @@ struct RowCoefficients {
   LogitScale logit;
 };
 
-// For an output of bf16, whose range reaches as far down as fp32's, 2^t is formed 2^24 too large and
-// the coefficients as much too small, so that probabilities below 2^-126 are not flushed to 0. The
-// addition costs t some bits that bf16 does not have; fp32 would miss them.
-template <class T>
-constexpr float kLift = std::is_same_v<T, BFloat16> ? 24.0f : 0.0f;
-
-template <class T, bool kSoftcap>
+template <bool kSoftcap>
 INFOENTROPY_DEVICE float gradient_of(float z, const RowCoefficients& row) {
   float slope;
   const float x = row.logit.softcap.template meant<kSoftcap>(z, slope);
   const float d = fmaf(x, row.logit.inverse_temperature, -row.shift);
-  const float e = exp2_of(kLift<T> == 0 ? d * kLog2e : fmaf(d, kLog2e, kLift<T>));
+  const float e = exp2_of<true>(d * kLog2e);  // bf16 reaches as far down as fp32
   // d is bounded where e is 0 anyway: 0 * inf must not be. A NaN passes through e.
   const float dz = fmaf(e, fmaf(row.slope, fmaxf(d, -1e4f), row.scale), row.offset);
   return kSoftcap ? dz * slope : dz;
@@ -37,20 +31,12 @@ INFOENTROPY_DEVICE Vector gradient_of(const Vector& x, const RowCoefficients& ro
   Vector result;
   INFOENTROPY_UNROLL
   for (int w = 0; w < 4; ++w) {
-    const float first = gradient_of<T, kSoftcap>(low(x.word[w], T{}), row);
+    const float first = gradient_of<kSoftcap>(low(x.word[w], T{}), row);
     const float second =
-        kPerWord<T> == 2 ? gradient_of<T, kSoftcap>(high(x.word[w], T{}), row) : 0.0f;
+        kPerWord<T> == 2 ? gradient_of<kSoftcap>(high(x.word[w], T{}), row) : 0.0f;
     result.word[w] = pack(first, second, T{});
   }
   return result;
-}
-
-template <class T>
-INFOENTROPY_DEVICE RowCoefficients lifted(RowCoefficients row) {
-  constexpr float kDown = kLift<T> == 0 ? 1.0f : 0x1p-24f;
-  row.scale *= kDown;
-  row.slope *= kDown;
-  return row;
 }
 
 // `rows` 4 or 5 of [rows, tokens], see `contract`.
@@ -78,7 +64,7 @@ struct GradientRow {
     if (column == target) {
       dz = row.target_gradient;
     } else if (column < columns) {
-      dz = gradient_of<T, kSoftcap>(to_float(logits[column]), lifted<T>(row));
+      dz = gradient_of<kSoftcap>(to_float(logits[column]), row);
     }
     out[column] = from_float<T>(dz);
   }
@@ -112,15 +98,16 @@ inline int gradient_blocks(int width) {
 
 // What thread `thread` of block `block` writes of a row.
 template <class T, bool kSoftcap>
-INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row, const RowCoefficients& coefficients,
-                                     int block, int thread) {
+INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row,
+                                       const RowCoefficients& coefficients, int block,
+                                       int thread) {
   constexpr int kEach = kPerVector<T>;
   const Slicing slicing = slice(row.out, row.width);
   const Slicing from = slice(row.logits, row.width);
   const bool aligned = from.head == slicing.head;
   const int whole = row.columns - slicing.head < 0 ? 0 : (row.columns - slicing.head) / kEach;
   const int first = block * kBatch + thread;
-  const RowCoefficients down = lifted<T>(coefficients);
+  const T own_gradient = from_float<T>(coefficients.target_gradient);
 
   Vector x[kInFlight];
   INFOENTROPY_UNROLL
@@ -132,9 +119,10 @@ INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row, const RowCoeff
   for (int i = 0; i < kInFlight; ++i) {
     const int vector = first + i * kThreads, column = slicing.head + vector * kEach;
     if (vector < whole) {
-      store(reinterpret_cast<Vector*>(row.out + column), gradient_of<T, kSoftcap>(x[i], down));
-      const int own = row.target - column;
-      if (own >= 0 && own < kEach) row.out[row.target] = from_float<T>(coefficients.target_gradient);
+      const Vector dz = gradient_of<T, kSoftcap>(x[i], coefficients);
+      store(reinterpret_cast<Vector*>(row.out + column), dz);
+      const int own = row.target - column;  // stored again by the same thread: in order
+      if (own >= 0 && own < kEach) row.out[row.target] = own_gradient;
     } else if (vector < slicing.vectors && column >= row.columns) {  // padding
       store(reinterpret_cast<Vector*>(row.out + column), Vector{});
     } else if (vector < slicing.vectors) {  // padding in part

@@ -4,9 +4,9 @@
 // 1. Block s of `splits` takes the s-th part of the row's vectors, warp w of it every 8th group of
 //    32 vectors, four groups at a time (a batch).
 // 2. A warp has one maximum m for all its lanes, and all its sums are relative to it. A batch with
-//    nothing at or above m (one vote: nearly all batches) is just added. Another one raises m first,
-//    and is added with its logits equal to m counted apart, in `tops`: they stay out of `tail`,
-//    which keeps the contract's TAIL exact.
+//    nothing above m (one vote: nearly all batches) is just added. Another raises m first and is
+//    added with its logits equal to m counted apart, in `tops`: that keeps the first of them out of
+//    `tail`, and so the contract's TAIL exact. Later ones are part of the mass beside it.
 // 3. Sums are folded over lanes, then warps, then blocks, each time by raising all to one maximum
 //    and adding in a fixed order: the same bits from run to run.
 #pragma once
@@ -19,8 +19,8 @@ namespace infoentropy::cuda {
 template <bool kDistance>
 struct Sums {
   float m = -kInfinity;
-  float tops = 0;      // columns whose logit is m
-  float tail = 0;      // sum of 2^t over the others
+  float tops = 0;      // columns whose logit is m, as many as are not in `tail`
+  float tail = 0;      // sum of 2^t over all others
   float spread = 0;    // sum of 2^t (-t)
   float distance = 0;  // where kDistance, sum of m - x, with 0 for m where it is -inf
   float count = 0;     // where kDistance, columns
@@ -100,7 +100,7 @@ struct Lane {
 
   template <bool kWhole, bool kTops>
   INFOENTROPY_DEVICE void add_batch(const LogitScale& scale) {
-    Sums<kDistance> part[kInFlight];  // short chains of additions: that is what bounds the rounding error
+    Sums<kDistance> part[kInFlight];  // short chains of additions are what bounds the rounding
     INFOENTROPY_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
       if (!kWhole && i >= held) continue;
@@ -139,9 +139,9 @@ template <bool kWhole, class Warp, class Vectors>
 INFOENTROPY_DEVICE void add_batch(Warp& warp, const Vectors& read, const LogitScale& scale) {
   using Lane = typename Warp::Lane;
   warp.each(read);
-  const auto reaches = [](const Lane& lane) { return lane.batch_maximum >= lane.sums.m; };
+  const auto exceeds = [](const Lane& lane) { return lane.batch_maximum > lane.sums.m; };
   // The second branch is what runs nearly always; where that saves little, there is only the first.
-  if (!kWhole || Lane::kSoftcapped || warp.any(reaches)) {
+  if (!kWhole || Lane::kSoftcapped || warp.any(exceeds)) {
     const float m = warp.maximum(
         [](const Lane& lane) { return fmaxf(lane.batch_maximum, lane.sums.m); });
     warp.each([&](Lane& lane, int) {

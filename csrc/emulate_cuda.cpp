@@ -1,7 +1,7 @@
 // The GPU kernels' arithmetic and slicing on a CPU, for tests on machines without a GPU: loops over
-// all blocks, warps and lanes of cuda_statistics.h and cuda_gradient.h. It cannot see what only many
-// threads at once can do wrong (races, a missing barrier), nor launches, nor the instructions behind
-// `#ifdef __CUDACC__`. Compiled by tests/kernels/cuda_emulation.py, part of nothing that ships.
+// all blocks, warps and lanes of cuda_statistics.h and cuda_gradient.h. It cannot see what only
+// threads at work at once can do wrong (races, a missing barrier), nor launches, nor the
+// instructions behind `#ifdef __CUDACC__`. Compiled by tests/kernels/cuda_emulation.py, part of nothing that ships.
 #include <cstdint>
 #include <vector>
 
@@ -77,7 +77,8 @@ void statistics(const T* logits, const Case& c, int splits, int rows, float* out
       of_splits.push_back(fold<Warp>(of_warps, c.scale.exponent));
     }
     write_statistics(fold<Warp>(of_splits, c.scale.exponent), c.scale, out, rows, token, c.tokens);
-    out[3 * c.tokens + token] = target_logit<kSoftcap>(row, c.targets.column(token, c.columns), c.scale);
+    const int column = c.targets.column(token, c.columns);
+    out[3 * c.tokens + token] = target_logit<kSoftcap>(row, column, c.scale);
   }
 }
 

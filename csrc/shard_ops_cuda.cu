@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) write_statistics(warp.self.sums, a.scale, statistics, rows, token, a.tokens);
 }
 
-// Rows from the last to the first: the statistics read the last ones last, so those are the likeliest
-// to be still in the cache.
+// Rows from the last to the first: the statistics read the last ones last, so those are the
+// likeliest to be still in the cache.
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     gradient_kernel(const T* logits, Arguments a, const float* coefficients, int rows, T* out,

@@ -158,7 +158,7 @@ def test_nan_among_minus_infinities_is_not_swallowed():
 
 
 def coefficients_for(logits, target, shard, options):
-    """Coefficients as the loss makes them, with an entropy term and, where it has one, an offset."""
+    """Coefficients as the loss makes them, with an entropy term and, where asked for, an offset."""
     truth = reference.shard_statistics(logits.double(), target, shard, options)
     z = 1 + truth[TAIL]
     upstream = torch.linspace(0.5, 2, len(target), dtype=torch.float64)
@@ -240,3 +240,13 @@ def test_a_shard_of_padding_alone_is_empty():
     out = torch.full_like(logits, 7)
     cuda_emulation.shard_gradient(logits, torch.tensor([3, 4]), shard, PLAIN, got, out)
     assert torch.equal(out, torch.zeros(2, 9000))
+
+
+def test_a_16_bit_gradient_is_the_fp32_one_rounded():
+    for dtype in (torch.bfloat16, torch.float16):
+        logits, target = random_case(4, 3001, dtype)
+        coefficients = coefficients_for(logits, target, whole(3001), PLAIN)
+        out = [torch.empty_like(logits), torch.empty(4, 3001)]
+        for x, dz in zip((logits, logits.float()), out, strict=True):
+            cuda_emulation.shard_gradient(x, target, whole(3001), PLAIN, coefficients, dz)
+        assert torch.equal(out[0], out[1].to(dtype))
