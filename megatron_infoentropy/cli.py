@@ -54,9 +54,13 @@ def train(
         list[str] | None, typer.Argument(help="more Megatron flags, after --; the last one counts")
     ] = None,
     *,
-    data: Annotated[Path, typer.Option(help="folder with train/, validation/, test/ datasets")],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
-    run: Annotated[Path, typer.Option(help="folder for this run: log, checkpoints, facts")],
+    data: Annotated[
+        Path | None, typer.Option(help="folder with train/, validation/, test/ datasets")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="folder for this run: log, checkpoints, facts")
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="infoentropy, focal or cross_entropy")
     ] = None,
@@ -71,13 +75,18 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(help="processes; default: what the GPUs and the batch allow")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command only")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="only check the flags and count memory and traffic, for any --ranks"
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")] = False,
 ) -> None:
     """Train with Megatron: runs torchrun for you, prints its command, keeps its log.
 
     What no option says, the recipe says; what it does not say is as published (infoentropy, gamma
-    1, sigma 1, paper), seed 1234, one shard, one stage.
+    1, sigma 1, paper), seed 1234, one shard, one stage. A dry run needs no data.
     """
     from megatron_infoentropy.launch import train as launch
     from megatron_infoentropy.launch.flags import loss_flags
@@ -89,11 +98,17 @@ def train(
         "pipeline-model-parallel-size": pipeline_parallel,
     }
     extra = tuple(megatron_flags or ())
-    job = launch.TrainingJob(recipe, data, tokenizer, run, settings, ranks, extra)
+    if dry_run:
+        from megatron_infoentropy.launch.dry_run import dry_run as count
+
+        for line in count(recipe, settings, extra, tokenizer=tokenizer, ranks=ranks).lines():
+            out.print(line, markup=False)
+        return
+    places = launch.require_places(data=data, tokenizer=tokenizer, run=run)
+    job = launch.TrainingJob(recipe, *places, settings, ranks, extra)
     command = launch.build_command(job)
     out.print(str(command), markup=False)
-    if not dry_run:
-        launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+    launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
 
 
 for _convert_command in convert_commands.COMMANDS:

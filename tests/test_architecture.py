@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": {"progress"},
     "convert": {"progress"},
     "evaluate": {"loss", "data", "progress"},
-    "launch": {"config", "data", "evaluate", "progress", "runtime"},
+    "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "bench": {"config", "kernels", "loss", "progress", "runtime"},
     "doctor": {"kernels"},
     "commands": {"convert", "data"},
@@ -33,7 +33,7 @@ PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong t
 
 # third-party package -> the only rooms that may import it
 OWNERS = {
-    "megatron": {"integration", "pretrain", "bench"},
+    "megatron": {"integration", "pretrain", "bench", "launch"},
     "transformers": {"convert", "evaluate"},
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert"},

@@ -4,6 +4,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.launch.machine import machine_flags
+from megatron_infoentropy.launch.recipe import to_command_line
+from megatron_infoentropy.runtime.device import Device
 
 PREFIX = "infoentropy"
 
@@ -23,6 +26,16 @@ DEFAULTS: dict[str, Any] = {
     "tensor-model-parallel-size": 1,
     "pipeline-model-parallel-size": 1,
 }
+
+
+def chosen_flags(device: Device, recipe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """All flags but those that say where things are."""
+    return [
+        *machine_flags(device, recipe),
+        *to_command_line(DEFAULTS),
+        *to_command_line(recipe),
+        *to_command_line(settings),
+    ]
 
 
 def read_facts(words: list[str]) -> dict[str, Any]:

@@ -5,26 +5,78 @@
       swiglu: true         # --swiglu
       disable-bias-linear: false   # left out
       betas: [1, 2]        # --betas 1 2
+    launch:                # the one section that is not Megatron's
+      ranks: 128           # what the layout was planned for; --dry-run counts with it
+      data-weights: paper  # as in `infoentropy blend`; of the training data only
 
-The section names are for the reader. Keys are Megatron's flags (or --infoentropy-*) without dashes.
+The other section names are for the reader. Keys are Megatron's flags (or --infoentropy-*) without
+dashes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+LAUNCH = "launch"
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be turned into flags; says where and what to do."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's `launch` section."""
+
+    ranks: int | None = None
+    data_weights: str = "natural"
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
-    """{flag name: value} of a recipe file, in order.
+    """{flag name: value} of a recipe file, in order, without its `launch` section.
 
     Raises:
         RecipeError: not YAML, not sections of flags, or a flag named twice.
     """
+    flags: dict[str, Any] = {}
+    for section, entries in _sections(path).items():
+        for name, value in entries.items():
+            if section == LAUNCH:
+                continue
+            if name in flags:
+                raise RecipeError(f"{path}: flag {name!r} is given twice")
+            if isinstance(value, dict):
+                raise RecipeError(f"{path}: flag {name!r} has a section as its value")
+            flags[name] = value
+    return flags
+
+
+def load_plan(path: Path) -> Plan:
+    """What a recipe's `launch` section says, or would if it had one.
+
+    Raises:
+        RecipeError: no recipe, or keys other than `ranks`, 1 or more, and `data-weights`, a word.
+    """
+    entries = _sections(path).get(LAUNCH, {})
+    kinds: dict[str, type] = {"ranks": int, "data-weights": str}
+    for name, value in entries.items():
+        if name not in kinds:
+            raise RecipeError(
+                f"{path}: {LAUNCH} has no setting {name!r}, only {' and '.join(kinds)}; Megatron's "
+                "flags belong to another section"
+            )
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise RecipeError(
+                f"{path}: {LAUNCH}: {name} must be of type {kinds[name].__name__}, got {value!r}"
+            )
+    if entries.get("ranks", 1) < 1:
+        raise RecipeError(f"{path}: {LAUNCH}: ranks must be at least 1, got {entries['ranks']}")
+    return Plan(**{name.replace("-", "_"): value for name, value in entries.items()})
+
+
+def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,19 +85,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(sections, dict):
         raise RecipeError(f"{path}: expected sections of flags, got {type(sections).__name__}")
-    flags: dict[str, Any] = {}
     for section, entries in sections.items():
         if not isinstance(entries, dict):
             raise RecipeError(
                 f"{path}: section {section!r} must hold `flag: value` lines, got {entries!r}"
             )
-        for name, value in entries.items():
-            if name in flags:
-                raise RecipeError(f"{path}: flag {name!r} is given twice")
-            if isinstance(value, dict):
-                raise RecipeError(f"{path}: flag {name!r} has a section as its value")
-            flags[name] = value
-    return flags
+    return sections
 
 
 def to_command_line(flags: dict[str, Any]) -> list[str]:

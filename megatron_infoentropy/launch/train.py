@@ -16,11 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
-from megatron_infoentropy.launch.flags import DEFAULTS, read_facts, useful_ranks
-from megatron_infoentropy.launch.machine import machine_environment, machine_flags
-from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.launch.flags import chosen_flags, read_facts, useful_ranks
+from megatron_infoentropy.launch.machine import machine_environment
+from megatron_infoentropy.launch.recipe import (
+    RecipeError,
+    load_plan,
+    load_recipe,
+    to_command_line,
+)
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
 
@@ -49,6 +55,21 @@ class TrainingJob:
     extra_flags: tuple[str, ...] = ()
 
 
+def require_places(
+    *, data: Path | None, tokenizer: Path | None, run: Path | None
+) -> tuple[Path, Path, Path]:
+    """The three folders that a training needs and a dry run does not.
+
+    Raises:
+        ValueError: names those that are missing.
+    """
+    if data is None or tokenizer is None or run is None:
+        given = {"--data": data, "--tokenizer": tokenizer, "--run": run}
+        missing = ", ".join(name for name, path in given.items() if path is None)
+        raise ValueError(f"training needs {missing}; without them there is only --dry-run")
+    return data, tokenizer, run
+
+
 @dataclass(frozen=True)
 class Command:
     """A torchrun command line and the environment it needs."""
@@ -72,14 +93,9 @@ def build_command(job: TrainingJob) -> Command:
     """
     device = find_device()
     recipe = load_recipe(job.recipe)
-    flags = [
-        *machine_flags(device, recipe),
-        *to_command_line(DEFAULTS),
-        *to_command_line(recipe),
-        *to_command_line(job.settings),
-    ]
+    flags = chosen_flags(device, recipe, job.settings)
     facts = read_facts([*flags, *job.extra_flags])
-    flags += [*to_command_line(_paths(job)), *job.extra_flags]
+    flags += [*to_command_line(_paths(job, recipe)), *job.extra_flags]
     ranks = job.ranks or useful_ranks(facts, device.count if device.type == "cuda" else 1)
     model_ranks = facts["tensor_parallel"] * facts["pipeline_parallel"]
     if ranks % model_ranks:
@@ -93,12 +109,17 @@ def build_command(job: TrainingJob) -> Command:
     return Command([*torchrun, *entry, *flags], environment, device, ranks)
 
 
-def _paths(job: TrainingJob) -> dict[str, Any]:
+def _paths(job: TrainingJob, recipe: dict[str, Any]) -> dict[str, Any]:
     """Where data, tokenizer and checkpoints are."""
+    _require_vocabulary(job, recipe)
+    weights = {"train": load_plan(job.recipe).data_weights}
     return {
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": job.tokenizer,
-        **{flag: _blend(job.data / split) for split, flag in SPLITS.items()},
+        **{
+            flag: _blend(job.data / split, weights.get(split, "natural"))
+            for split, flag in SPLITS.items()
+        },
         "data-cache-path": job.data / "cache",  # else Megatron writes among the datasets
         "save": job.run / "checkpoints",
         "load": job.run / "checkpoints",
@@ -143,14 +164,23 @@ def train(
     return job.run
 
 
-def _blend(dataset: Path) -> list[Any]:
-    """[tokens, prefix, tokens, prefix, ...]: every domain by its natural weight."""
-    manifest = load_manifest(dataset)
-    return [
-        word
-        for name, facts in manifest.domains.items()
-        for word in (facts.tokens, manifest.prefix(name))
-    ]
+def _require_vocabulary(job: TrainingJob, recipe: dict[str, Any]) -> None:
+    """Megatron takes the tokenizer's size whatever --vocab-size says; a recipe means what it says.
+
+    Raises:
+        RecipeError: the training data were tokenized with a vocabulary of another size.
+    """
+    wanted, size = recipe.get("vocab-size"), load_manifest(job.data / "train").tokenizer.vocab_size
+    if wanted not in (None, size):
+        raise RecipeError(
+            f"{job.recipe} is for a vocabulary of {wanted}, the training data have {size}; "
+            "tokenize them anew, or change vocab-size in the recipe"
+        )
+
+
+def _blend(dataset: Path, weights: str) -> list[Any]:
+    """[weight, prefix, weight, prefix, ...]"""
+    return [word for share in blend(dataset, weights) for word in (share.weight, share.prefix)]
 
 
 def _tee(

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infoentropy.launch.recipe import RecipeError, load_recipe, to_command_line
+from megatron_infoentropy.launch.recipe import (
+    Plan,
+    RecipeError,
+    load_plan,
+    load_recipe,
+    to_command_line,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -47,6 +53,30 @@ def test_a_missing_recipe_is_named(tmp_path):
         load_recipe(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
+def test_the_launch_section_is_not_megatrons(tmp_path):
+    text = "a:\n  lr: 1\nlaunch:\n  ranks: 16\n  data-weights: paper\n"
+    recipe = write(tmp_path, text)
+    assert load_recipe(recipe) == {"lr": 1}
+    assert load_plan(recipe) == Plan(ranks=16, data_weights="paper")
+    assert load_plan(write(tmp_path, "a:\n  lr: 1\n")) == Plan(None, "natural")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("world: 8", "no setting 'world', only ranks and data-weights"),
+        ("ranks: many", "ranks must be of type int, got 'many'"),
+        ("ranks: true", "ranks must be of type int, got True"),
+        ("ranks: 0", "ranks must be at least 1, got 0"),
+        ("data-weights: 3", "data-weights must be of type str, got 3"),
+    ],
+)
+def test_a_launch_section_is_read_strictly(tmp_path, line, message):
+    with pytest.raises(RecipeError, match=message):
+        load_plan(write(tmp_path, f"launch:\n  {line}\n"))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_is_a_recipe(path):
     assert load_recipe(path)["num-layers"] > 0
+    assert load_plan(path).data_weights in ("natural", "paper")

@@ -64,9 +64,7 @@ def test_the_command_tells_the_whole_objective_and_the_data_blend(job):
     assert "--no-infoentropy-detach-weight" in command.words
     assert values(command.words, "--seed") == ["7"]
     blend = values(command.words, "--train-data-path")
-    assert [word if word.isdigit() else Path(word).name for word in blend] == [
-        *("30", "b_text", "10", "a_text"),
-    ]
+    assert [Path(word).name for word in blend] == ["0.75", "b_text", "0.25", "a_text"]
 
 
 def test_the_recipe_and_extra_flags_come_after_the_machines(job):
@@ -111,6 +109,38 @@ def test_options_overrule_the_recipe_and_the_recipe_the_defaults(job, tmp_path):
     settings = loss_flags({"gamma": 0.5, "sigma": None}) | {"seed": 7}
     facts = read_facts(launch.build_command(replace(job, recipe=recipe, settings=settings)).words)
     assert (facts["gamma"], facts["seed"], facts["sigma"]) == (0.5, 7, 1.0)
+
+
+def with_launch_section(tmp_path, launch, **flags):
+    recipe = tmp_path / "recipe.yaml"
+    extra = "".join(f"  {name.replace('_', '-')}: {value}\n" for name, value in flags.items())
+    recipe.write_text(f"{RECIPE.read_text()}\nmore:\n  bf16: true\n{extra}launch:\n{launch}\n")
+    return recipe
+
+
+def test_a_recipe_weighs_the_training_data_and_no_other(job, tmp_path):
+    weights = tmp_path / "weights.json"
+    weights.write_text('{"A text": 3, "B text": 2}')
+    recipe = with_launch_section(tmp_path, f"  data-weights: {weights}\n  ranks: 64")
+    words = launch.build_command(replace(job, recipe=recipe)).words
+    blend = values(words, "--train-data-path")
+    assert [Path(word).name for word in blend] == ["0.6", "a_text", "0.4", "b_text"]
+    assert values(words, "--valid-data-path")[0] == "0.75"
+    assert "--ranks" not in words
+    assert values(words, "--nproc-per-node")[0] == "1"  # this machine's, not the plan's 64
+
+
+def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
+    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=101)
+    with pytest.raises(ValueError, match="a vocabulary of 101, the training data have 100"):
+        launch.build_command(replace(job, recipe=recipe))
+    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
+    assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
+
+
+def test_training_says_which_folders_it_misses():
+    with pytest.raises(ValueError, match="training needs --data, --run; "):
+        launch.require_places(data=None, tokenizer=Path("t"), run=None)
 
 
 def test_ranks_that_do_not_fit_the_layout_are_refused(job):
