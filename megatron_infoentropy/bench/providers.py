@@ -65,17 +65,19 @@ class Provider:
 
 def ours(setting: Setting) -> list[Provider]:
     """Every backend, writing the gradient into new memory and over the logits, best first; then,
-    with the best of them in place, what the entropy and each option cost."""
+    with the best of them in place, what the entropy, each option and the other collective cost."""
     found = []
     for backend, reason in backends(setting).items():
         found += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
     name = in_place(best_backend(setting))
-    return [
-        *found,
+    found += [
         _ours(f"{name} (cross entropy)", "cross entropy", objective="cross_entropy"),
         _ours(f"{name} (label smoothing)", "label smoothing", label_smoothing=LABEL_SMOOTHING),
         _ours(f"{name} (softcap)", "softcap", softcap=SOFTCAP),
     ]
+    if setting.case.tensor_parallel > 1:
+        found.append(_ours(f"{name} (all_reduce)", "infoentropy", collective="all_reduce"))
+    return found
 
 
 def backends(setting: Setting) -> dict[str, str | None]:

@@ -162,6 +162,8 @@ def test_collectives_are_counted_over_two_ranks():
         forward, backward = counted[name, "forward"], counted[name, "backward"]
         assert (forward.collectives, forward.collective_bytes) == (1, 16 * 12)
         assert (backward.collectives, backward.collective_bytes) == (0, 0)
+    two_steps = counted[f"{in_place('native')} (all_reduce)", "both"]
+    assert (two_steps.collectives, two_steps.collective_bytes) == (2, (4 + 16) * 12)
     unfused = counted["megatron unfused", "both"]
     assert (unfused.collectives, unfused.collective_bytes) == (3, 3 * 4 * 12)
     assert {row.provider for row in first if "no tensor parallelism" in row.reason} >= {"torch"}
