@@ -58,7 +58,9 @@ def preprocess(
     special_tokens: Annotated[
         bool, typer.Option(help="keep what the tokenizer adds itself, such as a start token")
     ] = True,
-    engine: Annotated[str, typer.Option(help="hf")] = "hf",
+    engine: Annotated[
+        str, typer.Option(help="hf, or gigatoken: the same ids, many times faster, an extra")
+    ] = "hf",
     on_error: Annotated[
         str, typer.Option(help="stop, or skip lines that hold no document, counted and listed")
     ] = "stop",

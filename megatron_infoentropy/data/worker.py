@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from megatron_infoentropy.data import jsonl
 from megatron_infoentropy.data.engine import Engine, end_documents, hf_engine
+from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.options import Options
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
@@ -32,7 +33,7 @@ class Settings:
 
     tokenizer: Path
     options: Options
-    engine: str = "hf"
+    engine: str = "hf"  # or "gigatoken"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ class Encoder:
 
 
 def _engine(settings: Settings, loaded: LoadedTokenizer) -> Engine:
-    return hf_engine(loaded, special_tokens=settings.options.special_tokens)
+    special_tokens = settings.options.special_tokens
+    if settings.engine == "gigatoken":
+        return fast_engine(settings.tokenizer, loaded, special_tokens=special_tokens)
+    return hf_engine(loaded, special_tokens=special_tokens)
 
 
 def send(stream: IO[bytes], message: Any) -> None:
