@@ -21,6 +21,7 @@ from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
 from megatron_infoentropy.loss.statistics import vocab_parallel_statistics
 
 STEPS = 10
+FUSED = ["--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12"]  # 32 tokens: three chunks
 UNTIED = "--untie-embeddings-and-output-weights"
 TRAINING = [
     *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=200"),  # padded to 256
@@ -37,7 +38,7 @@ MODELS = {
 @pytest.mark.parametrize("model", MODELS)
 def test_the_loss_curve_is_that_of_the_unfused_run(model, tmp_path):
     curves = []
-    for name, more in (("plain", []), ("fused", ["--infoentropy-fused-linear"])):
+    for name, more in (("plain", []), ("fused", FUSED)):
         out = tmp_path / f"{name}.json"
         flags = [*MODELS[model], *TRAINING, *more]
         run_trainer(2, probe_losses.main, (out, "ours"), flags, tmp_path)
@@ -64,7 +65,7 @@ def test_main_grads_equal_the_dense_oracle(run, tmp_path):
         f"--micro-batch-size={MICRO_BATCH}",
         f"--global-batch-size={MICRO_BATCH * layout['dp'] * layout['micro_batches']}",
         f"--train-iters={len(GAMMAS)}",
-        *("--lr=0", "--min-lr=0", "--weight-decay=0", "--infoentropy-fused-linear", *more),
+        *("--lr=0", "--min-lr=0", "--weight-decay=0", *FUSED, *more),
         f"--tensor-model-parallel-size={layout['tp']}",
         f"--pipeline-model-parallel-size={layout['pp']}",
     ]

@@ -107,6 +107,12 @@ def test_the_two_step_collective_gives_the_same():
     )
     for one, other in zip(gather[0], all_reduce[0], strict=True):
         assert_within(one, other, atol=1e-12)
+    (gather, _), (all_reduce, _) = (
+        run_ranks(in_world, 2, loss_on_rank, (7,), True, {"collective": collective}, 1)
+        for collective in ("gather", "all_reduce")
+    )
+    for one, other in zip(gather[0], all_reduce[0], strict=True):
+        assert_within(one, other, atol=1e-13)
 
 
 @pytest.mark.parametrize("world", [1, 2])
