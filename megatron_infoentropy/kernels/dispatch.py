@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_infoentropy.config import Backend
-from megatron_infoentropy.kernels import native, reference
+from megatron_infoentropy.kernels import cuda, native, reference, triton_kernels
 from megatron_infoentropy.kernels.contract import Kernels
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ def _always(device: torch.device, dtype: torch.dtype) -> None:
 # Best first; `reference` takes everything and ends the list.
 BACKENDS: dict[str, tuple[Kernels, Reason]] = {
     "native": (native.KERNELS, native.why_unavailable),
+    "triton": (triton_kernels.KERNELS, triton_kernels.why_unavailable),
+    "cuda": (cuda.KERNELS, cuda.why_unavailable),
     "reference": (reference.KERNELS, _always),
 }
 
@@ -65,13 +67,15 @@ def select(name: Backend, device: torch.device, dtype: torch.dtype) -> Kernels:
 def _automatic(device: torch.device, dtype: torch.dtype) -> Kernels:
     reasons = unavailable(device, dtype)
     name = next(name for name, reason in reasons.items() if reason is None)
-    passed_over = {other: why for other, why in reasons.items() if why is not None}
-    # Plain PyTorch where compiled kernels exist for such logits is a loss worth a warning.
-    level = logging.WARNING if name == "reference" and dtype in native.DTYPES else logging.INFO
-    why = "; ".join(f"not {other}, since {reason}" for other, reason in passed_over.items())
-    logger.log(
-        level, "InfoEntropy kernels for %s %s: %s%s", device, dtype, name, why and f" ({why})"
-    )
+    if name == "reference":
+        # Plain PyTorch where compiled kernels exist for such logits is a loss worth a warning.
+        level = logging.WARNING if dtype in native.DTYPES else logging.INFO
+        why = "; ".join(
+            f"not {other}, since {reason}" for other, reason in reasons.items() if reason
+        )
+        logger.log(level, "InfoEntropy kernels: reference, plain PyTorch (%s)", why)
+    else:
+        logger.info("InfoEntropy kernels: %s", name)
     return BACKENDS[name][0]
 
 
