@@ -3,7 +3,7 @@ r"""Write a Megatron checkpoint of a Llama of any size with random bf16 numbers,
 python tests/convert/generate_checkpoint.py FOLDER --layers 24 --hidden 2048 --ffn 5120 --heads 16 \
     --vocabulary 50304 [--stacked]
 
-As Megatron does, every layer is a piece of its own; with --stacked all layers of a parameter are one
+As in Megatron, every layer is a piece of its own; with --stacked, all layers of a parameter are one
 piece, as other writers leave them. Needs the memory of one piece.
 """
 

@@ -1,0 +1,116 @@
+"""Checkpoints of Megatron's FSDP, of FP8 runs, and of ranks that cut tensors in other ways."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from tiny_checkpoint import (
+    FAMILIES,
+    TOKENS,
+    tiny_args,
+    tiny_tensors,
+    unstacked,
+    write_checkpoint,
+)
+from torch.distributed.checkpoint import DefaultSavePlanner
+
+from megatron_infoentropy.convert import (
+    UnsupportedModelError,
+    convert_checkpoint,
+    verify_conversion,
+)
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
+
+
+def write_fsdp(folder: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """As Megatron-FSDP saves: wrapped names, one entry a layer, halves apart, no metadata.json."""
+    state = {}
+    for name, tensor in unstacked(tiny_tensors(args)).items():
+        if args.swiglu and "mlp.linear_fc1.weight" in name:
+            gate, up = (half.clone() for half in tensor.chunk(2))
+            state |= {f"module.{name}_w": gate, f"module.{name}_v": up}
+        else:
+            state[f"module.{name}"] = tensor
+    everything = {
+        "model": state,
+        "args": args,
+        "iteration": 9,
+        "checkpoint_version": 3.0,
+        "optimizer": {"state": {"module.output_layer.weight": {"exp_avg": torch.zeros(3)}}},
+    }
+    dcp.save(everything, checkpoint_id=folder, planner=DefaultSavePlanner(), no_dist=True)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_megatron_fsdp_is_the_same_model(tmp_path: Path, family: str) -> None:
+    args = tiny_args(**FAMILIES[family])
+    write_fsdp(tmp_path / "iter_0000009", args)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")
+    summary = convert_checkpoint(tmp_path, tmp_path / "hf")
+    assert (summary.iteration, summary.family) == (9, family)
+    verification = verify_conversion(tmp_path, tmp_path / "hf", TOKENS)
+    assert verification.passed, verification
+
+
+def test_the_state_of_fp8_layers_is_left_out(tmp_path: Path) -> None:
+    """With FP8 the parameters are saved in 16 or 32 bits; scales lie beside them as extra state."""
+    args = tiny_args(fp8="hybrid", fp8_recipe="delayed")
+    tensors = tiny_tensors(args, torch.bfloat16)
+    extra = {
+        "decoder.layers.self_attention.linear_qkv._extra_state/shard_1_2": torch.ones(4),
+        "decoder.layers.1.mlp.linear_fc1._extra_state": torch.ones(4),
+    }
+    write_checkpoint(tmp_path / "save", args, tensors | extra)
+    assert convert_checkpoint(tmp_path / "save", tmp_path / "hf").dtype == "bfloat16"
+    assert verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantised_parameters_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args)
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    tensors[name] = tensors[name].to(dtype)
+    write_checkpoint(tmp_path / "save", args, tensors)
+    with pytest.raises(UnsupportedModelError, match=rf"{name} in {dtype}"):
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", ["linear_qkv.weight_scale_inv", "linear_qkv.weight._scale"])
+def test_scales_of_quantised_parameters_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    args = tiny_args()
+    name = f"decoder.layers.self_attention.{name}"
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args) | {name: torch.ones(2)})
+    with pytest.raises(UnsupportedModelError, match=name):
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_way_of_cutting_a_tensor_gives_the_same_rows(tmp_path: Path) -> None:
+    """Pieces by layer, of whole tensors, and by column, read by row ranges."""
+    tensor = torch.arange(4 * 6 * 10, dtype=torch.float32).view(4, 6, 10)
+    args = argparse.Namespace()
+    writer = CheckpointWriter(tmp_path, file_bytes=500)
+    writer.object("common_state/shard_0_1", {"args": args, "iteration": 1})
+    writer.tensor("whole", tensor)
+    for layer in range(4):
+        writer.tensor("layers", tensor[layer], layer=layer, layers=4)
+    writer.finish()
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    opened = MegatronCheckpoint(tmp_path)
+    for name in ("whole", "layers"):
+        assert torch.equal(opened.read(name), tensor)
+        for layer in range(4):
+            assert torch.equal(opened.read_layer(name, layer), tensor[layer])
+    by_torch = {"layers": torch.empty(4, 6, 10), "whole": torch.empty(4, 6, 10)}
+    dcp.load(by_torch, checkpoint_id=tmp_path, no_dist=True)
+    assert all(torch.equal(loaded, tensor) for loaded in by_torch.values())
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert index.state_dict_metadata["layers"].size == torch.Size([4, 6, 10])
