@@ -13,6 +13,9 @@
 #include <arm_neon.h>
 #endif
 
+// In the loops over a row nothing may stay a call: its operands would pass through memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 #define INFOENTROPY_BASELINE 0
 #define INFOENTROPY_AVX2 1
 #define INFOENTROPY_AVX512 2

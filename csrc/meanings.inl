@@ -5,7 +5,7 @@ struct Plain {
   static constexpr bool kFused = kHasFused;  // may take x log2 e - m log2 e for (x - m) log2 e
   static constexpr bool kCapped = false;
   explicit Plain(const Options&) {}
-  Vec of(Vec z) const { return z; }
+  ALWAYS_INLINE Vec of(Vec z) const { return z; }
 };
 
 // Also what is used for logits so large that the fused form would lose digits: a factor of 1.
@@ -13,7 +13,7 @@ struct Scaled {
   static constexpr bool kFused = false;
   static constexpr bool kCapped = false;
   explicit Scaled(const Options& options) : factor(1.0f / options.temperature) {}
-  Vec of(Vec z) const { return rounded(z * factor); }
+  ALWAYS_INLINE Vec of(Vec z) const { return rounded(z * factor); }
 
   float factor;
 };
@@ -32,12 +32,12 @@ struct Capped {
     bound = static_cast<float>(static_cast<double>(options.softcap) / options.temperature);
   }
 
-  Vec of(Vec z) const {
+  ALWAYS_INLINE Vec of(Vec z) const {
     Vec slope;
     return of(z, slope);
   }
 
-  Vec of(Vec z, Vec& slope) const {
+  ALWAYS_INLINE Vec of(Vec z, Vec& slope) const {
     constexpr std::uint32_t kSign = 0x80000000u;
     const Vec w = maximum(splat(-limit), (Vec)((UVec)z | kSign));
     const Power power = power_of_2(fused(w, splat(high), w * low));

@@ -8,7 +8,7 @@ constexpr std::int64_t kChunk = 1024;  // columns between looks at the maximum: 
 // is no longer small.
 constexpr float kFar = 65536.0f;
 
-static inline bool is_far(float m) { return !(m >= -kFar && m <= kFar) && m != -kInfinity; }
+static ALWAYS_INLINE bool is_far(float m) { return !(m >= -kFar && m <= kFar) && m != -kInfinity; }
 
 // The exponents t = (x - m) log2 e of one row; `fused` ones are larger by `excess`.
 template <bool kFused>
@@ -24,7 +24,7 @@ struct Origin {
     }
   }
 
-  Vec exponent(Vec x) const {
+  ALWAYS_INLINE Vec exponent(Vec x) const {
     return clamp_exponent(kFused ? fused(x, splat(kLog2e), minus_scaled) : (x - m) * kLog2e);
   }
 
@@ -85,8 +85,8 @@ struct RowSums {
   }
 
   template <bool kMayHoldTop, class Origin>
-  static inline void add_register(const Origin& origin, Vec x, Vec& tail, Vec& spread,
-                                  IVec& tops) {
+  static ALWAYS_INLINE void add_register(const Origin& origin, Vec x, Vec& tail, Vec& spread,
+                                         IVec& tops) {
     const Vec t = origin.exponent(x);
     Vec e = exp2_of(t);
     if (kMayHoldTop) {
@@ -123,7 +123,7 @@ struct RowSums {
 };
 
 // The maximum of a multiple of kPair columns; may or may not be NaN where one of them is.
-static inline float chunk_maximum(const float* z, std::int64_t count) {
+static ALWAYS_INLINE float chunk_maximum(const float* z, std::int64_t count) {
   Vec a = splat(-kInfinity), b = a;
   for (std::int64_t i = 0; i < count; i += kPair) {
     const Pair pair = load(z + i);
@@ -136,7 +136,7 @@ static inline float chunk_maximum(const float* z, std::int64_t count) {
 // 16-bit floats are a sign and a magnitude: as signed integers the non-negative ones are in order, as
 // unsigned ones the negative ones are in reverse. Half the work of widening them first.
 template <class T>
-static inline float chunk_maximum(const T* z, std::int64_t count) {
+static ALWAYS_INLINE float chunk_maximum(const T* z, std::int64_t count) {
   I16Vec top = I16Vec{} - static_cast<std::int16_t>(0x7fff);
   U16Vec low = ~U16Vec{};
   for (std::int64_t i = 0; i < count; i += kPair) {
@@ -228,9 +228,9 @@ struct RowGradient {
     if (scale != scale) scale = __builtin_nanf("");  // of the bits that round_to_bfloat16 wants
   }
 
-  Pair of(Pair z) const { return {of(z.a), of(z.b)}; }
+  ALWAYS_INLINE Pair of(Pair z) const { return {of(z.a), of(z.b)}; }
 
-  Vec of(Vec z) const {
+  ALWAYS_INLINE Vec of(Vec z) const {
     if constexpr (Meaning::kCapped) {
       Vec s;
       const Vec x = meaning.of(z, s);
@@ -240,7 +240,7 @@ struct RowGradient {
     }
   }
 
-  Vec of_meant(Vec x) const {
+  ALWAYS_INLINE Vec of_meant(Vec x) const {
     const Vec t = origin.exponent(x);
     const Vec e = exp2_of<std::is_same<T, BFloat16>::value ? 4 : 5>(t);
     return kSloped ? e * (scale + t * slope) + offset : e * scale;

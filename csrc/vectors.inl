@@ -19,7 +19,7 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = __builtin_inff();
 
-static inline Vec splat(float value) { return value - Vec{}; }
+static ALWAYS_INLINE Vec splat(float value) { return value - Vec{}; }
 
 // maximum: b where either is NaN, or NaN.  fused: a * b + c, rounded once.  stream: a write around
 // the caches, to an aligned address.
@@ -27,48 +27,48 @@ static inline Vec splat(float value) { return value - Vec{}; }
 constexpr bool kHasFused = true;
 // Masks of ones compile to nothing; GCC 12 warns of its own headers where there is no mask.
 constexpr __mmask16 kAll = 0xffff;
-static inline Vec maximum(Vec a, Vec b) {
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) {
   return (Vec)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
 }
-static inline Vec fused(Vec a, Vec b, Vec c) {
+static ALWAYS_INLINE Vec fused(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-static inline void stream(void* to, UVec value) {
+static ALWAYS_INLINE void stream(void* to, UVec value) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
 }
 #elif INFOENTROPY_ISA == INFOENTROPY_AVX2
 constexpr bool kHasFused = true;
-static inline Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
-static inline Vec fused(Vec a, Vec b, Vec c) {
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+static ALWAYS_INLINE Vec fused(Vec a, Vec b, Vec c) {
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
-static inline void stream(void* to, UVec value) {
+static ALWAYS_INLINE void stream(void* to, UVec value) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
 }
 #elif defined(__x86_64__)
 constexpr bool kHasFused = false;
-static inline Vec maximum(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
-static inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
-static inline void stream(void* to, UVec value) {
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
+static ALWAYS_INLINE Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
+static ALWAYS_INLINE void stream(void* to, UVec value) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
 }
 #elif defined(__aarch64__)
 constexpr bool kHasFused = true;
-static inline Vec maximum(Vec a, Vec b) { return (Vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
-static inline Vec fused(Vec a, Vec b, Vec c) {
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) { return (Vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+static ALWAYS_INLINE Vec fused(Vec a, Vec b, Vec c) {
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-static inline void stream(void* to, UVec value) { __builtin_memcpy(to, &value, sizeof value); }
+static ALWAYS_INLINE void stream(void* to, UVec value) { __builtin_memcpy(to, &value, sizeof value); }
 #else
 constexpr bool kHasFused = false;
-static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-static inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
-static inline void stream(void* to, UVec value) { __builtin_memcpy(to, &value, sizeof value); }
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+static ALWAYS_INLINE Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
+static ALWAYS_INLINE void stream(void* to, UVec value) { __builtin_memcpy(to, &value, sizeof value); }
 #endif
 
 // The compiler may not look through this: keeps it from fusing a product with a later sum where
 // several places must round alike.
-static inline Vec rounded(Vec value) {
+static ALWAYS_INLINE Vec rounded(Vec value) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(value));
 #elif defined(__aarch64__)
@@ -80,57 +80,57 @@ static inline Vec rounded(Vec value) {
   return value;
 }
 
-static inline Vec select(IVec condition, Vec yes, Vec no) { return condition ? yes : no; }
+static ALWAYS_INLINE Vec select(IVec condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-static inline float horizontal_maximum(Vec value) {  // NaN if the first lane is, else without NaN
+static ALWAYS_INLINE float horizontal_maximum(Vec value) {  // NaN if the first lane is, else without NaN
   float result = value[0];
   for (int lane = 1; lane < kLanes; ++lane) result = value[lane] > result ? value[lane] : result;
   return result;
 }
 
-static inline std::int32_t sum_of_lanes(IVec value) {
+static ALWAYS_INLINE std::int32_t sum_of_lanes(IVec value) {
   std::int32_t result = 0;
   for (int lane = 0; lane < kLanes; ++lane) result += value[lane];
   return result;
 }
 
-static inline double horizontal_sum(Vec value) {
+static ALWAYS_INLINE double horizontal_sum(Vec value) {
   double result = 0;
   for (int lane = 0; lane < kLanes; ++lane) result += value[lane];
   return result;
 }
 
-static inline bool any(IVec condition) {
+static ALWAYS_INLINE bool any(IVec condition) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (condition[lane]) return true;
   }
   return false;
 }
 
-static inline UVec words(const void* from) {
+static ALWAYS_INLINE UVec words(const void* from) {
   UVec value;
   __builtin_memcpy(&value, from, sizeof value);
   return value;
 }
 
-static inline Pair load(const float* from) {
+static ALWAYS_INLINE Pair load(const float* from) {
   return {(Vec)words(from), (Vec)words(from + kLanes)};
 }
 
 // Two 16-bit columns share a 32-bit word: the even ones become one register, the odd ones another.
-static inline Pair load(const BFloat16* from) {
+static ALWAYS_INLINE Pair load(const BFloat16* from) {
   const UVec both = words(from);
   return {(Vec)(both << 16), (Vec)(both & 0xffff0000u)};
 }
 
 // To nearest, ties to even, in the upper halves; the lower ones hold what was cut off. A NaN stays
 // one if its lower half is 0, as in every NaN that comes of a bfloat16 or of an operation.
-static inline UVec round_to_bfloat16(Vec value) {
+static ALWAYS_INLINE UVec round_to_bfloat16(Vec value) {
   const UVec bits = (UVec)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-static inline UVec pack(Pair value, BFloat16) {
+static ALWAYS_INLINE UVec pack(Pair value, BFloat16) {
   const UVec a = round_to_bfloat16(value.a) >> 16, b = round_to_bfloat16(value.b);
 #if INFOENTROPY_ISA == INFOENTROPY_AVX2
   return (UVec)_mm256_blend_epi16((__m256i)a, (__m256i)b, 0xaa);
@@ -140,36 +140,36 @@ static inline UVec pack(Pair value, BFloat16) {
 }
 
 #if INFOENTROPY_ISA == INFOENTROPY_AVX512
-static inline Pair load(const Float16* from) {
+static ALWAYS_INLINE Pair load(const Float16* from) {
   const auto at = reinterpret_cast<const __m256i*>(from);
   return {(Vec)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at)),
           (Vec)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at + 1))};
 }
-static inline UVec pack(Pair value, Float16) {
+static ALWAYS_INLINE UVec pack(Pair value, Float16) {
   const __m256i a = _mm512_maskz_cvtps_ph(kAll, (__m512)value.a, _MM_FROUND_TO_NEAREST_INT);
   const __m256i b = _mm512_maskz_cvtps_ph(kAll, (__m512)value.b, _MM_FROUND_TO_NEAREST_INT);
   return (UVec)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(a), b, 1);
 }
 #elif INFOENTROPY_ISA == INFOENTROPY_AVX2
-static inline Pair load(const Float16* from) {
+static ALWAYS_INLINE Pair load(const Float16* from) {
   const auto at = reinterpret_cast<const __m128i*>(from);
   return {(Vec)_mm256_cvtph_ps(_mm_loadu_si128(at)), (Vec)_mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
 }
-static inline UVec pack(Pair value, Float16) {
+static ALWAYS_INLINE UVec pack(Pair value, Float16) {
   const __m128i a = _mm256_cvtps_ph((__m256)value.a, _MM_FROUND_TO_NEAREST_INT);
   const __m128i b = _mm256_cvtps_ph((__m256)value.b, _MM_FROUND_TO_NEAREST_INT);
   return (UVec)_mm256_set_m128i(b, a);
 }
 #elif defined(__aarch64__)
-static inline Pair load(const Float16* from) {
+static ALWAYS_INLINE Pair load(const Float16* from) {
   const auto at = reinterpret_cast<const float16_t*>(from);
   return {(Vec)vcvt_f32_f16(vld1_f16(at)), (Vec)vcvt_f32_f16(vld1_f16(at + 4))};
 }
-static inline UVec pack(Pair value, Float16) {
+static ALWAYS_INLINE UVec pack(Pair value, Float16) {
   return (UVec)vcombine_f16(vcvt_f16_f32((float32x4_t)value.a), vcvt_f16_f32((float32x4_t)value.b));
 }
 #else
-static inline Vec widen_float16(UVec half) {
+static ALWAYS_INLINE Vec widen_float16(UVec half) {
   const UVec magnitude = (half & 0x7fffu) << 13;
   const Vec finite = (Vec)magnitude * 0x1p112f;  // moves the exponent's bias; exact, subnormals too
   const IVec special = magnitude >= 0x0f800000u;  // infinity and NaN keep the largest exponent
@@ -177,7 +177,7 @@ static inline Vec widen_float16(UVec half) {
                (half & 0x8000u) << 16);
 }
 
-static inline UVec narrow_float16(Vec value) {  // to nearest, ties to even
+static ALWAYS_INLINE UVec narrow_float16(Vec value) {  // to nearest, ties to even
   const UVec bits = (UVec)value, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   const UVec normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   // Below 2^-14: the sum with 1/2 has its last bit where a subnormal float16 has it.
@@ -188,46 +188,49 @@ static inline UVec narrow_float16(Vec value) {  // to nearest, ties to even
   return half | sign;
 }
 
-static inline Pair load(const Float16* from) {
+static ALWAYS_INLINE Pair load(const Float16* from) {
   const UVec both = words(from);
   return {widen_float16(both & 0xffffu), widen_float16(both >> 16)};
 }
-static inline UVec pack(Pair value, Float16) {
+static ALWAYS_INLINE UVec pack(Pair value, Float16) {
   return narrow_float16(value.a) | narrow_float16(value.b) << 16;
 }
 #endif
 
-static inline void store(float* to, Pair value) { __builtin_memcpy(to, &value, sizeof value); }
+static ALWAYS_INLINE void store(float* to, Pair value) {
+  __builtin_memcpy(to, &value.a, sizeof value.a);  // together they would pass through the stack
+  __builtin_memcpy(to + kLanes, &value.b, sizeof value.b);
+}
 
 template <class T>
-static inline void store(T* to, Pair value) {
+static ALWAYS_INLINE void store(T* to, Pair value) {
   const UVec packed = pack(value, T{});
   __builtin_memcpy(to, &packed, sizeof packed);
 }
 
-static inline void stream(float* to, Pair value) {
+static ALWAYS_INLINE void stream(float* to, Pair value) {
   stream(static_cast<void*>(to), (UVec)value.a);
   stream(static_cast<void*>(to + kLanes), (UVec)value.b);
 }
 
 template <class T>
-static inline void stream(T* to, Pair value) {
+static ALWAYS_INLINE void stream(T* to, Pair value) {
   stream(static_cast<void*>(to), pack(value, T{}));
 }
 
-static inline float minus_infinity(float) { return -kInfinity; }
-static inline BFloat16 minus_infinity(BFloat16) { return {0xff80}; }
-static inline Float16 minus_infinity(Float16) { return {0xfc00}; }
+static ALWAYS_INLINE float minus_infinity(float) { return -kInfinity; }
+static ALWAYS_INLINE BFloat16 minus_infinity(BFloat16) { return {0xff80}; }
+static ALWAYS_INLINE Float16 minus_infinity(Float16) { return {0xfc00}; }
 
 template <class T>
-static inline float read_one(const T* from) {
+static ALWAYS_INLINE float read_one(const T* from) {
   T copies[kPair];
   for (T& copy : copies) copy = *from;
   return load(copies).a[0];
 }
 
 template <class T>
-static inline void write_one(T* to, float value) {
+static ALWAYS_INLINE void write_one(T* to, float value) {
   T copies[kPair];
   store(copies, Pair{splat(value), splat(value)});
   *to = copies[0];
@@ -241,7 +244,7 @@ struct Power {
 
 // kDegree 5: relative error below 2e-7. 4: below 3e-6, enough where the result becomes a bfloat16.
 template <int kDegree = 5>
-static inline Power power_of_2(Vec t) {
+static ALWAYS_INLINE Power power_of_2(Vec t) {
   // Adding 1.5 * 2^23 rounds t to an integer n that then stands in the low mantissa bits; adding the
   // exponent bias 127 along makes a shift by 23 yield 2^n, and 0 for n = -127.
   constexpr float kRound = 12582912.0f + 127.0f;
@@ -265,10 +268,10 @@ static inline Power power_of_2(Vec t) {
 }
 
 template <int kDegree = 5>
-static inline Vec exp2_of(Vec t) {
+static ALWAYS_INLINE Vec exp2_of(Vec t) {
   const Power power = power_of_2<kDegree>(t);
   return (power.p * power.f + 1.0f) * power.scale;
 }
 
 // Keeps -inf out of the products that follow (0 * inf), where 2^t is exactly 0 anyway.
-static inline Vec clamp_exponent(Vec t) { return maximum(splat(-127.0f), t); }
+static ALWAYS_INLINE Vec clamp_exponent(Vec t) { return maximum(splat(-127.0f), t); }

@@ -6,7 +6,6 @@ import torch
 from megatron_infoentropy.bench.roofline import Roofline, measure_roofline
 from megatron_infoentropy.kernels import native
 
-
 pytestmark = pytest.mark.usefixtures("instructions")
 
 

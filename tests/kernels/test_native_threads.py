@@ -1,0 +1,94 @@
+"""Threads of the native kernels: as many as torch says, one a rank under torchrun, and none that a
+forked child would wait for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
+
+
+def threads_given(monkeypatch) -> list[int]:
+    """Filled by every call of the statistics kernel."""
+    given = []
+    compiled = native._C
+
+    class Spy:
+        def shard_statistics(self, **arguments):
+            given.append(arguments["threads"])
+            compiled.shard_statistics(**arguments)
+
+    monkeypatch.setattr(native, "_C", Spy())
+    return given
+
+
+def test_as_many_threads_as_torch_says(monkeypatch):
+    given = threads_given(monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            logits, target = torch.randn(2, 10), torch.zeros(2, dtype=torch.long)
+            native.shard_statistics(logits, target, Shard(0, 10, -100), PLAIN)
+    finally:
+        torch.set_num_threads(before)
+    assert given == [1, 3]
+
+
+RANK = """
+import os, sys
+import torch
+from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
+given = []
+compiled = native._C
+class Spy:
+    def shard_statistics(self, **arguments):
+        given.append(arguments["threads"])
+        compiled.shard_statistics(**arguments)
+native._C = Spy()
+native.shard_statistics(torch.randn(4, 9), torch.zeros(4).long(), Shard(0, 9, -100), PLAIN)
+sys.stdout.write(f"rank threads {given}\\n")
+"""
+
+
+def test_torchrun_gives_each_rank_one_thread(tmp_path: Path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank threads [1]") == 2
+
+
+FORK = """
+import os, sys
+import torch
+from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
+torch.set_num_threads(2)
+logits = torch.ones(64, 20000)  # made before the fork: torch's own threads do not survive it
+target = torch.zeros(64, dtype=torch.long)
+def run():
+    out = native.shard_statistics(logits, target, Shard(0, 20000, -100), PLAIN)
+    return float(out[1, 0])
+parent = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if run() == parent else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_too():
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
