@@ -19,7 +19,11 @@ from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group
 from megatron_infoentropy.loss.layout import make_options, split_vocabulary
-from megatron_infoentropy.loss.linear_inputs import leave_out_masked, prepare_linear
+from megatron_infoentropy.loss.linear_inputs import (
+    LinearRequest,
+    leave_out_masked,
+    prepare_linear,
+)
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.linear_statistics import LinearStatistics
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
@@ -66,20 +70,17 @@ def linear_vocab_parallel_statistics(
             `vocab_parallel_statistics`.
         RuntimeError: the named backend cannot run on such logits.
     """
-    options = make_options(softcap, temperature, uniform_cross_entropy)
-    hidden_LH, target_N, settings = prepare_linear(
-        hidden,
-        weight,
-        target,
-        options,
-        split_vocabulary(vocab_size, len(weight), group, ignore_index),
-        group,
-        backend,
-        collective,
-        chunk_tokens,
-        sequence_parallel,
-        into_main_grad,
+    request = LinearRequest(
+        vocabulary=split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        options=make_options(softcap, temperature, uniform_cross_entropy),
+        group=group,
+        backend=backend,
+        collective=collective,
+        chunk_tokens=chunk_tokens,
+        sequence_parallel=sequence_parallel,
+        into_main_grad=into_main_grad,
     )
+    hidden_LH, target_N, settings = prepare_linear(hidden, weight, target, request)
     results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
     return TokenStatistics(*(result.view(target.shape) for result in results))
 
@@ -149,19 +150,19 @@ def linear_infoentropy_loss(
     """
     config = InfoEntropyConfig() if config is None else config
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
-    hidden_LH, target_N, settings = prepare_linear(
-        hidden,
-        weight,
-        target,
-        make_options(config.softcap or None, config.temperature, config.label_smoothing > 0),
-        split_vocabulary(vocab_size, len(weight), group, ignore_index),
-        group,
-        config.backend,
-        config.collective,
-        config.chunk_tokens,
-        sequence_parallel,
-        into_main_grad,
+    request = LinearRequest(
+        vocabulary=split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        options=make_options(
+            config.softcap or None, config.temperature, config.label_smoothing > 0
+        ),
+        group=group,
+        backend=config.backend,
+        collective=config.collective,
+        chunk_tokens=config.chunk_tokens,
+        sequence_parallel=sequence_parallel,
+        into_main_grad=into_main_grad,
     )
+    hidden_LH, target_N, settings = prepare_linear(hidden, weight, target, request)
     mask_N = mask.reshape(-1)
     if config.detach_weight or not config.is_weighted:
         tokens, differentiate = Tokens(target_N, mask_N), torch.is_grad_enabled()

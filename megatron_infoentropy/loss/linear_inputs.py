@@ -1,5 +1,7 @@
 """What the fused functions are given, checked and laid out for chunks."""
 
+from typing import NamedTuple
+
 import torch
 
 from megatron_infoentropy import kernels
@@ -10,18 +12,21 @@ from megatron_infoentropy.loss.layout import Vocabulary, check_targets
 from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
 
 
+class LinearRequest(NamedTuple):
+    """What the caller of a fused function asks for, besides its tensors."""
+
+    vocabulary: Vocabulary
+    options: Options
+    group: Group | None
+    backend: Backend
+    collective: Collective
+    chunk_tokens: int
+    sequence_parallel: bool
+    into_main_grad: bool
+
+
 def prepare_linear(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    options: Options,
-    vocabulary: Vocabulary,
-    group: Group | None,
-    backend: Backend,
-    collective: Collective,
-    chunk_tokens: int,
-    sequence_parallel: bool,
-    into_main_grad: bool,
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, request: LinearRequest
 ) -> tuple[torch.Tensor, torch.Tensor, LinearSettings]:
     """(hidden [L, H], target [N], settings), checked.
 
@@ -29,14 +34,23 @@ def prepare_linear(
         ValueError: shapes, dtypes, targets or sizes that do not fit.
         RuntimeError: the named backend cannot run here.
     """
-    slices = world_and_rank(group)[0] if sequence_parallel else 1
+    vocabulary, group = request.vocabulary, request.group
+    slices = world_and_rank(group)[0] if request.sequence_parallel else 1
     _check_shapes(hidden, weight, target, slices)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     target_N = target.reshape(-1).long().contiguous()
     check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
-    chosen = kernels.select(backend, hidden.device, hidden.dtype)
-    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
-    settings = LinearSettings(vocabulary, options, group, chosen, collective, cut, into_main_grad)
+    chosen = kernels.select(request.backend, hidden.device, hidden.dtype)
+    cut = cut_tokens(len(hidden_LH), slices, request.chunk_tokens)
+    settings = LinearSettings(
+        vocabulary,
+        request.options,
+        group,
+        chosen,
+        request.collective,
+        cut,
+        request.into_main_grad,
+    )
     return hidden_LH, target_N, settings
 
 
