@@ -11,6 +11,7 @@ toolkit; INFOENTROPY_REQUIRE_CUDA=1 makes an extension without them an error.
 import copy
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,7 +58,8 @@ def compile_kernels(nvcc: str, folder: Path) -> Path:
     targets = [a for a in ARCHITECTURES if f"sm_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
     codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    compiler = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
+    words = [w for w in shlex.split(os.environ.get("CXX", "")) if not w.startswith("-")]
+    compiler = [f"-ccbin={words[-1]}"] if words else []  # the last: "ccache g++"
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "shard_ops_cuda.o"
     options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
@@ -80,6 +82,8 @@ def with_cuda(extension: Extension, nvcc: str, folder: Path) -> Extension:
 
 
 class Build(build_ext):
+    """Builds with CUDA kernels where it can, else says in a line why not and builds without."""
+
     def build_extension(self, ext: Extension) -> None:
         built = Path(self.get_ext_fullpath(ext.name))
         try:
@@ -92,10 +96,9 @@ class Build(build_ext):
         except CCompilerError as error:
             if require_cuda:
                 raise
-            self.warn(f"the extension is built without CUDA kernels: {error}")
-            nvcc = None
-        if nvcc is None and built.exists() and HAS_CUDA in built.read_bytes():
-            self.force = True
+            self.warn(f"the extension is built without CUDA kernels: {str(error).splitlines()[-1]}")
+        if os.environ.get("INFOENTROPY_BUILD_CUDA") == "0" and built.exists():
+            self.force = self.force or HAS_CUDA in built.read_bytes()
         super().build_extension(ext)
 
 
