@@ -78,7 +78,7 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="only check the flags and count memory and traffic, for any --ranks"
+            "--dry-run", help="start nothing: check flags, count memory and traffic at any --ranks"
         ),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")] = False,
@@ -86,7 +86,8 @@ def train(
     """Train with Megatron: runs torchrun for you, prints its command, keeps its log.
 
     What no option says, the recipe says; what it does not say is as published (infoentropy, gamma
-    1, sigma 1, paper), seed 1234, one shard, one stage. A dry run needs no data.
+    1, sigma 1, paper), seed 1234, one shard, one stage. A dry run needs no folders; given all of
+    them it also prints the command.
     """
     from megatron_infoentropy.launch import train as launch
     from megatron_infoentropy.launch.flags import loss_flags
@@ -103,12 +104,14 @@ def train(
 
         for line in count(recipe, settings, extra, tokenizer=tokenizer, ranks=ranks).lines():
             out.print(line, markup=False)
-        return
+        if None in (data, tokenizer, run):
+            return
     places = launch.require_places(data=data, tokenizer=tokenizer, run=run)
     job = launch.TrainingJob(recipe, *places, settings, ranks, extra)
     command = launch.build_command(job)
     out.print(str(command), markup=False)
-    launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+    if not dry_run:
+        launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
 
 
 for _convert_command in convert_commands.COMMANDS:

@@ -1,0 +1,105 @@
+"""The paper's recipes: accepted by Megatron at their true size, the model that was published, and a
+training that runs, narrow and shallow, on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import TINY_MODEL, run_trainer
+from probe_recipes import parse
+
+from megatron_infoentropy import pretrain
+from megatron_infoentropy.evaluate.runlog import read_log
+from megatron_infoentropy.launch.estimate import Shape, parameters, stages
+from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_command_line
+
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
+PLAIN = ["--mock-data", "--tokenizer-type=NullTokenizer"]
+
+# As published: parameters, ranks, tokens a step, steps, warm-up, micro-batch, accumulation.
+PUBLISHED = {
+    "468m": (468_239_360, 16, 2**20, 100_000, 1000, 32, 2),
+    "1.2b": (1_204_881_408, 32, 2**20, 100_000, 1000, 16, 2),
+    "6.7b": (6_738_415_616, 128, 2**22, 25_000, 2000, 16, 1),
+}
+SMALL = [
+    *("--num-layers=2", "--hidden-size=64", "--ffn-hidden-size=96", "--num-attention-heads=4"),
+    *("--seq-length=32", "--max-position-embeddings=32", "--vocab-size=256"),
+    *("--micro-batch-size=2", "--global-batch-size=4", "--train-iters=2", "--lr-warmup-iters=1"),
+    *("--log-interval=1", "--eval-iters=0"),
+]
+
+
+def words(name, *, without=()):
+    flags = load_recipe(PAPER / f"{name}.yaml")
+    return to_command_line({key: value for key, value in flags.items() if key not in without})
+
+
+def probe(tmp_path, world, flags, ranks=()):
+    output = tmp_path / "found.json"
+    run_trainer(1, parse, (world, output, ranks), [*flags, *PLAIN], tmp_path)
+    found = json.loads(output.read_text())
+    return Shape(**found["shape"]), found["arguments"], found["built"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_model(name, tmp_path):
+    count, ranks, tokens, steps, warmup, micro_batch, accumulation = PUBLISHED[name]
+    assert load_plan(PAPER / f"{name}.yaml").ranks == ranks
+    flags = [*words(name), "--fake-process-group"]
+    shape, arguments, built = probe(tmp_path, ranks, flags, ranks=[0])
+    assert parameters(shape) == built["0"] == count
+    assert shape.data_parallel == ranks
+    assert shape.global_batch_size * shape.seq_length == tokens
+    assert (shape.train_iters, shape.micro_batch_size) == (steps, micro_batch)
+    assert shape.micro_batches == accumulation
+    assert int(arguments["lr_warmup_iters"]) == warmup
+    assert arguments["fp8"] == ("'hybrid'" if name == "6.7b" else "None")
+    assert arguments["params_dtype"] == "torch.bfloat16"
+
+
+VARIANTS = {
+    "grouped queries, untied": [],
+    "tied": ["no untie"],
+    "biases, LayerNorm, learned positions": [
+        *("no bias", "no norm", "no rope", "no swiglu", "--add-qkv-bias", "--qk-layernorm"),
+    ],
+    "wide heads, more layers": ["--kv-channels=24", "--num-layers=4"],
+}
+LEFT_OUT = {
+    "no untie": "--untie-embeddings-and-output-weights",
+    "no bias": "--disable-bias-linear",
+    "no norm": "--normalization=RMSNorm",
+    "no rope": "--position-embedding-type=rope",
+    "no swiglu": "--swiglu",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counted_parameters_are_those_of_the_built_stages(variant, tmp_path):
+    """First and last stage of TP2 x PP2 x DP2, as Megatron builds them."""
+    changes = VARIANTS[variant]
+    dropped = [LEFT_OUT[change] for change in changes if change in LEFT_OUT]
+    model = [flag for flag in TINY_MODEL if flag not in dropped]
+    layout = ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]
+    batch = ["--micro-batch-size=1", "--global-batch-size=4", "--train-iters=2", "--lr=1"]
+    added = [change for change in changes if change not in LEFT_OUT]
+    flags = [*model, *layout, *batch, *added, "--vocab-size=250", "--fake-process-group"]
+    shape, _, built = probe(tmp_path, 8, flags, ranks=[0, 7])
+    first, last = stages(shape)
+    assert (first.on_a_rank(2), last.on_a_rank(2)) == (built["0"], built["7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("468m", "focal"), ("1.2b", "cross_entropy"), ("6.7b", "infoentropy")],
+)
+def test_a_narrow_recipe_trains_on_local_layers(name, objective, tmp_path):
+    fp8 = ("transformer-impl", "fp8-format", "fp8-recipe")
+    flags = [*words(name, without=fp8), *SMALL, *PLAIN, f"--infoentropy-objective={objective}"]
+    log = run_trainer(1, pretrain.main, (), flags, tmp_path)
+    assert f"objective='{objective}'" in log
+    curve = read_log(tmp_path / "rank0.log").training
+    assert sorted(curve) == [1, 2]
+    assert curve[2]["cross entropy"] == pytest.approx(5.545, abs=0.1)  # ln 256, from N(0, 0.01)
+    assert curve[1]["learning rate"] == pytest.approx(3e-4)
