@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from megatron_infoentropy.loss import (
         TokenStatistics,
         infoentropy_loss,
+        linear_infoentropy_loss,
+        linear_vocab_parallel_statistics,
         vocab_parallel_statistics,
     )
 
@@ -21,6 +23,8 @@ __all__ = [
     "InfoEntropyConfig",
     "TokenStatistics",
     "infoentropy_loss",
+    "linear_infoentropy_loss",
+    "linear_vocab_parallel_statistics",
     "vocab_parallel_statistics",
 ]
 
@@ -28,6 +32,8 @@ _HOME = {
     "InfoEntropyConfig": "megatron_infoentropy.config",
     "TokenStatistics": "megatron_infoentropy.loss",
     "infoentropy_loss": "megatron_infoentropy.loss",
+    "linear_infoentropy_loss": "megatron_infoentropy.loss",
+    "linear_vocab_parallel_statistics": "megatron_infoentropy.loss",
     "vocab_parallel_statistics": "megatron_infoentropy.loss",
 }
 

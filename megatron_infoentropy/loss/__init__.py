@@ -4,7 +4,17 @@
 vocabulary; `weighting` and `objective` are ordinary PyTorch on `[tokens]`.
 """
 
+from megatron_infoentropy.loss.linear import (
+    linear_infoentropy_loss,
+    linear_vocab_parallel_statistics,
+)
 from megatron_infoentropy.loss.objective import infoentropy_loss
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
 
-__all__ = ["TokenStatistics", "infoentropy_loss", "vocab_parallel_statistics"]
+__all__ = [
+    "TokenStatistics",
+    "infoentropy_loss",
+    "linear_infoentropy_loss",
+    "linear_vocab_parallel_statistics",
+    "vocab_parallel_statistics",
+]
