@@ -1,22 +1,30 @@
 """A Llama-style GPT in dense float64 that takes Megatron's parameters: the oracle's model.
 
 Parameters are the ranks' own shards, as leaves; they are joined inside the graph, so that backward
-leaves in each shard's .grad what that rank's main_grad must be. Shares no code with the package.
+leaves in each shard's .grad what that rank's main_grad must be. Names start with the number of the
+rank's model chunk (interleaved pipelines have several). Shares no code with the package.
 """
 
 import torch
 
 Shards = dict[tuple[int, int], dict[str, torch.Tensor]]  # (pipeline rank, tensor rank) -> by name
 
-HEADS, GROUPS, HEAD_DIM, EPSILON, ROTARY_BASE = 4, 2, 8, 1e-5, 10000.0
+HEADS, HEAD_DIM, EPSILON, ROTARY_BASE = 4, 8, 1e-5, 10000.0
 
 
 class DenseGPT:
-    def __init__(self, shards: Shards, layers_per_stage: int) -> None:
+    def __init__(self, shards: Shards, layers: int, chunks: int = 1, tied: bool = False) -> None:
         self.shards = shards
         self.stages = 1 + max(pp for pp, _ in shards)
         self.tensor_ranks = 1 + max(tp for _, tp in shards)
-        self.layers_per_stage = layers_per_stage
+        self.layers, self.chunks, self.tied = layers, chunks, tied
+
+    def place(self, layer: int) -> tuple[int, str]:
+        """(stage, prefix of the names) of a layer: chunks go round the stages."""
+        per_chunk = self.layers // (self.stages * self.chunks)
+        turn, local = divmod(layer, per_chunk)
+        chunk, stage = divmod(turn, self.stages)
+        return stage, f"{chunk}.decoder.layers.{local}."
 
     def join(self, stage: int, name: str, dim: int) -> torch.Tensor:
         return torch.cat([self.shards[stage, tp][name] for tp in range(self.tensor_ranks)], dim)
@@ -26,22 +34,25 @@ class DenseGPT:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [batch, sequence, padded vocabulary]."""
-        x = self.join(0, "embedding.word_embeddings.weight", 0)[tokens]
-        for layer in range(self.stages * self.layers_per_stage):
-            stage, local = divmod(layer, self.layers_per_stage)
-            prefix = f"decoder.layers.{local}."
+        embedding = self.join(0, "0.embedding.word_embeddings.weight", 0)
+        x = embedding[tokens]
+        for layer in range(self.layers):
+            stage, prefix = self.place(layer)
             x = x + self.attention(x, stage, prefix)
             x = x + self.mlp(x, stage, prefix)
-        last = self.stages - 1
-        x = norm(x, self.replicated(last, "decoder.final_layernorm.weight"))
-        return x @ self.join(last, "output_layer.weight", 0).T
+        last, chunk = self.stages - 1, self.chunks - 1
+        x = norm(x, self.replicated(last, f"{chunk}.decoder.final_layernorm.weight"))
+        if self.tied:
+            return x @ embedding.T
+        return x @ self.join(last, f"{chunk}.output_layer.weight", 0).T
 
     def attention(self, x: torch.Tensor, stage: int, prefix: str) -> torch.Tensor:
         b, s, _ = x.shape
         x = norm(x, self.replicated(stage, prefix + "input_layernorm.weight"))
         qkv = x @ self.join(stage, prefix + "self_attention.linear_qkv.weight", 0).T
-        per_group = HEADS // GROUPS
-        qkv = qkv.view(b, s, GROUPS, per_group + 2, HEAD_DIM)
+        groups = (qkv.shape[-1] // HEAD_DIM - HEADS) // 2  # each has a key and a value
+        per_group = HEADS // groups
+        qkv = qkv.view(b, s, groups, per_group + 2, HEAD_DIM)
         q = qkv[..., :per_group, :].reshape(b, s, HEADS, HEAD_DIM)
         k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, 2) for i in (0, 1))
         q, k = rotate(q), rotate(k)

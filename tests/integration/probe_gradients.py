@@ -12,13 +12,18 @@ from megatron_infoentropy import pretrain as ours
 MASKED_SHARE = (0.1, 0.5, 0.8)  # by (data rank + micro-batch): masks are far from equal
 
 
-def make_batch(data_rank, micro_batch, size, sequence, vocab):
-    """The same tokens on every rank of a layout; position 0 is never masked."""
+def make_batch(data_rank, micro_batch, size, sequence, vocab, empty=False):
+    """The same tokens on every rank of a layout; position 0 is never masked.
+
+    empty: data rank 0 has no valid token in micro-batch 1.
+    """
     generator = torch.Generator().manual_seed(1000 * data_rank + micro_batch)
     text = torch.randint(0, vocab, (size, sequence + 1), generator=generator)
     share = MASKED_SHARE[(data_rank + micro_batch) % len(MASKED_SHARE)]
     mask = (torch.rand(size, sequence, generator=generator) >= share).float()
     mask[:, 0] = 1
+    if empty and (data_rank, micro_batch) == (0, 1):
+        mask.zero_()
     return {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
@@ -28,7 +33,7 @@ def make_batch(data_rank, micro_batch, size, sequence, vocab):
     }
 
 
-def main(folder, gammas):
+def main(folder, gammas, empty=False):
     from megatron.core import mpu
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
@@ -41,24 +46,29 @@ def main(folder, gammas):
     transformer = container.model.transformer
     finalize = transformer.finalize_model_grads_func or finalize_model_grads
     found = {"parameters": {}, "gradients": []}
-    served = {"batches": 0}
+    served = {}  # batches by model chunk: each asks for all of them, in order
 
-    def get_batch(_iterator, _stage, _config, *, training):
+    def get_batch(_iterator, stage, _config, *, training):
         args = get_args()
         micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
-        index = served["batches"] % micro_batches
-        served["batches"] += 1
+        index = served.get(stage, 0) % micro_batches
+        served[stage] = served.get(stage, 0) + 1
         return make_batch(
             mpu.get_data_parallel_rank(),
             index,
             args.micro_batch_size,
             args.seq_length,
             get_tokenizer().vocab_size,
+            empty,
         )
 
     def write_down(model, *arguments, **options):
         finalize(model, *arguments, **options)
-        named = dict(model[0].module.named_parameters())
+        named = {
+            f"{chunk}.{name}": p
+            for chunk, part in enumerate(model)
+            for name, p in part.module.named_parameters()
+        }
         found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
         found["gradients"].append({name: p.main_grad.clone() for name, p in named.items()})
         if len(found["gradients"]) < len(gammas):

@@ -1,7 +1,8 @@
 """After finalize_model_grads, every parameter's main_grad equals a dense float64 computation.
 
-The real trainer runs at TP2 x PP2 and at DP2 x 3 micro-batches, with unequal loss masks and a
-padded vocabulary; the oracle is one process, one model, float64, the published formulas in full.
+The real trainer runs in every layout that a CPU allows, with unequal loss masks and a padded
+vocabulary; the oracle is one process, one model, float64, the published formulas in full, and the
+cut into ranks and micro-batches replayed.
 """
 
 import probe_gradients
@@ -9,15 +10,33 @@ import pytest
 import torch
 from dense_gpt import DenseGPT
 from launch import TINY_MODEL, run_trainer
-from oracle import dense_statistics
+from oracle import dense_statistics, dense_weight
 from probe_gradients import make_batch
 
-GAMMAS = (1.0, 2.0)
+GAMMAS = (1.0, 2.0)  # every run has one step of each
 VOCAB = 200  # padded to 256: both vocabulary shards hold tokens, one holds padding too
 MICRO_BATCH, SEQUENCE = 2, 16
+PLAIN = {"tp": 1, "pp": 1, "dp": 1, "micro_batches": 2, "chunks": 1, "layers": 2, "flags": ()}
 LAYOUTS = {
-    "tp2-pp2": {"tp": 2, "pp": 2, "dp": 1, "micro_batches": 2},
-    "dp2": {"tp": 1, "pp": 1, "dp": 2, "micro_batches": 3},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "dp2": {"dp": 2, "micro_batches": 3},
+    "tp4": {"tp": 4, "flags": ("--num-query-groups=4",)},
+    "pp2-interleaved": {
+        **{"pp": 2, "chunks": 2, "layers": 4},
+        "flags": ("--num-layers=4", "--num-layers-per-virtual-pipeline-stage=1"),
+    },
+    "tp2-pp2-tied": {"tp": 2, "pp": 2, "tied": True},
+    "recompute": {
+        "flags": (
+            *("--recompute-granularity=full", "--recompute-method=uniform"),
+            "--recompute-num-layers=1",
+        )
+    },
+    "dp2-per-token": {"dp": 2, "flags": ("--calculate-per-token-loss",)},
+    "dp2-empty": {"dp": 2, "micro_batches": 3, "empty": True},
+    "tp2-dp2-overlap": {"tp": 2, "dp": 2, "flags": ("--overlap-grad-reduce",)},
+    "dp2-focal": {"dp": 2, "objective": "focal"},
+    "tp2-fused": {"tp": 2, "flags": ("--infoentropy-fused-linear",)},
 }
 CASES = [(layout, norm) for layout in LAYOUTS for norm in ("paper", "global")]
 
@@ -26,10 +45,11 @@ CASES = [(layout, norm) for layout in LAYOUTS for norm in ("paper", "global")]
 def run(request, tmp_path_factory):
     """(layout, normalization, what each rank wrote down)."""
     name, normalization = request.param
-    layout = LAYOUTS[name]
+    layout = PLAIN | LAYOUTS[name]
+    model = [f for f in TINY_MODEL if not (layout.get("tied") and f.startswith("--untie"))]
     folder = tmp_path_factory.mktemp(f"{name}-{normalization}")
     flags = [
-        *TINY_MODEL,
+        *model,
         *("--mock-data", "--tokenizer-type=NullTokenizer", f"--vocab-size={VOCAB}"),
         f"--micro-batch-size={MICRO_BATCH}",
         f"--global-batch-size={MICRO_BATCH * layout['dp'] * layout['micro_batches']}",
@@ -38,9 +58,12 @@ def run(request, tmp_path_factory):
         f"--tensor-model-parallel-size={layout['tp']}",
         f"--pipeline-model-parallel-size={layout['pp']}",
         f"--infoentropy-normalization={normalization}",
+        f"--infoentropy-objective={layout.get('objective', 'infoentropy')}",
+        *layout["flags"],
     ]
     world = layout["tp"] * layout["pp"] * layout["dp"]
-    run_trainer(world, probe_gradients.main, (folder, GAMMAS), flags, folder)
+    arguments = (folder, GAMMAS, layout.get("empty", False))
+    run_trainer(world, probe_gradients.main, arguments, flags, folder)
     found = {path.stem: torch.load(path) for path in folder.glob("*.pt")}
     assert len(found) == world
     return layout, normalization, found
@@ -60,7 +83,9 @@ def test_main_grads_equal_the_oracle(run, index):
 def test_the_oracle_notices_what_is_left_out(run):
     """A loss that forgot one of these would not pass the test above."""
     layout, normalization, found = run
-    parts = ["alpha", "mask", "weight"] + ["data-parallel factor"] * (layout["dp"] > 1)
+    # Averaging over ranks is a factor of its own unless gradients are divided by a global count.
+    averaged = layout["dp"] > 1 and normalization == "paper" and not per_token(layout)
+    parts = ["alpha", "mask", "weight"] + ["data-parallel factor"] * averaged
     rank, written = next(iter(found.items()))
     for without in parts:
         expected = oracle_gradients(layout, normalization, found, 2.0, without)[rank[:3]]
@@ -81,7 +106,8 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
         for pp in range(layout["pp"])
         for tp in range(layout["tp"])
     }
-    model = DenseGPT(shards, layers_per_stage=2 // layout["pp"])
+    tied = layout.get("tied", False)
+    model = DenseGPT(shards, layout["layers"], layout["chunks"], tied)
     vocab = next(iter(found.values()))["vocab_size"]
     objective(model, vocab, layout, normalization, gamma, without).backward()
     gradients = {}
@@ -91,37 +117,54 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
             name: shards[pp, 0][name].grad if p.grad is None else p.grad
             for name, p in shard.items()
         }
+        if tied:  # the last stage's copy gets the sum of both uses too
+            embedding = shards[0, tp]["0.embedding.word_embeddings.weight"].grad
+            whole = {n: embedding if "output_layer" in n else g for n, g in whole.items()}
         gradients[f"{pp}-{tp}"] = whole
     return gradients
+
+
+def per_token(layout):
+    return "--calculate-per-token-loss" in layout["flags"]
 
 
 def objective(model, vocab, layout, normalization, gamma, without):
     """The loss of one global batch, written out."""
     ranks, micro_batches = layout["dp"], layout["micro_batches"]
-    total = weight_total = 0.0
+    total = weight_total = tokens = 0.0
     for k in range(micro_batches):
         sums = [
-            micro_batch_sums(
-                model, make_batch(d, k, MICRO_BATCH, SEQUENCE, vocab), vocab, gamma, without
-            )
+            micro_batch_sums(model, batch_of(layout, d, k, vocab), vocab, layout, gamma, without)
             for d in range(ranks)
         ]
+        tokens += sum(n for *_, n in sums)
+        weight_total += sum(weight if without != "alpha" else n for _, weight, n in sums)
         if normalization == "global":
             total = total + sum(weighted for weighted, _, _ in sums)
-            weight_total += sum(weight if without != "alpha" else n for _, weight, n in sums)
             continue
-        alpha = sum(n / weight for _, weight, n in sums) / ranks
-        alpha = 1.0 if without == "alpha" else alpha
-        total = total + sum(alpha * weighted / n for weighted, _, n in sums) / micro_batches / ranks
-        weight_total = 1.0
+        # A rank without a valid token is left out of the mean of 1 / mean(w).
+        inverse = [n / weight for _, weight, n in sums if n > 0]
+        alpha = 1.0 if without == "alpha" else sum(inverse) / len(inverse)
+        if per_token(layout):
+            total = total + sum(alpha * weighted for weighted, _, _ in sums)
+        else:
+            means = sum(alpha * weighted / n for weighted, _, n in sums if n > 0)
+            total = total + means / micro_batches / ranks
+    if normalization == "global":
+        return total / weight_total
     factor = ranks if without == "data-parallel factor" else 1
-    return factor * total / weight_total
+    return factor * total / (tokens if per_token(layout) else 1)
 
 
-def micro_batch_sums(model, batch, vocab, gamma, without):
+def batch_of(layout, data_rank, micro_batch, vocab):
+    empty = layout.get("empty", False)
+    return make_batch(data_rank, micro_batch, MICRO_BATCH, SEQUENCE, vocab, empty)
+
+
+def micro_batch_sums(model, batch, vocab, layout, gamma, without):
     logits = model.logits(batch["tokens"])[..., :vocab]
     ce, entropy, _ = dense_statistics(logits, batch["labels"])
-    weight = (1 + entropy.detach()) ** gamma
+    weight = dense_weight(ce, entropy, layout.get("objective", "infoentropy"), gamma, 1.0).detach()
     weight = torch.ones_like(weight) if without == "weight" else weight
     mask = torch.ones_like(weight) if without == "mask" else batch["loss_mask"].double()
     return (mask * weight * ce).sum(), (mask * weight).sum(), mask.sum()
