@@ -9,7 +9,9 @@ from typing import Any
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
+_PREFIX = "infoentropy_"
 _OBJECTIVE = ("objective", "gamma", "sigma", "normalization")
+_HOW_COMPUTED = ("backend", "collective", "fused_linear", "chunk_tokens")  # not what is computed
 
 
 def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: int) -> str:
@@ -17,7 +19,8 @@ def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: 
     run = _run_facts(checkpoint.folder)
     args = vars(checkpoint.args)
     facts = {
-        **{name: run.get(name, args.get(f"infoentropy_{name}")) for name in _OBJECTIVE},
+        **{name: run.get(name, args.get(_PREFIX + name)) for name in _OBJECTIVE},
+        "other settings of the loss": _other_settings(args),
         "data": _data(args),
         "iterations": checkpoint.iteration,
         "samples": args.get("consumed_train_samples"),
@@ -52,6 +55,11 @@ def _run_facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def _other_settings(args: dict[str, Any]) -> dict[str, Any]:
+    settings = {k.removeprefix(_PREFIX): v for k, v in args.items() if k.startswith(_PREFIX) and v}
+    return {k: v for k, v in settings.items() if k not in (*_OBJECTIVE, *_HOW_COMPUTED)}
+
+
 def _data(args: dict[str, Any]) -> str | None:
     """Names of the datasets, without the folders of the machine they were on."""
     paths = args.get("train_data_path") or args.get("data_path")
@@ -61,9 +69,9 @@ def _data(args: dict[str, Any]) -> str | None:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "not recorded"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return ", ".join(f"{name} {item}" for name, item in value.items())
     return str(value)
 

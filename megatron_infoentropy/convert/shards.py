@@ -89,9 +89,7 @@ def convert_steps(
     Raises:
         InvalidWeightsError: NaN or infinity among them.
     """
-    memory = torch.empty(
-        max((_stored_bytes(checkpoint, step) for step in steps)), dtype=torch.uint8
-    )
+    memory = torch.empty(max(_stored_bytes(checkpoint, step) for step in steps), dtype=torch.uint8)
     for step in steps:
         source = step.source
         if source.stacked and step.layer is not None:
