@@ -72,7 +72,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int column = a.targets.column(token, a.columns);
     statistics[3 * a.tokens + token] = target_logit<kSoftcap>(row, column, a.scale);
   }
-  __shared__ Sums<kDistance> of_warps[kThreads / kWarp];
+  // Plain memory: no thread may run a constructor over what another warp has written.
+  __shared__ alignas(Vector) unsigned char memory[sizeof(Sums<kDistance>) * (kThreads / kWarp)];
+  auto* of_warps = reinterpret_cast<Sums<kDistance>*>(memory);
   const int index = threadIdx.x / kWarp;
   Warp<Lane<T, kSoftcap, kDistance>> warp;
   sum_up(warp, index, row, a.columns, split, splits, a.scale);
