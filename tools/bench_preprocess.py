@@ -1,0 +1,229 @@
+"""Preprocessing beside its peers, in one run: whole-run time, steady rate, CPU time, and a model.
+
+    python tools/bench_preprocess.py TEXT.jsonl TOKENIZER_FOLDER [--repeats 3] [--output FILE.csv]
+
+Every run is a process of its own, started cold, on the whole text and on its first half; providers
+take turns. Steady tokens/s is what the second half adds: it is free of start-up. Peers:
+
+    megatron   tools/preprocess_data.py of the checkout that MEGATRON_LM names, if it is set
+    pool       its pattern (Pool.imap over 32 lines, the parent writes) with the classes of the
+               installed megatron-core: not its tool, which no package holds
+
+The model splits the CPU time of one run into what the reading process and what the workers take per
+megabyte: N workers need max(reader, workers / N).
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.preprocess import preprocess
+
+MODELLED_WORKERS = 64
+Command = list[str]
+
+
+def ours(engine: str, workers: int) -> Callable[[Path, Path, Path], Command]:
+    """A run of `infoentropy preprocess` into one dataset."""
+    return lambda text, tokenizer, out: [
+        *(sys.executable, "-m", "megatron_infoentropy", "preprocess", "--split-by", ""),
+        *("--input", str(text), "--tokenizer", str(tokenizer), "--output", str(out)),
+        *("--workers", str(workers), "--engine", engine),
+    ]
+
+
+def pool(workers: int) -> Callable[[Path, Path, Path], Command]:
+    """A run of `run_pool` below."""
+    return lambda text, tokenizer, out: [
+        *(sys.executable, __file__, "--pool", str(workers), str(text), str(tokenizer), str(out)),
+    ]
+
+
+def megatron(checkout: Path, workers: int) -> Callable[[Path, Path, Path], Command]:
+    """A run of Megatron's own tool."""
+    return lambda text, tokenizer, out: [
+        *(sys.executable, str(checkout / "tools" / "preprocess_data.py"), "--input", str(text)),
+        *("--output-prefix", str(out), "--append-eod", "--workers", str(workers)),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+    ]
+
+
+def providers() -> dict[str, Callable[[Path, Path, Path], Command]]:
+    """What can be run here, by name."""
+    found = {"hf x1": ours("hf", 1), "hf x2": ours("hf", 2), "pool x2": pool(2)}
+    if find_spec("gigatoken"):
+        found |= {"gigatoken x1": ours("gigatoken", 1), "gigatoken x2": ours("gigatoken", 2)}
+    if "MEGATRON_LM" in os.environ:
+        found["megatron x2"] = megatron(Path(os.environ["MEGATRON_LM"]), 2)
+    return found
+
+
+def run_pool(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
+    """Tokenize as Megatron's tool does: a pool of processes, 32 lines at a time, one writer."""
+    from multiprocessing import Pool
+
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    with Pool(workers, initializer=_open_tokenizer, initargs=(tokenizer,)) as processes:
+        vocab_size = processes.apply(_vocab_size)
+        builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(vocab_size))
+        with text.open(encoding="utf-8") as lines:
+            for ids in processes.imap(_encode, lines, 32):
+                builder.add_document(ids, [len(ids)] if ids else [])
+        builder.finalize(f"{out}.idx")
+
+
+_tokenizer: Any = None
+
+
+def _open_tokenizer(folder: Path) -> None:
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    global _tokenizer
+    _tokenizer = HuggingFaceTokenizer(str(folder))
+
+
+def _vocab_size() -> int:
+    return int(_tokenizer.vocab_size)
+
+
+def _encode(line: str) -> list[int]:
+    ids: list[int] = _tokenizer.text_to_ids(json.loads(line)["text"])
+    return [*ids, _tokenizer.eod] if ids else ids
+
+
+def measure(command: Command) -> tuple[float, float]:
+    """Seconds of wall and of CPU time of a process and all it starts."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def model(texts: dict[str, Path], tokenizer: Path, engine: str, folder: Path) -> dict[str, float]:
+    """CPU seconds per megabyte of the reading process and of the workers, and what follows."""
+    readers, workers, megabytes, tokens = (
+        whole - half
+        for half, whole in zip(
+            *(
+                _costs(texts[size], tokenizer, engine, folder / f"{engine}-{size}")
+                for size in texts
+            ),
+            strict=True,
+        )
+    )
+    return {
+        "reader_s_per_mb": readers / megabytes,
+        "workers_s_per_mb": workers / megabytes,
+        "saturates_at_workers": workers / readers,
+        f"tokens_per_s_of_{MODELLED_WORKERS}": tokens / max(readers, workers / MODELLED_WORKERS),
+    }
+
+
+def _costs(text: Path, tokenizer: Path, engine: str, out: Path) -> tuple[float, float, float, int]:
+    """CPU seconds of the reading process and of its worker, megabytes, tokens."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time()
+    made = preprocess([text], tokenizer, out, options=Options(split_by=None), engine=engine)
+    reader, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    worker = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    (facts,) = made.domains.values()
+    return reader, worker, facts.bytes / 1e6, facts.tokens
+
+
+def first_half(text: Path, folder: Path) -> Path:
+    """The first half of the lines, as a file."""
+    lines = text.read_bytes().splitlines(keepends=True)
+    half = folder / "half.jsonl"
+    half.write_bytes(b"".join(lines[: len(lines) // 2]))
+    return half
+
+
+def tokens_in(out: Path) -> int:
+    """Tokens that a run wrote: below a folder, or behind a prefix."""
+    pattern = "**/*.bin" if out.is_dir() else f"{out.name}*.bin"
+    path = next(iter((out if out.is_dir() else out.parent).glob(pattern)))
+    code = path.with_suffix(".idx").read_bytes()[17]
+    return path.stat().st_size // (2 if code == 8 else 4)
+
+
+def compare(
+    texts: dict[str, Path], tokenizer: Path, repeats: int, folder: Path
+) -> list[dict[str, Any]]:
+    """One row a provider: medians over repeats in which all take turns."""
+    walls: dict[tuple[str, str], list[float]] = {}
+    cpus: dict[tuple[str, str], list[float]] = {}
+    tokens: dict[str, int] = {}
+    for repeat in range(repeats):
+        for name, command in providers().items():
+            for size, path in texts.items():
+                out = folder / f"{name.replace(' ', '-')}-{size}-{repeat}"
+                wall, cpu = measure(command(path, tokenizer, out))
+                walls.setdefault((name, size), []).append(wall)
+                cpus.setdefault((name, size), []).append(cpu)
+                tokens[size] = tokens_in(out)
+                if out.is_dir():
+                    shutil.rmtree(out)
+    rows = []
+    for name in providers():
+        half, whole = (float(np.median(walls[name, size])) for size in texts)
+        rows.append(
+            {
+                "provider": name,
+                "whole_run_s": round(whole, 2),
+                "steady_tokens_per_s": round((tokens["whole"] - tokens["half"]) / (whole - half)),
+                "cpu_s": round(statistics.median(cpus[name, "whole"]), 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--pool", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    chosen = parser.parse_args()
+    if chosen.pool:
+        run_pool(chosen.text, chosen.tokenizer, chosen.out, chosen.pool)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        texts = {"half": first_half(chosen.text, Path(name)), "whole": chosen.text}
+        rows = compare(texts, chosen.tokenizer, chosen.repeats, Path(name))
+        engines = ["hf"] + (["gigatoken"] if find_spec("gigatoken") else [])
+        models = {e: model(texts, chosen.tokenizer, e, Path(name)) for e in engines}
+    for row in rows:
+        sys.stdout.write(f"{row}\n")
+    for engine, found in models.items():
+        sys.stdout.write(f"{engine}: { {key: round(value, 5) for key, value in found.items()} }\n")
+    if chosen.output:
+        from megatron_infoentropy.bench.provenance import provenance
+
+        facts = {**provenance(), "tokenizers": version("tokenizers"), "text": chosen.text.name}
+        rows = [row | facts for row in rows]
+        with chosen.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
