@@ -1,7 +1,7 @@
 """The backends that every kernel test runs on. A new one is one more name in BACKENDS.
 
-With TRITON_INTERPRET=1 in the environment it is the Triton kernels alone, run on the CPU: what
-test_triton_interpreted.py does in a process of its own, since Triton reads it when it is imported.
+With TRITON_INTERPRET=1 in the environment it is the Triton kernels alone, run on the CPU. That is
+what test_triton_interpreted.py does, in a process of its own: Triton reads it when it is imported.
 """
 
 import os
@@ -15,7 +15,10 @@ from megatron_infoentropy.kernels import native
 # native-<instruction set> is the native one with those vector instructions.
 BACKENDS = ["reference", "native-baseline", "native-avx2", "native-avx512"]
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
     BACKENDS = ["triton"]
+    triton_interpreter.mend()
 
 
 @pytest.fixture(params=BACKENDS)

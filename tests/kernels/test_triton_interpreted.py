@@ -1,0 +1,59 @@
+"""The Triton kernels through every kernel test, on a CPU, by Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_infoentropy.kernels import dispatch, triton_kernels
+
+HERE = Path(__file__).parent
+# Left to triton_cases.py, by fewer rows: the interpreter takes milliseconds a row.
+TOO_LARGE = (
+    "50257 or large_gradients or number_of_threads or every_vocabulary or entropy_term"
+    " or whatever_the_upstream"
+)
+
+
+@pytest.mark.parametrize(
+    "files", [["test_backends.py", "test_promises.py"], ["triton_cases.py"]], ids=" ".join
+)
+def test_the_kernel_tests_pass_in_the_interpreter(files):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not ({TOO_LARGE})"]
+        + [str(HERE / name) for name in files],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_reasons_say_what_is_missing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert "logits are on cpu" in triton_kernels.why_unavailable(cpu, torch.float32)
+    assert "not float64" in triton_kernels.why_unavailable(gpu, torch.float64)
+    assert triton_kernels.why_unavailable(gpu, torch.bfloat16) is None
+    monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in triton_kernels.why_unavailable(gpu, torch.bfloat16)
+
+
+def test_choosing_a_backend_imports_no_triton():
+    code = (
+        "import sys, torch; from megatron_infoentropy.kernels import select; "
+        "select('auto', torch.device('cpu'), torch.float32); "
+        "print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_name_chooses_these_kernels():
+    assert dispatch.by_name("triton") is triton_kernels.KERNELS

@@ -1,0 +1,201 @@
+"""The Triton kernels against the reference in float64, in Triton's interpreter.
+
+Run by test_triton_interpreted.py. Vocabularies lie around a tile, which is 8192 bytes of a row.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from close import assert_within
+from test_native_options import OPTIONS, gradient, random_case, random_coefficients
+
+from megatron_infoentropy.kernels import reference, triton_kernels
+from megatron_infoentropy.kernels.contract import (
+    DISTANCE,
+    MAX,
+    SPREAD,
+    TAIL,
+    TARGET,
+    TARGET_GRADIENT,
+    Options,
+    Shard,
+)
+from megatron_infoentropy.kernels.triton_logits import meaning
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+TILE_BYTES = 8192
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The launch parameters of a GPU: a thread takes 64 bytes at once instead of 16."""
+    monkeypatch.setattr(triton_kernels, "THREADS", 128)
+    monkeypatch.setattr(triton_kernels, "LOADS", 4)
+
+
+def assert_statistics_equal_the_reference(logits, target, shard, options):
+    got = triton_kernels.shard_statistics(logits, target, shard, options)
+    want = reference.shard_statistics(logits.double(), target, shard, options)
+    assert got.shape == want.shape
+    bound = options.softcap or 20.0  # of a logit: what its rounding is relative to
+    rounding = 2.4e-7 * bound / options.temperature
+    for row in (MAX, TARGET):
+        assert_within(got[row], want[row], atol=rounding)
+    mass = 1 + want[TAIL]
+    assert_within(got[TAIL] / mass, want[TAIL] / mass, atol=2e-7 + 2 * rounding)
+    assert_within(got[SPREAD] / mass, want[SPREAD] / mass, atol=1e-6 + 20 * rounding)
+    if options.distance:
+        v = shard.columns
+        assert_within(got[DISTANCE] / v, want[DISTANCE] / v, atol=2 * rounding, rtol=1e-6)
+
+
+def assert_gradient_equals_the_reference(logits, target, shard, options):
+    coefficients = random_coefficients(logits, target, shard, options)
+    got = gradient(triton_kernels, logits, target, shard, options, coefficients)
+    want = gradient(reference, logits.double(), target, shard, options, coefficients.double())
+    step = 2e-7 * (options.softcap or 20.0) / options.temperature  # of a probability, relative
+    rounding = torch.finfo(logits.dtype).eps / 2
+    assert_within(
+        got, want, atol=2e-7 + 20 * step * float(coefficients.abs().max()), rtol=1.1 * rounding
+    )
+    column = target - shard.start
+    kept = (target != shard.ignore_index) & (column >= 0) & (column < shard.columns)
+    own = coefficients[TARGET_GRADIENT, kept].to(logits.dtype)
+    assert torch.equal(got[kept, column[kept]], own)
+    assert torch.equal(got[target == shard.ignore_index], torch.zeros_like(got[:1]))
+    assert not got[:, shard.columns :].any()
+
+
+@EVERY_OPTION
+@EVERY_DTYPE
+@pytest.mark.parametrize("beside", [-1, 1])
+def test_every_option_around_a_tile(beside, dtype, options):
+    case = random_case(TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
+    assert_statistics_equal_the_reference(*case, options)
+    assert_gradient_equals_the_reference(*case, options)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_the_launch_parameters_of_a_gpu(as_on_a_gpu, beside, dtype):
+    case = random_case(2 * TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
+    assert_statistics_equal_the_reference(*case, Options())
+    assert_gradient_equals_the_reference(*case, Options(distance=True))
+
+
+def test_a_large_odd_vocabulary_as_on_a_gpu(as_on_a_gpu):
+    case = random_case(50257, torch.bfloat16, n=2)
+    assert_statistics_equal_the_reference(*case, Options(distance=True))
+    assert_gradient_equals_the_reference(*case, Options())
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("first", "gap"), [(0, 8), (1, 0), (5, 3), (8, 1)])
+def test_rows_anywhere_in_memory_read_alike(dtype, first, gap):
+    """Vectors of 16 bytes where rows start at such boundaries, single logits where they do not."""
+    v = TILE_BYTES // dtype.itemsize + 40
+    logits, target, shard = random_case(v, dtype, n=3)
+    wide = torch.full((3, first + v + gap), torch.nan, dtype=dtype)
+    wide[:, first : first + v] = logits
+    moved = wide[:, first : first + v]
+    plain = triton_kernels.shard_statistics(logits, target, shard, Options(distance=True))
+    got = triton_kernels.shard_statistics(moved, target, shard, Options(distance=True))
+    assert torch.equal(got, plain)
+
+    coefficients = random_coefficients(logits, target, shard, Options())
+    want = gradient(triton_kernels, logits, target, shard, Options(), coefficients)
+    out = torch.full((3, v + 7), 7.0, dtype=dtype)
+    for source, sink in ((moved, out[:, 1 : v + 1]), (logits, out[:, 1 : v + 1]), (moved, moved)):
+        triton_kernels.shard_gradient(source, target, shard, Options(), coefficients, sink)
+        assert torch.equal(sink, want)
+    assert (out[:, 0] == 7).all()
+    assert (out[:, v + 1 :] == 7).all()
+    assert wide[:, :first].isnan().all()
+    assert wide[:, first + v :].isnan().all()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("columns", [0, 1, 1000, 1100])
+def test_a_shard_of_a_padded_vocabulary(dtype, columns):
+    """Padding is never read and gets a gradient of 0; targets of other shards are not owned."""
+    logits, target, _ = random_case(1100, dtype, n=6)
+    logits[:, columns:] = torch.nan
+    target[:] = torch.tensor([2199, 2200, -100, 2200 + columns - 1, 2200 + columns, 0])
+    shard = Shard(2200, columns, -100)
+    assert_gradient_equals_the_reference(logits, target, shard, Options())
+    if columns:
+        assert_statistics_equal_the_reference(logits, target, shard, Options())
+    else:
+        got = triton_kernels.shard_statistics(logits, target, shard, Options(distance=True))
+        nothing = torch.tensor([-torch.inf, -1, 0, 0, 0]).unsqueeze(-1).repeat(1, 6)
+        nothing[:, 2] = 0
+        assert torch.equal(got, nothing)
+
+
+@EVERY_OPTION
+def test_masked_logits_stay_masked(options):
+    logits = torch.randn(5, 2500, generator=torch.Generator().manual_seed(2))
+    logits[0] = -torch.inf
+    logits[1, :2100] = -torch.inf
+    logits[2, 1::2] = -torch.inf
+    logits[3, :2499] = -torch.inf
+    target, shard = torch.tensor([0, 1, 3, 2499, 5]), Shard(0, 2500, -100)
+    got = triton_kernels.shard_statistics(logits, target, shard, options)
+    want = reference.shard_statistics(logits.double(), target, shard, options)
+    assert got[:3, 0].tolist() == [-torch.inf, -1, 0]
+    assert got[1:3, 3].tolist() == [0, 0]
+    assert_within(got[:, 1:], want[:, 1:], atol=1e-4, rtol=1e-6)
+    if options.distance:
+        assert got[DISTANCE, :4].tolist() == [0, torch.inf, torch.inf, torch.inf]
+    coefficients = random_coefficients(logits, target, shard, options)
+    dz = gradient(triton_kernels, logits, target, shard, options, coefficients)[1:4]
+    truth = gradient(reference, logits.double(), target, shard, options, coefficients.double())[1:4]
+    assert_within(dz, truth, atol=2e-4)
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_logit_spoils_its_own_row_only(options, value):
+    if options.softcap and value == torch.inf:
+        return  # under a softcap +inf is the cap
+    logits, target, shard = random_case(2500, torch.float32, n=4)
+    logits[1, 2400] = value
+    got = triton_kernels.shard_statistics(logits, target, shard, options)
+    assert got[TAIL].isnan().tolist() == [False, True, False, False]
+    assert got[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_long_sums_of_equal_terms_do_not_drift(as_on_a_gpu, dtype):
+    """Every thread rounds alike, so that errors add up instead of averaging out."""
+    v = 262144 if dtype == torch.bfloat16 else 100000
+    logits = torch.full((1, v), -0.41, dtype=dtype)
+    logits[0, 77] = 1.0
+    target, shard = torch.tensor([77]), Shard(0, v, -100)
+    got = triton_kernels.shard_statistics(logits, target, shard, Options()).double()
+    want = reference.shard_statistics(logits.double(), target, shard, Options())
+    assert_within(got[TAIL].log1p(), want[TAIL].log1p(), atol=1e-6)
+    assert_within(got[SPREAD] / got[TAIL], want[SPREAD] / want[TAIL], atol=2e-6)
+
+
+@triton.jit
+def capped_kernel(z, capped, slope, inverse_cap, softcap, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x, s = meaning(tl.load(z + at), inverse_cap, True)
+    tl.store(capped + at, x * softcap)
+    tl.store(slope + at, s)
+
+
+@pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 1e4])
+def test_a_softcap_is_the_tanh_to_the_last_digits(softcap):
+    size = torch.logspace(-6, 1.5, 2**19, dtype=torch.float64)
+    z = (torch.cat([-size, size]) * softcap).float()
+    capped, slope = torch.empty_like(z), torch.empty_like(z)
+    capped_kernel[(1,)](z, capped, slope, 1 / softcap, softcap, SIZE=2**20)
+    want = (z.double() / softcap).tanh() * softcap
+    assert_within(capped, want, atol=1.5e-7 * softcap)
+    assert_within(capped, want, rtol=5e-7)
+    assert_within(slope, 1 / (z.double() / softcap).cosh() ** 2, rtol=1e-5, atol=1e-30)

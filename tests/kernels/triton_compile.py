@@ -1,0 +1,126 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
+
+Run by test_triton_compiles.py in a process without the interpreter: prints one line of JSON a
+variant. Triton's package brings the assembler and the disassembler.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_infoentropy.kernels.triton_gradient import gradient_kernel
+from megatron_infoentropy.kernels.triton_kernels import LOADS, THREADS, WARPS
+from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+NOT_INTEGERS = {"scale": "fp32", "rate": "fp32", "inverse_cap": "fp32", "target": "*i64"}
+NOT_INTEGERS |= {"statistics": "*fp32", "coefficients": "*fp32"}
+DIVISIBLE = ("row_stride", "out_row_stride", "columns", "width")  # by 16, where rows are aligned
+
+
+def variants(arch: int) -> Iterator[dict[str, Any]]:
+    """For sm_90 every dtype, with and without the options; for the others the usual case.
+
+    fp16 differs from bf16 in how a logit is unpacked only: with the options it is left out.
+    """
+    usual = arch != 90
+    for kernel, dtype, aligned, options in itertools.product(
+        ("statistics", "gradient"),
+        ("bf16",) if usual else SIZES,
+        (True,) if usual else (True, False),
+        (False,) if usual else (False, True),
+    ):
+        if not (dtype == "fp16" and options):
+            yield {"kernel": kernel, "dtype": dtype, "aligned": aligned, "options": options}
+
+
+def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
+    """Triton's compiled kernel, with the specialisations of a launch with such logits."""
+    aligned, dtype = variant["aligned"], variant["dtype"]
+    constants = {"ALIGNED": aligned, "SOFTCAP": variant["options"]}
+    if variant["kernel"] == "statistics":
+        kernel = statistics_kernel
+        constants |= {"DISTANCE": variant["options"], "THREADS": THREADS, "LOADS": LOADS}
+    else:
+        kernel = gradient_kernel
+        constants |= {"OFFSET": variant["options"], "BLOCK": THREADS * LOADS * 16 // SIZES[dtype]}
+        constants["TOGETHER"] = True
+    types = NOT_INTEGERS | {"logits": f"*{dtype}", "out": f"*{dtype}"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    divisible = [
+        name
+        for name, kind in signature.items()
+        if (kind[0] == "*" and (aligned or name not in ("logits", "out")))
+        or (aligned and name in DIVISIBLE)
+    ]
+    return triton.compile(
+        ASTSource(
+            kernel,
+            signature,
+            constexprs=constants,
+            attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": WARPS, "enable_fp_fusion": True},
+    )
+
+
+def instructions(sass: str) -> list[tuple[str, str]]:
+    """(opcode, operands), in order; a label is ("", label)."""
+    found = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        code = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", line)
+        if label:
+            found.append(("", label[1]))
+        elif code:
+            found.append((code[1], code[2]))
+    return found
+
+
+def main_loop(sass: str) -> Counter[str]:
+    """How often each opcode occurs in the first loop; empty where there is none."""
+    code = instructions(sass)
+    labels = {operands: i for i, (opcode, operands) in enumerate(code) if not opcode}
+    for i, (opcode, operands) in enumerate(code):
+        target = re.search(r"`\((\.L_\w+)\)", operands)
+        if opcode.startswith("BRA") and target and labels[target[1]] < i - 2:
+            return Counter(op for op, _ in code[labels[target[1]] : i + 1] if op)
+    return Counter()
+
+
+def describe(arch: int, variant: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The variant and the resources and opcodes of its machine code."""
+    compiled = compile_variant(arch, variant)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+
+    def run(tool: str, *arguments: str) -> str:
+        command = [str(TOOLS / tool), *arguments, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = run("cuobjdump", "-res-usage")
+    sass = run("nvdisasm", "-c")
+    return variant | {
+        "arch": arch,
+        "usage": {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
+        "opcodes": Counter(opcode for opcode, _ in instructions(sass) if opcode),
+        "main_loop": main_loop(sass),
+    }
+
+
+if __name__ == "__main__":
+    for variant in variants(int(sys.argv[1])):
+        print(json.dumps(describe(int(sys.argv[1]), variant, Path(sys.argv[2]))))  # noqa: T201
