@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, unstacked, write_checkpoint
-from tokenizers import Tokenizer, models
+from tiny_checkpoint import (
+    FAMILIES,
+    TOKENS,
+    tiny_args,
+    tiny_tensors,
+    unstacked,
+    write_checkpoint,
+)
+from tiny_tokenizer import write_tokenizer
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
@@ -31,6 +39,9 @@ def test_an_export_computes_what_megatrons_model_computed(
     with torch.no_grad():
         for tokens, expected in zip(golden["tokens"], golden["logits"], strict=True):
             actual = model(torch.tensor([tokens])).logits[0]
+            targets = torch.tensor(tokens[1:])
+            losses = [cross_entropy(z[:-1, :250], targets).item() for z in (actual, expected)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-5), "nats a token"
             assert expected.abs().max() > 3, "logits near zero would hide mistakes"
             torch.testing.assert_close(actual, expected[:, :250], atol=2e-5, rtol=0)
             assert torch.equal(actual.argmax(-1), expected[:, :250].argmax(-1))
@@ -59,6 +70,17 @@ def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {},
+    "Qwen2": FAMILIES["qwen2"],
+    "Qwen3": FAMILIES["qwen3"],
+    "Qwen3, interleaved": FAMILIES["qwen3"] | {"rotary_interleaved": True},
+    "GPT-NeoX": FAMILIES["gpt_neox"],
+    "GPT-NeoX, interleaved, fused gelu": FAMILIES["gpt_neox"]
+    | {"rotary_interleaved": True, "bias_gelu_fusion": True},
+    "GPT-2": FAMILIES["gpt2"],
+    "GPT-2, untied, norms around zero": FAMILIES["gpt2"]
+    | {"untie_embeddings_and_output_weights": True, "layernorm_zero_centered_gamma": True},
+    "biases": {"add_bias_linear": True},
+    "the scaling of Llama 3": {"use_rope_scaling": True},
     "a key for every query": {"group_query_attention": False, "num_query_groups": 1},
     "tied": {"untie_embeddings_and_output_weights": False},
     "interleaved": {"rotary_interleaved": True},
@@ -101,16 +123,6 @@ def test_the_dtype_asked_for_is_exported_and_checked_without_its_rounding(
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", dtype=asked)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "hf").dtype == exported
     assert verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
-
-
-def write_tokenizer(folder: Path, size: int) -> Path:
-    folder.mkdir()
-    vocab = {f"t{token}": token for token in range(size - 1)} | {"<|endoftext|>": size - 1}
-    Tokenizer(models.WordLevel(vocab, unk_token="t0")).save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "notes.txt").write_text("not part of a tokenizer")
-    return folder
 
 
 def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""The proof as a part of the commands: what it reads, insists on, and leaves when it fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+from tiny_tokenizer import write_tokenizer
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.convert import (
+    UnprovenConversionError,
+    convert_checkpoint,
+    prove,
+    verify,
+    why_not_now,
+)
+from megatron_infoentropy.convert.texts import LONGEST, sequences_for
+from megatron_infoentropy.convert.tokenizer_files import tokenizer_differences
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint `save`, its `tokenizer`, and the Hugging Face folder `hf` made of both."""
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 60)
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
+    return tmp_path
+
+
+def convert(folder: Path, *words: str) -> str:
+    done = CliRunner().invoke(
+        app,
+        [
+            *("convert", str(folder / "save"), "--tokenizer", str(folder / "tokenizer")),
+            *("--output", str(folder / "out"), *words),
+        ],
+    )
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_three_texts_of_full_length_are_compared(folder: Path) -> None:
+    assert [len(sequence) for sequence in sequences_for(folder / "hf")] == [64, 64, 64]
+    output = " ".join(convert(folder).split())
+    assert "logits over 192 tokens" in output
+    assert "same top token 100.00%" in output
+
+
+def test_without_a_tokenizer_the_tokens_are_drawn(folder: Path) -> None:
+    convert_checkpoint(folder / "save", folder / "bare")
+    sequences = sequences_for(folder / "bare")
+    assert [len(sequence) for sequence in sequences] == [64, 64, 64]
+    assert sequences == sequences_for(folder / "bare")
+    different = {token for sequence in sequences for token in sequence}
+    assert len(different) > 40
+    assert different <= set(range(60))
+    assert prove(folder / "save", folder / "bare").tokens == 192
+
+
+def test_very_long_contexts_are_compared_on_a_part(folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 131072}
+    path.write_text(json.dumps(config))
+    assert {len(sequence) for sequence in sequences_for(folder / "hf")} == {LONGEST}
+
+
+def test_an_output_that_fails_the_proof_never_appears(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = folder / "text"
+    text.write_text("t1 t2 t3 " * 50)
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    before = set(folder.iterdir())
+    with pytest.raises(UnprovenConversionError, match=r"do not compute the same; logits over 128"):
+        convert(folder, "--text", str(text))
+    assert set(folder.iterdir()) == before
+
+
+def test_without_the_memory_for_it_the_proof_is_left_out_unless_demanded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "memory_needed", lambda folder, length: 10**18)
+    reason = why_not_now(folder / "hf")
+    assert reason is not None
+    assert "1000000000.0 GB of memory" in reason
+    assert "not verified: comparing the models takes" in convert(folder)
+    assert "logits over 192" in convert(folder, "--verify", "--overwrite")
+    assert "verified" not in convert(folder, "--no-verify", "--overwrite")
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_found(folder: Path) -> None:
+    assert tokenizer_differences(folder / "hf") == []
+    path = folder / "hf" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
+    assert tokenizer_differences(folder / "hf") == ["1 tokens are not stored, first '<pad>'"]
+    result = verify.verify_conversion(folder / "save", folder / "hf", [[1, 2, 3]])
+    assert result.tokenizer_differences
+    assert not result.passed
+
+
+def test_a_config_that_transformers_4_reads_otherwise_is_found(folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 9000.0}))
+    result = verify.verify_conversion(folder / "save", folder / "hf", [[1, 2, 3]])
+    assert result.config_differences == ("rope_theta is 9000.0 for transformers 4, 10000.0 for 5",)
+    assert not result.passed
+
+
+def test_nan_in_a_folder_does_not_pass(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    result = verify.verify_conversion(folder / "save", folder / "hf", [[1, 2, 3]])
+    assert not result.passed
+
+
+def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
+    args = tiny_args(
+        infoentropy_objective="infoentropy",
+        infoentropy_gamma=2.0,
+        infoentropy_sigma=1.0,
+        infoentropy_normalization="global",
+        infoentropy_z_loss=1e-4,
+        infoentropy_backend="auto",
+        train_data_path=["0.25", "/somewhere/books", "0.75", "/somewhere/web"],
+    )
+    run = tmp_path / "run"
+    write_checkpoint(run / "checkpoints", args, tiny_tensors(args))
+    versions = {"megatron-core": "0.19.2", "commit": "0123abc"}
+    (run / "run.json").write_text(json.dumps({"gamma": 2.0, "versions": versions}))
+    convert_checkpoint(run / "checkpoints", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for row in (
+        "| objective | infoentropy |",
+        "| gamma | 2.0 |",
+        "| normalization | global |",
+        "| other settings of the loss | z_loss 0.0001 |",
+        "| data | 0.25 books 0.75 web |",
+        "| iterations | 7 |",
+        "| commit at training | 0123abc |",
+    ):
+        assert row in card
+    assert "/somewhere" not in card
+    parameters = sum(tensor.numel() for tensor in tiny_tensors(args).values())
+    padding = 2 * 4 * 32  # of both tables
+    assert f"{parameters - padding:,} parameters" in card
