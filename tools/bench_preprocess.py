@@ -128,6 +128,8 @@ def model(texts: dict[str, Path], tokenizer: Path, engine: str, folder: Path) ->
             strict=True,
         )
     )
+    if min(readers, workers) <= 0:
+        raise ValueError(f"{texts['whole']} is too small for what else this machine does just now")
     return {
         "reader_s_per_mb": readers / megabytes,
         "workers_s_per_mb": workers / megabytes,
