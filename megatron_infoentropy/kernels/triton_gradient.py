@@ -4,7 +4,6 @@ The gradient is a function of each logit alone, so a row may be cut anywhere: it
 16-byte boundaries of the output, and where the row begins or ends inside a block that is masked.
 Both sides are marked as not worth keeping in the caches.
 """
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
 
 import triton
 import triton.language as tl

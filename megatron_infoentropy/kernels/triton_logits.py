@@ -4,7 +4,6 @@ A thread's share of a tile is LOADS vectors of 16 bytes. They travel as 32-bit w
 without leaving their thread, into tensors of one element a thread: what is then done to a row is
 plain arithmetic on such tensors, and threads meet only where the row ends.
 """
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
 
 import triton
 import triton.language as tl

@@ -11,7 +11,6 @@ over 8 logits, then over a tile, then over the row, which keeps chains of additi
 A row is not split over programs: the order of its sums would then depend on how many rows there
 are. NaN stays in the thread's maximum, by a maximum that keeps it, and is found in the fold.
 """
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
