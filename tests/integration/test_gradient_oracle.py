@@ -36,7 +36,10 @@ LAYOUTS = {
     "dp2-empty": {"dp": 2, "micro_batches": 3, "empty": True},
     "tp2-dp2-overlap": {"tp": 2, "dp": 2, "flags": ("--overlap-grad-reduce",)},
     "dp2-focal": {"dp": 2, "objective": "focal"},
-    "tp2-fused": {"tp": 2, "flags": ("--infoentropy-fused-linear",)},
+    "tp2-pp2-fused": {
+        **{"tp": 2, "pp": 2},
+        "flags": ("--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12"),
+    },
 }
 CASES = [(layout, norm) for layout in LAYOUTS for norm in ("paper", "global")]
 
@@ -76,8 +79,9 @@ def test_main_grads_equal_the_oracle(run, index):
     for rank, written in found.items():
         for name, gradient in written["gradients"][index].items():
             truth = expected[rank[:3]][name]
-            error = (gradient.double() - truth).abs().max() / truth.abs().max()
-            assert error <= 1e-5, f"rank {rank}, {name}: relative error {error:.2e}"
+            # Of a shard that is all padding both are exactly 0.
+            error, size = (gradient.double() - truth).abs().max(), truth.abs().max()
+            assert error <= 1e-5 * size, f"rank {rank}, {name}: error {error:.2e} of {size:.2e}"
 
 
 def test_the_oracle_notices_what_is_left_out(run):
@@ -92,6 +96,7 @@ def test_the_oracle_notices_what_is_left_out(run):
         errors = [
             (gradient.double() - expected[name]).norm() / expected[name].norm()
             for name, gradient in written["gradients"][1].items()
+            if expected[name].norm() > 0
         ]
         assert min(errors) > 1e-3, without
 
