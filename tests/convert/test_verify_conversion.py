@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
 from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
@@ -35,6 +35,14 @@ def untouched_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
     return (weight,)
 
 
+def unchanged(tensor: Tensor, model: Architecture) -> tuple[Tensor]:
+    return (tensor,)
+
+
+def by_head_in_columns(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
+    return (qkv.t().contiguous(),)
+
+
 def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
     heads = qkv.view(model.num_groups, -1, model.head_dim, model.hidden_size)
     return tuple(
@@ -52,6 +60,9 @@ def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
         ("gate_up", up_gate, {}),
         ("vocabulary", shifted_vocabulary, {}),
         ("norm", untouched_norm, {"layernorm_zero_centered_gamma": True}),
+        ("head_norm", unchanged, FAMILIES["qwen3"] | {"rotary_interleaved": True}),
+        ("qkv_by_head", unchanged, FAMILIES["gpt_neox"] | {"rotary_interleaved": True}),
+        ("qkv_in_columns", by_head_in_columns, FAMILIES["gpt2"]),
     ],
 )
 def test_a_wrong_layout_fails_the_check(
@@ -104,6 +115,30 @@ def test_a_wrong_configuration_fails_the_check_and_is_named(
     assert any(line.startswith(field) for line in verification.config_differences)
     close = verification.max_difference <= TOLERANCE * verification.max_logit
     assert close != logits_differ, verification
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "field"),
+    [
+        ("gpt_neox", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
+        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual"),
+        ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}, "partial_rotary"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function"),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ("qwen2", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ("qwen3", {"rope_parameters": ROPE}, "rope_theta"),
+    ],
+)
+def test_a_wrong_configuration_of_another_family_fails_the_check(
+    tmp_path: Path, family: str, changes: dict[str, Any], field: str
+) -> None:
+    args = tiny_args(**FAMILIES[family])
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    change_config(tmp_path, **changes)
+    verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
+    assert any(line.startswith(field) for line in verification.config_differences)
+    assert verification.max_difference > TOLERANCE * verification.max_logit, "and logits show it"
 
 
 def test_a_vocabulary_cut_off_by_one_fails_the_check(
