@@ -118,6 +118,7 @@ def measure(command: Command) -> tuple[float, float]:
 
 def model(texts: dict[str, Path], tokenizer: Path, engine: str, folder: Path) -> dict[str, float]:
     """CPU seconds per megabyte of the reading process and of the workers, and what follows."""
+    _costs(texts["half"], tokenizer, engine, folder / f"{engine}-imports")  # not timed twice
     readers, workers, megabytes, tokens = (
         whole - half
         for half, whole in zip(
@@ -210,10 +211,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         texts = {"half": first_half(chosen.text, Path(name)), "whole": chosen.text}
         rows = compare(texts, chosen.tokenizer, chosen.repeats, Path(name))
+        for row in rows:
+            sys.stdout.write(f"{row}\n")
         engines = ["hf"] + (["gigatoken"] if find_spec("gigatoken") else [])
         models = {e: model(texts, chosen.tokenizer, e, Path(name)) for e in engines}
-    for row in rows:
-        sys.stdout.write(f"{row}\n")
     for engine, found in models.items():
         sys.stdout.write(f"{engine}: { {key: round(value, 5) for key, value in found.items()} }\n")
     if chosen.output:
