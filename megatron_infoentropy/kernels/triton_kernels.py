@@ -13,8 +13,8 @@ The launch parameters come from arithmetic and are not measured yet. An H200 (13
 
 Both should therefore wait for memory: predicted are 90 % of the copy bandwidth or more. Counted in
 the machine code for sm_90; a softcap makes it 35 instructions, which limits the statistics to less
-than half. Where rows do not start at 16-byte boundaries the statistics read logit by logit, at about
-two thirds (predicted); the gradient does not.
+than half. Where rows do not start at 16-byte boundaries the statistics read logit by logit, at
+about two thirds (predicted); the gradient does not.
 
 Importing this module imports no Triton; the first launch does.
 """
