@@ -1,7 +1,7 @@
 """From a Megatron checkpoint to a Hugging Face folder and back, in one process without Megatron.
 
 reading    checkpoint (distcp, torch_file, unpickle): any parallel layout, by layers
-what it is architecture: the family that computes the same, or refused; arguments, hf_config
+what it is families: which one computes the same, or refused; architecture, arguments, hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
 writing    to_hf (shards, weights_file, tokenizer_files, model_card), output_folder
            from_hf (hf_weights, distcp_writer)

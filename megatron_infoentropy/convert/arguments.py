@@ -3,7 +3,8 @@
 from argparse import Namespace
 from typing import Any
 
-from megatron_infoentropy.convert.architecture import FAMILIES, LEARNED, Architecture
+from megatron_infoentropy.convert.architecture import Architecture
+from megatron_infoentropy.convert.families import FAMILIES, LEARNED
 
 
 def arguments_of(model: Architecture) -> Namespace:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_infoentropy.convert.architecture import CLASSES, Architecture
+from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.arguments import arguments_of, flags_of
 from megatron_infoentropy.convert.checkpoint import LATEST
 from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import architecture_from_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.layout import LAYOUTS

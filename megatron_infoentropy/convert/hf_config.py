@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.convert.architecture import CLASSES, Architecture, Family
+from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.families import CLASSES, Family
 
 _LLAMA_FIELDS = {
     "vocab_size": "vocab_size",

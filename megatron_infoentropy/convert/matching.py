@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from megatron_infoentropy.convert.architecture import CLASSES, Architecture
+from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.naming import TABLES, Dim, Row
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")

@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.convert.architecture import CLASSES, Architecture
+from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.families import CLASSES
 
 _PREFIX = "infoentropy_"
 _OBJECTIVE = ("objective", "gamma", "sigma", "normalization")

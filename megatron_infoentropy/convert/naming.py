@@ -7,7 +7,7 @@ which is what Megatron writes for models whose layers are all alike.
 
 from typing import Literal, NamedTuple
 
-from megatron_infoentropy.convert.architecture import Family
+from megatron_infoentropy.convert.families import Family
 
 LayoutName = Literal[
     "same",
