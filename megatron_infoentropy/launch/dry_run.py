@@ -104,8 +104,11 @@ def parse(words: list[str], ranks: int, device: Device) -> Shape:
 
 
 def _last_words(errors: str) -> str:
-    """The last line of what a process said before it failed; argparse's and exceptions' own."""
-    return next((line for line in reversed(errors.splitlines()) if line.strip()), "without a word")
+    """What a process said last before it failed: argparse's line, an exception's, or its assert."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip(" ^~")]
+    if not lines:
+        return "without a word"
+    return f"{lines[-2]} (AssertionError)" if lines[-1] == "AssertionError" else lines[-1]
 
 
 def _training_lines(run: DryRun) -> list[str]:

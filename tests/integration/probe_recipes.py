@@ -6,6 +6,8 @@ import json
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def parse(world, output, ranks=(), *, on_local_layers=True):
@@ -52,3 +54,49 @@ def _parameters(container, rank, world):
     mpu.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+# What a ring sends of the larger side of a collective over k ranks, in units of (k - 1) / k.
+RING = {
+    "allreduce_": 2,
+    "_allgather_base_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+}
+
+
+class Sent(TorchDispatchMode):
+    """[operation, ranks of its group, shape, bytes that this rank sends] of all communication."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and (name in RING or name == "send"):
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            largest = max(tensors, key=lambda tensor: tensor.nbytes)
+            ranks = torch.distributed.ProcessGroup.unbox(group).size()
+            share = 1 if name == "send" else RING[name] * (ranks - 1) / ranks
+            self.calls.append((name, ranks, list(largest.shape), largest.nbytes * share))
+        return func(*args, **kwargs or {})
+
+
+def _is_group(value):
+    return "ProcessGroup" in str(value._type())
+
+
+def count_traffic(world, output):
+    """Train as rank 0 of a world whose other ranks are not there; write what it would have sent."""
+    os.environ["WORLD_SIZE"] = str(world)
+    from megatron.training import get_args
+
+    from megatron_infoentropy import pretrain
+    from megatron_infoentropy.launch.parsed import shape_of
+
+    with Sent() as sent:
+        pretrain.main()
+    found = {"shape": dataclasses.asdict(shape_of(get_args())), "sent": sent.calls}
+    output.write_text(json.dumps(found))

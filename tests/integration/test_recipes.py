@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from launch import TINY_MODEL, run_trainer
-from probe_recipes import parse
+from probe_recipes import count_traffic, parse
 
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.estimate import Shape, parameters, stages
+from megatron_infoentropy.launch.dry_run import FlagsRefused, dry_run
+from megatron_infoentropy.launch.estimate import Shape, parameters, stages, traffic
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_command_line
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
@@ -103,3 +104,46 @@ def test_a_narrow_recipe_trains_on_local_layers(name, objective, tmp_path):
     assert sorted(curve) == [1, 2]
     assert curve[2]["cross entropy"] == pytest.approx(5.545, abs=0.1)  # ln 256, from N(0, 0.01)
     assert curve[1]["learning rate"] == pytest.approx(3e-4)
+
+
+def sent_in_a_step(tmp_path, layout):
+    """(shape, all that rank 0 sends) of one step of two micro-batches, recomputed in full."""
+    output = tmp_path / "sent.json"
+    recompute = ["--recompute-granularity=full", "--recompute-method=uniform"]
+    batch = ["--micro-batch-size=1", "--global-batch-size=8", "--train-iters=1", "--lr=1e-3"]
+    flags = [*TINY_MODEL, *PLAIN, *layout, *batch, *recompute, "--recompute-num-layers=1"]
+    flags += ["--vocab-size=256", "--bf16", "--use-distributed-optimizer", "--fake-process-group"]
+    run_trainer(1, count_traffic, (8, output), flags, tmp_path)
+    found = json.loads(output.read_text())
+    return Shape(**found["shape"]), found["sent"]
+
+
+def test_counted_traffic_is_what_megatron_sends_over_tensor_and_data_parallel_groups(tmp_path):
+    shape, sent = sent_in_a_step(tmp_path, ["--tensor-model-parallel-size=2"])
+    counted = traffic(shape)
+    activations = [size for _, ranks, axes, size in sent if ranks == 2 and len(axes) > 1]
+    assert counted.tensor_parallel == sum(activations)
+    buffers = [size for name, ranks, _, size in sent if ranks == 4 and "coalesced" in name]
+    assert len(buffers) == 2  # gradients scattered, parameters gathered; padded by Megatron
+    assert counted.data_parallel == pytest.approx(sum(buffers), rel=0.02)
+
+
+def test_counted_traffic_is_what_megatron_sends_along_a_pipeline(tmp_path):
+    shape, sent = sent_in_a_step(tmp_path, ["--pipeline-model-parallel-size=2"])
+    assert shape.micro_batches == 2
+    handed_on = [size for name, *_, size in sent if name == "send"]
+    assert traffic(shape).pipeline_parallel == sum(handed_on)
+
+
+def test_a_dry_run_counts_another_layout_at_another_size():
+    extra = ("--tensor-model-parallel-size=2", "--sequence-parallel", "--micro-batch-size=4")
+    run = dry_run(PAPER / "6.7b.yaml", {"infoentropy-objective": "focal"}, extra, ranks=64)
+    assert run.parameters == 6_738_415_616
+    assert (run.shape.data_parallel, run.shape.micro_batches) == (32, 16)
+    assert run.shape.sequence_parallel
+    assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(run.lines())
+
+
+def test_a_dry_run_refuses_what_a_training_would_in_its_words():
+    with pytest.raises(FlagsRefused, match="unrecognized arguments: --num-layer 3"):
+        dry_run(PAPER / "468m.yaml", {}, ("--num-layer", "3"))

@@ -3,44 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from small_shape import PLAIN
 
-from megatron_infoentropy.launch.estimate import Shape, memory, parameters, stages, traffic
+from megatron_infoentropy.launch.estimate import memory, parameters, stages, traffic
 
-# 4 layers of hidden 8, 2 heads of 4, SwiGLU of 16, vocabulary 32, untied: small enough for paper.
-PLAIN = Shape(
-    num_layers=4,
-    hidden_size=8,
-    ffn_hidden_size=16,
-    num_attention_heads=2,
-    num_query_groups=2,
-    kv_channels=4,
-    gated=True,
-    linear_bias=False,
-    qkv_bias=False,
-    norm_vectors=1,
-    qk_layernorm=False,
-    position_table=0,
-    untied=True,
-    vocab_size=32,
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    virtual_stages=1,
-    data_parallel=2,
-    sequence_parallel=False,
-    micro_batch_size=3,
-    global_batch_size=12,
-    seq_length=10,
-    train_iters=7,
-    weight_bytes=2,
-    gradient_bytes=4,
-    distributed_optimizer=True,
-    fp8=False,
-    fused_linear=False,
-    chunk_tokens=5,
-    layer_activations=1000,
-    recompute="",
-    recompute_layers=1,
-)
 LINEAR = 4 * 8 * 8 + 3 * 8 * 16  # of one layer: q, k, v, out; gate, up, down
 TOTAL = 4 * (LINEAR + 16) + 8 + 2 * 32 * 8
 HIDDEN = 3 * 10 * 8 * 2  # bytes of one micro-batch's hidden states
