@@ -11,10 +11,11 @@ from probe_recipes import count_traffic, parse
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch.dry_run import FlagsRefused, dry_run
-from megatron_infoentropy.launch.estimate import Shape, parameters, stages, traffic
+from megatron_infoentropy.launch.estimate import Shape, memory, parameters, stages, traffic
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_command_line
 
-PAPER = Path(__file__).parents[2] / "examples" / "paper"
+ROOT = Path(__file__).parents[2]
+PAPER, DOCS = ROOT / "examples" / "paper", ROOT / "docs"
 PLAIN = ["--mock-data", "--tokenizer-type=NullTokenizer"]
 
 # As published: parameters, ranks, tokens a step, steps, warm-up, micro-batch, accumulation.
@@ -57,6 +58,16 @@ def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_mod
     assert int(arguments["lr_warmup_iters"]) == warmup
     assert arguments["fp8"] == ("'hybrid'" if name == "6.7b" else "None")
     assert arguments["params_dtype"] == "torch.bfloat16"
+    assert documented_row(name, ranks, shape) in (DOCS / "recipes.md").read_text()
+
+
+def documented_row(name, ranks, shape):
+    """The line of the table in docs/recipes.md that tells of a model's memory and traffic."""
+    held = memory(shape)
+    sizes = (held.weights, held.gradients, held.optimizer_sharded, held.activations)
+    in_gib = [f"{size / 2**30:.2f}" for size in (*sizes, held.logits_whole, held.total(shape))]
+    sent = f"{traffic(shape).data_parallel / 1e9:.2f}"
+    return f"| {' | '.join([name.upper(), str(ranks), *in_gib, sent])} |"
 
 
 VARIANTS = {
