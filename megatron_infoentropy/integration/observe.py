@@ -40,8 +40,9 @@ class TokenObserver:
         """Count the tokens of one micro-batch, all [batch, sequence]; no synchronisation."""
         mask, weight = mask.double().flatten(), weight.detach().double().flatten()
         ce, entropy = (part.detach().double().flatten() for part in statistics[:2])
-        positions = torch.tensor(float(mask.numel()), dtype=mask.dtype, device=mask.device)
-        sums = [mask.sum(), (mask * ce).sum(), (mask * weight).sum(), positions]
+        tokens = mask.sum()
+        positions = torch.full_like(tokens, mask.numel())  # filled on the device: no wait
+        sums = [tokens, (mask * ce).sum(), (mask * weight).sum(), positions]
         mine = torch.cat(
             [
                 self.entropy.count(entropy, mask),

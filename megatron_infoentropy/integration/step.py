@@ -96,7 +96,9 @@ class InfoEntropyForwardStep:
         statistics = unpack(output.detach())
         self.observer.add(statistics, token_weight(statistics, config), loss_mask)
         if self.config.gamma_schedule != "constant":
-            report["gamma"] = torch.tensor([config.gamma, 1.0], device=loss.device)
+            # Filled on the device: a copy from the host would wait for it.
+            gamma = torch.full_like(loss.detach(), config.gamma)
+            report["gamma"] = torch.stack([gamma, torch.ones_like(gamma)])
         _reject_bad_loss(loss)
         return loss, num_tokens, report
 
