@@ -35,6 +35,9 @@ UNCOUNTED = {
     "fp8_param_gather": "parameters in FP8",
 }
 
+# The last of the ranks opens these writers, and the only rank of a world of one is the last.
+LEAVE_NOTHING_BEHIND = ("--tensorboard-dir=", "--wandb-project=")
+
 
 def main() -> None:
     """Print the shape of the training that the command line describes; the rest goes to stderr."""
@@ -43,7 +46,7 @@ def main() -> None:
 
         from megatron.training import get_args
 
-        sys.argv.append("--fake-process-group")
+        sys.argv += ["--fake-process-group", *LEAVE_NOTHING_BEHIND]
         pretrain.prepare()
         shape = shape_of(get_args())
     json.dump(asdict(shape), sys.stdout)

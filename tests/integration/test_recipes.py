@@ -10,6 +10,7 @@ from probe_recipes import count_traffic, parse
 
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
+from megatron_infoentropy.launch import parsed
 from megatron_infoentropy.launch.dry_run import FlagsRefused, dry_run
 from megatron_infoentropy.launch.estimate import Shape, memory, parameters, stages, traffic
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_command_line
@@ -158,3 +159,10 @@ def test_a_dry_run_counts_another_layout_at_another_size():
 def test_a_dry_run_refuses_what_a_training_would_in_its_words():
     with pytest.raises(FlagsRefused, match="unrecognized arguments: --num-layer 3"):
         dry_run(PAPER / "468m.yaml", {}, ("--num-layer", "3"))
+
+
+def test_parsing_leaves_nothing_behind_even_as_the_only_rank(tmp_path):
+    writers = [f"--tensorboard-dir={tmp_path / 'events'}", "--wandb-project=p", "--save=nowhere"]
+    log = run_trainer(1, parsed.main, (), [*words("468m"), *PLAIN, *writers], tmp_path)
+    assert parameters(Shape(**json.loads(log.splitlines()[-1]))) == 468_239_360
+    assert [path.name for path in tmp_path.iterdir()] == ["rank0.log"]
