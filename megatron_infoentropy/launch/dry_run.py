@@ -26,7 +26,8 @@ from megatron_infoentropy.launch.machine import machine_environment
 from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 from megatron_infoentropy.runtime.device import Device, find_device
 
-GIB, GIGA = 2**30, 10**9
+MEMORY_UNITS = {"GiB": 2**30, "MiB": 2**20}
+TRAFFIC_UNITS = {"GB": 10**9, "MB": 10**6}
 
 
 class FlagsRefused(ValueError):
@@ -145,14 +146,20 @@ def _memory_lines(run: DryRun) -> list[str]:
         ("together", held.total(shape), "workspaces and communication buffers come on top"),
     ]
     return ["memory of the fullest rank"] + [
-        f"  {name:16} {_gib(size):>12}   {note}".rstrip() for name, size, note in rows if size
+        f"  {name:16} {_in(MEMORY_UNITS, size):>12}   {note}".rstrip()
+        for name, size, note in rows
+        if size
     ]
 
 
 def _chosen(is_on: bool, sizes: tuple[int, int], flag: str) -> tuple[int, str]:
     """(what the training takes, what it would with the flag turned); sizes: with and without."""
     on, off = sizes
-    return (on, f"{_gib(off)} without {flag}") if is_on else (off, f"{_gib(on)} with {flag}")
+    return (
+        (on, f"{_in(MEMORY_UNITS, off)} without {flag}")
+        if is_on
+        else (off, f"{_in(MEMORY_UNITS, on)} with {flag}")
+    )
 
 
 def _traffic_lines(run: DryRun) -> list[str]:
@@ -162,9 +169,11 @@ def _traffic_lines(run: DryRun) -> list[str]:
         ("data parallel", run.traffic.data_parallel),
     ]
     return ["sent by the busiest rank in a step"] + [
-        f"  {name:17} {size / GIGA:8.2f} GB" for name, size in rows
+        f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in rows
     ]
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _in(units: dict[str, int], size: int) -> str:
+    """In the largest unit of which there is one, or the smallest."""
+    unit = next((unit for unit, of in units.items() if size >= of), list(units)[-1])
+    return f"{size / units[unit]:.2f} {unit}"

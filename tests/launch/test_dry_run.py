@@ -64,6 +64,13 @@ def test_every_number_has_a_line(parsed):
 
 
 @pytest.mark.parametrize(
+    ("size", "text"), [(3 * 2**29, "1.50 GiB"), (2**29, "512.00 MiB"), (0, "0.00 MiB")]
+)
+def test_sizes_come_in_units_that_fit(size, text):
+    assert dry._in(dry.MEMORY_UNITS, size) == text
+
+
+@pytest.mark.parametrize(
     ("code", "reason"),
     [
         ("import sys; sys.exit('train.py: error: no such flag')", "train.py: error: no such flag"),
