@@ -146,7 +146,7 @@ def _memory_lines(run: DryRun) -> list[str]:
         ("together", held.total(shape), "workspaces and communication buffers come on top"),
     ]
     return ["memory of the fullest rank"] + [
-        f"  {name:16} {_in(MEMORY_UNITS, size):>12}   {note}".rstrip()
+        f"  {name:16} {_memory_size(size):>12}   {note}".rstrip()
         for name, size, note in rows
         if size
     ]
@@ -154,12 +154,8 @@ def _memory_lines(run: DryRun) -> list[str]:
 
 def _chosen(is_on: bool, sizes: tuple[int, int], flag: str) -> tuple[int, str]:
     """(what the training takes, what it would with the flag turned); sizes: with and without."""
-    on, off = sizes
-    return (
-        (on, f"{_in(MEMORY_UNITS, off)} without {flag}")
-        if is_on
-        else (off, f"{_in(MEMORY_UNITS, on)} with {flag}")
-    )
+    chosen, other = sizes if is_on else reversed(sizes)
+    return chosen, f"{_memory_size(other)} {'without' if is_on else 'with'} {flag}"
 
 
 def _traffic_lines(run: DryRun) -> list[str]:
@@ -171,6 +167,10 @@ def _traffic_lines(run: DryRun) -> list[str]:
     return ["sent by the busiest rank in a step"] + [
         f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in rows
     ]
+
+
+def _memory_size(size: int) -> str:
+    return _in(MEMORY_UNITS, size)
 
 
 def _in(units: dict[str, int], size: int) -> str:
