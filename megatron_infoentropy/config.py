@@ -178,6 +178,18 @@ class InfoEntropyConfig:
             return False
         return self.objective == "custom" or self.gamma != 0
 
+    def require_constant_gamma(self) -> None:
+        """For functions that see no training samples go by.
+
+        Raises:
+            ValueError: gamma is scheduled.
+        """
+        if self.gamma_schedule != "constant":
+            raise ValueError(
+                f"gamma_schedule={self.gamma_schedule!r} needs to know how far training is, which "
+                "only the trainer does: pass config.at(samples)"
+            )
+
     def at(self, samples: int) -> "InfoEntropyConfig":
         """The configuration after so many training samples, its gamma no longer scheduled."""
         if self.gamma_schedule == "constant":

@@ -6,7 +6,7 @@ nothing is silently absent. Ours are here, everybody else's in `peers`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,21 @@ def _of_backend(backend: str, reason: str | None, inplace: bool) -> Provider:
     return Provider(name, refuse, "infoentropy", is_ours=True)
 
 
+class _Computed(torch.autograd.Function):
+    """The same memory as if a model had computed it: in place refuses a leaf and its views."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        source = logits.detach()
+        return logits.new_empty(0).set_(  # not a view, as far as autograd knows
+            source.untyped_storage(), source.storage_offset(), source.size(), source.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def _ours(
     name: str, computes: Computes, *, inplace: bool = True, **settings: str | float
 ) -> Provider:
@@ -116,9 +131,12 @@ def _ours(
         config = InfoEntropyConfig(**settings)  # type: ignore[arg-type]
 
         def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            computed = logits.view_as(logits)  # in place needs logits that are not a leaf
             return infoentropy_loss(
-                computed, target, config, group=setting.group, inplace_backward=inplace
+                _Computed.apply(logits),
+                target,
+                config,
+                group=setting.group,
+                inplace_backward=inplace,
             )
 
         return loss

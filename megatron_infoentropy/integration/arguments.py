@@ -82,6 +82,11 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             )
     if config.fused_linear:
         _check_output_layer_can_be_fused(args)
+    if getattr(args, "cuda_graph_impl", "none") == "full_iteration":
+        raise ValueError(
+            "--cuda-graph-impl full_iteration is refused: it would replay one step's gamma and "
+            "reports for ever; use local or transformer_engine, which capture the layers"
+        )
     if config.normalization == "global":
         _check_gradients_can_be_scaled_at_once(args)
 

@@ -49,6 +49,7 @@ def use_infoentropy_loss(
         ValueError: the model has no such method, or a setting cannot be used here.
     """
     config = InfoEntropyConfig() if config is None else config
+    config.require_constant_gamma()
     target = model
     # Asked of the class: some wrappers pass attributes through, and would be bound in vain.
     while not _is_language_model(target) and hasattr(target, "module"):
@@ -84,8 +85,10 @@ def use_infoentropy_loss(
             loss, weight = token_loss(statistics, config), token_weight(statistics, config)
             mask = (target != ignore_index).to(loss.dtype)
             sums = token_sums(loss.detach(), weight.detach(), mask)
-            factor = alpha(reduce_sums(sums, data_parallel_group), config.normalization)
-            loss = factor * weight * loss
+            loss = weight * loss
+            if config.is_weighted and config.normalization != "none":
+                sums_of_group = reduce_sums(sums, data_parallel_group)
+                loss = alpha(sums_of_group, config.normalization) * loss
         return loss.transpose(0, 1).contiguous()
 
     target.compute_language_model_loss = MethodType(compute_language_model_loss, target)

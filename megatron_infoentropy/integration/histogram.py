@@ -1,5 +1,6 @@
 """Counts in bins of fixed edges: what ranks and micro-batches can add up without seeing values."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ class Histogram:
     def share_above(self, counts: torch.Tensor, value: float) -> float:
         """The share of the mass above `value`, linear inside its bin; 0 without mass."""
         total = float(counts.sum())
+        if math.isnan(value):
+            return math.nan
         position = (value - self.low) * self.bins / (self.high - self.low)
         position = min(max(position, 0.0), float(self.bins))
         whole = int(position)

@@ -21,29 +21,46 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
     saved: the arguments in the checkpoint.
     """
     fields = [f for f in dataclasses.fields(InfoEntropyConfig) if f.name not in MEANS]
+    whose = "the checkpoint was trained with"
     if not hasattr(saved, f"{PREFIX}_objective"):
-        plain = InfoEntropyConfig(objective="cross_entropy")
-        if config.is_weighted:
-            return (
-                "the checkpoint was trained with Megatron's own cross entropy and this run goes on "
-                f"with {_words(config, plain, fields)}"
-            )
-        return None
-    # A checkpoint of an earlier version lacks the newer fields: they had their defaults.
-    before: dict[str, Any] = {
-        f.name: getattr(saved, f"{PREFIX}_{f.name}", f.default) for f in fields
-    }
-    theirs = dataclasses.replace(config, **before)
-    if theirs == config:
+        theirs = dataclasses.replace(config, **_defaults(fields) | {"objective": "cross_entropy"})
+        whose += " Megatron's own cross entropy,"
+    else:
+        # A checkpoint of an earlier version lacks the newer fields: they had their defaults.
+        before = {
+            name: getattr(saved, f"{PREFIX}_{name}", default)
+            for name, default in _defaults(fields).items()
+        }
+        theirs = dataclasses.replace(config, **before)
+    theirs, ours = _effective(theirs), _effective(config)
+    if theirs == ours:
         return None
     return (
-        f"the checkpoint was trained with {_words(theirs, config, fields)} and this run goes on "
-        f"with {_words(config, theirs, fields)}"
+        f"{whose} {_words(theirs, ours, fields)} and this run goes on with "
+        f"{_words(ours, theirs, fields)}"
     )
 
 
+def _defaults(fields: list[dataclasses.Field[Any]]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields}
+
+
+def _effective(config: InfoEntropyConfig) -> InfoEntropyConfig:
+    """The same objective, with what has no effect on it at its default."""
+    plain = InfoEntropyConfig()
+    if config.gamma_schedule == "constant":
+        config = dataclasses.replace(config, gamma_end=plain.gamma_end)
+        if not config.is_weighted:
+            names = ("gamma", "sigma", "blend", "weighting", "normalization", "detach_weight")
+            reset = {name: getattr(plain, name) for name in names}
+            config = dataclasses.replace(config, **reset, objective="cross_entropy")
+    if config.objective != "infoentropy":
+        config = dataclasses.replace(config, sigma=plain.sigma)
+    return config
+
+
 def _words(
-    config: InfoEntropyConfig, other: InfoEntropyConfig, fields: list[dataclasses.Field[object]]
+    config: InfoEntropyConfig, other: InfoEntropyConfig, fields: list[dataclasses.Field[Any]]
 ) -> str:
     """The objective and what else differs."""
     different = [

@@ -6,7 +6,6 @@ which holds Megatron's writers, reports to the console, TensorBoard and W&B.
 """
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,6 @@ class TokenObserver:
         self.log2_weight = Histogram(low, high, (high - low) * WEIGHT_BINS_PER_OCTAVE)
         self._counts: torch.Tensor | None = None  # float64: entropy bins, weight bins, SUMS
         self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
-        self._since = time.perf_counter()
 
     def add(self, statistics: TokenStatistics, weight: torch.Tensor, mask: torch.Tensor) -> None:
         """Count the tokens of one micro-batch, all [batch, sequence]; no synchronisation."""
@@ -52,13 +50,12 @@ class TokenObserver:
         )
         self._counts = mine if self._counts is None else self._counts + mine
 
-    def report(self, group: Any) -> dict[str, float] | None:
+    def report(self, group: Any, seconds: float) -> dict[str, float] | None:
         """Numbers by name, over all ranks of `group`, and a new start; None without tokens here.
 
-        Waits for the device. Times count from the report before.
+        seconds: of training since the report before. Waits for the device.
         """
         counts, self._counts = self._counts, None
-        seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
         if counts is None:  # a pipeline stage without the loss
             return None
         dist.all_reduce(counts, group=group)
@@ -146,12 +143,16 @@ def _report(observer: TokenObserver, iteration: int, histogram_interval: int) ->
     from megatron.training import (
         get_args,
         get_tensorboard_writer,
+        get_timers,
         get_wandb_writer,
         print_rank_last,
     )
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    found = observer.report(group)
+    # Megatron's own timer of training steps, which leaves out validation and saving; it starts anew
+    # at every log line.
+    seconds = get_timers()("interval-time").elapsed(reset=False)
+    found = observer.report(group, seconds)
     if found is None:
         return
     found |= utilisation(found["tokens/s"], get_args())

@@ -118,10 +118,9 @@ def training_loss(
     loss_of_token = token_loss(statistics, config)
     loss = (mask * weight * loss_of_token).sum()
     sums = token_sums(loss_of_token.detach(), weight.detach(), mask)
-    divisor = sums.tokens
-    if config.normalization == "global":
-        divisor = sums.weight
-    else:
+    divisor = sums.weight if config.normalization == "global" else sums.tokens
+    factor = torch.ones_like(sums.tokens)
+    if config.normalization == "paper" and config.is_weighted:  # elsewhere it is 1: no collective
         factor = _micro_batch_alpha(sums, config, groups)
         loss = loss * factor
     report = {

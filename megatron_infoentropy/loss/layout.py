@@ -90,11 +90,41 @@ def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: b
             f"expected floating-point logits and integer targets, got {logits.dtype} and "
             f"{target.dtype}"
         )
-    if inplace_backward and logits.is_leaf and logits.requires_grad:
+    require_one_device(logits=logits, target=target)
+    owner = logits if logits._base is None else logits._base
+    if inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(
             "inplace_backward=True would replace your own tensor by its gradient: it is for logits "
-            "that a model computed, not for a leaf; pass inplace_backward=False"
+            "that a model computed, not for a leaf or a view of one; pass inplace_backward=False"
         )
+
+
+def require_one_device(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError where tensors lie apart: kernels are handed addresses."""
+    places = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    if len(set(places.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise ValueError(f"expected all tensors on one device, got {where}; move them with .to()")
+
+
+def leave_out_masked(
+    target: torch.Tensor, loss_mask: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN.
+
+    Raises:
+        ValueError: a mask of another shape or on another device.
+    """
+    if loss_mask is None:
+        return target, (target != ignore_index).to(dtype)
+    if loss_mask.shape != target.shape:
+        raise ValueError(
+            f"loss_mask must have the target's shape {list(target.shape)}, got "
+            f"{list(loss_mask.shape)}"
+        )
+    require_one_device(target=target, loss_mask=loss_mask)
+    target = target.masked_fill(loss_mask == 0, ignore_index)
+    return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
 
 
 def check_targets(target_N: torch.Tensor, vocabulary: int, ignore_index: int) -> None:

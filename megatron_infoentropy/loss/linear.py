@@ -18,10 +18,9 @@ import torch
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group
-from megatron_infoentropy.loss.layout import make_options, split_vocabulary
+from megatron_infoentropy.loss.layout import leave_out_masked, make_options, split_vocabulary
 from megatron_infoentropy.loss.linear_inputs import (
     LinearRequest,
-    leave_out_masked,
     prepare_linear,
 )
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
@@ -57,7 +56,8 @@ def linear_vocab_parallel_statistics(
         target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
         group, vocab_size, ignore_index, softcap, temperature, uniform_cross_entropy, backend,
             collective: as in `vocab_parallel_statistics`.
-        chunk_tokens: tokens whose logits are made at a time; results do not depend on it.
+        chunk_tokens: tokens whose logits are made at a time; results depend on it only as far as
+            matrix products round differently.
         sequence_parallel: gather `hidden` over `group`, scatter its gradient.
         into_main_grad: add the weight's gradient to `weight.main_grad` where that exists, and
             return to autograd what Megatron's gradient accumulation fusion returns.
@@ -98,6 +98,7 @@ def configured_linear_statistics(
     into_main_grad: bool,
 ) -> TokenStatistics:
     """`linear_vocab_parallel_statistics` with what a configuration asks of it."""
+    config.require_constant_gamma()
     return linear_vocab_parallel_statistics(
         hidden,
         weight,
@@ -134,7 +135,9 @@ def linear_infoentropy_loss(
 
     With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
     pass and scaled in the backward pass, which then can run once; with attached ones this is
-    `linear_vocab_parallel_statistics` and ordinary PyTorch.
+    `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later, 16-bit
+    gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss scale: for
+    fp16 training take the statistics.
 
     Args:
         hidden, weight, target, group, vocab_size, ignore_index, sequence_parallel, into_main_grad:
@@ -149,6 +152,7 @@ def linear_infoentropy_loss(
         ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
     """
     config = InfoEntropyConfig() if config is None else config
+    config.require_constant_gamma()
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
     request = LinearRequest(
         vocabulary=split_vocabulary(vocab_size, len(weight), group, ignore_index),

@@ -8,7 +8,7 @@ from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels.contract import Options
 from megatron_infoentropy.loss.collective import Group, world_and_rank
-from megatron_infoentropy.loss.layout import Vocabulary, check_targets
+from megatron_infoentropy.loss.layout import Vocabulary, check_targets, require_one_device
 from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
 
 
@@ -37,6 +37,7 @@ def prepare_linear(
     vocabulary, group = request.vocabulary, request.group
     slices = world_and_rank(group)[0] if request.sequence_parallel else 1
     _check_shapes(hidden, weight, target, slices)
+    require_one_device(hidden=hidden, weight=weight, target=target)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     target_N = target.reshape(-1).long().contiguous()
     check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
@@ -52,25 +53,6 @@ def prepare_linear(
         request.into_main_grad,
     )
     return hidden_LH, target_N, settings
-
-
-def leave_out_masked(
-    target: torch.Tensor, loss_mask: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN.
-
-    Raises:
-        ValueError: a mask of another shape.
-    """
-    if loss_mask is None:
-        return target, (target != ignore_index).to(dtype)
-    if loss_mask.shape != target.shape:
-        raise ValueError(
-            f"loss_mask must have the target's shape {list(target.shape)}, got "
-            f"{list(loss_mask.shape)}"
-        )
-    target = target.masked_fill(loss_mask == 0, ignore_index)
-    return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
 
 
 def _check_shapes(

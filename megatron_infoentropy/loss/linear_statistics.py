@@ -44,6 +44,7 @@ class LinearStatistics(torch.autograd.Function):
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(hidden_LH, weight_VH, target_N, *saved)
         ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings)
+        ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
         return tuple(result for result in results if result is not None)
 
@@ -69,7 +70,7 @@ class LinearStatistics(torch.autograd.Function):
         _add_gradients(sums, hidden_LH, weight_VH, target_N, coefficients_RN, settings)
         by_hidden_LH, total_VH = sums.finish()
         if total_VH is not None:
-            total_VH = deliver_weight_gradient(total_VH, weight_VH, ctx.main_grad)
+            total_VH = deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
         return by_hidden_LH, total_VH, None, None
 
 

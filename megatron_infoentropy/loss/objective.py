@@ -7,8 +7,8 @@ With w the weights, m the mask, r the data-parallel ranks (all sums over valid t
     none     sum(w l) / sum(m)
 
 l is a token's cross entropy, unless smoothing or a regulariser is asked for (`weighting`). With
-gamma 0 all three are its mean. "paper" is the published objective over valid
-tokens; the published code also counts ignored tokens, and clamps probabilities at 1e-8.
+gamma 0 all three are its mean. "paper" is the published objective over valid tokens; the published
+code also counts ignored tokens, and clamps probabilities at 1e-8.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig, Normalization
+from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, sum_over_group
+from megatron_infoentropy.loss.layout import leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
@@ -71,14 +73,7 @@ def infoentropy_loss(
         ValueError, RuntimeError: as `vocab_parallel_statistics`; a mask of another shape.
     """
     config = InfoEntropyConfig() if config is None else config
-    if loss_mask is not None and loss_mask.shape != target.shape:
-        raise ValueError(
-            f"loss_mask must have the target's shape {list(target.shape)}, got "
-            f"{list(loss_mask.shape)}"
-        )
-    if loss_mask is not None:
-        # Masked tokens are ignored rather than multiplied by 0: 0 * NaN would be NaN.
-        target = target.masked_fill(loss_mask == 0, ignore_index)
+    target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(logits))
     statistics = configured_statistics(
         logits,
         target,
@@ -90,9 +85,6 @@ def infoentropy_loss(
     )
     loss = token_loss(statistics, config)
     weight = token_weight(statistics, config)
-    mask = (target != ignore_index).to(loss.dtype)
-    if loss_mask is not None:
-        mask = mask * loss_mask.to(mask.dtype)
     sums = reduce_sums(token_sums(loss, weight, mask), data_parallel_group)
     mean = sums.weighted_loss / torch.where(sums.tokens > 0, sums.tokens, 1)
     return mean * alpha(sums, config.normalization)
@@ -109,6 +101,7 @@ def configured_statistics(
     inplace_backward: bool = False,
 ) -> TokenStatistics:
     """`vocab_parallel_statistics` with what a configuration asks of it."""
+    config.require_constant_gamma()
     if config.fused_linear:
         raise ValueError(
             "fused_linear needs the hidden states and the output weight, not logits: use "

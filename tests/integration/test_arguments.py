@@ -82,6 +82,7 @@ def test_an_impossible_value_is_refused_by_the_configuration():
         ({"trust_remote_code": True}, "paper", "--trust-remote-code is refused"),
         ({"fp16_lm_cross_entropy": True}, "paper", "--fp16-lm-cross-entropy is refused"),
         ({"sft": True}, "paper", "--sft is refused"),
+        ({"cuda_graph_impl": "full_iteration"}, "paper", "full_iteration is refused"),
         ({"dataloader_inter_document_masking": True}, "paper", "would ignore the flag"),
         ({"num_experts": 8}, "global", "cannot go with --num-experts"),
         ({"mtp_num_layers": 1}, "global", "cannot go with --mtp-num-layers"),

@@ -26,6 +26,9 @@ def saved_by(config, without=()):
             {},
             "trained with objective=cross_entropy and this run goes on with objective=infoentropy",
         ),
+        ({"sigma": 3.0, "objective": "focal"}, {"objective": "focal"}, None),  # without effect
+        ({"objective": "cross_entropy", "gamma": 2.0}, {"gamma": 0.0}, None),
+        ({"gamma": 0.0}, {"gamma": 0.0, "z_loss": 1e-4}, "z_loss=0.0 and this run goes on"),
         (
             {"gamma": 2.0},
             {"normalization": "global"},
@@ -42,6 +45,11 @@ def test_what_differs_is_named_on_both_sides(before, now, message):
 def test_a_checkpoint_without_our_arguments_was_plain_cross_entropy():
     assert "Megatron's own cross entropy" in other_objective(Namespace(), InfoEntropyConfig())
     assert other_objective(Namespace(), InfoEntropyConfig(gamma=0.0)) is None
+    smooth = InfoEntropyConfig(objective="cross_entropy", label_smoothing=0.1)
+    assert "label_smoothing=0.0 and this run" in other_objective(Namespace(), smooth)
+    rising = {"gamma_schedule": "linear", "gamma_end": 2.0, "gamma_samples": 9}
+    rising = InfoEntropyConfig(gamma=0.0, **rising)
+    assert "gamma_schedule=linear" in other_objective(Namespace(), rising)
 
 
 def test_fields_that_an_earlier_version_did_not_have_had_their_defaults():

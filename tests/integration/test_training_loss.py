@@ -87,3 +87,29 @@ def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, la
         assert_within(report["objective"][0], expected, rtol=1e-6)
         divisor = (mask * weight).sum() if normalization == "global" else mask.sum()
         assert_within(report["objective"][1], divisor, rtol=1e-6)
+
+
+def collectives_of(settings):
+    from unittest import mock
+
+    from megatron_infoentropy.integration.step import training_loss
+
+    output, mask = make_output(dist.get_rank())
+    counted = mock.Mock(wraps=dist.all_reduce)
+    with mock.patch.object(dist, "all_reduce", counted):
+        training_loss(mask, output, InfoEntropyConfig(**settings), groups_of("data 4"))
+    return counted.call_count
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 1),
+        ({"normalization": "none"}, 0),
+        ({"normalization": "global"}, 0),
+        ({"objective": "cross_entropy"}, 0),
+    ],
+    ids=str,
+)
+def test_alpha_costs_a_collective_only_where_it_is_not_one(settings, count):
+    assert run_ranks(collectives_of, 4, settings) == [count] * 4

@@ -115,6 +115,13 @@ def test_in_place_backward_refuses_a_leaf():
         statistics_of(logits.requires_grad_(), target, inplace_backward=True)
 
 
+def test_in_place_backward_refuses_a_view_of_a_leaf():
+    logits, target = random_case(6)
+    leaf = logits.requires_grad_()
+    with pytest.raises(ValueError, match="a view of one"):
+        statistics_of(leaf.view(2, 3, -1), target.view(2, 3), inplace_backward=True)
+
+
 def test_transposed_logits_give_the_same_without_a_copy():
     """[s, b, V] as Megatron's output layer makes it, seen as [b, s, V]."""
     logits, target = random_case(6, 4)
@@ -173,10 +180,11 @@ def test_integer_targets_of_any_width_are_taken():
         ({"target": torch.zeros(5)}, "integer targets"),
         ({"target": torch.full((5,), 257)}, r"outside the vocabulary of 257 .* first is 257"),
         ({"target": torch.full((5,), -1)}, r"first is -1; to leave tokens out use ignore_index"),
+        ({"target": torch.zeros(5, dtype=torch.long, device="meta")}, "on one device, got logits"),
         ({"vocab_size": 258}, "is every rank of the group given its own shard"),
         ({"vocab_size": 0}, "does not fit"),
         ({"logits": torch.zeros(5, 0)}, "at least one column"),
-        ({"backend": "numpy"}, "must be 'auto' or one of .*'native', 'reference'"),
+        ({"backend": "numpy"}, "must be 'auto' or one of .*'native', .*'reference'"),
         ({"logits": torch.zeros(5, 257, dtype=torch.long)}, "floating-point logits"),
     ],
 )

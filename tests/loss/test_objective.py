@@ -9,7 +9,7 @@ from close import assert_within
 from oracle import dense_objective, published_code
 from ranks import run_ranks
 
-from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
 
 V = 64
 OBJECTIVES = ["infoentropy", "focal", "cross_entropy"]
@@ -176,6 +176,16 @@ def test_focal_weights_of_certain_tokens_have_finite_gradients_when_attached():
     config = InfoEntropyConfig(objective="focal", gamma=0.5, detach_weight=False)
     infoentropy_loss(logits, torch.tensor([3, 4]), config).backward()
     assert logits.grad.isfinite().all()
+
+
+def test_a_schedule_is_refused_where_no_samples_go_by():
+    config = InfoEntropyConfig(gamma=0.0, gamma_schedule="linear", gamma_end=2.0, gamma_samples=10)
+    logits, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"only the trainer does: pass config.at\(samples\)"):
+        infoentropy_loss(logits, target, config)
+    with pytest.raises(ValueError, match=r"pass config.at\(samples\)"):
+        linear_infoentropy_loss(logits, torch.zeros(5, 3), target, None, config)
+    assert infoentropy_loss(logits, target, config.at(5)) > 0
 
 
 def test_a_mask_of_another_shape_is_refused():
