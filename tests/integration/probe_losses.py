@@ -58,5 +58,6 @@ def main(out, mode):
             ]
         )
     pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
-    if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
+    ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
+    if mpu.is_pipeline_last_stage() and ranks == (0, 0):
         out.write_text(json.dumps(losses))
