@@ -13,10 +13,14 @@ SOURCES := $(wildcard csrc/*) setup.py
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
 
+# Two processes, each a file at a time, since files share what is costly to make. Most tests use one
+# core and some 3 GiB of memory.
+ASIDE := --numprocesses 2 --dist loadfile
+
 # Tests for GPUs see them (and skip by name where there is none); all others run as without one.
 test: $(READY)
 	$(BIN)/python -m pytest -m "gpu or multi_gpu"
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu and not multi_gpu"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu and not multi_gpu" $(ASIDE)
 
 lint: $(READY)
 	$(BIN)/ruff check .

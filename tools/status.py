@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # also where this file is imported by i
 import bench_report  # noqa: E402
 
 RESULTS = ROOT / "tools" / "results"
+ASIDE = ("--numprocesses", "2", "--dist", "loadfile")  # as `make test`
 FIELDS = ("feature", "outcome", "device", "torch", "megatron_core", "commit", "date")
 
 
@@ -61,7 +62,7 @@ def run_features() -> None:
 
 def outcome_of(tests: list[str]) -> str:
     """pytest's own closing words, e.g. "240 passed, 2 skipped"."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ASIDE, *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1]
     return re.sub(r" in [\d.]+s.*", "", last)

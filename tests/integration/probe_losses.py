@@ -57,7 +57,11 @@ def main(out, mode):
                 use_infoentropy_loss(chunk, config_from_args(get_args())) for chunk in chunks
             ]
         )
-    pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+    try:
+        pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+    except SystemExit as end:  # --exit-interval ends the process
+        if end.code:
+            raise
     ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
     if mpu.is_pipeline_last_stage() and ranks == (0, 0):
         out.write_text(json.dumps(losses))
