@@ -234,10 +234,20 @@ INFOENTROPY_DEVICE float reciprocal_of(float value) {  // to 1 ulp
   return result;
 }
 
-// tanh(y) to a few ulp; its derivative stays accurate relative to itself where tanh is almost 1.
-INFOENTROPY_DEVICE float tanh_of(float y, float& slope) {
-  const float size = fabsf(y), square = y * y;
-  const float q = reciprocal_of(1.0f + exp2_of(size * (2 * kLog2e)));
+// The product as it is rounded to a float: the compiler may not fuse it with a later sum.
+INFOENTROPY_DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDACC__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// tanh(y) to a few ulp, of t = 2 log2(e) |y| and the sign of `sign`; its derivative stays accurate
+// relative to itself where tanh is almost 1.
+INFOENTROPY_DEVICE float tanh_of(float t, float sign, float& slope) {
+  const float y = t * (0.5f * kLn2), square = y * y;
+  const float q = reciprocal_of(1.0f + exp2_of(t));
   slope = 4.0f * q * (1.0f - q);
   // (tanh(y) / y - 1) / y^2 on [0, 1], minimax: relative error of tanh 4e-9.
   float p = -3.62525694072e-4f;
@@ -247,13 +257,23 @@ INFOENTROPY_DEVICE float tanh_of(float y, float& slope) {
   p = fmaf(p, square, -5.3884107619524e-2f);
   p = fmaf(p, square, 1.33324116468430e-1f);
   p = fmaf(p, square, -3.33332985639572e-1f);
-  return size < 1.0f ? fmaf(p * square, y, y) : copysignf(1.0f - 2.0f * q, y);
+  return copysignf(y < 1.0f ? fmaf(p * square, y, y) : 1.0f - 2.0f * q, sign);
 }
 
 // A logit as `contract.Options` means it, but for the temperature: that scales differences of
 // logits, where it costs nothing.
 struct Softcap {
-  float cap, inverse;
+  float cap;
+  // 2 log2(e) / cap as a sum, so that the exponent is rounded once: it is what the slope's relative
+  // error grows with. Both are positive, so that an infinite logit does not become NaN.
+  float high, low;
+
+  explicit Softcap(float cap) : cap(cap), high(0), low(0) {
+    if (cap == 0) return;
+    const double exact = 2 * 1.44269504088896340736 / cap;
+    high = static_cast<float>(exact * (1 - 0x1p-23));
+    low = static_cast<float>(exact - high);
+  }
 
   template <bool kSoftcap>
   INFOENTROPY_DEVICE float meant(float z, float& slope) const {
@@ -261,7 +281,8 @@ struct Softcap {
       slope = 1;
       return z;
     } else {
-      const float x = cap * tanh_of(z * inverse, slope);
+      const float size = fabsf(z), t = fmaf(size, high, size * low);
+      const float x = rounded_product(cap, tanh_of(t, z, slope));
       return z == -kInfinity ? z : x;  // a mask stays a mask
     }
   }
@@ -278,7 +299,7 @@ struct LogitScale {
   float exponent;  // log2 e / temperature
 
   LogitScale(float cap, float temperature)
-      : softcap{cap, cap == 0 ? 0 : 1 / cap},
+      : softcap(cap),
         inverse_temperature(1 / temperature),
         exponent(kLog2e / temperature) {}
 };

@@ -26,6 +26,18 @@ INFOENTROPY_DEVICE float gradient_of(float z, const RowCoefficients& row) {
   return kSoftcap ? dz * slope : dz;
 }
 
+// The target's own, of its logit.
+template <bool kSoftcap, class T>
+INFOENTROPY_DEVICE float own_gradient(const T& logit, const RowCoefficients& row) {
+  if constexpr (kSoftcap) {
+    float slope;
+    row.logit.softcap.template meant<kSoftcap>(to_float(logit), slope);
+    return row.target_gradient * slope;
+  } else {
+    return row.target_gradient;
+  }
+}
+
 template <class T, bool kSoftcap>
 INFOENTROPY_DEVICE Vector gradient_of(const Vector& x, const RowCoefficients& row) {
   Vector result;
@@ -62,7 +74,7 @@ struct GradientRow {
   INFOENTROPY_DEVICE void write(int column, const RowCoefficients& row) const {
     float dz = 0;
     if (column == target) {
-      dz = row.target_gradient;
+      dz = own_gradient<kSoftcap>(logits[column], row);
     } else if (column < columns) {
       dz = gradient_of<kSoftcap>(to_float(logits[column]), row);
     }
@@ -107,7 +119,6 @@ INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row,
   const bool aligned = from.head == slicing.head;
   const int whole = row.columns - slicing.head < 0 ? 0 : (row.columns - slicing.head) / kEach;
   const int first = block * kBatch + thread;
-  const T own_gradient = from_float<T>(coefficients.target_gradient);
 
   Vector x[kInFlight];
   INFOENTROPY_UNROLL
@@ -120,9 +131,14 @@ INFOENTROPY_DEVICE void write_gradient(const GradientRow<T>& row,
     const int vector = first + i * kThreads, column = slicing.head + vector * kEach;
     if (vector < whole) {
       const Vector dz = gradient_of<T, kSoftcap>(x[i], coefficients);
+      const int own = row.target - column;
+      const bool holds_own = own >= 0 && own < kEach;
+      T own_dz{};  // of the logit before it may be overwritten
+      if (holds_own) {
+        own_dz = from_float<T>(own_gradient<kSoftcap>(row.logits[row.target], coefficients));
+      }
       store(reinterpret_cast<Vector*>(row.out + column), dz);
-      const int own = row.target - column;  // stored again by the same thread: in order
-      if (own >= 0 && own < kEach) row.out[row.target] = own_gradient;
+      if (holds_own) row.out[row.target] = own_dz;  // again by the same thread: in order
     } else if (vector < slicing.vectors && column >= row.columns) {  // padding
       store(reinterpret_cast<Vector*>(row.out + column), Vector{});
     } else if (vector < slicing.vectors) {  // padding in part

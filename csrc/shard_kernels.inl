@@ -288,12 +288,18 @@ static void row_gradient(const void* logits, std::int64_t columns, std::int64_t 
   }
   const T* z = static_cast<const T*>(logits);
   T* out = static_cast<T*>(to);
+  float own_gradient = c.target;
+  if constexpr (Meaning::kCapped) {  // before `out`, which may lie over the logits, is written
+    Vec slope = {};
+    if (own >= 0) Meaning(options).of(splat(read_one(z + own)), slope);
+    own_gradient *= slope[0];
+  }
   if (c.slope == 0 && c.offset == 0) {
     all_gradients(z, columns, RowGradient<T, Meaning, false>(c, options), out, stream_out);
   } else {
     all_gradients(z, columns, RowGradient<T, Meaning, true>(c, options), out, stream_out);
   }
-  if (own >= 0) write_one(out + own, c.target);
+  if (own >= 0) write_one(out + own, own_gradient);
 }
 
 // By storage type, then by meaning.

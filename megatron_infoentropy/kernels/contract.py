@@ -22,22 +22,24 @@ one write:
     row SHIFT   m    the maximum over all shards
     row SCALE   a    dz_i = (e^(x_i - m) (a + b (x_i - m)) + c) s_i
     row SLOPE   b
-    row TARGET_GRADIENT  g_y  the gradient of the target's own column, written as it is
+    row TARGET_GRADIENT  g_y  the gradient of the target's own column is g_y s_y
     row OFFSET  c    only where options.distance, else 0
 
 x_i is the logit as the model means it: with options, softcap tanh(z_i / softcap) / temperature of
 the stored z_i, computed in fp32 and never stored; s_i = 1 - tanh^2(z_i / softcap), 1 without a
-softcap (the factor 1 / temperature is the caller's, folded into the coefficients).
+softcap (the factor 1 / temperature is the caller's, folded into the coefficients). s_i is taken
+from z_i without a difference: x_i rounds to the cap where s_i is still 1e-8.
 
 Conventions that every backend keeps:
   * statistics and coefficients are fp32 (fp64 for fp64 logits); `out_NV` has the logits' dtype, is
-    rounded once, and may be the logits themselves;
+    rounded once, and may be the logits themselves; a bf16 gradient may be of a value within 3e-6:
+    99.9 % are the rounded fp32 gradient, none is more than an ulp from it;
   * columns at or beyond `shard.columns` are padding: never read, gradient exactly 0;
   * ignored tokens: never read; statistics 0, gradient exactly 0, even where the row holds NaN;
   * a logit of -inf has probability exactly 0 and carries no entropy, also under a softcap, so that
-    a mask stays a mask; a row (or a shard) of only -inf has m = -inf, R = -1 (no mass), U = D = 0;
-    one -inf beside a finite logit makes D = inf; NaN or +inf in a row gives NaN in that row only
-    (under a softcap +inf is the cap);
+    a mask stays a mask (s = 0, for the target too); a row (or a shard) of only -inf has m = -inf,
+    R = -1 (no mass), U = D = 0; one -inf beside a finite logit makes D = inf; NaN or +inf in a row
+    gives NaN in that row only (under a softcap +inf is the cap);
   * of the logits and `out_NV` the last dimension is contiguous, rows may lie any distance apart
     without overlapping; `target_N` is int64 and, like the coefficients, contiguous.
 """

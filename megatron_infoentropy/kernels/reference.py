@@ -87,11 +87,11 @@ def _gradient(
     dz = e * a + torch.where(e == 0, 0, e * d * b)
     if len(coefficients_RN) > OFFSET:
         dz = dz + coefficients_RN[OFFSET].unsqueeze(-1)
-    if slope is not None:
-        dz = dz * slope
     column, owned = _owned_column(target_N, shard)
     own = torch.where(owned, coefficients_RN[TARGET_GRADIENT], dz.gather(-1, column).squeeze(-1))
     dz.scatter_(-1, column, own.unsqueeze(-1))
+    if slope is not None:
+        dz = dz * slope
     return dz.masked_fill((target_N == shard.ignore_index).unsqueeze(-1), 0)
 
 
@@ -99,8 +99,10 @@ def _meant(z: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tenso
     """(the logits after softcap and temperature, the softcap's slope at each or None)."""
     x, slope = z, None
     if options.softcap:
-        tanh = (z / options.softcap).tanh()
-        x, slope = (tanh * options.softcap).masked_fill(z == -torch.inf, -torch.inf), 1 - tanh**2
+        y = z / options.softcap
+        x = (y.tanh() * options.softcap).masked_fill(z == -torch.inf, -torch.inf)
+        q = (-2 * y.abs()).exp()
+        slope = 4 * q / (1 + q) ** 2  # 1 - tanh^2 without a difference
     if options.temperature != 1:
         x = x * (1 / options.temperature)
     return x, slope

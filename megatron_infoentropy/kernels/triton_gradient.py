@@ -25,7 +25,8 @@ def gradient_kernel(
     width,
     ignore_index,
     scale,
-    inverse_cap,
+    cap_high,  # 2 log2(e) / softcap, as a sum
+    cap_low,
     blocks,  # a row
     ALIGNED: tl.constexpr,  # every row of both starts at a 16-byte boundary
     TOGETHER: tl.constexpr,  # rows of both lie alike around 16-byte boundaries
@@ -50,20 +51,17 @@ def gradient_kernel(
         tl.store(out_at, 0.0, mask=written, eviction_policy="evict_first")
         return
 
+    cap = (cap_high, cap_low)
     own = y - vocab_start
     own = tl.where((own >= 0) & (own < columns), own - start, BLOCK).to(tl.int32)
     if (start >= 0) & (start + BLOCK <= columns):
         z = tl.load(z_at, eviction_policy="evict_first")
-        dz = _gradient(
-            z, lane == own, coefficients + token, tokens, scale, inverse_cap, SOFTCAP, OFFSET
-        )
+        dz = _gradient(z, lane == own, coefficients + token, tokens, scale, cap, SOFTCAP, OFFSET)
         tl.store(out_at, dz, eviction_policy="evict_first")
     else:
         read = (start + lane >= 0) & (start + lane < columns)
         z = tl.load(z_at, mask=read, other=0.0, eviction_policy="evict_first")
-        dz = _gradient(
-            z, lane == own, coefficients + token, tokens, scale, inverse_cap, SOFTCAP, OFFSET
-        )
+        dz = _gradient(z, lane == own, coefficients + token, tokens, scale, cap, SOFTCAP, OFFSET)
         tl.store(out_at, tl.where(read, dz, 0.0), mask=written, eviction_policy="evict_first")
 
 
@@ -74,7 +72,7 @@ def _gradient(
     coefficients,
     tokens,
     scale,
-    inverse_cap,
+    cap,
     SOFTCAP: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
@@ -82,9 +80,9 @@ def _gradient(
     m = tl.load(coefficients)
     a = tl.load(coefficients + tokens)
     b = tl.load(coefficients + 2 * tokens) * LN2
-    x, slope = meaning(z, inverse_cap, SOFTCAP)
+    x, slope = meaning(z, cap, SOFTCAP)
     t = tl.maximum((x * scale - m) * LOG2E, FLOOR)
     dz = tl.exp2(t) * (a + b * t)
     if OFFSET:
         dz += tl.load(coefficients + 4 * tokens)
-    return tl.where(is_target, tl.load(coefficients + 3 * tokens), dz * slope)
+    return tl.where(is_target, tl.load(coefficients + 3 * tokens), dz) * slope

@@ -19,6 +19,7 @@ about two thirds (predicted); the gradient does not.
 Importing this module imports no Triton; the first launch does.
 """
 
+import ctypes
 import importlib.util
 import os
 
@@ -27,6 +28,7 @@ import torch
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST = (8, 0)  # compute capability: bf16, and what was compiled and looked at
 LOG2E = 1.4426950408889634
 WARPS = 4
 THREADS = 32 * WARPS
@@ -37,10 +39,14 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run, else the reason in a few words."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type != "cuda" and not _is_interpreted():
-        return f"it runs on CUDA devices and the logits are on {device}"
     if dtype not in DTYPES:
         return f"it takes bfloat16, float16 or float32 logits, not {str(dtype)[6:]}"
+    if _is_interpreted():
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on NVIDIA GPUs and the logits are on {device}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"it needs compute capability {'.'.join(map(str, OLDEST))} and {device} has less"
     return None
 
 
@@ -72,7 +78,7 @@ def shard_statistics(
             shard.ignore_index,
             scale,
             scale * LOG2E,
-            1 / (options.softcap or 1.0),
+            *_softcap_rate(options),
             ALIGNED=_is_aligned(logits_NV),
             SOFTCAP=options.softcap != 0,
             DISTANCE=options.distance,
@@ -117,7 +123,7 @@ def shard_gradient(
             width,
             shard.ignore_index,
             _scale(options),
-            1 / (options.softcap or 1.0),
+            *_softcap_rate(options),
             blocks,
             ALIGNED=aligned,
             TOGETHER=_lie_alike(logits_NV, out_NV),
@@ -132,6 +138,14 @@ def shard_gradient(
 def _scale(options: Options) -> float:
     """What a value between the softcap's -1 and 1, or a plain logit, is multiplied by."""
     return (options.softcap or 1.0) / options.temperature
+
+
+def _softcap_rate(options: Options) -> tuple[float, float]:
+    """2 log2(e) / softcap as a sum of two fp32 numbers, both positive: an infinite logit times
+    one of either sign would add up to NaN."""
+    exact = 2 * LOG2E / (options.softcap or 1.0)
+    high = ctypes.c_float(exact * (1 - 2.0**-23)).value
+    return high, exact - high
 
 
 def _is_aligned(rows_NV: torch.Tensor) -> bool:

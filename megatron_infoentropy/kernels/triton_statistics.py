@@ -41,7 +41,8 @@ def statistics_kernel(
     ignore_index,
     scale,  # makes a value the logit that is meant
     rate,  # scale log2 e
-    inverse_cap,
+    cap_high,  # 2 log2(e) / softcap, as a sum
+    cap_low,
     ALIGNED: tl.constexpr,  # every row starts at a 16-byte boundary
     SOFTCAP: tl.constexpr,
     DISTANCE: tl.constexpr,
@@ -60,6 +61,7 @@ def statistics_kernel(
             tl.store(statistics + part * tokens, 0.0)
         return
 
+    cap = (cap_high, cap_low)
     row = logits + token * row_stride
     zeros = tl.zeros([THREADS], tl.float32)
     state = (zeros + float("-inf"), zeros, zeros, zeros, zeros)
@@ -75,14 +77,14 @@ def statistics_kernel(
                 start += 4 * THREADS * LOADS
                 following = load_words(start, THREADS, LOADS)
                 z = logits_of(words, LOADS, DTYPE)
-                state = _add(state, z, every, rate, inverse_cap, COUNT, SOFTCAP, DISTANCE)
+                state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE)
                 words = following
             z = logits_of(words, LOADS, DTYPE)
-            state = _add(state, z, every, rate, inverse_cap, COUNT, SOFTCAP, DISTANCE)
+            state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE)
     for start in tl.range(done, columns, THREADS * COUNT):
         z = load_logits(row, start, columns, VECTOR, THREADS, LOADS)
         exists = exist(start, columns, VECTOR, THREADS, LOADS) if DISTANCE else every
-        state = _add(state, z, exists, rate, inverse_cap, COUNT, SOFTCAP, DISTANCE)
+        state = _add(state, z, exists, rate, cap, COUNT, SOFTCAP, DISTANCE)
 
     m, tail, spread, distance = _fold(state, rate, DISTANCE)
     tl.store(statistics, m * scale)
@@ -90,7 +92,7 @@ def statistics_kernel(
     tl.store(statistics + 2 * tokens, spread * LN2)
     column = y - vocab_start
     z = tl.load(row + column, mask=(column >= 0) & (column < columns), other=0.0)
-    x, _ = meaning(z, inverse_cap, SOFTCAP)
+    x, _ = meaning(z, cap, SOFTCAP)
     tl.store(statistics + 3 * tokens, x * scale)
     if DISTANCE:
         tl.store(statistics + 4 * tokens, distance * scale)
@@ -102,7 +104,7 @@ def _add(
     z,
     exists,
     rate,
-    inverse_cap,
+    cap,
     COUNT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DISTANCE: tl.constexpr,
@@ -117,7 +119,7 @@ def _add(
     values = ()
     others = ()
     for i in tl.static_range(COUNT):
-        x, _ = meaning(z[i], inverse_cap, SOFTCAP)
+        x, _ = meaning(z[i], cap, SOFTCAP)
         values += (x,)
         others += (tl.minimum(top, x, propagate_nan=KEEP_NAN),)
         top = tl.maximum(top, x, propagate_nan=KEEP_NAN)

@@ -28,7 +28,6 @@ class Saved(NamedTuple):
     mean_distance: torch.Tensor  # Ubar = U / Z
     cross_entropy: torch.Tensor
     entropy: torch.Tensor
-    target_logit: torch.Tensor | None  # under a softcap
 
 
 class Upstream(NamedTuple):
@@ -61,10 +60,9 @@ def token_results(
     uniform = None
     if row.distance is not None:
         uniform = (row.distance / vocabulary + log_z).masked_fill(ignored, 0)
-    kept = row.target_logit if options.softcap else None
     return (
         TokenResults(ce, entropy, lse, is_top, uniform),
-        Saved(row.maximum, z, mean_distance, ce, entropy, kept),
+        Saved(row.maximum, z, mean_distance, ce, entropy),
     )
 
 
@@ -96,15 +94,7 @@ def coefficients(
         offset = offset - g_uniform / vocabulary
         own = own + g_uniform * (p_y - 1 / vocabulary)
     scale, slope = scale / saved.z, slope / saved.z
-    if saved.target_logit is not None:
-        own = own * _softcap_slope(saved.target_logit, options)
     rows = [saved.maximum, scale, slope, own, offset][: options.rows]  # in the contract's order
     if options.temperature != 1:
         rows[1:] = [row / options.temperature for row in rows[1:]]
     return torch.stack(rows)
-
-
-def _softcap_slope(x: torch.Tensor, options: Options) -> torch.Tensor:
-    """d(softcap tanh(z / softcap)) / dz at the capped logit; 0 where a mask keeps it at -inf."""
-    tanh = x * (options.temperature / options.softcap)
-    return torch.where(x == -torch.inf, 0, 1 - tanh**2)

@@ -122,7 +122,7 @@ void test(long columns, int dtype, const Options& options, float masked_share) {
       const double d = x.x - c[i], e = std::exp(d);
       double want = (e * c[tokens + i] + (e == 0 ? 0 : e * d * c[2 * tokens + i]) +
                      c[4 * tokens + i]) * x.slope;
-      if (k == target[i]) want = -0.5;
+      if (k == target[i]) want = -0.5 * x.slope;
       if (k >= columns || target[i] == -100) want = 0;
       const double ulp = dtype == 0 ? 0 : std::fabs(want) * (dtype == 1 ? 0x1p-8 : 0x1p-11) + 6e-8;
       expect_near(element(out, i * stride + k, dtype), want, 2e-7 + 10 * rounding + ulp,

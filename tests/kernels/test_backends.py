@@ -181,6 +181,37 @@ def test_a_row_of_only_minus_infinity_is_nan(backend):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [3.0, 6.0, 8.0, 10.0])
+def test_a_softcap_keeps_its_slope_where_it_is_nearly_flat(backend, size, dtype):
+    """For the target and a neighbour, both far beyond the cap, where 1 - tanh^2 has no digits."""
+    cap, columns = 1.5, [7, 8]
+    logits, _ = random_case(4, 40, dtype, scale=1.0)
+    far = size * cap * torch.tensor([1.0, -1.0, 1.01, -1.02])
+    logits[:, columns] = torch.stack([far, -far.flip(0)], 1).to(dtype)
+    target = torch.full((4,), 7)
+    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend, softcap=cap)
+    got.cross_entropy.sum().backward()
+    dense_statistics(cap * (truth / cap).tanh(), target)[0].sum().backward()
+    if dtype == torch.float32:
+        assert_within(ours.grad[:, columns], truth.grad[:, columns], rtol=2e-6)
+    else:
+        assert_within_bf16_ulp(ours.grad[:, columns], truth.grad[:, columns])
+
+
+def test_a_masked_target_under_a_softcap_has_no_gradient(backend):
+    logits, target = random_case(3, 1100)
+    logits[1, int(target[1])] = -torch.inf
+    ours = logits.clone().requires_grad_()
+    got = vocab_parallel_statistics(ours, target, backend=backend, softcap=2.0)
+    assert got.cross_entropy[1] == torch.inf
+    (got.cross_entropy + got.entropy).sum().backward()
+    assert ours.grad.isfinite().all()
+    assert ours.grad[1, target[1]] == 0
+    assert (ours.grad[[0, 2], target[[0, 2]]] != 0).all()
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 0, 999])
 def test_ignored_tokens_are_zero_even_where_the_row_is_nan(backend, ignore_index):
     logits, target = random_case(6, 1000)

@@ -4,6 +4,8 @@ Vocabularies around two registers of every instruction set and around the chunk 
 the maximum.
 """
 
+import platform
+
 import pytest
 import torch
 from close import assert_within, assert_within_bf16_ulp
@@ -55,6 +57,14 @@ def gradient(kernels, logits, target, shard, options, coefficients):
     return out
 
 
+def test_every_instruction_set_of_this_architecture_runs_here():
+    known = ["avx512", "avx2", "baseline"] if platform.machine() == "x86_64" else ["baseline"]
+    here = native._C.instruction_sets()
+    assert here == [name for name in known if name in here]
+    if here != known:
+        pytest.skip(f"this processor lacks {', '.join(set(known) - set(here))}: not run")
+
+
 @EVERY_OPTION
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", VOCABULARIES)
@@ -87,9 +97,10 @@ def test_gradients_equal_the_reference(instructions, v, dtype, options):
     rtol = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     # a + b d changes sign: the error is relative to its parts, which reach 20 times a coefficient.
     assert_within(got, want, atol=atol + 20 * step * float(coefficients.abs().max()), rtol=rtol)
-    own = target[target >= 0]
     kept = target >= 0
-    assert_within(got[kept, own].double(), coefficients[3, kept].to(dtype).double(), atol=0.0)
+    own = target[kept]
+    slack = (atol, rtol + 2e-6) if options.softcap else (0.0, 0.0)
+    assert_within(got[kept, own], want[kept, own].to(dtype), atol=slack[0], rtol=slack[1])
     assert torch.equal(got[~kept], torch.zeros_like(got[~kept]))
 
 

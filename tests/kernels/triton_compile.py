@@ -24,7 +24,13 @@ from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-NOT_INTEGERS = {"scale": "fp32", "rate": "fp32", "inverse_cap": "fp32", "target": "*i64"}
+NOT_INTEGERS = {
+    "scale": "fp32",
+    "rate": "fp32",
+    "cap_high": "fp32",
+    "cap_low": "fp32",
+    "target": "*i64",
+}
 NOT_INTEGERS |= {"statistics": "*fp32", "coefficients": "*fp32"}
 DIVISIBLE = ("row_stride", "out_row_stride", "columns", "width")  # by 16, where rows are aligned
 
