@@ -41,6 +41,12 @@ def test_reasons_say_what_is_missing(monkeypatch):
     assert "logits are on cpu" in triton_kernels.why_unavailable(cpu, torch.float32)
     assert "not float64" in triton_kernels.why_unavailable(gpu, torch.float64)
     assert triton_kernels.why_unavailable(gpu, torch.bfloat16) is None
+    with monkeypatch.context() as other_gpu:
+        other_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        other_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "capability 8.0" in triton_kernels.why_unavailable(gpu, torch.bfloat16)
+        other_gpu.setattr(torch.version, "hip", "6.4")
+        assert "NVIDIA GPUs" in triton_kernels.why_unavailable(gpu, torch.bfloat16)
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in triton_kernels.why_unavailable(gpu, torch.bfloat16)
 
