@@ -242,7 +242,8 @@ struct Power {
   Vec scale, p, f;  // scale = 2^n, |f| <= 1/2
 };
 
-// kDegree 5: relative error below 2e-7. 4: below 3e-6, enough where the result becomes a bfloat16.
+// kDegree 5: relative error below 2e-7. 4: below 3e-6, for bfloat16 gradients: 1 in 3000 rounds to
+// the neighbour of what degree 5 gives, which takes 7 to 12 % longer (measured with AVX2 and SSE2).
 template <int kDegree = 5>
 static ALWAYS_INLINE Power power_of_2(Vec t) {
   // Adding 1.5 * 2^23 rounds t to an integer n that then stands in the low mantissa bits; adding the
