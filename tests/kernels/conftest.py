@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 in the environment it is the Triton kernels alone, run o
 what test_triton_interpreted.py does, in a process of its own: Triton reads it when it is imported.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -12,13 +13,26 @@ import torch
 
 from megatron_infoentropy.kernels import native
 
+# Those this processor has; test_native_options.py says which it lacks.
+INSTRUCTION_SETS = native._C.instruction_sets() if native._C else ["not built"]
 # native-<instruction set> is the native one with those vector instructions.
-BACKENDS = ["reference", "native-baseline", "native-avx2", "native-avx512"]
+BACKENDS = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)]
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
 
     BACKENDS = ["triton"]
     triton_interpreter.mend()
+
+
+@contextlib.contextmanager
+def using(instructions: str) -> Iterator[None]:
+    """The native kernels with those vector instructions."""
+    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
+    assert reason is None, f"the tests need the C++ extension: {reason}"
+    chosen = native._C.instruction_set()
+    assert native._C.use_instruction_set(instructions)
+    yield
+    native._C.use_instruction_set(chosen)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -28,20 +42,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if name != "native":
         yield name
         return
-    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
-    assert reason is None, f"the tests need the C++ extension: {reason}"
-    chosen = native._C.instruction_set()
-    if not native._C.use_instruction_set(instructions):
-        pytest.skip(f"this processor has no {instructions}")
-    yield name
-    native._C.use_instruction_set(chosen)
+    with using(instructions):
+        yield name
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """The instruction set that the native kernels use during the test."""
-    chosen = native._C.instruction_set()
-    if not native._C.use_instruction_set(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native._C.use_instruction_set(chosen)
+    with using(request.param):
+        yield request.param
