@@ -55,9 +55,9 @@ def test_a_resumed_run_goes_on_bit_for_bit_its_schedule_too(tmp_path):
         *("--tensor-model-parallel-size=2", "--ckpt-format=torch_dist"),
     ]
     whole, _ = losses("ours", schedule, tmp_path, "whole")
-    saved = [f"--save={tmp_path}/checkpoints", f"--load={tmp_path}/checkpoints"]
-    stop = [*schedule, *saved, "--save-interval=3", "--exit-interval=3"]
-    first, _ = losses("ours", stop, tmp_path, "first")
+    places = (f"--save={tmp_path}/checkpoints", f"--load={tmp_path}/checkpoints")
+    saved = [*places, "--save-interval=3"]
+    first, _ = losses("ours", [*schedule, *saved, "--exit-interval=3"], tmp_path, "first")
     second, _ = losses("ours", [*schedule, *saved], tmp_path, "second")
     assert len(whole) == len(first) + len(second) == 4 * STEPS
     assert first + second == whole
