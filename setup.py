@@ -56,6 +56,11 @@ def compile_kernels(nvcc: str, folder: Path) -> Path:
     """One object file with code for every architecture."""
     known = run([nvcc, "--list-gpu-code"]).split()
     targets = [a for a in ARCHITECTURES if f"sm_{a}" in known]
+    if not targets:
+        wanted = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+        raise CCompilerError(
+            f"{nvcc} knows none of {wanted}: put a CUDA toolkit from 11.0 on the PATH"
+        )
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
     codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
     words = [w for w in shlex.split(os.environ.get("CXX", "")) if not w.startswith("-")]
@@ -71,12 +76,16 @@ def with_cuda(extension: Extension, nvcc: str, folder: Path) -> Extension:
     """The extension with the CUDA kernels and a runtime of their own, so that it also loads where
     there is no driver."""
     listing = run([nvcc, "--dryrun", "-c", KERNELS, "-o", os.devnull])
-    (libraries,) = re.findall(r"^#\$ LIBRARIES=(.*)$", listing, re.MULTILINE)
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", listing, re.MULTILINE)
+    if libraries is None:
+        raise CCompilerError(
+            f"{nvcc} --dryrun names no LIBRARIES: set CUDA_HOME to a whole toolkit"
+        )
     result = copy.copy(extension)
     result.sources = [*extension.sources, "csrc/bindings_cuda.cpp"]
     result.define_macros = [*extension.define_macros, ("INFOENTROPY_CUDA", "1")]
     result.extra_objects = [str(compile_kernels(nvcc, folder))]
-    result.library_dirs = re.findall(r'-L([^"\s]+)', libraries)
+    result.library_dirs = re.findall(r'-L([^"\s]+)', libraries[1])
     result.libraries = ["cudart_static", "rt", "dl"]
     return result
 

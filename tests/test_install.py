@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 USE = """
 import torch
@@ -89,12 +91,29 @@ def test_without_a_compiler_it_installs_and_says_once_what_it_uses(tmp_path):
     assert code == 0, output[-3000:]
     _, compiled, said = use(tmp_path, wheels)
     assert not compiled
-    assert said.count("InfoEntropy kernels: PyTorch reference, not native") == 1
+    assert said.count("InfoEntropy kernels: reference, plain PyTorch (not native") == 1
 
 
 def test_a_demanded_extension_that_does_not_build_is_an_error(tmp_path):
     code, _, _ = build(tmp_path, CC="/bin/false", CXX="/bin/false", INFOENTROPY_REQUIRE_EXT="1")
     assert code != 0
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ("", "names no LIBRARIES: set CUDA_HOME to a whole toolkit"),
+        ("echo '#$ LIBRARIES=-L.'", "knows none of sm_80, sm_90, sm_100: put a CUDA toolkit"),
+    ],
+)
+def test_a_toolkit_that_cannot_build_the_kernels_says_what_would(tmp_path, says, message):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
+    nvcc.chmod(0o755)
+    code, output, _ = build(tmp_path, CUDA_HOME=str(tmp_path), INFOENTROPY_REQUIRE_CUDA="1")
+    assert code != 0
+    assert message in output
 
 
 def test_every_dependency_is_pinned_for_the_tests():
