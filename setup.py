@@ -119,6 +119,7 @@ setup(
             [
                 *("csrc/bindings.cpp", "csrc/bindings_roofline.cpp"),
                 *("csrc/instruction_sets.cpp", "csrc/roofline.cpp", "csrc/shard_ops_cpu.cpp"),
+                "csrc/threads.cpp",
             ],
             depends=[
                 "csrc/shard_ops.h",

@@ -54,7 +54,8 @@ def test_every_instruction_set_agrees_with_double_precision(compiler, objects, t
     if emulator and shutil.which(emulator[0]) is None:
         pytest.skip(f"there is no {emulator[0]}")
     program = tmp_path / "self_test"
-    sources = [ROOT / "tests/kernels/self_test.cpp", ROOT / "csrc/shard_ops_cpu.cpp"]
+    names = ("tests/kernels/self_test.cpp", "csrc/shard_ops_cpu.cpp", "csrc/threads.cpp")
+    sources = [ROOT / name for name in names]
     static = ["-static"] if emulator else []
     run(compiler, *FLAGS, *static, *sources, objects(compiler), "-o", program)
     said = run(*emulator, program)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_infoentropy.kernels import native
@@ -37,6 +38,39 @@ def test_as_many_threads_as_torch_says(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert given == [1, 3]
+
+
+SHARED = """
+import os, sys, threading
+import torch
+from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
+torch.set_num_threads(2)
+logits, target = torch.ones(256, 20000), torch.zeros(256, dtype=torch.long)
+logits.amax(-1)  # torch starts its threads
+seen, done = [], threading.Event()
+def watch():
+    while not done.is_set():
+        seen.append(len(os.listdir("/proc/self/task")))
+watcher = threading.Thread(target=watch)
+watcher.start()
+before = len(os.listdir("/proc/self/task"))
+for _ in range(40):
+    native.shard_statistics(logits, target, Shard(0, 20000, -100), PLAIN)
+done.set()
+watcher.join()
+sys.stdout.write(f"{before} threads before, {max(seen)} at most")
+sys.exit(max(seen) > before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
+def test_the_threads_are_those_that_torch_has():
+    """Others would share the cores with torch's, which spin on after each of its operations."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 RANK = """
