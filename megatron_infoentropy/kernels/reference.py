@@ -38,8 +38,10 @@ def _statistics(x: torch.Tensor, target_N: torch.Tensor, shard: Shard) -> torch.
     """All five rows [5, n] of x [n, columns]."""
     ignored = target_N == shard.ignore_index
     if shard.columns == 0:  # the whole shard is padding
-        nothing = x.new_tensor([-torch.inf, -1.0, 0.0, 0.0, 0.0]).unsqueeze(-1)
-        return nothing.expand(5, len(target_N)).masked_fill(ignored, 0)
+        nothing = x.new_zeros((5, len(target_N)))  # filled on the device: a copy would wait for it
+        nothing[0].fill_(-torch.inf)
+        nothing[1].fill_(-1)
+        return nothing.masked_fill(ignored, 0)
     m, top = x.max(-1)
     empty = m == -torch.inf
     d = x - torch.where(empty, 0, m).unsqueeze(-1)

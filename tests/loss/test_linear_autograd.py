@@ -55,7 +55,7 @@ def test_gradcheck_of_each_result(which):
     assert torch.autograd.gradcheck(one, (hidden, weight), fast_mode=True)
 
 
-def test_results_do_not_depend_on_the_chunks_to_the_bit():
+def test_exact_logits_give_the_same_bits_in_chunks_of_any_size():
     """With small integers every logit is exact, whatever order a matrix product adds in."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randint(-3, 4, (N, H), generator=generator).float()
