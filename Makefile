@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test lint bench bench-gpu build status status-readme clean
+.PHONY: demo test test-slow lint bench bench-gpu build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -20,7 +20,11 @@ ASIDE := --numprocesses 2 --dist loadfile
 # Tests for GPUs see them (and skip by name where there is none); all others run as without one.
 test: $(READY)
 	$(BIN)/python -m pytest -m "gpu or multi_gpu"
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu and not multi_gpu" $(ASIDE)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu and not multi_gpu and not slow" $(ASIDE)
+
+# The long forms (faults, kills, fuzzing), whose short forms are in `make test`: hours.
+test-slow: $(READY)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
