@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "bench": {"config", "kernels", "loss", "progress", "runtime"},
     "doctor": {"kernels"},
-    "commands": {"convert", "data"},
-    "cli": {"commands", "config", "launch", "convert", "evaluate", "doctor", "bench"},
+    "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch"},
+    "cli": {"commands"},
     "__main__": {"cli"},
 }
 PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong to these rooms
