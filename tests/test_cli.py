@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_infoentropy import __version__
+from megatron_infoentropy.cli import main
+
 COMMANDS = {
     "corpus": "standard library",
     "tokenizer": "byte-level BPE",
@@ -28,6 +31,7 @@ RECIPE = Path(__file__).parents[1] / "examples" / "tiny.yaml"
 
 
 def run(*words, cwd=None):
+    """As a user runs it: a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_infoentropy", *map(str, words)],
         cwd=cwd,
@@ -35,6 +39,21 @@ def run(*words, cwd=None):
         text=True,
         check=False,
     )
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """The same in this process, in an empty folder, which starts at once."""
+
+    def call(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["infoentropy", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, end.value.code, captured.out, captured.err)
+
+    return call
 
 
 def test_help_lists_every_command():
@@ -45,8 +64,8 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_says_what_it_does_and_explains_every_option(command):
-    done = run(command, "--help")
+def test_help_of_a_command_says_what_it_does_and_explains_every_option(call, command):
+    done = call(command, "--help")
     assert done.returncode == 0
     assert COMMANDS[command] in " ".join(done.stdout.split())
     options = done.stdout.partition("Options:")[2].splitlines()
@@ -57,10 +76,8 @@ def test_help_of_a_command_says_what_it_does_and_explains_every_option(command):
         assert len(words) > 1 or (following and following[0].startswith("   ")), line
 
 
-def test_the_version_is_the_packages():
-    import megatron_infoentropy
-
-    assert run("--version").stdout.strip() == megatron_infoentropy.__version__
+def test_the_version_is_the_packages(call):
+    assert call("--version").stdout.strip() == __version__
 
 
 @pytest.mark.parametrize(
@@ -91,8 +108,8 @@ def test_the_version_is_the_packages():
         (["tokenizer", "no.jsonl", "--output", "t"], "no.jsonl"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_1(tmp_path, words, message):
-    done = run(*words, cwd=tmp_path)
+def test_a_mistake_is_one_sentence_and_exit_code_1(call, tmp_path, words, message):
+    done = call(*words)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("infoentropy: ")
@@ -122,6 +139,13 @@ def test_bench_prints_ratios():
         assert re.search(rf"^ *{provider}  .* \d+\.\d\d ", done.stdout, flags=re.M), provider
     assert "% of limit" in done.stdout
     assert "not measured: torch compiled" in done.stdout
+
+
+def test_a_mistake_looks_the_same_to_the_shell(tmp_path):
+    done = run("report", "nowhere", "--output", "o.html", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("infoentropy: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_names_what_matters():
