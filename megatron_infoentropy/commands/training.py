@@ -53,6 +53,7 @@ def train(
     """
     from megatron_infoentropy.launch import train as launch
     from megatron_infoentropy.launch.flags import loss_flags
+    from megatron_infoentropy.launch.job import TrainingJob, require_places
 
     loss = {"objective": objective, "gamma": gamma, "sigma": sigma, "normalization": normalization}
     settings = loss_flags(loss) | {
@@ -68,8 +69,8 @@ def train(
             out.print(line, markup=False)
         if None in (data, tokenizer, run):
             return
-    places = launch.require_places(data=data, tokenizer=tokenizer, run=run)
-    job = launch.TrainingJob(recipe, *places, settings, ranks, extra)
+    places = require_places(data=data, tokenizer=tokenizer, run=run)
+    job = TrainingJob(recipe, *places, settings, ranks, extra)
     command = launch.build_command(job)
     out.print(str(command), markup=False)
     if not dry_run:

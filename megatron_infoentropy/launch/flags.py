@@ -1,6 +1,7 @@
 """What a command line says, read as Megatron's parser will: the last word on a flag counts."""
 
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 from megatron_infoentropy.config import InfoEntropyConfig
@@ -60,6 +61,7 @@ def read_facts(words: list[str]) -> dict[str, Any]:
         "seed": _number(words, "seed", int),
         "tensor_parallel": _number(words, "tensor-model-parallel-size", int),
         "pipeline_parallel": _number(words, "pipeline-model-parallel-size", int),
+        "context_parallel": _number(words, "context-parallel-size", int) or 1,
         "train_iters": _number(words, "train-iters", int),
         "global_batch_size": _number(words, "global-batch-size", int),
         "micro_batch_size": _number(words, "micro-batch-size", int),
@@ -69,10 +71,15 @@ def read_facts(words: list[str]) -> dict[str, Any]:
 
 def useful_ranks(facts: dict[str, Any], devices: int) -> int:
     """The most ranks that fit the devices and divide the batch; at least what one model needs."""
-    model_ranks: int = facts["tensor_parallel"] * facts["pipeline_parallel"]
+    model_ranks = ranks_of_a_model(facts)
     micro_batches = (facts["global_batch_size"] or 1) // (facts["micro_batch_size"] or 1)
     copies = [n for n in range(1, devices // model_ranks + 1) if micro_batches % n == 0]
     return model_ranks * max(copies, default=1)
+
+
+def ranks_of_a_model(facts: dict[str, Any]) -> int:
+    """How many ranks hold one copy of the model."""
+    return prod(int(facts[f"{axis}_parallel"]) for axis in ("tensor", "pipeline", "context"))
 
 
 def _last(words: list[str], name: str) -> str | None:

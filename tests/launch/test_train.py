@@ -11,6 +11,7 @@ import pytest
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
+from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
@@ -32,7 +33,7 @@ raise ValueError("the ranks have reasons of their own")
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "find_device", lambda: Device("cpu", "gloo", 1))
-    for split in launch.SPLITS:
+    for split in SPLITS:
         folder = tmp_path / "data" / split
         folder.mkdir(parents=True)
         domains = {
@@ -41,7 +42,7 @@ def job(tmp_path, monkeypatch):
         }
         Manifest(folder, TokenizerFacts("0" * 64, 100, 0), "uint16", True, domains).save()
         np.save(folder / "token_counts.npy", np.zeros((2, 100), dtype=np.int64))
-    return launch.TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
+    return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
 
 
 def values(words, flag):
@@ -140,12 +141,22 @@ def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
 
 def test_training_says_which_folders_it_misses():
     with pytest.raises(ValueError, match="training needs --data, --run; "):
-        launch.require_places(data=None, tokenizer=Path("t"), run=None)
+        require_places(data=None, tokenizer=Path("t"), run=None)
 
 
 def test_ranks_that_do_not_fit_the_layout_are_refused(job):
     with pytest.raises(ValueError, match="3 ranks cannot be split into tensor-parallel 2"):
         launch.build_command(replace(job, settings=TP2, ranks=3))
+    cp2 = replace(job, ranks=2, extra_flags=("--context-parallel-size", "2"))
+    assert launch.build_command(cp2).ranks == 2
+    with pytest.raises(ValueError, match=r"context-parallel 2; use a multiple of 4"):
+        launch.build_command(replace(cp2, settings=TP2))
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(job):
+    said = "a global batch of 8 cannot be shared by 2 data-parallel ranks in micro-batches of 8"
+    with pytest.raises(ValueError, match=said):
+        launch.build_command(replace(job, ranks=2))
 
 
 def pretend(job, code):

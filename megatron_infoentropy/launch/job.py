@@ -1,0 +1,121 @@
+"""What to train, on what: the flags of one training, checked before anything starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_infoentropy.data.blend import blend
+from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.launch.flags import chosen_flags, ranks_of_a_model
+from megatron_infoentropy.launch.recipe import (
+    RecipeError,
+    load_plan,
+    load_recipe,
+    to_command_line,
+)
+from megatron_infoentropy.runtime.device import Device
+
+SPLITS = {"train": "train-data-path", "validation": "valid-data-path", "test": "test-data-path"}
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What to train, on what, where.
+
+    `settings` are flags given beside the recipe (names without dashes); what neither says has the
+    published or usual value, see `DEFAULTS`. Of a flag said twice the last counts: default, recipe,
+    settings, extra flags.
+    """
+
+    recipe: Path
+    data: Path  # holds train/, validation/ and test/ token datasets
+    tokenizer: Path
+    run: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks: int | None = None  # on this machine; None is as many as it has use for
+    extra_flags: tuple[str, ...] = ()
+
+    def flags(self, device: Device) -> list[str]:
+        """The whole command line of every rank.
+
+        Raises:
+            ValueError: a recipe or a dataset that cannot be used.
+        """
+        recipe = load_recipe(self.recipe)
+        chosen = chosen_flags(device, recipe, self.settings)
+        return [*chosen, *to_command_line(self._paths(recipe)), *self.extra_flags]
+
+    def _paths(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Where data, tokenizer and checkpoints are."""
+        self._require_vocabulary(recipe)
+        weights = {"train": load_plan(self.recipe).data_weights}
+        return {
+            "tokenizer-type": "HuggingFaceTokenizer",
+            "tokenizer-model": self.tokenizer,
+            **{
+                flag: _blend(self.data / split, weights.get(split, "natural"))
+                for split, flag in SPLITS.items()
+            },
+            "data-cache-path": self.data / "cache",  # else Megatron writes among the datasets
+            "save": self.run / "checkpoints",
+            "load": self.run / "checkpoints",
+        }
+
+    def _require_vocabulary(self, recipe: dict[str, Any]) -> None:
+        """Megatron takes the tokenizer's size whatever --vocab-size says; a recipe means it.
+
+        Raises:
+            RecipeError: the training data were tokenized with a vocabulary of another size.
+        """
+        wanted = recipe.get("vocab-size")
+        size = load_manifest(self.data / "train").tokenizer.vocab_size
+        if wanted not in (None, size):
+            raise RecipeError(
+                f"{self.recipe} is for a vocabulary of {wanted}, the training data have {size}; "
+                "tokenize them anew, or change vocab-size in the recipe"
+            )
+
+
+def require_places(
+    *, data: Path | None, tokenizer: Path | None, run: Path | None
+) -> tuple[Path, Path, Path]:
+    """The three folders that a training needs and a dry run does not.
+
+    Raises:
+        ValueError: names those that are missing.
+    """
+    if data is None or tokenizer is None or run is None:
+        given = {"--data": data, "--tokenizer": tokenizer, "--run": run}
+        missing = ", ".join(name for name, path in given.items() if path is None)
+        raise ValueError(f"training needs {missing}; without them there is only --dry-run")
+    return data, tokenizer, run
+
+
+def require_layout(ranks: int, facts: dict[str, Any]) -> None:
+    """Check that so many ranks can hold copies of the model, and that they can share the batch.
+
+    Raises:
+        ValueError: says which number to change.
+    """
+    model_ranks = ranks_of_a_model(facts)
+    if ranks % model_ranks:
+        axes = [f"{axis}-parallel {facts[f'{axis}_parallel']}" for axis in ("tensor", "pipeline")]
+        if facts["context_parallel"] > 1:
+            axes.append(f"context-parallel {facts['context_parallel']}")
+        raise ValueError(
+            f"{ranks} ranks cannot be split into {' x '.join(axes)}; use a multiple of "
+            f"{model_ranks}"
+        )
+    batch, micro_batch = facts["global_batch_size"], facts["micro_batch_size"]
+    copies = ranks // model_ranks
+    if batch and micro_batch and batch % (micro_batch * copies):
+        raise ValueError(
+            f"a global batch of {batch} cannot be shared by {copies} data-parallel ranks in "
+            f"micro-batches of {micro_batch}: make global-batch-size a multiple of "
+            f"{micro_batch * copies}, or change micro-batch-size or the number of ranks"
+        )
+
+
+def _blend(dataset: Path, weights: str) -> list[Any]:
+    """[weight, prefix, weight, prefix, ...]"""
+    return [word for share in blend(dataset, weights) for word in (share.weight, share.prefix)]
