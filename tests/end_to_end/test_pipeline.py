@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def train(folder, run, *words, extra=()):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Text, tokenizer, datasets and three trainings: whole, and stopped then resumed elsewhere."""
+    """Text, tokenizer, datasets and two trainings: whole, and resumed elsewhere after step 8."""
     folder = tmp_path_factory.mktemp("pipeline")
     topics = sorted(pydoc_data.topics.topics.items())
     for split, documents in {
@@ -66,10 +67,20 @@ def folder(tmp_path_factory):
             *("--output", f"tokens/{split}"),
             cwd=folder,
         )
-    train(folder, "whole", "--tensor-parallel", 2)
-    train(folder, "resumed", "--tensor-parallel", 2, extra=("--exit-interval", "8"))
+    train(folder, "whole", "--tensor-parallel", 2, extra=("--save-interval", "8"))
+    stop_after(8, folder / "whole", folder / "resumed")
     train(folder, "resumed", "--pipeline-parallel", 2)
     return folder
+
+
+def stop_after(iteration, whole, stopped):
+    """What is left of a run that was killed soon after it saved this iteration."""
+    shutil.copytree(whole, stopped)
+    checkpoints = stopped / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    shutil.rmtree(checkpoints / "iter_0000012")
+    log = stopped / "train.log"
+    log.write_text(log.read_text().partition(f" iteration {iteration + 1:8d}/")[0])
 
 
 def test_a_run_resumed_under_another_layout_continues_its_curve(folder):
