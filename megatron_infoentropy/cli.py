@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.commands import convert, data, evaluation, machine, training
+from megatron_infoentropy.commands import convert, data, evaluation, machine, study, training
 
 app = typer.Typer(
     name="infoentropy",
@@ -40,7 +40,7 @@ def about(
 
 
 # In the order of the work, as --help lists them.
-for _room in (data, training, convert, evaluation, machine):
+for _room in (data, training, convert, evaluation, study, machine):
     for _command in _room.COMMANDS:
         # Megatron's own flags follow `train` after a --.
         _extra = {"ignore_unknown_options": _command is training.train}

@@ -23,9 +23,11 @@ MAY_IMPORT = {
     "convert": {"progress"},
     "evaluate": {"loss", "data", "progress"},
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
+    "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
+    "tasks": {"progress"},
     "bench": {"config", "kernels", "loss", "progress", "runtime"},
     "doctor": {"kernels"},
-    "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch"},
+    "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch", "study", "tasks"},
     "cli": {"commands"},
     "__main__": {"cli"},
 }
@@ -40,7 +42,8 @@ OWNERS = {
     "zstandard": {"data"},
     "matplotlib": {"evaluate", "bench"},
     "jinja2": {"evaluate"},
-    "yaml": {"launch", "convert"},
+    "lm_eval": {"tasks"},
+    "yaml": {"launch", "convert", "study", "tasks"},
     "typer": {"cli", "commands"},
     "rich": {"cli", "commands", "progress", "bench"},
 }

@@ -6,6 +6,7 @@ figures are functions of it. The page needs no network: figures are inline SVG, 
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ FORMAT = 1
 _TEMPLATE = "report.html.jinja"
 
 
-def write_report(runs: list[Path], output: Path) -> Path:
+def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -> Path:
     """Compare run folders on one HTML page.
 
     Args:
         runs: folders with run.json, and where they are there train.log and evaluation.json/.npz.
         output: the page, or a folder to write report.html into; report.json comes beside it,
             under the page's name.
+        notes: sentences that the page must not leave out, such as which planned runs are missing.
 
     Returns:
         The path of the page.
@@ -43,7 +45,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     if not runs:
         raise ValueError("a report needs at least one run folder, got none")
     page = output if output.suffix in (".html", ".htm") else output / "report.html"
-    data = report_data([load_run(folder) for folder in runs])
+    data = report_data([load_run(folder) for folder in runs], notes)
     with write_atomically(page.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with write_atomically(page) as temporary:
@@ -51,7 +53,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     return page
 
 
-def report_data(runs: list[Run]) -> dict[str, Any]:
+def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
     """Everything the page shows, as JSON values; numbers that are not finite become None."""
     groups = group_runs(runs)
     comparisons = compare_groups(groups)
@@ -68,7 +70,7 @@ def report_data(runs: list[Run]) -> dict[str, Any]:
         "verdict": {
             "headline": verdict.headline(runs, comparisons),
             "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
-            "limits": verdict.limits(runs, groups, comparisons),
+            "limits": [*notes, *verdict.limits(runs, groups, comparisons)],
         },
         "groups": [_describe_group(g, i, position) for i, g in enumerate(groups, first_color)],
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],

@@ -1,0 +1,9 @@
+"""A study: one file that says what to train, one command that trains, scores and compares it all.
+
+plan      the YAML file, read and checked: recipe, grid, seeds, data, evaluation
+ledger    which steps of a run are finished, proven by the hashes of what they wrote
+member    one run of the grid: train, export, evaluate, tasks
+data      what the runs train on and are scored on
+runner    the runs in processes of their own, some side by side; the report at the end
+slurm     the same as a job array
+"""

@@ -1,0 +1,81 @@
+"""One run of a study: trained, exported, scored, asked; each step a folder or file of its own."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_infoentropy.launch.job import TrainingJob
+from megatron_infoentropy.launch.recipe import load_plan, load_recipe
+from megatron_infoentropy.launch.train import build_command, train
+from megatron_infoentropy.study.data import Places, places
+from megatron_infoentropy.study.ledger import Step, run_steps
+from megatron_infoentropy.study.plan import Member, Study
+
+CHECKPOINTS, CACHE = "checkpoints", "cache"
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+def do_member(study: Study, member: Member, output: Path, data_digest: str) -> None:
+    """Do what is not finished of one run.
+
+    Raises:
+        ValueError, RuntimeError: what stopped a step, in words.
+    """
+    run_steps(output / member.name, member_steps(study, member, output), data_digest)
+
+
+def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
+    """What a run is made of, in order."""
+    folder, where = output / member.name, places(study, output)
+    recipe = {"flags": load_recipe(study.recipe), "plan": asdict(load_plan(study.recipe))}
+    trained = [recipe, study.settings(member)]
+    return [
+        Step("train", trained, ("run.json", "train.log", CHECKPOINTS),
+             lambda: _train(study, member, where, folder)),
+        Step("export", None, ("hf",), lambda: _export(where, folder)),
+        Step("evaluate", asdict(study.scoring), ("evaluation.json", "evaluation.npz"),
+             lambda: _evaluate(study, where, folder)),
+    ]  # fmt: skip
+
+
+def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
+    if not (folder / CHECKPOINTS / _LATEST).is_file():  # nothing to go on from
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        (folder / "train.log").unlink(missing_ok=True)
+    # Runs side by side must not write one index cache.
+    cache = ("--data-cache-path", str(folder / CACHE))
+    settings = study.settings(member)
+    job = TrainingJob(
+        study.recipe, where.tokens, where.tokenizer, folder, settings, extra_flags=cache
+    )
+    train(job, build_command(job))
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
+
+
+def _export(where: Places, folder: Path) -> None:
+    from megatron_infoentropy.convert import convert_checkpoint, prove, why_not_now
+
+    def check(made: Path) -> None:
+        if not why_not_now(made):
+            prove(folder / CHECKPOINTS, made)
+
+    convert_checkpoint(
+        folder / CHECKPOINTS,
+        folder / "hf",
+        tokenizer=where.tokenizer,
+        overwrite=True,
+        check=check,
+    )
+
+
+def _evaluate(study: Study, where: Places, folder: Path) -> None:
+    from megatron_infoentropy.evaluate.perplexity import evaluate_model
+
+    result = evaluate_model(
+        folder / "hf",
+        where.tokens / study.scoring.split,
+        token_counts=where.tokens / "train" / "token_counts.npy",
+        max_tokens=study.scoring.max_tokens,
+        device=study.scoring.device,
+    )
+    result.save(folder)

@@ -1,0 +1,226 @@
+"""A study file, read and checked before anything is started.
+
+recipe: ../tiny.yaml            # as for `infoentropy train`; paths are relative to this file
+flags: {train-iters: 600}       # Megatron's, over the recipe's, the same for every run
+seeds: [1, 2, 3]
+grid:                           # lists are crossed; with them, every seed
+  - objective: cross_entropy
+  - objective: infoentropy
+    gamma: [0.5, 1, 2]
+    normalization: [paper, global]
+data: {corpus-megabytes: 12, vocab-size: 4096}
+evaluate: {split: test, max-tokens: 200000}
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.launch.flags import loss_flags
+from megatron_infoentropy.study.reading import StudyError, one_of_type, section
+
+SPLITS = ("train", "validation", "test")
+_LOSS = {"objective": str, "gamma": float, "sigma": float, "normalization": str}
+_PARTS = ("recipe", "flags", "seeds", "grid", "data", "evaluate", "tasks")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on: token datasets that are there, or text to make them of."""
+
+    tokens: Path | None = None  # with train/, validation/ and test/
+    text: Path | None = None  # with train.jsonl, validation.jsonl, test.jsonl, or .zst, or .gz
+    corpus_megabytes: float | None = None  # of the standard library, as `infoentropy corpus`
+    tokenizer: Path | None = None
+    vocab_size: int | None = None  # of a tokenizer to train
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How models are scored."""
+
+    split: str = "test"
+    max_tokens: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What lm-evaluation-harness asks the models, as for `infoentropy tasks`."""
+
+    suites: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    folder: Path | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of the grid: a setting and a seed."""
+
+    name: str
+    loss: dict[str, Any]  # fields of InfoEntropyConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file; `recipe` and every path below `data` are absolute."""
+
+    path: Path
+    recipe: Path
+    flags: dict[str, Any]
+    members: tuple[Member, ...]
+    data: Data
+    scoring: Scoring
+    tasks: Tasks | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def settings(self, member: Member) -> dict[str, Any]:
+        """Flags of one run, over the recipe's."""
+        return {**self.flags, **loss_flags(member.loss), "seed": member.seed}
+
+    def member(self, name: str) -> Member:
+        """The run of that name.
+
+        Raises:
+            StudyError: the grid has none.
+        """
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise StudyError(
+            f"{self.path} has no run {name!r}; its runs are "
+            + ", ".join(member.name for member in self.members)
+        )
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        StudyError: not YAML, an unknown key, a value that cannot be, or a run that is there twice.
+    """
+    path = path.resolve()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"no study at {path}; examples/studies has some") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not YAML: {error}") from error
+    try:
+        return _study(path, section("the study", content, _PARTS, required=("recipe", "grid")))
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+
+
+def _study(path: Path, content: dict[str, Any]) -> Study:
+    recipe = path.parent / one_of_type("recipe", content["recipe"], str)
+    if not recipe.is_file():
+        raise StudyError(f"recipe: there is no file {recipe}")
+    flags = content.get("flags") or {}
+    if not isinstance(flags, dict) or not all(isinstance(name, str) for name in flags):
+        raise StudyError(f"flags: expected `flag: value` lines, got {flags!r}")
+    return Study(
+        path,
+        recipe,
+        flags,
+        _members(content),
+        _data(path.parent, content.get("data")),
+        _scoring(content.get("evaluate")),
+        _tasks(path.parent, content["tasks"]) if "tasks" in content else None,
+    )
+
+
+def _members(content: dict[str, Any]) -> tuple[Member, ...]:
+    """Every setting with the first seed, then every setting with the next: so that a study that
+    ends early has compared something."""
+    seeds = [one_of_type("seeds", seed, int) for seed in _listed(content.get("seeds", [1234]))]
+    grid = content["grid"]
+    if not isinstance(grid, list) or not grid or not seeds:
+        raise StudyError("grid and seeds: expected lists with at least one entry")
+    settings = [setting for entry in grid for setting in _settings(entry)]
+    members = [Member(_name(loss, seed), loss, seed) for seed in seeds for loss in settings]
+    names = [member.name for member in members]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise StudyError(f"grid: {', '.join(twice)} would be trained twice")
+    return tuple(members)
+
+
+def _settings(entry: object) -> list[dict[str, Any]]:
+    """The settings that one entry of the grid crosses."""
+    found = section("grid", entry, tuple(_LOSS), required=("objective",))
+    axes = [
+        [one_of_type(f"grid: {name}", value, _LOSS[name]) for value in _listed(values)]
+        for name, values in found.items()
+    ]
+    settings = [dict(zip(found, values, strict=True)) for values in product(*axes)]
+    for setting in settings:
+        try:
+            InfoEntropyConfig(**setting)
+        except ValueError as error:
+            raise StudyError(f"grid: {error}") from error
+        if setting["objective"] == "cross_entropy" and len(setting) > 1:
+            raise StudyError("grid: cross_entropy has no gamma, sigma or normalization")
+    return settings
+
+
+def _name(loss: dict[str, Any], seed: int) -> str:
+    words = [loss["objective"]]
+    words += [f"gamma{loss['gamma']:g}"] if "gamma" in loss else []
+    words += [f"sigma{loss['sigma']:g}"] if "sigma" in loss else []
+    words += [loss["normalization"]] if "normalization" in loss else []
+    return "-".join([*words, f"seed{seed}"])
+
+
+def _data(folder: Path, content: object) -> Data:
+    names = ("tokens", "text", "corpus-megabytes", "tokenizer", "vocab-size")
+    found = section("data", content, names)
+    if sum(name in found for name in ("tokens", "text", "corpus-megabytes")) != 1:
+        raise StudyError("data: expected one of tokens, text and corpus-megabytes")
+    if ("tokenizer" in found) == ("vocab-size" in found):
+        raise StudyError("data: expected a tokenizer, or the vocab-size of one to train")
+    if "tokens" in found and "tokenizer" not in found:
+        raise StudyError("data: tokens belong to a tokenizer; name its folder")
+    kinds = {"corpus-megabytes": float, "vocab-size": int}
+    values = {
+        name.replace("-", "_"): one_of_type(f"data: {name}", value, kinds.get(name, str))
+        for name, value in found.items()
+    }
+    paths = {k: folder / v for k, v in values.items() if k in ("tokens", "text", "tokenizer")}
+    return Data(**{**values, **paths})
+
+
+def _scoring(content: object) -> Scoring:
+    found = section("evaluate", content or {}, ("split", "max-tokens", "device"))
+    split = found.get("split", "test")
+    if split not in SPLITS[1:]:
+        raise StudyError(f"evaluate: split must be validation or test, got {split!r}")
+    limit = found.get("max-tokens")
+    limit = None if limit is None else one_of_type("evaluate: max-tokens", limit, int)
+    return Scoring(split, limit, one_of_type("evaluate: device", found.get("device", "auto"), str))
+
+
+def _tasks(base: Path, content: object) -> Tasks:
+    found = section("tasks", content, ("suites", "names", "folder", "limit"))
+    words = {
+        part: tuple(one_of_type(f"tasks: {part}", v, str) for v in _listed(found.get(part, [])))
+        for part in ("suites", "names")
+    }
+    if not any(words.values()):
+        raise StudyError("tasks: expected suites or names")
+    folder = one_of_type("tasks: folder", found["folder"], str) if "folder" in found else None
+    limit = one_of_type("tasks: limit", found["limit"], int) if "limit" in found else None
+    return Tasks(**words, folder=None if folder is None else base / folder, limit=limit)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,172 @@
+"""Does a whole study: the data, the runs one after the other or side by side, the report.
+
+Every run is a process of its own, so that one that fails, or is killed for its memory, takes no
+other with it. Its words are kept in OUTPUT/logs/NAME.log and passed on, with its place in the study
+and the time left.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_infoentropy.evaluate.runlog import read_log
+from megatron_infoentropy.study.data import find_digest
+from megatron_infoentropy.study.plan import Study
+from megatron_infoentropy.study.states import (
+    DATA,
+    State,
+    StudyFailed,
+    duration,
+    find_states,
+    report,
+)
+from megatron_infoentropy.study.workers import Worker, start_worker
+
+LOGS = "logs"
+Say = Callable[[str], object]
+
+
+def run_study(study: Study, output: Path, *, jobs: int = 1, say: Say) -> Path:
+    """Do what is not finished of a study, `jobs` runs at a time, and write its report.
+
+    Returns:
+        The page.
+
+    Raises:
+        StudyFailed: the data could not be made, or runs failed: after all others were done and
+            reported.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if find_digest(study, output) is None:
+        _make_data(study, output, say)
+    runs = _Runs(study, output, jobs, say)
+    runs.do()
+    if len(runs.failed) == len(runs.states):
+        raise StudyFailed(f"all runs failed; why is in {output / LOGS}")
+    page = report(study, output)
+    if runs.failed:
+        raise StudyFailed(
+            f"{len(runs.failed)} of {len(runs.states)} runs failed: {', '.join(runs.failed)}; why "
+            f"is in {output / LOGS}. The others are in {page}; the same command tries again"
+        )
+    return page
+
+
+def _make_data(study: Study, output: Path, say: Say) -> None:
+    worker, last = start_worker(study, output, DATA, slot=0, jobs=1), ""
+    assert worker.stdout is not None
+    try:
+        for text in worker.stdout:
+            last = text.strip() or last
+            say(f"data: {text.rstrip()}")
+    finally:
+        code = _stop(worker)
+    if code != 0:
+        raise StudyFailed(f"the data could not be made: {last}")
+
+
+def _stop(worker: Worker) -> int:
+    """End a worker if it still runs; it ends its own processes."""
+    if worker.poll() is None:
+        worker.terminate()
+    return worker.wait()
+
+
+@dataclass
+class _Active:
+    """A run on its way."""
+
+    state: State
+    worker: Worker
+    slot: int
+    start: float = field(default_factory=time.monotonic)
+    last: str = ""  # that it said
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+class _Runs:
+    """The runs of a study; `failed` are the names of those that ended with an error."""
+
+    def __init__(self, study: Study, output: Path, jobs: int, say: Say) -> None:
+        self.study, self.output, self.jobs, self.say = study, output, jobs, say
+        self.states = find_states(study, output)
+        self.failed: list[str] = []
+        self._waiting = [state for state in self.states if not state.is_done]
+        self._took = [state.seconds for state in self.states if state.is_done]
+        self._active: list[_Active] = []
+        self._said: queue.Queue[tuple[_Active, str | None]] = queue.Queue()  # None: it ended
+
+    def do(self) -> None:
+        for state in self.states:
+            if state.is_done:
+                self._tell(state, str(state))
+        try:
+            while self._waiting or self._active:
+                while self._waiting and len(self._active) < self.jobs:
+                    self._start(self._waiting.pop(0))
+                active, text = self._said.get()
+                if text is None:
+                    self._end(active)
+                else:
+                    active.last = text
+                    self._tell(active.state, text + self._left())
+        finally:
+            for active in self._active:
+                _stop(active.worker)
+
+    def _start(self, state: State) -> None:
+        slot = min(set(range(self.jobs)) - {active.slot for active in self._active})
+        worker = start_worker(self.study, self.output, state.member.name, slot=slot, jobs=self.jobs)
+        active = _Active(state, worker, slot)
+        self._active.append(active)
+        self._tell(state, f"begins, {state}" + self._left())
+        threading.Thread(target=self._listen, args=(active,), daemon=True).start()
+
+    def _listen(self, active: _Active) -> None:
+        log = self.output / LOGS / f"{active.state.member.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        assert active.worker.stdout is not None
+        with log.open("w", encoding="utf-8") as file:
+            for text in active.worker.stdout:
+                file.write(text)
+                file.flush()
+                if text.strip():
+                    self._said.put((active, text.rstrip()))
+        self._said.put((active, None))
+
+    def _end(self, active: _Active) -> None:
+        code = active.worker.wait()
+        self._active.remove(active)
+        if code == 0:
+            self._took.append(active.seconds)
+            self._tell(active.state, f"done in {duration(active.seconds)}" + self._left())
+        else:
+            self.failed.append(active.state.member.name)
+            self._tell(active.state, f"FAILED with exit code {code}: {active.last}")
+
+    def _tell(self, state: State, text: str) -> None:
+        self.say(f"run {state.number} of {len(self.states)}, {state.member.name}: {text}")
+
+    def _left(self) -> str:
+        """The time left for all runs, once one has ended or has begun to train."""
+        each = sum(self._took) / len(self._took) if self._took else self._guess()
+        if each is None:
+            return ""
+        left = each * len(self._waiting)
+        left += sum(max(each - active.seconds, 0.0) for active in self._active)
+        return f" | {duration(left / self.jobs)} left in all"
+
+    def _guess(self) -> float | None:
+        """Seconds of a run, by how far one is with its training."""
+        for active in self._active:
+            log = self.output / active.state.member.name / "train.log"
+            found = read_log(log) if log.is_file() else None
+            if found and found.last_iteration:
+                return active.seconds * found.train_iters / found.last_iteration
+        return None

@@ -1,0 +1,92 @@
+"""How far a study is, run by run; its parts, done in this process; its report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infoentropy.evaluate.report import write_report
+from megatron_infoentropy.study.data import find_digest, prepare
+from megatron_infoentropy.study.ledger import Progress, read_progress
+from megatron_infoentropy.study.member import do_member, member_steps
+from megatron_infoentropy.study.plan import Member, Study
+
+DATA, REPORT = "data", "report"
+
+
+class StudyFailed(RuntimeError):
+    """Something of a study failed; says what, where to read on, and what was done all the same."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A run, its place in the study from 1, and what is finished of it."""
+
+    number: int
+    member: Member
+    steps: tuple[str, ...]
+    done: tuple[str, ...]
+    seconds: float
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == self.steps
+
+    def __str__(self) -> str:
+        if self.is_done:
+            return f"done in {duration(self.seconds)}"
+        left = ", ".join(step for step in self.steps if step not in self.done)
+        return f"to do: {left}" + (f" (done: {', '.join(self.done)})" if self.done else "")
+
+
+def find_states(study: Study, output: Path) -> list[State]:
+    """What is finished of every run; reads and hashes all that is there, starts nothing."""
+    digest = find_digest(study, output)
+    states = []
+    for number, member in enumerate(study.members, start=1):
+        steps = member_steps(study, member, output)
+        found = Progress((), 0.0, "")
+        if digest is not None:
+            found = read_progress(output / member.name, steps, digest)
+        names = tuple(step.name for step in steps)
+        states.append(State(number, member, names, found.done, found.seconds))
+    return states
+
+
+def do_part(study: Study, output: Path, part: str) -> Path | None:
+    """One part of a study in this process: "data", the name of a run, or "report".
+
+    Returns:
+        The page, if it was the report.
+
+    Raises:
+        ValueError, RuntimeError: what stopped it, in words.
+    """
+    if part == REPORT:
+        return report(study, output)
+    member = None if part == DATA else study.member(part)
+    digest = prepare(study, output)
+    if member is not None:
+        do_member(study, member, output, digest)
+    return None
+
+
+def report(study: Study, output: Path) -> Path:
+    """Write the report of all runs that are finished; it names those that are not.
+
+    Raises:
+        StudyFailed: no run is finished.
+    """
+    states = find_states(study, output)
+    done = [output / state.member.name for state in states if state.is_done]
+    missing = [state.member.name for state in states if not state.is_done]
+    if not done:
+        raise StudyFailed(f"no run of {study.path} is finished, so there is nothing to report")
+    notes = [f"{len(missing)} of {len(states)} planned runs are missing: {', '.join(missing)}."]
+    return write_report(done, output, notes=notes if missing else [])
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
