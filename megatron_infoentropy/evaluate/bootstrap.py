@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BUCKETS
+from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS
 from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 
@@ -100,10 +100,11 @@ def _require_same_data(reference: Evaluation, pairs: list[tuple[Evaluation, Eval
 
 
 def _by_statistic(evaluation: Evaluation, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums [documents, buckets] as columns: all tokens, every bucket, every domain."""
+    """Sums [documents, bands] as columns: all tokens, every bucket, every domain."""
     total = sums.sum(axis=1, keepdims=True)
+    by_bucket = [sums[:, BANDS_OF[name]].sum(axis=1) for name in BUCKETS]
     in_domain = evaluation.documents.domain[:, None] == np.arange(len(evaluation.domains))
-    return np.hstack([total, sums, total * in_domain])
+    return np.hstack([total, np.stack(by_bucket, axis=1), total * in_domain])
 
 
 def _redraw(sums: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:

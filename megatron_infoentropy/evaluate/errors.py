@@ -13,8 +13,16 @@ class VocabularyMismatchError(ValueError):
     """Model, data and token counts do not agree on the size of the vocabulary."""
 
 
+class ContextOverflowError(ValueError):
+    """A window is longer than the positions the model has."""
+
+
 class EmptyDomainError(ValueError):
     """A domain without a single token: it has no perplexity."""
+
+
+class DomainWeightsError(ValueError):
+    """Weights of domains that do not fit the domains scored."""
 
 
 class NonFiniteScoreError(ValueError):
@@ -25,8 +33,12 @@ class EvaluationFormatError(ValueError):
     """The files of an evaluation are missing, damaged or of another format."""
 
 
+class UnfinishedEvaluationError(ValueError):
+    """An evaluation that was interrupted, or one of other inputs that lies in the way."""
+
+
 class DifferentDataError(ValueError):
-    """Two evaluations that scored different tokens cannot be paired."""
+    """Two evaluations that scored different tokens, or in another way, cannot be paired."""
 
 
 class RunFolderError(ValueError):

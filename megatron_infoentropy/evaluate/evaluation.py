@@ -1,11 +1,40 @@
-"""The result of scoring one model, and its two files.
+"""The result of scoring one model, and its files, all in one folder.
 
-`evaluation.json` holds the numbers a reader wants; `evaluation.npz` the sums per document and
-bucket behind them, from which two evaluations of the same tokens can be compared pair by pair.
+evaluation.json, the numbers a reader wants (nats are natural; None where there are no tokens):
+
+    format            2
+    scoring           rule (a sentence), mode ("sliding" or "packed"), context_length, stride,
+                      batch_tokens
+    model             kind ("huggingface" or "megatron"), class, parameters, vocab_size, device,
+                      dtype, weights_sha256, versions; iteration of a Megatron checkpoint
+    data              fingerprint, tokenizer_sha256, complete (all documents whole), documents,
+                      empty_documents (left out), one_token_documents
+    bucket_rule       a sentence; bucket_sizes and decile_sizes: {name: vocabulary, training_share}
+    total             M + documents, bits_per_byte          M = tokens, nats_per_token, perplexity,
+    buckets           {high, medium, low: M}                    mean_entropy
+    deciles           {"1" ... "10": M}
+    domains           {name: M + documents, bits_per_byte, buckets: {high, medium, low: M}}
+    weighted_average  nats_per_token, perplexity, weights: {domain: share}, weights_are (a sentence)
+    uniform_average   nats_per_token, perplexity
+    worst_case        nats_per_token, perplexity, domain
+    difficulty        rule, buckets: {easy, medium, hard: M + entropy_from, entropy_to}: thirds of
+                      the tokens by this model's own entropy
+    entropy_histogram edges [65], tokens, mean_ce, mean_entropy [64]: 64 equal bins up to ln V
+    calibration       of the most probable token: accuracy, mean_confidence, expected_error (ECE),
+                      edges [21], tokens, accuracy_in_bin, confidence_in_bin [20]
+                      of the entropy: entropy_error, the mean over tokens of |mean_ce -
+                      mean_entropy| in the 64 bins
+    passage           domain, document, start, and of each of its first tokens: text, ce, entropy
+    files             {name: sha256} of the arrays below
+
+evaluation.npz, sums per document and frequency band, see `DocumentSums`; token_scores.npy, unless
+it was left out, cross entropy and entropy of every scored token, float16 [tokens, 2], documents in
+the order of evaluation.npz. evaluation.json is written last and names the others' checksums, so
+files of different evaluations are never taken together.
 """
 
+import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,20 +42,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BUCKETS
-from megatron_infoentropy.evaluate.errors import EvaluationFormatError
+from megatron_infoentropy.evaluate.errors import EvaluationFormatError, UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 SUMMARY_FILE = "evaluation.json"
 DOCUMENTS_FILE = "evaluation.npz"
+TOKENS_FILE = "token_scores.npy"
+UNFINISHED = "evaluation.unfinished"  # a folder: what an interrupted evaluation has done
 
 
 @dataclass(frozen=True)
 class DocumentSums:
     """Sums over the scored tokens of every document, in the order they were selected.
 
-    D documents, B frequency buckets (in the order of `buckets.BUCKETS`):
+    D documents, B = `buckets.BANDS` frequency bands:
         domain: index into the evaluation's domains, int64 [D].
         document: index in the domain's dataset, int64 [D].
         tokens: scored tokens, int64 [D, B].
@@ -43,14 +73,18 @@ class DocumentSums:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers (`summary`, what evaluation.json holds) and the sums per document behind them."""
+    """Numbers (`summary`, what evaluation.json holds) and the sums per document behind them.
+
+    `token_scores` is float16 [tokens, 2], read from disk as it is used, or None.
+    """
 
     summary: dict[str, Any]
     documents: DocumentSums
+    token_scores: NDArray[np.float16] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the scored tokens and their buckets: equal for evaluations that can be paired."""
+        """Hash of the scored tokens and their bands: equal for evaluations that can be paired."""
         return str(self.summary["data"]["fingerprint"])
 
     @property
@@ -58,12 +92,20 @@ class Evaluation:
         return list(self.summary["domains"])
 
     def save(self, folder: Path) -> Path:
-        """Write both files into a folder; returns the path of evaluation.json, written last."""
-        arrays = asdict(self.documents) | {"fingerprint": np.array(self.fingerprint)}
+        """Write the files into a folder; returns the path of evaluation.json, written last."""
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier one: no longer whole
         with write_atomically(folder / DOCUMENTS_FILE) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **asdict(self.documents))
+        written = [DOCUMENTS_FILE]
+        if self.token_scores is None:
+            (folder / TOKENS_FILE).unlink(missing_ok=True)
+        else:
+            with write_atomically(folder / TOKENS_FILE) as temporary, temporary.open("wb") as file:
+                np.save(file, self.token_scores)
+            written.append(TOKENS_FILE)
+        checksums = {name: _sha256(folder / name) for name in written}
+        text = json.dumps(self.summary | {"files": checksums}, indent=2, allow_nan=False)
         with write_atomically(folder / SUMMARY_FILE) as temporary:
-            text = json.dumps(self.summary, indent=2, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         return folder / SUMMARY_FILE
 
@@ -72,61 +114,44 @@ def load_evaluation(folder: Path) -> Evaluation:
     """Read what `Evaluation.save` wrote.
 
     Raises:
-        EvaluationFormatError: a file is missing or damaged, of another format, or the two files
+        UnfinishedEvaluationError: an evaluation was interrupted here and has no result yet.
+        EvaluationFormatError: a file is missing or damaged, of another format, or the files
             are not of one evaluation.
     """
     advice = "run `infoentropy evaluate` again"
+    if (folder / UNFINISHED).is_dir() and not (folder / SUMMARY_FILE).is_file():
+        raise UnfinishedEvaluationError(
+            f"the evaluation in {folder} was interrupted before it had scored everything, and a "
+            "part is no result: repeat its `infoentropy evaluate`, which resumes"
+        )
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        if summary.get("format") != FORMAT:
+            raise ValueError(f"format {summary.get('format')!r}, expected {FORMAT}")
+        for name, checksum in summary["files"].items():
+            if name == DOCUMENTS_FILE and _sha256(folder / name) != checksum:
+                raise ValueError(f"{SUMMARY_FILE} and {name} belong to different evaluations")
         with np.load(folder / DOCUMENTS_FILE, allow_pickle=False) as arrays:
             documents = DocumentSums(**{f.name: arrays[f.name] for f in fields(DocumentSums)})
-            fingerprint = str(arrays["fingerprint"])
+        token_scores = _load_token_scores(folder, summary, documents)
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationFormatError(
             f"no readable evaluation in {folder}: {error}; {advice}"
         ) from error
-    if summary.get("format") != FORMAT:
-        raise EvaluationFormatError(
-            f"{folder / SUMMARY_FILE} has format {summary.get('format')!r}, expected {FORMAT}; "
-            f"{advice}"
-        )
-    if summary["data"]["fingerprint"] != fingerprint:
-        raise EvaluationFormatError(
-            f"{SUMMARY_FILE} and {DOCUMENTS_FILE} in {folder} belong to different evaluations; "
-            f"{advice}"
-        )
-    return Evaluation(summary, documents)
+    return Evaluation(summary, documents, token_scores)
 
 
-def measures(tokens: int, ce_sum: float, entropy_sum: float) -> dict[str, Any]:
-    """The numbers reported for any set of tokens; None where the set is empty."""
-    nats = ce_sum / tokens if tokens else None
-    return {
-        "tokens": tokens,
-        "nats_per_token": nats,
-        "perplexity": None if nats is None else math.exp(nats),
-        "mean_entropy": entropy_sum / tokens if tokens else None,
-    }
+def _load_token_scores(
+    folder: Path, summary: dict[str, Any], documents: DocumentSums
+) -> NDArray[np.float16] | None:
+    if TOKENS_FILE not in summary["files"]:
+        return None
+    scores: NDArray[np.float16] = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
+    if scores.shape != (int(documents.tokens.sum()), 2):
+        raise ValueError(f"{TOKENS_FILE} has shape {scores.shape}, of another evaluation")
+    return scores
 
 
-def summarise_documents(documents: DocumentSums, domains: list[str]) -> dict[str, Any]:
-    """Total, buckets, domains (each with its buckets) and the uniform average over domains."""
-
-    def of(rows: NDArray[np.bool_] | slice, bucket: int | slice = slice(None)) -> dict[str, Any]:
-        parts = (documents.tokens, documents.ce, documents.entropy)
-        tokens, ce, entropy = (part[rows, bucket].sum() for part in parts)
-        return measures(int(tokens), float(ce), float(entropy))
-
-    by_domain = {}
-    for index, name in enumerate(domains):
-        rows = documents.domain == index
-        in_buckets = {bucket: of(rows, b) for b, bucket in enumerate(BUCKETS)}
-        by_domain[name] = of(rows) | {"documents": int(rows.sum()), "buckets": in_buckets}
-    everything = slice(None)
-    mean_nats = sum(domain["nats_per_token"] for domain in by_domain.values()) / len(by_domain)
-    return {
-        "total": of(everything) | {"documents": len(documents.domain)},
-        "buckets": {bucket: of(everything, b) for b, bucket in enumerate(BUCKETS)},
-        "domains": by_domain,
-        "uniform_average": {"nats_per_token": mean_nats, "perplexity": math.exp(mean_nats)},
-    }
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from megatron_infoentropy import vocab_parallel_statistics
 from megatron_infoentropy.evaluate.buckets import (
+    BUCKETS,
+    DECILES,
     RULE,
-    describe_buckets,
-    frequency_buckets,
+    describe_bands,
+    frequency_bands,
     read_token_counts,
 )
 from megatron_infoentropy.evaluate.dataset import TokenDataset, open_dataset
@@ -27,7 +29,6 @@ from megatron_infoentropy.evaluate.evaluation import (
     FORMAT,
     DocumentSums,
     Evaluation,
-    summarise_documents,
 )
 from megatron_infoentropy.evaluate.model import (
     ScoringModel,
@@ -37,6 +38,7 @@ from megatron_infoentropy.evaluate.model import (
     require_same_vocabulary,
 )
 from megatron_infoentropy.evaluate.selection import Selection, fingerprint, select_documents
+from megatron_infoentropy.evaluate.summary import summarise_documents
 from megatron_infoentropy.evaluate.tally import Tally
 from megatron_infoentropy.evaluate.windows import (
     Windows,
@@ -83,11 +85,11 @@ def evaluate_model(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     dataset, scoring_model = _open(model, data, device)
-    counts = read_token_counts(token_counts, dataset.vocab_size)
-    bucket_of_token = frequency_buckets(counts)
+    counts = read_token_counts(token_counts, dataset.vocab_size).sum(axis=0)
+    band_of_token = frequency_bands(counts)
     selection = select_documents(dataset, max_tokens)
-    sums = _score(scoring_model, dataset, selection, bucket_of_token, batch_tokens)
-    return _result(scoring_model, dataset, selection, sums, counts, bucket_of_token)
+    sums = _score(scoring_model, dataset, selection, band_of_token, batch_tokens)
+    return _result(scoring_model, dataset, selection, sums, counts, band_of_token)
 
 
 def _result(
@@ -96,7 +98,7 @@ def _result(
     selection: Selection,
     sums: Tally,
     counts: NDArray[np.int64],
-    bucket_of_token: NDArray[np.int8],
+    band_of_token: NDArray[np.int8],
 ) -> Evaluation:
     documents = DocumentSums(
         selection.domain, selection.document, sums.tokens, sums.ce, sums.entropy
@@ -106,12 +108,13 @@ def _result(
         "scoring": {"rule": SCORING_RULE, "context_length": model.context_length},
         "model": _describe_model(model),
         "data": {
-            "fingerprint": fingerprint(dataset, selection, bucket_of_token),
+            "fingerprint": fingerprint(dataset, selection, band_of_token),
             "tokenizer_sha256": dataset.tokenizer_sha256,
             "complete": all(selection.complete),
         },
         "bucket_rule": RULE,
-        "bucket_sizes": describe_buckets(counts, bucket_of_token),
+        "bucket_sizes": describe_bands(BUCKETS, counts, band_of_token),
+        "decile_sizes": describe_bands(DECILES, counts, band_of_token),
         **_numbers(documents, dataset, selection),
         "entropy_histogram": sums.histogram(),
     }
@@ -132,7 +135,7 @@ def _score(
     model: ScoringModel,
     dataset: TokenDataset,
     selection: Selection,
-    bucket_of_token: NDArray[np.int8],
+    band_of_token: NDArray[np.int8],
     batch_tokens: int,
 ) -> Tally:
     windows = cut_windows(selection.length, model.context_length)
@@ -153,7 +156,7 @@ def _score(
             entropy = statistics.entropy.double().cpu().numpy()
             document = np.repeat(windows.document[batch], windows.length[batch])
             _require_finite(ce, entropy, document, selection, dataset)
-            sums.add(document, bucket_of_token[tokens], ce, entropy)
+            sums.add(document, band_of_token[tokens], ce, entropy)
             advance(len(tokens))
     return sums
 

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BUCKETS
+from megatron_infoentropy.evaluate.buckets import BANDS
 
 ENTROPY_BINS = 64  # of equal width, from 0 to ln(vocabulary), the largest entropy there is
 
 
 class Tally:
-    """Running sums in fp64: `tokens`, `ce`, `entropy` [documents, buckets], `bin_*` [bins]."""
+    """Running sums in fp64: `tokens`, `ce`, `entropy` [documents, bands], `bin_*` [bins]."""
 
     def __init__(self, documents: int, vocab_size: int) -> None:
-        shape = documents, len(BUCKETS)
+        shape = documents, BANDS
         self.tokens = np.zeros(shape, np.int64)
         self.ce = np.zeros(shape)
         self.entropy = np.zeros(shape)
@@ -27,12 +27,12 @@ class Tally:
     def add(
         self,
         document: NDArray[np.int64],
-        bucket: NDArray[np.int8],
+        band: NDArray[np.int8],
         ce: NDArray[np.float64],
         entropy: NDArray[np.float64],
     ) -> None:
-        """Add tokens, each given by its document, its bucket and its two numbers in nats."""
-        cell = document, bucket
+        """Add tokens, each given by its document, its band and its two numbers in nats."""
+        cell = document, band
         np.add.at(self.tokens, cell, 1)
         np.add.at(self.ce, cell, ce)
         np.add.at(self.entropy, cell, entropy)

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.evaluate.buckets import BUCKETS, RULE
-from megatron_infoentropy.evaluate.evaluation import (
-    FORMAT,
-    DocumentSums,
-    Evaluation,
-    summarise_documents,
-)
+from megatron_infoentropy.evaluate.buckets import BANDS, BUCKETS, DECILES, RULE
+from megatron_infoentropy.evaluate.evaluation import FORMAT, DocumentSums, Evaluation
+from megatron_infoentropy.evaluate.summary import summarise_documents, weighted_average
 
 VOCAB = 8192
 DOMAINS = {"Python documentation": 90, "Python source code": 160}
@@ -92,33 +88,96 @@ def example_evaluation(seed: int, shift: float, objective: str, fingerprint: str
     """An evaluation with the same documents for every seed, and noise of its own."""
     shared = np.random.default_rng(0)
     count = sum(DOMAINS.values())
-    tokens = shared.integers(20, 900, size=(count, 1)) * np.array([0.8, 0.15, 0.05])
+    tokens = shared.integers(20, 900, size=(count, 1)) * np.full(BANDS, 1 / BANDS)
     tokens = tokens.astype(np.int64) + 1
     hard = shared.normal(0, 0.35, size=(count, 1)) + np.array(list(DIFFICULTY.values()))
     own = np.random.default_rng([seed, len(objective)])
-    per_token = hard + own.normal(0, 0.08, size=(count, 3)) + own.normal(0, 0.006, size=3)
-    per_token = per_token + shift * np.array([0.05, 0.4, 1.0])
+    per_bucket = hard + own.normal(0, 0.08, size=(count, 3)) + own.normal(0, 0.006, size=3)
+    per_bucket = per_bucket + shift * np.array([0.05, 0.4, 1.0])
+    per_token = np.repeat(per_bucket, [16, 3, 1], axis=1)
     domain = np.repeat(np.arange(len(DOMAINS)), list(DOMAINS.values()))
     entropy = 0.96 * per_token * tokens
     sums = DocumentSums(domain, np.arange(count), tokens, per_token * tokens, entropy)
+    scores = np.stack([per_token, 0.96 * per_token], axis=-1)
+    scores = np.repeat(scores.reshape(-1, 2), tokens.ravel(), axis=0).astype(np.float16)
+    return Evaluation(example_summary(sums, fingerprint), sums, scores)
+
+
+def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
     numbers = summarise_documents(sums, list(DOMAINS))
-    for scores in numbers["domains"].values():
-        bits = scores["nats_per_token"] / math.log(2)
-        scores["bits_per_byte"] = bits / 3.4
-    summary = {
+    for place in (numbers["total"], *numbers["domains"].values()):
+        place["bits_per_byte"] = place["nats_per_token"] / math.log(2) / 3.4
+    nats = {name: place["nats_per_token"] for name, place in numbers["domains"].items()}
+    total = numbers["total"]["tokens"]
+    thirds = {
+        name: numbers["buckets"][bucket] | {"entropy_from": low, "entropy_to": high}
+        for name, bucket, low, high in (
+            ("easy", "high", 0.0, 3.2),
+            ("medium", "medium", 3.2, 6.5),
+            ("hard", "low", 6.5, 9.0),
+        )
+    }
+    return {
         "format": FORMAT,
-        "scoring": {"rule": "every token once", "context_length": 256},
-        "model": {"parameters": 7_342_336, "vocab_size": VOCAB, "device": "cpu"},
-        "data": {"fingerprint": fingerprint, "tokenizer_sha256": "0" * 64, "complete": True},
+        "scoring": {
+            "rule": "every token once",
+            "mode": "sliding",
+            "context_length": 256,
+            "stride": 256,
+            "batch_tokens": 4096,
+        },
+        "model": {
+            "kind": "huggingface",
+            "parameters": 7_342_336,
+            "vocab_size": VOCAB,
+            "device": "cpu",
+            "dtype": "float32",
+            "weights_sha256": "1" * 64,
+        },
+        "data": {
+            "fingerprint": fingerprint,
+            "tokenizer_sha256": "0" * 64,
+            "complete": True,
+            "documents": len(sums.domain),
+            "empty_documents": 0,
+            "one_token_documents": 0,
+        },
         "bucket_rule": RULE,
         "bucket_sizes": {
             name: {"vocabulary": size, "training_share": share}
             for name, size, share in zip(BUCKETS, (812, 2604, 4776), (0.8, 0.15, 0.05), strict=True)
         },
+        "decile_sizes": {name: {"vocabulary": 819, "training_share": 0.1} for name in DECILES},
         **numbers,
-        "entropy_histogram": example_histogram(int(tokens.sum())),
+        "weighted_average": weighted_average(nats, dict.fromkeys(nats, 1.0))
+        | {"weights_are": "equal"},
+        "difficulty": {"rule": "thirds by this model's own entropy", "buckets": thirds},
+        "entropy_histogram": example_histogram(total),
+        "calibration": example_calibration(total),
+        "passage": {
+            "domain": "Python documentation",
+            "document": 0,
+            "start": 0,
+            "text": ["def", " f", "(x", "):\n", "    return", " <b>", " & x", "\n"],
+            "ce": [5.1, 6.0, 1.2, 0.4, 0.2, 7.5, 4.0, 0.1],
+            "entropy": [6.1, 5.0, 1.5, 0.6, 0.3, 4.5, 4.2, 0.2],
+        },
     }
-    return Evaluation(summary, sums)
+
+
+def example_calibration(total: int) -> dict:
+    edges = np.linspace(0, 1, 21)
+    center = (edges[1:] + edges[:-1]) / 2
+    return {
+        "accuracy": 0.31,
+        "mean_confidence": 0.33,
+        "expected_error": 0.021,
+        "edges": edges.tolist(),
+        "tokens": [total // 20] * 20,
+        "accuracy_in_bin": (0.96 * center).tolist(),
+        "confidence_in_bin": center.tolist(),
+        "entropy_error": 0.08,
+    }
 
 
 def example_histogram(total: int) -> dict:

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_infoentropy.evaluate.bootstrap import FEWEST_DOCUMENTS, paired_differences
+from megatron_infoentropy.evaluate.buckets import BANDS
 from megatron_infoentropy.evaluate.errors import DifferentDataError
-from megatron_infoentropy.evaluate.evaluation import (
-    DocumentSums,
-    Evaluation,
-    summarise_documents,
-)
+from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
+from megatron_infoentropy.evaluate.summary import summarise_documents
 
 
 def evaluation(seed: int, shift: float = 0.0, noise: float = 0.0, documents: int = 120):
@@ -22,8 +20,10 @@ def evaluation(seed: int, shift: float = 0.0, noise: float = 0.0, documents: int
     own = np.random.default_rng(seed).normal(0, noise, size=(documents, 3))
     per_token = difficulty + own + shift * np.array([0, 0, 1])
     domain = (np.arange(documents) >= documents // 3).astype(np.int64)
+    in_bands = np.zeros((2, documents, BANDS))
+    in_bands[:, :, [0, 16, 19]] = tokens, per_token * tokens  # one band of each bucket
     sums = DocumentSums(
-        domain, np.arange(documents), tokens, per_token * tokens, np.zeros((documents, 3))
+        domain, np.arange(documents), in_bands[0].astype(np.int64), in_bands[1], 0 * in_bands[1]
     )
     summary = {"data": {"fingerprint": "same"}, **summarise_documents(sums, ["prose", "code"])}
     return Evaluation(summary, sums)
@@ -99,7 +99,7 @@ def test_too_few_documents_give_a_difference_without_an_interval():
 def test_a_bucket_without_tokens_has_no_difference():
     def without_low(one: Evaluation) -> Evaluation:
         tokens, ce = one.documents.tokens.copy(), one.documents.ce.copy()
-        tokens[:, 2], ce[:, 2] = 0, 0
+        tokens[:, 19], ce[:, 19] = 0, 0
         return Evaluation(one.summary, dataclasses.replace(one.documents, tokens=tokens, ce=ce))
 
     result = paired_differences([(without_low(evaluation(1)), without_low(evaluation(2)))])
