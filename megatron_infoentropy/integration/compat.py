@@ -1,13 +1,78 @@
-"""What installed Megatron versions need beyond their own code, and nothing else."""
+"""Everything that depends on the version of Megatron-Core.
 
+The loss bound to a model (`use_infoentropy_loss`) needs one method of `LanguageModule`, which is
+the same in 0.17, 0.18 and 0.19. The trainer needs much more, which moves between minors: output
+processors came with 0.18, the configuration container of `pretrain` with 0.19.
+"""
+
+import re
+import sys
+import warnings
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from megatron_infoentropy.runtime import cpu
 
+DROP_IN = ("0.17", "0.18", "0.19")  # that the bound loss is tested with
+TRAINER = ("0.19",)  # that megatron_infoentropy.pretrain is tested with
+
+
+def minor_of(version: str) -> str:
+    """Major and minor number of a version: "0.19" of "0.19.2"."""
+    found = re.match(r"\d+\.\d+", version)
+    return found.group() if found else version
+
+
+def check_drop_in(module: type) -> None:
+    """Whether the loss can be bound to models of this class; warns of an untested Megatron-Core.
+
+    Raises:
+        ValueError: `compute_language_model_loss` does not take (labels, logits).
+    """
+    # Where the class is Megatron's, which may be a checkout, its megatron.core is imported already.
+    version = getattr(sys.modules.get("megatron.core"), "__version__", None)
+    where = f"megatron-core {version} (tested: {', '.join(DROP_IN)})"
+    method: Any = module.compute_language_model_loss  # type: ignore[attr-defined]
+    parameters = [name for name in signature(method).parameters if name != "self"]
+    if parameters != ["labels", "logits"]:
+        raise ValueError(
+            f"{module.__name__}.compute_language_model_loss of {where} takes "
+            f"({', '.join(parameters)}), expected (labels, logits): use a tested version"
+        )
+    if version is not None and minor_of(version) not in DROP_IN:
+        warnings.warn(
+            f"the InfoEntropy loss is bound to {module.__name__} of {where}: its interface is as "
+            "expected; check once that gamma=0 gives the model's own loss",
+            stacklevel=3,
+        )
+
+
+def check_trainer() -> None:
+    """Whether `megatron_infoentropy.pretrain` can drive this Megatron-Core.
+
+    Raises:
+        ValueError: another version than the trainer was written for.
+    """
+    from megatron.core import __version__ as version
+
+    if minor_of(version) not in TRAINER:
+        raise ValueError(
+            f"megatron_infoentropy.pretrain drives megatron-core {', '.join(TRAINER)}, got "
+            f"{version}, whose trainer has another interface: install megatron-core=="
+            f"{TRAINER[-1]}.*, or keep your trainer and bind the loss to its model "
+            "(megatron_infoentropy.integration.use_infoentropy_loss)"
+        )
+
 
 def prepare_megatron() -> None:
-    """Call once per process, before `megatron.training.pretrain`."""
+    """Call once per process, before `megatron.training.pretrain`.
+
+    Raises:
+        ValueError: as `check_trainer`.
+    """
+    check_trainer()
     _use_shipped_dataset_helpers()
     if cpu.is_installed():
         _fork_checkpoint_writers()

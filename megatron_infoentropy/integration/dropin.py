@@ -1,17 +1,32 @@
 """Door 2: the loss inside a model that someone else's trainer builds and drives.
 
-The trainer keeps its own loss function, which sums `loss_mask * loss`. The bound method sees labels
-and logits but no mask, so alpha is taken over the micro-batch's tokens whose label is not
-`ignore_index`; where that matters, mark masked tokens in the labels.
+`compute_language_model_loss` is bound on the model, as Megatron does itself where it wants another
+loss (training/distillation/logits_saver.py). The trainer keeps its own loss function, which sums
+`loss_mask * loss`. Where it hands the mask to the model's forward, as Megatron-LM's pretrain_gpt.py
+does, alpha is over the unmasked tokens; elsewhere over those whose label is not `ignore_index`.
+
+Two hooks around the model's forward see to that, and to this: a forward that was given labels and
+did not call the bound loss is an error, whatever took its place.
 """
 
+import logging
+from dataclasses import dataclass, field
+from inspect import signature
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.integration.output import check_sharding
+from megatron_infoentropy.integration.compat import check_drop_in
+from megatron_infoentropy.integration.language_module import (
+    check_language_module,
+    check_shard,
+    find_language_module,
+    tensor_group,
+)
 from megatron_infoentropy.loss.collective import Group
 from megatron_infoentropy.loss.objective import (
     alpha,
@@ -19,7 +34,12 @@ from megatron_infoentropy.loss.objective import (
     reduce_sums,
     token_sums,
 )
+from megatron_infoentropy.loss.statistics import TokenStatistics
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "infoentropy_loss"  # of the model: the BoundLoss
 
 
 def use_infoentropy_loss(
@@ -29,71 +49,158 @@ def use_infoentropy_loss(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     data_parallel_group: Group | None = None,
+    inplace_backward: bool = False,
 ) -> Any:
     """Bind the InfoEntropy loss to a Megatron `LanguageModule`; returns the model.
 
     In training the per-token losses become alpha w l; in evaluation they are plain cross entropy,
-    so that perplexities stay comparable.
+    so that perplexities stay comparable. Binding again replaces what was bound.
 
     Args:
-        model: any module with `compute_language_model_loss(labels, logits)`, before or after it is
-            wrapped (its `.module`s are followed). On pipeline stages without an output layer the
-            bound method is never called.
+        model: a module with `compute_language_model_loss(labels, logits)`, before or after it is
+            wrapped (its `.module`s are followed), or a list of them: pipeline chunks, or what a
+            pre-wrap hook is handed. Stages without an output layer never call what is bound.
         config: None is the published setting. alpha is a constant in the backward pass. "global"
-            here means over one micro-batch, since its sum is all that this method sees.
+            here means over one micro-batch, since its sum is all that the model sees.
         vocab_size: true vocabulary size, to keep the table's padding out of the softmax.
         ignore_index: label of tokens that take no part; their loss is 0.
         data_parallel_group: ranks whose weights alpha is taken over; None uses this rank's alone.
+        inplace_backward: write the gradient over the logits, which halves their memory; only where
+            nothing else (a hook, a distillation loss) reads them after the loss.
 
     Raises:
-        ValueError: the model has no such method, or a setting cannot be used here.
+        ValueError: the model has no such method, or it or a setting cannot be used here.
     """
     config = InfoEntropyConfig() if config is None else config
     config.require_constant_gamma()
-    target = model
-    # Asked of the class: some wrappers pass attributes through, and would be bound in vain.
-    while not _is_language_model(target) and hasattr(target, "module"):
-        target = target.module
-    if not _is_language_model(target):
-        raise ValueError(
-            f"expected a Megatron LanguageModule (GPTModel, ...), got {type(model).__name__} "
-            "without compute_language_model_loss"
+    modules = [find_language_module(m) for m in (model if isinstance(model, list) else [model])]
+    for module in modules:
+        check_drop_in(type(module))
+        check_language_module(module)
+    for module in modules:
+        BoundLoss(config, vocab_size, ignore_index, data_parallel_group, inplace_backward).bind(
+            module
         )
-    if getattr(target.config, "mtp_num_layers", None):
-        raise ValueError(
-            "the model has multi-token-prediction heads, which would be handed this loss too while "
-            "their scaling assumes an unweighted one; train it with megatron_infoentropy.pretrain, "
-            "whose heads keep Megatron's cross entropy"
-        )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.info("InfoEntropy loss bound to %s: %s", type(module).__name__, config)
+    return model
 
-    def compute_language_model_loss(
-        self: Any, labels: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
+
+def bound_loss(model: Any) -> "BoundLoss":
+    """What is bound to a model, and how often it has computed the loss: the proof that it runs.
+
+    Raises:
+        ValueError: no InfoEntropy loss is bound, or it was bound over.
+    """
+    module = find_language_module(model)
+    bound = getattr(module, ATTRIBUTE, None)
+    if not isinstance(bound, BoundLoss):
+        raise ValueError(f"no InfoEntropy loss is bound to {type(module).__name__}")
+    if not bound.is_in_place(module):
+        raise ValueError(
+            f"the InfoEntropy loss bound to {type(module).__name__} was replaced: its "
+            f"compute_language_model_loss is {module.compute_language_model_loss}"
+        )
+    return bound
+
+
+@dataclass(eq=False)
+class BoundLoss:
+    """The loss of one model; `training_calls` and `evaluation_calls` count micro-batches."""
+
+    config: InfoEntropyConfig
+    vocab_size: int | None
+    ignore_index: int
+    data_parallel_group: Group | None
+    inplace_backward: bool
+    training_calls: int = 0
+    evaluation_calls: int = 0
+    _parameters: list[str] = field(default_factory=list, init=False, repr=False)
+    _loss_mask: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _has_run: bool = field(default=False, init=False, repr=False)
+    _hooks: tuple[RemovableHandle, ...] = field(default=(), init=False, repr=False)
+
+    def bind(self, module: Any) -> None:
+        """Put it in place of the module's own loss, with the hooks that watch over it."""
+        previous = getattr(module, ATTRIBUTE, None)
+        if isinstance(previous, BoundLoss):
+            for hook in previous._hooks:
+                hook.remove()
+        self._parameters = list(signature(module.forward).parameters)
+        self._hooks = (
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            module.register_forward_hook(self._after_forward, with_kwargs=True),
+        )
+        module.compute_language_model_loss = MethodType(self, module)
+        setattr(module, ATTRIBUTE, self)
+
+    def is_in_place(self, module: Any) -> bool:
+        """Whether the module would still call it."""
+        method = module.compute_language_model_loss
+        return getattr(method, "__func__", None) is self
+
+    def __call__(self, module: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [batch, sequence], logits [sequence, batch, V/TP] -> [batch, sequence]."""
-        check_sharding(logits, self.output_layer, self.pg_collection.tp)
+        check_shard(module, logits.shape[-1])
+        self._has_run = True
+        if module.training and self._loss_mask is not None:
+            labels = labels.masked_fill(
+                self._loss_mask.reshape(labels.shape) == 0, self.ignore_index
+            )
         target = labels.transpose(0, 1)
         statistics = configured_statistics(
             logits,
             target,
-            config,
-            group=self.pg_collection.tp,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
+            self.config,
+            group=tensor_group(module),
+            vocab_size=self.vocab_size,
+            ignore_index=self.ignore_index,
+            inplace_backward=self.inplace_backward and logits.requires_grad and not logits.is_leaf,
         )
-        loss = statistics.cross_entropy
-        if self.training:
-            loss, weight = token_loss(statistics, config), token_weight(statistics, config)
-            mask = (target != ignore_index).to(loss.dtype)
-            sums = token_sums(loss.detach(), weight.detach(), mask)
-            loss = weight * loss
-            if config.is_weighted and config.normalization != "none":
-                sums_of_group = reduce_sums(sums, data_parallel_group)
-                loss = alpha(sums_of_group, config.normalization) * loss
+        if module.training:
+            self.training_calls += 1
+            loss = self._weighted(statistics, target)
+        else:
+            self.evaluation_calls += 1
+            loss = statistics.cross_entropy
         return loss.transpose(0, 1).contiguous()
 
-    target.compute_language_model_loss = MethodType(compute_language_model_loss, target)
-    return model
+    def _weighted(self, statistics: TokenStatistics, target: torch.Tensor) -> torch.Tensor:
+        """alpha w l of every token."""
+        config = self.config
+        loss, weight = token_loss(statistics, config), token_weight(statistics, config)
+        weighted = weight * loss
+        if not config.is_weighted or config.normalization == "none":
+            return weighted
+        mask = (target != self.ignore_index).to(loss.dtype)
+        sums = token_sums(loss.detach(), weight.detach(), mask)
+        return alpha(reduce_sums(sums, self.data_parallel_group), config.normalization) * weighted
 
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._loss_mask = self._argument("loss_mask", args, kwargs)
+        self._has_run = False
 
-def _is_language_model(module: Any) -> bool:
-    return hasattr(type(module), "compute_language_model_loss")
+    def _after_forward(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Raises RuntimeError where labels were given and something else made a loss of them."""
+        self._loss_mask = None
+        labels = [self._argument(name, args, kwargs) for name in ("labels", "lm_labels")]
+        expected = getattr(module, "post_process", True) and any(x is not None for x in labels)
+        if self._has_run or not expected:
+            return
+        name = type(module).__name__
+        if self._argument("output_processor", args, kwargs) is not None:
+            cause = f"{name}.forward was called with an output_processor, which took its place"
+        elif not self.is_in_place(module):
+            cause = "its compute_language_model_loss was bound to something else afterwards"
+        else:
+            cause = f"{name}.forward computes its loss without compute_language_model_loss"
+        raise RuntimeError(f"the InfoEntropy loss bound to {name} was not used: {cause}")
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument of the module's forward, None where it was not given."""
+        if name in kwargs:
+            return kwargs[name]
+        index = self._parameters.index(name) if name in self._parameters else len(args)
+        return args[index] if index < len(args) else None
