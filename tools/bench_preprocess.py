@@ -6,8 +6,12 @@ Every run is a process of its own, started cold, on the whole text and on its fi
 take turns. Steady tokens/s is what the second half adds: it is free of start-up. Peers:
 
     megatron   tools/preprocess_data.py of the checkout that MEGATRON_LM names, if it is set
+    megatron fast   its preprocess_data_fast.py, in one process with gigatoken's threads, where the
+               checkout has it and gigatoken and awkward are installed
     pool       its pattern (Pool.imap over 32 lines, the parent writes) with the classes of the
                installed megatron-core: not its tool, which no package holds
+
+Each provider's files are compared with those of `hf x1`, byte by byte.
 
 The model splits the CPU time of one run into what the reading process and what the workers take per
 megabyte: N workers need max(reader, workers / N).
@@ -15,6 +19,7 @@ megabyte: N workers need max(reader, workers / N).
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import resource
@@ -64,13 +69,28 @@ def megatron(checkout: Path, workers: int) -> Callable[[Path, Path, Path], Comma
     ]
 
 
+def megatron_fast(checkout: Path) -> Callable[[Path, Path, Path], Command]:
+    """A run of Megatron's tool for gigatoken, with the checkout's own megatron."""
+    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
+    return lambda text, tokenizer, out: [
+        *("env", f"PYTHONPATH={path}", sys.executable),
+        *(str(checkout / "tools" / "preprocess_data_fast.py"), "--input", str(text)),
+        *("--output-prefix", str(out), "--append-eod", "--use-gigatoken"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+    ]
+
+
 def providers() -> dict[str, Callable[[Path, Path, Path], Command]]:
     """What can be run here, by name."""
     found = {"hf x1": ours("hf", 1), "hf x2": ours("hf", 2), "pool x2": pool(2)}
     if find_spec("gigatoken"):
         found |= {"gigatoken x1": ours("gigatoken", 1), "gigatoken x2": ours("gigatoken", 2)}
     if "MEGATRON_LM" in os.environ:
-        found["megatron x2"] = megatron(Path(os.environ["MEGATRON_LM"]), 2)
+        checkout = Path(os.environ["MEGATRON_LM"])
+        found["megatron x2"] = megatron(checkout, 2)
+        fast = (checkout / "tools" / "preprocess_data_fast.py").exists()
+        if fast and find_spec("gigatoken") and find_spec("awkward"):
+            found["megatron fast"] = megatron_fast(checkout)
     return found
 
 
@@ -157,12 +177,23 @@ def first_half(text: Path, folder: Path) -> Path:
     return half
 
 
-def tokens_in(out: Path) -> int:
-    """Tokens that a run wrote: below a folder, or behind a prefix."""
+def written(out: Path) -> tuple[int, str]:
+    """Tokens that a run wrote, below a folder or behind a prefix, and the hash of its files."""
     pattern = "**/*.bin" if out.is_dir() else f"{out.name}*.bin"
     path = next(iter((out if out.is_dir() else out.parent).glob(pattern)))
-    code = path.with_suffix(".idx").read_bytes()[17]
-    return path.stat().st_size // (2 if code == 8 else 4)
+    index = path.with_suffix(".idx").read_bytes()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(index)
+    return path.stat().st_size // (2 if index[17] == 8 else 4), digest.hexdigest()
+
+
+def remove(out: Path) -> None:
+    """What a run wrote, below a folder or behind a prefix."""
+    if out.is_dir():
+        shutil.rmtree(out)
+    for path in out.parent.glob(f"{out.name}*.*"):
+        path.unlink()
 
 
 def compare(
@@ -172,6 +203,7 @@ def compare(
     walls: dict[tuple[str, str], list[float]] = {}
     cpus: dict[tuple[str, str], list[float]] = {}
     tokens: dict[str, int] = {}
+    hashes: dict[tuple[str, str], str] = {}
     for repeat in range(repeats):
         for name, command in providers().items():
             for size, path in texts.items():
@@ -179,9 +211,8 @@ def compare(
                 wall, cpu = measure(command(path, tokenizer, out))
                 walls.setdefault((name, size), []).append(wall)
                 cpus.setdefault((name, size), []).append(cpu)
-                tokens[size] = tokens_in(out)
-                if out.is_dir():
-                    shutil.rmtree(out)
+                tokens[size], hashes[name, size] = written(out)
+                remove(out)
     rows = []
     for name in providers():
         half, whole = (float(np.median(walls[name, size])) for size in texts)
@@ -191,6 +222,7 @@ def compare(
                 "whole_run_s": round(whole, 2),
                 "steady_tokens_per_s": round((tokens["whole"] - tokens["half"]) / (whole - half)),
                 "cpu_s": round(statistics.median(cpus[name, "whole"]), 2),
+                "same_bytes": all(hashes[name, size] == hashes["hf x1", size] for size in texts),
             }
         )
     return rows
@@ -221,6 +253,9 @@ def main() -> None:
         from megatron_infoentropy.bench.provenance import provenance
 
         facts = {**provenance(), "tokenizers": version("tokenizers"), "text": chosen.text.name}
+        facts |= {
+            f"{e}_{key}": value for e, found in models.items() for key, value in found.items()
+        }
         rows = [row | facts for row in rows]
         with chosen.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
