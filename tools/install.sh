@@ -22,3 +22,14 @@ what=(--constraint constraints.txt --editable '.[dev]')
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "${what[@]}" ||
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${what[@]}"
+
+# The bound loss is tested with these too. They lie beside the packages, each in a folder of its own,
+# so that the environment has one Megatron-Core; without them the tests that need them say so.
+for pin in 0.17.1 0.18.2; do
+  side=$venv/side/megatron-core-${pin%.*}
+  [ -e "$side/megatron_core-$pin.dist-info" ] && continue
+  rm -rf "$side"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$side" "megatron-core==$pin" ||
+    echo "megatron-core $pin could not be fetched: its tests will be skipped, or fail on CI" >&2
+done

@@ -5,6 +5,6 @@ processor that `GPTModel.forward` takes. In someone else's, `use_infoentropy_los
 model's own `compute_language_model_loss`.
 """
 
-from megatron_infoentropy.integration.dropin import use_infoentropy_loss
+from megatron_infoentropy.integration.dropin import BoundLoss, bound_loss, use_infoentropy_loss
 
-__all__ = ["use_infoentropy_loss"]
+__all__ = ["BoundLoss", "bound_loss", "use_infoentropy_loss"]
