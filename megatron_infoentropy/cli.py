@@ -7,7 +7,15 @@ import typer
 from rich.console import Console
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.commands import convert, data, evaluation, machine, study, training
+from megatron_infoentropy.commands import (
+    convert,
+    data,
+    evaluation,
+    launch,
+    machine,
+    study,
+    training,
+)
 
 app = typer.Typer(
     name="infoentropy",
@@ -40,8 +48,8 @@ def about(
 
 
 # In the order of the work, as --help lists them.
-for _room in (data, training, convert, evaluation, study, machine):
+for _room in (data, training, launch, convert, evaluation, study, machine):
     for _command in _room.COMMANDS:
-        # Megatron's own flags follow `train` after a --.
-        _extra = {"ignore_unknown_options": _command is training.train}
+        # Megatron's own flags follow `train` and `launch` after a --.
+        _extra = {"ignore_unknown_options": _command in (training.train, launch.launch)}
         app.command(context_settings=_extra)(_command)

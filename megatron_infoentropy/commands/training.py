@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,30 +10,57 @@ from rich.console import Console
 out = Console(highlight=False, soft_wrap=True)
 
 
+Recipe = Annotated[Path, typer.Argument(help="YAML of Megatron flags; see examples/")]
+MegatronFlags = Annotated[
+    list[str] | None, typer.Argument(help="more Megatron flags, after --; the last one counts")
+]
+Data = Annotated[Path | None, typer.Option(help="folder with train/, validation/, test/ datasets")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder")]
+Run = Annotated[Path | None, typer.Option(help="folder for this run: log, checkpoints, facts")]
+Objective = Annotated[str | None, typer.Option(help="infoentropy, focal or cross_entropy")]
+Gamma = Annotated[float | None, typer.Option(help="exponent of the weight")]
+Sigma = Annotated[float | None, typer.Option(help="added to the entropy, nats")]
+Normalization = Annotated[str | None, typer.Option(help="paper, global or none")]
+Seed = Annotated[int | None, typer.Option(help="of initialisation and data order")]
+TensorParallel = Annotated[int | None, typer.Option(min=1, help="vocabulary and weight shards")]
+PipelineParallel = Annotated[int | None, typer.Option(min=1, help="pipeline stages")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")]
+
+
+def training_settings(
+    objective: str | None,
+    gamma: float | None,
+    sigma: float | None,
+    normalization: str | None,
+    seed: int | None,
+    tensor_parallel: int | None,
+    pipeline_parallel: int | None,
+) -> dict[str, Any]:
+    """Options that are Megatron's flags or ours, by the flag's name."""
+    from megatron_infoentropy.launch.flags import loss_flags
+
+    loss = {"objective": objective, "gamma": gamma, "sigma": sigma, "normalization": normalization}
+    return loss_flags(loss) | {
+        "seed": seed,
+        "tensor-model-parallel-size": tensor_parallel,
+        "pipeline-model-parallel-size": pipeline_parallel,
+    }
+
+
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML of Megatron flags; see examples/")],
-    megatron_flags: Annotated[
-        list[str] | None, typer.Argument(help="more Megatron flags, after --; the last one counts")
-    ] = None,
+    recipe: Recipe,
+    megatron_flags: MegatronFlags = None,
     *,
-    data: Annotated[
-        Path | None, typer.Option(help="folder with train/, validation/, test/ datasets")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="folder for this run: log, checkpoints, facts")
-    ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="infoentropy, focal or cross_entropy")
-    ] = None,
-    gamma: Annotated[float | None, typer.Option(help="exponent of the weight")] = None,
-    sigma: Annotated[float | None, typer.Option(help="added to the entropy, nats")] = None,
-    normalization: Annotated[str | None, typer.Option(help="paper, global or none")] = None,
-    seed: Annotated[int | None, typer.Option(help="of initialisation and data order")] = None,
-    tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, help="vocabulary and weight shards")
-    ] = None,
-    pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="pipeline stages")] = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    run: Run = None,
+    objective: Objective = None,
+    gamma: Gamma = None,
+    sigma: Sigma = None,
+    normalization: Normalization = None,
+    seed: Seed = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     ranks: Annotated[
         int | None, typer.Option(help="processes; default: what the GPUs and the batch allow")
     ] = None,
@@ -43,7 +70,7 @@ def train(
             "--dry-run", help="start nothing: check flags, count memory and traffic at any --ranks"
         ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train with Megatron: runs torchrun for you, prints its command, keeps its log.
 
@@ -52,15 +79,11 @@ def train(
     them it also prints the command.
     """
     from megatron_infoentropy.launch import train as launch
-    from megatron_infoentropy.launch.flags import loss_flags
     from megatron_infoentropy.launch.job import TrainingJob, require_places
 
-    loss = {"objective": objective, "gamma": gamma, "sigma": sigma, "normalization": normalization}
-    settings = loss_flags(loss) | {
-        "seed": seed,
-        "tensor-model-parallel-size": tensor_parallel,
-        "pipeline-model-parallel-size": pipeline_parallel,
-    }
+    settings = training_settings(
+        objective, gamma, sigma, normalization, seed, tensor_parallel, pipeline_parallel
+    )
     extra = tuple(megatron_flags or ())
     if dry_run:
         from megatron_infoentropy.launch.dry_run import dry_run as count

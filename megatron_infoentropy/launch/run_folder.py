@@ -9,11 +9,13 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
 from megatron_infoentropy.runtime.device import Device
 
-LOG = "train.log"
+FACTS, LOG = "run.json", "train.log"
+STOPPED = "exiting program after receiving SIGTERM"  # Megatron's words, whatever the signal was
 VERSIONS = ("megatron-infoentropy", "megatron-core", "torch", "transformers")
 
 
@@ -32,9 +34,18 @@ def write_facts(
         "command": words,
         "versions": {name: version(name) for name in VERSIONS},
     }
-    temporary = run / "run.json.tmp"
+    _write(run, content)
+
+
+def complete_facts(run: Path, parameters: int) -> None:
+    """Add to `run.json` what only the training could say."""
+    _write(run, json.loads((run / FACTS).read_text()) | {"parameters": parameters})
+
+
+def _write(run: Path, content: dict[str, Any]) -> None:
+    temporary = run / f"{FACTS}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(run / "run.json")
+    temporary.rename(run / FACTS)
 
 
 def device_name(device: Device) -> str:

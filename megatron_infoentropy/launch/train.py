@@ -1,19 +1,24 @@
 """Runs one training on this machine: builds the torchrun command, follows its log."""
 
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
+from megatron_infoentropy.launch.failures import explain, tail
 from megatron_infoentropy.launch.flags import read_facts, useful_ranks
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.machine import machine_environment
-from megatron_infoentropy.launch.run_folder import LOG, device_name, write_facts
+from megatron_infoentropy.launch.run_folder import LOG, STOPPED, device_name, write_facts
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
 
@@ -62,14 +67,41 @@ def train(
     Raises:
         TrainingFailed: with the ranks' first traceback and where the whole log is.
     """
-    job.run.mkdir(parents=True, exist_ok=True)
-    log_path = job.run / LOG
-    facts: dict[str, Any] = {}
+    said = follow(job.run, command.words, command.environment, on_line)
+    name = device_name(command.device)
+    write_facts(job.run, job.recipe, command.words, command.ranks, name, said.parameters)
+    return job.run
+
+
+@dataclass
+class Said:
+    """What a training that ended well said of itself."""
+
+    parameters: int | None = None
+    was_stopped: bool = False  # by a signal, after a checkpoint
+
+
+def follow(
+    run: Path,
+    words: list[str],
+    environment: dict[str, str],
+    on_line: Callable[[str], object],
+    forward: tuple[signal.Signals, ...] = (signal.SIGTERM,),
+) -> Said:
+    """Run a command to its end, with its output in RUN/train.log and progress on the screen.
+
+    The signals in `forward` are handed to the command.
+
+    Raises:
+        TrainingFailed: with what it means, the first traceback and where the whole log is.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    log_path, said = run / LOG, Said()
     with log_path.open("a", encoding="utf-8") as log:
         start = log.tell()
         process = subprocess.Popen(
-            command.words,
-            env={**os.environ, **command.environment},
+            words,
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -77,25 +109,43 @@ def train(
         )
         assert process.stdout is not None
         try:
-            lines = _tee(process.stdout, log, on_line, facts)
-            _follow(job, lines)
+            with _forwarded(forward, process):
+                _show_progress(run.name, _tee(process.stdout, log, on_line, said))
+                code = process.wait()
         finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
+            if process.poll() is None:
                 process.terminate()
-            code = process.wait()
+                process.wait()
     if code != 0:
+        reason = explain(tail(log_path, start))
         raise TrainingFailed(
-            f"training ended with exit code {code}; the whole log is {log_path}\n"
-            + _first_failure(log_path, start)
+            f"training ended with exit code {code}{f': {reason}' if reason else ''}; the whole "
+            f"log is {log_path}\n{_first_failure(log_path, start)}"
         )
-    name = device_name(command.device)
-    parameters = facts.get("model parameters")
-    write_facts(job.run, job.recipe, command.words, command.ranks, name, parameters)
-    return job.run
+    return said
+
+
+@contextmanager
+def _forwarded(
+    signals: tuple[signal.Signals, ...], process: subprocess.Popen[str]
+) -> Iterator[None]:
+    """Hand these signals to the process meanwhile; only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda number, frame: process.send_signal(number))
+        for number in signals
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tee(
-    stream: Iterator[str], log: Any, on_line: Callable[[str], object], facts: dict[str, Any]
+    stream: Iterator[str], log: Any, on_line: Callable[[str], object], said: Said
 ) -> Iterator[str]:
     for line in stream:
         log.write(line)
@@ -103,18 +153,19 @@ def _tee(
         on_line(line)
         _, found, value = line.partition("model parameters: ")
         if found:
-            facts["model parameters"] = int(value)
+            said.parameters = int(value)
+        said.was_stopped |= STOPPED in line
         yield line
 
 
-def _follow(job: TrainingJob, lines: Iterator[str]) -> None:
+def _show_progress(name: str, lines: Iterator[str]) -> None:
     """Show progress from the first training line on, until the log ends."""
     parsed = (parse_line(line) for line in lines)
     training = (line for line in parsed if isinstance(line, TrainingLine))
     first = next(training, None)
     if first is None:
         return
-    with progress(f"train {job.run.name}", first.train_iters, "iterations") as advance:
+    with progress(f"train {name}", first.train_iters, "iterations") as advance:
         done = first.iteration
         advance(done)
         for line in training:
@@ -124,9 +175,8 @@ def _follow(job: TrainingJob, lines: Iterator[str]) -> None:
 
 def _first_failure(log: Path, start: int) -> str:
     """From a rank's first traceback on, without torchrun's own account of its dead children."""
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read().decode("utf-8", "replace")
-    text, _, _ = text.partition("torch.distributed.elastic.multiprocessing.errors")
-    at = text.find("Traceback (most recent call last)")
-    return text[at : at + 3000].rstrip() if at >= 0 else text[-3000:].rstrip()
+    text = tail(log, start)
+    at = max(0, text.find("Traceback (most recent call last)"))
+    end = re.search(r"torch.distributed.elastic.multiprocessing", text[at:])
+    text = text[: at + end.start()].rpartition("\n")[0] if end else text
+    return text[at : at + 3000].rstrip() if at else text[-3000:].rstrip()

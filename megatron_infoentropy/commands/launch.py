@@ -1,0 +1,144 @@
+"""The command that trains on any number of machines: torchrun, ssh or Slurm, by scripts."""
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_infoentropy.commands.training import (
+    Data,
+    Gamma,
+    MegatronFlags,
+    Normalization,
+    Objective,
+    PipelineParallel,
+    Recipe,
+    Run,
+    Seed,
+    Sigma,
+    TensorParallel,
+    Tokenizer,
+    Verbose,
+    training_settings,
+)
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def launch(
+    recipe: Recipe,
+    megatron_flags: MegatronFlags = None,
+    *,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="machines; default: as many as --hosts, else 1")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="default: this machine's; 0 trains on CPUs")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="default: the GPUs; on CPUs what one model needs")
+    ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(help="submit to Slurm, with these options of sbatch: '--time=8:00:00 -p gpu'"),
+    ] = None,
+    hosts: Annotated[
+        str | None, typer.Option(help="start by ssh on these hosts: a,b,c (the run folder shared)")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write and print the scripts, start nothing")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace scripts in the run folder that differ")
+    ] = False,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    run: Run = None,
+    objective: Objective = None,
+    gamma: Gamma = None,
+    sigma: Sigma = None,
+    normalization: Normalization = None,
+    seed: Seed = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="times that torchrun restarts the ranks after a failure")
+    ] = 3,
+    rdzv_endpoint: Annotated[
+        str, typer.Option(help="HOST:PORT where nodes meet; default: the first node, 29500")
+    ] = "",
+    rdzv_id: Annotated[str, typer.Option(help="name of the meeting; default: the run's")] = "",
+    join_timeout: Annotated[
+        int, typer.Option(min=1, help="seconds that nodes wait for each other")
+    ] = 600,
+    interface: Annotated[
+        str, typer.Option(help="network interface for NCCL, gloo and the rendezvous: ib0, eth0")
+    ] = "",
+    save_seconds: Annotated[
+        int, typer.Option(min=10, help="Slurm: save and requeue so long before the time limit")
+    ] = 120,
+    container_image: Annotated[
+        str | None, typer.Option(help="train inside this image; its python must have the package")
+    ] = None,
+    container_engine: Annotated[
+        str | None, typer.Option(help="pyxis (Enroot, with --slurm; its default) or apptainer")
+    ] = None,
+    container_mount: Annotated[
+        list[str] | None, typer.Option(help="HOST_PATH:PATH seen inside; repeatable")
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="on the nodes; default: this one, in a container python")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train on any number of machines: writes readable scripts for torchrun, ssh or Slurm, starts
+    them.
+
+    On one machine as `infoentropy train`, with restarts. The scripts lie in the run folder: node.sh
+    (what a node runs), hosts.sh or job.slurm; they can be edited and started by hand. SIGUSR1, or
+    Slurm's time limit, saves a checkpoint first; the same command goes on from it.
+    """
+    from megatron_infoentropy.launch import cluster as machines
+    from megatron_infoentropy.launch import start as launching
+    from megatron_infoentropy.launch.job import TrainingJob, require_places
+
+    settings = training_settings(
+        objective, gamma, sigma, normalization, seed, tensor_parallel, pipeline_parallel
+    )
+    places = require_places(data=data, tokenizer=tokenizer, run=run)
+    job = TrainingJob(recipe, *places, settings, extra_flags=tuple(megatron_flags or ()))
+    named = tuple(host for host in (hosts or "").split(",") if host)
+    engine = container_engine or ("pyxis" if slurm is not None else "apptainer")
+    container = machines.parse_container(engine, container_image, container_mount or [])
+    cluster = machines.Cluster(
+        nodes=nodes or len(named) or 1,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        hosts=named,
+        slurm=None if slurm is None else machines.parse_slurm(slurm),
+        container=container,
+        interface=interface,
+        rdzv_id=rdzv_id,
+        address=rdzv_endpoint,
+        max_restarts=max_restarts,
+        join_timeout_s=join_timeout,
+        save_s=save_seconds,
+        python=python or ("python" if container else sys.executable),
+    )
+    prepared = launching.prepare(job, cluster, shlex.join(["infoentropy", *sys.argv[1:]]))
+    paths = launching.write(prepared, overwrite=overwrite)
+    for path in paths:
+        out.print(f"== {path}", markup=False)
+        if dry_run:
+            out.print(path.read_text(), markup=False)
+    if dry_run or prepared.by_hand:
+        for line in launching.how_to_start(prepared):
+            out.print(line, markup=False)
+        return
+    on_line = sys.stdout.write if verbose else lambda line: None
+    out.print(launching.start(prepared, recipe, on_line), markup=False)
+
+
+COMMANDS = (launch,)

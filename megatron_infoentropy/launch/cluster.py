@@ -1,0 +1,178 @@
+"""Which machines a training runs on, how its processes find each other, and what surrounds them."""
+
+import shlex
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_infoentropy.launch.flags import ranks_of_a_model, useful_ranks
+from megatron_infoentropy.launch.job import require_layout
+from megatron_infoentropy.runtime.device import Device, find_device
+
+Engine = Literal["pyxis", "apptainer"]
+ENGINES = ("pyxis", "apptainer")
+PORT = 29500
+CPU = Device("cpu", "gloo", 1)
+# What the job script sets itself, from options of its own.
+SET_BY_US = ("nodes", "ntasks-per-node", "gpus-per-node", "output", "open-mode", "signal")
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image in which every node's ranks run; `mounts` as the engine spells them."""
+
+    engine: Engine
+    image: str
+    mounts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal kind; `hosts` are reached by ssh, `slurm` are options for sbatch.
+
+    Without `gpus_per_node` every node has as many as this machine, without `ranks_per_node` as many
+    ranks as it has use for. `address` is HOST:PORT of the rendezvous, "" for the first node's;
+    `join_timeout_s` is how long nodes wait for each other, `save_s` how long before a Slurm time
+    limit the training saves.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    ranks_per_node: int | None = None
+    hosts: tuple[str, ...] = ()
+    slurm: tuple[str, ...] | None = None
+    container: Container | None = None
+    interface: str = ""
+    rdzv_id: str = ""
+    address: str = ""
+    max_restarts: int = 3
+    join_timeout_s: int = 600
+    save_s: int = 120
+    python: str = "python"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be started.
+
+        Raises:
+            ValueError: says which option to change.
+        """
+        if self.slurm is not None and self.hosts:
+            raise ValueError("--slurm and --hosts exclude each other: Slurm chooses the hosts")
+        if self.hosts and len(self.hosts) != self.nodes:
+            raise ValueError(
+                f"--hosts names {len(self.hosts)} hosts for --nodes {self.nodes}: name one for "
+                "each, or leave --nodes out"
+            )
+        if len(set(self.hosts)) < len(self.hosts):
+            raise ValueError(f"--hosts names a host twice: {', '.join(self.hosts)}")
+        if self.nodes > 1 and self.slurm is None and not self.hosts and not self.address:
+            raise ValueError(
+                f"{self.nodes} nodes need --slurm, or --hosts, or the --rdzv-endpoint at which "
+                "they meet: HOST:PORT of the first one"
+            )
+        if self.address and not _has_port(self.address):
+            raise ValueError(f"--rdzv-endpoint must be HOST:PORT, got {self.address!r}")
+        if self.container and self.container.engine == "pyxis" and self.slurm is None:
+            raise ValueError("--container-engine pyxis is a part of Slurm: add --slurm, or use "
+                             "apptainer")  # fmt: skip
+
+    @property
+    def device(self) -> Device:
+        """What a node's ranks compute on."""
+        if self.gpus_per_node is None:
+            return find_device()
+        return Device("cuda", "nccl", self.gpus_per_node) if self.gpus_per_node else CPU
+
+    def complete(self, facts: dict[str, Any]) -> "Cluster":
+        """The same with the number of GPUs and ranks of a node, which `facts` of the flags decide.
+
+        Raises:
+            ValueError: more ranks than GPUs, or a layout that the ranks cannot hold.
+        """
+        device = self.device
+        gpus = device.count if device.type == "cuda" else 0
+        ranks = self.ranks_per_node
+        if ranks is None and self.nodes == 1:
+            ranks = useful_ranks(facts, device.count)
+        if ranks is None:
+            ranks = gpus or ceil(ranks_of_a_model(facts) / self.nodes)
+        if gpus and ranks > gpus:
+            raise ValueError(
+                f"{ranks} ranks on a node of {gpus} GPUs: every rank needs one; see "
+                "--ranks-per-node, --gpus-per-node, --tensor-parallel and --pipeline-parallel"
+            )
+        require_layout(self.nodes * ranks, facts)
+        return replace(self, gpus_per_node=gpus, ranks_per_node=ranks)
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes; known when complete."""
+        assert self.ranks_per_node is not None
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def endpoint(self) -> str:
+        """Where the nodes meet, as far as it is known before they are."""
+        if self.address or self.slurm is not None:
+            return self.address
+        if self.hosts:
+            return f"{self.hosts[0]}:{PORT}"
+        return "localhost:0"  # any free port: nobody else comes
+
+
+def _has_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdigit()
+
+
+def parse_slurm(options: str) -> tuple[str, ...]:
+    """["--time=1:00:00", ...] of "--time 1:00:00 ..."; short options (-p gpu) too.
+
+    Raises:
+        ValueError: no options, or one that belongs to another option of ours.
+    """
+    found: list[str] = []
+    for word in shlex.split(options):
+        if word.startswith("-"):
+            found.append(word)
+        elif not found or "=" in found[-1]:
+            raise ValueError(f"--slurm must be options of sbatch, such as '--time=8:00:00'; {word} "
+                             "is none")  # fmt: skip
+        else:
+            found[-1] += ("=" if found[-1].startswith("--") else " ") + word
+    for option in found:
+        name = option.removeprefix("--").partition("=")[0]
+        if name in SET_BY_US:
+            raise ValueError(
+                f"--slurm may not hold --{name}: the job script sets it, from --nodes, "
+                "--gpus-per-node, --run and --save-seconds; edit the script for more"
+            )
+    return tuple(found)
+
+
+def parse_container(engine: str, image: str | None, mounts: list[str]) -> Container | None:
+    """The container that options name, if any.
+
+    Raises:
+        ValueError: an engine that is not known, or mounts without an image.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--container-engine must be {' or '.join(ENGINES)}, got {engine!r}")
+    if image is None:
+        if mounts:
+            raise ValueError("--container-mount needs --container-image")
+        return None
+    return Container(engine, image, tuple(mounts))  # type: ignore[arg-type]
+
+
+def absolute(path: Path) -> Path:
+    """A path that every node can use, which works in another folder.
+
+    Raises:
+        ValueError: it has white space, which job scripts and Megatron's lists do not survive.
+    """
+    path = path.resolve()
+    if any(character.isspace() for character in str(path)):
+        raise ValueError(f"a path may not have white space in it on a cluster: {path}")
+    return path

@@ -1,0 +1,103 @@
+"""What the words that a dying training leaves in its log mean, and what to do about it.
+
+docs/failures.md is this table for readers; a test keeps the two together.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TAIL_BYTES = 1 << 20  # the end of a log, which holds what the ranks said when they died
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cause by the words (a regular expression) it leaves; the advice is one sentence."""
+
+    words: str
+    cause: str
+    advice: str
+
+
+# The first that is found counts: what causes others stands before them.
+FAILURES = (
+    Failure(
+        r"No space left on device",
+        "a disk is full",
+        "make room where the run folder, the data cache or /tmp is; training goes on from the last "
+        "complete checkpoint",
+    ),
+    Failure(
+        r"CUDA out of memory|OutOfMemoryError",
+        "a GPU's memory does not hold the training",
+        "use a smaller micro-batch-size, more tensor or pipeline parallelism, "
+        "--recompute-granularity full or --infoentropy-fused-linear; `infoentropy train RECIPE "
+        "--dry-run` counts each",
+    ),
+    Failure(
+        r"found (NaN|Inf) in local forward loss",
+        "the loss of a rank became NaN or infinite",
+        "go on from an earlier checkpoint with a lower lr, or look at the data of that step; the "
+        "log names rank and iteration",
+    ),
+    Failure(
+        r"Timed out waiting \d+ms for (recv|send) operation|Watchdog caught collective operation "
+        r"timeout|wait timeout after \d+ms",
+        "a rank waited for another one until the time-out: a host or its network is gone, or a "
+        "rank hangs",
+        "see which host answers no more, replace it or leave it out, and start again: training "
+        "goes on from the last checkpoint; --distributed-timeout-minutes and "
+        "--distributed-timeout-seconds-after-init set the time-out",
+    ),
+    Failure(
+        r"SIGKILL|exitcode *: -9\b",
+        "a rank was killed from outside (SIGKILL), most often because the host ran out of memory",
+        "look at the host's kernel log (dmesg) for the out-of-memory killer; start again: training "
+        "goes on from the last checkpoint",
+    ),
+    Failure(
+        r"Connection closed by peer|Connection reset by peer|remote process exited",
+        "a rank lost its connection to another one, which had died before",
+        "look for the first traceback in the log, and at the other hosts' output",
+    ),
+    Failure(
+        r"RendezvousTimeoutError",
+        "not all nodes came to the rendezvous in time",
+        "see which node started no ranks: it must run node.sh with a NODE of its own, and reach "
+        "the --rdzv-endpoint; --join-timeout sets how long nodes wait",
+    ),
+    Failure(
+        r"RendezvousConnectionError|The client socket has (failed|timed out)|"
+        r"failed to connect to .*TCPStore|DistNetworkError",
+        "a node does not reach the one where all meet",
+        "node 0 must run, its --rdzv-endpoint must be an address that the others reach (not one of "
+        "127.x), and no firewall may close the port; --interface chooses the network",
+    ),
+    Failure(
+        r"EADDRINUSE|Address already in use",
+        "the port of the rendezvous is taken on its host",
+        "another training runs there, or an earlier one still does: end it, or choose another port "
+        "with --rdzv-endpoint",
+    ),
+    Failure(
+        r"Unable to find address for: |Unable to find interface|no IPv4 address on",
+        "a network interface is not there on a node, or has no address",
+        "name one with --interface that every node has; `ip -br addr` lists them",
+    ),
+)
+
+
+def explain(text: str) -> str | None:
+    """One sentence with cause and advice for a log's last words; None for what is not known."""
+    for failure in FAILURES:
+        if re.search(failure.words, text):
+            return f"{failure.cause}: {failure.advice}"
+    return None
+
+
+def tail(log: Path, start: int = 0) -> str:
+    """The end of a log, of what was written from byte `start` on."""
+    with log.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(start, size - TAIL_BYTES))
+        return file.read().decode("utf-8", "replace")

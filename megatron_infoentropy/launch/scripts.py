@@ -1,0 +1,219 @@
+"""The scripts that start a training: plain bash around torchrun, to be read, kept and edited.
+
+RUN/node.sh    what every node runs: environment, torchrun, Megatron's flags
+RUN/hosts.sh   node.sh on every host, through ssh
+RUN/job.slurm  node.sh on every node of a Slurm job (`launch.slurm`)
+
+How a training is stopped without loss: Megatron saves and exits when a rank is sent SIGUSR1
+(--exit-signal); all ranks ask each other after every step. torchrun would die of that signal, and
+of SIGTERM it makes 30 seconds and a SIGKILL. So node.sh hands the signal to the ranks alone:
+torchrun is started with SIGUSR1 ignored, which the ranks undo for themselves.
+"""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infoentropy.launch.cluster import Cluster, Container
+from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
+
+NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
+ENTRY = "megatron_infoentropy.pretrain"
+SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGUSR1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training on a cluster: Megatron's flags, where its run folder is, who made it."""
+
+    run: Path
+    flags: tuple[str, ...]
+    cluster: Cluster
+    made_by: str  # the command line, for the scripts' first lines
+
+    @property
+    def title(self) -> str:
+        """The machines and the layout, for a reader."""
+        cluster, facts = self.cluster, read_facts(list(self.flags))
+        kind = "GPUs" if cluster.gpus_per_node else "CPU ranks"
+        copies = cluster.ranks // ranks_of_a_model(facts)
+        layout = f"tensor {facts['tensor_parallel']} x pipeline {facts['pipeline_parallel']}"
+        return f"{cluster.nodes} x {cluster.ranks_per_node} {kind}: {layout} x data {copies}"
+
+
+def node_script(plan: Plan) -> str:
+    """node.sh: one node's ranks, from the environment variables NODE and RDZV_ENDPOINT."""
+    cluster = plan.cluster
+    return "\n".join([
+        "#!/usr/bin/env bash",
+        f"# One node of the training {plan.run.name}, {plan.title}.",
+        f"# Made by: {plan.made_by}",
+        "# Edit it as you like: it is all that a node runs. NODE (0, 1, ...) says which one it is.",
+        f"# To save a checkpoint and stop: kill -USR1 $(cat {plan.run}/node-0.pid)",
+        "set -euo pipefail",
+        "",
+        f"run={shlex.quote(str(plan.run))}",
+        f"nodes={cluster.nodes}",
+        f"ranks={cluster.ranks_per_node} # of this node",
+        "node=${NODE:-${SLURM_NODEID:-0}}",
+        f"endpoint=${{RDZV_ENDPOINT:-{cluster.endpoint}}} # where the nodes meet",
+        f"id=${{RDZV_ID:-{cluster.rdzv_id or plan.run.name}}}",
+        "",
+        *_environment(cluster),
+        "",
+        "flags=(",
+        *_one_flag_a_line(plan.flags),
+        ")",
+        "",
+        "torchrun=(",
+        f"  {shlex.quote(cluster.python)} -m torch.distributed.run",
+        '  --nnodes "$nodes" --nproc-per-node "$ranks"',
+        '  --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id"',
+        f'  --rdzv-conf "is_host=$((node == 0)),join_timeout={cluster.join_timeout_s}"',
+        f"  --max-restarts {cluster.max_restarts}",
+        *(['  --local-addr "$address"'] if cluster.interface else []),
+        ")",
+        _RUN_AND_STOP.format(entry=ENTRY),
+    ])  # fmt: skip
+
+
+_RUN_AND_STOP = """
+mkdir -p "$run"
+echo $$ > "$run/node-$node.pid"
+trap 'rm -f "$run/node-$node.pid"' EXIT
+
+# torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save.
+(trap '' USR1; exec "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
+launcher=$!
+
+save_and_stop() {{
+  trap '' USR1 TERM
+  echo "node $node: asked to stop; the ranks save a checkpoint first"
+  # Again and again: a rank that is still starting does not listen yet.
+  while kill -0 "$launcher" 2>/dev/null; do
+    read -ra children < "/proc/$launcher/task/$launcher/children" || true
+    if [ "${{#children[@]}}" -gt 0 ]; then
+      kill -USR1 "${{children[@]}}" 2>/dev/null || true
+    else
+      kill -TERM "$launcher" 2>/dev/null || true # it waits for other nodes: nothing to save
+    fi
+    sleep 5
+  done > /dev/null 2>&1 &
+}}
+trap save_and_stop USR1 TERM
+
+wait "$launcher" || true
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
+wait "$launcher" # its exit code, also when a signal had ended the first wait
+"""
+
+
+def _environment(cluster: Cluster) -> list[str]:
+    """Lines that set what the ranks need, unless it is set already."""
+    wanted = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # tensor parallelism relies on the order of launches
+        "PYTHONUNBUFFERED": "1",
+    }
+    if cluster.gpus_per_node:
+        wanted["NCCL_DEBUG"] = "WARN"
+    else:
+        wanted["TORCHDYNAMO_DISABLE"] = "1"
+    lines = [
+        "threads=$(($(nproc) / ranks))",
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}",
+        *(f"export {name}=${{{name}:-{value}}}" for name, value in wanted.items()),
+    ]
+    if cluster.interface:
+        name = shlex.quote(cluster.interface)
+        lines += [
+            f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}",
+            f"address=$(ip -4 -o addr show dev {name} | awk '{{print $4; exit}}' | cut -d/ -f1)",
+            f'[ -n "$address" ] || {{ echo "node $node: no IPv4 address on {name}" >&2; exit 1; }}',
+        ]
+    return lines
+
+
+def node_command(container: Container | None) -> str:
+    """What a node runs before the path of node.sh; Pyxis is a part of srun itself."""
+    if container is None or container.engine == "pyxis":
+        return "bash"
+    binds = [f"--bind {shlex.quote(mount)}" for mount in container.mounts]
+    return " ".join(["apptainer exec --nv", *binds, shlex.quote(container.image), "bash"])
+
+
+def _one_flag_a_line(words: Iterable[str]) -> list[str]:
+    """Every flag with its values, quoted for bash; of a flag given twice the last one."""
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            flags.pop(name, None)
+            flags[name] = [word]
+        else:
+            flags[name].append(word)
+    return [f"  {shlex.join(flag)}" for flag in flags.values()]
+
+
+def hosts_script(plan: Plan) -> str:
+    """hosts.sh: every host's node.sh; the first failure, or a signal, stops them all."""
+    return _HOSTS.format(
+        name=plan.run.name,
+        title=plan.title,
+        made_by=plan.made_by,
+        command=node_command(plan.cluster.container),
+        hosts="\n".join(f"  {shlex.quote(host)}" for host in plan.cluster.hosts),
+        run=shlex.quote(str(plan.run)),
+    )
+
+
+_HOSTS = """\
+#!/usr/bin/env bash
+# The training {name} on hosts that ssh reaches without a password, {title}.
+# Made by: {made_by}
+# SIGUSR1 or SIGTERM to this script: the training saves a checkpoint and stops.
+set -uo pipefail
+
+run={run} # the same folder on every host
+hosts=(
+{hosts}
+)
+# A host that no longer answers is given up after a minute.
+ssh=(ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
+
+pids=()
+for node in "${{!hosts[@]}}"; do
+  "${{ssh[@]}}" "${{hosts[$node]}}" "NODE=$node {command} $run/node.sh" < /dev/null &
+  pids+=($!)
+done
+
+stop() {{
+  trap '' USR1 TERM
+  for node in "${{!hosts[@]}}"; do
+    kill -0 "${{pids[$node]}}" 2>/dev/null || continue
+    "${{ssh[@]}}" "${{hosts[$node]}}" "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null &
+  done
+}}
+trap stop USR1 TERM
+
+code=0
+for node in "${{!hosts[@]}}"; do
+  wait -n -p ended "${{pids[@]}}"
+  status=$?
+  while [ -z "${{ended:-}}" ]; do # a signal, not an end
+    wait -n -p ended "${{pids[@]}}"
+    status=$?
+  done
+  for at in "${{!pids[@]}}"; do
+    if [ "${{pids[$at]}}" = "$ended" ]; then
+      unset "pids[$at]"
+      if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+        code=$status
+        echo "node $at (${{hosts[$at]}}) ended with exit code $status; the others are stopped" >&2
+        stop
+      fi
+    fi
+  done
+done
+exit "$code"
+"""

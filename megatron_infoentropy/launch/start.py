@@ -1,0 +1,134 @@
+"""Writes the scripts of a training on a cluster into its run folder, and starts them."""
+
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infoentropy.launch.cluster import Cluster, absolute
+from megatron_infoentropy.launch.flags import read_facts
+from megatron_infoentropy.launch.job import TrainingJob
+from megatron_infoentropy.launch.run_folder import write_facts
+from megatron_infoentropy.launch.scripts import (
+    HOSTS,
+    JOB,
+    NODE,
+    SAVE_ON_SIGNAL,
+    Plan,
+    hosts_script,
+    node_command,
+    node_script,
+)
+from megatron_infoentropy.launch.slurm import job_script
+from megatron_infoentropy.launch.train import follow
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)  # the scripts take both as the order to save and stop
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Scripts by their name, as text, and what starts them all."""
+
+    plan: Plan
+    scripts: dict[str, str]
+    command: list[str]
+    by_hand: bool  # every node's user starts it: nothing here reaches the nodes
+
+
+def prepare(job: TrainingJob, cluster: Cluster, made_by: str) -> Prepared:
+    """Make the scripts of a training; nothing is written.
+
+    Raises:
+        ValueError: a recipe, dataset, objective or layout that cannot be used, in words.
+    """
+    run = absolute(job.run)
+    job = TrainingJob(
+        job.recipe,
+        absolute(job.data),
+        absolute(job.tokenizer),
+        run,
+        job.settings,
+        extra_flags=(*SAVE_ON_SIGNAL, *job.extra_flags),
+    )
+    flags = tuple(job.flags(cluster.device))
+    cluster = cluster.complete(read_facts(list(flags)))
+    plan = Plan(run, flags, cluster, made_by)
+    scripts = {NODE: node_script(plan)}
+    if cluster.slurm is not None:
+        scripts[JOB] = job_script(plan)
+        command = ["sbatch", str(run / JOB)]
+    elif cluster.hosts:
+        scripts[HOSTS] = hosts_script(plan)
+        command = ["bash", str(run / HOSTS)]
+    else:
+        command = [*node_command(cluster.container).split(), str(run / NODE)]
+    by_hand = cluster.nodes > 1 and len(scripts) == 1
+    return Prepared(plan, scripts, command, by_hand)
+
+
+def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
+    """Write the scripts into the run folder; returns their paths.
+
+    Raises:
+        ValueError: one is there that says something else: it may have been edited.
+    """
+    run = prepared.plan.run
+    for name, text in prepared.scripts.items():
+        path = run / name
+        if path.is_file() and path.read_text() != text and not overwrite:
+            raise ValueError(
+                f"{path} is there and differs from what this command line makes: start it as it "
+                f"is with `{' '.join(prepared.command)}`, or replace it with --overwrite"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    for name, text in prepared.scripts.items():
+        temporary = run / f"{name}.tmp"
+        temporary.write_text(text)
+        temporary.chmod(0o755)
+        temporary.rename(run / name)
+    return [run / name for name in prepared.scripts]
+
+
+def how_to_start(prepared: Prepared) -> list[str]:
+    """For a reader: what to type to start the scripts by hand."""
+    if not prepared.by_hand:
+        return [f"start it with: {shlex.join(prepared.command)}"]
+    words = shlex.join(prepared.command)
+    return ["start it on every node:"] + [
+        f"  NODE={node} {words}" for node in range(prepared.plan.cluster.nodes)
+    ]
+
+
+def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) -> str:
+    """Start the scripts: follow them to their end, or leave them to Slurm. Returns what happened.
+
+    Raises:
+        TrainingFailed: the training failed, with the reason where it is known.
+        RuntimeError: sbatch refused the job.
+    """
+    plan = prepared.plan
+    cluster, words = plan.cluster, [*prepared.command, *plan.flags]
+    device = f"{cluster.ranks} x {'GPU' if cluster.gpus_per_node else 'CPU rank'}"
+    write_facts(plan.run, recipe, words, cluster.ranks, device, None)
+    if cluster.slurm is not None:
+        return _submit(prepared.command)
+    said = follow(plan.run, prepared.command, {}, on_line, FORWARDED)
+    write_facts(plan.run, recipe, words, cluster.ranks, device, said.parameters)
+    if said.was_stopped:
+        return "stopped after saving a checkpoint; the same command goes on from there"
+    return f"done; the run folder is {plan.run}"
+
+
+def _submit(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(
+            "there is no sbatch on this machine: run `infoentropy launch` on a login node of the "
+            f"cluster, or take {command[-1]} there"
+        ) from None
+    if done.returncode != 0:
+        raise RuntimeError(f"sbatch refused {command[-1]}: {done.stderr.strip()}")
+    return done.stdout.strip()
