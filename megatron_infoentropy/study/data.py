@@ -38,9 +38,8 @@ def places(study: Study, output: Path) -> Places:
 
 def prepare(study: Study, output: Path) -> str:
     """Make what is not there; returns the digest of the data."""
-    if study.data.tokens is not None:
-        return _digest_of_tokens(study.data.tokens)
-    return run_steps(output / FOLDER, _steps(study, output), _given(study))
+    made = find_digest(study, output)  # runs side by side may all look, without a lock
+    return made or run_steps(output / FOLDER, _steps(study, output), _given(study))
 
 
 def find_digest(study: Study, output: Path) -> str | None:

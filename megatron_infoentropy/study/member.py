@@ -4,9 +4,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe
-from megatron_infoentropy.launch.train import build_command, train
 from megatron_infoentropy.study.data import Places, places
 from megatron_infoentropy.study.ledger import Step, run_steps
 from megatron_infoentropy.study.plan import Member, Study
@@ -28,7 +26,7 @@ def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
     """What a run is made of, in order."""
     folder, where = output / member.name, places(study, output)
     recipe = {"flags": load_recipe(study.recipe), "plan": asdict(load_plan(study.recipe))}
-    trained = [recipe, study.settings(member)]
+    trained = [recipe, study.flags, member.loss, member.seed]
     return [
         Step("train", trained, ("run.json", "train.log", CHECKPOINTS),
              lambda: _train(study, member, where, folder)),
@@ -39,12 +37,16 @@ def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
 
 
 def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
+    from megatron_infoentropy.launch.flags import loss_flags
+    from megatron_infoentropy.launch.job import TrainingJob
+    from megatron_infoentropy.launch.train import build_command, train
+
     if not (folder / CHECKPOINTS / _LATEST).is_file():  # nothing to go on from
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         (folder / "train.log").unlink(missing_ok=True)
     # Runs side by side must not write one index cache.
     cache = ("--data-cache-path", str(folder / CACHE))
-    settings = study.settings(member)
+    settings = {**study.flags, **loss_flags(member.loss), "seed": member.seed}
     job = TrainingJob(
         study.recipe, where.tokens, where.tokenizer, folder, settings, extra_flags=cache
     )

@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.launch.flags import loss_flags
 from megatron_infoentropy.study.reading import StudyError, one_of_type, section
 
 SPLITS = ("train", "validation", "test")
@@ -82,10 +81,6 @@ class Study:
     @property
     def name(self) -> str:
         return self.path.stem
-
-    def settings(self, member: Member) -> dict[str, Any]:
-        """Flags of one run, over the recipe's."""
-        return {**self.flags, **loss_flags(member.loss), "seed": member.seed}
 
     def member(self, name: str) -> Member:
         """The run of that name.

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infoentropy.evaluate.report import write_report
 from megatron_infoentropy.study.data import find_digest, prepare
 from megatron_infoentropy.study.ledger import Progress, read_progress
 from megatron_infoentropy.study.member import do_member, member_steps
@@ -81,7 +80,13 @@ def report(study: Study, output: Path) -> Path:
     if not done:
         raise StudyFailed(f"no run of {study.path} is finished, so there is nothing to report")
     notes = [f"{len(missing)} of {len(states)} planned runs are missing: {', '.join(missing)}."]
-    return write_report(done, output, notes=notes if missing else [])
+    return _write(done, output, notes if missing else [])
+
+
+def _write(runs: list[Path], output: Path, notes: list[str]) -> Path:
+    from megatron_infoentropy.evaluate.report import write_report
+
+    return write_report(runs, output, notes=notes)
 
 
 def duration(seconds: float) -> str:

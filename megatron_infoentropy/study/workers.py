@@ -35,8 +35,7 @@ def _share(slot: int, jobs: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     share = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     share |= {name: os.environ[name] for name in share if name in os.environ}
-    device = find_device()
-    if device.type == "cuda" and 1 < jobs <= device.count:
+    if jobs > 1 and (device := find_device()).type == "cuda" and jobs <= device.count:
         known = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = known.split(",") if known else [str(i) for i in range(device.count)]
         share["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::jobs])
