@@ -1,8 +1,25 @@
-"""Imported once by the fork server: ranks forked from it start with Megatron ready to use."""
+"""Imported once by the fork server: ranks forked from it start with Megatron ready to use.
+
+What Megatron does anew in every process, and no test asks about, is done once or made small.
+"""
+
+from collections import defaultdict
 
 from megatron_infoentropy.runtime import cpu
 
 cpu.install()
 
-import megatron.training.training  # noqa: E402, F401  only after the redirections
-import transformers  # noqa: E402, F401
+# Only after the redirections.
+import megatron.core.tokenizers.text  # noqa: E402
+import megatron.training.training  # noqa: E402, F401
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
+from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
+
+from megatron_infoentropy.integration import batch, lineage, model_size, step  # noqa: E402, F401
+from megatron_infoentropy.launch import parsed  # noqa: E402, F401
+
+# Documents of --mock-data: the index of its own 100,000 takes longer than a training.
+MockGPTLowLevelDataset.size = 500
+
+# The help texts of flags, parsed from Megatron's sources at every start.
+ArgumentGroupFactory._get_field_docstrings = lambda self, owner: defaultdict(str)
