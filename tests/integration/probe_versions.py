@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_infoentropy.runtime import cpu
 
 cpu.install()
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -20,6 +21,7 @@ from megatron.core import __version__, parallel_state, tensor_parallel  # noqa: 
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron_bridge import infoentropy_hook  # noqa: E402
 from oracle import dense_objective  # noqa: E402
 from other_models import bert_model, hybrid_model, t5_model  # noqa: E402
 
@@ -31,15 +33,13 @@ GAMMA = 2.0
 
 
 def main(folder):
-    tensor_parallel_gpt = folder / f"2-{dist.get_rank()}.pt"
     initialize(tensor_ranks=2)
-    found = gpt_results(data_parallel_group=None)
+    found = gpt_results(by_hook=False)
     found |= {"version": __version__, "other": [compare(*made) for made in other_models()]}
-    torch.save(found, tensor_parallel_gpt)
+    torch.save(found, folder / f"2-{dist.get_rank()}.pt")
     parallel_state.destroy_model_parallel()
     initialize(tensor_ranks=1)
-    group = parallel_state.get_data_parallel_group()
-    torch.save(gpt_results(data_parallel_group=group), folder / f"1-{dist.get_rank()}.pt")
+    torch.save(gpt_results(by_hook=True), folder / f"1-{dist.get_rank()}.pt")
 
 
 def initialize(tensor_ranks):
@@ -95,8 +95,11 @@ def batch_of(data_rank):
     return text[:, :-1].contiguous(), labels, mask
 
 
-def gpt_results(data_parallel_group):
-    """Losses and gradients of the bound loss, and Megatron's own loss."""
+def gpt_results(*, by_hook):
+    """Losses and gradients of the bound loss, and Megatron's own loss.
+
+    by_hook: the example's, as Megatron-Bridge and megatron-core 0.19 call it.
+    """
     data_rank = parallel_state.get_data_parallel_rank()
     tokens, labels, mask = batch_of(data_rank)
     positions = torch.arange(SEQUENCE).expand(BATCH, -1).contiguous()
@@ -112,8 +115,10 @@ def gpt_results(data_parallel_group):
     found = {"own": own, "gamma 0": forward(real).detach()}
     found |= {"tokens": tokens, "labels": labels, "mask": mask}
 
-    options = {"data_parallel_group": data_parallel_group, "inplace_backward": True}
-    use_infoentropy_loss([model], InfoEntropyConfig(gamma=GAMMA), **options)
+    if by_hook:
+        (model,) = infoentropy_hook(InfoEntropyConfig(gamma=GAMMA))([model])
+    else:
+        use_infoentropy_loss(model, InfoEntropyConfig(gamma=GAMMA), inplace_backward=True)
     losses = forward(labels, loss_mask=mask)
     ((losses * mask).sum() / mask.sum()).backward()
     found |= {"losses": losses.detach(), "calls": bound_loss(model).training_calls}
