@@ -1,13 +1,14 @@
 """A preprocessed token dataset as the evaluation sees it: domains of documents of token ids."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.data.indexed import IndexedReader, Integers
-from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path
+from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TokenDataset:
     tokenizer_sha256: str
     vocab_size: int
     eod_id: int
+    state: str  # changes with the files: manifest, sizes and times
+    empty_documents: int
 
 
 def open_dataset(folder: Path) -> TokenDataset:
@@ -44,8 +47,7 @@ def open_dataset(folder: Path) -> TokenDataset:
     domains = []
     for name, facts in manifest.domains.items():
         reader = IndexedReader(manifest.prefix(name))
-        documents = range(len(reader))
-        lengths = np.fromiter((len(reader[document]) for document in documents), np.int64)
+        lengths = reader.lengths
         if (len(lengths), int(lengths.sum())) != (facts.documents, facts.tokens):
             raise ValueError(
                 f"{manifest.prefix(name)}.bin holds {len(lengths)} documents and {lengths.sum()} "
@@ -53,4 +55,11 @@ def open_dataset(folder: Path) -> TokenDataset:
             )
         domains.append(Domain(name, reader, lengths, facts.bytes))
     tokenizer = manifest.tokenizer
-    return TokenDataset(domains, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
+    files = [folder / MANIFEST, *(bin_path(manifest.prefix(name)) for name in manifest.domains)]
+    state = hashlib.sha256((folder / MANIFEST).read_bytes())
+    for status in (path.stat() for path in files):
+        state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    empty = sum(int((domain.lengths == 0).sum()) for domain in domains)
+    return TokenDataset(
+        domains, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, state.hexdigest(), empty
+    )

@@ -1,31 +1,48 @@
-"""Loading a Hugging Face folder for scoring: local files only, no code from the folder."""
+"""The model that is scored: where it comes from, whether it fits the data, and its logits."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_infoentropy.evaluate.errors import (
+    ContextOverflowError,
     ModelFolderError,
     TokenizerMismatchError,
     VocabularyMismatchError,
 )
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not loaded yet.
+
+    `kind` and `facts` are written into the evaluation; `tokenizer` is the tokenizer.json it was
+    trained with; `load` gives a causal language model of transformers in the dtype asked for.
+    """
+
+    kind: str
+    tokenizer: Path
+    load: Callable[[torch.dtype], Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """A causal language model in fp32, in evaluation mode, on the device it is scored on."""
+    """A causal language model in evaluation mode, on the device it is scored on."""
 
     network: Any
     device: torch.device
-    context_length: int
+    dtype: torch.dtype
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, fp32 [rows, positions, vocabulary], of int64 tokens [rows, positions].
+        """Next-token logits [rows, positions, vocabulary] of int64 tokens [rows, positions].
 
         No attention mask: padding stands to the right, where a causal model cannot see it.
         """
@@ -36,32 +53,65 @@ class ScoringModel:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.network.config.vocab_size)
 
-def load_model(folder: Path, device: str = "auto") -> ScoringModel:
-    """Load the model of a Hugging Face folder in fp32.
+    def describe(self) -> dict[str, Any]:
+        import transformers
 
-    Args:
-        folder: holds config.json and the weights; nothing is fetched and no code in it is run.
-        device: a torch device, or "auto": the first GPU where there is one, else the CPU.
+        return {
+            "class": type(self.network).__name__,
+            "parameters": self.parameters,
+            "vocab_size": self.vocab_size,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over every parameter's name, shape and numbers, as they are computed with."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+            numbers = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(numbers.numpy())
+        return digest.hexdigest()
+
+
+def hugging_face(folder: Path) -> ModelSource:
+    """The model of a Hugging Face folder; nothing is fetched and no code in it is run.
 
     Raises:
-        ModelFolderError: a model without a stated context length.
+        ModelFolderError: there is no config.json (the name would be looked for on the network).
     """
-    from transformers import AutoModelForCausalLM
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _without_progress_bars():
-        network = AutoModelForCausalLM.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32
-        )
-    context_length = getattr(network.config, "max_position_embeddings", None)
-    if not isinstance(context_length, int) or context_length < 1:
+    if not (folder / "config.json").is_file():
         raise ModelFolderError(
-            f"{folder / 'config.json'} states no max_position_embeddings (got {context_length!r}); "
-            "add the context length the model was trained with"
+            f"expected {folder} to be a Hugging Face model folder or a Megatron checkpoint; it "
+            "holds no config.json, and neither latest_checkpointed_iteration.txt nor .metadata"
         )
-    return ScoringModel(network.to(device).eval(), torch.device(device), context_length)
+
+    def load(dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        with _without_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, dtype=dtype
+            )
+
+    return ModelSource("huggingface", folder / "tokenizer.json", load)
+
+
+def load_model(source: ModelSource, device: torch.device, dtype: str) -> ScoringModel:
+    """Load a model and put it on a device.
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    network = source.load(DTYPES[dtype])
+    return ScoringModel(network.to(device).eval(), device, DTYPES[dtype])
 
 
 @contextmanager
@@ -78,26 +128,12 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def require_model_folder(folder: Path) -> None:
-    """Refuse what is no model folder (a name that is none would be looked for on the network).
-
-    Raises:
-        ModelFolderError: there is no config.json.
-    """
-    if not (folder / "config.json").is_file():
-        raise ModelFolderError(
-            f"{folder} holds no config.json, expected a Hugging Face model folder: "
-            "export the checkpoint with `infoentropy convert` first"
-        )
-
-
-def require_same_tokenizer(folder: Path, sha256: str) -> None:
+def require_same_tokenizer(path: Path, sha256: str) -> None:
     """Refuse a model whose tokenizer.json is not the one the data was written with.
 
     Raises:
         TokenizerMismatchError: tokenizer.json is missing or has another hash.
     """
-    path = folder / "tokenizer.json"
     found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
     if found != sha256:
         raise TokenizerMismatchError(
@@ -113,9 +149,33 @@ def require_same_vocabulary(model: ScoringModel, vocab_size: int) -> None:
     Raises:
         VocabularyMismatchError: naming both sizes.
     """
-    size = model.network.config.vocab_size
-    if size != vocab_size:
+    if model.vocab_size != vocab_size:
         raise VocabularyMismatchError(
-            f"the model's vocabulary is {size}, the data's tokenizer has {vocab_size}: padding "
-            "must be cut when a checkpoint is exported (`infoentropy convert` does)"
+            f"the model's vocabulary is {model.vocab_size}, the data's tokenizer has {vocab_size}: "
+            "padding must be cut when a checkpoint is exported (`infoentropy convert` does)"
         )
+
+
+def context_length_of(model: ScoringModel, wanted: int | None) -> int:
+    """The context length to score with: what is wanted, else all the positions the model has.
+
+    Raises:
+        ContextOverflowError: more than the model has positions for.
+        ModelFolderError: a model that does not say how many it has.
+    """
+    positions = getattr(model.network.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        raise ModelFolderError(
+            f"the model's configuration states no max_position_embeddings (got {positions!r}); "
+            "add the context length it was trained with"
+        )
+    if wanted is None:
+        return positions
+    if wanted < 1:
+        raise ValueError(f"context_length must be at least 1, got {wanted}")
+    if wanted > positions:
+        raise ContextOverflowError(
+            f"a context of {wanted} tokens was asked for, the model has {positions} positions: "
+            f"choose at most {positions}, or leave it out"
+        )
+    return wanted

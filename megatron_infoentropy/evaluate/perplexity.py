@@ -1,218 +1,111 @@
-"""Perplexity of a Hugging Face model per domain and per token-frequency bucket.
+"""Scoring a model: by domain, by how frequent and how hard a token is, and how well calibrated.
 
 Steps: check that model, data and token counts speak of the same vocabulary; cut the documents into
-windows; score batches of similar length; add every token's cross entropy and entropy to its
-document, its frequency bucket and an entropy bin; turn the sums into numbers. Always plain cross
-entropy, whatever objective the model was trained with, in fp32, summed in fp64.
+chunks, which are scored by turns of the ranks and written down one by one; add the chunks up in
+their order; turn the sums into numbers. Always plain cross entropy, whatever objective the model
+was trained with. In memory are one chunk of tokens, one batch of logits, and 500 bytes a document.
 """
 
-import math
+import tempfile
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from megatron_infoentropy import vocab_parallel_statistics
-from megatron_infoentropy.evaluate.buckets import (
-    BUCKETS,
-    DECILES,
-    RULE,
-    describe_bands,
-    frequency_bands,
-    read_token_counts,
-)
-from megatron_infoentropy.evaluate.dataset import TokenDataset, open_dataset
-from megatron_infoentropy.evaluate.errors import NonFiniteScoreError
-from megatron_infoentropy.evaluate.evaluation import (
-    FORMAT,
-    DocumentSums,
-    Evaluation,
-)
-from megatron_infoentropy.evaluate.model import (
-    ScoringModel,
-    load_model,
-    require_model_folder,
-    require_same_tokenizer,
-    require_same_vocabulary,
-)
-from megatron_infoentropy.evaluate.selection import Selection, fingerprint, select_documents
-from megatron_infoentropy.evaluate.summary import summarise_documents
-from megatron_infoentropy.evaluate.tally import Tally
-from megatron_infoentropy.evaluate.windows import (
-    Windows,
-    batches_of_similar_length,
-    cut_windows,
-    padded_batch,
-)
+from megatron_infoentropy.evaluate.chunks import cut_chunks, score_chunk
+from megatron_infoentropy.evaluate.evaluation import Evaluation, load_evaluation
+from megatron_infoentropy.evaluate.job import Job, Options, open_job
+from megatron_infoentropy.evaluate.journal import Journal
+from megatron_infoentropy.evaluate.model import ModelSource, hugging_face
+from megatron_infoentropy.evaluate.ranks import Ranks, joined_ranks
+from megatron_infoentropy.evaluate.result import assemble
 from megatron_infoentropy.progress import progress
-
-SCORING_RULE = (
-    "every document separately, with the end-of-document token as its first context; cut into "
-    "windows of the model's context length that share no scored token and overlap by one token of "
-    "context; every token scored exactly once, an end-of-document token that closes a document "
-    "included; plain cross entropy from fp32 logits, summed in fp64"
-)
 
 
 def evaluate_model(
-    model: Path,
+    model: Path | ModelSource,
     data: Path,
     *,
     token_counts: Path,
+    output: Path | None = None,
+    context_length: int | None = None,
+    stride: int | None = None,
+    packed: bool = False,
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
+    domain_weights: str = "auto",
+    dtype: str = "float32",
     device: str = "auto",
+    token_scores: bool = True,
+    restart: bool = False,
 ) -> Evaluation:
-    """Score a Hugging Face folder on a token dataset.
+    """Score a model on a token dataset; started by torchrun, all its processes take part.
 
     Args:
-        model: folder with config.json, weights and tokenizer.json; nothing is fetched.
+        model: a Hugging Face folder, or where else a model comes from; nothing is fetched.
         data: folder with manifest.json and one .bin/.idx a domain.
         token_counts: token_counts.npy of the *training* data, which defines the buckets.
-        batch_tokens: tokens scored at once; the logits of a batch take 4 bytes x this x vocabulary.
+        output: folder to write the evaluation into, which an interrupted one resumes from; several
+            processes need one that they share.
+        context_length: tokens that a window reads; default: the model's positions.
+        stride: tokens that a window scores; default: the context length.
+        packed: let documents of a domain follow one another in a window, as in training.
+        batch_tokens: tokens read at once; the logits of a batch take 4 bytes x this x vocabulary.
         max_tokens: score a fixed sample of about this many tokens instead of everything.
+        domain_weights: of the weighted average, see `domain_weights`.
+        dtype: of weights and activations; scores are fp32 in any case.
         device: torch device, or "auto" for the first GPU, else the CPU.
+        token_scores: keep every token's cross entropy and entropy, 4 bytes a token: `compare` needs
+            them to set hard tokens against easy ones.
+        restart: discard what an interrupted evaluation has left in `output`.
 
     Returns:
-        nats per token, perplexity and mean entropy in total, by domain and by bucket; bits per byte
-        of the domains that were scored whole; per-document sums for paired comparison.
+        The evaluation, the same on every process; what it holds is said in `evaluation`.
 
     Raises:
         ValueError: one of the named errors of `evaluate.errors`, saying what does not fit.
     """
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    dataset, scoring_model = _open(model, data, device)
-    counts = read_token_counts(token_counts, dataset.vocab_size).sum(axis=0)
-    band_of_token = frequency_bands(counts)
-    selection = select_documents(dataset, max_tokens)
-    sums = _score(scoring_model, dataset, selection, band_of_token, batch_tokens)
-    return _result(scoring_model, dataset, selection, sums, counts, band_of_token)
-
-
-def _result(
-    model: ScoringModel,
-    dataset: TokenDataset,
-    selection: Selection,
-    sums: Tally,
-    counts: NDArray[np.int64],
-    band_of_token: NDArray[np.int8],
-) -> Evaluation:
-    documents = DocumentSums(
-        selection.domain, selection.document, sums.tokens, sums.ce, sums.entropy
+    options = Options(
+        context_length, stride, packed, batch_tokens, max_tokens, domain_weights, dtype, device
     )
-    summary = {
-        "format": FORMAT,
-        "scoring": {"rule": SCORING_RULE, "context_length": model.context_length},
-        "model": _describe_model(model),
-        "data": {
-            "fingerprint": fingerprint(dataset, selection, band_of_token),
-            "tokenizer_sha256": dataset.tokenizer_sha256,
-            "complete": all(selection.complete),
-        },
-        "bucket_rule": RULE,
-        "bucket_sizes": describe_bands(BUCKETS, counts, band_of_token),
-        "decile_sizes": describe_bands(DECILES, counts, band_of_token),
-        **_numbers(documents, dataset, selection),
-        "entropy_histogram": sums.histogram(),
-    }
-    return Evaluation(summary, documents)
+    source = hugging_face(model) if isinstance(model, Path) else model
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined_ranks())
+        if output is None and ranks.size > 1:
+            raise ValueError("several processes need an output folder that they share; name one")
+        job = open_job(source, data, token_counts, options)
+        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        journal = Journal(folder, job.dataset.vocab_size)
+        _score(job, ranks, journal, restart=restart)
+        if ranks.rank == 0:
+            assemble(job, journal, token_scores=token_scores).save(folder)
+            journal.finish()
+        ranks.wait()
+        evaluation = load_evaluation(folder)
+        if output is None and evaluation.token_scores is not None:
+            evaluation = replace(evaluation, token_scores=np.array(evaluation.token_scores))
+    return evaluation
 
 
-def _open(model: Path, data: Path, device: str) -> tuple[TokenDataset, ScoringModel]:
-    """Open both, cheap checks first."""
-    require_model_folder(model)
-    dataset = open_dataset(data)
-    require_same_tokenizer(model, dataset.tokenizer_sha256)
-    scoring_model = load_model(model, device)
-    require_same_vocabulary(scoring_model, dataset.vocab_size)
-    return dataset, scoring_model
+def _score(job: Job, ranks: Ranks, journal: Journal, *, restart: bool) -> None:
+    """Score this rank's chunks that are not in the journal yet; return when all ranks have."""
+    if ranks.rank == 0:
+        journal.start(job.plan(), restart=restart)
+    ranks.wait()
+    chunks = cut_chunks(job.selection, job.scoring.batch_tokens)
+    mine = [n for n in range(ranks.rank, len(chunks), ranks.size) if not journal.has(n)]
+    tokens = sum(int(job.selection.length[chunks[number]].sum()) for number in mine)
+    shown = progress("scoring", tokens, "tokens") if ranks.rank == 0 else nullcontext(_silent)
+    with shown as advance:
+        for number in mine:
+            scores = score_chunk(
+                job.model, job.dataset, job.selection, chunks[number], job.band_of_token,
+                job.scoring, advance,
+            )  # fmt: skip
+            journal.write(number, scores)
+    ranks.wait()
 
 
-def _score(
-    model: ScoringModel,
-    dataset: TokenDataset,
-    selection: Selection,
-    band_of_token: NDArray[np.int8],
-    batch_tokens: int,
-) -> Tally:
-    windows = cut_windows(selection.length, model.context_length)
-    sums = Tally(len(selection.document), dataset.vocab_size)
-    with (
-        torch.inference_mode(),
-        progress("scoring", total=int(windows.length.sum()), unit="tokens") as advance,
-    ):
-        for batch in batches_of_similar_length(windows, batch_tokens):
-            pieces = [_piece(dataset, selection, windows, index) for index in batch]
-            inputs, target = padded_batch(pieces, dataset.eod_id)
-            scored = target.ravel() != -100
-            tokens = target.ravel()[scored]
-            logits = model.logits(torch.from_numpy(inputs)).flatten(0, 1)
-            kept = logits if scored.all() else logits[torch.from_numpy(scored).to(logits.device)]
-            statistics = vocab_parallel_statistics(kept, torch.from_numpy(tokens).to(kept.device))
-            ce = statistics.cross_entropy.double().cpu().numpy()
-            entropy = statistics.entropy.double().cpu().numpy()
-            document = np.repeat(windows.document[batch], windows.length[batch])
-            _require_finite(ce, entropy, document, selection, dataset)
-            sums.add(document, band_of_token[tokens], ce, entropy)
-            advance(len(tokens))
-    return sums
-
-
-def _piece(
-    dataset: TokenDataset, selection: Selection, windows: Windows, index: int
-) -> NDArray[np.int64]:
-    """The context token of a window and the tokens it predicts, int64 [length + 1]."""
-    row, start = int(windows.document[index]), int(windows.start[index])
-    stop = start + int(windows.length[index])
-    domain = dataset.domains[selection.domain[row]]
-    tokens = domain.read(int(selection.document[row]), max(start - 1, 0), stop).astype(np.int64)
-    return tokens if start > 0 else np.concatenate([[dataset.eod_id], tokens])
-
-
-def _require_finite(
-    ce: NDArray[np.float64],
-    entropy: NDArray[np.float64],
-    document: NDArray[np.int64],
-    selection: Selection,
-    dataset: TokenDataset,
-) -> None:
-    bad = np.flatnonzero(~(np.isfinite(ce) & np.isfinite(entropy)))
-    if bad.size:
-        row = document[bad[0]]
-        name = dataset.domains[selection.domain[row]].name
-        raise NonFiniteScoreError(
-            f"{bad.size} of {ce.size} tokens of a batch have cross entropy {ce[bad[0]]} (entropy "
-            f"{entropy[bad[0]]}), first in document {selection.document[row]} of domain {name!r}: "
-            "the weights hold NaN or infinity; check the checkpoint and its export"
-        )
-
-
-def _describe_model(model: ScoringModel) -> dict[str, Any]:
-    import transformers
-
-    return {
-        "class": type(model.network).__name__,
-        "parameters": model.parameters,
-        "vocab_size": model.network.config.vocab_size,
-        "device": str(model.device),
-        "dtype": "float32",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _numbers(
-    documents: DocumentSums, dataset: TokenDataset, selection: Selection
-) -> dict[str, Any]:
-    """Scores in total, by bucket and by domain.
-
-    Bits per byte only where a whole domain was scored: its bytes are known only as a whole.
-    """
-    numbers = summarise_documents(documents, [domain.name for domain in dataset.domains])
-    for domain, complete in zip(dataset.domains, selection.complete, strict=True):
-        scores = numbers["domains"][domain.name]
-        bits = scores["nats_per_token"] * scores["tokens"] / math.log(2)
-        scores["bits_per_byte"] = bits / domain.bytes if complete and domain.bytes else None
-    return numbers
+def _silent(work: int) -> None:
+    pass

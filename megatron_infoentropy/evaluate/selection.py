@@ -23,6 +23,9 @@ class Selection:
     length: NDArray[np.int64]
     complete: list[bool]
 
+    def __len__(self) -> int:
+        return len(self.domain)
+
 
 def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Selection:
     """Select every document, or with `max_tokens` a sample of that many tokens.
@@ -57,21 +60,21 @@ def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Se
     return Selection(domains, documents, lengths, complete)
 
 
-def fingerprint(
-    dataset: TokenDataset, selection: Selection, bucket_of_token: NDArray[np.int8]
+def places_sha256(
+    dataset: TokenDataset, selection: Selection, band_of_token: NDArray[np.int8]
 ) -> str:
-    """SHA-256 of the selected tokens, their places and domains, and every token id's bucket."""
-    digest = hashlib.sha256(bucket_of_token.tobytes())
+    """SHA-256 of the domains' names, of which documents are scored, and every token id's band."""
+    digest = hashlib.sha256(band_of_token.tobytes())
     for domain in dataset.domains:
         digest.update(f"{len(domain.name)}:{domain.name}".encode())
     for place in (selection.domain, selection.document, selection.length):
         digest.update(place.astype("<i8").tobytes())
-    for domain, document, length in zip(
-        selection.domain, selection.document, selection.length, strict=True
-    ):
-        tokens = dataset.domains[domain].read(int(document), 0, int(length))
-        digest.update(tokens.astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+def document_sha256(tokens: NDArray[np.int64]) -> bytes:
+    """32 bytes that stand for a document's tokens, whatever integers they are stored in."""
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()
 
 
 def _require_tokens(name: str, lengths: NDArray[np.int64]) -> None:

@@ -1,4 +1,8 @@
-"""Sums over scored tokens: by document and frequency bucket, and by predicted entropy."""
+"""What scored tokens add up to over a whole evaluation: by entropy and by confidence.
+
+Bins of entropy are of equal width, from 0 to ln(vocabulary), the largest entropy there is: 1024 of
+them, of which the reported histogram joins 16 each. Sums are fp64.
+"""
 
 import math
 from typing import Any
@@ -6,52 +10,95 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BANDS
+from megatron_infoentropy.evaluate.summary import measures
 
-ENTROPY_BINS = 64  # of equal width, from 0 to ln(vocabulary), the largest entropy there is
+HISTOGRAM_BINS = 64
+FINE_BINS = 16 * HISTOGRAM_BINS
+CONFIDENCE_BINS = 20
+DIFFICULTY = ("easy", "medium", "hard")
+DIFFICULTY_RULE = (
+    "easy, medium and hard: thirds of the scored tokens by the entropy of this model's own "
+    f"prediction, cut at the nearest of {FINE_BINS} equal bins; two models' own thirds hold "
+    "different tokens, so only `infoentropy compare` sets them side by side"
+)
+
+Floats = NDArray[np.floating[Any]]
 
 
 class Tally:
-    """Running sums in fp64: `tokens`, `ce`, `entropy` [documents, bands], `bin_*` [bins]."""
+    """`by_entropy` [tokens, ce, entropy; bins], `by_confidence` [tokens, confidence, right; bins].
 
-    def __init__(self, documents: int, vocab_size: int) -> None:
-        shape = documents, BANDS
-        self.tokens = np.zeros(shape, np.int64)
-        self.ce = np.zeros(shape)
-        self.entropy = np.zeros(shape)
-        self.bin_edges = np.linspace(0.0, math.log(vocab_size), ENTROPY_BINS + 1)
-        self.bin_tokens = np.zeros(ENTROPY_BINS, np.int64)
-        self.bin_ce = np.zeros(ENTROPY_BINS)
-        self.bin_entropy = np.zeros(ENTROPY_BINS)
+    A tally of other tokens is added by `+=`; adding in the same order gives the same bits.
+    """
 
-    def add(
-        self,
-        document: NDArray[np.int64],
-        band: NDArray[np.int8],
-        ce: NDArray[np.float64],
-        entropy: NDArray[np.float64],
-    ) -> None:
-        """Add tokens, each given by its document, its band and its two numbers in nats."""
-        cell = document, band
-        np.add.at(self.tokens, cell, 1)
-        np.add.at(self.ce, cell, ce)
-        np.add.at(self.entropy, cell, entropy)
+    def __init__(self, vocab_size: int) -> None:
+        self.edges = np.linspace(0.0, math.log(vocab_size), FINE_BINS + 1)
+        self.by_entropy = np.zeros((3, FINE_BINS))
+        self.by_confidence = np.zeros((3, CONFIDENCE_BINS))
+
+    def add(self, ce: Floats, entropy: Floats, confidence: Floats, right: Floats) -> None:
+        """Add tokens, each [tokens]; `right` is 1 where the most probable token was the target."""
         # Rounding may put an entropy a hair above ln V or below 0: the outer bins take it.
-        position = np.searchsorted(self.bin_edges[1:-1], entropy, side="right")
-        np.add.at(self.bin_tokens, position, 1)
-        np.add.at(self.bin_ce, position, ce)
-        np.add.at(self.bin_entropy, position, entropy)
+        place = np.searchsorted(self.edges[1:-1], entropy, side="right")
+        self.by_entropy += _binned(place, FINE_BINS, ce, entropy)
+        place = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        self.by_confidence += _binned(place, CONFIDENCE_BINS, confidence, right)
+
+    def __iadd__(self, other: "Tally") -> "Tally":
+        self.by_entropy += other.by_entropy
+        self.by_confidence += other.by_confidence
+        return self
 
     def histogram(self) -> dict[str, Any]:
         """Tokens by predicted entropy, with each bin's mean cross entropy and entropy in nats."""
-
-        def means(total: NDArray[np.float64]) -> list[float | None]:
-            pairs = zip(total, self.bin_tokens, strict=True)
-            return [float(value / tokens) if tokens else None for value, tokens in pairs]
-
+        tokens, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)
         return {
-            "edges": self.bin_edges.tolist(),
-            "tokens": self.bin_tokens.tolist(),
-            "mean_ce": means(self.bin_ce),
-            "mean_entropy": means(self.bin_entropy),
+            "edges": self.edges[:: FINE_BINS // HISTOGRAM_BINS].tolist(),
+            "tokens": tokens.astype(int).tolist(),
+            "mean_ce": _means(ce, tokens),
+            "mean_entropy": _means(entropy, tokens),
         }
+
+    def difficulty(self) -> dict[str, Any]:
+        """The model's own easy, medium and hard third of the tokens."""
+        tokens = self.by_entropy[0]
+        middle = np.cumsum(tokens) - tokens / 2  # a bin goes where most of its tokens belong
+        third = np.minimum(3 * middle // max(tokens.sum(), 1), 2)
+        buckets = {}
+        for index, name in enumerate(DIFFICULTY):
+            inside = third == index
+            count, ce, entropy = self.by_entropy[:, inside].sum(axis=1)
+            bins = np.flatnonzero(inside)
+            ends = (bins[0], bins[-1] + 1) if bins.size else (0, 0)
+            buckets[name] = measures(int(count), float(ce), float(entropy)) | {
+                "entropy_from": float(self.edges[ends[0]]),
+                "entropy_to": float(self.edges[ends[1]]),
+            }
+        return {"rule": DIFFICULTY_RULE, "buckets": buckets}
+
+    def calibration(self) -> dict[str, Any]:
+        """How often the most probable token is right, against how probable the model says it is."""
+        tokens, confidence, right = self.by_confidence
+        total = tokens.sum()
+        fine, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)
+        return {
+            "accuracy": float(right.sum() / total),
+            "mean_confidence": float(confidence.sum() / total),
+            "expected_error": float(np.abs(confidence - right).sum() / total),
+            "edges": np.linspace(0, 1, CONFIDENCE_BINS + 1).tolist(),
+            "tokens": tokens.astype(int).tolist(),
+            "accuracy_in_bin": _means(right, tokens),
+            "confidence_in_bin": _means(confidence, tokens),
+            "entropy_error": float(np.abs(ce - entropy).sum() / fine.sum()),
+        }
+
+
+def _binned(place: NDArray[np.int64], bins: int, *columns: Floats) -> NDArray[np.float64]:
+    counts = np.bincount(place, minlength=bins).astype(np.float64)
+    sums = [np.bincount(place, weights=column, minlength=bins) for column in columns]
+    return np.stack([counts, *sums])
+
+
+def _means(total: NDArray[np.float64], tokens: NDArray[np.float64]) -> list[float | None]:
+    pairs = zip(total, tokens, strict=True)
+    return [float(value / count) if count else None for value, count in pairs]

@@ -1,11 +1,13 @@
-"""How documents are cut for scoring, so that every token is scored exactly once.
+"""How texts are cut for scoring, so that every token is scored exactly once.
 
-A document of n tokens x_0 ... x_(n-1) is prefixed with the end-of-document token as context and
-scored in windows of at most L, the model's context length. Window k reads x_(kL-1) ... and
-predicts x_(kL) ... x_(kL+L-1): windows share no predicted token, and only one token of context.
+A text of n tokens x_0 ... x_(n-1) is prefixed with the end-of-document token as context. The first
+window predicts up to L tokens, L being the context length; every further window predicts the next S
+<= L, the stride, and sees the L - S + 1 tokens before them. With S = L windows share no predicted
+token and only one token of context; the smaller S, the more context, at L / S times the work.
 
-    eod x0 x1 x2 | x3 x4 ...          inputs   (L = 4)
-    x0  x1 x2 x3 | x4 x5 ...          targets
+    L = 4, S = 4                            L = 4, S = 2
+    eod x0 x1 x2 | x3 x4 ...    inputs      eod x0 x1 x2 | x1 x2 x3 x4 | x3 ...
+    x0  x1 x2 x3 | x4 x5 ...    targets     x0  x1 x2 x3 | .. .. x4 x5 | .. .. x6 x7
 """
 
 from collections.abc import Iterator
@@ -14,31 +16,43 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+IGNORED = -100  # a target that is not scored
+
 
 @dataclass(frozen=True)
 class Windows:
-    """All windows of a set of documents; three int64 arrays of one length.
+    """All windows of a set of texts; four int64 arrays of one length.
 
-    `document` counts through the documents given, `start` is the position of the first predicted
-    token in its document, `length` the number of predicted tokens.
+    `text` counts through the texts given, `start` is the position of the first predicted token in
+    its text, `length` the number of predicted tokens, `context` how many tokens are seen before
+    the first predicted one, the end-of-document token in front of the text included.
     """
 
-    document: NDArray[np.int64]
+    text: NDArray[np.int64]
     start: NDArray[np.int64]
     length: NDArray[np.int64]
+    context: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.document)
+        return len(self.text)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """What the model reads of every window."""
+        return self.context + self.length - 1
 
 
-def cut_windows(document_lengths: NDArray[np.int64], context_length: int) -> Windows:
-    """Cut documents of the given lengths (tokens, all > 0) into windows of `context_length`."""
-    per_document = -(-document_lengths // context_length)
-    document = np.repeat(np.arange(len(document_lengths)), per_document)
-    first = np.cumsum(per_document) - per_document
-    start = (np.arange(len(document)) - first[document]) * context_length
-    length = np.minimum(document_lengths[document] - start, context_length)
-    return Windows(document, start, length)
+def cut_windows(text_lengths: NDArray[np.int64], context_length: int, stride: int) -> Windows:
+    """Cut texts of the given lengths (tokens, all > 0); 1 <= stride <= context_length."""
+    later = -(-np.maximum(text_lengths - context_length, 0) // stride)
+    text = np.repeat(np.arange(len(text_lengths)), 1 + later)
+    first = np.cumsum(1 + later) - (1 + later)
+    number = np.arange(len(text)) - first[text]
+    start = np.where(number == 0, 0, context_length + (number - 1) * stride)
+    longest = np.where(number == 0, context_length, stride)
+    length = np.minimum(text_lengths[text] - start, longest)
+    context = np.where(number == 0, 1, context_length - stride + 1)
+    return Windows(text, start, length, context)
 
 
 def batches_of_similar_length(windows: Windows, batch_tokens: int) -> Iterator[NDArray[np.int64]]:
@@ -48,31 +62,56 @@ def batches_of_similar_length(windows: Windows, batch_tokens: int) -> Iterator[N
         Indices of the windows of one batch: at most `batch_tokens` positions after padding to the
         longest of them, and at least one window.
     """
-    order = np.argsort(-windows.length, kind="stable")
+    order = np.argsort(-windows.positions, kind="stable")
     first = 0
     while first < len(order):
-        rows = max(1, batch_tokens // int(windows.length[order[first]]))
+        rows = max(1, batch_tokens // int(windows.positions[order[first]]))
         yield order[first : first + rows]
         first += rows
 
 
-def padded_batch(
-    pieces: list[NDArray[np.int64]], padding_id: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Inputs and targets of one batch.
+@dataclass(frozen=True)
+class Batch:
+    """What the model reads and what it shall predict, int64 [windows, longest].
+
+    Padding is to the right, where a causal model cannot see it. Targets that are only context or
+    padding are `IGNORED`; `place` [scored tokens] are the others' positions in the stream of
+    tokens that the windows were cut from, in the order of the targets.
+    """
+
+    inputs: NDArray[np.int64]
+    target: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+
+def make_batch(
+    tokens: NDArray[np.int64],
+    text_starts: NDArray[np.int64],
+    windows: Windows,
+    chosen: NDArray[np.int64],
+    eod_id: int,
+) -> Batch:
+    """One batch of windows of the texts that start at `text_starts` in `tokens`.
 
     Args:
-        pieces: for every window its context token followed by the tokens to predict, int64.
-        padding_id: any valid token id; what stands in the padded inputs is never scored.
-
-    Returns:
-        inputs and targets, int64 [windows, longest]; padding is always to the right, where a
-        causal model cannot see it, and -100 in the targets.
+        tokens: the texts one after the other, int64.
+        text_starts: where each starts, int64 [texts].
+        windows: all windows of the texts.
+        chosen: which of them make the batch.
+        eod_id: stands in front of every text, and in the padding, where it is never scored.
     """
-    longest = max(len(piece) for piece in pieces) - 1
-    inputs = np.full((len(pieces), longest), padding_id, dtype=np.int64)
-    target = np.full((len(pieces), longest), -100, dtype=np.int64)
-    for row, piece in enumerate(pieces):
-        inputs[row, : len(piece) - 1] = piece[:-1]
-        target[row, : len(piece) - 1] = piece[1:]
-    return inputs, target
+    shape = len(chosen), int(windows.positions[chosen].max())
+    inputs = np.full(shape, eod_id, dtype=np.int64)
+    target = np.full(shape, IGNORED, dtype=np.int64)
+    places = []
+    for row, window in enumerate(chosen):
+        begin = int(text_starts[windows.text[window]])
+        first = begin + int(windows.start[window])
+        last = first + int(windows.length[window])
+        context = int(windows.context[window])
+        read = tokens[max(first - context, begin) : last - 1]
+        positions = context + last - first - 1
+        inputs[row, positions - len(read) : positions] = read
+        target[row, context - 1 : positions] = tokens[first:last]
+        places.append(np.arange(first, last))
+    return Batch(inputs, target, np.concatenate(places))

@@ -9,7 +9,18 @@ import numpy as np
 
 VOCAB = 61
 EOD = 0
-TOKENIZER = b'{"version": "1.0", "model": {"type": "BPE"}}'
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                    "use_regex": True},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {"<|endoftext|>": 0} | {f"\u0120w{i}": i for i in range(1, VOCAB)},
+            "unk_token": "<|endoftext|>",
+        },
+    }
+).encode()  # fmt: skip
 
 
 def write_token_folder(
