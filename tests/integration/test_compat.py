@@ -1,0 +1,65 @@
+"""What is said to which version of Megatron-Core; no Megatron is imported."""
+
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_infoentropy.integration import compat
+
+
+class GPTModel:
+    def compute_language_model_loss(self, labels, logits):
+        """As in the tested versions."""
+
+
+class OtherModel:
+    def compute_language_model_loss(self, hidden, labels, weight):
+        """As it may become."""
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes a version the one that is imported."""
+
+    def install(version):
+        monkeypatch.setitem(sys.modules, "megatron.core", SimpleNamespace(__version__=version))
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.2+1a2b3c4", "0.19.2", "0.19.0rc3"])
+def test_tested_versions_take_the_bound_loss_without_a_word(installed, version):
+    installed(version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.check_drop_in(GPTModel)
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.20.0", "1.0"])
+def test_an_untested_version_with_the_interface_is_warned_of_and_served(installed, version):
+    installed(version)
+    says = rf"GPTModel of megatron-core {version} \(tested: 0.17, 0.18, 0.19\): its interface is as"
+    with pytest.warns(UserWarning, match=says):
+        compat.check_drop_in(GPTModel)
+
+
+@pytest.mark.parametrize("version", ["0.19.2", "0.20.0"])
+def test_another_interface_is_refused_in_any_version(installed, version):
+    installed(version)
+    with pytest.raises(ValueError, match=r"takes \(hidden, labels, weight\), expected \(labels"):
+        compat.check_drop_in(OtherModel)
+
+
+def test_the_trainer_runs_on_the_version_it_was_written_for(installed):
+    installed("0.19.2")
+    compat.check_trainer()
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.2", "0.20.0"])
+def test_the_trainer_refuses_others_and_names_the_way_out(installed, version):
+    installed(version)
+    says = rf"drives megatron-core 0.19, got {version}, .* bind the loss to its model"
+    with pytest.raises(ValueError, match=says):
+        compat.check_trainer()
