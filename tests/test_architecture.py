@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
     "tasks": {"progress"},
-    "bench": {"config", "kernels", "loss", "progress", "runtime"},
+    "bench": {"config", "integration", "kernels", "loss", "progress", "runtime"},
     "doctor": {"kernels"},
     "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch", "study", "tasks"},
     "cli": {"commands"},

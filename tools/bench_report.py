@@ -7,7 +7,7 @@ import bench_targets
 
 from megatron_infoentropy.bench.plot import plot
 from megatron_infoentropy.bench.results import Row, read_csv
-from megatron_infoentropy.bench.table import not_measured, number
+from megatron_infoentropy.bench.table import more_than_ours, not_measured, number
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
@@ -51,7 +51,7 @@ def everything(folder: Path) -> str:
         for case in dict.fromkeys(row.case for row in rows):
             of_case = [row for row in rows if row.case == case]
             text += f"{_heading(of_case, facts)}.\n\n{_losses(of_case)}\n{_kernels(of_case)}"
-            text += _linear(of_case)
+            text += _linear(of_case) + _steps(of_case)
             text += "".join(f"{_sentence(words)}\n" for words in not_measured(of_case)) + "\n"
     return text
 
@@ -105,6 +105,22 @@ def _linear(rows: list[Row]) -> str:
         time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
         lines.append([row.provider, time, number(row.peak_mib)])
     return f"Alone: {found[0].computes}.\n\n{_table(lines)}\n" if found else ""
+
+
+def _steps(rows: list[Row]) -> str:
+    found = [row for row in rows if row.kind == "step"]
+    heads = ["training step", "computes", "ms (p20-p80)", "ms more than ours (95 %)"]
+    lines = [[*heads, "loss, % of step", "MiB beside the weights"], ["---"] * 6]
+    for row in found:
+        computes = row.computes.partition("; ")[0]
+        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
+        middle, interval = more_than_ours(row)
+        more = f"{middle} ({interval})" if middle else ""
+        name = f"**{row.provider}**" if row.by == "ours" else row.provider
+        share = number(row.percent_of_step)
+        lines.append([name, computes, time, more, share, number(row.peak_mib)])
+    model = found[0].computes.partition("; ")[2] if found else ""
+    return f"In training: Megatron GPT, {model}.\n\n{_table(lines)}\n" if found else ""
 
 
 def _table(lines: list[list[str]]) -> str:

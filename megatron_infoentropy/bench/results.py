@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_infoentropy.bench.cases import Case
 
-Kind = Literal["loss", "linear", "kernel", "limit", "unavailable"]
+Kind = Literal["loss", "linear", "step", "kernel", "limit", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Row:
     loss_error: float | None = None  # against float64, nats
     gradient_error: float | None = None  # against float64, relative to the largest entry
     reason: str = ""  # why there is no time
+    percent_of_step: float | None = None  # the loss's, of a training step
+    minus_ours_ms: float | None = None  # median of the paired differences of training steps
+    minus_ours_low_ms: float | None = None  # its 95 % interval
+    minus_ours_high_ms: float | None = None
 
     @property
     def case(self) -> Case:
@@ -97,12 +101,14 @@ def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """(rows, facts) of a result file."""
+    """(rows, facts) of a result file; columns that are newer than the file are empty."""
     types = get_type_hints(Row)
+    needed = {f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING}
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    if not lines or not set(types) <= set(lines[0]):
+    if not lines or not needed <= set(lines[0]):
         raise ValueError(f"{path} is not a result file of `infoentropy bench`; write it anew")
+    types = {name: hint for name, hint in types.items() if name in lines[0]}
     rows = [Row(**{name: _value(line[name], types[name]) for name in types}) for line in lines]
     return rows, {name: text for name, text in lines[0].items() if name not in types}
 

@@ -22,8 +22,10 @@ from megatron_infoentropy.bench.losses import measure_losses
 from megatron_infoentropy.bench.provenance import file_name, provenance
 from megatron_infoentropy.bench.providers import Setting, Unavailable
 from megatron_infoentropy.bench.results import Row, row_of_case, write_csv
+from megatron_infoentropy.bench.step_rows import compare_steps
 from megatron_infoentropy.runtime.device import Device, find_device
 
+STEP_HIDDEN = 256  # of the model that takes training steps, where no size is given
 TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails instead of hanging
 
 
@@ -32,12 +34,14 @@ def bench(
     *,
     repeats: int,
     hidden: int | None = None,
+    steps: int | None = None,
     counters: bool = False,
     output: Path | None = None,
 ) -> list[Row]:
     """Measure every case; at the first one's shape also, with `hidden`, the output layer of that
-    size fused and unfused, and with `counters` the bytes that the kernels moved. Write the rows
-    where `output` is given: a file, or a folder in which the file is named by device and month.
+    size fused and unfused, with `steps` so many rounds of training steps, and with `counters` the
+    bytes that the kernels moved. Write the rows where `output` is given: a file, or a folder in
+    which the file is named by device and month.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
@@ -47,6 +51,8 @@ def bench(
     rows = [row for case in cases for row in _measure(case, device, repeats)]
     if hidden:
         rows += _fused_linear(cases[0], hidden)
+    if steps:
+        rows += compare_steps(cases[0], hidden=hidden or STEP_HIDDEN, rounds=steps)
     if counters:
         rows = _with_dram_bytes(rows, device)
     if output:

@@ -19,7 +19,7 @@ def tables(rows: list[Row]) -> list[Table | str]:
     parts: list[Table | str] = []
     for case in cases[:WHOLE_TABLES]:
         of_case = [row for row in rows if row.case == case]
-        parts += [_losses(case, of_case), _kernels(of_case), _linear(of_case)]
+        parts += [_losses(case, of_case), _kernels(of_case), _linear(of_case), _steps(of_case)]
         parts += not_measured(of_case)
     if len(cases) > WHOLE_TABLES:
         parts.append(_line_a_case(rows))
@@ -82,6 +82,27 @@ def _linear(rows: list[Row]) -> Table:
         spread = _range(row.p20_ms, row.p80_ms)
         table.add_row(row.provider, "", number(row.median_ms), spread, number(row.peak_mib))
     return table
+
+
+def _steps(rows: list[Row]) -> Table:
+    """Whole training steps, each rival's time held against ours round by round."""
+    found = [row for row in rows if row.kind == "step"]
+    title = f"training step, {found[0].computes.partition('; ')[2]}" if found else ""
+    heads = ["loss", "computes", "ms", "p20-p80", "ms more than ours", "95 %", "loss, % of step"]
+    table = _table(title, [*heads, "peak MiB"])
+    for row in found:
+        cells = [row.provider, row.computes.partition("; ")[0], number(row.median_ms)]
+        cells += [_range(row.p20_ms, row.p80_ms), *more_than_ours(row)]
+        table.add_row(*cells, number(row.percent_of_step), number(row.peak_mib))
+    return table
+
+
+def more_than_ours(row: Row) -> tuple[str, str]:
+    """(median of the paired differences, its interval), signed; of ours nothing."""
+    middle, low, high = row.minus_ours_ms, row.minus_ours_low_ms, row.minus_ours_high_ms
+    if middle is None or low is None or high is None:
+        return "", ""
+    return f"{middle:+.1f}", f"{low:+.1f} to {high:+.1f}"
 
 
 def _line_a_case(rows: list[Row]) -> Table:

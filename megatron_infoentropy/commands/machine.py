@@ -41,6 +41,12 @@ def bench(
     hidden: Annotated[
         int | None, typer.Option(help="also an output layer of this size, fused and unfused")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="also training steps of a Megatron GPT, with ours and with its own loss"
+        ),
+    ] = None,
     counters: Annotated[
         bool, typer.Option("--counters", help="also count the bytes moved, by ncu (GPU)")
     ] = False,
@@ -57,7 +63,8 @@ def bench(
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
     wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
-    rows = run(chosen, repeats=repeats, hidden=hidden, counters=counters, output=output)
+    more = {"hidden": hidden, "steps": steps}
+    rows = run(chosen, repeats=repeats, **more, counters=counters, output=output)
     for part in tables(rows):
         wide.print(part)
 
