@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 from megatron_infoentropy import InfoEntropyConfig  # noqa: E402
 from megatron_infoentropy.integration import use_infoentropy_loss  # noqa: E402
+from megatron_infoentropy.integration.dropin import bound_loss  # noqa: E402
 from megatron_infoentropy.runtime.device import find_device  # noqa: E402
 
 VOCABULARY, SEQUENCE, BATCH = 512, 32, 4
@@ -58,6 +59,9 @@ def main() -> None:
         optimizer.step()
         if dist.get_rank() == 0 and step % 5 == 4:
             print(f"step {step + 1}: InfoEntropy objective {losses.mean().item():.4f}")  # noqa: T201
+    if dist.get_rank() == 0:
+        proof = bound_loss(model)
+        print(f"{proof.training_calls} micro-batches with {proof.config}")  # noqa: T201
     dist.destroy_process_group()
 
 

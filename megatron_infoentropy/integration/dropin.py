@@ -11,8 +11,8 @@ did not call the bound loss is an error, whatever took its place.
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
-from types import MethodType
 from typing import Any
 
 import torch
@@ -131,13 +131,14 @@ class BoundLoss:
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             module.register_forward_hook(self._after_forward, with_kwargs=True),
         )
-        module.compute_language_model_loss = MethodType(self, module)
+        # Not a bound method: a copy of the model would go on calling this object.
+        module.compute_language_model_loss = partial(self, module)
         setattr(module, ATTRIBUTE, self)
 
     def is_in_place(self, module: Any) -> bool:
         """Whether the module would still call it."""
         method = module.compute_language_model_loss
-        return getattr(method, "__func__", None) is self
+        return getattr(method, "func", None) is self
 
     def __call__(self, module: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [batch, sequence], logits [sequence, batch, V/TP] -> [batch, sequence]."""

@@ -1,5 +1,6 @@
 """The bound method, on a stand-in for Megatron's LanguageModule: values, modes, refusals."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from close import assert_within
 from oracle import dense_objective, dense_statistics
 
 from megatron_infoentropy import InfoEntropyConfig
-from megatron_infoentropy.integration import use_infoentropy_loss
+from megatron_infoentropy.integration import bound_loss, use_infoentropy_loss
 
 B, S, V = 3, 5, 40
 
@@ -16,14 +17,24 @@ B, S, V = 3, 5, 40
 class LanguageModel(torch.nn.Module):
     """What the binding relies on, no more."""
 
-    def __init__(self, mtp_num_layers=None, columns=V):
+    def __init__(self, columns=V, ranks=1, **settings):
         super().__init__()
-        self.config = SimpleNamespace(mtp_num_layers=mtp_num_layers)
-        self.pg_collection = SimpleNamespace(tp=None)
-        self.output_layer = SimpleNamespace(output_size_per_partition=columns, output_size=columns)
+        self.config = SimpleNamespace(**settings)
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda: 0) if ranks > 1 else None
+        self.pg_collection = SimpleNamespace(tp=group)
+        self.output_layer = SimpleNamespace(output_size_per_partition=columns)
 
     def compute_language_model_loss(self, labels, logits):
         raise AssertionError("Megatron's own loss was called")
+
+    def forward(self, logits, labels=None, *, loss_mask=None, output_processor=None):
+        if output_processor is not None:
+            return output_processor(logits)
+        return logits if labels is None else self.compute_language_model_loss(labels, logits)
+
+
+def bound(config=None, **options):
+    return use_infoentropy_loss(LanguageModel(), config, **options)
 
 
 def make_case():
@@ -77,17 +88,161 @@ def test_a_wrapped_model_is_bound_inside():
     assert inner.compute_language_model_loss(labels, logits).isfinite().all()
 
 
-def test_what_cannot_work_is_refused_in_words():
-    with pytest.raises(ValueError, match=r"LanguageModule .* got Linear"):
-        use_infoentropy_loss(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="multi-token-prediction heads"):
-        use_infoentropy_loss(LanguageModel(mtp_num_layers=1))
+def test_pipeline_chunks_are_bound_together():
+    chunks = [LanguageModel(), LanguageModel()]
+    assert use_infoentropy_loss(chunks) is chunks
+    logits, labels = make_case()
+    for chunk in chunks:
+        chunk(logits, labels)
+        assert bound_loss(chunk).training_calls == 1
+
+
+def test_a_mask_that_forward_is_given_takes_part_in_training():
+    logits, labels = make_case()
+    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)).round()
+    model = bound(InfoEntropyConfig(gamma=2.0))
+    loss = model(logits, labels, loss_mask=mask)
+    valid = mask * (labels != -100)
+    batch = (logits.transpose(0, 1), labels, mask)
+    assert_within((loss * mask).sum() / valid.sum(), dense_objective([batch], gamma=2.0), rtol=1e-9)
+    without = model(logits, labels)  # the mask of an earlier micro-batch is not used again
+    assert_within(without, bound(InfoEntropyConfig(gamma=2.0))(logits, labels), rtol=1e-12)
+    plain = model.eval()(logits, labels, loss_mask=mask)
+    assert_within(plain, dense_statistics(logits.transpose(0, 1), labels)[0], rtol=1e-12)
+
+
+def test_gradients_written_over_the_logits_are_the_same():
+    logits, labels = make_case()
+    gradients = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        bound(inplace_backward=inplace)(leaf * 1.0, labels).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_bound_model_can_be_copied_and_bound_again():
+    logits, labels = make_case()
+    model = bound(InfoEntropyConfig(gamma=2.0))
+    copied = copy.deepcopy(model)
+    use_infoentropy_loss(model, InfoEntropyConfig(gamma=0.0))
+    assert_within(
+        copied(logits, labels), bound(InfoEntropyConfig(gamma=2.0))(logits, labels), rtol=0
+    )
+    assert_within(
+        model(logits, labels), bound(InfoEntropyConfig(gamma=0.0))(logits, labels), rtol=0
+    )
+    assert (bound_loss(copied).training_calls, bound_loss(copied).config.gamma) == (1, 2.0)
+    assert (bound_loss(model).training_calls, bound_loss(model).config.gamma) == (1, 0.0)
+
+
+def test_a_run_can_prove_which_loss_it_used(caplog):
+    logits, labels = make_case()
+    with caplog.at_level("INFO"):
+        model = bound(InfoEntropyConfig(gamma=2.0))
+    assert "InfoEntropy loss bound to LanguageModel: InfoEntropyConfig(objective=" in caplog.text
+    model(logits, labels)
+    model.eval()(logits, labels)
+    model(logits)  # without labels there is no loss to compute
+    proof = bound_loss(model)
+    assert (proof.training_calls, proof.evaluation_calls, proof.config.gamma) == (1, 1, 2.0)
+    with pytest.raises(ValueError, match="no InfoEntropy loss is bound to LanguageModel"):
+        bound_loss(LanguageModel())
+    model.compute_language_model_loss = lambda labels, logits: logits.sum()
+    with pytest.raises(ValueError, match="bound to LanguageModel was replaced"):
+        bound_loss(model)
+
+
+def test_another_loss_in_its_place_is_an_error_not_a_fallback():
+    logits, labels = make_case()
+    with pytest.raises(RuntimeError, match="an output_processor, which took its place"):
+        bound()(logits, labels, output_processor=torch.sum)
+    model = bound()
+    model.compute_language_model_loss = lambda labels, logits: logits.sum()
+    with pytest.raises(RuntimeError, match="bound to something else afterwards"):
+        model(logits, labels)
+
+    class Fused(LanguageModel):
+        def forward(self, logits, lm_labels):
+            return logits.sum()
+
+    with pytest.raises(RuntimeError, match="without compute_language_model_loss"):
+        use_infoentropy_loss(Fused())(logits, labels)
+
+
+def test_a_stage_without_an_output_layer_may_be_given_labels():
+    stage = LanguageModel()
+    del stage.output_layer
+    stage.post_process = False
+    stage.forward = lambda logits, labels: logits
+    logits, labels = make_case()
+    assert torch.equal(use_infoentropy_loss(stage)(logits, labels), logits)
+
+
+def without_parallel_output():
+    model = LanguageModel(ranks=2)
+    model.parallel_output = False
+    return model
+
+
+def with_another_head():
+    model = LanguageModel(ranks=2)
+    model.output_layer = torch.nn.Linear(2, V)
+    return model
+
+
+def in_half_precision():
+    model = LanguageModel()
+    model.fp16_lm_cross_entropy = True
+    return model
+
+
+def inside_another():
+    model = torch.nn.Module()
+    model.language_model = LanguageModel()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.nn.Linear(2, 2), r"LanguageModule .* got Linear"),
+        (inside_another, r"got Module without .*; bind its \.language_model"),
+        (lambda: LanguageModel(mtp_num_layers=1), "multi-token-prediction heads"),
+        (
+            lambda: LanguageModel(
+                cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"
+            ),
+            "cross_entropy_fusion_impl='linear' would compute",
+        ),
+        (without_parallel_output, "built with parallel_output=False: it gathers logits"),
+        (with_another_head, "states neither its output layer's share of the vocabulary nor a"),
+        (in_half_precision, "built with fp16_lm_cross_entropy=True"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(make, message):
+    with pytest.raises(ValueError, match=message):
+        use_infoentropy_loss([make()])
+
+
+def test_fusions_inside_the_method_give_way():
+    for name in ("native", "te"):
+        settings = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": name}
+        logits, labels = make_case()
+        assert use_infoentropy_loss(LanguageModel(**settings))(logits, labels).isfinite().all()
 
 
 def test_gathered_logits_are_refused():
     """Half the columns expected, the whole vocabulary given: off by ln 2 if it were accepted."""
-    model = use_infoentropy_loss(LanguageModel(columns=V // 2))
-    model.pg_collection.tp = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    model = use_infoentropy_loss(LanguageModel(columns=V // 2, ranks=2))
     logits, labels = make_case()
     with pytest.raises(ValueError, match="vocabulary-sharded logits with 20 columns"):
-        model.compute_language_model_loss(labels, logits)
+        model(logits, labels)
+
+
+def test_an_adapter_around_the_output_layer_is_seen_through():
+    model = LanguageModel(ranks=2)
+    model.output_layer, model.vocab_size = torch.nn.Linear(2, V), 2 * V
+    use_infoentropy_loss(model)
+    with pytest.raises(ValueError, match=f"sharded logits with {V} columns"):
+        model(torch.zeros(S, B, 2 * V), torch.zeros(B, S, dtype=torch.long))
