@@ -1,40 +1,129 @@
 """Commands that score models and compare runs."""
 
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from megatron_infoentropy.evaluate.model import ModelSource
 
 out = Console(highlight=False, soft_wrap=True)
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder")],
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint")],
     data: Annotated[Path, typer.Option(help="preprocessed dataset to score")],
     token_counts: Annotated[
         Path, typer.Option(help="token_counts.npy of the training data: defines the buckets")
     ],
-    output: Annotated[Path, typer.Option(help="folder for evaluation.json and .npz")],
+    output: Annotated[Path, typer.Option(help="folder for the result, e.g. the run's folder")],
+    context_length: Annotated[
+        int | None, typer.Option(help="tokens a window reads; default: the model's positions")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens a window scores; default: all it reads")
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="documents follow one another in a window")
+    ] = False,
+    batch_tokens: Annotated[int, typer.Option(help="tokens read at once")] = 4096,
     max_tokens: Annotated[int | None, typer.Option(help="score about this many only")] = None,
+    domain_weights: Annotated[
+        str, typer.Option(help="of the weighted average: auto, scored, paper or a .json file")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="of a checkpoint, where it has moved since the training")
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="of a checkpoint; default: last")] = None,
+    token_scores: Annotated[
+        bool, typer.Option(help="keep every token's scores, 4 bytes each, for `compare`")
+    ] = True,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="discard what an interrupted evaluation left")
+    ] = False,
 ) -> None:
-    """Perplexity by domain and by how frequent a token is."""
+    """Perplexity by domain, by how frequent and how hard a token is, and calibration.
+
+    Runs on one process or, started by torchrun, on several. Interrupted, it resumes.
+    """
     from megatron_infoentropy.evaluate.perplexity import evaluate_model
 
     result = evaluate_model(
-        model, data, token_counts=token_counts, max_tokens=max_tokens, device=device
+        _source(model, tokenizer, iteration),
+        data,
+        token_counts=token_counts,
+        output=output,
+        context_length=context_length,
+        stride=stride,
+        packed=packed,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        domain_weights=domain_weights,
+        dtype=dtype,
+        device=device,
+        token_scores=token_scores,
+        restart=restart,
     )
-    result.save(output)
-    for kind in ("domains", "buckets"):
-        for name, values in result.summary[kind].items():
-            line = f"{name:16} {values['tokens']:9} tokens"
-            if values["tokens"]:
-                line += f" {values['nats_per_token']:8.4f} nats/token"
-                line += f" perplexity {values['perplexity']:10.3f}"
-            out.print(line, markup=False)
+    if os.environ.get("RANK", "0") == "0":
+        _show(result.summary)
+
+
+def _source(model: Path, tokenizer: Path | None, iteration: int | None) -> "ModelSource":
+    """Where the model comes from: this is where evaluation and conversion meet."""
+    from megatron_infoentropy.convert.in_memory import is_checkpoint, open_checkpoint
+    from megatron_infoentropy.evaluate.model import ModelSource, hugging_face
+
+    if not is_checkpoint(model):
+        if tokenizer or iteration is not None:
+            raise ValueError(f"--tokenizer and --iteration are for checkpoints; {model} is none")
+        return hugging_face(model)
+    opened = open_checkpoint(model, iteration=iteration, tokenizer=tokenizer)
+    facts = {"iteration": opened.iteration}
+    return ModelSource("megatron", opened.tokenizer / "tokenizer.json", opened.network, facts)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    scoring, data = summary["scoring"], summary["data"]
+    out.print(
+        f"{scoring['mode']} windows of {scoring['context_length']} tokens, stride "
+        f"{scoring['stride']}; {data['documents']} documents"
+        + ("" if data["complete"] else ", a sample of the data"),
+        markup=False,
+    )
+    places = [("total", summary["total"])]
+    for kind in ("domains", "buckets", "deciles"):
+        places += [(f"{kind.removesuffix('s')} {k}", v) for k, v in summary[kind].items()]
+    places += [(k, v) for k, v in summary["difficulty"]["buckets"].items()]
+    for name, values in places:
+        line = f"{name:32} {values['tokens']:10} tokens"
+        if values["tokens"]:
+            line += f" {values['nats_per_token']:8.4f} nats/token"
+            line += f" perplexity {values['perplexity'] or math.inf:10.3f}"
+        if values.get("bits_per_byte"):
+            line += f" {values['bits_per_byte']:7.4f} bits/byte"
+        out.print(line, markup=False)
+    for name in ("weighted_average", "uniform_average", "worst_case"):
+        values = summary[name]
+        note = values.get("weights_are") or values.get("domain") or "over domains"
+        out.print(
+            f"{name.replace('_', ' '):32} {'':17} {values['nats_per_token']:8.4f} nats/token"
+            f" perplexity {values['perplexity'] or math.inf:10.3f} ({note})",
+            markup=False,
+        )
+    calibration = summary["calibration"]
+    out.print(
+        f"calibration: top token right {calibration['accuracy']:.2%}, expected error "
+        f"{calibration['expected_error']:.4f}; entropy off by "
+        f"{calibration['entropy_error']:.4f} nats",
+        markup=False,
+    )
 
 
 def report(

@@ -9,6 +9,7 @@ import torch
 from megatron_infoentropy.convert.architecture import architecture_of
 from megatron_infoentropy.convert.checkpoint import LATEST, MegatronCheckpoint
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError
+from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.matching import match_names, require_shape, steps_of
 from megatron_infoentropy.convert.shards import convert_steps
@@ -33,26 +34,27 @@ class OpenedCheckpoint:
             UnsupportedModelError, InvalidWeightsError: as for `convert_checkpoint`.
             IncompleteCheckpointError: a parameter of the model is not in the checkpoint.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
+        import transformers
 
         facts = read_tokenizer(self.tokenizer)
         model = architecture_of(self.checkpoint.args, facts.vocab_size)
-        config = AutoConfig.for_model(**hf_config(model, dtype, facts.ids))
-        with no_init_weights():
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        state = network.state_dict()
         sources = match_names(self.checkpoint.tensors, model)
         for source in sources:
             require_shape(source, self.checkpoint.tensors[source.name].shape, model)
-        filled = set()
-        for name, tensor in convert_steps(self.checkpoint, steps_of(sources, model), model):
-            state[name].copy_(tensor)
-            filled.add(state[name].data_ptr())  # tied tables have two names
-        names = [name for name, _ in network.named_parameters()]
-        missing = [name for name in names if state[name].data_ptr() not in filled]
-        if missing:
-            raise IncompleteCheckpointError(f"the checkpoint gives no {', '.join(missing[:4])}")
+        steps = steps_of(sources, model)
+        tensors = {
+            name: tensor.to(dtype, copy=True)
+            for name, tensor in convert_steps(self.checkpoint, steps, model)
+        }
+        config = transformers.AutoConfig.for_model(**hf_config(model, dtype, facts.ids))
+        family = getattr(transformers, CLASSES[model.family])
+        # Transformers puts the tensors in their place: newer versions name some of them otherwise.
+        network, info = family.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+        wrong = {name: keys for name, keys in info.items() if keys}
+        if wrong:
+            raise IncompleteCheckpointError(f"transformers could not fill the model: {wrong}")
         return network.eval()
 
 
