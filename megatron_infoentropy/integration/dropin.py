@@ -73,6 +73,11 @@ def use_infoentropy_loss(
     """
     config = InfoEntropyConfig() if config is None else config
     config.require_constant_gamma()
+    if config.fused_linear:
+        raise ValueError(
+            "fused_linear needs the hidden states, and a bound loss is handed logits: leave it "
+            "out, or train with megatron_infoentropy.pretrain"
+        )
     modules = [find_language_module(m) for m in (model if isinstance(model, list) else [model])]
     for module in modules:
         check_drop_in(type(module))

@@ -225,6 +225,18 @@ def test_what_cannot_work_is_refused_in_words(make, message):
         use_infoentropy_loss([make()])
 
 
+def test_settings_that_a_bound_loss_cannot_serve_are_refused_in_words():
+    with pytest.raises(ValueError, match="fused_linear needs the hidden states"):
+        bound(InfoEntropyConfig(fused_linear=True))
+    schedule = {"gamma_schedule": "linear", "gamma_samples": 10}
+    with pytest.raises(ValueError, match=r"pass config.at\(samples\)"):
+        bound(InfoEntropyConfig(**schedule))
+    model, later = bound(InfoEntropyConfig(gamma=0.0)), InfoEntropyConfig(gamma=0.0, **schedule)
+    bound_loss(model).config = later.at(10)
+    logits, labels = make_case()
+    assert torch.equal(model(logits, labels), bound(InfoEntropyConfig(gamma=1.0))(logits, labels))
+
+
 def test_fusions_inside_the_method_give_way():
     for name in ("native", "te"):
         settings = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": name}

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,3 +148,11 @@ def test_gamma_zero_is_the_models_own_loss(example, llama):
 
 def test_the_hugging_face_example_learns(example, one_thread):
     assert example.main(steps=8)["eval_loss"] < 4.5  # from 5.5, ln 256
+
+
+def test_the_page_about_other_trainers_names_files_that_exist():
+    page = EXAMPLES.parent / "docs" / "drop-in.md"
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert links
+    for link in links:
+        assert (page.parent / link).exists(), link
