@@ -14,6 +14,7 @@ from megatron_infoentropy.commands import (
     launch,
     machine,
     study,
+    tasks,
     training,
 )
 
@@ -48,7 +49,7 @@ def about(
 
 
 # In the order of the work, as --help lists them.
-for _room in (data, training, launch, convert, evaluation, study, machine):
+for _room in (data, training, launch, convert, evaluation, tasks, study, machine):
     for _command in _room.COMMANDS:
         # Megatron's own flags follow `train` and `launch` after a --.
         _extra = {"ignore_unknown_options": _command in (training.train, launch.launch)}

@@ -2,12 +2,13 @@
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe
 from megatron_infoentropy.study.data import Places, places
 from megatron_infoentropy.study.ledger import Step, run_steps
-from megatron_infoentropy.study.plan import Member, Study
+from megatron_infoentropy.study.plan import Member, Study, Tasks
 
 CHECKPOINTS, CACHE = "checkpoints", "cache"
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -27,13 +28,17 @@ def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
     folder, where = output / member.name, places(study, output)
     recipe = {"flags": load_recipe(study.recipe), "plan": asdict(load_plan(study.recipe))}
     trained = [recipe, study.flags, member.loss, member.seed]
-    return [
+    steps = [
         Step("train", trained, ("run.json", "train.log", CHECKPOINTS),
              lambda: _train(study, member, where, folder)),
         Step("export", None, ("hf",), lambda: _export(where, folder)),
         Step("evaluate", asdict(study.scoring), ("evaluation.json", "evaluation.npz"),
              lambda: _evaluate(study, where, folder)),
     ]  # fmt: skip
+    if study.tasks is not None:
+        asked = asdict(study.tasks)
+        steps.append(Step("tasks", asked, ("tasks",), partial(_ask, study.tasks, folder)))
+    return steps
 
 
 def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
@@ -81,3 +86,16 @@ def _evaluate(study: Study, where: Places, folder: Path) -> None:
         device=study.scoring.device,
     )
     result.save(folder)
+
+
+def _ask(tasks: Tasks, folder: Path) -> None:
+    from megatron_infoentropy.tasks.run import run_tasks
+
+    run_tasks(
+        folder / "hf",
+        folder,
+        suites=tasks.suites,
+        tasks=tasks.names,
+        task_folder=tasks.folder,
+        limit=tasks.limit,
+    )
