@@ -2,7 +2,8 @@
 
 The loss bound to a model (`use_infoentropy_loss`) needs one method of `LanguageModule`, which is
 the same in 0.17, 0.18 and 0.19. The trainer needs much more, which moves between minors: output
-processors came with 0.18, the configuration container of `pretrain` with 0.19.
+processors and `pretrain`'s configuration container came with 0.18, whose `pretrain` still takes a
+model provider; 0.19 builds the model from its configuration.
 """
 
 import re
