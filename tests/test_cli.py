@@ -16,6 +16,7 @@ COMMANDS = {
     "tokenizer": "byte-level BPE",
     "preprocess": ".bin/.idx",
     "merge": "shards",
+    "pack": "pieces",
     "blend": "--data-path",
     "inspect": "documents",
     "verify": "every byte",
@@ -24,6 +25,8 @@ COMMANDS = {
     "convert-from-hf": "Megatron checkpoint",
     "evaluate": "Perplexity",
     "report": "page",
+    "tasks": "lm-evaluation-harness",
+    "study": "grid",
     "doctor": "missing",
     "bench": "ratios",
 }

@@ -134,6 +134,31 @@ def merge(
     _print_domains(run(datasets, output, overwrite=overwrite))
 
 
+def pack(
+    dataset: Annotated[Path, typer.Argument(help="preprocessed dataset folder")],
+    output: Annotated[Path, typer.Option(help="folder to write")],
+    length: Annotated[int, typer.Option(min=1, help="tokens of a piece: --seq-length")] = 1024,
+    documents: Annotated[
+        int, typer.Option(min=1, help="so many in a row are joined; what they leave is dropped")
+    ] = 1000,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a dataset into pieces of one length, as the loss's authors did.
+
+    Train on it with --infoentropy-whole-pieces.
+    """
+    from megatron_infoentropy.data.pack import pack as run
+
+    packed = run(dataset, output, length=length, documents=documents, overwrite=overwrite)
+    table = Table("domain", "pieces", "tokens", "dropped")
+    for name, facts in packed.manifest.domains.items():
+        share = packed.dropped[name] / (facts.tokens + packed.dropped[name])
+        table.add_row(name, str(facts.documents), str(facts.tokens), f"{share:.2%}")
+    out.print(table)
+    for name in packed.manifest.left_out:
+        out.print(f"left out: {name}, which fills no piece", markup=False)
+
+
 def blend(
     dataset: Annotated[Path, typer.Argument(help="preprocessed dataset folder")],
     weights: Annotated[
@@ -207,4 +232,4 @@ def verify(
     out.print(f"{dataset}: ok")
 
 
-COMMANDS = (corpus, tokenizer, preprocess, merge, blend, inspect, verify)
+COMMANDS = (corpus, tokenizer, preprocess, merge, pack, blend, inspect, verify)

@@ -40,6 +40,7 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 MAX_LENGTH = 2**31 - 1  # lengths are int32
 _DOCUMENTS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 1 << 23  # documents are books in some domains
 _SEQUENCES_AT_ONCE = 1 << 20
 
 
@@ -103,12 +104,16 @@ class IndexedReader:
 
     def pieces(self) -> Iterator[tuple[Integers, npt.NDArray[np.int64]]]:
         """All documents in order, some at a time: (their tokens in a row, their lengths)."""
-        for first in range(0, len(self), _DOCUMENTS_AT_ONCE):
+        first = 0
+        while first < len(self):
             sequences = self._boundaries[first : first + _DOCUMENTS_AT_ONCE + 1]
             inner = sequences[sequences < self._starts.size]
             starts = np.full(sequences.size, self.tokens.size, dtype=np.int64)
             starts[: inner.size] = self._starts[inner] // self.dtype.itemsize
+            fitting = np.searchsorted(starts, starts[0] + _TOKENS_AT_ONCE, side="right")
+            starts = starts[: max(int(fitting), 2)]  # one document at least
             yield self.tokens[starts[0] : starts[-1]], np.diff(starts)
+            first += starts.size - 1
 
     def disorder(self) -> str:
         """Where the index contradicts itself beyond what opening it finds; "" if nowhere."""

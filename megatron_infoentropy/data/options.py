@@ -15,12 +15,16 @@ class Options:
             Megatron's --tokenizer-hf-no-include-special-tokens.
         text_key: where a record has its text (Megatron's --json-keys).
         split_by: where a record names its domain, dots leading into objects; None for one dataset.
+        piece_tokens, piece_documents: `pack` cut so many documents in a row into such pieces; 0
+            where documents are whole.
     """
 
     append_eod: bool = True
     special_tokens: bool = True
     text_key: str = "text"
     split_by: str | None = PILE_DOMAIN
+    piece_tokens: int = 0
+    piece_documents: int = 0
 
 
 DEFAULT_OPTIONS = Options()

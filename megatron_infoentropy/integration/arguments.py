@@ -44,6 +44,17 @@ def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="training steps between histograms of entropies and weights for TensorBoard and W&B, "
         "a multiple of --log-interval; 0 is none (default: 0)",
     )
+    group.add_argument(
+        f"--{PREFIX}-whole-pieces",
+        action="store_true",
+        help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token has "
+        "no target, and nothing of another piece is seen",
+    )
+    group.add_argument(
+        f"--{PREFIX}-ignore-target",
+        type=int,
+        help="targets of this id take no part in the loss (the published code: 0)",
+    )
     return parser
 
 

@@ -58,14 +58,22 @@ def get_batch(
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
+    _leave_out(batch, args.infoentropy_ignore_target)
     return {name: batch.get(name) for name in FIELDS}
+
+
+def _leave_out(batch: dict[str, Any], target: int | None) -> None:
+    """Mask the tokens that have this target, on stages that have targets."""
+    if target is not None and batch.get("labels") is not None:
+        batch["loss_mask"] = batch["loss_mask"] * (batch["labels"] != target)
 
 
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """(train, validation, test) datasets from Megatron's data flags; its `datasets_provider`."""
     args = get_args()
+    kind = PieceDataset if args.infoentropy_whole_pieces else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        MockGPTDataset if args.mock_data else kind,
         num_samples,
         partial(_is_built_on_this_rank, vp_stage),
         _dataset_config(args),
@@ -74,6 +82,21 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron then calls it on all
+
+
+class PieceDataset(GPTDataset):  # type: ignore[misc]
+    """Sequences that are the documents themselves, all of `sequence_length`, in shuffled order."""
+
+    def __init__(self, indexed_dataset: Any, dataset_path: str | None, *others: Any) -> None:
+        config: GPTDatasetConfig = others[-1]
+        lengths = indexed_dataset.sequence_lengths
+        if lengths.min() != config.sequence_length or lengths.max() != config.sequence_length:
+            raise ValueError(
+                f"--infoentropy-whole-pieces: expected {dataset_path} to hold pieces of "
+                f"{config.sequence_length} tokens (--seq-length), got {lengths.min()} to "
+                f"{lengths.max()}; make them with `infoentropy pack`"
+            )
+        super().__init__(indexed_dataset, dataset_path, *others)
 
 
 def _is_built_on_this_rank(vp_stage: int | None) -> bool:
@@ -107,4 +130,5 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
         sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         context_parallel_size=args.context_parallel_size,
+        add_extra_token_to_sequence=not args.infoentropy_whole_pieces,
     )
