@@ -4,9 +4,10 @@ This is Megatron's own `pretrain` with all of Megatron's flags, plus `--infoentr
 without a GPU it runs on the CPU.
 """
 
+import os
 from typing import Any
 
-from megatron_infoentropy.runtime import cpu
+from megatron_infoentropy.runtime import cpu, orphans
 
 
 def prepare() -> tuple[Any, Any]:
@@ -57,6 +58,7 @@ def prepare() -> tuple[Any, Any]:
 
 def main() -> None:
     """Parse the command line and train; every rank runs this."""
+    orphans.leave_none()
     cpu.install()  # before megatron is imported; does nothing where there is a GPU
 
     from megatron.core.enums import ModelType
@@ -70,5 +72,7 @@ def main() -> None:
     pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
 
 
+if __name__ == "__mp_main__":  # imported by a process that a rank has spawned
+    orphans.end_with(os.getppid())
 if __name__ == "__main__":
     main()

@@ -41,6 +41,12 @@ FAILURES = (
         "log names rank and iteration",
     ),
     Failure(
+        r"OptimizerParamScheduler: class input value",
+        "the learning rate's schedule differs from the checkpoint's",
+        "give the flags of the batch and the schedule as before, or accept the new ones with "
+        "--override-opt_param-scheduler",
+    ),
+    Failure(
         r"Timed out waiting \d+ms for (recv|send) operation|Watchdog caught collective operation "
         r"timeout|wait timeout after \d+ms",
         "a rank waited for another one until the time-out: a host or its network is gone, or a "

@@ -173,10 +173,15 @@ def _show_progress(name: str, lines: Iterator[str]) -> None:
             done = line.iteration
 
 
+TORCHRUNS_OWN = re.compile(
+    r"torch.distributed.elastic.multiprocessing|Traceback[^\0]{0,400}torch/distributed/run.py"
+)
+
+
 def _first_failure(log: Path, start: int) -> str:
-    """From a rank's first traceback on, without torchrun's own account of its dead children."""
+    """A rank's first traceback, without torchrun's own account of its dead children."""
     text = tail(log, start)
-    at = max(0, text.find("Traceback (most recent call last)"))
-    end = re.search(r"torch.distributed.elastic.multiprocessing", text[at:])
-    text = text[: at + end.start()].rpartition("\n")[0] if end else text
-    return text[at : at + 3000].rstrip() if at else text[-3000:].rstrip()
+    own = TORCHRUNS_OWN.search(text)
+    text = text[: own.start()].rpartition("\n")[0] if own else text
+    at = text.find("Traceback (most recent call last)")
+    return text[at : at + 3000].rstrip() if at >= 0 else text[-3000:].rstrip()

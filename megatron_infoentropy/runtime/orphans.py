@@ -1,0 +1,33 @@
+"""No process outlives the rank that started it.
+
+A rank has children: Megatron's writers of checkpoints and their queue, loaders of data. Whoever
+kills a rank (the kernel out of memory, torchrun when another rank failed) leaves them behind, with
+the log's pipe still open, and who reads the log waits for ever.
+"""
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def leave_none() -> None:
+    """Have all processes that this one will fork end with it.
+
+    A spawned one calls `end_with(os.getppid())` itself, when it imports what its parent ran.
+    """
+    forking = os.getpid()
+
+    def remember() -> None:
+        nonlocal forking
+        forking = os.getpid()
+
+    os.register_at_fork(before=remember, after_in_child=lambda: end_with(forking))
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent, of this process id, ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before this
+        os._exit(1)
