@@ -11,6 +11,7 @@ from megatron_infoentropy.study.ledger import Step, run_steps
 from megatron_infoentropy.study.plan import Member, Study, Tasks
 
 CHECKPOINTS, CACHE = "checkpoints", "cache"
+SCORES = ("evaluation.json", "evaluation.npz", "token_scores.npy")
 _LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -32,7 +33,7 @@ def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
         Step("train", trained, ("run.json", "train.log", CHECKPOINTS),
              lambda: _train(study, member, where, folder)),
         Step("export", None, ("hf",), lambda: _export(where, folder)),
-        Step("evaluate", asdict(study.scoring), ("evaluation.json", "evaluation.npz"),
+        Step("evaluate", asdict(study.scoring), SCORES,
              lambda: _evaluate(study, where, folder)),
     ]  # fmt: skip
     if study.tasks is not None:
@@ -78,14 +79,14 @@ def _export(where: Places, folder: Path) -> None:
 def _evaluate(study: Study, where: Places, folder: Path) -> None:
     from megatron_infoentropy.evaluate.perplexity import evaluate_model
 
-    result = evaluate_model(
+    evaluate_model(
         folder / "hf",
         where.tokens / study.scoring.split,
         token_counts=where.tokens / "train" / "token_counts.npy",
+        output=folder,
         max_tokens=study.scoring.max_tokens,
         device=study.scoring.device,
     )
-    result.save(folder)
 
 
 def _ask(tasks: Tasks, folder: Path) -> None:

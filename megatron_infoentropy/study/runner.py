@@ -167,6 +167,6 @@ class _Runs:
         for active in self._active:
             log = self.output / active.state.member.name / "train.log"
             found = read_log(log) if log.is_file() else None
-            if found and found.last_iteration:
+            if found and 0 < found.last_iteration < found.train_iters:
                 return active.seconds * found.train_iters / found.last_iteration
         return None
