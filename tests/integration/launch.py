@@ -6,11 +6,12 @@ training these models one or two. (A user's own way, torchrun, is what tests/end
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
@@ -29,6 +30,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    **{"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
 }
 TIMEOUT_S = 180
 
@@ -64,7 +66,7 @@ def run_trainer(
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            _end_group(process)
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if failed:
         log = (folder / f"rank{failed[0]}.log").read_text()
@@ -72,7 +74,15 @@ def run_trainer(
     return (folder / "rank0.log").read_text()
 
 
+def _end_group(process):
+    """The rank and what it started (the server of its checkpoint writers outlives it)."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
 def _rank(main, arguments, words, environment, log):
+    os.setpgid(0, 0)
     os.environ.update(environment)
     sys.argv = [main.__module__, *words]
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):

@@ -1,7 +1,10 @@
 """Percentiles, shares and histograms of entropies and weights: right, over all ranks."""
 
+import json
 import math
 import re
+from collections import defaultdict
+from itertools import accumulate
 
 import plain_run
 import pytest
@@ -9,9 +12,13 @@ import torch
 import torch.distributed as dist
 from launch import TINY_MODEL, run_trainer
 from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from megatron_infoentropy import TokenStatistics
 from megatron_infoentropy.integration.histogram import Histogram
+
+WANDB_HEADER, LOG_BLOCK = 7, 32768
 
 
 def test_quantiles_and_shares_are_right_to_a_bin():
@@ -94,24 +101,127 @@ def test_a_report_is_over_all_tokens_of_all_ranks():
             assert len(values["bucket_limits"]) == len(values["bucket_counts"])
 
 
-def test_the_trainer_reports_at_the_log_interval(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder of a training with both writers, what its last rank, which holds them, printed)."""
+    folder = tmp_path_factory.mktemp("observed")
     flags = [
         *TINY_MODEL,
         *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),
         *("--micro-batch-size=2", "--global-batch-size=8", "--train-iters=6", "--lr=1e-3"),
         *("--log-interval=3", "--infoentropy-gamma=0", "--infoentropy-gamma-schedule=linear"),
         *("--infoentropy-gamma-end=2", "--infoentropy-gamma-samples=32"),
+        *(f"--tensorboard-dir={folder}/events", "--infoentropy-histogram-interval=6"),
+        *("--wandb-project=p", "--wandb-exp-name=n", f"--wandb-save-dir={folder}"),
     ]
-    log = run_trainer(2, plain_run.main, (), flags, tmp_path)
-    # The last rank holds Megatron's writers.
-    last = (tmp_path / "rank1.log").read_text()
-    reports = re.findall(r"InfoEntropy at iteration +(\d+) \| perplexity: ([\d.]+) \|.*", last)
+    first = run_trainer(2, plain_run.main, (), flags, folder)
+    return folder, first + (folder / "rank1.log").read_text()
+
+
+def test_the_trainer_reports_at_the_log_interval(run):
+    _, log = run
+    reports = re.findall(r"InfoEntropy at iteration +(\d+) \| perplexity: ([\d.]+) \|.*", log)
     assert [int(iteration) for iteration, _ in reports] == [3, 6]
-    line = next(x for x in (log + last).splitlines() if "iteration        6/       6" in x)
-    cross_entropy = float(re.search(r"cross entropy: ([\d.E+-]+)", line)[1])
-    assert float(reports[1][1]) == pytest.approx(math.exp(cross_entropy), rel=1e-4)
-    assert "share of tokens above mean weight" in last
-    assert "model TFLOP/s per rank" in last
+    shown = numbers_of(log, "iteration        6/       6")
+    assert float(reports[1][1]) == pytest.approx(math.exp(shown["cross entropy"]), rel=1e-4)
     # gamma at 24, 32 and 40 consumed samples of 32: 1.5, 2 and 2.
-    assert float(re.search(r"gamma: ([\d.E+-]+)", line)[1]) == pytest.approx(5.5 / 3, rel=1e-5)
-    assert 0 < float(re.search(r"alpha: ([\d.E+-]+)", line)[1]) < 1
+    assert shown["gamma"] == pytest.approx(5.5 / 3, rel=1e-5)
+    assert 0 < shown["alpha"] < 1
+
+
+def numbers_of(log, start):
+    """{name: number} of the line that has `start`."""
+    line = next(line for line in log.splitlines() if start in line)
+    found = re.findall(r"\| ([^|:]+): +([-+.\dE]+) (?=\|)", line)
+    return {name.strip(): float(value) for name, value in found}
+
+
+def read_tensorboard(folder):
+    """({name: {step: value}}, {name: {step: (bucket limits, counts)}})"""
+    events = EventAccumulator(str(folder / "events"), size_guidance={"histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in tags["scalars"]
+    }
+    return scalars, {
+        name: {
+            event.step: (event.histogram_value.bucket_limit, event.histogram_value.bucket)
+            for event in events.Histograms(name)
+        }
+        for name in tags["histograms"]
+    }
+
+
+def read_wandb(folder):
+    """The same of W&B's offline file: protocol buffers in LevelDB's log format."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    scalars, histograms = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
+    for text in log_records(path.read_bytes()[WANDB_HEADER:]):
+        record = wandb_internal_pb2.Record.FromString(text)
+        for item in record.history.item:
+            step, (name, *part) = record.history.step.num, item.nested_key
+            value = json.loads(item.value_json)
+            if part:
+                histograms[name][step][part[0]] = value
+            else:
+                scalars[name][step] = value
+    return scalars, {
+        name: {step: (parts["bins"], parts["values"]) for step, parts in steps.items()}
+        for name, steps in histograms.items()
+    }
+
+
+def log_records(data):
+    """Of blocks of 32 KiB: checksum (4 bytes), size (2), type (1 whole, 2 first, 4 last part)."""
+    at, parts = 0, []
+    while at < len(data):
+        left = LOG_BLOCK - (at + WANDB_HEADER) % LOG_BLOCK
+        if left < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts.append(data[at + 7 : at + 7 + size])
+        at += 7 + size
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []
+
+
+PERCENTILES = ("entropy p10", "entropy p50", "entropy p90", "entropy max", "weight p50")
+REPORTED = (
+    *("perplexity", *PERCENTILES, "weight p99", "weight max", "tokens/s"),
+    *("share of tokens above mean weight", "model TFLOP/s per rank"),
+)
+
+
+@pytest.mark.parametrize("read", [read_tensorboard, read_wandb])
+def test_writers_get_what_the_log_shows(read, run):
+    folder, log = run
+    scalars, histograms = read(folder)
+    for end in (3, 6):
+        shown = numbers_of(log, f"iteration {end:8d}/       6")
+        for name in ("objective", "cross entropy", "entropy", "weight", "alpha", "gamma"):
+            # Megatron writes every step and prints the mean of an interval's.
+            mean = sum(scalars[name][step] for step in range(end - 2, end + 1)) / 3
+            assert mean == pytest.approx(shown[name], rel=1e-5, abs=1e-6), name
+        reported = numbers_of(log, f"InfoEntropy at iteration {end:8d}")
+        assert set(reported) == set(REPORTED)
+        for name, value in reported.items():
+            written = scalars[f"infoentropy/{name}"]
+            assert set(written) == {3, 6}
+            assert written[end] == pytest.approx(value, rel=1e-5), name
+    tokens = 3 * 8 * 16  # of an interval
+    for name in ("infoentropy/entropy", "infoentropy/log2 weight"):
+        (step,) = histograms[name]
+        edges, counts = histograms[name][step]
+        assert step == 6
+        assert sum(counts) == tokens
+        assert len(edges) - len(counts) in (0, 1)  # upper edges alone, or the lowest too
+    reached = accumulate(histograms["infoentropy/log2 weight"][6][1])
+    middle = next(index for index, count in enumerate(reached) if count >= tokens / 2)
+    edges = histograms["infoentropy/log2 weight"][6][0][-160:]  # upper ones
+    half = numbers_of(log, "InfoEntropy at iteration        6")["weight p50"]
+    assert edges[middle - 1] <= math.log2(half) * (1 + 1e-5)
+    assert math.log2(half) <= edges[middle] * (1 + 1e-5)
