@@ -9,27 +9,33 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Advance = Callable[[int], None]
+Detail = Callable[[], str]
 
 LINE_EVERY_S = 20.0  # in a log file
 
 
 @contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+def progress(
+    description: str, total: int | None, unit: str, detail: Detail = str
+) -> Iterator[Advance]:
     """Show progress on stderr while the block runs; yields a function to call with the work done.
 
-    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known. A
-    terminal gets a bar; a log file gets a line every 20 s and one at the end.
+    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known;
+    `detail` is asked for what else there is to say. A terminal gets a bar; a log file gets a line
+    every 20 s and one at the end.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
     report = _bar if console.is_terminal else _lines
-    with report(console, description, total, unit) as advance:
+    with report(console, description, total, unit, detail) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(console: "Console", description: str, total: int | None, unit: str) -> Iterator[Advance]:
+def _bar(
+    console: "Console", description: str, total: int | None, unit: str, detail: Detail
+) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         Progress,
@@ -44,13 +50,18 @@ def _bar(console: "Console", description: str, total: int | None, unit: str) -> 
     class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             rate = task.finished_speed or task.speed
-            return Text("" if rate is None else f"{_short(rate)} {unit}/s")
+            return Text("" if rate is None else f"{short(rate)} {unit}/s")
+
+    class DetailColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(detail())
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%" if total is not None else ""),
         RateColumn(),
+        DetailColumn(),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),
@@ -62,18 +73,22 @@ def _bar(console: "Console", description: str, total: int | None, unit: str) -> 
 
 
 @contextmanager
-def _lines(console: "Console", description: str, total: int | None, unit: str) -> Iterator[Advance]:
+def _lines(
+    console: "Console", description: str, total: int | None, unit: str, detail: Detail
+) -> Iterator[Advance]:
     start = last = time.monotonic()
     done = 0
 
     def say() -> None:
         seconds = max(time.monotonic() - start, 1e-9)
-        line = f"{description}: {_short(done)}"
+        line = f"{description}: {short(done)}"
         if total is not None:
-            line += f" of {_short(total)}"
-        line += f" {unit} in {seconds:.0f} s, {_short(done / seconds)} {unit}/s"
+            line += f" of {short(total)}"
+        line += f" {unit} in {seconds:.0f} s, {short(done / seconds)} {unit}/s"
         if total is not None and 0 < done < total:
             line += f", {seconds * (total - done) / done:.0f} s left"
+        if more := detail():
+            line += f"; {more}"
         console.print(line, highlight=False, soft_wrap=True)
 
     def advance(work: int) -> None:
@@ -87,7 +102,8 @@ def _lines(console: "Console", description: str, total: int | None, unit: str) -
     say()
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """A number in four or five characters: 12.3M."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= limit:
             return f"{number / limit * (10 if suffix == 'k' else 1):.1f}{suffix}"

@@ -100,7 +100,7 @@ def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: 
     run = Run(work, job=task.job(), vocab_size=size, max_errors=max_errors)
     with closing(run):
         total = sum(path.stat().st_size for path in task.inputs)
-        with progress("preprocess", total, "bytes") as advance:
+        with progress("preprocess", total, "bytes", run.rates()) as advance:
             blocks = _read(task.inputs, run.journal, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)

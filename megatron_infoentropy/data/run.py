@@ -7,6 +7,7 @@ WORK/counts.N.npy, WORK/journal.json
 
 import re
 import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_infoentropy.data.jsonl import BLANK
 from megatron_infoentropy.data.manifest import REJECTED
 from megatron_infoentropy.data.worker import DomainPart, Encoded
 from megatron_infoentropy.data.writer import DatasetWriter, Size, write_all
+from megatron_infoentropy.progress import short
 
 SAVE_EVERY_S = 30.0
 SAVE_AFTER_INPUT_S = 1.0  # at the end of an input already after so much work
@@ -88,6 +90,20 @@ class Run:
         pause = SAVE_EVERY_S if block.lines else SAVE_AFTER_INPUT_S
         if time.monotonic() - self._saved_at >= pause:
             self.save()
+
+    def rates(self) -> Callable[[], str]:
+        """Says how many documents there are, and how many tokens a second came since now."""
+        start, before = time.monotonic(), self._tokens()
+
+        def say() -> str:
+            documents = sum(tally.documents for tally in self.journal.domains.values())
+            rate = (self._tokens() - before) / max(time.monotonic() - start, 1e-9)
+            return f"{short(documents)} documents, {short(rate)} tokens/s"
+
+        return say
+
+    def _tokens(self) -> int:
+        return sum(tally.tokens for tally in self.journal.domains.values())
 
     def _add_lines(self, block: Block, encoded: Encoded) -> None:
         tally = self._tally()

@@ -1,0 +1,61 @@
+"""What a log file and a terminal are told of long work."""
+
+import io
+import re
+
+import pytest
+import rich.console
+
+from megatron_infoentropy import progress as module
+from megatron_infoentropy.progress import progress, short
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The text of a console that is, or is not, a terminal."""
+
+    def shown(terminal):
+        file = io.StringIO()
+        console = rich.console.Console(file=file, force_terminal=terminal, width=200)
+        monkeypatch.setattr(rich.console, "Console", lambda **_: console)
+        return file
+
+    return shown
+
+
+def test_a_log_file_gets_lines_with_rate_time_left_and_detail(shown, monkeypatch):
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    text, documents = shown(False), iter((3, 4, 4))
+    with progress("read", 2_000_000, "bytes", lambda: f"{next(documents)} documents") as advance:
+        advance(500_000)
+        advance(1_500_000)
+    first, second, last = text.getvalue().splitlines()
+    assert re.fullmatch(
+        r"read: 500.0k of 2.0M bytes in \d+ s, [\d.]+[MGk]? bytes/s, \d+ s left; 3 documents",
+        first,
+    )
+    assert re.fullmatch(r"read: 2.0M of 2.0M bytes in \d+ s, \S+ bytes/s; 4 documents", second)
+    assert last.endswith("; 4 documents")
+
+
+def test_a_terminal_gets_a_bar_with_the_detail(shown):
+    text = shown(True)
+    with progress("read", 10, "lines", lambda: "7 documents") as advance:
+        advance(10)
+    assert "100%" in text.getvalue()
+    assert "7 documents" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0"),
+        (12.34, "12.3"),
+        (9999, "9999"),
+        (123_456, "123.5k"),
+        (2.5e6, "2.5M"),
+        (3e9, "3.0G"),
+    ],
+)
+def test_numbers_are_short(number, words):
+    assert short(number) == words
