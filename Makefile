@@ -50,7 +50,7 @@ status: $(READY)
 status-readme: $(READY)
 	$(BIN)/python tools/status.py readme
 
-$(READY): pyproject.toml constraints.txt $(SOURCES)
+$(READY): pyproject.toml constraints.txt tools/install.sh $(SOURCES)
 	tools/install.sh $(VENV)
 	@touch $@
 

@@ -61,6 +61,9 @@ def main() -> None:
     orphans.leave_none()
     cpu.install()  # before megatron is imported; does nothing where there is a GPU
 
+    from megatron_infoentropy.integration.compat import check_trainer
+
+    check_trainer()  # before anything that only 0.19 has is imported
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 

@@ -49,6 +49,9 @@ class _Stream:
     cuda_stream = 0
     device = _CPU
 
+    def __init__(self, *_: object, **__: object) -> None:
+        return None
+
     def __enter__(self) -> "_Stream":
         return self
 
@@ -140,7 +143,7 @@ _REDIRECTIONS = tuple(
         ("torch.cuda.synchronize", _returns(None), "nothing is ever in flight"),
         ("torch.cuda.is_current_stream_capturing", _returns(False), "there are no CUDA graphs"),
         ("torch.cuda.current_stream", _returns(_STREAM), _NO_ORDER),
-        ("torch.cuda.Stream", _returns(_STREAM), _NO_ORDER),
+        ("torch.cuda.Stream", _Stream, _NO_ORDER + "; a class: others annotate with it"),
         ("torch.cuda.stream", _returns(_STREAM), _NO_ORDER),
         ("torch.cuda.manual_seed", _manual_seed, _RANDOM),
         ("torch.cuda.get_rng_state", _rng_state, _RANDOM),
