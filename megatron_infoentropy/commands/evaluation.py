@@ -126,6 +126,37 @@ def _show(summary: dict[str, Any]) -> None:
     )
 
 
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="run or evaluation folders; A1,A2: seeds of one setting"),
+    ],
+    difficulty_from: Annotated[
+        Path | None,
+        typer.Option(help="evaluation whose entropies say what is hard; default: all compared"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for comparison.json and comparison.csv")
+    ] = None,
+) -> None:
+    """Differences to the first setting, with intervals over documents and seeds, and a verdict."""
+    from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
+
+    for comparison in compare_folders(runs, difficulty_from=difficulty_from, output=output):
+        out.print(f"{comparison.group} minus {comparison.baseline}, nats per token")
+        for row in comparison.rows:
+            interval, p = "too few documents", ""
+            if row.low is not None and row.high is not None:
+                interval = f"{row.low:+8.4f} to {row.high:+8.4f}"
+                p = f"p {row.p_adjusted:7.4f}  detectable {row.detectable:7.4f}"
+            out.print(
+                f"{row.kind:10} {row.name:22} {row.difference:+8.4f}  {interval:21} {p}  "
+                f"{row.reading}",
+                markup=False,
+            )
+        out.print(verdict_line(comparison), markup=False)
+
+
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders to compare")],
     output: Annotated[Path, typer.Option(help="HTML file to write; JSON goes beside it")],
@@ -142,4 +173,4 @@ def report(
         webbrowser.open(page.resolve().as_uri())  # without a screen it might open in a terminal
 
 
-COMMANDS = (evaluate, report)
+COMMANDS = (evaluate, compare, report)

@@ -1,27 +1,38 @@
-"""Objectives compared: runs paired by seed, with what documents and seeds leave uncertain.
+"""Settings compared: the evaluations of one against those of another, with what is uncertain.
 
 Runs form groups that share objective and set-up (size, steps, batch, sequence) and differ in the
-seed. Every group is compared with the cross-entropy group of the same set-up, over the seeds both
-have. Beside a difference stand two measures of doubt, which answer different questions:
+seed. A group is compared with a baseline:
 
-    interval    over documents, by the paired bootstrap: would other documents show the same?
-    seed noise  the largest gap between two runs of one objective that differ only in their seed:
-                does a change that means nothing move the number as much?
+    paired      over the seeds that both have, if at least two, or one and no more on both sides
+    unpaired    over all seeds of both, if they share fewer than two and have at least two each
+    documents   otherwise one pair, which says nothing about other seeds
 
-A difference is called shown only where the interval excludes 0 and the difference exceeds the
-seed noise. With one seed each, the noise is unknown, and nothing is called shown.
+Several differences are read at once, so their p-values are adjusted by Holm's rule, in families
+that each answer one question: over all tokens (one per group), by frequency bucket, by decile, by
+difficulty, by domain (each over all groups). A difference is called shown where its adjusted
+p-value is below 5 % and seeds were part of it; with one seed each, nothing is called shown.
 """
 
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_infoentropy.evaluate.bootstrap import Interval, paired_differences
-from megatron_infoentropy.evaluate.buckets import BUCKETS
+from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.inference import (
+    CONFIDENCE,
+    Estimate,
+    estimate_differences,
+    holm,
+)
 from megatron_infoentropy.evaluate.runs import Run
+from megatron_infoentropy.evaluate.statistics import (
+    Kind,
+    Place,
+    require_same_tokens,
+    seed_noise,
+    statistics,
+)
 
-Kind = Literal["total", "bucket", "domain"]
 Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
 
 
@@ -41,10 +52,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One statistic of two groups, in nats per token; means over the paired seeds.
+    """One statistic of two groups, in nats per token; means over the seeds compared.
 
-    `difference` is group minus baseline, `low` and `high` its interval over documents,
-    `seed_noise` the largest gap between seeds, None where unknown.
+    `difference` is group minus baseline. `low` and `high` bound its 95 % interval, over documents
+    and, where there are several, over seeds; `p` belongs to it and `p_adjusted` to its family of
+    `tests`; `detectable` is the smallest true difference that the adjusted test would show in 80
+    of 100 repetitions. They are None where there are too few documents. `seed_noise` is the largest
+    gap between two runs of one objective that differ only in the seed, None where unknown.
     """
 
     kind: Kind
@@ -57,18 +71,24 @@ class Row:
     documents: int
     seed_noise: float | None
     reading: Reading
+    standard_error: float | None
+    p: float | None
+    p_adjusted: float | None
+    tests: int
+    detectable: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group against cross entropy, or the reason why not (`refusal`, then without rows)."""
+    """A group against its baseline, or the reason why not (`refusal`, then without rows)."""
 
     group: str
     baseline: str
-    seeds: list[int]
+    seeds: list[int]  # that were compared, of either side
     noise_seeds: dict[str, list[int]]  # seeds of each label that the noise was taken from
     rows: list[Row]
     refusal: str | None = None
+    paired: bool = True
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -89,92 +109,121 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 def compare_groups(groups: list[Group]) -> list[Comparison]:
     """Compare every evaluated group with the cross-entropy group of its set-up."""
-    comparisons = []
+    pairs: list[tuple[Group, Group | None]] = []
     for group in groups:
         if group.is_baseline or not group.evaluated:
             continue
         setup = group.runs[0].setup
         baselines = [g for g in groups if g.is_baseline and g.runs[0].setup == setup]
-        comparisons.append(_compare(group, baselines[0] if baselines else None))
-    return comparisons
+        pairs.append((group, baselines[0] if baselines else None))
+    return compare_pairs(pairs)
 
 
-def _compare(group: Group, baseline: Group | None) -> Comparison:
+def compare_pairs(
+    pairs: list[tuple[Group, Group | None]], references: list[Evaluation] | None = None
+) -> list[Comparison]:
+    """Compare each group with its baseline; one correction over all of them.
+
+    references: whose mean entropy makes tokens easy or hard; default: of all runs compared.
+    """
+    made = [_compare(group, baseline, references) for group, baseline in pairs]
+    rows = _rows([drafts for _, drafts in made])
+    return [replace(made[0], rows=own) for made, own in zip(made, rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row whose p-value has not been adjusted yet."""
+
+    place: Place
+    estimate: Estimate
+    baseline: float
+    group: float
+    seed_noise: float | None
+    several_seeds: bool
+
+
+def _compare(
+    group: Group, baseline: Group | None, references: list[Evaluation] | None
+) -> tuple[Comparison, list[_Draft]]:
     if baseline is None:
         reason = "there is no cross-entropy run of the same size, steps, batch and sequence length"
-        return Comparison(group.label, "", [], {}, [], reason)
-    first = {run.seed: run.evaluation for run in group.evaluated}
-    second = {run.seed: run.evaluation for run in baseline.evaluated}
-    seeds = sorted(first.keys() & second.keys())
-    pairs = [(a, b) for s in seeds if (a := first[s]) is not None and (b := second[s]) is not None]
-    refusal = None if pairs else "no seed was trained and evaluated with both objectives"
-    evaluations = [e for e in (*first.values(), *second.values()) if e is not None]
-    if len({evaluation.fingerprint for evaluation in evaluations}) > 1:
-        refusal = "the runs were evaluated on different tokens"
-    if len({e.summary["scoring"]["context_length"] for e in evaluations}) > 1:
-        refusal = "the runs were evaluated with different context lengths"
+        return Comparison(group.label, "", [], {}, [], reason), []
+    first = {run.seed: run.evaluation for run in group.evaluated if run.evaluation}
+    second = {run.seed: run.evaluation for run in baseline.evaluated if run.evaluation}
+    ours, theirs, paired = _seeds(sorted(first), sorted(second))
+    refusal = None if ours else "no seed was trained and evaluated with both objectives"
+    every = [*first.values(), *second.values()]
+    try:
+        require_same_tokens([*every, *(references or [])])
+    except DifferentDataError as error:
+        refusal = str(error)
     if refusal:
-        return Comparison(group.label, baseline.label, seeds, {}, [], refusal)
+        return Comparison(group.label, baseline.label, ours, {}, [], refusal), []
     noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
     noise_seeds = {g.label: sorted(run.seed for run in g.evaluated) for g in noisy}
-    rows = _rows(pairs, [[e for r in g.evaluated if (e := r.evaluation)] for g in noisy])
-    return Comparison(group.label, baseline.label, seeds, noise_seeds, rows)
+    compared = [first[seed] for seed in ours] + [second[seed] for seed in theirs]
+    places, sums = statistics(compared, references or compared)
+    sides = list(range(len(ours))), list(range(len(ours), len(compared)))
+    estimates = estimate_differences(sums, *sides, paired=paired)
+    noise = seed_noise([[e for r in g.evaluated if (e := r.evaluation)] for g in noisy])
+    nats = [sums.nats()[side].mean(axis=0) for side in sides]
+    several = min(len(ours), len(theirs)) > 1
+    drafts = [
+        _Draft(place, found, float(nats[1][c]), float(nats[0][c]), noise.get(place), several)
+        for c, (place, found) in enumerate(zip(places, estimates, strict=True))
+        if found.difference is not None
+    ]
+    seeds = sorted({*ours, *theirs})
+    return Comparison(group.label, baseline.label, seeds, noise_seeds, [], None, paired), drafts
 
 
-def _rows(
-    pairs: list[tuple[Evaluation, Evaluation]], same_objective: list[list[Evaluation]]
-) -> list[Row]:
-    differences = paired_differences(pairs)
-    places: list[tuple[Kind, str, Interval]] = [("total", "all tokens", differences.total)]
-    places += [("bucket", name, differences.buckets[name]) for name in BUCKETS]
-    places += [("domain", name, interval) for name, interval in differences.domains.items()]
-    rows = []
-    for kind, name, interval in places:
-        if interval.difference is None:
-            continue  # no scored token of that kind
-
-        def nats(evaluation: Evaluation, kind: Kind = kind, name: str = name) -> float:
-            return nats_per_token(evaluation, kind, name)
-
-        gaps = [
-            abs(nats(one) - nats(other))
-            for evaluations in same_objective
-            for one, other in combinations(evaluations, 2)
-        ]
-        rows.append(
-            Row(
-                kind,
-                name,
-                sum(nats(baseline) for _, baseline in pairs) / len(pairs),
-                sum(nats(group) for group, _ in pairs) / len(pairs),
-                interval.difference,
-                interval.low,
-                interval.high,
-                interval.documents,
-                max(gaps) if gaps else None,
-                read_difference(interval, max(gaps) if gaps else None),
-            )
-        )
-    return rows
+def _rows(drafts: list[list[_Draft]]) -> list[list[Row]]:
+    """Rows of every comparison, p-values adjusted over all of one kind."""
+    families: dict[Kind, list[_Draft]] = {}
+    for draft in (draft for own in drafts for draft in own):
+        families.setdefault(draft.place[0], []).append(draft)
+    finished: dict[int, Row] = {}
+    for family in families.values():
+        adjusted = holm([draft.estimate.p for draft in family])
+        tests = sum(p is not None for p in adjusted)
+        for draft, p in zip(family, adjusted, strict=True):
+            finished[id(draft)] = _finished(draft, p, max(tests, 1))
+    return [[finished[id(draft)] for draft in own] for own in drafts]
 
 
-def read_difference(interval: Interval, seed_noise: float | None) -> Reading:
-    """What a difference shows, given both measures of doubt; see the module's text."""
-    difference = interval.difference
-    if difference is None or not interval.excludes_zero:
-        return "no difference shown"
-    if seed_noise is None:
-        return "seed noise unknown"
-    if abs(difference) <= seed_noise:
-        return "no difference shown"
-    return "better" if difference < 0 else "worse"
+def _seeds(first: list[int], second: list[int]) -> tuple[list[int], list[int], bool]:
+    """The seeds that are compared of each side, and whether they are pairs."""
+    common = [seed for seed in first if seed in second]
+    if len(common) < 2 <= min(len(first), len(second)):
+        return first, second, False
+    return common, common, True
 
 
-def nats_per_token(evaluation: Evaluation, kind: Kind, name: str) -> float:
-    """One statistic of one evaluation."""
-    summary = evaluation.summary
-    places = {"total": {name: summary["total"]}, "bucket": summary["buckets"]}
-    return float(places.get(kind, summary["domains"])[name]["nats_per_token"])
+def _finished(draft: _Draft, adjusted: float | None, tests: int) -> Row:
+    estimate = draft.estimate
+    assert estimate.difference is not None
+    reading: Reading = "no difference shown"
+    if adjusted is not None and adjusted < 1 - CONFIDENCE:
+        better: Reading = "better" if estimate.difference < 0 else "worse"
+        reading = better if draft.several_seeds else "seed noise unknown"
+    return Row(
+        kind=draft.place[0],
+        name=draft.place[1],
+        baseline=draft.baseline,
+        group=draft.group,
+        difference=estimate.difference,
+        low=estimate.low,
+        high=estimate.high,
+        documents=estimate.documents,
+        seed_noise=draft.seed_noise,
+        reading=reading,
+        standard_error=estimate.standard_error,
+        p=estimate.p,
+        p_adjusted=adjusted,
+        tests=tests,
+        detectable=estimate.detectable(tests),
+    )
 
 
 def _setup_in_words(run: Run) -> str:
