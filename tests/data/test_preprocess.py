@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from text_files import WriteLines, line, write
 
-from megatron_infoentropy.data import blocks
+from megatron_infoentropy.data import blocks, run
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import DomainFacts, InputFacts, load_manifest
@@ -94,6 +95,8 @@ def test_the_manifest_is_the_agreed_format(
         "special_tokens": True,
         "text_key": "text",
         "split_by": "meta.pile_set_name",
+        "piece_tokens": 0,
+        "piece_documents": 0,
     }
     assert content["tokenizer"] == {
         "sha256": tokenizer.sha256,
@@ -148,6 +151,14 @@ def test_a_manifest_that_can_not_be_used_is_named(
         load_manifest(tmp_path)
 
 
+@pytest.fixture
+def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run works long enough to have something to go on from, however slow the machine."""
+    monkeypatch.setattr(run, "SAVE_EVERY_S", math.inf)
+    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", math.inf)
+
+
+@pytest.mark.usefixtures("unsaved")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.zst"])
 def test_a_broken_line_names_file_and_line_and_leaves_nothing(
@@ -161,6 +172,7 @@ def test_a_broken_line_names_file_and_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_a_truncated_input_leaves_nothing(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +182,7 @@ def test_a_truncated_input_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == sorted(inputs)
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_an_error_leaves_an_earlier_dataset_as_it_was(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, write_lines: WriteLines
 ) -> None:
