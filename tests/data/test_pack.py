@@ -70,7 +70,7 @@ def test_what_cannot_be_packed_is_named_and_nothing_is_written(dataset, tmp_path
     output = tmp_path / "packed"
     with pytest.raises(ValueError, match="at least 1, got 0 and 1000"):
         pack(dataset.folder, output, length=0)
-    with pytest.raises(ValueError, match="no 1000 documents in a row .* the 1048576 tokens"):
+    with pytest.raises(ValueError, match=r"no 1000 documents in a row .* the 1048576 tokens"):
         pack(dataset.folder, output, length=1 << 20)
     assert not output.exists()
     pack(dataset.folder, output, length=64)
