@@ -30,7 +30,7 @@ def prepare() -> tuple[Any, Any]:
     from megatron_infoentropy.integration.observe import TokenObserver, observed
     from megatron_infoentropy.integration.step import InfoEntropyForwardStep
 
-    parse_and_validate_args(extra_args_provider=arguments.add_infoentropy_args)
+    parse_and_validate_args(extra_args_provider=arguments.add_trainer_args)
     args = get_args()
     config = arguments.config_from_args(args)
     arguments.check_megatron_args(args, config)

@@ -22,7 +22,7 @@ UNFUSED = {
 
 
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag for every field of InfoEntropyConfig; Megatron's `extra_args_provider`."""
+    """Add one flag for every field of InfoEntropyConfig; an `extra_args_provider` for any script."""
     group = parser.add_argument_group("InfoEntropy loss")
     for field in dataclasses.fields(InfoEntropyConfig):
         flag = f"--{PREFIX}-{field.name.replace('_', '-')}"
@@ -37,6 +37,12 @@ def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
             )
         else:
             group.add_argument(flag, type=field.type, default=field.default, help=help_text)
+    return parser
+
+
+def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Those, and what only `megatron_infoentropy.pretrain` does: its batches and its reports."""
+    group = add_infoentropy_args(parser).add_argument_group("InfoEntropy trainer")
     group.add_argument(
         f"--{PREFIX}-histogram-interval",
         type=int,

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.integration.arguments import (
-    add_infoentropy_args,
+    add_trainer_args,
     check_megatron_args,
     config_from_args,
     require_per_token_loss,
@@ -16,7 +16,7 @@ from megatron_infoentropy.integration.arguments import (
 
 
 def parse(*words):
-    return add_infoentropy_args(argparse.ArgumentParser()).parse_args(words)
+    return add_trainer_args(argparse.ArgumentParser()).parse_args(words)
 
 
 def megatron_args(**changes):
