@@ -22,7 +22,7 @@ UNFUSED = {
 
 
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag for every field of InfoEntropyConfig; an `extra_args_provider` for any script."""
+    """Add a flag for every field of InfoEntropyConfig; an `extra_args_provider` for any script."""
     group = parser.add_argument_group("InfoEntropy loss")
     for field in dataclasses.fields(InfoEntropyConfig):
         flag = f"--{PREFIX}-{field.name.replace('_', '-')}"
@@ -53,8 +53,8 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument(
         f"--{PREFIX}-whole-pieces",
         action="store_true",
-        help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token has "
-        "no target, and nothing of another piece is seen",
+        help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token "
+        "has no target, and nothing of another piece is seen",
     )
     group.add_argument(
         f"--{PREFIX}-ignore-target",
