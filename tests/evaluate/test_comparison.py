@@ -1,0 +1,192 @@
+"""`infoentropy compare`: which evaluations are set against which, and what is claimed of them."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_runs import example_evaluation, write_run
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
+from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
+from megatron_infoentropy.evaluate.comparison import Comparison
+from megatron_infoentropy.evaluate.difficulty import difficulty_sums
+from megatron_infoentropy.evaluate.errors import RunFolderError
+from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
+
+
+def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0, **info) -> list[str]:
+    folders = (folder / f"{objective}-{seed}" for seed in seeds)
+    return [
+        str(write_run(path, objective=objective, seed=seed, shift=shift, **info))
+        for path, seed in zip(folders, seeds, strict=True)
+    ]
+
+
+def rows_of(comparison: Comparison) -> dict:
+    return {(row.kind, row.name): row for row in comparison.rows}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Three seeds each: the baseline, one without any effect, one better on rare tokens."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "base": runs(folder, "cross_entropy", range(4, 7)),
+        "same": runs(folder, "focal", range(4, 7)),
+        "better": runs(folder, "infoentropy", range(4, 7), -0.3),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(folders, tmp_path_factory) -> tuple[list[Comparison], Path]:
+    output = tmp_path_factory.mktemp("output")
+    names = folders["base"] + folders["same"] + folders["better"]
+    return compare_folders(names, output=output), output
+
+
+def test_every_statistic_is_compared_and_corrected_within_its_kind(made):
+    same, better = made[0]
+    kinds = [row.kind for row in same.rows]
+    assert kinds.count("bucket") == len(BUCKETS)
+    assert kinds.count("decile") == len(DECILES)
+    assert (kinds.count("difficulty"), kinds.count("domain"), kinds[0]) == (3, 2, "total")
+    assert {row.tests for row in same.rows if row.kind == "total"} == {2}, "two settings"
+    assert {row.tests for row in same.rows if row.kind == "bucket"} == {6}
+    for row in (*same.rows, *better.rows):
+        assert row.p <= row.p_adjusted <= min(1, row.tests * row.p) + 1e-12
+        assert row.low <= row.difference <= row.high
+
+
+def test_an_effect_is_shown_where_it_is_and_none_where_there_is_none(made):
+    same, better = made[0]
+    assert {row.reading for row in same.rows} == {"no difference shown"}
+    low = rows_of(better)["bucket", "low"]
+    assert low.reading == "better"
+    assert low.low < -0.3 < low.high
+    assert 0 < low.detectable < 0.3
+    assert "no difference shown" in verdict_line(same)
+    assert "would be shown in 80 of 100 cases" in verdict_line(same)
+    assert "250 documents and 3 seeds" in verdict_line(same)
+
+
+def test_the_difference_is_the_mean_over_seeds_of_differences_of_the_same_seed(made, folders):
+    total = made[0][1].rows[0]
+    nats = [
+        [
+            json.loads((Path(folder) / "evaluation.json").read_text())["total"]["nats_per_token"]
+            for folder in folders[setting]
+        ]
+        for setting in ("better", "base")
+    ]
+    assert total.difference == pytest.approx(np.mean(nats[0]) - np.mean(nats[1]))
+    assert (total.group, total.baseline) == pytest.approx((np.mean(nats[0]), np.mean(nats[1])))
+    gaps = [abs(a - b) for own in nats for a in own for b in own]
+    assert total.seed_noise == pytest.approx(max(gaps))
+
+
+def test_the_first_setting_named_is_what_the_others_are_compared_with(folders):
+    (comparison,) = compare_folders([*folders["better"], *folders["base"]])
+    assert (comparison.baseline[:11], comparison.group) == ("InfoEntropy", "cross entropy")
+    assert rows_of(comparison)["bucket", "low"].reading == "worse"
+
+
+def test_json_and_table_hold_every_row(made):
+    comparisons, output = made
+    content = json.loads((output / "comparison.json").read_text())
+    assert [c["verdict"] for c in content["comparisons"]] == [verdict_line(c) for c in comparisons]
+    with (output / "comparison.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == sum(len(c.rows) for c in comparisons)
+    for line, row in zip(table, (r for c in comparisons for r in c.rows), strict=True):
+        assert (line["kind"], line["name"]) == (row.kind, row.name)
+        assert float(line["p_adjusted"]) == pytest.approx(row.p_adjusted)
+
+
+def test_evaluations_without_a_run_are_settings_and_commas_join_their_seeds(tmp_path):
+    for name, seed, shift in (("a1", 1, 0), ("a2", 2, 0), ("b1", 3, -0.3), ("b2", 4, -0.3)):
+        example_evaluation(seed, shift, "x", "f" * 64).save(tmp_path / name)
+    joined = [f"{tmp_path / 'a1'},{tmp_path / 'a2'}", f"{tmp_path / 'b1'},{tmp_path / 'b2'}"]
+    (two,) = compare_folders(joined)
+    assert two.seeds == [1, 2]
+    (one,) = compare_folders([str(tmp_path / "a1"), str(tmp_path / "b1")])
+    low = rows_of(one)["bucket", "low"]
+    assert low.p_adjusted < 0.05
+    assert low.reading == "seed noise unknown", "documents alone say nothing of other seeds"
+    assert low.high - low.low < rows_of(two)["bucket", "low"].high - low.low
+
+
+def test_settings_of_other_seeds_are_compared_without_pairs(tmp_path):
+    names = runs(tmp_path, "cross_entropy", range(1, 4)) + runs(tmp_path, "focal", range(5, 8))
+    (comparison,) = compare_folders(names)
+    assert not comparison.paired
+    assert comparison.seeds == [1, 2, 3, 5, 6, 7]
+    assert comparison.rows[0].reading == "no difference shown"
+
+
+def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
+    done = CliRunner().invoke(app, ["compare", *folders["base"], *folders["better"]])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert len([line for line in lines if line.startswith("domain")]) == 2
+    assert lines[-1].startswith("InfoEntropy")
+    assert "against cross entropy, all tokens: " in lines[-1]
+
+
+def test_what_cannot_be_compared_says_why(folders, tmp_path):
+    with pytest.raises(RunFolderError, match="at least two settings, got 1: cross entropy"):
+        compare_folders(folders["base"])
+    empty = str(write_run(tmp_path / "empty", seed=9, evaluated=False))
+    with pytest.raises(RunFolderError, match="has not been evaluated: run `infoentropy evaluate`"):
+        compare_folders([folders["base"][0], empty])
+    other = write_run(tmp_path / "other", objective="focal", fingerprint="e" * 64)
+    with pytest.raises(
+        ValueError, match="cannot be compared: the runs were evaluated on different"
+    ):
+        compare_folders([folders["base"][0], str(other)])
+    strided = example_evaluation(1, 0, "x", "f" * 64)
+    strided.summary["scoring"]["stride"] = 64
+    strided.save(tmp_path / "strided")
+    with pytest.raises(ValueError, match="different stride of windows: 256 and 64"):
+        compare_folders([folders["base"][0], str(tmp_path / "strided")])
+
+
+def noisy_pair(tokens: int = 40_000) -> list[Evaluation]:
+    """Two equally good models, each calibrated, whose entropies err independently."""
+    generator = np.random.default_rng(5)
+    truth = generator.gamma(2, 1.5, size=tokens)
+    made = []
+    for _ in range(2):
+        excess = generator.gamma(2, 0.3, size=tokens)  # what this model does not know
+        scores = np.stack([truth + excess + generator.normal(0, 0.3, tokens), truth + excess], 1)
+        lengths = np.full((40, 1), tokens // 40)
+        sums = DocumentSums(np.zeros(40, int), np.arange(40), lengths, 0.0 * lengths, 0.0 * lengths)
+        made.append(Evaluation({}, sums, scores.astype(np.float16)))
+    return made
+
+
+def test_one_models_own_entropy_would_make_it_look_bad_on_hard_tokens_the_mean_does_not():
+    pair = noisy_pair()
+
+    def hard_difference(references: list[Evaluation]) -> float:
+        tokens, ce = difficulty_sums(pair, references)
+        assert tokens.sum(axis=0) == pytest.approx(np.full(3, 40_000 / 3), rel=0.01)
+        gap = (ce[0] - ce[1]).sum(axis=0) / tokens.sum(axis=0)
+        return float(gap[2])
+
+    assert hard_difference([pair[0]]) > 0.05
+    assert hard_difference([pair[1]]) < -0.05
+    assert abs(hard_difference(pair)) < 0.015
+
+
+def test_difficulty_needs_the_scores_of_the_tokens_and_blocks_do_not_matter(monkeypatch):
+    pair = noisy_pair(4000)
+    whole = difficulty_sums(pair, pair)
+    monkeypatch.setattr("megatron_infoentropy.evaluate.difficulty._BLOCK", 700)
+    for one, other in zip(whole, difficulty_sums(pair, pair), strict=True):
+        np.testing.assert_allclose(one, other)
+    assert difficulty_sums(pair, [replace(pair[0], token_scores=None)]) is None
