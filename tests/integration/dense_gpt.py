@@ -32,13 +32,18 @@ class DenseGPT:
     def replicated(self, stage: int, name: str) -> torch.Tensor:
         return self.shards[stage, 0][name]
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] -> [batch, sequence, padded vocabulary]."""
+    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """[batch, sequence] -> [batch, sequence, padded vocabulary].
+
+        hidden: bool [batch or 1, 1, sequence, sequence], keys that a query must not see.
+        """
+        s = tokens.shape[1]
+        hidden = torch.ones(s, s, dtype=torch.bool).triu(1) if hidden is None else hidden
         embedding = self.join(0, "0.embedding.word_embeddings.weight", 0)
         x = embedding[tokens]
         for layer in range(self.layers):
             stage, prefix = self.place(layer)
-            x = x + self.attention(x, stage, prefix)
+            x = x + self.attention(x, hidden, stage, prefix)
             x = x + self.mlp(x, stage, prefix)
         last, chunk = self.stages - 1, self.chunks - 1
         x = norm(x, self.replicated(last, f"{chunk}.decoder.final_layernorm.weight"))
@@ -46,7 +51,9 @@ class DenseGPT:
             return x @ embedding.T
         return x @ self.join(last, f"{chunk}.output_layer.weight", 0).T
 
-    def attention(self, x: torch.Tensor, stage: int, prefix: str) -> torch.Tensor:
+    def attention(
+        self, x: torch.Tensor, hidden: torch.Tensor, stage: int, prefix: str
+    ) -> torch.Tensor:
         b, s, _ = x.shape
         x = norm(x, self.replicated(stage, prefix + "input_layernorm.weight"))
         qkv = x @ self.join(stage, prefix + "self_attention.linear_qkv.weight", 0).T
@@ -57,8 +64,7 @@ class DenseGPT:
         k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, 2) for i in (0, 1))
         q, k = rotate(q), rotate(k)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / HEAD_DIM**0.5
-        future = torch.ones(s, s, dtype=torch.bool).triu(1)
-        p = scores.masked_fill(future, -torch.inf).softmax(-1)
+        p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", p, v).reshape(b, s, -1)
         return mixed @ self.join(stage, prefix + "self_attention.linear_proj.weight", 1).T
 

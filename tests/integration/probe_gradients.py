@@ -12,17 +12,17 @@ from megatron_infoentropy import pretrain as ours
 MASKED_SHARE = (0.1, 0.5, 0.8)  # by (data rank + micro-batch): masks are far from equal
 
 
-def make_batch(data_rank, micro_batch, size, sequence, vocab, empty=False):
+def make_batch(data_rank, micro_batch, size, sequence, vocab, kind="plain"):
     """The same tokens on every rank of a layout; position 0 is never masked.
 
-    empty: data rank 0 has no valid token in micro-batch 1.
+    kind "empty": data rank 0 has no valid token in micro-batch 1.
     """
     generator = torch.Generator().manual_seed(1000 * data_rank + micro_batch)
     text = torch.randint(0, vocab, (size, sequence + 1), generator=generator)
     share = MASKED_SHARE[(data_rank + micro_batch) % len(MASKED_SHARE)]
     mask = (torch.rand(size, sequence, generator=generator) >= share).float()
     mask[:, 0] = 1
-    if empty and (data_rank, micro_batch) == (0, 1):
+    if kind == "empty" and (data_rank, micro_batch) == (0, 1):
         mask.zero_()
     return {
         "tokens": text[:, :-1].contiguous(),
@@ -33,8 +33,10 @@ def make_batch(data_rank, micro_batch, size, sequence, vocab, empty=False):
     }
 
 
-def main(folder, gammas, empty=False):
+def main(folder, gammas, kind="plain"):
+    """kind "packed": batches are Megatron's own, of documents of a few tokens, and written down."""
     from megatron.core import mpu
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.training import get_args, get_tokenizer, pretrain
@@ -45,10 +47,14 @@ def main(folder, gammas, empty=False):
     container, forward_step = ours.prepare()
     transformer = container.model.transformer
     finalize = transformer.finalize_model_grads_func or finalize_model_grads
-    found = {"parameters": {}, "gradients": []}
+    found = {"parameters": {}, "gradients": [], "batches": []}
+    read = step.get_batch
     served = {}  # batches by model chunk: each asks for all of them, in order
 
-    def get_batch(_iterator, stage, _config, *, training):
+    def get_batch(iterator, stage, config, *, training):
+        if kind == "packed":
+            found["batches"].append(read(iterator, stage, config, training=training))
+            return found["batches"][-1]
         args = get_args()
         micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
         index = served.get(stage, 0) % micro_batches
@@ -59,7 +65,7 @@ def main(folder, gammas, empty=False):
             args.micro_batch_size,
             args.seq_length,
             get_tokenizer().vocab_size,
-            empty,
+            kind,
         )
 
     def write_down(model, *arguments, **options):
@@ -77,6 +83,7 @@ def main(folder, gammas, empty=False):
     def use_gamma(index):
         forward_step.config = dataclasses.replace(forward_step.config, gamma=gammas[index])
 
+    MockGPTLowLevelDataset.max_sequence_length = 9
     step.get_batch = get_batch
     transformer.finalize_model_grads_func = write_down
     use_gamma(0)

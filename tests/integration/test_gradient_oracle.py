@@ -33,7 +33,12 @@ LAYOUTS = {
         )
     },
     "dp2-per-token": {"dp": 2, "flags": ("--calculate-per-token-loss",)},
-    "dp2-empty": {"dp": 2, "micro_batches": 3, "empty": True},
+    "dp2-empty": {"dp": 2, "micro_batches": 3, "kind": "empty"},
+    "dp4": {"dp": 4, "micro_batches": 1},
+    "packed": {
+        "kind": "packed",
+        "flags": ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
+    },
     "tp2-dp2-overlap": {"tp": 2, "dp": 2, "flags": ("--overlap-grad-reduce",)},
     "dp2-focal": {"dp": 2, "objective": "focal"},
     "tp2-pp2-fused": {
@@ -65,11 +70,22 @@ def run(request, tmp_path_factory):
         *layout["flags"],
     ]
     world = layout["tp"] * layout["pp"] * layout["dp"]
-    arguments = (folder, GAMMAS, layout.get("empty", False))
+    arguments = (folder, GAMMAS, layout.get("kind", "plain"))
     run_trainer(world, probe_gradients.main, arguments, flags, folder)
     found = {path.stem: torch.load(path) for path in folder.glob("*.pt")}
     assert len(found) == world
     return layout, normalization, found
+
+
+def test_packed_sequences_are_of_several_documents(run):
+    """Else the layout "packed" would test nothing."""
+    layout, _, found = run
+    future = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    for batch in found["0-0-0"]["batches"]:
+        assert (batch["attention_mask"] != future).any((1, 2, 3)).all()
+        assert (batch["position_ids"] == 0).sum(1).min() > 1
+        assert 0 < batch["loss_mask"].sum() < batch["loss_mask"].numel()
+    assert bool(found["0-0-0"]["batches"]) == (layout.get("kind") == "packed")
 
 
 @pytest.mark.parametrize("index", range(len(GAMMAS)), ids=lambda i: f"gamma{GAMMAS[i]}")
@@ -114,7 +130,8 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
     tied = layout.get("tied", False)
     model = DenseGPT(shards, layout["layers"], layout["chunks"], tied)
     vocab = next(iter(found.values()))["vocab_size"]
-    objective(model, vocab, layout, normalization, gamma, without).backward()
+    batches = batches_of(layout, found, GAMMAS.index(gamma), vocab)
+    objective(model, vocab, batches, layout, normalization, gamma, without).backward()
     gradients = {}
     for (pp, tp), shard in shards.items():
         # Replicated parameters are joined from tensor rank 0: its gradient is everyone's.
@@ -133,13 +150,13 @@ def per_token(layout):
     return "--calculate-per-token-loss" in layout["flags"]
 
 
-def objective(model, vocab, layout, normalization, gamma, without):
+def objective(model, vocab, batches, layout, normalization, gamma, without):
     """The loss of one global batch, written out."""
     ranks, micro_batches = layout["dp"], layout["micro_batches"]
     total = weight_total = tokens = 0.0
     for k in range(micro_batches):
         sums = [
-            micro_batch_sums(model, batch_of(layout, d, k, vocab), vocab, layout, gamma, without)
+            micro_batch_sums(model, batches[d, k], vocab, layout, gamma, without)
             for d in range(ranks)
         ]
         tokens += sum(n for *_, n in sums)
@@ -161,13 +178,21 @@ def objective(model, vocab, layout, normalization, gamma, without):
     return factor * total / (tokens if per_token(layout) else 1)
 
 
-def batch_of(layout, data_rank, micro_batch, vocab):
-    empty = layout.get("empty", False)
-    return make_batch(data_rank, micro_batch, MICRO_BATCH, SEQUENCE, vocab, empty)
+def batches_of(layout, found, step, vocab):
+    """{(data rank, micro-batch): batch} of one step."""
+    kind, micro_batches = layout.get("kind", "plain"), layout["micro_batches"]
+    if kind == "packed":
+        written = found["0-0-0"]["batches"]
+        return {(0, k): written[step * micro_batches + k] for k in range(micro_batches)}
+    return {
+        (d, k): make_batch(d, k, MICRO_BATCH, SEQUENCE, vocab, kind)
+        for d in range(layout["dp"])
+        for k in range(micro_batches)
+    }
 
 
 def micro_batch_sums(model, batch, vocab, layout, gamma, without):
-    logits = model.logits(batch["tokens"])[..., :vocab]
+    logits = model.logits(batch["tokens"], batch["attention_mask"])[..., :vocab]
     ce, entropy, _ = dense_statistics(logits, batch["labels"])
     weight = dense_weight(ce, entropy, layout.get("objective", "infoentropy"), gamma, 1.0).detach()
     weight = torch.ones_like(weight) if without == "weight" else weight

@@ -41,9 +41,10 @@ def test_with_gamma_zero_other_losses_are_as_megatron_has_them(feature, tmp_path
 
 
 def test_the_sharded_optimizer_takes_the_same_steps(tmp_path):
-    plain, _ = losses("ours", ["--infoentropy-normalization=global"], tmp_path, "plain")
-    flags = ["--infoentropy-normalization=global", "--use-distributed-optimizer"]
-    sharded, _ = losses("ours", flags, tmp_path, "sharded")
+    shared = ["--infoentropy-normalization=global"]
+    plain, _ = losses("ours", shared, tmp_path, "plain", ranks=4)
+    flags = [*shared, "--use-distributed-optimizer"]
+    sharded, _ = losses("ours", flags, tmp_path, "sharded", ranks=4)
     assert sharded == pytest.approx(plain, rel=1e-6)
     assert plain[-1] < 0.98 * plain[0]
 
