@@ -1,7 +1,11 @@
-"""Run folders in, one self-contained page out, and beside it the data the page is made of.
+"""Run folders in, one self-contained page out, and beside it what the page is made of.
 
-Everything the page shows is first put into one plain structure, `report.json`; verdict, tables and
-figures are functions of it. The page needs no network: figures are inline SVG, styles are inline.
+    NAME.html            the page: figures are inline SVG, styles are inline; no network, no scripts
+    NAME.json            everything the page shows, as one plain structure
+    NAME.figures/*.svg   every figure as a file of its own, and as *.csv the numbers that it shows
+
+Verdict, tables and figures are functions of that structure. The page stands alone; its links to the
+figures' files need them beside it.
 """
 
 import json
@@ -15,15 +19,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.evaluate import plots, verdict, wording
+from megatron_infoentropy.evaluate import verdict, wording
 from megatron_infoentropy.evaluate.comparison import Group, compare_groups, group_runs
+from megatron_infoentropy.evaluate.emphasis import emphasise
+from megatron_infoentropy.evaluate.figure import Figure, write_figures
 from megatron_infoentropy.evaluate.files import write_atomically
-from megatron_infoentropy.evaluate.runlog import TrainingLog
+from megatron_infoentropy.evaluate.group_scores import intervals_over_documents, mean_scores
+from megatron_infoentropy.evaluate.plots import all_figures
+from megatron_infoentropy.evaluate.runlog import Values
 from megatron_infoentropy.evaluate.runs import Run, load_run
 from megatron_infoentropy.evaluate.svg import SERIES
+from megatron_infoentropy.evaluate.task_table import task_table
 from megatron_infoentropy.evaluate.weights import weight_curves
 
-FORMAT = 1
+FORMAT = 2
+_MOST_PASSAGES = 3
 _TEMPLATE = "report.html.jinja"
 
 
@@ -32,8 +42,8 @@ def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -
 
     Args:
         runs: folders with run.json, and where they are there train.log and evaluation.json/.npz.
-        output: the page, or a folder to write report.html into; report.json comes beside it,
-            under the page's name.
+        output: the page, or a folder to write report.html into; the JSON and the folder of figures
+            come beside it, under the page's name.
         notes: sentences that the page must not leave out, such as which planned runs are missing.
 
     Returns:
@@ -48,8 +58,10 @@ def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -
     data = report_data([load_run(folder) for folder in runs], notes)
     with write_atomically(page.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    figures = all_figures(data)
+    write_figures([figure for figure in figures.values() if figure], page.with_suffix(".figures"))
     with write_atomically(page) as temporary:
-        temporary.write_text(render_report(data, page.with_suffix(".json").name), encoding="utf-8")
+        temporary.write_text(render_report(data, figures, page.stem), encoding="utf-8")
     return page
 
 
@@ -69,6 +81,7 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
         "version": __version__,
         "verdict": {
             "headline": verdict.headline(runs, comparisons),
+            "smallest_effects": verdict.smallest_effects(comparisons),
             "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
             "limits": [*notes, *verdict.limits(runs, groups, comparisons)],
         },
@@ -76,14 +89,19 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
         "comparisons": [asdict(comparison) for comparison in comparisons],
         "weights": weight_curves(runs),
+        "passages": _passages(groups),
+        "tasks": task_table([group.runs for group in groups]),
     }
     finite = _finite(data)
     assert isinstance(finite, dict)
     return finite
 
 
-def render_report(data: dict[str, Any], data_file: str) -> str:
-    """The page as HTML; everything in `data` is escaped, only our own figures are markup."""
+def render_report(data: dict[str, Any], figures: dict[str, Figure | None], stem: str) -> str:
+    """The page as HTML; everything in `data` is escaped, only our own figures are markup.
+
+    stem: of the page's name and those of the files beside it.
+    """
     environment = Environment(
         loader=PackageLoader("megatron_infoentropy", "evaluate"),
         autoescape=True,
@@ -93,21 +111,13 @@ def render_report(data: dict[str, Any], data_file: str) -> str:
     )
     for name in wording.__all__:
         environment.filters[name] = getattr(wording, name)
-    figures = {
-        "training_ce": plots.training_curves(data, "cross entropy", validation=True),
-        "training_objective": plots.training_curves(data, "objective", validation=False),
-        "buckets": plots.bucket_bars(data),
-        "differences": plots.differences(data),
-        "weights": plots.weight_curves(data),
-        "calibration": plots.calibration(data),
+    drawn = {
+        name: {"name": figure.name, "svg": Markup(figure.svg)} if figure else None
+        for name, figure in figures.items()
     }
-    evaluations = [run["evaluation"] for run in data["runs"] if run["evaluation"]]
+    domains = {name: None for group in data["groups"] for name in group["scores"]["domains"]}
     return environment.get_template(_TEMPLATE).render(
-        **data,
-        domains=list(dict.fromkeys(name for scores in evaluations for name in scores["domains"])),
-        title=_title(data),
-        data_file=data_file,
-        figures={name: Markup(svg) if svg else None for name, svg in figures.items()},
+        **data, domains=list(domains), title=_title(data), stem=stem, figures=drawn
     )
 
 
@@ -122,6 +132,7 @@ def _title(data: dict[str, Any]) -> str:
 
 def _describe_group(group: Group, index: int, position: dict[int, int]) -> dict[str, Any]:
     """A group by its runs' places in the report; `color` counts the figures' series from 1."""
+    evaluations = [run.evaluation for run in group.evaluated if run.evaluation]
     return {
         "label": group.label,
         "is_baseline": group.is_baseline,
@@ -129,7 +140,16 @@ def _describe_group(group: Group, index: int, position: dict[int, int]) -> dict[
         "runs": [position[id(run)] for run in group.runs],
         "evaluated": [position[id(run)] for run in group.evaluated],
         "repeated": [position[id(run)] for run in group.repeated],
+        "scores": mean_scores(evaluations),
+        "intervals": intervals_over_documents(evaluations) if evaluations else {},
     }
+
+
+def _passages(groups: list[Group]) -> list[dict[str, Any]]:
+    """One for each weighted objective, by its first evaluated run."""
+    first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
+    found = [emphasise(label, run) for label, run in first]
+    return [passage for passage in found if passage][:_MOST_PASSAGES]
 
 
 def _describe_run(run: Run, group: int) -> dict[str, Any]:
@@ -140,24 +160,22 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "info": run.info,
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,
-        "training": _series(run.log, "training"),
-        "validation": _series(run.log, "validation"),
+        "training": _series(run.log.training),
+        "validation": _series(run.log.validation),
+        "observed": _series(run.log.observed),
         "evaluation": run.evaluation.summary if run.evaluation else None,
     }
 
 
-def _series(log: TrainingLog, part: str) -> dict[str, dict[str, list[float]]]:
+def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
     """Every number of a log as iterations and values, those that are not finite left out."""
-    read = log.series if part == "training" else log.validation_series
-    names = {name for values in getattr(log, part).values() for name in values}
     result: dict[str, dict[str, list[float]]] = {}
-    for name in sorted(names):
-        points = [(i, value) for i, value in zip(*read(name), strict=True) if math.isfinite(value)]
-        if points:
-            result[name] = {
-                "iterations": [float(i) for i, _ in points],
-                "values": [value for _, value in points],
-            }
+    for iteration, values in sorted(logged.items()):
+        for name, value in values.items():
+            if math.isfinite(value):
+                series = result.setdefault(name, {"iterations": [], "values": []})
+                series["iterations"].append(float(iteration))
+                series["values"].append(value)
     return result
 
 

@@ -4,6 +4,7 @@ A training log is a mixed stream: the numbers stand in lines such as
 
     [2026-11-23 05:00:00.123456] iteration       10/     100 | consumed samples: 160 | ... |
     validation loss at iteration 50 | cross entropy value: 7.1E+00 | cross entropy PPL: 1.2E+03 |
+    InfoEntropy at iteration 10 | perplexity: 501.0 | entropy p10: 6.1 | weight p50: 7.0 | ... |
 
 between warnings, banners and other ranks' output. `parse_line` understands one line and says None
 to everything else; it is what a progress bar needs. `parse_log` collects a whole file. Nothing
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Values = dict[str, float]
+Series = tuple[list[int], list[float]]
 
 _TRAINING = re.compile(r"\biteration\s+(?P<iteration>\d+)/\s*(?P<total>\d+)\s*\|(?P<fields>.*)")
 # With several validation sets Megatron writes "validation-NAME loss"; at the end of a run it adds
@@ -24,6 +26,7 @@ _VALIDATION = re.compile(
     r"\bvalidation(?:-(?P<name>\S+))? loss at iteration (?P<iteration>\d+)"
     r"(?: on (?P<split>validation|test) set)?\s*\|(?P<fields>.*)"
 )
+_OBSERVATION = re.compile(r"\bInfoEntropy at iteration\s+(?P<iteration>\d+)\s*\|(?P<fields>.*)")
 _FIELD = re.compile(
     r"\s*(?P<name>[^:|]+?)\s*:\s*(?P<value>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*"
 )
@@ -49,43 +52,54 @@ class ValidationLine:
 
 
 @dataclass(frozen=True)
+class ObservationLine:
+    """Percentiles of entropies and weights over the tokens of one logged interval."""
+
+    iteration: int
+    values: Values
+
+
+@dataclass(frozen=True)
 class TrainingLog:
     """A whole log; where a resumed run logged an iteration twice, the later line counts.
 
-    `training` and `validation` map an iteration to its values; `train_iters` is the planned length
-    as last logged, 0 for a log without training lines.
+    `training`, `validation` and `observed` (the distributions of entropies and weights) map an
+    iteration to its values; `train_iters` is the planned length as last logged, 0 for a log without
+    training lines.
     """
 
     training: dict[int, Values] = field(default_factory=dict)
     validation: dict[int, Values] = field(default_factory=dict)
     train_iters: int = 0
+    observed: dict[int, Values] = field(default_factory=dict)
 
     @property
     def last_iteration(self) -> int:
         return max(self.training, default=0)
 
-    def series(self, name: str) -> tuple[list[int], list[float]]:
+    def series(self, name: str) -> Series:
         """Iterations and values of one training number, where it was logged."""
-        points = [
-            (i, values[name]) for i, values in sorted(self.training.items()) if name in values
-        ]
-        return [i for i, _ in points], [value for _, value in points]
+        return _series(self.training, name)
 
-    def validation_series(self, name: str) -> tuple[list[int], list[float]]:
+    def validation_series(self, name: str) -> Series:
         """Iterations and values of one validation number, where it was logged."""
-        points = [
-            (i, values[name]) for i, values in sorted(self.validation.items()) if name in values
-        ]
-        return [i for i, _ in points], [value for _, value in points]
+        return _series(self.validation, name)
 
 
-def parse_line(line: str) -> TrainingLine | ValidationLine | None:
+def _series(values_at: dict[int, Values], name: str) -> Series:
+    points = [(i, values[name]) for i, values in sorted(values_at.items()) if name in values]
+    return [i for i, _ in points], [value for _, value in points]
+
+
+def parse_line(line: str) -> TrainingLine | ValidationLine | ObservationLine | None:
     """Understand one line of the log.
 
     Returns:
-        The numbers of a training or validation line (names as Megatron prints them, without
-        "value" for validation losses); None for any other text.
+        The numbers of a training, validation or observation line (names as they are printed,
+        without "value" for validation losses); None for any other text.
     """
+    if match := _OBSERVATION.search(line):
+        return ObservationLine(int(match["iteration"]), _fields(match["fields"]))
     if match := _VALIDATION.search(line):
         values = {
             name.removesuffix(" value"): value for name, value in _fields(match["fields"]).items()
@@ -98,9 +112,10 @@ def parse_line(line: str) -> TrainingLine | ValidationLine | None:
 
 
 def parse_log(lines: Iterable[str]) -> TrainingLog:
-    """Collect training lines and the validation lines of the (single) validation set."""
+    """Collect training and observation lines, and validation lines of the (one) validation set."""
     training: dict[int, Values] = {}
     validation: dict[int, Values] = {}
+    observed: dict[int, Values] = {}
     train_iters = 0
     for line in lines:
         match parse_line(line):
@@ -108,9 +123,11 @@ def parse_log(lines: Iterable[str]) -> TrainingLog:
                 training[iteration] = values
             case ValidationLine(iteration, values, "validation", ""):
                 validation[iteration] = values
+            case ObservationLine(iteration, values):
+                observed[iteration] = values
             case _:
                 pass
-    return TrainingLog(training, validation, train_iters)
+    return TrainingLog(training, validation, train_iters, observed)
 
 
 def read_log(path: Path) -> TrainingLog:

@@ -1,13 +1,14 @@
 """Run folders, read back: what was trained, how training went, and how the model scored."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
 from megatron_infoentropy.evaluate.runlog import TrainingLog, read_log
+from megatron_infoentropy.tasks.results import TaskResult, load_results
 
 GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
@@ -19,12 +20,16 @@ _REQUIRED = ("name", "objective", "gamma", "sigma", "normalization", "seed", "co
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; `info` is run.json, `log` is empty and `evaluation` None where absent."""
+    """One training run; `info` is run.json, `log` is empty and `evaluation` None where absent.
+
+    `tasks` are the answers to the questions that were put to it.
+    """
 
     folder: Path
     info: dict[str, Any]
     log: TrainingLog
     evaluation: Evaluation | None
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +76,7 @@ def load_run(folder: Path) -> Run:
 
     Raises:
         RunFolderError: run.json is missing, unreadable or lacks a field.
-        EvaluationFormatError: an evaluation is there but cannot be read.
+        EvaluationFormatError, TaskResultError: a result is there but cannot be read.
     """
     path = folder / "run.json"
     try:
@@ -92,4 +97,5 @@ def load_run(folder: Path) -> Run:
         info,
         read_log(log) if log.is_file() else TrainingLog(),
         load_evaluation(folder) if (folder / SUMMARY_FILE).is_file() else None,
+        load_results(folder),
     )

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PAGE, INK, MUTED, GRID, FILL = "#fefefe", "#24292f", "#59636e", "#d9dee3", "#e6eaee"
-# Okabe and Ito's palette, told apart by readers with any of the common colour deficiencies.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# Okabe and Ito's palette, told apart by readers with any of the common colour deficiencies,
+# and two of Tol's.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#882255", "#777777")
 _FONT = "system-ui, sans-serif"
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -65,6 +66,13 @@ def draw(name: str, plot: Callable[[Axes], str], *, height: float = 3.5) -> str:
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
     return _inline(target.getvalue(), name, alternative)
+
+
+def standalone(svg: str) -> str:
+    """The same figure for a file of its own: in the light theme's colours, on paper."""
+    svg = re.sub(r"var\(--[\w-]+, (#[0-9a-f]{6})\)", r"\1", svg)
+    end = svg.index(">") + 1
+    return f'{svg[:end]}<rect width="100%" height="100%" fill="{PAGE}"/>{svg[end:]}\n'
 
 
 def _inline(svg: str, name: str, alternative: str) -> str:

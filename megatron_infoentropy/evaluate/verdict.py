@@ -9,8 +9,8 @@ from megatron_infoentropy.evaluate.wording import PERCENT, compact, nats, plural
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 _FEW_SEEDS = 5
 _WORDS = {
-    "better": "better, by more than the documents explain and these seeds differ",
-    "worse": "worse, by more than the documents explain and these seeds differ",
+    "better": "better, by more than other documents and other seeds explain",
+    "worse": "worse, by more than other documents and other seeds explain",
     "no difference shown": "no difference shown",
     "seed noise unknown": "these runs differ, but how much a seed alone would change is unknown",
 }
@@ -25,17 +25,30 @@ def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
         reasons = {comparison.refusal for comparison in comparisons}
         reason = reasons.pop() if len(reasons) == 1 else "no two runs differ in the objective alone"
         return f"No comparison between objectives: {reason}."
-    if len(made) > 1:
-        shown = sum(comparison.rows[0].reading in ("better", "worse") for comparison in made)
-        return (
-            f"{shown} of {len(made)} objectives differ from cross entropy over all tokens by more "
-            "than the documents explain and these seeds differ."
-        )
-    return _headline_of(made[0])
+    return _headline_of_several(made) if len(made) > 1 else _headline_of(made[0])
+
+
+def _headline_of_several(made: list[Comparison]) -> str:
+    shown = [c for c in made if _is_shown(c.rows[0])]
+    if shown:
+        scored = " and ".join(f"{c.group} scores {c.rows[0].reading}" for c in shown)
+        text = f"Over all tokens {scored} than cross entropy"
+        others = len(made) - len(shown)
+        text += f"; no difference is shown for {others} others." if others else "."
+    else:
+        text = f"No difference shown over all tokens between cross entropy and {len(made)} others."
+    rest = [c for c in made if c not in shown]
+    buckets = [f"{c.group} is {words}" for c in rest if (words := _shown_buckets(c))]
+    return f"{text} By frequency {'; '.join(buckets)} tokens." if buckets else text
+
+
+def _shown_buckets(comparison: Comparison) -> str:
+    rows = [row for row in _of_kind(comparison, "bucket") if _is_shown(row)]
+    return " and ".join(f"{row.reading} on {row.name}-frequency" for row in rows)
 
 
 def _headline_of(comparison: Comparison) -> str:
-    total, buckets = comparison.rows[0], _of_kind(comparison, "bucket")
+    total = comparison.rows[0]
     names = f"{comparison.group} and {comparison.baseline}"
     if total.reading == "seed noise unknown":
         return (
@@ -47,12 +60,11 @@ def _headline_of(comparison: Comparison) -> str:
     else:
         text = (
             f"{comparison.group} scores {total.reading} than {comparison.baseline} over "
-            f"all tokens, by {nats(abs(total.difference))} nats per token: more than the documents "
-            f"or the {plural(len(comparison.seeds), 'seed')} tried explain."
+            f"all tokens, by {nats(abs(total.difference))} nats per token: more than other "
+            f"documents and other seeds than the {len(comparison.seeds)} tried explain."
         )
-    shown = [f"{row.reading} on {row.name}-frequency" for row in buckets if _is_shown(row)]
-    if shown and not _is_shown(total):
-        text += f" By frequency {comparison.group} is {' and '.join(shown)} tokens."
+    if (words := _shown_buckets(comparison)) and not _is_shown(total):
+        text += f" By frequency {comparison.group} is {words} tokens."
     return text
 
 
@@ -80,22 +92,15 @@ def _subject(row: Row) -> str:
 def _numbers(row: Row) -> str:
     interval = "too few documents for an interval"
     if row.low is not None and row.high is not None:
-        interval = f"95{PERCENT} over documents {signed(row.low)} to {signed(row.high)}"
-    noise = "seed noise unknown"
-    if row.seed_noise is not None:
-        noise = f"seeds alone: up to {row.seed_noise:.4f}"
-    return f"{signed(row.difference)} nats per token; {interval}; {noise}"
+        interval = f"95{PERCENT} interval {signed(row.low)} to {signed(row.high)}"
+    corrected = "" if row.p_adjusted is None else f", corrected p = {row.p_adjusted:.2g}"
+    return f"{signed(row.difference)} nats per token; {interval}{corrected}"
 
 
 def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) -> list[str]:
     """What a reader must know before believing a difference, or its absence."""
     sentences = [_size_sentence(runs, comparisons), _seeds_sentence(groups)]
-    rows = sum(len(comparison.rows) for comparison in comparisons)
-    if rows:
-        sentences.append(
-            f"{rows} differences are tested, each with a 95{PERCENT} interval: where nothing "
-            "differs, one in twenty excludes 0 by chance."
-        )
+    sentences += _tests_sentences(comparisons)
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):
         sentences.append("The evaluation scored a sample of the data, not all of it.")
     for run in runs:
@@ -110,6 +115,36 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
                 f"{run.name} repeats an objective, set-up and seed; it is drawn, not compared."
             )
     return sentences
+
+
+def smallest_effects(comparisons: list[Comparison]) -> list[str]:
+    """The smallest differences that the study could have shown, a sentence a comparison."""
+    sentences = []
+    for comparison in comparisons:
+        rows = [row for row in comparison.rows if row.kind in ("total", "bucket")]
+        known = [(row, row.detectable) for row in rows if row.detectable]
+        if not comparison.rows:
+            continue
+        if len(comparison.seeds) < 2 or not known:
+            sentences.append(
+                f"{comparison.group}: no difference of any size could have been shown; it takes "
+                "two seeds of both objectives."
+            )
+            continue
+        sizes = [f"{_subject(row).lower()} {nats(size)}" for row, size in known]
+        sentences.append(f"{comparison.group}: {', '.join(sizes)} nats per token.")
+    return sentences
+
+
+def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
+    rows = [row for comparison in comparisons for row in comparison.rows]
+    if not rows:
+        return []
+    return [
+        f"{len(rows)} differences are tested. They are corrected (Holm) in five families: over all "
+        "tokens, by bucket, by decile, by difficulty, by domain; in each, the chance of calling "
+        f"anything a difference where there is none is 5{PERCENT}."
+    ]
 
 
 def _size_sentence(runs: list[Run], comparisons: list[Comparison]) -> str:

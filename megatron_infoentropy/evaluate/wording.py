@@ -7,6 +7,7 @@ __all__ = [
     "compact",
     "count",
     "nats",
+    "p_value",
     "perplexity",
     "plural",
     "quote",
@@ -23,6 +24,15 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 def nats(value: float | None) -> str:
     """Nats per token, four decimals."""
     return NOTHING if value is None else f"{value:.4f}"
+
+
+def p_value(value: float | None) -> str:
+    """Two digits, as far as they mean something."""
+    if value is None:
+        return NOTHING
+    if value < 1e-4:
+        return "< 0.0001"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def signed(value: float | None) -> str:

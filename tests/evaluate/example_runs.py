@@ -73,6 +73,14 @@ def training_log(objective: str, seed: int, steps: int) -> str:
             f"{ce:.6E} | entropy: {entropy:.6E} | weight: {weight:.6E} | loss scale: 1.0 | "
             "grad norm: 0.812 | number of skipped iterations:   0 |"
         )
+        entropies = " | ".join(
+            f"entropy p{p}: {entropy * (0.3 + p / 125):.6G}" for p in (10, 50, 90)
+        )
+        weights = f"weight p50: {weight:.6G} | weight p99: {1.8 * weight:.6G}"
+        lines.append(
+            f" InfoEntropy at iteration {step:8d} | perplexity: {math.exp(ce):.6G} | {entropies} | "
+            f"{weights} | weight max: {2.1 * weight:.6G} | tokens/s: 6543.21 |"
+        )
         if step % 100 == 0:
             value = 4.2 + 4.9 * (1 + step / 22) ** -0.75 + generator.normal(0, 0.02)
             lines += [

@@ -13,8 +13,9 @@ from megatron_infoentropy.evaluate.errors import EvaluationFormatError, RunFolde
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 
-FIGURES = ("train-cross-entropy", "train-objective", "buckets", "differences", "weights",
-           "calibration")  # fmt: skip
+FIGURES = ("train-cross-entropy", "train-objective", "train-entropy-distribution",
+           "train-weight-distribution", "buckets", "differences", "differences-by-decile",
+           "differences-by-difficulty", "weights", "calibration", "confidence")  # fmt: skip
 
 
 def four_runs(folder: Path, shift: float) -> list[Path]:
@@ -104,14 +105,17 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
         assert run["info"]["command"][0] == "torchrun"
         assert sum(run["evaluation"]["entropy_histogram"]["tokens"]) > 0
     (comparison,) = data["comparisons"]
-    names = ["all tokens", "high", "medium", "low", *DOMAINS]
-    assert [row["name"] for row in comparison["rows"]] == names
+    named = {(row["kind"], row["name"]) for row in comparison["rows"]}
+    assert {("total", "all tokens"), ("bucket", "low"), ("decile", "10"), ("difficulty", "hard"),
+            *(("domain", name) for name in DOMAINS)} <= named  # fmt: skip
     assert comparison["seeds"] == [1, 2]
     assert {curve["gamma"] for curve in data["weights"]["curves"]} == {0.5, 1, 2}
     for row in comparison["rows"]:
-        assert f"{row['baseline']:.4f}" in page
-        assert f"{row['seed_noise']:.4f}" in page
-    for sentence in (data["verdict"]["headline"], *data["verdict"]["limits"]):
+        if row["kind"] != "decile":  # these are in their figure
+            assert f"{row['baseline']:.4f}" in page
+            assert f"{row['detectable']:.4f}" in page
+    verdict = data["verdict"]
+    for sentence in (verdict["headline"], *verdict["smallest_effects"], *verdict["limits"]):
         assert sentence in page
 
 
@@ -121,7 +125,9 @@ def test_a_difference_beyond_documents_and_seeds_is_called_one(four):
     assert rows["low"]["reading"] == "better"
     assert rows["low"]["low"] < -0.3 + 0.1
     assert rows["low"]["high"] < 0
-    assert "scores better than cross entropy" in data["verdict"]["headline"]
+    assert "better on low-frequency tokens" in data["verdict"]["headline"].replace(
+        "medium-frequency and better on ", ""
+    )
 
 
 def test_the_difference_is_the_mean_over_seeds_of_paired_differences(four):
@@ -167,7 +173,7 @@ def test_with_one_seed_each_seed_noise_is_unknown_and_nothing_is_decided(tmp_pat
 def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
     run = write_run(tmp_path / "a", evaluated=False, steps=200)
     page, data = written([run], tmp_path)
-    assert len(figures_of(page)) == 2
+    assert len(figures_of(page)) == 3
     assert data["verdict"]["headline"].startswith("Training curves only")
     assert "a has logged 200 of 400 steps." in page
 
@@ -176,7 +182,7 @@ def test_one_evaluated_run_and_a_run_without_log_are_enough(tmp_path):
     run = write_run(tmp_path / "a", objective="infoentropy", gamma=2.0)
     (run / "train.log").unlink()
     page, data = written([run], tmp_path)
-    assert len(figures_of(page)) == 3
+    assert len(figures_of(page)) == 4
     assert "there is no cross-entropy run" in data["verdict"]["headline"]
     assert data["runs"][0]["last_iteration"] == 0
 
@@ -209,7 +215,8 @@ def test_many_runs_of_several_objectives_fit_on_one_page(tmp_path):
     page, data = written(runs, tmp_path)
     assert len(data["comparisons"]) == 3
     assert len(figures_of(page)) == len(FIGURES)
-    assert "of 3 objectives differ from cross entropy" in page
+    assert "cross entropy" in data["verdict"]["headline"]
+    assert len(data["passages"]) == 3
 
 
 def test_a_bucket_that_does_not_occur_is_left_blank(tmp_path):
@@ -272,5 +279,6 @@ def test_the_page_can_be_named(tmp_path):
     run = write_run(tmp_path / "a", evaluated=False)
     page = write_report([run], tmp_path / "out" / "page.html")
     assert page.name == "page.html"
-    assert sorted(path.name for path in page.parent.iterdir()) == ["page.html", "page.json"]
+    names = ["page.figures", "page.html", "page.json"]
+    assert sorted(path.name for path in page.parent.iterdir()) == names
     assert "page.json" in page.read_text(encoding="utf-8")

@@ -43,6 +43,15 @@ Number of parameters in billions: 0.01
 """
 
 
+def test_an_observation_line_gives_percentiles_of_entropies_and_weights():
+    text = (
+        " InfoEntropy at iteration       20 | entropy p10: 6.17 | weight max: 7.33603 | x: 5E-05 |"
+    )
+    log = parse_log([TRAINING, text])
+    assert log.observed == {20: {"entropy p10": 6.17, "weight max": 7.33603, "x": 5e-5}}
+    assert list(log.training) == [10]
+
+
 def test_a_training_line_gives_every_number_by_name():
     line = parse_line(TRAINING)
     assert isinstance(line, TrainingLine)

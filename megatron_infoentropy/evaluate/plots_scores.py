@@ -1,0 +1,195 @@
+"""Figures of scores: perplexity by frequency and difficulty, and differences to cross entropy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from megatron_infoentropy.evaluate.buckets import BUCKETS
+from megatron_infoentropy.evaluate.figure import Cell, Figure
+from megatron_infoentropy.evaluate.plot_parts import Data, color_of, evaluated_groups, short
+from megatron_infoentropy.evaluate.svg import FILL, INK, MUTED, draw
+from megatron_infoentropy.evaluate.wording import perplexity
+
+_ALL = "all tokens"
+_MAIN_KINDS = ("total", "bucket", "domain")
+_FEW_GROUPS = 2  # that leave room for numbers over the bars
+
+
+def bucket_bars(data: Data) -> Figure | None:
+    """Perplexity by frequency bucket: a bar per group with its interval, a point per seed."""
+    places = [_ALL, *BUCKETS]
+    groups = evaluated_groups(data)
+    if not groups:
+        return None
+
+    def plot(axes: Axes) -> str:
+        width = 0.8 / len(groups)
+        for position, group in enumerate(groups):
+            x = np.arange(len(places)) + (position - (len(groups) - 1) / 2) * width
+            _bars(axes, data, group, places, x, width, numbers=len(groups) <= _FEW_GROUPS)
+        _perplexity_axis(axes)
+        axes.set_ylim(1, axes.get_ylim()[1] * 1.6)
+        axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
+        axes.tick_params(axis="x", length=0)
+        axes.figure.legend(loc="outside upper left", ncols=2)
+        return "Perplexity by token-frequency bucket and objective; the table has the numbers."
+
+    rows: list[list[Cell]] = []
+    for group in groups:
+        for index in group["evaluated"]:
+            run = data["runs"][index]
+            rows += [
+                [group["label"], run["name"], place, score["tokens"], score["nats_per_token"],
+                 score["perplexity"]]
+                for place, score in _scores(run["evaluation"]).items()
+            ]  # fmt: skip
+        for place, (low, high) in group["intervals"].items():
+            rows += [[group["label"], f"{end} end of 95 %, documents", place, None, nats,
+                      float(np.exp(nats))]
+                     for end, nats in (("lower", low), ("upper", high))]  # fmt: skip
+    columns = ("setting", "run", "bucket", "tokens", "nats_per_token", "perplexity")
+    return Figure("buckets", draw("buckets", plot), columns, rows)
+
+
+def _bars(
+    axes: Axes,
+    data: Data,
+    group: Data,
+    places: Sequence[str],
+    x: NDArray[np.floating[Any]],
+    width: float,
+    *,
+    numbers: bool,
+) -> None:
+    color = color_of(group)
+    nats = _nats(data, group, places)
+    means = np.exp(nats.mean(axis=0))
+    # A log axis has no zero; bars start at 1, the perplexity of a perfect prediction, so their
+    # length is the nats per token.
+    axes.bar(x, means - 1, width * 0.92, bottom=1, color=color, label=group["label"])
+    known = [i for i, place in enumerate(places) if place in group["intervals"]]
+    ends = np.exp([group["intervals"][places[i]] for i in known])
+    if known:
+        axes.vlines(x[known], ends[:, 0], ends[:, 1], color=INK, linewidth=1.1)
+    if len(nats) > 1:
+        every = np.broadcast_to(x, nats.shape)
+        axes.plot(every, np.exp(nats), "o", color=INK, markersize=2.6)
+    for place, mean in zip(x, means, strict=True) if numbers else ():
+        axes.annotate(perplexity(mean), (place, mean), (0, 8), ha="center",
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+
+
+def differences_by(data: Data, kind: str) -> Figure | None:
+    """Differences to cross entropy by frequency decile, or by difficulty, with intervals."""
+    shown = [(c, [row for row in c["rows"] if row["kind"] == kind]) for c in data["comparisons"]]
+    shown = [(comparison, rows) for comparison, rows in shown if rows]
+    if not shown:
+        return None
+    places = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))
+    color_by_label = {group["label"]: color_of(group) for group in data["groups"]}
+
+    def plot(axes: Axes) -> str:
+        axes.axhline(0, color=MUTED, linewidth=1)
+        for number, (comparison, rows) in enumerate(shown):
+            color = color_by_label[comparison["group"]]
+            shift = 0.5 * (number - (len(shown) - 1) / 2) / len(shown)
+            x = [places.index(row["name"]) + shift for row in rows]
+            axes.plot(x, [row["difference"] for row in rows], "o-", color=color, markersize=4,
+                      label=comparison["group"])  # fmt: skip
+            for at, row in zip(x, rows, strict=True):
+                if row["low"] is not None:
+                    axes.vlines(at, row["low"], row["high"], color=color, linewidth=1.4)
+        axes.set_xticks(range(len(places)), places)
+        axes.set_ylabel("nats per token (below 0: better)")
+        axes.set_xlabel(
+            "decile of the training occurrences, 1 is the most frequent"
+            if kind == "decile"
+            else "third of the tokens by predicted entropy"
+        )
+        axes.figure.legend(loc="outside upper left", ncols=2)
+        return f"Difference to cross entropy by {kind}, with 95 percent intervals."  # fmt: skip
+
+    name = f"differences-by-{kind}"
+    return Figure(name, draw(name, plot), *_row_cells(shown))
+
+
+def _row_cells(
+    shown: list[tuple[Data, list[Data]]],
+) -> tuple[tuple[str, ...], list[list[Cell]]]:
+    """Columns and cells of comparison rows."""
+    columns = tuple(shown[0][1][0])
+    cells = [[c["group"], *(row[name] for name in columns)] for c, rows in shown for row in rows]
+    return ("setting", *columns), cells
+
+
+def differences(data: Data) -> Figure | None:
+    """Differences to cross entropy with intervals, and the seed noise: all, by bucket, domain."""
+    comparisons = [comparison for comparison in data["comparisons"] if comparison["rows"]]
+    if not comparisons:
+        return None
+    shown = [(c, [r for r in c["rows"] if r["kind"] in _MAIN_KINDS]) for c in comparisons]
+    names = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
+    color_by_label = {group["label"]: color_of(group) for group in data["groups"]}
+
+    def plot(axes: Axes) -> str:
+        step = 0.7 / len(comparisons)
+        for number, (comparison, rows) in enumerate(shown):
+            color = color_by_label[comparison["group"]]
+            for row in rows:
+                y = names.index((row["kind"], row["name"]))
+                y_own = y + (number - (len(comparisons) - 1) / 2) * step
+                _difference(axes, row, y_own, step, color)
+            axes.plot([], [], "o-", color=color, label=comparison["group"])
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(names)), [short(_place(*name), 24) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("nats per token (below 0: better)")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        if len(comparisons) > 1:
+            axes.figure.legend(loc="outside upper left", ncols=2)
+        return "Differences to cross entropy with intervals; the tables below have the numbers."
+
+    height = 1.2 + (0.26 + 0.12 * len(comparisons)) * len(names)
+    return Figure("differences", draw("differences", plot, height=height), *_row_cells(shown))
+
+
+def _difference(axes: Axes, row: Data, y: float, step: float, color: str) -> None:
+    if row["seed_noise"] is not None:
+        noise = row["seed_noise"]
+        axes.barh(y, 2 * noise, step * 0.9, left=-noise, color=FILL, zorder=0.5)
+    if row["low"] is not None:
+        axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.2)
+    axes.plot(row["difference"], y, "o", color=color, markersize=5)
+
+
+def _perplexity_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_ylabel("perplexity (log scale)")
+
+
+def _scores(evaluation: Data) -> Data:
+    return {_ALL: evaluation["total"], **evaluation["buckets"]}
+
+
+def _nats(data: Data, group: Data, places: Sequence[str]) -> NDArray[np.float64]:
+    """Nats per token of every evaluated run of a group, [runs, places], NaN where no tokens are."""
+    rows = []
+    for index in group["evaluated"]:
+        scores = _scores(data["runs"][index]["evaluation"])
+        values = [scores[place]["nats_per_token"] for place in places]
+        rows.append([np.nan if value is None else value for value in values])
+    return np.array(rows)
+
+
+def _place(kind: str, name: str) -> str:
+    return f"{name}-frequency" if kind == "bucket" else name

@@ -1,0 +1,156 @@
+"""Figures of training: losses, and how entropies and weights are distributed, step by step."""
+
+from collections.abc import Callable
+from itertools import cycle
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from megatron_infoentropy.evaluate.figure import Cell, Figure
+from megatron_infoentropy.evaluate.plot_parts import DASHES, Data, color_of, short, step_axis, thin
+from megatron_infoentropy.evaluate.svg import PAGE, draw
+
+_MOST_NAMED = 6  # runs, beyond which only groups are named
+_FEWEST_TO_CUT = 40  # points of a curve, for its start to be cut off
+
+
+def training_curves(data: Data, series: str, *, validation: bool) -> Figure | None:
+    """One number of the training log of every run; with `validation`, points of the same name.
+
+    Of many runs the thin lines are runs, and a bold one is the mean of a group.
+    """
+    runs = [run for run in data["runs"] if series in run["training"]]
+    if not runs:
+        return None
+    many = len(runs) > _MOST_NAMED
+
+    def plot(axes: Axes) -> str:
+        dashes = {group: cycle(DASHES) for group in range(len(data["groups"]))}
+        for run in runs:
+            color = color_of(data["groups"][run["group"]])
+            label = "_nolegend_" if many else short(run["name"], 30)
+            dash = "solid" if many else next(dashes[run["group"]])
+            width, alpha = (0.7, 0.5) if many else (1.6, 1.0)
+            axes.plot(*thin(run["training"][series]), color=color, linestyle=dash, label=label,
+                      linewidth=width, alpha=alpha)  # fmt: skip
+            points = run["validation"].get(series) if validation else None
+            if points:
+                size = 3.5 if many else 6
+                axes.plot(*points.values(), "o", color=color, markersize=size, markeredgecolor=PAGE)
+        if many:
+            _means(axes, data, series)
+        axes.set_ylabel("nats per token")
+        axes.set_ylim(top=_top_after_start([run["training"][series] for run in runs]))
+        step_axis(axes)
+        axes.legend(loc="upper right")
+        return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
+
+    name = f"train-{series.replace(' ', '-')}"
+    svg = draw(name, plot)
+    parts = ("training", "validation") if validation else ("training",)
+    rows: list[list[Cell]] = [
+        [run["name"], data["groups"][run["group"]]["label"], part, step, value]
+        for run in runs
+        for part in parts
+        if series in run[part]
+        for step, value in zip(*run[part][series].values(), strict=True)
+    ]
+    return Figure(name, svg, ("run", "setting", "part", "step", "nats_per_token"), rows)
+
+
+def entropies_over_training(data: Data) -> Figure | None:
+    """The middle 80 % of the predicted entropies and their median, first run of every group."""
+
+    def plot(axes: Axes, color: str, label: str, curves: list[Data]) -> None:
+        low, middle, high = map(thin, curves)
+        axes.fill_between(low[0], low[1], high[1], color=color, alpha=0.09, linewidth=0)
+        axes.plot(*middle, color=color, label=label)
+        axes.set_ylabel("entropy (nats)")
+
+    words = "Median entropy of predictions over training, with the middle 80 percent."
+    return _distribution(
+        data, "entropy", ("entropy p10", "entropy p50", "entropy p90"), plot, words
+    )
+
+
+def weights_over_training(data: Data) -> Figure | None:
+    """Median, 99th percentile and largest weight over the mean, first run of weighted groups."""
+
+    def plot(axes: Axes, color: str, label: str, curves: list[Data]) -> None:
+        for curve, dash in zip(curves, DASHES, strict=False):
+            name = label if dash == "solid" else "_nolegend_"
+            axes.plot(*thin(curve), color=color, linestyle=dash, label=name)
+        axes.set_ylabel("weight / mean weight")
+        axes.set_ylim(bottom=0)
+
+    words = "Median, 99th percentile and largest weight over training, relative to the mean."
+    return _distribution(data, "weight", ("weight p50", "weight p99", "weight max"), plot, words)
+
+
+def _distribution(
+    data: Data,
+    kind: str,
+    names: tuple[str, ...],
+    plot: Callable[[Axes, str, str, list[Data]], None],
+    words: str,
+) -> Figure | None:
+    """Draws the percentiles `names` of every group that logged them; `plot` draws those of one."""
+    groups = [g for g in data["groups"] if kind == "entropy" or not g["is_baseline"]]
+    first = [(group, data["runs"][group["runs"][0]]) for group in groups]
+    shown = [(group, run) for group, run in first if names[0] in run["observed"]]
+    if not shown:
+        return None
+    curves = {run["name"]: [_relative(run, name, kind) for name in names] for _, run in shown}
+
+    def draw_all(axes: Axes) -> str:
+        for group, run in shown:
+            plot(axes, color_of(group), group["label"], curves[run["name"]])
+        step_axis(axes)
+        axes.figure.legend(loc="outside upper left", ncols=2)
+        return words
+
+    rows: list[list[Cell]] = [
+        [run, name, step, value]
+        for run, every in curves.items()
+        for name, curve in zip(names, every, strict=True)
+        for step, value in zip(curve["iterations"], curve["values"], strict=True)
+    ]
+    figure = f"train-{kind}-distribution"
+    unit = "nats" if kind == "entropy" else "relative_to_mean"
+    return Figure(figure, draw(figure, draw_all), ("run", "percentile", "step", unit), rows)
+
+
+def _relative(run: Data, name: str, kind: str) -> Data:
+    """An observed series; weights over the mean weight of the same steps."""
+    series: Data = run["observed"][name]
+    if kind == "entropy" or "weight" not in run["training"]:
+        return series
+    mean = dict(zip(*run["training"]["weight"].values(), strict=True))
+    points = [
+        (step, value / mean[step])
+        for step, value in zip(series["iterations"], series["values"], strict=True)
+        if mean.get(step)
+    ]
+    return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}
+
+
+def _means(axes: Axes, data: Data, series: str) -> None:
+    """The mean over a group's runs, at the steps that all of them logged."""
+    for group in data["groups"]:
+        every = [data["runs"][index]["training"].get(series) for index in group["runs"]]
+        curves = [dict(zip(*one.values(), strict=True)) for one in every if one]
+        if not curves:
+            continue
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = [float(np.mean([curve[step] for curve in curves])) for step in steps]
+        mean = thin({"iterations": steps, "values": values})
+        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=group["label"])
+
+
+def _top_after_start(curves: list[Data]) -> float | None:
+    """Upper end of the axis that cuts the steep start, so that the end can be told apart."""
+    if min(len(curve["values"]) for curve in curves) < _FEWEST_TO_CUT:
+        return None
+    late = [np.array(curve["values"])[len(curve["values"]) // 20 :] for curve in curves]
+    low, high = min(part.min() for part in late), max(part.max() for part in late)
+    return float(high + 0.05 * (high - low))
