@@ -5,6 +5,7 @@ without a GPU it runs on the CPU.
 """
 
 import os
+import sys
 from typing import Any
 
 from megatron_infoentropy.runtime import cpu, orphans
@@ -56,23 +57,35 @@ def prepare() -> tuple[Any, Any]:
     return pretrain_cfg_container_from_args(args, model_config), forward_step
 
 
-def main() -> None:
-    """Parse the command line and train; every rank runs this."""
-    orphans.leave_none()
-    cpu.install()  # before megatron is imported; does nothing where there is a GPU
+def train() -> None:
+    """Train as the command line says, from the newest complete checkpoint; every rank runs this.
 
-    from megatron_infoentropy.integration.compat import check_trainer
-
-    check_trainer()  # before anything that only 0.19 has is imported
+    Raises:
+        ValueError: settings that cannot work together, or no checkpoint that can be loaded.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    from megatron_infoentropy.integration import checkpoints
     from megatron_infoentropy.integration.batch import build_datasets
-    from megatron_infoentropy.integration.compat import prepare_megatron
 
-    prepare_megatron()
+    flags = checkpoints.checkpoint_flags(sys.argv[1:])
+    checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
-    pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    with checkpoints.keeping_checkpoints(flags, forward_step) as step:
+        pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+
+
+def main() -> None:
+    """The command."""
+    orphans.leave_none()
+    cpu.install()  # before megatron is imported; does nothing where there is a GPU
+
+    from megatron_infoentropy.integration.compat import check_trainer, prepare_megatron
+
+    check_trainer()  # before anything that only 0.19 has is imported
+    prepare_megatron()
+    train()
 
 
 if __name__ == "__mp_main__":  # imported by a process that a rank has spawned

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Literal, get_args, get_origin
 
 from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.integration.checkpoints import add_checkpoint_flags
 
 PREFIX = "infoentropy"
 
@@ -61,6 +62,7 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         type=int,
         help="targets of this id take no part in the loss (the published code: 0)",
     )
+    add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser
 
 

@@ -1,0 +1,135 @@
+"""Which checkpoint is loaded when the newest one is damaged, unfinished, or somebody else's."""
+
+import pytest
+from saved import ours, save
+
+from megatron_infoentropy.checkpoints.choice import Choice, DamagedCheckpointError, choose
+from megatron_infoentropy.checkpoints.folder import TRACKER, begin_record, point_tracker
+from megatron_infoentropy.checkpoints.manifest import NAME
+
+
+def damage(folder):
+    path = folder / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    return path
+
+
+def test_a_complete_one_is_loaded_without_a_word(tmp_path):
+    assert choose(ours(tmp_path, 10, 20)) == Choice("20")
+
+
+def test_nothing_is_loaded_where_nothing_is(tmp_path):
+    assert choose(tmp_path / "new") == Choice(None)
+    begin_record(tmp_path / "new")
+    assert choose(tmp_path / "new") == Choice(None)
+
+
+def test_a_damaged_one_gives_way_to_the_newest_complete_one_before(tmp_path):
+    ours(tmp_path, 10, 20, 30)
+    path = damage(tmp_path / "iter_0000030")
+    choice = choose(tmp_path)
+    assert (choice.name, choice.changes_tracker) == ("20", True)
+    assert choice.warning == (
+        f"{path} has another SHA-256 than when it was saved: training goes on from "
+        f"{tmp_path}/iter_0000020, the newest complete one before"
+    )
+    damage(tmp_path / "iter_0000020")
+    assert choose(tmp_path).name == "10"
+
+
+def test_one_that_is_newer_than_the_tracker_is_never_taken(tmp_path):
+    ours(tmp_path, 10, 20, 30)
+    (tmp_path / TRACKER).write_text("20")
+    damage(tmp_path / "iter_0000020")
+    assert choose(tmp_path).name == "10"
+
+
+def test_one_whose_saving_was_interrupted_gives_way(tmp_path):
+    ours(tmp_path, 10)
+    save(tmp_path, 20, complete=False)
+    choice = choose(tmp_path)
+    assert choice.name == "10"
+    assert f"iter_0000020 has no {NAME}, so saving it was interrupted: training" in choice.warning
+
+
+@pytest.mark.parametrize("words", ["", "2x", "-1", "9" * 30, "\0"])
+def test_a_damaged_tracker_is_overruled_by_the_newest_complete_one(tmp_path, words):
+    ours(tmp_path, 10, 20)
+    save(tmp_path, 30, complete=False)
+    (tmp_path / TRACKER).write_text(words)
+    choice = choose(tmp_path)
+    assert choice.name == "20"
+    assert f"{TRACKER} is damaged" in choice.warning
+    point_tracker(tmp_path, choice.name)
+    assert choose(tmp_path) == Choice("20")
+
+
+def test_where_the_first_was_interrupted_training_starts_anew(tmp_path):
+    begin_record(tmp_path)
+    save(tmp_path, 10, complete=False)
+    choice = choose(tmp_path)
+    assert (choice.name, choice.changes_tracker) == (None, True)
+    assert "no complete one stands before it: training starts at iteration 0" in choice.warning
+    point_tracker(tmp_path, choice.name)
+    assert choose(tmp_path) == Choice(None)
+
+
+def test_where_all_are_damaged_nothing_is_loaded_or_begun(tmp_path):
+    ours(tmp_path, 10, 20)
+    paths = [damage(tmp_path / f"iter_00000{it}0") for it in (1, 2)]
+    with pytest.raises(DamagedCheckpointError, match="no complete checkpoint stands") as error:
+        choose(tmp_path)
+    assert all(str(path) in str(error.value) for path in paths)
+
+
+def test_a_checkpoint_of_the_tracker_that_is_gone_gives_way(tmp_path):
+    ours(tmp_path, 10)
+    (tmp_path / TRACKER).write_text("20")
+    assert "iter_0000020 is not there: training goes on from" in choose(tmp_path).warning
+
+
+def test_a_named_step_has_no_stand_in(tmp_path):
+    ours(tmp_path, 10, 20)
+    assert choose(tmp_path, 10) == Choice("10")
+    damage(tmp_path / "iter_0000010")
+    with pytest.raises(DamagedCheckpointError, match="another SHA-256"):
+        choose(tmp_path, 10)
+    with pytest.raises(DamagedCheckpointError, match="iter_0000015 is not there"):
+        choose(tmp_path, 15)
+
+
+def test_what_megatron_alone_saved_is_loaded_with_a_warning(tmp_path):
+    save(tmp_path, 10, complete=False)
+    choice = choose(tmp_path)
+    assert choice.name == "10"
+    assert "since Megatron alone saved it: it is loaded unverified" in choice.warning
+    begin_record(tmp_path)  # training goes on in the same folder
+    assert choose(tmp_path) == choice
+    save(tmp_path, 20)
+    damage(tmp_path / "iter_0000020")
+    assert choose(tmp_path).name == "10"
+
+
+def test_what_megatron_alone_left_half_written_is_not_taken_for_whole(tmp_path):
+    save(tmp_path, 20, complete=False)
+    save(tmp_path, 10, complete=False)  # the tracker never came to 20
+    begin_record(tmp_path)
+    (tmp_path / TRACKER).write_text("20")
+    assert choose(tmp_path).name == "10"
+
+
+def test_an_imported_model_can_be_gone_back_to(tmp_path):
+    save(tmp_path, 0, complete=False).rename(tmp_path / "release")
+    (tmp_path / TRACKER).write_text("release")
+    assert choose(tmp_path).name == "release"
+    begin_record(tmp_path)
+    save(tmp_path, 10, complete=False)
+    assert choose(tmp_path).name == "release"
+
+
+def test_a_tracker_that_was_removed_means_a_new_start_and_a_hint(tmp_path):
+    ours(tmp_path, 10, 20)
+    (tmp_path / TRACKER).unlink()
+    choice = choose(tmp_path)
+    assert (choice.name, choice.changes_tracker) == (None, False)
+    assert "to go on from iteration 20, write this number into it" in choice.warning

@@ -1,0 +1,73 @@
+"""Manifests appear after the tracker has moved; the old goes only when the new is complete."""
+
+import pytest
+from saved import ours, save
+
+from megatron_infoentropy.checkpoints import keeper as keeper_module
+from megatron_infoentropy.checkpoints.folder import TRACKER, iterations, with_manifest
+from megatron_infoentropy.checkpoints.keeper import CheckpointKeeper
+from megatron_infoentropy.checkpoints.manifest import find_damage
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def train(root, saves, keep_last, said):
+    with CheckpointKeeper(root, keep_last, said.append) as keeper:
+        for iteration in saves:
+            keeper.notice()
+            save(root, iteration, complete=False)
+            keeper.notice()
+
+
+def test_every_save_gets_a_manifest(tmp_path, said):
+    train(tmp_path, (10, 20, 30), None, said)
+    assert with_manifest(tmp_path) == iterations(tmp_path) == [10, 20, 30]
+    assert [find_damage(path) for path in tmp_path.glob("iter_*")] == ["", "", ""]
+    assert said == []
+
+
+def test_a_save_at_the_very_end_gets_one_too(tmp_path, said):
+    with CheckpointKeeper(tmp_path, None, said.append):
+        save(tmp_path, 10, complete=False)
+    assert with_manifest(tmp_path) == [10]
+
+
+def test_what_was_there_before_is_left_alone(tmp_path, said):
+    save(tmp_path, 10, complete=False)
+    train(tmp_path, (20,), None, said)
+    assert with_manifest(tmp_path) == [20]
+
+
+def test_the_last_stay_and_those_before_go(tmp_path, said):
+    ours(tmp_path, 10, 20)
+    train(tmp_path, (30, 40), 2, said)
+    assert iterations(tmp_path) == [30, 40]
+
+
+def test_unfinished_foreign_and_newer_ones_are_not_deleted(tmp_path, said):
+    ours(tmp_path, 10, 20, 90)
+    save(tmp_path, 15, complete=False)
+    train(tmp_path, (30,), 1, said)
+    assert iterations(tmp_path) == [15, 30, 90]
+
+
+def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    ours(tmp_path, 10)
+    monkeypatch.setattr(keeper_module, "write_manifest", full)
+    train(tmp_path, (20,), 1, said)
+    assert with_manifest(tmp_path) == [10]
+    assert "does not count as complete: [Errno 28] No space left on device" in said[0]
+
+
+def test_a_tracker_caught_half_written_is_no_checkpoint(tmp_path, said):
+    with CheckpointKeeper(tmp_path, None, said.append) as keeper:
+        (tmp_path / TRACKER).write_text("")
+        keeper.notice()
+        save(tmp_path, 10, complete=False)
+    assert with_manifest(tmp_path) == [10]

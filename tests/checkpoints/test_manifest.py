@@ -1,0 +1,90 @@
+"""A manifest vouches for every byte of a checkpoint, for nothing outside of it."""
+
+import json
+
+import pytest
+from saved import save
+
+from megatron_infoentropy.checkpoints import manifest
+from megatron_infoentropy.checkpoints.manifest import NAME, find_damage, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tmp_path, 10)
+
+
+def test_a_checkpoint_as_it_was_saved_is_true(folder):
+    assert find_damage(folder) == ""
+    listed = json.loads((folder / NAME).read_text())["files"]
+    assert set(listed) == {".metadata", "__0_0.distcp", "rank/0.pt"}
+    assert listed["__0_0.distcp"]["bytes"] == 10240
+
+
+def test_every_flipped_byte_of_every_file_is_found(folder):
+    for name in (".metadata", "rank/0.pt"):
+        path = folder / name
+        data = path.read_bytes()
+        for at in range(len(data)):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert find_damage(folder) == f"{path} has another SHA-256 than when it was saved"
+        path.write_bytes(data)
+    assert find_damage(folder) == ""
+
+
+def test_a_file_that_is_cut_off_longer_or_gone_is_named(folder):
+    path = folder / "__0_0.distcp"
+    data = path.read_bytes()
+    for other in (data[:-1], b"", data + b"x"):
+        path.write_bytes(other)
+        for checksums in (True, False):
+            said = find_damage(folder, checksums=checksums)
+            assert said == f"{path} has {len(other)} bytes, not 10240"
+    path.unlink()
+    assert find_damage(folder) == f"{path} cannot be read: No such file or directory"
+
+
+def test_sizes_alone_read_no_file(folder):
+    path = folder / "__0_0.distcp"
+    path.write_bytes(bytes(10240))
+    assert find_damage(folder, checksums=False) == ""
+    assert "SHA-256" in find_damage(folder)
+
+
+def test_the_shares_of_all_ranks_are_all_files(folder):
+    for name in (".metadata", "__0_0.distcp", "rank/0.pt"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1])
+        found = [find_damage(folder, part=(rank, 2)) for rank in range(2)]
+        assert sum(bool(damage) for damage in found) == 1
+        (folder / name).write_bytes(data)
+
+
+def test_a_damaged_manifest_vouches_for_nothing(folder):
+    path = folder / NAME
+    data = path.read_bytes()
+    for at in range(len(data)):  # cut off anywhere (but for the newline at its end)
+        if at < len(data) - 1:
+            path.write_bytes(data[:at])
+            assert f"{path} is damaged" in find_damage(folder)
+    path.write_bytes(data.replace(b'"format": 1', b'"format": 2'))
+    assert "expected format 1, got 2" in find_damage(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "rank/../../secret", ""])
+def test_a_manifest_cannot_have_files_read_outside_of_its_folder(folder, name):
+    entry = {"bytes": 1, "sha256": "0"}
+    (folder / NAME).write_text(json.dumps({"format": 1, "files": {name: entry}}))
+    assert "lies outside of the checkpoint" in find_damage(folder)
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
+    before = (folder / NAME).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(folder)
+    assert (folder / NAME).read_bytes() == before
