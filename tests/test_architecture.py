@@ -37,7 +37,7 @@ PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong t
 # third-party package -> the only rooms that may import it
 OWNERS = {
     "megatron": {"integration", "pretrain", "bench", "launch"},
-    "transformers": {"convert", "evaluate"},
+    "transformers": {"bench", "convert", "evaluate"},
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert", "evaluate"},
     "zstandard": {"data"},
