@@ -14,76 +14,100 @@ from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
 
 
-def four_runs(folder: Path) -> list[Path]:
-    return [
+EVIL = "<script>alert(1)</script>"
+NOTE = "2 of 6 planned runs are missing: x, y."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A report of four runs: three have answered a task, one corpus text is a script."""
+    folder = tmp_path_factory.mktemp("parts")
+    runs = [
         write_run(folder / f"{objective}-{seed}", objective=objective, seed=seed, shift=shift)
         for objective, shift in (("cross_entropy", 0.0), ("infoentropy", -0.3))
         for seed in (1, 2)
     ]
+    for index, run in enumerate(runs[:3]):
+        metrics = {"acc": Metric(0.3 + index / 100, 0.02)}
+        result = TaskResult("arc_easy", 5, None, 200, "key", metrics)
+        result.save(run / "tasks" / "arc_easy-5shot.json")
+    summary = json.loads((runs[2] / "evaluation.json").read_text())
+    summary["passage"]["text"][0] = EVIL
+    (runs[2] / "evaluation.json").write_text(json.dumps(summary))
+    (folder / "report.figures").mkdir()
+    (folder / "report.figures" / "old.svg").touch()
+    write_report(runs, folder, notes=[NOTE])
+    return folder
 
 
-def written(runs: list[Path], output: Path) -> tuple[str, dict]:
-    page = write_report(runs, output)
-    data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    return page.read_text(encoding="utf-8"), data
+@pytest.fixture(scope="module")
+def page(folder) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_figure_is_a_file_of_its_own_with_its_numbers(tmp_path):
-    runs = four_runs(tmp_path)
-    (tmp_path / "report.figures").mkdir()
-    (tmp_path / "report.figures" / "old.svg").touch()
-    page, data = written(runs, tmp_path)
+@pytest.fixture(scope="module")
+def data(folder) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_every_figure_is_a_file_of_its_own_with_its_numbers(folder, page, data):
     names = re.findall(r'href="report\.figures/([\w-]+)\.svg"', page)
     assert len(names) == page.count("<svg ")
-    files = {path.name for path in (tmp_path / "report.figures").iterdir()}
+    files = {path.name for path in (folder / "report.figures").iterdir()}
     assert files == {f"{name}.{ending}" for name in names for ending in ("svg", "csv")}
     for name in files:
         assert f'href="report.figures/{name}"' in page
-        text = (tmp_path / "report.figures" / name).read_text(encoding="utf-8")
+        text = (folder / "report.figures" / name).read_text(encoding="utf-8")
         if name.endswith(".svg"):
             ElementTree.fromstring(text)
             assert "var(" not in text
         else:
             lengths = {len(row) for row in csv.reader(text.splitlines())}
             assert len(lengths) == 1
-    with (tmp_path / "report.figures" / "differences.csv").open() as file:
+    with (folder / "report.figures" / "differences.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["name"] == "low")
     expected = next(r for r in data["comparisons"][0]["rows"] if r["name"] == "low")
     assert float(row["difference"]) == expected["difference"]
 
 
-def test_the_smallest_effect_is_stated_or_that_there_is_none(tmp_path):
-    four = four_runs(tmp_path)
-    (sentence,) = report_data([load_run(run) for run in four])["verdict"]["smallest_effects"]
+def test_the_smallest_effect_is_stated(page, data):
+    (sentence,) = data["verdict"]["smallest_effects"]
     assert re.search(r"all tokens 0\.\d{4}, high-frequency tokens 0\.\d{4}", sentence)
-    one = report_data([load_run(four[0]), load_run(four[2])])
+    rows = {row["name"]: row for row in data["comparisons"][0]["rows"]}
+    assert f"all tokens {rows['all tokens']['detectable']:.4f}" in sentence
+    assert sentence in page
+
+
+def test_one_seed_could_have_shown_nothing(folder):
+    one = report_data([load_run(folder / name) for name in ("cross_entropy-1", "infoentropy-1")])
     assert "no difference of any size" in one["verdict"]["smallest_effects"][0]
 
 
-def test_a_passage_shows_which_tokens_weigh_most_and_corpus_text_is_escaped(tmp_path):
-    run = write_run(tmp_path / "a", objective="infoentropy", gamma=1.0)
-    summary = json.loads((run / "evaluation.json").read_text())
-    summary["passage"]["text"][0] = "<script>alert(1)</script>"
-    (run / "evaluation.json").write_text(json.dumps(summary))
-    page, data = written([run], tmp_path)
+def test_intervals_over_documents_hold_the_mean_over_seeds(data):
+    group = data["groups"][0]
+    for place in ("all tokens", "high", "medium", "low"):
+        low, high = group["intervals"][place]
+        runs = [data["runs"][index]["evaluation"] for index in group["evaluated"]]
+        scores = [run["total"] if place == "all tokens" else run["buckets"][place] for run in runs]
+        mean = sum(score["nats_per_token"] for score in scores) / len(scores)
+        assert (low + high) / 2 == pytest.approx(mean)
+        assert 0.001 < high - low < 0.5
+
+
+def test_a_passage_shows_which_tokens_weigh_most_and_corpus_text_is_escaped(page, data):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     (passage,) = data["passages"]
+    assert passage["tokens"][0]["text"] == EVIL
     weights = [token["weight"] for token in passage["tokens"]]
     assert sum(weights) / len(weights) == pytest.approx(1)
-    entropies = summary["passage"]["entropy"]
+    entropies = [token["entropy"] for token in passage["tokens"]]
     assert weights[0] / weights[4] == pytest.approx((1 + entropies[0]) / (1 + entropies[4]))
     assert passage["tokens"][0]["level"] == 5
     assert f'class="w5" title="weight {weights[0]:.2f}, entropy 6.10, cross entropy 5.10"' in page
 
 
-def test_tasks_are_shown_by_setting_with_their_standard_errors(tmp_path):
-    runs = four_runs(tmp_path)
-    for index, run in enumerate(runs[:3]):
-        TaskResult("arc_easy", 5, None, 200, "key", {"acc": Metric(0.3 + index / 100, 0.02)}).save(
-            run / "tasks" / "arc_easy-5shot.json"
-        )
-    page, data = written(runs, tmp_path)
+def test_tasks_are_shown_by_setting_with_their_standard_errors(page, data):
     (row,) = data["tasks"]
     assert (row["task"], row["metric"], row["samples"]) == ("arc_easy-5shot", "acc", 200)
     first, second = row["cells"]
@@ -93,7 +117,5 @@ def test_tasks_are_shown_by_setting_with_their_standard_errors(tmp_path):
     assert "0.3050 &plusmn; 0.0200" in page
 
 
-def test_missing_runs_are_named_on_the_page(tmp_path):
-    run = write_run(tmp_path / "a")
-    page = write_report([run], tmp_path, notes=["2 of 3 planned runs are missing: x, y."])
-    assert "2 of 3 planned runs are missing: x, y." in page.read_text(encoding="utf-8")
+def test_missing_runs_are_named_on_the_page(page):
+    assert NOTE in page

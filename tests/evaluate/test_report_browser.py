@@ -1,0 +1,68 @@
+"""The report in a real browser: on a screen, on a phone, in the dark, on paper."""
+
+import os
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, open_browser
+from example_runs import write_run
+
+from megatron_infoentropy.evaluate.report import write_report
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium is not on PATH")
+
+FIGURES = 11
+BOXES = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)"
+BACKGROUND = "getComputedStyle(document.body).backgroundColor"
+TEXT = "getComputedStyle(document.querySelector('figure svg text')).fill"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report of six runs; REPORT_PICTURES names a folder to keep pictures in, to look at."""
+    folder = tmp_path_factory.mktemp("browser")
+    runs = [
+        write_run(folder / f"{objective}-{seed}", objective=objective, seed=seed, shift=shift)
+        for objective, shift in (("cross_entropy", 0.0), ("focal", 0.02), ("infoentropy", -0.1))
+        for seed in (1, 2)
+    ]
+    file = write_report(runs, folder)
+    with open_browser(folder / "profile") as page:
+        page.open(file)
+        yield page
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "media"),
+    [(1280, "light", "screen"), (1280, "dark", "screen"), (390, "light", "screen"),
+     (800, "dark", "print")],
+)  # fmt: skip
+def test_every_figure_is_there_and_nothing_sticks_out(page, width, scheme, media):
+    page.look(width=width, scheme=scheme, media=media)
+    boxes = page.run(BOXES)
+    assert len(boxes) == FIGURES
+    assert all(0.35 * width < box <= width for box in boxes)
+    if media == "screen":
+        assert page.run("document.scrollingElement.scrollWidth") <= width
+    is_dark = scheme == "dark" and media == "screen"
+    assert _is_dark(page.run(BACKGROUND)) == is_dark
+    assert _is_dark(page.run(TEXT)) != is_dark
+    if folder := os.environ.get("REPORT_PICTURES"):
+        page.screenshot(Path(folder) / f"report-{media}-{scheme}-{width}.png")
+
+
+def test_it_prints(page, tmp_path):
+    page.look(width=1280)
+    printed = Path(os.environ.get("REPORT_PICTURES", tmp_path)) / "report.pdf"
+    page.pdf(printed)
+    assert printed.read_bytes().startswith(b"%PDF")
+    assert printed.stat().st_size > 50_000
+
+
+def test_the_browser_has_no_complaint(page):
+    assert page.complaints == []
+
+
+def _is_dark(color: str) -> bool:
+    """Of rgb(r, g, b)."""
+    return sum(int(part) for part in color.strip("rgb()").split(",")) < 3 * 128
