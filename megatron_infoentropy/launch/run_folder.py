@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.revision import revision_of
 from megatron_infoentropy.runtime.device import Device
 
 FACTS, LOG = "run.json", "train.log"
@@ -32,7 +33,7 @@ def write_facts(
         "parameters": parameters,
         "recipe": recipe.name,
         "command": words,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {name: version(name) for name in VERSIONS} | {"commit": revision_of()},
     }
     _write(run, content)
 

@@ -12,6 +12,7 @@ from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerF
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
+from megatron_infoentropy.launch.revision import revision_of
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
@@ -177,6 +178,7 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     assert facts["command"] == command.words
     assert facts["gamma"] == 3.0  # the last word on the command line, as the ranks read it
     assert facts["detach_weight"] is False
+    assert facts["versions"]["commit"] == revision_of()
     assert (run / "train.log").read_text() == "".join(heard)
     assert len(heard) == 4
 
