@@ -31,6 +31,9 @@ def convert(
     iteration: Annotated[int | None, typer.Option(help="which one; default: the latest")] = None,
     verify: Verify = None,
     text: Text = None,
+    checksums: Annotated[
+        bool, typer.Option(help="first compare all of the checkpoint with its manifest")
+    ] = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a Megatron checkpoint, of any layout, as a Hugging Face model, and prove it."""
@@ -43,6 +46,7 @@ def convert(
         dtype=dtype,  # type: ignore[arg-type]
         iteration=iteration,
         overwrite=overwrite,
+        checksums=checksums,
         check=lambda folder: _prove(checkpoint, folder, folder, verify, text, iteration),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")

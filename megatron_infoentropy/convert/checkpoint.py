@@ -21,13 +21,17 @@ from typing import Any
 
 import torch
 
+from megatron_infoentropy.checkpoints.manifest import find_damage, has_manifest
 from megatron_infoentropy.convert.distcp import (
     StoredTensor,
     TensorReader,
     read_index,
     require_complete,
 )
-from megatron_infoentropy.convert.errors import UnreadableCheckpointError
+from megatron_infoentropy.convert.errors import (
+    IncompleteCheckpointError,
+    UnreadableCheckpointError,
+)
 from megatron_infoentropy.convert.torch_file import load_object
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -47,10 +51,12 @@ class MegatronCheckpoint:
     Args:
         checkpoint: the folder given to `--save`, or one `iter_...` folder in it.
         iteration: which iteration of a `--save` folder; by default the latest.
+        checksums: compare all files with the manifest that our trainer writes, if there is one;
+            otherwise only their sizes.
 
     Raises:
         UnreadableCheckpointError: nothing there that could be read, naming what was looked for.
-        IncompleteCheckpointError: a parameter's file is missing or cut off.
+        IncompleteCheckpointError: a file is missing, cut off, or not as its manifest says.
     """
 
     folder: Path
@@ -58,8 +64,11 @@ class MegatronCheckpoint:
     args: argparse.Namespace  # the training arguments; unknown classes are stand-ins
     tensors: dict[str, StoredTensor]  # the parameters, by Megatron's names
 
-    def __init__(self, checkpoint: Path, iteration: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Path, iteration: int | None = None, *, checksums: bool = False
+    ) -> None:
         self.folder = find_iteration(checkpoint, iteration)
+        _require_undamaged(self.folder, checksums)
         _require_known_format(self.folder)
         index = read_index(self.folder)
         self._objects = index.objects
@@ -144,6 +153,12 @@ def _require_folder(folder: Path) -> Path:
     raise UnreadableCheckpointError(
         f"expected the checkpoint {folder}; its parent has {found or 'none'}"
     )
+
+
+def _require_undamaged(folder: Path, checksums: bool) -> None:
+    damage = find_damage(folder, checksums=checksums) if has_manifest(folder) else ""
+    if damage:
+        raise IncompleteCheckpointError(f"{damage}: copy it again, or take another iteration")
 
 
 def _require_known_format(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_infoentropy.checkpoints.manifest import write_manifest
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.arguments import arguments_of, flags_of
 from megatron_infoentropy.convert.checkpoint import LATEST
@@ -91,6 +92,7 @@ def convert_from_hf(
     with new_folder(output, None) as new:
         (new / "release").mkdir()
         _write(new / "release", weights, names, model, dtype)
+        write_manifest(new / "release")
         (new / LATEST).write_text("release")
         (new / "model.yaml").write_text(yaml.safe_dump({"model": flags}, sort_keys=False))
         check(new)

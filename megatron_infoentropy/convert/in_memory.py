@@ -1,5 +1,6 @@
 """The model of a Megatron checkpoint as a network of transformers, without a folder in between."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ class OpenedCheckpoint:
     @property
     def iteration(self) -> int:
         return self.checkpoint.iteration
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the tokenizer that the training data was written with; None where it is gone."""
+        args = self.checkpoint.args
+        paths = getattr(args, "train_data_path", None) or getattr(args, "data_path", None) or []
+        for path in map(Path, map(str, paths)):
+            manifest = path.parent / "manifest.json"
+            if manifest.is_file():
+                content = json.loads(manifest.read_text(encoding="utf-8"))
+                return str(content["tokenizer"]["sha256"])
+        return None
 
     def network(self, dtype: torch.dtype) -> Any:
         """The model in evaluation mode on the CPU, its vocabulary cut to the tokenizer's.

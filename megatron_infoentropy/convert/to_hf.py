@@ -64,6 +64,7 @@ def convert_checkpoint(
     iteration: int | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    checksums: bool = True,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> ConversionSummary:
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
@@ -77,6 +78,7 @@ def convert_checkpoint(
         iteration: which iteration of a `--save` folder; by default the latest.
         overwrite: replace an existing output.
         shard_bytes: how large a file of weights may be.
+        checksums: read the whole checkpoint first, to compare it with its manifest if it has one.
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
@@ -87,7 +89,7 @@ def convert_checkpoint(
     """
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
-    opened = MegatronCheckpoint(checkpoint, iteration)
+    opened = MegatronCheckpoint(checkpoint, iteration, checksums=checksums)
     facts = None if tokenizer is None else read_tokenizer(tokenizer)
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
     sources = match_names(opened.tensors, model)

@@ -49,6 +49,7 @@ class CheckpointFlags:
     """What a command line says of checkpoints."""
 
     load: Path | None
+    pretrained: Path | None
     save: Path | None
     step: int | None
     keep_last: int | None
@@ -63,6 +64,7 @@ def checkpoint_flags(words: list[str]) -> CheckpointFlags:
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--load")
+    parser.add_argument("--pretrained-checkpoint")
     parser.add_argument("--save")
     parser.add_argument("--ckpt-step", type=int)
     add_checkpoint_flags(parser)
@@ -72,7 +74,12 @@ def checkpoint_flags(words: list[str]) -> CheckpointFlags:
         raise ValueError(f"--infoentropy-keep-last must be at least 1, got {keep_last}")
     checksums = known.infoentropy_verify_checkpoint == "checksums"
     return CheckpointFlags(
-        _local(known.load), _local(known.save), known.ckpt_step or None, keep_last, checksums
+        load=_local(known.load),
+        pretrained=_local(known.pretrained_checkpoint),
+        save=_local(known.save),
+        step=known.ckpt_step or None,
+        keep_last=keep_last,
+        checksums=checksums,
     )
 
 
@@ -82,7 +89,7 @@ def choose_checkpoint(flags: CheckpointFlags) -> None:
     Raises:
         DamagedCheckpointError: there are checkpoints, and none that can be loaded.
     """
-    if flags.load is None:
+    if not flags.load and not flags.pretrained:
         return
     ranks = VerifyingRanks(flags.checksums)
     if ranks.rank != 0:
@@ -90,17 +97,24 @@ def choose_checkpoint(flags: CheckpointFlags) -> None:
         return
     reason = "rank 0 ended"
     try:
-        choice = choose(flags.load, flags.step, ranks.find_damage)
-        if choice.warning:
-            say(f"WARNING: {choice.warning}")
-        if choice.changes_tracker:
-            point_tracker(flags.load, choice.name)
+        if flags.load:
+            _settle(flags.load, flags.step, ranks)
+        if flags.pretrained:
+            _settle(flags.pretrained, None, ranks)
         reason = ""
     except ValueError as error:
         reason = str(error)
         raise
     finally:
         ranks.dismiss(reason)
+
+
+def _settle(load: Path, step: int | None, ranks: "VerifyingRanks") -> None:
+    choice = choose(load, step, ranks.find_damage)
+    if choice.warning:
+        say(f"WARNING: {choice.warning}")
+    if choice.changes_tracker:
+        point_tracker(load, choice.name)
 
 
 class VerifyingRanks:

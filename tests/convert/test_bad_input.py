@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
 
+from megatron_infoentropy.checkpoints.manifest import write_manifest
 from megatron_infoentropy.convert import (
     IncompleteCheckpointError,
     InvalidWeightsError,
@@ -61,6 +62,19 @@ def test_a_file_of_the_checkpoint_with_other_bytes(folder: Path) -> None:
     path = folder / "save" / PIECES
     path.write_bytes(bytes(path.stat().st_size))
     export_fails(folder, UnreadableCheckpointError, "expected the archive that torch.save writes")
+
+
+def test_a_checkpoint_that_is_not_what_its_manifest_says(folder: Path) -> None:
+    path = folder / "save" / PIECES
+    write_manifest(path.parent)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # a number stays a number: nothing else would notice
+    path.write_bytes(data)
+    words = rf"{path.name} has another SHA-256 than when it was saved: copy it again"
+    export_fails(folder, IncompleteCheckpointError, words)
+    path.write_bytes(data[:-1])
+    with pytest.raises(IncompleteCheckpointError, match="bytes, not"):
+        MegatronCheckpoint(folder / "save")
 
 
 def rewrite_index(folder: Path, change: Callable[[Any], None]) -> None:
