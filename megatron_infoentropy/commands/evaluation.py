@@ -85,8 +85,13 @@ def _source(model: Path, tokenizer: Path | None, iteration: int | None) -> "Mode
             raise ValueError(f"--tokenizer and --iteration are for checkpoints; {model} is none")
         return hugging_face(model)
     opened = open_checkpoint(model, iteration=iteration, tokenizer=tokenizer)
-    facts = {"iteration": opened.iteration}
-    return ModelSource("megatron", opened.tokenizer / "tokenizer.json", opened.network, facts)
+    return ModelSource(
+        kind="megatron",
+        tokenizer=opened.tokenizer / "tokenizer.json",
+        load=opened.network,
+        facts={"iteration": opened.iteration},
+        trained_on=opened.tokenizer_sha256,
+    )
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def open_job(source: ModelSource, data: Path, token_counts: Path, options: Optio
     if options.batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {options.batch_tokens}")
     dataset = open_dataset(data)
-    require_same_tokenizer(source.tokenizer, dataset.tokenizer_sha256)
+    require_same_tokenizer(source, dataset.tokenizer_sha256)
     counts = read_token_counts(token_counts, dataset.vocab_size).sum(axis=0)
     band_of_token = frequency_bands(counts)
     selection = select_documents(dataset, options.max_tokens)

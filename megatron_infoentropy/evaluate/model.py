@@ -24,13 +24,15 @@ class ModelSource:
     """A model that is not loaded yet.
 
     `kind` and `facts` are written into the evaluation; `tokenizer` is the tokenizer.json it was
-    trained with; `load` gives a causal language model of transformers in the dtype asked for.
+    trained with, `trained_on` its hash in the training data's manifest, where that is known; `load`
+    gives a causal language model of transformers in the dtype asked for.
     """
 
     kind: str
     tokenizer: Path
     load: Callable[[torch.dtype], Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,19 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def require_same_tokenizer(path: Path, sha256: str) -> None:
+def require_same_tokenizer(source: ModelSource, sha256: str) -> None:
     """Refuse a model whose tokenizer.json is not the one the data was written with.
 
     Raises:
-        TokenizerMismatchError: tokenizer.json is missing or has another hash.
+        TokenizerMismatchError: tokenizer.json is missing or has another hash, or the training data
+            was written with another one.
     """
+    path = source.tokenizer
+    if source.trained_on not in (None, sha256):
+        raise TokenizerMismatchError(
+            f"the model was trained on data of the tokenizer {source.trained_on}, this data was "
+            f"written with {sha256}: preprocess it with the tokenizer of the training data"
+        )
     found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
     if found != sha256:
         raise TokenizerMismatchError(

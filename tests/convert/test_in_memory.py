@@ -1,5 +1,6 @@
 """A checkpoint opened in memory is the model that its export is, of every family."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def test_a_checkpoint_whose_tokenizer_is_gone_asks_for_it(tmp_path: Path):
         open_checkpoint(save)
     tokenizer = write_tokenizer(tmp_path / "tokenizer", 60)
     assert open_checkpoint(save, tokenizer=tokenizer).tokenizer == tokenizer
+
+
+def test_the_training_data_says_with_which_tokenizer_it_was_written(tmp_path: Path):
+    data = tmp_path / "data" / "train"
+    args = tiny_args(train_data_path=["0.4", str(data / "web"), "0.6", str(data / "code")])
+    save = write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    opened = open_checkpoint(save, tokenizer=write_tokenizer(tmp_path / "tokenizer", 60))
+    assert opened.tokenizer_sha256 is None
+    data.mkdir(parents=True)
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": "abc"}}))
+    assert opened.tokenizer_sha256 == "abc"
 
 
 def test_a_checkpoint_is_known_by_its_files(tmp_path: Path):

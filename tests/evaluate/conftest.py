@@ -4,31 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from token_folder import TOKENIZER, VOCAB, random_documents, write_token_folder
-from transformers import LlamaConfig, LlamaForCausalLM
-
-CONTEXT = 16
+from tiny_llama import write_model
+from token_folder import random_documents, write_token_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-def write_model(folder: Path, seed: int, vocab_size: int = VOCAB) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,  # large, so that the random model is far from uniform
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(TOKENIZER)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, write_model
+from tiny_llama import CONTEXT, write_model
 from token_folder import VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
@@ -22,6 +23,7 @@ from megatron_infoentropy.evaluate.errors import (
     VocabularyMismatchError,
 )
 from megatron_infoentropy.evaluate.evaluation import load_evaluation
+from megatron_infoentropy.evaluate.model import hugging_face
 from megatron_infoentropy.evaluate.perplexity import evaluate_model
 
 
@@ -84,6 +86,12 @@ def test_another_tokenizer_is_refused(dataset, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(TokenizerMismatchError, match="no such file"):
         evaluate(folder, dataset)
+
+
+def test_a_model_trained_on_data_of_another_tokenizer_is_refused(model, dataset):
+    source = replace(hugging_face(model), trained_on="0" * 64)
+    with pytest.raises(TokenizerMismatchError, match="trained on data of the tokenizer 000"):
+        evaluate(source, dataset)
 
 
 def test_another_vocabulary_size_is_refused(model, dataset, tmp_path):

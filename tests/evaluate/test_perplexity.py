@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT
+from tiny_llama import CONTEXT
 from token_folder import EOD, VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
