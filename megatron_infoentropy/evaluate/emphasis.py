@@ -6,6 +6,7 @@ from typing import Any
 from megatron_infoentropy.evaluate.runs import Run
 
 LEVELS = 6  # of colour
+_LEAST_SPAN = 0.25  # of the mean weight, that the colours span: smaller differences stay pale
 
 
 def emphasise(label: str, run: Run) -> dict[str, Any] | None:
@@ -24,14 +25,15 @@ def emphasise(label: str, run: Run) -> dict[str, Any] | None:
     pairs = list(zip(passage["ce"], passage["entropy"], strict=True))
     weights = [weigh(ce, entropy, gamma, sigma) for ce, entropy in pairs]
     mean = sum(weights) / len(weights) or 1.0
-    largest = max(weights) or 1.0
+    least = min(weights)
+    span = max(max(weights) - least, _LEAST_SPAN * mean)
     tokens = [
         {
             "text": text,
             "weight": weight / mean,
             "entropy": entropy,
             "ce": ce,
-            "level": min(int(LEVELS * weight / largest), LEVELS - 1),
+            "level": min(int(LEVELS * (weight - least) / span), LEVELS - 1),
         }
         for text, weight, (ce, entropy) in zip(passage["text"], weights, pairs, strict=True)
     ]

@@ -36,7 +36,10 @@ def _headline_of_several(made: list[Comparison]) -> str:
         others = len(made) - len(shown)
         text += f"; no difference is shown for {others} others." if others else "."
     else:
-        text = f"No difference shown over all tokens between cross entropy and {len(made)} others."
+        text = (
+            f"No difference shown over all tokens between cross entropy and any of {len(made)} "
+            "other settings."
+        )
     rest = [c for c in made if c not in shown]
     buckets = [f"{c.group} is {words}" for c in rest if (words := _shown_buckets(c))]
     return f"{text} By frequency {'; '.join(buckets)} tokens." if buckets else text

@@ -52,7 +52,7 @@ def test_every_figure_is_there_and_nothing_sticks_out(page, width, scheme, media
 
 
 def test_it_prints(page, tmp_path):
-    page.look(width=1280)
+    page.look(width=1280, media="")  # its own: print, while it prints
     printed = Path(os.environ.get("REPORT_PICTURES", tmp_path)) / "report.pdf"
     page.pdf(printed)
     assert printed.read_bytes().startswith(b"%PDF")

@@ -13,7 +13,6 @@ from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
 
-
 EVIL = "<script>alert(1)</script>"
 NOTE = "2 of 6 planned runs are missing: x, y."
 
