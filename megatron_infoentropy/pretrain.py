@@ -45,6 +45,8 @@ def prepare() -> tuple[Any, Any]:
 
     model_config = gpt_config_from_args(args)
     model_config.pre_wrap_hooks.append(announce_size)
+    if args.infoentropy_unscaled_init:
+        model_config.transformer.output_layer_init_method = model_config.transformer.init_method
     vocab_size = get_tokenizer().vocab_size
     batch_weight, observer = GlobalBatchWeight(), TokenObserver(vocab_size)
     is_global = config.normalization == "global"

@@ -62,6 +62,12 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         type=int,
         help="targets of this id take no part in the loss (the published code: 0)",
     )
+    group.add_argument(
+        f"--{PREFIX}-unscaled-init",
+        action="store_true",
+        help="draw every matrix from N(0, init-method-std), also the two that end a layer's "
+        "blocks, whose deviation Megatron divides by sqrt(2 layers)",
+    )
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser
 

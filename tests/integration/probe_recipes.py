@@ -56,6 +56,25 @@ def _parameters(container, rank, world):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def train(output):
+    """Train; write {parameter: standard deviation} of the model as it was built."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain as megatron_pretrain
+
+    from megatron_infoentropy import pretrain
+    from megatron_infoentropy.integration.batch import build_datasets
+
+    container, forward_step = pretrain.prepare()
+
+    def write_down(chunks):
+        named = {name: p for chunk in chunks for name, p in chunk.named_parameters() if p.dim() > 1}
+        output.write_text(json.dumps({name: float(p.std()) for name, p in named.items()}))
+        return chunks
+
+    container.model.pre_wrap_hooks.append(write_down)
+    megatron_pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
 # What a ring sends of the larger side of a collective over k ranks, in units of (k - 1) / k.
 RING = {
     "allreduce_": 2,

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from launch import TINY_MODEL, run_trainer
-from probe_recipes import count_traffic, parse
+from probe_recipes import count_traffic, parse, train
 
-from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch import parsed
 from megatron_infoentropy.launch.dry_run import FlagsRefused, dry_run
@@ -110,12 +109,16 @@ def test_counted_parameters_are_those_of_the_built_stages(variant, tmp_path):
 def test_a_narrow_recipe_trains_on_local_layers(name, objective, tmp_path):
     fp8 = ("transformer-impl", "fp8-format", "fp8-recipe")
     flags = [*words(name, without=fp8), *SMALL, *PLAIN, f"--infoentropy-objective={objective}"]
-    log = run_trainer(1, pretrain.main, (), flags, tmp_path)
+    log = run_trainer(1, train, (tmp_path / "deviations.json",), flags, tmp_path)
     assert f"objective='{objective}'" in log
     curve = read_log(tmp_path / "rank0.log").training
     assert sorted(curve) == [1, 2]
     assert curve[2]["cross entropy"] == pytest.approx(5.545, abs=0.1)  # ln 256, from N(0, 0.01)
     assert curve[1]["learning rate"] == pytest.approx(3e-4)
+    deviations = json.loads((tmp_path / "deviations.json").read_text())
+    assert len(deviations) == 2 + 2 * 4  # embedding, head, four matrices a layer
+    # As published, not 0.005 at this depth in the matrices that end a block.
+    assert deviations == {name: pytest.approx(0.01, rel=0.05) for name in deviations}
 
 
 def sent_in_a_step(tmp_path, layout):
