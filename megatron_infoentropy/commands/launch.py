@@ -73,6 +73,9 @@ def launch(
     join_timeout: Annotated[
         int, typer.Option(min=1, help="seconds that nodes wait for each other")
     ] = 600,
+    store_timeout: Annotated[
+        int, typer.Option(min=1, help="seconds after which a silent first node is given up")
+    ] = 60,
     interface: Annotated[
         str, typer.Option(help="network interface for NCCL, gloo and the rendezvous: ib0, eth0")
     ] = "",
@@ -124,6 +127,7 @@ def launch(
         address=rdzv_endpoint,
         max_restarts=max_restarts,
         join_timeout_s=join_timeout,
+        store_timeout_s=store_timeout,
         save_s=save_seconds,
         python=python or ("python" if container else sys.executable),
     )

@@ -33,8 +33,8 @@ class Cluster:
 
     Without `gpus_per_node` every node has as many as this machine, without `ranks_per_node` as many
     ranks as it has use for. `address` is HOST:PORT of the rendezvous, "" for the first node's;
-    `join_timeout_s` is how long nodes wait for each other, `save_s` how long before a Slurm time
-    limit the training saves.
+    `join_timeout_s` is how long nodes wait for each other, `store_timeout_s` for an answer of the
+    first one, `save_s` how long before a Slurm time limit the training saves.
     """
 
     nodes: int = 1
@@ -48,6 +48,7 @@ class Cluster:
     address: str = ""
     max_restarts: int = 3
     join_timeout_s: int = 600
+    store_timeout_s: int = 60
     save_s: int = 120
     python: str = "python"
 

@@ -67,7 +67,7 @@ FAILURES = (
         "look for the first traceback in the log, and at the other hosts' output",
     ),
     Failure(
-        r"RendezvousTimeoutError",
+        r"RendezvousTimeoutError|no ranks for \d+ s: other nodes did not come",
         "not all nodes came to the rendezvous in time",
         "see which node started no ranks: it must run node.sh with a NODE of its own, and reach "
         "the --rdzv-endpoint; --join-timeout sets how long nodes wait",

@@ -70,38 +70,57 @@ def node_script(plan: Plan) -> str:
         f"  {shlex.quote(cluster.python)} -m torch.distributed.run",
         '  --nnodes "$nodes" --nproc-per-node "$ranks"',
         '  --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id"',
-        f'  --rdzv-conf "is_host=$((node == 0)),join_timeout={cluster.join_timeout_s}"',
+        '  --rdzv-conf "is_host=$((node == 0)),'
+        f'join_timeout={cluster.join_timeout_s},read_timeout={cluster.store_timeout_s}"',
         f"  --max-restarts {cluster.max_restarts}",
         *(['  --local-addr "$address"'] if cluster.interface else []),
         ")",
-        _RUN_AND_STOP.format(entry=ENTRY),
+        _RUN_AND_STOP.format(
+            entry=ENTRY, idle_s=cluster.join_timeout_s + cluster.store_timeout_s
+        ),
     ])  # fmt: skip
 
 
 _RUN_AND_STOP = """
 mkdir -p "$run"
 echo $$ > "$run/node-$node.pid"
-trap 'rm -f "$run/node-$node.pid"' EXIT
 
 # torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save.
 (trap '' USR1; exec "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
 launcher=$!
 
+living_ranks() {{
+  for child in $(cat "/proc/$launcher/task/$launcher/children" 2>/dev/null); do
+    grep -q '^State:[[:space:]]*Z' "/proc/$child/status" || echo "$child"
+  done
+}}
+
 save_and_stop() {{
   trap '' USR1 TERM
   echo "node $node: asked to stop; the ranks save a checkpoint first"
   # Again and again: a rank that is still starting does not listen yet.
-  while kill -0 "$launcher" 2>/dev/null; do
-    read -ra children < "/proc/$launcher/task/$launcher/children" || true
-    if [ "${{#children[@]}}" -gt 0 ]; then
-      kill -USR1 "${{children[@]}}" 2>/dev/null || true
-    else
-      kill -TERM "$launcher" 2>/dev/null || true # it waits for other nodes: nothing to save
-    fi
+  for try in {{1..1000}}; do
+    # Without ranks there is nothing to save: it waits for nodes, in the end deaf to signals.
+    [ "$try" -lt 6 ] && signal=TERM || signal=KILL
+    kill -USR1 $(living_ranks) || kill -$signal "$launcher" || break
     sleep 5
   done > /dev/null 2>&1 &
 }}
 trap save_and_stop USR1 TERM
+
+# Cut off from node 0, torchrun waits for an answer until the kernel gives up: a quarter of an hour.
+watch_for_idleness() {{
+  local idle=0
+  while sleep 1 > /dev/null 2>&1; do
+    [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
+    [ "$idle" -lt {idle_s} ] && continue
+    echo "node $node: no ranks for {idle_s} s: other nodes did not come, or node 0 is not reached"
+    kill -KILL "$launcher"
+  done
+}}
+watch_for_idleness &
+watcher=$!
+trap 'kill "$watcher" 2>/dev/null; rm -f "$run/node-$node.pid"' EXIT
 
 wait "$launcher" || true
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
@@ -190,7 +209,7 @@ done
 stop() {{
   trap '' USR1 TERM
   for node in "${{!hosts[@]}}"; do
-    kill -0 "${{pids[$node]}}" 2>/dev/null || continue
+    kill -0 "${{pids[$node]:-}}" 2>/dev/null || continue
     "${{ssh[@]}}" "${{hosts[$node]}}" "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null &
   done
 }}

@@ -1,0 +1,35 @@
+"""A Slurm that pretends: sbatch, srun and scontrol as programs of a few lines, to be put on PATH.
+
+What they are told is left in NAME.words beside them.
+"""
+
+from pathlib import Path
+
+# sbatch runs the job as Slurm would: output to the file that the script names, in the background.
+SBATCH = """#!/bin/bash
+output=$(sed -n 's/^#SBATCH --output=//p' "$1")
+export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost
+setsid bash "$1" >> "$output" 2>&1 < /dev/null &
+echo $! > "$(dirname "$0")/pid"
+echo "Submitted batch job 77"
+"""
+# srun hands signals to every process of its step, as Slurm does; it ends as its task does.
+SRUN = """#!/bin/bash
+echo "$@" > "$(dirname "$0")/srun.words"
+while [[ $1 == --* ]]; do shift; done
+"$@" &
+task=$!
+trap 'kill -USR1 $task $(pgrep -P $task)' USR1
+wait $task
+while kill -0 $task 2>/dev/null; do wait $task; done
+wait $task
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo "$3"; else echo "$@" >> "$(dirname "$0")/scontrol.words"; fi
+"""
+
+
+def install(folder: Path) -> None:
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)

@@ -1,0 +1,119 @@
+"""A python for torchrun's ranks that need not import Megatron: forks of a server that has.
+
+torchrun starts a rank as `$PYTHON_EXEC -u -m MODULE FLAGS`. Here that is a small program (`client`)
+which has the server fork: the fork takes over its environment, folder, output, network namespace
+and signals, and runs the module as __main__. The client passes signals on and ends as the fork
+does; if it is killed, so is the fork. Everything else (torchrun, rendezvous, scripts) is real.
+
+    quick_ranks.py serve SOCKET               the server
+    quick_ranks.py MODULE...                  the client, by way of QUICK_RANKS=SOCKET
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def client() -> None:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ["QUICK_RANKS"])
+    ignored = [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN]
+    module = sys.argv[sys.argv.index("-m") + 1 :]
+    folder = os.getcwd()  # noqa: PTH109
+    order = {"argv": module, "env": dict(os.environ), "cwd": folder, "ignored": ignored}
+    with open("/proc/self/ns/net", "rb") as network:  # noqa: PTH123
+        text = json.dumps(order).encode()
+        socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2, network.fileno()])
+        connection.sendall(text)
+    rank = int(connection.recv(16))
+
+    def forward(number: int, frame: object) -> None:
+        os.kill(rank, number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    answer = connection.recv(16)
+    code = int(answer) if answer else 1
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+def serve(path: str) -> None:
+    import preloaded  # noqa: F401
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(16)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nannies need no burial
+    print("ready", flush=True)  # noqa: T201
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            nanny(connection)
+        connection.close()
+
+
+def nanny(connection: socket.socket) -> None:
+    """Fork the rank and watch it: its end ends the client, the client's end kills it."""
+    size, descriptors, _, _ = socket.recv_fds(connection, 8, 4)
+    wanted = int.from_bytes(size, "big")
+    text = b""
+    while len(text) < wanted:
+        text += connection.recv(wanted - len(text))
+    order = json.loads(text)
+    rank = os.fork()
+    if rank == 0:
+        connection.close()
+        become_rank(order, descriptors)
+    connection.sendall(str(rank).encode().ljust(16))
+    end = os.pidfd_open(rank)
+    ready, _, _ = select.select([connection, end], [], [])
+    if end not in ready:  # torchrun has killed the client
+        os.kill(rank, signal.SIGKILL)
+    _, status = os.waitpid(rank, 0)
+    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode().ljust(16))
+    os._exit(0)
+
+
+def become_rank(order: dict, descriptors: list[int]) -> None:
+    import runpy
+    import traceback
+
+    os.setsid()
+    *standard, network = descriptors
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+    os.setns(network, os.CLONE_NEWNET)
+    os.environ.clear()
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    for number in FORWARDED:
+        ignored = number in order["ignored"]
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    sys.argv = order["argv"]
+    code = 1
+    try:
+        runpy.run_module(order["argv"][0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2])
+    client()
