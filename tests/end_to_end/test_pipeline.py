@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.runlog import read_log
 
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -132,6 +134,23 @@ def test_both_exports_are_the_same_model(evaluated):
             assert second[kind][name]["nats_per_token"] == pytest.approx(
                 values["nats_per_token"], rel=1e-3
             )
+
+
+def test_a_checkpoint_is_evaluated_as_its_export_is(evaluated, monkeypatch):
+    """Straight from what Megatron saved at TP2, with the tokenizer that its arguments name."""
+    monkeypatch.chdir(evaluated)
+    words = ["evaluate", "whole/checkpoints", "--data", "tokens/test", "--output", "direct"]
+    counts = ["--token-counts", "tokens/train/token_counts.npy", "--device", "cpu"]
+    done = CliRunner().invoke(app, words + counts)
+    assert done.exit_code == 0, done.output
+    direct, exported = (
+        json.loads(Path(run, "evaluation.json").read_text()) for run in ("direct", "whole")
+    )
+    assert (direct["model"]["kind"], direct["model"]["iteration"]) == ("megatron", 12)
+    assert direct["model"]["weights_sha256"] == exported["model"]["weights_sha256"]
+    assert direct["data"] == exported["data"]
+    nats = exported["total"]["nats_per_token"]
+    assert direct["total"]["nats_per_token"] == pytest.approx(nats, rel=1e-6)
 
 
 def test_the_report_is_written(evaluated):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.comparison import Comparison
+from megatron_infoentropy.evaluate.comparison import Comparison, _seeds
 from megatron_infoentropy.evaluate.difficulty import difficulty_sums
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
@@ -126,6 +126,19 @@ def test_settings_of_other_seeds_are_compared_without_pairs(tmp_path):
     assert not comparison.paired
     assert comparison.seeds == [1, 2, 3, 5, 6, 7]
     assert comparison.rows[0].reading == "no difference shown"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1, 2, 3], [2, 3, 4], ([2, 3], [2, 3], True)),
+        ([1, 2, 3], [3, 4], ([1, 2, 3], [3, 4], False)),
+        ([1, 2], [2], ([2], [2], True)),
+        ([1], [2], ([], [], True)),
+    ],
+)
+def test_seeds_are_paired_where_at_least_two_are_shared(first, second, expected):
+    assert _seeds(first, second) == expected
 
 
 def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
