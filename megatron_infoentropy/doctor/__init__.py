@@ -1,0 +1,5 @@
+"""What a machine offers to training, and whether the ranks of a job can work together."""
+
+from megatron_infoentropy.doctor.machine import Finding, examine, find_apex
+
+__all__ = ["Finding", "examine", "find_apex"]

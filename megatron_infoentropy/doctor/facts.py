@@ -1,0 +1,139 @@
+"""What one rank of a job sees: versions, device, disk, data. Gathered and compared in `verdict`."""
+
+import os
+import platform
+import shutil
+import socket
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.writer import file_sha256
+
+PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of the job's processes."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @classmethod
+    def from_environment(cls) -> "Place":
+        """As torchrun says."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one rank; sizes in bytes. `problems` are sentences about what it could not read."""
+
+    rank: int
+    host: str
+    device: str
+    memory: int  # that this rank may use: of its GPU, or its share of the host's
+    disk: int  # free where the run will write
+    versions: dict[str, str]
+    data_tokenizer: str = ""  # SHA-256 in the manifest of the training data
+    tokenizer: str = ""  # of the tokenizer itself
+    clock_s: float = 0.0  # ahead of rank 0's
+    problems: tuple[str, ...] = field(default=())
+
+
+def collect(place: Place, data: Path | None, tokenizer: Path | None, run: Path) -> Facts:
+    """Look; every file of the data is opened by every rank, and read whole by one of them."""
+    found, problems = "", list[str]()
+    if data is not None:
+        found, problems = _look_at_data(place, data)
+    sha256 = ""
+    if tokenizer is not None:
+        try:
+            sha256 = load_tokenizer(tokenizer).sha256
+        except (OSError, ValueError) as error:
+            problems.append(f"the tokenizer cannot be read: {error}")
+    device, memory = _device(place)
+    return Facts(
+        rank=place.rank,
+        host=socket.gethostname(),
+        device=device,
+        memory=memory,
+        disk=shutil.disk_usage(_existing(run)).free,
+        versions=_versions(),
+        data_tokenizer=found,
+        tokenizer=sha256,
+        problems=tuple(problems),
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    import torch
+
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _device(place: Place) -> tuple[str, int]:
+    """(name, bytes of memory that are free for this rank)"""
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(place.local_rank)
+        return torch.cuda.get_device_name(place.local_rank), free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    return f"CPU, {os.cpu_count()} cores", int(available.split()[1]) * 1024 // place.local_world
+
+
+def _look_at_data(place: Place, data: Path) -> tuple[str, list[str]]:
+    """(SHA-256 of the training data's tokenizer, what is wrong)"""
+    problems: list[str] = []
+    tokenizer, number = "", 0
+    for split in SPLITS:
+        try:
+            manifest = load_manifest(data / split)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        if split == "train":
+            tokenizer = manifest.tokenizer.sha256
+        for name, domain in manifest.domains.items():
+            prefix = manifest.prefix(name)
+            try:
+                IndexedReader(prefix)
+                for path, wanted in (
+                    (bin_path(prefix), domain.bin_sha256),
+                    (idx_path(prefix), domain.idx_sha256),
+                ):
+                    mine = number % place.world == place.rank
+                    number += 1
+                    if mine and wanted and file_sha256(path) != wanted:
+                        problems.append(
+                            f"{path} is not what was written: its checksum differs from the "
+                            "manifest's; see `infoentropy verify`, or preprocess it again"
+                        )
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+    return tokenizer, problems

@@ -1,0 +1,115 @@
+"""Ranks that look at each other: two of them for real, and every fault told from facts alone."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from ranks import run_ranks
+
+from megatron_infoentropy.doctor.collectives import Measured, Transfer, clock_ahead_s, measure
+from megatron_infoentropy.doctor.facts import Facts, Place, collect
+from megatron_infoentropy.doctor.job import RankMissing, arrive
+from megatron_infoentropy.doctor.verdict import DISK_BYTES, troubles
+
+GIB = 2**30
+HEALTHY = [
+    Facts(rank, f"host{rank}", "NVIDIA H200", 80 * GIB, 100 * GIB, {"torch": "2.15.0"}, "a", "a")
+    for rank in range(3)
+]
+
+
+def with_fault(**changes):
+    return [*HEALTHY[:2], replace(HEALTHY[2], **changes)]
+
+
+def test_healthy_ranks_have_no_troubles():
+    assert troubles(HEALTHY, [], memory_needed=70 * GIB) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"versions": {"torch": "2.14.0"}}, "torch 2.14.0, elsewhere 2.15.0: install the same"),
+        ({"device": "NVIDIA A100"}, "device NVIDIA A100, elsewhere NVIDIA H200"),
+        ({"clock_s": -7.5}, "its clock is 7.5 s behind rank 0's: synchronise"),
+        ({"disk": DISK_BYTES - 1}, "free for the run folder, wanted are 20.0: make room"),
+        ({"tokenizer": "b"}, "the data were made with another tokenizer (a, here b)"),
+        ({"memory": 71 * GIB}, "71.0 GiB of memory are free, the recipe takes 70.0"),
+        ({"problems": ("no file",)}, "no file"),
+    ],
+)
+def test_every_fault_is_one_sentence_that_names_the_rank(changes, said):
+    found = troubles(with_fault(**changes), [], memory_needed=70 * GIB)
+    assert len(found) == 1
+    assert found[0].startswith("rank 2 (host2): ")
+    assert said in found[0]
+
+
+def test_wrong_results_of_a_collective_are_a_trouble():
+    broken = Measured(Transfer("gradients", "all-reduce", 8, 3), 1.0, (1,))
+    assert "gradients: wrong results on ranks 1: " in troubles(HEALTHY, [broken])[0]
+
+
+def two_ranks():
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    clock = time.time if rank == 0 else lambda: time.time() + 5
+    ahead = clock_ahead_s(rank, 2, clock)
+    transfers = [Transfer("r", "all-reduce", 4096, 2), Transfer("g", "all-gather", 4096, 2)]
+    measured = measure(transfers, torch.device("cpu"))
+    return ahead, [(m.wrong_ranks, m.gbps > 0) for m in measured]
+
+
+def test_two_ranks_measure_a_skewed_clock_and_right_collectives():
+    (zero, first), (ahead, second) = run_ranks(two_ranks, 2)
+    assert zero == 0
+    assert ahead == pytest.approx(5, abs=0.5)
+    assert first == second == [((), True), ((), True)]
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_host():
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, 4, True, timedelta(seconds=5), wait_for_workers=False)
+    store.set("doctor/2", "b")
+    with pytest.raises(RankMissing) as missing:
+        arrive(store, Place(0, 4, 0, 2), 0.3)
+    said = str(missing.value)
+    assert "rank 1 (node 0, " in said
+    assert "rank 3 (node 1, b) did not come within 0.3 s; 2 of 4 are there" in said
+
+
+def test_a_flipped_byte_in_the_data_is_found_by_one_rank(tmp_path):
+    import json
+    import shutil
+
+    from megatron_infoentropy.data.preprocess import preprocess
+    from megatron_infoentropy.data.tokenizer import train_tokenizer
+
+    text = "\n".join(json.dumps({"text": f"word{i} " * 9}) for i in range(300)) + "\n"
+    (tmp_path / "t.jsonl").write_text(text)
+    train_tokenizer(tmp_path / "t.jsonl", tmp_path / "tok", vocab_size=270)
+    from megatron_infoentropy.data.options import Options
+
+    options = Options(split_by=None)
+    preprocess([tmp_path / "t.jsonl"], tmp_path / "tok", tmp_path / "d/train", options=options)
+    for split in ("validation", "test"):
+        shutil.copytree(tmp_path / "d/train", tmp_path / "d" / split)
+
+    def problems():
+        places = [Place(rank, 2, rank, 2) for rank in range(2)]
+        facts = [collect(p, tmp_path / "d", tmp_path / "tok", tmp_path / "new") for p in places]
+        assert all(one.tokenizer == one.data_tokenizer for one in facts)
+        return [problem for one in facts for problem in one.problems]
+
+    assert problems() == []
+    path = next((tmp_path / "d/test").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(bytes(content))
+    assert len(problems()) == 1
+    assert "its checksum differs from the manifest's" in problems()[0]
