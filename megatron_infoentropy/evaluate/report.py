@@ -157,7 +157,7 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "name": run.name,
         "group": group,
         "objective_label": run.objective_label,
-        "info": run.info,
+        "info": run.info | {"command": _portable(run)},
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,
         "training": _series(run.log.training),
@@ -165,6 +165,19 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "observed": _series(run.log.observed),
         "evaluation": run.evaluation.summary if run.evaluation else None,
     }
+
+
+def _portable(run: Run) -> list[str]:
+    """The command with paths as seen from here, or from beside the run: a page gets around."""
+    words = []
+    for word in map(str, run.info["command"]):
+        path = Path(word)
+        roots = [r for r in (Path.cwd(), run.folder.resolve().parent) if path.is_relative_to(r)]
+        if path.is_absolute() and path.name.startswith("python"):
+            words.append("python")
+        else:
+            words.append(str(path.relative_to(roots[0])) if roots else word)
+    return words
 
 
 def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:

@@ -118,3 +118,14 @@ def test_tasks_are_shown_by_setting_with_their_standard_errors(page, data):
 
 def test_missing_runs_are_named_on_the_page(page):
     assert NOTE in page
+
+
+def test_commands_name_no_folder_of_the_machine_that_ran_them(tmp_path, monkeypatch):
+    words = ["/opt/venv/bin/python3", "--save", str(tmp_path / "out" / "a" / "checkpoints"),
+             "--seed", "1", "--data", str(tmp_path / "tokens")]  # fmt: skip
+    run = load_run(write_run(tmp_path / "out" / "a", command=words, evaluated=False))
+    monkeypatch.chdir(tmp_path)
+    command = report_data([run])["runs"][0]["info"]["command"]
+    assert command == ["python", "--save", "out/a/checkpoints", "--seed", "1", "--data", "tokens"]
+    monkeypatch.chdir("/")
+    assert report_data([run])["runs"][0]["info"]["command"][0] == "python"
