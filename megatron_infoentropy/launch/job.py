@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.launch.flags import chosen_flags, ranks_of_a_model
+from megatron_infoentropy.launch.flags import chosen_flags, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.recipe import (
     RecipeError,
     load_plan,
@@ -39,10 +39,11 @@ class TrainingJob:
         """The whole command line of every rank.
 
         Raises:
-            ValueError: a recipe or a dataset that cannot be used.
+            ValueError: a recipe, a setting or a dataset that cannot be used.
         """
         recipe = load_recipe(self.recipe)
         chosen = chosen_flags(device, recipe, self.settings)
+        read_facts([*chosen, *self.extra_flags])  # what was mistyped, before any file is opened
         return [*chosen, *to_command_line(self._paths(recipe)), *self.extra_flags]
 
     def _paths(self, recipe: dict[str, Any]) -> dict[str, Any]:
