@@ -11,11 +11,13 @@ and, where it is detached, w are constants in the backward pass. In evaluation t
 cross entropy whatever the objective.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
@@ -29,6 +31,8 @@ from megatron_infoentropy.integration.output import OutputSettings, statistics_p
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
+
+logger = logging.getLogger(__name__)
 
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest seen is reported, as in Megatron
 
@@ -160,7 +164,7 @@ def _reject_bad_loss(loss: torch.Tensor) -> None:
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             rerun.validate_result(
                 result=loss,
-                rejection_func=is_bad,
+                rejection_func=partial(_is_bad, name, is_bad),
                 message=f"found {name} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,
@@ -175,3 +179,12 @@ def _reject_bad_loss(loss: torch.Tensor) -> None:
             tolerance=0.0,
             fatal=False,
         )
+
+
+def _is_bad(name: str, is_bad: Callable[[torch.Tensor], torch.Tensor], loss: torch.Tensor) -> bool:
+    """Whether a loss is `name`; if so, says where, since Megatron counts iterations from 2."""
+    found = bool(is_bad(loss))
+    if found:
+        rank, iteration = dist.get_rank(), get_args().curr_iteration + 1
+        logger.error(f"rank {rank}: the loss is {name} at iteration {iteration}, training stops")
+    return found

@@ -28,6 +28,18 @@ FAILURES = (
         "complete checkpoint",
     ),
     Failure(
+        r"Worker failure: An error is caught .*OSError",
+        "a checkpoint could not be written, most often because its disk is full",
+        "make room where --save is, or keep fewer with --infoentropy-keep-last; training goes on "
+        "from the last complete checkpoint",
+    ),
+    Failure(
+        r"DamagedCheckpointError: ",
+        "none of the checkpoints can be loaded",
+        "the log names each file and what is wrong with it; copy them again, or give another "
+        "--load",
+    ),
+    Failure(
         r"CUDA out of memory|OutOfMemoryError",
         "a GPU's memory does not hold the training",
         "use a smaller micro-batch-size, more tensor or pipeline parallelism, "

@@ -18,6 +18,11 @@ def test_every_cause_stands_in_the_docs(failure):
     ("log", "said"),
     [
         ("OSError: [Errno 28] No space left on device", "a disk is full"),
+        (
+            "RuntimeError: Worker failure: An error is caught while x, error: <class 'OSError'>",
+            "full",
+        ),
+        ("x.DamagedCheckpointError: a/b has 1 bytes, not 2", "none of the checkpoints"),
         ("Timed out waiting 5000ms for recv operation to complete", "a host or its network"),
         ("Connection closed by peer [10.0.0.2]", "lost its connection"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "a GPU's memory"),

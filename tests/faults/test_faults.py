@@ -1,0 +1,82 @@
+"""What happens to a training that is killed, damaged, held up or starved of disk, once each.
+
+Counted forms, of dozens of trials each, are in test_counted_faults.py.
+"""
+
+import os
+import subprocess
+
+import faulty_run
+import pytest
+from ranks_to_kill import RANKS, Training, run_to_end
+from trials import check, complete_iterations, disturb, kill_while_saving
+
+from megatron_infoentropy.launch.failures import explain
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Of the training that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run_to_end(folder / "ranks", folder / "save").losses
+
+
+def test_killed_damaged_and_cut_off_it_ends_as_if_nothing_had_happened(losses, tmp_path):
+    disturb(tmp_path, losses, 1, 0, kill_while_saving)
+    save = tmp_path / "save0"
+    *_, before, newest = complete_iterations(save)
+    path = save / f"iter_{newest:07d}" / "__1_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    training = run_to_end(tmp_path / "flipped", save)
+    check(training, before, losses)
+    assert f"{path} has another SHA-256 than when it was saved: training goes on" in training.log(0)
+    assert complete_iterations(save)[-1] == newest  # saved anew
+
+    path.write_bytes(path.read_bytes()[:-100])
+    training = run_to_end(tmp_path / "cut off", save)
+    check(training, before, losses)
+    assert f"{path} has {len(data) - 100} bytes, not {len(data)}: training" in training.log(0)
+
+
+def test_a_late_rank_changes_nothing_and_nan_in_one_rank_stops_all(losses, tmp_path):
+    with Training(tmp_path / "ranks", tmp_path / "save", entry=faulty_run.main) as training:
+        codes = training.wait()
+    assert 0 not in codes
+    check(training, 0, losses)
+    assert max(training.losses) == faulty_run.BROKEN - 1
+    reason = explain(training.log(0) + training.log(1))
+    assert reason.startswith("the loss of a rank became NaN or infinite")
+    rank, iteration = faulty_run.FAULTY_RANK, faulty_run.BROKEN
+    assert f"rank {rank}: the loss is NaN at iteration {iteration}, training stops" in training.log(
+        1
+    )
+    # Megatron saves the state before the step that failed, so that it can be tried again.
+    assert complete_iterations(tmp_path / "save") == [4, faulty_run.BROKEN - 1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that is a file system of its own, with room for two checkpoints and a bit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_complete_checkpoint(losses, tmp_path, small_disk):
+    save = small_disk / "save"
+    with Training(tmp_path / "full", save) as training:
+        codes = training.wait()
+    assert codes != [0] * RANKS
+    check(training, 0, losses)
+    reason = explain(training.log(0) + training.log(1))
+    assert reason.startswith("a checkpoint could not be written, most often because its disk is f")
+    complete = complete_iterations(save)
+    assert complete
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    check(run_to_end(tmp_path / "room", save), complete[-1], losses)
