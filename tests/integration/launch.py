@@ -9,10 +9,15 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
@@ -72,6 +77,19 @@ def run_trainer(
         log = (folder / f"rank{failed[0]}.log").read_text()
         raise AssertionError(f"exit codes {codes}; rank {failed[0]}:\n{log[-5000:]}")
     return (folder / "rank0.log").read_text()
+
+
+def run_forked(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """[function(*arguments) on rank 0, 1, ...]: `ranks.run_ranks` where Megatron is imported."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_trainer(ranks, _answer, (function, arguments, folder), [], folder)
+        return [torch.load(folder / str(rank)) for rank in range(ranks)]
+
+
+def _answer(function, arguments, folder):
+    dist.init_process_group("gloo")
+    torch.save(function(*arguments), folder / str(dist.get_rank()))
 
 
 def _end_group(process):

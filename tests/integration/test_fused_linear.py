@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from launch import TINY_MODEL, run_trainer
-from ranks import run_ranks
+from launch import TINY_MODEL, run_forked, run_trainer
 from test_gradient_oracle import (
     GAMMAS,
     LAYOUTS,
@@ -113,7 +112,7 @@ def both_on_rank():
 
 
 def test_values_and_gradients_are_those_of_megatrons_own_layer():
-    for theirs, ours in run_ranks(both_on_rank, 2):
+    for theirs, ours in run_forked(both_on_rank, 2):
         for mine, other in zip(ours, theirs, strict=True):
             assert_within(mine, other, rtol=2e-6, atol=2e-5)
 

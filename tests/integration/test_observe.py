@@ -10,8 +10,7 @@ import plain_run
 import pytest
 import torch
 import torch.distributed as dist
-from launch import TINY_MODEL, run_trainer
-from ranks import run_ranks
+from launch import TINY_MODEL, run_forked, run_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -84,7 +83,7 @@ def test_a_report_is_over_all_tokens_of_all_ranks():
     ce = torch.cat([s.cross_entropy.flatten() for s, *_ in every])[keep].double()
     entropy = torch.cat([s.entropy.flatten() for s, *_ in every])[keep].double()
     weight = torch.cat([w.flatten() for _, w, _ in every])[keep].double()
-    for found, drawn in run_ranks(report_on_rank, 2):
+    for found, drawn in run_forked(report_on_rank, 2):
         assert found["perplexity"] == pytest.approx(float(ce.mean().exp()), rel=1e-6)
         for percent in (10, 50, 90):
             expected = float(entropy.quantile(percent / 100))

@@ -1,13 +1,14 @@
 """The trainer's loss function alone, over gloo ranks: alpha by data and context parallel groups."""
 
 import functools
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
+from launch import run_forked
 from oracle import dense_statistics, dense_weight
-from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig
 
@@ -48,13 +49,31 @@ def loss_on_rank(layout, settings):
     return loss.detach(), int(count), report, output.grad
 
 
-@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
-@pytest.mark.parametrize("layout", ["data 4", "context 2, data 2"])
-@pytest.mark.parametrize("objective", ["infoentropy", "focal"])
-@pytest.mark.parametrize("normalization", ["paper", "global", "none"])
-def test_sum_gradient_and_report_equal_the_formulas(normalization, objective, layout, detach):
-    settings = {"objective": objective, "gamma": 2.0, "normalization": normalization}
-    results = run_ranks(loss_on_rank, 4, layout, settings | {"detach_weight": detach})
+NORMALIZATIONS, OBJECTIVES = ("paper", "global", "none"), ("infoentropy", "focal")
+LAYOUTS = ("data 4", "context 2, data 2")
+CASES = list(product(NORMALIZATIONS, OBJECTIVES, LAYOUTS, (True, False)))
+
+
+def losses_on_rank():
+    """{case: what loss_on_rank gives}: one start of the ranks serves all."""
+    names = ("normalization", "objective", "detach_weight")
+    return {
+        (normalization, objective, layout, detach): loss_on_rank(
+            layout, dict(zip(names, (normalization, objective, detach), strict=True), gamma=2.0)
+        )
+        for normalization, objective, layout, detach in CASES
+    }
+
+
+@pytest.fixture(scope="module")
+def results_by_rank():
+    return run_forked(losses_on_rank, 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_sum_gradient_and_report_equal_the_formulas(case, results_by_rank):
+    normalization, objective, layout, detach = case
+    results = [results[case] for results in results_by_rank]
     parts = []
     for rank in range(4):
         output, mask = make_output(rank)
@@ -112,4 +131,4 @@ def collectives_of(settings):
     ids=str,
 )
 def test_alpha_costs_a_collective_only_where_it_is_not_one(settings, count):
-    assert run_ranks(collectives_of, 4, settings) == [count] * 4
+    assert run_forked(collectives_of, 4, settings) == [count] * 4
