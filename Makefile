@@ -33,7 +33,7 @@ lint: $(READY)
 
 # The loss beside its peers. OUTPUT=tools/results writes the result file (only at a clean commit).
 bench: $(READY)
-	$(BIN)/infoentropy bench --grid small --hidden 256 $(if $(OUTPUT),--output $(OUTPUT))
+	$(BIN)/infoentropy bench --grid small --hidden 256 --steps 20 $(if $(OUTPUT),--output $(OUTPUT))
 
 # Every shape on one large GPU, with the bytes that ncu counts. PYTHON=... uses another environment
 # than .venv; where there is no git, INFOENTROPY_COMMIT=... names the commit.
