@@ -82,7 +82,7 @@ def _read(state: dict[str, Any]) -> Index:
         if value.state.get("transform_descriptors"):
             raise ValueError(f"{key.state['fqn']} is compressed")
         info = value.state
-        place = Place(str(info["relative_path"]), info["offset"], info["length"])
+        place = _place(info)
         offset = key.state.get("offset")
         if offset is None:
             objects[key.state["fqn"]] = place
@@ -100,6 +100,15 @@ def _read(state: dict[str, Any]) -> Index:
     return Index(tensors, objects)
 
 
+def _place(info: dict[str, Any]) -> Place:
+    file, start, length = str(info["relative_path"]), info["offset"], info["length"]
+    if file in ("", ".", "..") or "/" in file or "\0" in file:
+        raise ValueError(f"{file!r} is no name of a file in this folder")
+    if not all(isinstance(number, int) and number >= 0 for number in (start, length)):
+        raise ValueError(f"{file} has a piece at {start!r} of {length!r} bytes")
+    return Place(file, start, length)
+
+
 def require_complete(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     """Look whether every piece is on disk, without reading it.
 
@@ -108,7 +117,12 @@ def require_complete(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     """
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name, tensor in tensors.items():
-        for _, _, (file, start, length) in tensor.pieces:
+        for _, shape, (file, start, length) in tensor.pieces:
+            if math.prod(shape) * tensor.dtype.itemsize > length:
+                raise UnreadableCheckpointError(
+                    f"{folder / '.metadata'} says that {length} bytes hold {list(shape)} numbers "
+                    f"of {name}: it is damaged"
+                )
             if sizes.get(file, -1) < start + length:
                 has = f"has {sizes[file]} bytes" if file in sizes else "is missing"
                 raise IncompleteCheckpointError(

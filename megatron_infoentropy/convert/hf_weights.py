@@ -77,8 +77,7 @@ class HuggingFaceWeights:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """{tensor: file} of the index; None where there is one file without an index."""
     if (folder / INDEX).is_file():
-        content: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        return content
+        return _read_index(folder / INDEX)
     if not (folder / _WHOLE).is_file():
         other = [path.name for path in folder.glob("*.bin")]
         raise UnreadableCheckpointError(
@@ -86,6 +85,17 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             "are pickles: load the model with transformers and save it again as safetensors"
         )
     return None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        for file in files.values():
+            if file in ("", ".", "..") or "/" in file or "\0" in file:
+                raise ValueError(f"{file!r} is no name of a file in this folder")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableCheckpointError(f"{path} is no index of weights: {error}") from None
+    return files
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
@@ -98,7 +108,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
         try:
             entries: dict[str, Any] = json.loads(file.read(length) if length <= _MAX_HEADER else "")
             entries.pop("__metadata__", None)
-        except (ValueError, AttributeError):
+            _require_numbers(entries)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UnreadableCheckpointError(
                 f"{path} is no safetensors file, or a damaged one; copy it again"
             ) from None
@@ -121,3 +132,12 @@ def _stored(path: Path, after_header: int, name: str, entry: dict[str, Any]) -> 
         )
     start = after_header + entry["data_offsets"][0]
     return Stored(path, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _require_numbers(entries: dict[str, Any]) -> None:
+    for entry in entries.values():
+        numbers = [*entry["shape"], *entry["data_offsets"]]
+        if not entry["data_offsets"] or not isinstance(entry["dtype"], str):
+            raise ValueError("an entry without offsets or dtype")
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("a size that is none")

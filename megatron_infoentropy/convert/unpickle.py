@@ -15,11 +15,6 @@ from typing import Any
 
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 
-_PLAIN = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-}
-
 
 class StandIn:
     """What an object of a class outside the allow-list is read as."""
@@ -53,7 +48,12 @@ class StandIn:
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
-        self._allowed = {**_PLAIN, **allowed}
+        self._allowed = {
+            # A pickle may set attributes of a class it names: this one is its own.
+            ("argparse", "Namespace"): type("Namespace", (argparse.Namespace,), {}),
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            **allowed,
+        }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         real = self._allowed.get((module_name, global_name))

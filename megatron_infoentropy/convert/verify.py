@@ -118,10 +118,14 @@ def verify_conversion(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     opened = MegatronCheckpoint(checkpoint, iteration)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, dtype=torch.float32
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
     ).eval()
     logits = _compare_logits(ReferenceModel(opened, config.dtype), model, sequences)
     if imported:
@@ -139,7 +143,7 @@ def memory_needed(folder: Path, length: int) -> int:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     parameters = stored / config.dtype.itemsize
     table = config.vocab_size * config.hidden_size

@@ -15,6 +15,7 @@ from megatron_infoentropy.data.compression import (
 )
 
 BLOCK_BYTES = 1 << 19
+MAX_LINE_BYTES = 1 << 28  # a hundred times a long book; more is no document
 
 
 class BrokenLineError(ValueError):
@@ -81,6 +82,11 @@ def read_blocks(
             block = _block(path, lines + b"\n", at)
             yield block
             at, pieces, size = block.end, [rest], len(rest)
+        if size > MAX_LINE_BYTES:
+            damage = DamagedFileError(
+                f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no document"
+            )
+            break
     data = b"".join(pieces)
     if damage is not None:  # the line that was cut is not one that the file holds
         data = data[: data.rfind(b"\n") + 1]

@@ -1,7 +1,8 @@
 """The bytes of a text file, decompressed as they are read: plain, `.zst` or `.gz`.
 
 A compressed file may consist of several frames or members (concatenated files do). Each must be
-complete: a truncated download is an error, not a shorter corpus.
+complete: a truncated download is an error, not a shorter corpus. So is a file of a few bytes that
+decompresses without end: text shrinks ten times, such files ten thousand times.
 """
 
 import zlib
@@ -13,6 +14,8 @@ import zstandard
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 _READ_BYTES = 1 << 16  # of the file as it is on disk
+_SLICE_BYTES = 1 << 12  # decompressed at once: to 128 MiB at most, whatever a file holds
+MAX_RATIO, FREE_BYTES = 1000, 1 << 30  # a file may grow so many times, or to so many bytes
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs; memory is only taken if the file asks for it
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -72,20 +75,33 @@ def _decompressed(
 ) -> Iterator[bytes]:
     """Frame after frame; the libraries' own file readers end quietly on a truncated one."""
     frame = None
-    empty = True
-    for block in blocks:
-        advance(len(block))
-        empty = False
-        while block:
+    taken = given = 0
+    for part in _slices(blocks, advance):
+        taken += len(part)
+        while part:
             frame = frame or new_frame()
             try:
-                yield frame.decompress(block)
+                text = frame.decompress(part)
             except error_type as error:
                 raise DamagedFileError(f"damaged compressed data here or later: {error}") from error
-            block = frame.unused_data if frame.eof else b""
+            given += len(text)
+            if given > max(FREE_BYTES, MAX_RATIO * taken):
+                raise DamagedFileError(
+                    f"{taken} compressed bytes became more than {given // 10**6} MB, which text "
+                    "does not; if it is meant so, decompress the file first"
+                )
+            yield text
+            part = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
-    if empty or frame is not None:
+    if not taken or frame is not None:
         raise DamagedFileError("the compressed data ends inside a frame: the file is truncated")
+
+
+def _slices(blocks: Iterator[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+    for block in blocks:
+        advance(len(block))
+        for start in range(0, len(block), _SLICE_BYTES):
+            yield block[start : start + _SLICE_BYTES]
 
 
 _FRAMES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {

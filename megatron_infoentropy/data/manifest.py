@@ -142,6 +142,10 @@ def load_manifest(folder: Path) -> Manifest:
 
 def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
     shard = content.get("shard")
+    for facts in content["domains"].values():
+        prefix = facts["prefix"]
+        if prefix in ("", ".", "..") or "/" in prefix or "\0" in prefix:
+            raise ValueError(f"the prefix {prefix!r} is no name of a file in this folder")
     return Manifest(
         folder=folder,
         tokenizer=TokenizerFacts(**content["tokenizer"]),

@@ -66,7 +66,7 @@ def test_training_arguments_are_read_with_stand_ins_for_other_classes() -> None:
         defaults=collections.defaultdict(list, key=[2]),
     )
     loaded = unpickle(pickle.dumps(args))
-    assert type(loaded) is argparse.Namespace
+    assert isinstance(loaded, argparse.Namespace)
     assert (loaded.num_layers, loaded.betas, loaded.groups["a"]) == (4, (0.9, 0.95), [1])
     assert repr(loaded.attention_backend) == "Backend(5,)"
     assert isinstance(loaded.defaults, StandIn)

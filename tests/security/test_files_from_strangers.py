@@ -1,0 +1,135 @@
+"""Files made to do harm: names that lead out of a folder, data that swells, pickles that act."""
+
+import io
+import json
+import os
+import pickle
+import zlib
+from argparse import Namespace
+
+import pytest
+import torch
+import zstandard
+
+from megatron_infoentropy.convert import UnreadableCheckpointError
+from megatron_infoentropy.convert.distcp import _place
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.unpickle import unpickle
+from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
+from megatron_infoentropy.data.manifest import load_manifest
+
+OUTSIDE = ["../secret", "/etc/passwd", "..", ".", "", "a/../../b", "sub/a", "a\0"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_dataset_manifest_cannot_name_files_elsewhere(tmp_path, name):
+    facts = {"prefix": name, "documents": 1, "tokens": 1, "bytes": 1}
+    tokenizer = {"sha256": "0", "vocab_size": 10, "eod_id": 0}
+    content = {"format": 1, "tokenizer": tokenizer, "dtype": "uint16", "append_eod": True}
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, "domains": {"a": facts}}))
+    with pytest.raises(ValueError, match="is no name of a file in this folder"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_of_weights_cannot_name_files_elsewhere(tmp_path, name):
+    index = {"weight_map": {"tensor": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnreadableCheckpointError, match="is no name of a file in this folder"):
+        HuggingFaceWeights(tmp_path)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_of_a_checkpoint_cannot_name_files_elsewhere(name):
+    with pytest.raises(ValueError, match="is no name of a file in this folder"):
+        _place({"relative_path": name, "offset": 0, "length": 10})
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = unpickle(pickle.dumps(Harm()))
+    assert type(said).__name__ == "mkdir"
+    assert said.arguments == ("harmed",)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_changes_no_class_of_the_process():
+    # the class itself, then BUILD with (None, {"trust_remote_code": True})
+    data = b"\x80\x02cargparse\nNamespace\nN}X\x11\x00\x00\x00trust_remote_code\x88s\x86b."
+    unpickle(data)
+    assert not hasattr(Namespace, "trust_remote_code")
+
+
+def zeros(suffix: str, size: int) -> bytes:
+    if suffix == ".zst":
+        return zstandard.ZstdCompressor(level=19).compress(bytes(size))
+    compressor = zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS)
+    return compressor.compress(bytes(size)) + compressor.flush()
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """A thousandth of the real ones, so that a bomb takes a moment."""
+    monkeypatch.setattr(compression, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(compression, "MAX_RATIO", 100)
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1 << 18)
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+def test_a_file_that_swells_is_refused_by_name(tmp_path, small_limits, monkeypatch, suffix):
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1 << 40)
+    path = tmp_path / f"bomb.jsonl{suffix}"
+    path.write_bytes(zeros(suffix, 30 << 20))
+    with pytest.raises(BrokenLineError, match=r"compressed bytes became more than \d+ MB"):
+        list(read_blocks(path))
+
+
+def test_a_line_without_end_is_refused_after_those_before_it(tmp_path, small_limits):
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b"first\nsecond\n" + b"x" * (1 << 20))
+    found = []
+    with pytest.raises(BrokenLineError, match=r"long.jsonl:3: a line of more than 0 MiB"):
+        found.extend(read_blocks(path))
+    text = b"".join(block.data for block in read_until_broken(path))
+    assert text == b"first\nsecond\n"
+
+
+def read_until_broken(path):
+    try:
+        yield from read_blocks(path)
+    except BrokenLineError:
+        return
+
+
+def test_one_step_of_a_bomb_is_bounded(tmp_path):
+    """What is held at once, with the real limits, not the gigabytes that one frame asks."""
+    path = tmp_path / "bomb.jsonl.zst"
+    path.write_bytes(zeros(".zst", 400 << 20))
+    largest = max(len(chunk) for chunk in compression.read_chunks(path, lambda _: None))
+    assert largest <= 128 << 20
+
+
+def test_megatrons_switch_for_code_of_tokenizers_is_refused():
+    from megatron_infoentropy import InfoEntropyConfig
+    from megatron_infoentropy.integration.arguments import check_megatron_args
+
+    with pytest.raises(ValueError, match="--trust-remote-code is refused"):
+        check_megatron_args(Namespace(trust_remote_code=True), InfoEntropyConfig())
+
+
+def test_torch_reads_only_weights_by_default():
+    """What Megatron relies on when it calls torch.load: from torch 2.6 on."""
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(io.BytesIO(_saved(Harm())))
+
+
+def _saved(thing) -> bytes:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return file.getvalue()
