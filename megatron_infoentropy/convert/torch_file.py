@@ -26,6 +26,9 @@ _STORAGES = {  # of torch.save, where the dtype is not said beside the tensor
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
 }
+# What zipfile raises for archives that are damaged.
+_DAMAGE = (zipfile.BadZipFile, ValueError, LookupError, OSError, EOFError, struct.error)
+_DAMAGE += (OverflowError, RuntimeError, NotImplementedError, AssertionError)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 
 
@@ -46,13 +49,13 @@ def find_tensor(path: Path, offset: int, length: int) -> Extent:
     with path.open("rb") as file:
         archive = _open(_Window(file, offset, length), path, offset)
         names = {name.rpartition("/")[2]: name for name in archive.namelist()}
-        rebuilt = unpickle(archive.read(names["data.pkl"]), DTYPES)
+        rebuilt = unpickle(_read(archive, names.get("data.pkl", ""), path), DTYPES)
         dtype, skipped, shape, strides = _describe(rebuilt, path, offset)
         if strides != _contiguous(shape):
             raise UnreadableCheckpointError(
                 f"{path} at byte {offset}: expected a contiguous tensor, got strides {strides}"
             )
-        numbers = archive.getinfo(names["data.pkl"].removesuffix("data.pkl") + "data/0")
+        numbers = _stored(archive, names["data.pkl"].removesuffix("data.pkl") + "data/0", path)
         file.seek(offset + numbers.header_offset)
         header = file.read(_LOCAL_HEADER.size)
         start = offset + numbers.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
@@ -70,18 +73,40 @@ def load_object(data: bytes, where: str) -> Any:
     archive = _open(io.BytesIO(data), where, 0)
     for name in archive.namelist():
         if name.endswith("/data.pkl"):
-            return unpickle(archive.read(name), DTYPES)
+            return unpickle(_read(archive, name, where), DTYPES)
     raise UnreadableCheckpointError(f"{where} holds an archive that torch.save did not write")
 
 
 def _open(file: Any, where: object, offset: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
+    except _DAMAGE:
         raise UnreadableCheckpointError(
             f"{where} at byte {offset}: expected the archive that torch.save writes, got something "
             "else; the file is damaged or was cut off, copy it again"
         ) from None
+
+
+def _stored(archive: zipfile.ZipFile, name: str, where: object) -> zipfile.ZipInfo:
+    """A member as torch.save writes them: uncompressed, so that it cannot swell."""
+    try:
+        member = archive.getinfo(name)
+    except KeyError:
+        raise UnreadableCheckpointError(
+            f"{where} holds an archive that torch.save did not write: no {name or 'data.pkl'}"
+        ) from None
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+        raise UnreadableCheckpointError(f"{where}: {name} is compressed, which torch.save never is")
+    return member
+
+
+def _read(archive: zipfile.ZipFile, name: str, where: object) -> bytes:
+    try:
+        return archive.read(_stored(archive, name, where))
+    except UnreadableCheckpointError:
+        raise
+    except _DAMAGE as error:
+        raise UnreadableCheckpointError(f"{where}: {name} is damaged ({error})") from None
 
 
 def _describe(

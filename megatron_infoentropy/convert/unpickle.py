@@ -15,6 +15,12 @@ from typing import Any
 
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 
+# What the standard library's unpickler raises for bytes that are no pickle of plain data.
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError),
+    *(OverflowError, MemoryError, RecursionError, ImportError, AssertionError),
+)
+
 
 class StandIn:
     """What an object of a class outside the allow-list is read as."""
@@ -71,7 +77,7 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
     """
     try:
         return _Unpickler(data, allowed or {}).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError) as error:
+    except _DAMAGE as error:
         raise UnreadableCheckpointError(
             f"expected a pickle of plain data, got one that fails: {error}"
         ) from error

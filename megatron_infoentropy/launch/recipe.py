@@ -13,6 +13,7 @@ The other section names are for the reader. Keys are Megatron's flags (or --info
 dashes.
 """
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
                 continue
             if name in flags:
                 raise RecipeError(f"{path}: flag {name!r} is given twice")
-            if isinstance(value, dict):
+            if not isinstance(name, str):
+                raise RecipeError(f"{path}: expected the name of a flag, got {name!r}")
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(item, dict | list | set | tuple) for item in values):
                 raise RecipeError(f"{path}: flag {name!r} has a section as its value")
             flags[name] = value
     return flags
@@ -69,7 +73,8 @@ def load_plan(path: Path) -> Plan:
             )
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
             raise RecipeError(
-                f"{path}: {LAUNCH}: {name} must be of type {kinds[name].__name__}, got {value!r}"
+                f"{path}: {LAUNCH}: {name} must be of type {kinds[name].__name__}, got "
+                f"{reprlib.repr(value)}"
             )
     if entries.get("ranks", 1) < 1:
         raise RecipeError(f"{path}: {LAUNCH}: ranks must be at least 1, got {entries['ranks']}")
@@ -81,14 +86,16 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the examples folder has some") from None
-    except yaml.YAMLError as error:
+    # Dates of no calendar, bytes that are no text, brackets without end are no YAMLError.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(sections, dict):
         raise RecipeError(f"{path}: expected sections of flags, got {type(sections).__name__}")
     for section, entries in sections.items():
         if not isinstance(entries, dict):
             raise RecipeError(
-                f"{path}: section {section!r} must hold `flag: value` lines, got {entries!r}"
+                f"{path}: section {section!r} must hold `flag: value` lines, got "
+                f"{reprlib.repr(entries)}"
             )
     return sections
 
