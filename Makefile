@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test test-slow lint bench bench-gpu build status status-readme clean
+.PHONY: demo test test-slow fuzz sanitize audit lint bench bench-gpu build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -25,6 +25,17 @@ test: $(READY)
 # The long forms (faults, kills, fuzzing), whose short forms are in `make test`: hours.
 test-slow: $(READY)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+
+# Every reader of files, 30 minutes or 10 million inputs each; nightly. SECONDS_EACH=60 is a look.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(SECONDS_EACH),1800)
+
+# The CPU kernels under the address, undefined-behaviour and thread sanitizers.
+sanitize:
+	tools/sanitize.sh
+
+audit:
+	tools/audit.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,12 +17,10 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
 from mutate import mutated
 from seeds import CORPUS, seeds_of
 
+ROOT = Path(__file__).parents[2]
 LOG = ROOT / "tools" / "results" / "fuzz_cpu.csv"
 FIELDS = ("harness", "engine", "executions", "seconds", "findings", "commit", "date")
 NAMES = ("text", "index", "recipe", "metadata", "arguments", "weights", "manifest")
