@@ -95,9 +95,20 @@ def _read(state: dict[str, Any]) -> Index:
         sizes = {tuple(c.state["offsets"]): tuple(c.state["sizes"]) for c in entry.state["chunks"]}
         found = places.get(name, {})
         pieces = tuple(Piece(at, sizes[at], place) for at, place in found.items())
-        properties = entry.state["properties"].state
-        tensors[name] = StoredTensor(tuple(entry.state["size"]), properties[0], pieces)
+        dtype = entry.state["properties"].state[0]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name} has no dtype that is known: {dtype!r:.80}")
+        shape = tuple(entry.state["size"])
+        _require_sizes(name, shape, *(piece[:2] for piece in pieces))
+        tensors[name] = StoredTensor(shape, dtype, pieces)
     return Index(tensors, objects)
+
+
+def _require_sizes(name: str, shape: Any, *pieces: tuple[Any, Any]) -> None:
+    for numbers in (shape, *(part for piece in pieces for part in piece)):
+        fits = len(numbers) == len(shape)
+        if not fits or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
+            raise ValueError(f"{name} has the shape {shape!r:.80} with a piece {numbers!r:.80}")
 
 
 def _place(info: dict[str, Any]) -> Place:

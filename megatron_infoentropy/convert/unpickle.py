@@ -10,6 +10,7 @@ import argparse
 import collections
 import io
 import pickle
+import pickletools
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,18 @@ class _Unpickler(pickle.Unpickler):
         return StandIn(pid)
 
 
+def _require_bounded(data: bytes) -> None:
+    """Look for the few bytes that have the unpickler take any amount of memory at once.
+
+    Raises:
+        ValueError: a bytearray, whose size is taken before it is read, or a far place in the memo.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data)
+        if is_place or opcode.name == "BYTEARRAY8":
+            raise ValueError(f"{opcode.name} {argument!r:.40} in {len(data)} bytes")
+
+
 def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) -> Any:
     """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins.
 
@@ -76,6 +89,7 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
         UnreadableCheckpointError: the bytes are not a complete pickle.
     """
     try:
+        _require_bounded(data)
         return _Unpickler(data, allowed or {}).load()
     except _DAMAGE as error:
         raise UnreadableCheckpointError(

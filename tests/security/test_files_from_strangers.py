@@ -66,6 +66,14 @@ def test_a_pickle_changes_no_class_of_the_process():
     assert not hasattr(Namespace, "trust_remote_code")
 
 
+@pytest.mark.parametrize(
+    "data", [b"\x80\x05\x96" + b"\xff" * 5 + bytes(3) + b".", b"\x80\x02Nr\xff\xff\xff\x7f."]
+)
+def test_a_pickle_of_a_few_bytes_takes_no_gigabytes(data):
+    with pytest.raises(UnreadableCheckpointError, match="expected a pickle of plain data"):
+        unpickle(data)
+
+
 def zeros(suffix: str, size: int) -> bytes:
     if suffix == ".zst":
         return zstandard.ZstdCompressor(level=19).compress(bytes(size))
