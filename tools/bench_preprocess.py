@@ -220,12 +220,17 @@ def compare(
             {
                 "provider": name,
                 "whole_run_s": round(whole, 2),
-                "steady_tokens_per_s": round((tokens["whole"] - tokens["half"]) / (whole - half)),
+                "steady_tokens_per_s": steady_rate(tokens["whole"] - tokens["half"], whole - half),
                 "cpu_s": round(statistics.median(cpus[name, "whole"]), 2),
                 "same_bytes": all(hashes[name, size] == hashes["hf x1", size] for size in texts),
             }
         )
     return rows
+
+
+def steady_rate(tokens: int, seconds: float) -> int | None:
+    """Tokens per second of the second half; none where it is lost in the noise of starting up."""
+    return round(tokens / seconds) if seconds > 2.0 else None
 
 
 def main() -> None:
