@@ -27,8 +27,10 @@ _STORAGES = {  # of torch.save, where the dtype is not said beside the tensor
     "HalfStorage": torch.float16,
 }
 # What zipfile raises for archives that are damaged.
-_DAMAGE = (zipfile.BadZipFile, ValueError, LookupError, OSError, EOFError, struct.error)
-_DAMAGE += (OverflowError, RuntimeError, NotImplementedError, AssertionError)
+_DAMAGE = (
+    *(zipfile.BadZipFile, ValueError, LookupError, OSError, EOFError, struct.error),
+    *(OverflowError, RuntimeError, NotImplementedError, AssertionError),
+)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 
 

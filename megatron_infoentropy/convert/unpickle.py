@@ -77,8 +77,8 @@ def _require_bounded(data: bytes) -> None:
         ValueError: a bytearray, whose size is taken before it is read, or a far place in the memo.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data)
-        if is_place or opcode.name == "BYTEARRAY8":
+        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if opcode.name == "BYTEARRAY8" or (is_place and int(argument or 0) > len(data)):
             raise ValueError(f"{opcode.name} {argument!r:.40} in {len(data)} bytes")
 
 
