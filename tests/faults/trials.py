@@ -16,11 +16,13 @@ def complete_iterations(save: Path) -> list[int]:
     """Which checkpoints are whole, found out without the package."""
     found = []
     for path in sorted(save.glob("iter_*/infoentropy_manifest.json")):
-        files = json.loads(path.read_text())["files"]
-        hashes = {
-            name: hashlib.sha256((path.parent / name).read_bytes()).hexdigest() for name in files
-        }
-        if all(hashes[name] == files[name]["sha256"] for name in files):
+        try:
+            files = json.loads(path.read_text())["files"]
+            said = [files[name]["sha256"] for name in files]
+            are = [hashlib.sha256((path.parent / name).read_bytes()).hexdigest() for name in files]
+        except (OSError, ValueError, LookupError):
+            continue
+        if are == said:
             found.append(int(path.parent.name.removeprefix("iter_")))
     tracker = save / "latest_checkpointed_iteration.txt"
     named = tracker.read_text().strip() if tracker.exists() else "0"
