@@ -49,7 +49,7 @@ bench: $(READY)
 # Every shape on one large GPU, with the bytes that ncu counts. PYTHON=... uses another environment
 # than .venv; where there is no git, INFOENTROPY_COMMIT=... names the commit.
 bench-gpu: $(if $(PYTHON),,$(READY))
-	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 10 --hidden 4096 \
+	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 10 --hidden 4096 --steps 30 \
 	  --counters --output $(or $(OUTPUT),tools/results)
 
 build: $(READY)
