@@ -22,6 +22,7 @@ from megatron_infoentropy.checkpoints.choice import DamagedCheckpointError, choo
 from megatron_infoentropy.checkpoints.folder import point_tracker
 from megatron_infoentropy.checkpoints.keeper import CheckpointKeeper
 from megatron_infoentropy.checkpoints.manifest import find_damage
+from megatron_infoentropy.integration.meeting import meet
 
 Step = Callable[..., Any]
 LONGEST_WAIT = timedelta(hours=6)  # for the slowest rank's share of a checkpoint of terabytes
@@ -126,10 +127,10 @@ class VerifyingRanks:
         self._checksums = checksums
         self._asked = 0
         if self.ranks > 1:
-            store, _, _ = next(rendezvous("env://"))
+            store, self.rank, _ = next(rendezvous("env://"))
+            shared = PrefixStore("infoentropy checkpoint", store)
+            self._store = meet(shared, self.rank, self.ranks)
             store.set_timeout(LONGEST_WAIT)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = PrefixStore(f"infoentropy checkpoint {attempt}", store)
 
     def find_damage(self, folder: Path) -> str:
         """On rank 0: what is wrong with a checkpoint, "" for nothing."""
