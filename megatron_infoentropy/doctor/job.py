@@ -22,6 +22,7 @@ from megatron_infoentropy.doctor.facts import Facts, Place, collect
 from megatron_infoentropy.doctor.verdict import DISK_BYTES, troubles
 
 MIB = 2**20
+LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
 STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
 
 
@@ -81,6 +82,7 @@ def examine_job(order: Order) -> Report | None:
     dist.broadcast_object_list(plan)
     transfers, memory_needed, refused = plan[0]
     facts = collect(place, order.data, order.tokenizer, order.run)
+    wait_for_all(store, place, LOOKING)
     facts = replace(facts, clock_s=clock_ahead_s(place.rank, place.world))
     measured = measure(transfers, device)
     everyone: list[Facts | None] = [None] * place.world
@@ -132,6 +134,12 @@ def arrive(store: Any, place: Place, timeout_s: float) -> None:
     missing = [rank for rank in range(place.world) if rank not in came]
     if missing:
         raise RankMissing(_missing(missing, came, place, timeout_s))
+
+
+def wait_for_all(store: Any, place: Place, longest: timedelta) -> None:
+    """Wait until every rank has looked: a collective would give up after the time-out of one."""
+    store.set(f"doctor/looked/{place.rank}", "")
+    store.wait([f"doctor/looked/{rank}" for rank in range(place.world)], longest)
 
 
 def _missing(missing: list[int], came: dict[int, str], place: Place, timeout_s: float) -> str:

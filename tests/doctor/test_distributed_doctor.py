@@ -8,7 +8,7 @@ from ranks import run_ranks
 
 from megatron_infoentropy.doctor.collectives import Measured, Transfer, clock_ahead_s, measure
 from megatron_infoentropy.doctor.facts import Facts, Place, collect
-from megatron_infoentropy.doctor.job import RankMissing, arrive
+from megatron_infoentropy.doctor.job import RankMissing, arrive, wait_for_all
 from megatron_infoentropy.doctor.verdict import DISK_BYTES, troubles
 
 GIB = 2**30
@@ -69,6 +69,39 @@ def test_two_ranks_measure_a_skewed_clock_and_right_collectives():
     assert zero == 0
     assert ahead == pytest.approx(5, abs=0.5)
     assert first == second == [((), True), ((), True)]
+
+
+@pytest.mark.parametrize("ranks", [2, 183, 4096])
+def test_sums_over_many_ranks_are_exact_in_float32(ranks):
+    import torch
+
+    from megatron_infoentropy.doctor.collectives import _numbers
+
+    pattern, factors = _numbers(3000, ranks, torch.device("cpu"))
+    assert len(set(factors)) > 1
+    total = torch.zeros_like(pattern)
+    for factor in factors:
+        total += pattern * factor
+    assert torch.equal(total, pattern * sum(factors))
+    assert torch.equal(total.double(), pattern.double() * sum(factors))
+
+
+def test_a_rank_with_little_to_read_waits_for_one_with_much():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from torch.distributed import DistStoreError, TCPStore
+
+    store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=0.1), wait_for_workers=False)
+    first, second = Place(0, 2, 0, 2), Place(1, 2, 1, 2)
+    with pytest.raises(DistStoreError):
+        wait_for_all(store, first, timedelta(seconds=0.2))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_for_all, store, first, timedelta(seconds=60))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)  # longer than the store's own patience
+        other = TCPStore("127.0.0.1", store.port, 2, False, wait_for_workers=False)
+        wait_for_all(other, second, timedelta(seconds=60))
+        waiting.result(timeout=60)
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_host():
