@@ -19,6 +19,12 @@ def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+# Fields that say how the loss is computed, not what it is.
+MEANS = ("backend", "collective", "fused_linear", "chunk_tokens")
+# Fields that change every objective alike, plain cross entropy too.
+COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature")
+
+
 @dataclass(frozen=True)
 class InfoEntropyConfig:
     """How per-token cross entropies become one objective.
@@ -170,6 +176,23 @@ class InfoEntropyConfig:
                 f"gamma_samples={self.gamma_samples} has no effect on a constant gamma; set "
                 "gamma_schedule to 'linear' or 'cosine', or leave it out"
             )
+
+    def effective(self) -> "InfoEntropyConfig":
+        """The same objective: what has no effect on it, or on its cost alone, at its default."""
+        plain = InfoEntropyConfig()
+        idle = list(MEANS)
+        objective = self.objective
+        if self.gamma_schedule == "constant":
+            idle.append("gamma_end")
+            if not self.is_weighted:
+                objective = "cross_entropy"
+                idle += ["gamma", "blend", "weighting", "normalization", "detach_weight"]
+        if objective != "infoentropy":
+            idle.append("sigma")
+        if objective == "custom":
+            idle.append("gamma")
+        reset = {name: getattr(plain, name) for name in idle}
+        return dataclasses.replace(self, **reset, objective=objective)
 
     @property
     def is_weighted(self) -> bool:

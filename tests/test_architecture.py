@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "pretrain": {"integration", "runtime"},
     "data": {"progress"},
     "convert": {"checkpoints", "progress"},
-    "evaluate": {"kernels", "loss", "data", "progress", "tasks"},
+    "evaluate": {"config", "kernels", "loss", "data", "progress", "tasks"},
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
     "tasks": {"progress"},

@@ -16,6 +16,7 @@ p-value is below 5 % and seeds were part of it; with one seed each, nothing is c
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_infoentropy.config import COMMON, InfoEntropyConfig
 from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.inference import (
@@ -31,6 +32,7 @@ from megatron_infoentropy.evaluate.statistics import (
     require_same_tokens,
     seed_noise,
     statistics,
+    way_of_scoring,
 )
 
 Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
@@ -126,7 +128,13 @@ def compare_pairs(
 
     references: whose mean entropy makes tokens easy or hard; default: of all runs compared.
     """
-    made = [_compare(group, baseline, references) for group, baseline in pairs]
+    if references is None:  # all, so that "hard" is the same tokens in every row of a family
+        groups = {id(group): group for pair in pairs for group in pair if group is not None}
+        every = [run.evaluation for group in groups.values() for run in group.evaluated]
+        references = [evaluation for evaluation in every if evaluation is not None]
+        made = [_compare(*pair, _scored_alike(pair[0], references)) for pair in pairs]
+    else:
+        made = [_compare(*pair, references) for pair in pairs]
     rows = _rows([drafts for _, drafts in made])
     return [replace(made[0], rows=own) for made, own in zip(made, rows, strict=True)]
 
@@ -144,7 +152,7 @@ class _Draft:
 
 
 def _compare(
-    group: Group, baseline: Group | None, references: list[Evaluation] | None
+    group: Group, baseline: Group | None, references: list[Evaluation]
 ) -> tuple[Comparison, list[_Draft]]:
     if baseline is None:
         reason = "there is no cross-entropy run of the same size, steps, batch and sequence length"
@@ -155,7 +163,7 @@ def _compare(
     refusal = None if ours else "no seed was trained and evaluated with both objectives"
     every = [*first.values(), *second.values()]
     try:
-        require_same_tokens([*every, *(references or [])])
+        require_same_tokens([*every, *references])
     except DifferentDataError as error:
         refusal = str(error)
     if refusal:
@@ -163,10 +171,11 @@ def _compare(
     noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
     noise_seeds = {g.label: sorted(run.seed for run in g.evaluated) for g in noisy}
     compared = [first[seed] for seed in ours] + [second[seed] for seed in theirs]
-    places, sums = statistics(compared, references or compared)
+    places, sums = statistics(compared, references)
     sides = list(range(len(ours))), list(range(len(ours), len(compared)))
     estimates = estimate_differences(sums, *sides, paired=paired)
-    noise = seed_noise([[e for r in g.evaluated if (e := r.evaluation)] for g in noisy])
+    same = [[e for r in g.evaluated if (e := r.evaluation)] for g in noisy]
+    noise = seed_noise(same, references)
     nats = [sums.nats()[side].mean(axis=0) for side in sides]
     several = min(len(ours), len(theirs)) > 1
     drafts = [
@@ -176,6 +185,12 @@ def _compare(
     ]
     seeds = sorted({*ours, *theirs})
     return Comparison(group.label, baseline.label, seeds, noise_seeds, [], None, paired), drafts
+
+
+def _scored_alike(group: Group, evaluations: list[Evaluation]) -> list[Evaluation]:
+    """Those that can guide the group's comparison: a page may show models scored otherwise too."""
+    own = {way_of_scoring(run.evaluation) for run in group.evaluated if run.evaluation}
+    return [e for e in evaluations if way_of_scoring(e) in own and e.token_scores is not None]
 
 
 def _rows(drafts: list[list[_Draft]]) -> list[list[Row]]:
@@ -227,5 +242,10 @@ def _finished(draft: _Draft, adjusted: float | None, tests: int) -> Row:
 
 
 def _setup_in_words(run: Run) -> str:
-    parameters, train_iters, batch, sequence = run.setup
-    return f"{parameters:,} parameters, {train_iters:,} steps of {batch} x {sequence}"
+    setup, plain = dict(run.setup), InfoEntropyConfig()
+    words = [f"{setup['parameters']:,} parameters"]
+    words.append(
+        f"{setup['train_iters']:,} steps of {setup['global_batch_size']} x {setup['seq_length']}"
+    )
+    words += [f"{name} {setup[name]:g}" for name in COMMON if setup[name] != getattr(plain, name)]
+    return ", ".join(words)

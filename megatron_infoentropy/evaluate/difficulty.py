@@ -31,7 +31,7 @@ def difficulty_sums(
     """
     scores = [e.token_scores for e in evaluations if e.token_scores is not None]
     guides = [e.token_scores for e in references if e.token_scores is not None]
-    if len(scores) < len(evaluations) or len(guides) < len(references):
+    if not guides or len(scores) < len(evaluations) or len(guides) < len(references):
         return None
     lengths = evaluations[0].documents.tokens.sum(axis=1)
     counts = np.zeros(_BINS)

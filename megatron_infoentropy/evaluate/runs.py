@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.config import COMMON, InfoEntropyConfig
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
 from megatron_infoentropy.evaluate.runlog import TrainingLog, read_log
@@ -13,8 +14,8 @@ from megatron_infoentropy.tasks.results import TaskResult, load_results
 GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 
-# What must be equal for two runs to differ in nothing but objective and seed.
 SETUP_FIELDS = ("parameters", "train_iters", "global_batch_size", "seq_length")
+_OBJECTIVE = ("objective", "gamma", "sigma", "normalization", "detach_weight")
 _REQUIRED = ("name", "objective", "gamma", "sigma", "normalization", "seed", "command", "versions")
 
 
@@ -40,9 +41,15 @@ class Run:
         return int(self.info["seed"])
 
     @property
+    def loss(self) -> InfoEntropyConfig:
+        """What was minimised. Where run.json is of an earlier version the rest had defaults."""
+        first = {name: self.info[name] for name in _OBJECTIVE if name in self.info}
+        return InfoEntropyConfig(**(first | self.info.get("loss", {}))).effective()
+
+    @property
     def is_baseline(self) -> bool:
-        """Whether the run minimised plain cross entropy (any objective does, with gamma 0)."""
-        return self.info["objective"] == "cross_entropy" or float(self.info["gamma"]) == 0
+        """Whether the run weighted no token (any objective does, with gamma 0)."""
+        return self.loss.objective == "cross_entropy"
 
     @property
     def tokens_seen(self) -> int:
@@ -53,22 +60,26 @@ class Run:
     @property
     def objective_label(self) -> str:
         """The objective in words, with every setting that is not the published one."""
+        loss = self.loss
         if self.is_baseline:
             return "cross entropy"
-        names = {"infoentropy": "InfoEntropy", "focal": "focal"}
-        label = f"{names.get(self.info['objective'], self.info['objective'])}"
-        label += f" {GAMMA}={self.info['gamma']:g}"
-        if self.info["objective"] == "infoentropy" and self.info["sigma"] != 1:
-            label += f" {SIGMA}={self.info['sigma']:g}"
-        if self.info["normalization"] != "paper":
-            label += f", {self.info['normalization']} normalization"
-        if self.info.get("detach_weight") is False:
-            label += ", weight differentiated"
-        return label
+        label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
+        label += f" {loss.weighting}" if loss.weighting else f" {GAMMA}={loss.gamma:g}"
+        if loss.gamma_schedule != "constant":
+            label += f" to {loss.gamma_end:g}, {loss.gamma_schedule} in {loss.gamma_samples:,}"
+        if loss.sigma != 1:
+            label += f" {SIGMA}={loss.sigma:g}"
+        if loss.blend:
+            label += f", blended by {loss.blend:g}"
+        if loss.normalization != "paper":
+            label += f", {loss.normalization} normalization"
+        return label if loss.detach_weight else f"{label}, weight differentiated"
 
     @property
-    def setup(self) -> tuple[Any, ...]:
-        return tuple(self.info[name] for name in SETUP_FIELDS)
+    def setup(self) -> tuple[tuple[str, Any], ...]:
+        """What must be equal for two runs to differ in nothing but how tokens are weighted."""
+        common = ((name, getattr(self.loss, name)) for name in COMMON)
+        return (*((name, self.info[name]) for name in SETUP_FIELDS), *common)
 
 
 def load_run(folder: Path) -> Run:
@@ -92,10 +103,15 @@ def load_run(folder: Path) -> Run:
             f"{path} does not say {', '.join(missing)}: train the run again, or add them"
         )
     log = folder / "train.log"
-    return Run(
+    run = Run(
         folder,
         info,
         read_log(log) if log.is_file() else TrainingLog(),
         load_evaluation(folder) if (folder / SUMMARY_FILE).is_file() else None,
         load_results(folder),
     )
+    try:
+        _ = run.loss
+    except (TypeError, ValueError) as error:
+        raise RunFolderError(f"{path} describes no loss of this version: {error}") from error
+    return run

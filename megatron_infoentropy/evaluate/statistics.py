@@ -16,11 +16,14 @@ Kind = Literal["total", "bucket", "decile", "difficulty", "domain"]
 Place = tuple[Kind, str]
 
 
+_SETTINGS = ("context_length", "stride", "mode")
+
+
 def require_same_tokens(evaluations: list[Evaluation]) -> None:
     """Raises DifferentDataError where tokens or the way they were scored differ."""
     if len({evaluation.fingerprint for evaluation in evaluations}) > 1:
         raise DifferentDataError("the runs were evaluated on different tokens")
-    for setting in ("context_length", "stride", "mode"):
+    for setting in _SETTINGS:
         found = {evaluation.summary["scoring"][setting] for evaluation in evaluations}
         if len(found) > 1:
             words = setting.replace("_", " ").replace("stride", "stride of windows")
@@ -28,6 +31,12 @@ def require_same_tokens(evaluations: list[Evaluation]) -> None:
                 f"the runs were evaluated with a different {words}: "
                 f"{' and '.join(sorted(map(str, found)))}"
             )
+
+
+def way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
+    """Equal for evaluations that `require_same_tokens` lets be compared."""
+    scoring = evaluation.summary["scoring"]
+    return evaluation.fingerprint, *(str(scoring[setting]) for setting in _SETTINGS)
 
 
 def statistics(
@@ -53,11 +62,13 @@ def statistics(
     return places, Sums(table[0], table[1:])
 
 
-def seed_noise(same_objective: list[list[Evaluation]]) -> dict[Place, float]:
+def seed_noise(
+    same_objective: list[list[Evaluation]], references: list[Evaluation]
+) -> dict[Place, float]:
     """The largest gap between two evaluations of one objective, where there are two."""
     noise: dict[Place, float] = {}
     for evaluations in same_objective:
-        places, sums = statistics(evaluations, evaluations)
+        places, sums = statistics(evaluations, references)
         for one, other in combinations(sums.nats(), 2):
             for place, gap in zip(places, np.abs(one - other), strict=True):
                 noise[place] = max(noise.get(place, 0.0), float(gap))

@@ -8,11 +8,8 @@ import copy
 import dataclasses
 from typing import Any
 
-from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.integration.arguments import PREFIX
-
-# How the loss is computed, not what it is.
-MEANS = {"backend", "collective", "fused_linear", "chunk_tokens"}
 
 
 def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str | None:
@@ -32,7 +29,7 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
             for name, default in _defaults(fields).items()
         }
         theirs = dataclasses.replace(config, **before)
-    theirs, ours = _effective(theirs), _effective(config)
+    theirs, ours = theirs.effective(), config.effective()
     if theirs == ours:
         return None
     return (
@@ -43,20 +40,6 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
 
 def _defaults(fields: list[dataclasses.Field[Any]]) -> dict[str, Any]:
     return {f.name: f.default for f in fields}
-
-
-def _effective(config: InfoEntropyConfig) -> InfoEntropyConfig:
-    """The same objective, with what has no effect on it at its default."""
-    plain = InfoEntropyConfig()
-    if config.gamma_schedule == "constant":
-        config = dataclasses.replace(config, gamma_end=plain.gamma_end)
-        if not config.is_weighted:
-            names = ("gamma", "sigma", "blend", "weighting", "normalization", "detach_weight")
-            reset = {name: getattr(plain, name) for name in names}
-            config = dataclasses.replace(config, **reset, objective="cross_entropy")
-    if config.objective != "infoentropy":
-        config = dataclasses.replace(config, sigma=plain.sigma)
-    return config
 
 
 def _words(

@@ -1,15 +1,16 @@
 """What a command line says, read as Megatron's parser will: the last word on a flag counts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import prod
 from typing import Any
 
-from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.launch.machine import machine_flags
 from megatron_infoentropy.launch.recipe import to_command_line
 from megatron_infoentropy.runtime.device import Device
 
 PREFIX = "infoentropy"
+FIRST_FIELDS = ("objective", "gamma", "sigma", "normalization", "detach_weight")
 
 
 def loss_flags(settings: dict[str, Any]) -> dict[str, Any]:
@@ -45,19 +46,10 @@ def read_facts(words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: an objective that cannot be, or a number that is none.
     """
-    config = InfoEntropyConfig(
-        objective=_last(words, f"{PREFIX}-objective"),  # type: ignore[arg-type]
-        gamma=_number(words, f"{PREFIX}-gamma", float),
-        sigma=_number(words, f"{PREFIX}-sigma", float),
-        normalization=_last(words, f"{PREFIX}-normalization"),  # type: ignore[arg-type]
-        detach_weight=_is_on(words, f"{PREFIX}-detach-weight"),
-    )
-    named = asdict(config)
+    loss = {n: v for n, v in asdict(read_loss(words)).items() if n not in MEANS}
     return {
-        **{
-            name: named[name]
-            for name in ("objective", "gamma", "sigma", "normalization", "detach_weight")
-        },
+        **{name: loss[name] for name in FIRST_FIELDS},
+        "loss": loss,
         "seed": _number(words, "seed", int),
         "tensor_parallel": _number(words, "tensor-model-parallel-size", int),
         "pipeline_parallel": _number(words, "pipeline-model-parallel-size", int),
@@ -67,6 +59,25 @@ def read_facts(words: list[str]) -> dict[str, Any]:
         "micro_batch_size": _number(words, "micro-batch-size", int),
         "seq_length": _number(words, "seq-length", int),
     }
+
+
+def read_loss(words: list[str]) -> InfoEntropyConfig:
+    """The loss that a command line amounts to.
+
+    Raises:
+        ValueError: as InfoEntropyConfig does.
+    """
+    settings: dict[str, Any] = {}
+    for field in fields(InfoEntropyConfig):
+        flag = f"{PREFIX}-{field.name.replace('_', '-')}"
+        if field.type is bool:
+            settings[field.name] = _is_on(words, flag)
+        elif field.type is int or field.type is float:
+            settings[field.name] = _number(words, flag, field.type)
+        else:
+            settings[field.name] = _last(words, flag)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return InfoEntropyConfig(**settings)
 
 
 def useful_ranks(facts: dict[str, Any], devices: int) -> int:
@@ -99,6 +110,6 @@ def _number[T: (int, float)](words: list[str], name: str, kind: type[T]) -> Any:
         raise ValueError(f"--{name} must be a number, got {value!r}") from None
 
 
-def _is_on(words: list[str], name: str) -> bool:
+def _is_on(words: list[str], name: str) -> bool | None:
     switches = [word for word in words if word in (f"--{name}", f"--no-{name}")]
-    return switches[-1] == f"--{name}"
+    return switches[-1] == f"--{name}" if switches else None

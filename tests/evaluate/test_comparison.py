@@ -13,10 +13,16 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.comparison import Comparison, _seeds
+from megatron_infoentropy.evaluate.comparison import (
+    Comparison,
+    _seeds,
+    compare_groups,
+    group_runs,
+)
 from megatron_infoentropy.evaluate.difficulty import difficulty_sums
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
+from megatron_infoentropy.evaluate.runs import load_run
 
 
 def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0, **info) -> list[str]:
@@ -203,3 +209,30 @@ def test_difficulty_needs_the_scores_of_the_tokens_and_blocks_do_not_matter(monk
     for one, other in zip(whole, difficulty_sums(pair, pair), strict=True):
         np.testing.assert_allclose(one, other)
     assert difficulty_sums(pair, [replace(pair[0], token_scores=None)]) is None
+
+
+def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
+    full = {"objective": "infoentropy", "gamma": 1.0, "sigma": 1.0, "normalization": "paper"}
+    several = {
+        "published": {},
+        "blended": {"blend": 0.5},
+        "rising": {"gamma": 0.0, "gamma_schedule": "linear", "gamma_samples": 500},
+        "own": {"objective": "custom", "weighting": "mine:weigh"},
+        "smoothed": {"label_smoothing": 0.1},
+    }
+    loaded = [
+        load_run(write_run(tmp_path / name, objective="infoentropy", seed=1, loss=full | changes))
+        for name, changes in several.items()
+    ]
+    groups = group_runs(loaded)
+    assert [len(group.runs) for group in groups] == [1] * 5
+    assert len({group.label for group in groups}) == 5
+    assert not any(group.is_baseline for group in groups), "a schedule from 0 is not plain"
+
+
+def test_hard_tokens_are_the_same_in_every_comparison_of_a_page(folders):
+    every = [load_run(Path(path)) for paths in folders.values() for path in paths]
+    together = [c for c in compare_groups(group_runs(every)) if c.rows]
+    assert len(together) > 1
+    hard = [rows_of(c)["difficulty", "hard"].baseline for c in together]
+    assert hard == pytest.approx([hard[0]] * len(hard), abs=1e-12)

@@ -188,3 +188,14 @@ def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
         launch.train(job, pretend(job, DYING_RANK))
     assert str(job.run / "train.log") in str(failure.value)
     assert not (job.run / "run.json").exists()
+
+
+def test_run_json_holds_the_whole_loss():
+    """Runs that differ in any of it must not be taken for seeds of one setting."""
+    words = ["--infoentropy-objective", "custom", "--infoentropy-weighting", "mine:weigh"]
+    words += ["--infoentropy-z-loss", "1e-4", "--infoentropy-gamma-schedule", "linear"]
+    words += ["--infoentropy-gamma-samples", "500", "--tensor-model-parallel-size", "1"]
+    loss = read_facts(words)["loss"]
+    assert (loss["objective"], loss["weighting"], loss["z_loss"]) == ("custom", "mine:weigh", 1e-4)
+    assert (loss["gamma_schedule"], loss["gamma_samples"]) == ("linear", 500)
+    assert "backend" not in loss
