@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_infoentropy.data.manifest import MANIFEST
+from megatron_infoentropy.study.hashes import hash_files, hashes_of
 from megatron_infoentropy.study.ledger import (
+    Given,
     Step,
     digest_of,
-    hash_files,
+    read_given,
     read_progress,
     run_steps,
 )
@@ -39,7 +40,10 @@ def places(study: Study, output: Path) -> Places:
 def prepare(study: Study, output: Path) -> str:
     """Make what is not there; returns the digest of the data."""
     made = find_digest(study, output)  # runs side by side may all look, without a lock
-    return made or run_steps(output / FOLDER, _steps(study, output), _given(study))
+    if made is not None:
+        return made
+    given = _given(study, output)
+    return run_steps(output / FOLDER, _steps(study, output), _digest_of_given(given), given)
 
 
 def find_digest(study: Study, output: Path) -> str | None:
@@ -47,7 +51,8 @@ def find_digest(study: Study, output: Path) -> str | None:
     if study.data.tokens is not None:
         return _digest_of_tokens(study.data.tokens)
     steps = _steps(study, output)
-    progress = read_progress(output / FOLDER, steps, _given(study))
+    after = _digest_of_given(_given(study, output))
+    progress = read_progress(output / FOLDER, steps, after)
     return progress.digest if len(progress.done) == len(steps) else None
 
 
@@ -57,18 +62,25 @@ def _digest_of_tokens(tokens: Path) -> str:
     missing = [name for name in names if not (tokens / name).is_file()]
     if missing:
         raise StudyError(f"data: {tokens} lacks {', '.join(missing)}; `infoentropy preprocess`")
-    return digest_of(hash_files(tokens, names))
+    return digest_of(hashes_of(hash_files(tokens, names, known={})))
 
 
-def _given(study: Study) -> str:
-    """Digest of what the study names and does not make."""
-    given: list[Any] = []
+def _given(study: Study, output: Path) -> Given:
+    """The files that the study names and does not make, by their folder."""
+    known, given = read_given(output / FOLDER), Given()
+    wanted: list[tuple[Path, tuple[str, ...]]] = []
     if study.data.text is not None:
-        files = tuple(path.name for path in _texts(study.data.text).values())
-        given.append(hash_files(study.data.text, files))
+        texts = _texts(study.data.text).values()
+        wanted.append((study.data.text, tuple(path.name for path in texts)))
     if study.data.tokenizer is not None:
-        given.append(hash_files(study.data.tokenizer, (".",)))
-    return digest_of(given)
+        wanted.append((study.data.tokenizer, (".",)))
+    for folder, names in wanted:
+        given[str(folder)] = hash_files(folder, names, known.get(str(folder), {}))
+    return given
+
+
+def _digest_of_given(given: Given) -> str:
+    return digest_of([hashes_of(records) for records in given.values()])
 
 
 def _texts(folder: Path) -> dict[str, Path]:

@@ -2,10 +2,14 @@
 
 FOLDER/study.json, for every step that was begun:
     key       hash of all that its outputs depend on: its inputs, and the outputs of the step before
-    outputs   sha256 of every file, once it has ended; a step without was ended by something else
+    outputs   size, time and sha256 of every file, once it has ended; a step without was ended by
+              something else
     seconds   that it took
 
-A step is finished if its key is the wanted one and every file still has its hash. So a change of
+and below "given" the same of the files that the first step builds upon, by their folder.
+
+A step is finished if its key is the wanted one and every file still has its hash. A file whose
+size and time of change are as recorded is not read again. So a change of
 the study redoes what depends on it and nothing else, and nothing half-written is taken for whole.
 """
 
@@ -21,10 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.study.hashes import Record, Records, hash_files, hashes_of
 from megatron_infoentropy.study.reading import StudyError
 
 FILE = "study.json"
 _LOCK = ".study.lock"
+_FORMAT = 2
+_UNKNOWN_TIME = -1
+
+Entry = dict[str, Any]
+Given = dict[str, Records]  # by folder
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,11 @@ class Progress:
 def read_progress(folder: Path, steps: list[Step], after: str) -> Progress:
     """Which of the steps are finished, counted from the first; `after` is the digest of what they
     build upon."""
-    entries, digest, seconds = _read(folder), after, 0.0
+    entries, digest, seconds = _read(folder)[0], after, 0.0
     done: list[str] = []
     for step in steps:
         entry = entries.get(step.name, {})
-        if not _is_finished(folder, step, entry, _key(step, digest)):
+        if _find_outputs(folder, step, entry, _key(step, digest)) is None:
             break
         digest = _digest_of(entry)
         seconds += entry["seconds"]
@@ -65,42 +75,36 @@ def read_progress(folder: Path, steps: list[Step], after: str) -> Progress:
     return Progress(tuple(done), seconds, digest)
 
 
-def run_steps(folder: Path, steps: list[Step], after: str) -> str:
+def read_given(folder: Path) -> Given:
+    """What was given to `run_steps`; empty if it was never called."""
+    return _read(folder)[1]
+
+
+def run_steps(folder: Path, steps: list[Step], after: str, given: Given | None = None) -> str:
     """Do what is not finished; returns the digest of all that the steps wrote.
+
+    `given` is remembered for `read_given`; `after` is what it means for the steps.
 
     Raises:
         StudyError: the folder holds something else, or another process is at work in it.
     """
     _claim(folder)
     with _locked(folder):
-        entries, digest = _read(folder), after
+        entries, digest = _read(folder)[0], after
         for step in steps:
-            key = _key(step, digest)
-            if not _is_finished(folder, step, entries.get(step.name, {}), key):
-                if entries.get(step.name, {}).get("key") != key:
+            key, entry = _key(step, digest), entries.get(step.name, {})
+            outputs = _find_outputs(folder, step, entry, key)
+            if outputs is not None:
+                entries[step.name] = entry | {"outputs": outputs}
+            else:
+                if entry.get("key") != key:
                     _remove(folder, step)
                 entries[step.name] = {"key": key}
-                _write(folder, entries)
-                start = time.monotonic()
-                step.do()
-                hashes = hash_files(folder, step.outputs)
-                seconds = round(time.monotonic() - start, 1)
-                entries[step.name] = {"key": key, "seconds": seconds, "outputs": hashes}
-                _write(folder, entries)
+                _write(folder, entries, given or {})
+                entries[step.name] |= _do(folder, step)
+            _write(folder, entries, given or {})
             digest = _digest_of(entries[step.name])
     return digest
-
-
-def hash_files(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """{path below the folder: sha256} of files, and of all files in folders."""
-    found = {}
-    for name in names:
-        path = folder / name
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with file.open("rb") as stream:
-                    found[str(file.relative_to(folder))] = _hex(stream)
-    return found
 
 
 def digest_of(value: object) -> str:
@@ -108,23 +112,29 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _hex(stream: Any) -> str:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+def _do(folder: Path, step: Step) -> Entry:
+    start = time.monotonic()
+    step.do()
+    outputs = hash_files(folder, step.outputs, known={})
+    return {"seconds": round(time.monotonic() - start, 1), "outputs": outputs}
 
 
 def _key(step: Step, before: str) -> str:
     return digest_of([step.name, step.inputs, before])
 
 
-def _digest_of(entry: dict[str, Any]) -> str:
-    return digest_of([entry["key"], entry["outputs"]])
+def _digest_of(entry: Entry) -> str:
+    return digest_of([entry["key"], hashes_of(entry["outputs"])])
 
 
-def _is_finished(folder: Path, step: Step, entry: dict[str, Any], key: str) -> bool:
+def _find_outputs(folder: Path, step: Step, entry: Entry, key: str) -> Records | None:
+    """What a finished step wrote, as it lies there now; None if it is not finished."""
     if entry.get("key") != key or "outputs" not in entry:
-        return False
-    there = all((folder / name).exists() for name in step.outputs)
-    return there and hash_files(folder, step.outputs) == entry["outputs"]
+        return None
+    if not all((folder / name).exists() for name in step.outputs):
+        return None
+    found = hash_files(folder, step.outputs, entry["outputs"])
+    return found if hashes_of(found) == hashes_of(entry["outputs"]) else None
 
 
 def _claim(folder: Path) -> None:
@@ -135,7 +145,7 @@ def _claim(folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / FILE).is_file():
-        _write(folder, {})
+        _write(folder, {}, {})
 
 
 @contextmanager
@@ -157,19 +167,36 @@ def _remove(folder: Path, step: Step) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def _read(folder: Path) -> tuple[dict[str, Entry], Given]:
     try:
-        entries: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())["steps"]
-        return entries
+        content = json.loads((folder / FILE).read_text())
+        entries: dict[str, Entry] = content["steps"]
+        for entry in entries.values():
+            if "outputs" in entry:
+                entry["outputs"] = _records(entry["outputs"])
+        given = {name: _records(found) for name, found in content.get("given", {}).items()}
+        return entries, given
     except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError) as error:
+        return {}, {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(
             f"{folder / FILE} cannot be read ({error}); remove {folder} to begin it anew"
         ) from error
 
 
-def _write(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+def _records(found: dict[str, Any]) -> Records:
+    return {name: _as_record(record) for name, record in found.items()}
+
+
+def _as_record(found: Any) -> Record:
+    if isinstance(found, str):  # format 1 had the sha256 alone
+        return 0, _UNKNOWN_TIME, found
+    size, mtime, digest = found
+    return int(size), int(mtime), str(digest)
+
+
+def _write(folder: Path, entries: dict[str, Entry], given: Given) -> None:
     temporary = folder / f".{FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({"format": 1, "steps": entries}, indent=1) + "\n")
+    content = {"format": _FORMAT, "given": given, "steps": entries}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(folder / FILE)

@@ -4,9 +4,11 @@ import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe
 from megatron_infoentropy.study.data import Places, places
+from megatron_infoentropy.study.hashes import hash_files, hashes_of
 from megatron_infoentropy.study.ledger import Step, run_steps
 from megatron_infoentropy.study.plan import Member, Study, Tasks
 
@@ -37,9 +39,21 @@ def member_steps(study: Study, member: Member, output: Path) -> list[Step]:
              lambda: _evaluate(study, where, folder)),
     ]  # fmt: skip
     if study.tasks is not None:
-        asked = asdict(study.tasks)
-        steps.append(Step("tasks", asked, ("tasks",), partial(_ask, study.tasks, folder)))
+        ask = partial(_ask, study.tasks, folder)
+        steps.append(Step("tasks", _asked(study.tasks), ("tasks",), ask))
     return steps
+
+
+def _asked(tasks: Tasks) -> dict[str, Any]:
+    """What answers depend on: of a folder of tasks, also what its files hold."""
+    asked = asdict(tasks)
+    if tasks.folder is not None:
+        found = hashes_of(hash_files(tasks.folder, (".",), known={}))
+        # Asking compiles a task's own code.
+        asked["files"] = {
+            name: digest for name, digest in found.items() if "__pycache__" not in Path(name).parts
+        }
+    return asked
 
 
 def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
@@ -77,9 +91,12 @@ def _export(where: Places, folder: Path) -> None:
 
 
 def _evaluate(study: Study, where: Places, folder: Path) -> None:
+    from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
+    from megatron_infoentropy.evaluate.evaluation import UNFINISHED
     from megatron_infoentropy.evaluate.perplexity import evaluate_model
 
-    evaluate_model(
+    evaluate = partial(
+        evaluate_model,
         folder / "hf",
         where.tokens / study.scoring.split,
         token_counts=where.tokens / "train" / "token_counts.npy",
@@ -87,6 +104,15 @@ def _evaluate(study: Study, where: Places, folder: Path) -> None:
         max_tokens=study.scoring.max_tokens,
         device=study.scoring.device,
     )
+    leftovers = sorted((folder / UNFINISHED).glob("*"))
+    try:
+        evaluate()
+    except UnfinishedEvaluationError:
+        # Leftovers of another plan are refused untouched; a damaged part is removed, and the next
+        # run goes on with the others.
+        if sorted((folder / UNFINISHED).glob("*")) != leftovers:
+            raise
+        evaluate(restart=True)
 
 
 def _ask(tasks: Tasks, folder: Path) -> None:

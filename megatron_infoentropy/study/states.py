@@ -37,7 +37,7 @@ class State:
 
 
 def find_states(study: Study, output: Path) -> list[State]:
-    """What is finished of every run; reads and hashes all that is there, starts nothing."""
+    """What is finished of every run; reads what is not as recorded, starts nothing."""
     digest = find_digest(study, output)
     states = []
     for number, member in enumerate(study.members, start=1):

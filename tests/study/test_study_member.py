@@ -1,0 +1,71 @@
+"""What a run's own steps make of leftovers, and what its answers depend on."""
+
+from dataclasses import replace
+
+import pytest
+from small_study import write_study
+
+from megatron_infoentropy.evaluate import perplexity
+from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
+from megatron_infoentropy.evaluate.journal import Journal
+from megatron_infoentropy.study import member
+from megatron_infoentropy.study.data import places
+from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
+from megatron_infoentropy.study.plan import Tasks
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Evaluate tmp_path with a given plan; returns how often that was tried."""
+    study = write_study(tmp_path)
+
+    def run(plan: str) -> list[bool]:
+        tried = []
+
+        def evaluate_model(model, data, *, output, restart=False, **options):
+            tried.append(restart)
+            journal = Journal(output, vocab_size=8)
+            for part in range(journal.start({"scoring": plan}, restart=restart)):
+                journal.read(part)
+
+        monkeypatch.setattr(perplexity, "evaluate_model", evaluate_model)
+        member._evaluate(study, places(study, tmp_path), tmp_path)
+        return tried
+
+    return run
+
+
+def test_leftovers_of_another_evaluation_are_discarded(evaluate, tmp_path):
+    assert evaluate("one") == [False]
+    assert evaluate("one") == [False]
+    assert evaluate("another") == [False, True]
+    assert Journal(tmp_path, vocab_size=8).plan() == {"scoring": "another"}
+
+
+def test_a_damaged_part_does_not_discard_the_others(evaluate, tmp_path):
+    evaluate("one")
+    parts = tmp_path / "evaluation.unfinished"
+    (parts / "000000.npz").write_bytes(b"damaged")
+    (parts / "000001.npz").write_bytes(b"not looked at")
+    with pytest.raises(UnfinishedEvaluationError, match="part 0"):
+        evaluate("one")
+    assert sorted(path.name for path in parts.iterdir()) == ["000001.npz", "plan.json"]
+
+
+def test_an_edited_task_is_asked_again(tmp_path, monkeypatch):
+    folder, output = tmp_path / "tasks", tmp_path / "out"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("task: one")
+    study = replace(write_study(tmp_path), tasks=Tasks(names=("one",), folder=folder))
+    one = study.members[0]
+
+    def ask() -> Step:
+        (step,) = [s for s in member.member_steps(study, one, output) if s.name == "tasks"]
+        return replace(step, do=lambda: (output / one.name / "tasks").mkdir())
+
+    run_steps(output / one.name, [ask()], "")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "code.pyc").write_bytes(b"compiled by asking")
+    assert read_progress(output / one.name, [ask()], "").done == ("tasks",)
+    (folder / "task.yaml").write_text("task: two")
+    assert read_progress(output / one.name, [ask()], "").done == ()
