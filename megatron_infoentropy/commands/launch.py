@@ -131,7 +131,8 @@ def launch(
         save_s=save_seconds,
         python=python or ("python" if container else sys.executable),
     )
-    prepared = launching.prepare(job, cluster, shlex.join(["infoentropy", *sys.argv[1:]]))
+    made_by = " ".join(shlex.join(["infoentropy", *sys.argv[1:]]).split())  # one line: a comment
+    prepared = launching.prepare(job, cluster, made_by)
     paths = launching.write(prepared, overwrite=overwrite)
     for path in paths:
         out.print(f"== {path}", markup=False)

@@ -15,7 +15,10 @@ ENGINES = ("pyxis", "apptainer")
 PORT = 29500
 CPU = Device("cpu", "gloo", 1)
 # What the job script sets itself, from options of its own.
-SET_BY_US = ("nodes", "ntasks-per-node", "gpus-per-node", "output", "open-mode", "signal")
+SET_BY_US = {
+    *("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--gpus-per-node", "--signal"),
+    *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue"),
+}
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,10 @@ def parse_slurm(options: str) -> tuple[str, ...]:
         else:
             found[-1] += ("=" if found[-1].startswith("--") else " ") + word
     for option in found:
-        name = option.removeprefix("--").partition("=")[0]
+        name = option.partition("=")[0] if option.startswith("--") else option[:2]
         if name in SET_BY_US:
             raise ValueError(
-                f"--slurm may not hold --{name}: the job script sets it, from --nodes, "
+                f"--slurm may not hold {name}: the job script sets it, from --nodes, "
                 "--gpus-per-node, --run and --save-seconds; edit the script for more"
             )
     return tuple(found)

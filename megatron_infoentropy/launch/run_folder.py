@@ -23,8 +23,13 @@ VERSIONS = ("megatron-infoentropy", "megatron-core", "torch", "transformers")
 def write_facts(
     run: Path, recipe: Path, words: list[str], ranks: int, device: str, parameters: int | None
 ) -> None:
-    """Write `run.json`; `words` is the command line, `parameters` what the log said."""
+    """Write `run.json`; `words` is the command line, `parameters` what the log said.
+
+    Without `parameters` the number stays that was known before.
+    """
     facts = read_facts(words)
+    if parameters is None:
+        parameters = _known_parameters(run)
     content = {
         "name": run.name,
         **facts,
@@ -36,6 +41,14 @@ def write_facts(
         "versions": {name: version(name) for name in VERSIONS} | {"commit": revision_of()},
     }
     _write(run, content)
+
+
+def _known_parameters(run: Path) -> int | None:
+    try:
+        known = json.loads((run / FACTS).read_text())["parameters"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return int(known) if known is not None else None
 
 
 def complete_facts(run: Path, parameters: int) -> None:

@@ -8,6 +8,7 @@ Slurm requeues the job itself and it goes on from the last --save-interval.
 """
 
 import shlex
+import sys
 
 from megatron_infoentropy.launch.cluster import PORT, Container
 from megatron_infoentropy.launch.run_folder import LOG
@@ -42,7 +43,8 @@ def job_script(plan: Plan) -> str:
         give_up_s=max(1, cluster.save_s - max(5, cluster.save_s // 8)),
         srun=_srun(cluster.container),
         node=NODE,
-        python=shlex.quote(cluster.python),
+        # outside a container its python may be absent, or lack the package
+        python=shlex.quote(sys.executable if cluster.container else cluster.python),
     )
 
 

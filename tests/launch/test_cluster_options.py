@@ -1,10 +1,15 @@
 """What a cluster's options refuse, in words, and what the scripts are made of."""
 
+import json
 import subprocess
+import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_infoentropy.cli import app
 from megatron_infoentropy.launch.cluster import Cluster, Container, parse_container, parse_slurm
+from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
 from megatron_infoentropy.launch.slurm import job_script
 
@@ -34,12 +39,49 @@ def test_what_cannot_be_started_is_refused(settings, said):
 
 def test_options_of_sbatch():
     assert parse_slurm("--time 1:00 -p gpu --qos=x") == ("--time=1:00", "-p gpu", "--qos=x")
-    with pytest.raises(ValueError, match="may not hold --nodes"):
-        parse_slurm("--nodes=2")
     with pytest.raises(ValueError, match="now is none"):
         parse_slurm("now")
     with pytest.raises(ValueError, match="must be pyxis or apptainer"):
         parse_container("docker", "i", [])
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n"),
+     ("-o x.log", "-o"), ("-ox.log", "-o"), ("--error=x", "--error")],
+)  # fmt: skip
+def test_what_the_job_script_sets_is_no_option_of_sbatch(option, name):
+    with pytest.raises(ValueError, match=f"may not hold {name}:"):
+        parse_slurm(f"--time=1:00 {option}")
+
+
+def test_a_command_line_of_many_lines_stays_one_comment(tmp_path, monkeypatch):
+    made = []
+
+    def prepare(job, cluster, made_by):
+        made.append(made_by)
+        raise ValueError("enough")
+
+    words = ["launch", "x.yaml", "--data", "d", "--tokenizer", "t", "--run", str(tmp_path),
+             "--slurm", "--time=1:00\n  --partition=gpu"]  # fmt: skip
+    monkeypatch.setattr("megatron_infoentropy.launch.start.prepare", prepare)
+    monkeypatch.setattr("sys.argv", ["infoentropy", *words])
+    CliRunner().invoke(app, words)
+    assert made[0].endswith("--slurm '--time=1:00 --partition=gpu'")
+
+
+def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_path):
+    for container, python in ((Container("pyxis", "i"), sys.executable), (None, "/their/python")):
+        cluster = Cluster(1, 4, 4, slurm=(), container=container, python="/their/python")
+        job = job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
+        assert f"\n{python} -m megatron_infoentropy.launch.finish" in job
+
+
+def test_a_number_of_parameters_that_is_known_stays(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    for given, kept in ((None, None), (7, 7), (None, 7), (9, 9)):
+        write_facts(tmp_path, recipe, list(FLAGS), 2, "CPU", given)
+        assert json.loads((tmp_path / "run.json").read_text())["parameters"] == kept
 
 
 @pytest.mark.parametrize("engine", ["pyxis", "apptainer"])
