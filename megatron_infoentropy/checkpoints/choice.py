@@ -5,6 +5,8 @@
     other tools go by the tracker.
 3.  If there is none, and nothing was damaged, only not finished, the training starts anew, as it
     would have a moment earlier; what is damaged is left for the user to decide.
+
+The tracker of another training's folder is never changed: 2 and 3 are errors there.
 """
 
 from collections.abc import Callable
@@ -38,10 +40,13 @@ class Choice:
     changes_tracker: bool = False
 
 
-def choose(load: Path, step: int | None = None, check: Check = find_damage) -> Choice:
+def choose(
+    load: Path, step: int | None = None, check: Check = find_damage, *, is_ours: bool = True
+) -> Choice:
     """Choose the checkpoint to start from; nothing is changed.
 
     load: what --load names. step: --ckpt-step, an iteration that no other may stand in for.
+    is_ours: whether the training saves to `load` too, so that its tracker may be changed.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and none that can be loaded.
@@ -60,6 +65,8 @@ def choose(load: Path, step: int | None = None, check: Check = find_damage) -> C
             raise DamagedCheckpointError(f"{reason}: name another checkpoint, or copy it again")
     for name in _before(load, named):
         other, other_is_damaged = _reason_against(load, name, check)
+        if not other and not is_ours:
+            raise DamagedCheckpointError(_not_ours(load, reason, name))
         if not other:
             words = f"training goes on from {path_of(load, name)}, the newest complete one before"
             return Choice(name, f"{reason}: {words}", changes_tracker=True)
@@ -69,8 +76,18 @@ def choose(load: Path, step: int | None = None, check: Check = find_damage) -> C
             f"{reason}; and no complete checkpoint stands before it in {load}: copy it again, or "
             "give another --load"
         )
+    if not is_ours:
+        raise DamagedCheckpointError(_not_ours(load, reason, None))
     words = "and no complete one stands before it: training starts at iteration 0"
     return Choice(None, f"{reason}, {words}", changes_tracker=True)
+
+
+def _not_ours(load: Path, reason: str, name: str | None) -> str:
+    words = f"{reason}; {load} is not this training's --save, so its tracker is left alone"
+    if name is None:
+        return f"{words}, and no complete checkpoint stands there: give another"
+    by_step = "" if name == RELEASE else f"give --ckpt-step {name}, or "
+    return f"{words}: to load {path_of(load, name)}, {by_step}write {name} into the tracker"
 
 
 def _before(load: Path, named: str) -> list[str]:

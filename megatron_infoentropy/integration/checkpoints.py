@@ -19,7 +19,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_infoentropy.checkpoints.choice import DamagedCheckpointError, choose
-from megatron_infoentropy.checkpoints.folder import point_tracker
+from megatron_infoentropy.checkpoints.folder import TRACKER, point_tracker
 from megatron_infoentropy.checkpoints.keeper import CheckpointKeeper
 from megatron_infoentropy.checkpoints.manifest import find_damage
 from megatron_infoentropy.integration.meeting import meet
@@ -98,10 +98,10 @@ def choose_checkpoint(flags: CheckpointFlags) -> None:
         return
     reason = "rank 0 ended"
     try:
-        if flags.load:
-            _settle(flags.load, flags.step, ranks)
-        if flags.pretrained:
-            _settle(flags.pretrained, None, ranks)
+        if flags.load and (_has_tracker(flags.load) or not flags.pretrained):
+            _settle(flags.load, flags, ranks)
+        if flags.pretrained and not _has_tracker(flags.load):  # as Megatron decides it
+            _settle(flags.pretrained, flags, ranks)
         reason = ""
     except ValueError as error:
         reason = str(error)
@@ -110,8 +110,13 @@ def choose_checkpoint(flags: CheckpointFlags) -> None:
         ranks.dismiss(reason)
 
 
-def _settle(load: Path, step: int | None, ranks: "VerifyingRanks") -> None:
-    choice = choose(load, step, ranks.find_damage)
+def _has_tracker(load: Path | None) -> bool:
+    return load is not None and (load / TRACKER).is_file()
+
+
+def _settle(load: Path, flags: CheckpointFlags, ranks: "VerifyingRanks") -> None:
+    is_ours = flags.save is not None and load.resolve() == flags.save.resolve()
+    choice = choose(load, flags.step, ranks.find_damage, is_ours=is_ours)
     if choice.warning:
         say(f"WARNING: {choice.warning}")
     if choice.changes_tracker:

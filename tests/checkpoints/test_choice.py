@@ -6,6 +6,7 @@ from saved import ours, save
 from megatron_infoentropy.checkpoints.choice import Choice, DamagedCheckpointError, choose
 from megatron_infoentropy.checkpoints.folder import TRACKER, begin_record, point_tracker
 from megatron_infoentropy.checkpoints.manifest import NAME
+from megatron_infoentropy.integration.checkpoints import checkpoint_flags, choose_checkpoint
 
 
 def damage(folder):
@@ -133,3 +134,44 @@ def test_a_tracker_that_was_removed_means_a_new_start_and_a_hint(tmp_path):
     choice = choose(tmp_path)
     assert (choice.name, choice.changes_tracker) == (None, False)
     assert "to go on from iteration 20, write this number into it" in choice.warning
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return lambda words: choose_checkpoint(checkpoint_flags(words.split()))
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+@pytest.mark.parametrize("ours_is", ["", " --save=mine"])
+def test_the_tracker_of_another_training_is_left_alone(tmp_path, start, flag, ours_is):
+    theirs = ours(tmp_path / "theirs", 10)
+    save(theirs, 20, complete=False)  # or not complete yet
+    with pytest.raises(DamagedCheckpointError, match=r"left alone: .* --ckpt-step 10, or write 10"):
+        start(f"{flag}=theirs{ours_is}")
+    assert (theirs / TRACKER).read_text() == "20"
+    start(f"{flag}=theirs --ckpt-step=10{ours_is}")
+    damage(theirs / "iter_0000010")
+    with pytest.raises(DamagedCheckpointError, match="another SHA-256"):
+        start(f"{flag}=theirs --ckpt-step=10{ours_is}")
+    (theirs / "iter_0000010").rename(tmp_path / "gone")
+    with pytest.raises(DamagedCheckpointError, match=r"left alone, and no complete"):
+        start(f"{flag}=theirs{ours_is}")
+    assert (theirs / TRACKER).read_text() == "20"
+
+
+def test_the_same_folder_under_another_name_is_ours(tmp_path, start):
+    save(ours(tmp_path / "mine", 10), 20, complete=False)
+    (tmp_path / "link").symlink_to("mine")
+    start(f"--load=link --save={tmp_path / 'mine'}")
+    assert (tmp_path / "mine" / TRACKER).read_text() == "10"
+
+
+def test_a_pretrained_model_is_looked_at_only_where_megatron_loads_it(tmp_path, start):
+    damage(save(ours(tmp_path / "theirs"), 10))
+    words = "--load=mine --save=mine --pretrained-checkpoint=theirs"
+    with pytest.raises(DamagedCheckpointError, match="theirs"):
+        start(words)
+    ours(tmp_path / "mine", 10)
+    start(words)
