@@ -5,6 +5,7 @@ without a GPU it runs on the CPU.
 """
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -74,8 +75,13 @@ def train() -> None:
     flags = checkpoints.checkpoint_flags(sys.argv[1:])
     checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
-    with checkpoints.keeping_checkpoints(flags, forward_step) as step:
-        pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+    try:
+        with checkpoints.keeping_checkpoints(flags, forward_step) as step:
+            pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+    finally:
+        # node.sh repeats its order to save until the ranks are gone, and Python ends with the
+        # default handlers: the signal would kill a rank that has saved. An ignored one stays so.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def main() -> None:

@@ -190,7 +190,7 @@ _HOSTS = """\
 #!/usr/bin/env bash
 # The training {name} on hosts that ssh reaches without a password, {title}.
 # Made by: {made_by}
-# SIGUSR1 or SIGTERM to this script: the training saves a checkpoint and stops.
+# SIGUSR1, SIGTERM or Ctrl-C to this script: the training saves a checkpoint and stops.
 set -uo pipefail
 
 run={run} # the same folder on every host
@@ -207,13 +207,13 @@ for node in "${{!hosts[@]}}"; do
 done
 
 stop() {{
-  trap '' USR1 TERM
+  trap '' USR1 TERM INT
   for node in "${{!hosts[@]}}"; do
     kill -0 "${{pids[$node]:-}}" 2>/dev/null || continue
     "${{ssh[@]}}" "${{hosts[$node]}}" "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null &
   done
 }}
-trap stop USR1 TERM
+trap stop USR1 TERM INT
 
 code=0
 for node in "${{!hosts[@]}}"; do
