@@ -19,6 +19,10 @@ Verify = Annotated[
 Text = Annotated[
     Path | None, typer.Option(help="text file to compare on; default: Python's reference texts")
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="instead of --text an indexed dataset to compare on: its path without .bin"),
+]
 
 
 def convert(
@@ -31,6 +35,7 @@ def convert(
     iteration: Annotated[int | None, typer.Option(help="which one; default: the latest")] = None,
     verify: Verify = None,
     text: Text = None,
+    data: Data = None,
     checksums: Annotated[
         bool, typer.Option(help="first compare all of the checkpoint with its manifest")
     ] = True,
@@ -47,7 +52,7 @@ def convert(
         iteration=iteration,
         overwrite=overwrite,
         checksums=checksums,
-        check=lambda folder: _prove(checkpoint, folder, folder, verify, text, iteration),
+        check=lambda folder: _prove(verify, checkpoint, folder, text, data, iteration=iteration),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
 
@@ -57,6 +62,7 @@ def convert_from_hf(
     output: Annotated[Path, typer.Option(help="folder to write, for --pretrained-checkpoint")],
     verify: Verify = None,
     text: Text = None,
+    data: Data = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a Megatron checkpoint of a Hugging Face model, to train it further, and prove it."""
@@ -66,7 +72,7 @@ def convert_from_hf(
         model,
         output,
         overwrite=overwrite,
-        check=lambda made: _prove(made, model, made, verify, text, None),
+        check=lambda made: _prove(verify, made, model, text, data, imported=True),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
@@ -74,12 +80,14 @@ def convert_from_hf(
 
 
 def _prove(
+    verify: bool | None,
     checkpoint: Path,
     folder: Path,
-    made: Path,
-    verify: bool | None,
     text: Path | None,
-    iteration: int | None,
+    data: Path | None,
+    *,
+    iteration: int | None = None,
+    imported: bool = False,
 ) -> None:
     from megatron_infoentropy.convert import prove, why_not_now
 
@@ -88,7 +96,7 @@ def _prove(
     if verify is None and (reason := why_not_now(folder)):
         out.print(f"not verified: {reason}; --verify insists")
         return
-    result = prove(checkpoint, folder, text=text, iteration=iteration, imported=made == checkpoint)
+    result = prove(checkpoint, folder, text=text, data=data, iteration=iteration, imported=imported)
     out.print(str(result), markup=False)
 
 

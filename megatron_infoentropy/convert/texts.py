@@ -6,22 +6,32 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from megatron_infoentropy.data.indexed import IndexedReader
+
 SEQUENCES = 3
 LONGEST = 4096
 """Beyond this a text costs more than it tells; positions are compared by the configuration."""
 
 
-def sequences_for(folder: Path, text: Path | None = None) -> list[list[int]]:
+def sequences_for(
+    folder: Path, text: Path | None = None, data: Path | None = None
+) -> list[list[int]]:
     """Return three sequences of full length, from the start, middle and end of a text.
 
     Args:
         folder: a Hugging Face folder; without a tokenizer in it the ids are drawn at random.
         text: any UTF-8 file; by default the reference texts that come with Python.
+        data: instead of a text the prefix of an indexed dataset (its path without .bin), whose
+            documents are read one after another, as Megatron does.
 
     Raises:
-        ValueError: the text holds less than two tokens.
+        ValueError: less than two tokens in the text or the dataset, or both are given.
     """
+    if text is not None and data is not None:
+        raise ValueError("expected a text or a dataset to verify on, got both")
     length = length_for(folder)
+    if data is not None:
+        return _pieces(data, length)
     if not (folder / "tokenizer.json").is_file():
         draw = random.Random(0)
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -38,6 +48,15 @@ def sequences_for(folder: Path, text: Path | None = None) -> list[list[int]]:
     if not long_enough:
         raise ValueError(f"expected text to verify on in {text}, got less than two tokens")
     return long_enough
+
+
+def _pieces(data: Path, length: int) -> list[list[int]]:
+    prefix = data.with_suffix("") if data.suffix in (".bin", ".idx") else data
+    tokens = IndexedReader(prefix).tokens
+    if len(tokens) < 2:
+        raise ValueError(f"expected a dataset to verify on in {data}, got less than two tokens")
+    last = max(0, len(tokens) - length)
+    return [tokens[start : start + length].tolist() for start in sorted({0, last // 2, last})]
 
 
 def length_for(folder: Path) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch.nn.functional import cross_entropy
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
@@ -26,31 +27,54 @@ from megatron_infoentropy.progress import progress
 
 TOLERANCE = 1e-5
 """The largest difference between two fp32 logits that rounding explains, of the largest logit."""
+LOSS_TOLERANCE = 1e-4
+"""The largest difference between two mean cross entropies, in nats a token."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What both models make of the same tokens."""
+
+    tokens: int
+    max_difference: float  # largest |logit - logit|
+    max_logit: float  # largest |logit|, the scale of the above
+    top1_agreement: float  # share of positions where both predict the same token
+    megatron_loss: float  # mean cross entropy of the next token, in nats
+    hf_loss: float
+
+    @property
+    def same(self) -> bool:
+        close = self.max_difference <= TOLERANCE * self.max_logit  # NaN is not
+        same_loss = abs(self.megatron_loss - self.hf_loss) <= LOSS_TOLERANCE
+        return close and same_loss and self.top1_agreement == 1.0
+
+    def __str__(self) -> str:
+        ratio = self.max_difference / self.max_logit if self.max_logit else math.inf
+        return (
+            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.1e}, "
+            f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
+            f"token {self.top1_agreement:.2%}\n"
+            f"loss of these tokens: {self.megatron_loss:.6f} nats in Megatron, {self.hf_loss:.6f} "
+            f"in transformers (at most {LOSS_TOLERANCE:.0e} apart)"
+        )
 
 
 @dataclass(frozen=True)
 class Verification:
     """The outcome of a comparison; `passed` is the verdict."""
 
-    tokens: int
-    max_difference: float  # largest |logit - logit|
-    max_logit: float  # largest |logit|, the scale of the above
-    top1_agreement: float  # share of positions where both predict the same token
+    outputs: Outputs
     config_differences: tuple[str, ...]
     tokenizer_differences: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        close = self.max_difference <= TOLERANCE * self.max_logit  # NaN is not
-        same = self.top1_agreement == 1.0
-        return close and same and not self.config_differences and not self.tokenizer_differences
+        same_facts = not self.config_differences and not self.tokenizer_differences
+        return self.outputs.same and same_facts
 
     def __str__(self) -> str:
-        ratio = self.max_difference / self.max_logit if self.max_logit else math.inf
         lines = [
-            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.1e}, "
-            f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
-            f"token {self.top1_agreement:.2%}",
+            str(self.outputs),
             *(f"configuration: {line}" for line in self.config_differences),
             *(f"tokenizer: {line}" for line in self.tokenizer_differences),
         ]
@@ -62,6 +86,7 @@ def prove(
     folder: Path,
     *,
     text: Path | None = None,
+    data: Path | None = None,
     iteration: int | None = None,
     imported: bool = False,
 ) -> Verification:
@@ -69,12 +94,12 @@ def prove(
 
     Args:
         checkpoint, folder, iteration, imported: as for `verify_conversion`.
-        text: as for `sequences_for`.
+        text, data: as for `sequences_for`.
 
     Raises:
         UnprovenConversionError: they do not compute the same, with all that differs.
     """
-    sequences = sequences_for(folder, text)
+    sequences = sequences_for(folder, text, data)
     result = verify_conversion(
         checkpoint, folder, sequences, iteration=iteration, imported=imported
     )
@@ -113,7 +138,7 @@ def verify_conversion(
         imported: the checkpoint was made of the folder, which need not suit transformers 4.
 
     Raises:
-        ValueError: no tokens, or ids outside the vocabulary.
+        ValueError: no two tokens in a sequence, or ids outside the vocabulary.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,12 +152,12 @@ def verify_conversion(
         use_safetensors=True,
         dtype=torch.float32,
     ).eval()
-    logits = _compare_logits(ReferenceModel(opened, config.dtype), model, sequences)
+    outputs = _compare_outputs(ReferenceModel(opened, config.dtype), model, sequences)
     if imported:
-        return Verification(*logits, tuple(config_differences(config, opened.args, None)))
+        return Verification(outputs, tuple(config_differences(config, opened.args, None)))
     fields = config_differences(config, opened.args, _vocab_size(folder))
     return Verification(
-        *logits, (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
+        outputs, (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
     )
 
 
@@ -152,12 +177,12 @@ def memory_needed(folder: Path, length: int) -> int:
 
 
 @torch.no_grad()
-def _compare_logits(
+def _compare_outputs(
     reference: ReferenceModel, model: Any, sequences: Sequence[Sequence[int]]
-) -> tuple[int, float, float, float]:
-    """(tokens, largest difference, largest logit, share of same top tokens)."""
+) -> Outputs:
     tokens = [torch.tensor(sequence) for sequence in sequences if len(sequence)]
     difference, largest, agree, total = 0.0, 0.0, 0, sum(map(len, tokens))
+    losses = torch.zeros(2, dtype=torch.float64)
     layers = int(reference.args.num_layers)
     with progress("verify", layers + len(tokens), "layers and texts") as advance:
         for ids, expected in zip(tokens, reference.logits(tokens, advance), strict=True):
@@ -167,8 +192,11 @@ def _compare_logits(
             difference = gaps.item() if not gaps <= difference else difference  # NaN stays
             largest = max(largest, expected.abs().max().item())
             agree += int((actual.argmax(-1) == expected.argmax(-1)).sum())
+            for at, logits in enumerate((expected, actual)):
+                losses[at] += cross_entropy(logits[:-1], ids[1:], reduction="none").double().sum()
             advance(1)
-    return total, difference, largest, agree / total
+    megatron_loss, hf_loss = (losses / (total - len(tokens))).tolist()
+    return Outputs(total, difference, largest, agree / total, megatron_loss, hf_loss)
 
 
 def _vocab_size(folder: Path) -> int | None:
@@ -177,8 +205,8 @@ def _vocab_size(folder: Path) -> int | None:
 
 
 def _require_tokens(sequences: Sequence[Sequence[int]], vocab_size: int, max_length: int) -> None:
-    if not any(len(sequence) for sequence in sequences):
-        raise ValueError("expected at least one token to compare the models on, got none")
+    if not any(len(sequence) > 1 for sequence in sequences):
+        raise ValueError("expected at least two tokens in a row to compare the models on")
     for sequence in sequences:
         if len(sequence) > max_length or not all(0 <= token < vocab_size for token in sequence):
             raise ValueError(

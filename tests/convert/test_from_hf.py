@@ -125,4 +125,4 @@ def test_the_scaling_of_llama_3_is_taken_over(tmp_path: Path) -> None:
     assert summary.flags["use-rope-scaling"] is True
     verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
     assert verification.passed, verification
-    assert verification.max_logit > 0.1
+    assert verification.outputs.max_logit > 0.1

@@ -1,11 +1,16 @@
 """The proof as a part of the commands: what it reads, insists on, and leaves when it fails."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
@@ -18,6 +23,7 @@ from megatron_infoentropy.convert import (
 )
 from megatron_infoentropy.convert.texts import LONGEST, sequences_for
 from megatron_infoentropy.convert.tokenizer_files import tokenizer_differences
+from megatron_infoentropy.data.writer import DatasetWriter
 
 
 @pytest.fixture
@@ -59,7 +65,43 @@ def test_without_a_tokenizer_the_tokens_are_drawn(folder: Path) -> None:
     different = {token for sequence in sequences for token in sequence}
     assert len(different) > 40
     assert different <= set(range(60))
-    assert prove(folder / "save", folder / "bare").tokens == 192
+    assert prove(folder / "save", folder / "bare").outputs.tokens == 192
+
+
+def write_dataset(prefix: Path, tokens: np.ndarray, lengths: list[int]) -> None:
+    writer = DatasetWriter(prefix, vocab_size=60, lengths=prefix.with_suffix(".lengths"))
+    writer.add(tokens, np.array(lengths))
+    writer.finish()
+
+
+@pytest.mark.parametrize("ending", ["", ".bin"])
+def test_a_held_out_dataset_has_the_same_loss_on_both_sides(folder: Path, ending: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 60, 500)
+    write_dataset(folder / "held_out", tokens, [7, 293, 200])
+    output = convert(folder, "--data", str(folder / f"held_out{ending}"))
+    said = re.search(r"loss of these tokens: ([\d.]+) nats in Megatron, ([\d.]+)", output)
+    slices = torch.tensor(np.stack([tokens[:64], tokens[218:282], tokens[436:]]))
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    expected = model(slices, labels=slices).loss.item()
+    assert float(said[1]) == pytest.approx(expected, abs=1e-5)
+    assert float(said[2]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_another_loss_is_not_the_same() -> None:
+    same = verify.Outputs(9, 0.0, 1.0, 1.0, 2.0, 2.00009)
+    assert same.same
+    assert not replace(same, hf_loss=2.00011).same
+    assert not replace(same, hf_loss=float("nan")).same
+
+
+def test_a_dataset_that_cannot_be_compared_on_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no such dataset file"):
+        sequences_for(folder / "hf", data=folder / "absent")
+    with pytest.raises(ValueError, match="got both"):
+        sequences_for(folder / "hf", folder / "a", folder / "b")
+    write_dataset(folder / "short", np.array([1]), [1])
+    with pytest.raises(ValueError, match="less than two tokens"):
+        sequences_for(folder / "hf", data=folder / "short")
 
 
 def test_very_long_contexts_are_compared_on_a_part(folder: Path) -> None:

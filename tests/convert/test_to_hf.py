@@ -56,7 +56,7 @@ def test_the_check_passes_for_real_checkpoints(trained: Path, tmp_path: Path, ca
     tokens = torch.load(trained / case / "golden.pt")["tokens"]
     verification = verify_conversion(trained / case / "save", tmp_path / "hf", tokens)
     assert verification.passed, verification
-    assert verification.max_difference <= 1e-5 * verification.max_logit
+    assert verification.outputs.max_difference <= 1e-5 * verification.outputs.max_logit
 
 
 def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:

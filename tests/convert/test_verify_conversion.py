@@ -78,7 +78,7 @@ def test_a_wrong_layout_fails_the_check(
     convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert not verification.passed
-    assert verification.max_difference > 0.1
+    assert verification.outputs.max_difference > 0.1
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_wrong_configuration_fails_the_check_and_is_named(
     verification = verify_conversion(exported / "save", exported / "hf", TOKENS)
     assert not verification.passed
     assert any(line.startswith(field) for line in verification.config_differences)
-    close = verification.max_difference <= TOLERANCE * verification.max_logit
+    close = verification.outputs.max_difference <= TOLERANCE * verification.outputs.max_logit
     assert close != logits_differ, verification
 
 
@@ -138,7 +138,9 @@ def test_a_wrong_configuration_of_another_family_fails_the_check(
     change_config(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert any(line.startswith(field) for line in verification.config_differences)
-    assert verification.max_difference > TOLERANCE * verification.max_logit, "and logits show it"
+    assert verification.outputs.max_difference > TOLERANCE * verification.outputs.max_logit, (
+        "and logits show it"
+    )
 
 
 def test_a_vocabulary_cut_off_by_one_fails_the_check(
