@@ -178,10 +178,24 @@ TORCHRUNS_OWN = re.compile(
 )
 
 
+# A traceback's first line and its frames; what was raised comes after.
+FRAMES = re.compile(
+    r"Traceback \(most recent call last\):\n(?:(?:\[rank\d+\]: ?)?[ \t].*\n)*", re.MULTILINE
+)
+
+
 def _first_failure(log: Path, start: int) -> str:
-    """A rank's first traceback, without torchrun's own account of its dead children."""
+    """A rank's first traceback, without torchrun's own account of its dead children.
+
+    Of a deep one the frames in the middle are left out: what was raised stands at its end.
+    """
     text = tail(log, start)
     own = TORCHRUNS_OWN.search(text)
     text = text[: own.start()].rpartition("\n")[0] if own else text
-    at = text.find("Traceback (most recent call last)")
-    return text[at : at + 3000].rstrip() if at >= 0 else text[-3000:].rstrip()
+    found = FRAMES.search(text)
+    if found is None:
+        return text[-3000:].rstrip()
+    frames = found[0]
+    if len(frames) > 2500:
+        frames = f"{frames[:500]}\n  ...\n{frames[-2000:]}"
+    return (frames + text[found.end() :][:1500]).rstrip()

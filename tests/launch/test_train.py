@@ -190,6 +190,25 @@ def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
     assert not (job.run / "run.json").exists()
 
 
+# pairs of functions that call each other: Python shortens the traceback of one that calls itself
+DEEP_RANK = """
+def ping(depth): pong(depth)
+def pong(depth): ping(depth - 1) if depth else fail()
+def fail(): raise RuntimeError("what was raised\\nin two lines")
+ping(60)
+"""
+
+
+def test_of_a_deep_traceback_the_end_is_shown(job):
+    with pytest.raises(launch.TrainingFailed) as failure:
+        launch.train(job, pretend(job, DEEP_RANK))
+    said = str(failure.value)
+    assert said.endswith("RuntimeError: what was raised\nin two lines")
+    assert len((job.run / "train.log").read_text()) > len(said)
+    assert "Traceback (most recent call last)" in said
+    assert "\n  ...\n" in said
+
+
 def test_run_json_holds_the_whole_loss():
     """Runs that differ in any of it must not be taken for seeds of one setting."""
     words = ["--infoentropy-objective", "custom", "--infoentropy-weighting", "mine:weigh"]
