@@ -72,10 +72,8 @@ class IndexedReader:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        for path in (idx_path(prefix), bin_path(prefix)):
-            if not path.is_file():
-                raise ValueError(f"no such dataset file: {path}; give the prefix without .bin")
-        code, sequences, boundaries = self._read_header()
+        _require_files(prefix)
+        code, sequences, boundaries = _read_header(idx_path(prefix))
         self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
         ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * boundaries])
@@ -139,21 +137,6 @@ class IndexedReader:
             return self.tokens.size
         return int(self._starts[sequence]) // self.dtype.itemsize
 
-    def _read_header(self) -> tuple[int, int, int]:
-        path = idx_path(self.prefix)
-        with path.open("rb") as file:
-            raw = file.read(HEADER.size)
-        if len(raw) < HEADER.size or not raw.startswith(MAGIC):
-            raise ValueError(f"{path} is no Megatron index: it does not start with {MAGIC!r}")
-        _, version, code, sequences, boundaries = HEADER.unpack(raw)
-        if version != VERSION:
-            raise ValueError(f"{path} has version {version}, only version {VERSION} is known")
-        if code not in DTYPES:
-            raise ValueError(f"{path} has dtype code {code}, expected one of {sorted(DTYPES)}")
-        expected = HEADER.size + 12 * sequences + 8 * boundaries
-        _require_size(path, expected, f"{sequences} sequences and {boundaries} boundaries")
-        return code, sequences, boundaries
-
     def _require_consistent(self) -> None:
         sequences = self._sequence_lengths.size
         bounds = self._boundaries
@@ -167,12 +150,46 @@ class IndexedReader:
         _require_size(bin_path(self.prefix), expected, f"{tokens} tokens of {self.dtype.name}")
 
 
+def require_whole(prefix: Path, tokens: int) -> None:
+    """Check that both files have their full length, without reading more than a header.
+
+    Raises:
+        ValueError: a file is missing, is no Megatron dataset, or does not hold so many tokens.
+    """
+    _require_files(prefix)
+    code, _, _ = _read_header(idx_path(prefix))
+    dtype = np.dtype(DTYPES[code])
+    _require_size(bin_path(prefix), tokens * dtype.itemsize, f"{tokens} tokens of {dtype.name}")
+
+
+def _require_files(prefix: Path) -> None:
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise ValueError(f"no such dataset file: {path}; give the prefix without .bin")
+
+
+def _read_header(path: Path) -> tuple[int, int, int]:
+    """(dtype code, sequences, boundaries) of an index that has the size it says."""
+    with path.open("rb") as file:
+        raw = file.read(HEADER.size)
+    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+        raise ValueError(f"{path} is no Megatron index: it does not start with {MAGIC!r}")
+    _, version, code, sequences, boundaries = HEADER.unpack(raw)
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}, only version {VERSION} is known")
+    if code not in DTYPES:
+        raise ValueError(f"{path} has dtype code {code}, expected one of {sorted(DTYPES)}")
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
+    _require_size(path, expected, f"{sequences} sequences and {boundaries} boundaries")
+    return code, sequences, boundaries
+
+
 def _require_size(path: Path, expected: int, what: str) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut off" if size < expected else "too long"
         raise ValueError(
-            f"{path} is {state}: {size} bytes, the index says {expected} ({what}); write it again"
+            f"{path} is {state}: {size} bytes, expected {expected} ({what}); write it again"
         )
 
 

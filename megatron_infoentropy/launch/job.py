@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.data.blend import blend
+from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.launch.flags import chosen_flags, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.recipe import (
@@ -118,5 +119,12 @@ def require_layout(ranks: int, facts: dict[str, Any]) -> None:
 
 
 def _blend(dataset: Path, weights: str) -> list[Any]:
-    """[weight, prefix, weight, prefix, ...]"""
-    return [word for share in blend(dataset, weights) for word in (share.weight, share.prefix)]
+    """[weight, prefix, weight, prefix, ...]
+
+    Raises:
+        ValueError: also for a dataset that was cut off, before any rank stumbles over it.
+    """
+    shares = blend(dataset, weights)
+    for share in shares:
+        require_whole(share.prefix, share.tokens)
+    return [word for share in shares for word in (share.weight, share.prefix)]

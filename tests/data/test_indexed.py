@@ -220,9 +220,9 @@ def cut(path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b, i: cut(b, -2), r"a\.bin is cut off: 6 bytes, the index says 8 \(4 tokens"),
+        (lambda b, i: cut(b, -2), r"a\.bin is cut off: 6 bytes, expected 8 \(4 tokens"),
         (lambda b, i: b.write_bytes(b.read_bytes() * 2), r"a\.bin is too long: 16 bytes"),
-        (lambda b, i: cut(i, -1), r"a\.idx is cut off: 89 bytes, the index says 90"),
+        (lambda b, i: cut(i, -1), r"a\.idx is cut off: 89 bytes, expected 90"),
         (lambda b, i: cut(i, 20), r"a\.idx is no Megatron index"),
         (lambda b, i: cut(i, 0), r"a\.idx is no Megatron index"),
         (lambda b, i: patch(i, 0, b"X"), r"a\.idx is no Megatron index"),

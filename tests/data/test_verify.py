@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Damage, str, str, str]] = {
     "lengths": (
         lambda d: change(d / "a.idx", 34, struct.pack("<ii", 7, -1)),
         "a.bin",
-        "is too long: 15550 bytes, the index says 15538",
+        "is too long: 15550 bytes, expected 15538",
         "end tokens",
     ),
     "documents": (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
@@ -41,9 +42,20 @@ def job(tmp_path, monkeypatch):
             "B text": DomainFacts(prefix="b_text", documents=1, tokens=30, bytes=90),
             "A text": DomainFacts(prefix="a_text", documents=1, tokens=10, bytes=30),
         }
+        for facts in domains.values():
+            write_dataset(folder / facts.prefix, facts.tokens)
         Manifest(folder, TokenizerFacts("0" * 64, 100, 0), "uint16", True, domains).save()
         np.save(folder / "token_counts.npy", np.zeros((2, 100), dtype=np.int64))
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
+
+
+def write_dataset(prefix, tokens):
+    lengths = prefix.with_suffix(".lengths")
+    writer = DatasetWriter(prefix, vocab_size=100, lengths=lengths)
+    writer.add(np.zeros(tokens, np.int64), np.array([tokens]))
+    writer.finish()
+    writer.close()
+    lengths.unlink()
 
 
 def values(words, flag):
@@ -138,6 +150,17 @@ def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
         launch.build_command(replace(job, recipe=recipe))
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
     assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
+
+
+@pytest.mark.parametrize("name", ["train/b_text.bin", "validation/a_text.idx"])
+def test_data_that_were_cut_off_are_refused_before_any_rank_starts(job, name):
+    path = job.data / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{path} is cut off: .* bytes, expected .*write it again"):
+        launch.build_command(job)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"no such dataset file: {path}"):
+        launch.build_command(job)
 
 
 def test_training_says_which_folders_it_misses():
