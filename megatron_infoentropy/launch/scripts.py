@@ -20,6 +20,7 @@ from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
 ENTRY = "megatron_infoentropy.pretrain"
+ASKED = "asked to stop; the ranks save a checkpoint first"
 SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGUSR1")
 
 
@@ -50,7 +51,7 @@ def node_script(plan: Plan) -> str:
         f"# One node of the training {plan.run.name}, {plan.title}.",
         f"# Made by: {plan.made_by}",
         "# Edit it as you like: it is all that a node runs. NODE (0, 1, ...) says which one it is.",
-        f"# To save a checkpoint and stop: kill -USR1 $(cat {plan.run}/node-0.pid)",
+        f"# To save a checkpoint and stop: Ctrl-C, or kill -USR1 $(cat {plan.run}/node-0.pid)",
         "set -euo pipefail",
         "",
         f"run={shlex.quote(str(plan.run))}",
@@ -76,7 +77,7 @@ def node_script(plan: Plan) -> str:
         *(['  --local-addr "$address"'] if cluster.interface else []),
         ")",
         _RUN_AND_STOP.format(
-            entry=ENTRY, idle_s=cluster.join_timeout_s + cluster.store_timeout_s
+            entry=ENTRY, asked=ASKED, idle_s=cluster.join_timeout_s + cluster.store_timeout_s
         ),
     ])  # fmt: skip
 
@@ -85,8 +86,9 @@ _RUN_AND_STOP = """
 mkdir -p "$run"
 echo $$ > "$run/node-$node.pid"
 
-# torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save.
-(trap '' USR1; exec "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
+# torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save. In a
+# session of their own they do not hear the terminal's Ctrl-C either: save_and_stop does.
+(trap '' USR1; exec setsid "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
 launcher=$!
 
 living_ranks() {{
@@ -96,8 +98,8 @@ living_ranks() {{
 }}
 
 save_and_stop() {{
-  trap '' USR1 TERM
-  echo "node $node: asked to stop; the ranks save a checkpoint first"
+  trap '' USR1 TERM INT HUP
+  echo "node $node: {asked}" || true # the terminal may be gone
   # Again and again: a rank that is still starting does not listen yet.
   for try in {{1..1000}}; do
     # Without ranks there is nothing to save: it waits for nodes, in the end deaf to signals.
@@ -106,10 +108,11 @@ save_and_stop() {{
     sleep 5
   done > /dev/null 2>&1 &
 }}
-trap save_and_stop USR1 TERM
+trap save_and_stop USR1 TERM INT HUP
 
 # Cut off from node 0, torchrun waits for an answer until the kernel gives up: a quarter of an hour.
 watch_for_idleness() {{
+  trap '' INT HUP
   local idle=0
   while sleep 1 > /dev/null 2>&1; do
     [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
@@ -120,7 +123,7 @@ watch_for_idleness() {{
 }}
 watch_for_idleness &
 watcher=$!
-trap 'kill "$watcher" 2>/dev/null; rm -f "$run/node-$node.pid"' EXIT
+trap 'kill "$watcher" 2>/dev/null || true; rm -f "$run/node-$node.pid"' EXIT
 
 wait "$launcher" || true
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done

@@ -3,6 +3,7 @@
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import (
+    ASKED,
     HOSTS,
     JOB,
     NODE,
@@ -24,7 +26,8 @@ from megatron_infoentropy.launch.scripts import (
 from megatron_infoentropy.launch.slurm import job_script
 from megatron_infoentropy.launch.train import follow
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)  # the scripts take both as the order to save and stop
+# The scripts take each as the order to save and stop.
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,13 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
     write_facts(plan.run, recipe, words, cluster.ranks, device, None)
     if cluster.slurm is not None:
         return _submit(prepared.command)
-    said = follow(plan.run, prepared.command, {}, on_line, FORWARDED)
+
+    def hear(line: str) -> None:
+        if ASKED in line:
+            sys.stderr.write(line)
+        on_line(line)
+
+    said = follow(plan.run, prepared.command, {}, hear, FORWARDED)
     write_facts(plan.run, recipe, words, cluster.ranks, device, said.parameters)
     if said.was_stopped:
         return "stopped after saving a checkpoint; the same command goes on from there"

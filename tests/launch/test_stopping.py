@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from megatron_infoentropy.launch.cluster import Cluster
-from megatron_infoentropy.launch.scripts import Plan, hosts_script
+from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
 
 FLAGS = (
     *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
@@ -67,19 +69,20 @@ def program(path, text):
     path.chmod(0o755)
 
 
-def test_ctrl_c_at_the_terminal_saves_first(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    cluster = Cluster(1, 0, 1, hosts=("a",), address="localhost:0", python=sys.executable)
-    plan = Plan(run, FLAGS, cluster, "a test")
-    program(tmp_path / "rank", RANK.format(python=sys.executable, run=run))
-    program(tmp_path / "ssh", SSH)
-    program(run / "hosts.sh", hosts_script(plan))
-    program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
-    path = f"{tmp_path}:{os.environ['PATH']}"
+# As torchrun: hears SIGINT whatever it inherits, and dies of it.
+TORCHRUN = """#!{python} -IS
+import signal, subprocess, sys
+rank = subprocess.Popen(["{rank}"])
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(rank.wait())
+"""
+
+
+def interrupted(script, run, **environment):
+    """Start a script, press Ctrl-C twice once its rank runs; (exit code, what it said)."""
     training = subprocess.Popen(
-        ["bash", run / "hosts.sh"],
-        env={**os.environ, "PATH": path},
+        ["bash", run / script],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -92,7 +95,34 @@ def test_ctrl_c_at_the_terminal_saves_first(tmp_path):
         os.killpg(training.pid, signal.SIGINT)
         time.sleep(0.2)
     said, _ = training.communicate(timeout=60)
-    assert training.returncode == 0, said
+    return training.returncode, said
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    program(tmp_path / "rank", RANK.format(python=sys.executable, run=run))
+    return run
+
+
+def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path):
+    cluster = Cluster(1, 0, 1, hosts=("a",), address="localhost:0", python=sys.executable)
+    program(tmp_path / "ssh", SSH)
+    program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
+    program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
+    code, said = interrupted("hosts.sh", run, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert code == 0, said
+    assert (run / "saved").exists()
+
+
+def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
+    program(tmp_path / "torchrun", TORCHRUN.format(python=sys.executable, rank=tmp_path / "rank"))
+    cluster = Cluster(1, 0, 1, address="localhost:0", python=str(tmp_path / "torchrun"))
+    program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
+    code, said = interrupted("node.sh", run)
+    assert code == 0, said
+    assert "asked to stop; the ranks save a checkpoint first" in said
     assert (run / "saved").exists()
 
 
