@@ -26,6 +26,10 @@ class BrokenLineError(ValueError):
         self.path, self.line, self.reason = path, line, reason
 
 
+class UnfitDocumentsError(ValueError):
+    """Documents that cannot become a dataset, with these options, however often it is tried."""
+
+
 @dataclass(frozen=True)
 class Position:
     """A place between two lines: bytes of decompressed text before it, number of the next line."""

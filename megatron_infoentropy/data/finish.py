@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_infoentropy.data.blocks import UnfitDocumentsError
 from megatron_infoentropy.data.indexed import bin_path, idx_path
 from megatron_infoentropy.data.journal import Counts, DomainTally
 from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest
@@ -29,7 +30,7 @@ def finish(manifest: Manifest, written: Mapping[str, Written]) -> Manifest:
     is kept, as other shards may have tokens for it. Can be repeated.
 
     Raises:
-        ValueError: no domain has a token, and this is no shard.
+        UnfitDocumentsError: no domain has a token, and this is no shard.
     """
     domains: dict[str, DomainFacts] = {}
     left_out: dict[str, int] = {}
@@ -41,7 +42,7 @@ def finish(manifest: Manifest, written: Mapping[str, Written]) -> Manifest:
             for path_of in (bin_path, idx_path):
                 path_of(domain.writer.prefix).unlink(missing_ok=True)
     if not domains and not manifest.shard:
-        raise ValueError("the inputs hold no document with a token; nothing to write")
+        raise UnfitDocumentsError("the inputs hold no document with a token; nothing to write")
     shape = (len(domains), manifest.tokenizer.vocab_size)
     table = np.array([written[name].counts for name in domains], dtype=np.int64).reshape(shape)
     checksum = _save_counts(manifest.folder / TOKEN_COUNTS, table)

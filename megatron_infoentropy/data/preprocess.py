@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from megatron_infoentropy.data.blocks import Block, Position, read_blocks
+from megatron_infoentropy.data.blocks import Block, Position, UnfitDocumentsError, read_blocks
 from megatron_infoentropy.data.compression import require_readable
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.finish import Written, finish
@@ -84,6 +84,9 @@ def preprocess(
             if not task.is_done():
                 publish(_make(task, settings, work, workers, max_errors), output)
             (work / JOURNAL).unlink(missing_ok=True)
+        except UnfitDocumentsError:
+            (work / JOURNAL).unlink(missing_ok=True)
+            raise
         except OSError as error:
             if error.errno not in _FULL:
                 raise

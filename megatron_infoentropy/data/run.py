@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infoentropy.data.blocks import Block, BrokenLineError
+from megatron_infoentropy.data.blocks import Block, BrokenLineError, UnfitDocumentsError
 from megatron_infoentropy.data.folder import sync_folder
 from megatron_infoentropy.data.journal import Counts, DomainTally, InputTally, Journal, load_journal
 from megatron_infoentropy.data.jsonl import BLANK
@@ -155,12 +155,12 @@ class Run:
             prefix = slug(name)
             for other, tally in domains.items():
                 if tally.prefix == prefix:
-                    raise ValueError(
+                    raise UnfitDocumentsError(
                         f"the domains {other!r} and {name!r} would both be written to "
                         f"{prefix}.bin; rename one"
                     )
             if len(domains) == MOST_DOMAINS:
-                raise ValueError(
+                raise UnfitDocumentsError(
                     f"found more than {MOST_DOMAINS} domains, the last is {name!r}; is that what "
                     "the texts should be split by?"
                 )
@@ -200,9 +200,11 @@ def slug(domain: str) -> str:
     """The domain's file name: lower case, everything but letters and digits to `_`.
 
     Raises:
-        ValueError: nothing but underscores would be left.
+        UnfitDocumentsError: nothing but underscores would be left.
     """
     name = re.sub(r"\W", "_", domain.lower())
     if not name.strip("_"):
-        raise ValueError(f"the domain {domain!r} has no letter or digit to name a file after")
+        raise UnfitDocumentsError(
+            f"the domain {domain!r} has no letter or digit to name a file after"
+        )
     return name
