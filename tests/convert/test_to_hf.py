@@ -104,7 +104,7 @@ def test_every_convention_is_undone(tmp_path: Path, variant: str, layers: str) -
     convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.passed, verification
-    assert verification.tokens == 96
+    assert verification.outputs.tokens == 96
 
 
 @pytest.mark.parametrize(
