@@ -1,5 +1,6 @@
 """The demo in miniature, by the commands a user types: text to report, and resume elsewhere."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,24 +26,26 @@ SMALL = [
 
 
 def infoentropy(*words, cwd):
+    """A command, in this process: importing transformers takes longer than most of them."""
+    with contextlib.chdir(cwd):
+        done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
+
+
+def train(folder, run, *words, extra=()):
+    """The command that trains, as its users start it."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_infoentropy", *map(str, words)],
-        cwd=cwd,
+        [
+            *(sys.executable, "-m", "megatron_infoentropy", "train", str(RECIPE)),
+            *("--data", "tokens", "--tokenizer", "tokenizer", "--run", run),
+            *map(str, (*words, "--", *SMALL, *extra)),
+        ],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def train(folder, run, *words, extra=()):
-    return infoentropy(
-        *("train", RECIPE, "--data", "tokens", "--tokenizer", "tokenizer", "--run", run),
-        *words,
-        *("--", *SMALL, *extra),
-        cwd=folder,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +142,11 @@ def test_both_exports_are_the_same_model(evaluated):
 def test_a_checkpoint_is_evaluated_as_its_export_is(evaluated, monkeypatch):
     """Straight from what Megatron saved at TP2, with the tokenizer that its arguments name."""
     monkeypatch.chdir(evaluated)
-    words = ["evaluate", "whole/checkpoints", "--data", "tokens/test", "--output", "direct"]
-    counts = ["--token-counts", "tokens/train/token_counts.npy", "--device", "cpu"]
-    done = CliRunner().invoke(app, words + counts)
-    assert done.exit_code == 0, done.output
+    infoentropy(
+        *("evaluate", "whole/checkpoints", "--data", "tokens/test", "--output", "direct"),
+        *("--token-counts", "tokens/train/token_counts.npy", "--device", "cpu"),
+        cwd=evaluated,
+    )
     direct, exported = (
         json.loads(Path(run, "evaluation.json").read_text()) for run in ("direct", "whole")
     )
