@@ -98,7 +98,7 @@ def examine_job(order: Order) -> Report | None:
 
 def _store(place: Place, timeout: timedelta) -> Any:
     """torchrun's own store, or one on rank 0 where its agent has none for the ranks."""
-    from torch.distributed.distributed_c10d import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return TCPStore(
