@@ -4,7 +4,6 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
 # With a GPU but without Transformer Engine and Apex, Megatron has PyTorch's layers to fall back on.
@@ -20,6 +19,8 @@ PLAIN_GPU_FLAGS = (
 def machine_flags(device: Device, recipe: dict[str, Any]) -> list[str]:
     """Flags to put before a recipe on this machine; what the recipe says comes later and wins."""
     if device.type == "cpu":
+        from megatron_infoentropy.runtime.cpu import CPU_FLAGS  # takes torch's seconds to import
+
         return list(CPU_FLAGS)
     if "transformer-impl" in recipe or find_spec("transformer_engine") is not None:
         return []

@@ -5,22 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import fake_slurm
 import pytest
-
-from megatron_infoentropy.launch.job import TrainingJob
-from megatron_infoentropy.launch.start import prepare, write
+from cluster_runs import kill_all_on
+from namespaces import SSH, hosts, why_not
 
 HERE = Path(__file__).parent
-RECIPE = HERE.parents[1] / "examples" / "tiny.yaml"
-SMALL = [
-    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"),
-    *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "4"),
-    *("--global-batch-size", "8", "--eval-iters", "1", "--eval-interval", "100000"),
-    *("--init-method-std", "0.1", "--lr-warmup-iters", "2"),
-]
 
 
 @pytest.fixture(scope="session")
@@ -75,19 +67,28 @@ def quick_ranks(tmp_path_factory):
     server.wait()
 
 
-def prepared(tokens, run, cluster, *extra, settings=None):
-    """The scripts of a training of a tiny model, in its run folder; endless but for `extra`."""
-    endless = ("--train-iters", 100000, "--lr-decay-iters", 100, "--log-interval", 1)
-    settings = {"infoentropy-normalization": "global", **(settings or {})}  # the same in any layout
-    job = TrainingJob(
-        RECIPE,
-        tokens / "data",
-        tokens / "tokenizer",
-        run,
-        settings,
-        extra_flags=(*SMALL, *map(str, (*endless, *extra))),
-    )
-    cluster = replace(cluster, gpus_per_node=0, python=sys.executable, max_restarts=0)
-    made = prepare(job, cluster, "a test")
-    write(made, overwrite=True)
-    return made
+@pytest.fixture(scope="module")
+def programs(quick_ranks, tmp_path_factory):
+    """A folder on PATH that holds the stand-ins for Slurm and ssh; ranks start fast meanwhile."""
+    folder = tmp_path_factory.mktemp("programs")
+    fake_slurm.install(folder)
+    (folder / "ssh").write_text(SSH)
+    (folder / "ssh").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**quick_ranks, "PATH": f"{folder}:{os.environ['PATH']}"}.items():
+            patch.setenv(name, value)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def two_hosts(programs):
+    """Two namespaces, which the ssh on PATH enters meanwhile; none where they cannot be made."""
+    if why_not():
+        yield []
+        return
+    with hosts(2) as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOSTS", " ".join(f"{host.address}={host.name}" for host in found))
+        try:
+            yield found
+        finally:
+            kill_all_on(found)

@@ -6,12 +6,14 @@ What they are told is left in NAME.words beside them.
 from pathlib import Path
 
 # sbatch runs the job as Slurm would: output to the file that the script names, in the background.
+# Its number decides the port of the rendezvous: not the same for all who test on this machine.
 SBATCH = """#!/bin/bash
 output=$(sed -n 's/^#SBATCH --output=//p' "$1")
-export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost
+export SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=localhost
 setsid bash "$1" >> "$output" 2>&1 < /dev/null &
 echo $! > "$(dirname "$0")/pid"
-echo "Submitted batch job 77"
+echo $SLURM_JOB_ID >> "$(dirname "$0")/jobs"
+echo "Submitted batch job $SLURM_JOB_ID"
 """
 # srun hands signals to every process of its step, as Slurm does; it ends as its task does.
 SRUN = """#!/bin/bash
