@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
     "tasks": {"progress"},
     "bench": {"config", "evaluate", "integration", "kernels", "loss", "progress", "runtime"},
-    "doctor": {"data", "kernels", "launch"},
+    "doctor": {"data", "kernels", "launch", "progress", "runtime"},
     "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch", "study", "tasks"},
     "cli": {"commands"},
     "__main__": {"cli"},

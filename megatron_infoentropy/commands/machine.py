@@ -1,14 +1,21 @@
 """Commands about the machine: what it offers, how fast the loss is on it."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from megatron_infoentropy.commands.training import (
+    MegatronFlags,
+    PipelineParallel,
+    TensorParallel,
+)
+
 if TYPE_CHECKING:
-    from megatron_infoentropy.doctor.job import Report
+    from megatron_infoentropy.doctor.report import Report
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -17,15 +24,22 @@ def doctor(
     recipe: Annotated[
         Path | None, typer.Argument(help="with --distributed: count and measure for this recipe")
     ] = None,
+    megatron_flags: MegatronFlags = None,
+    *,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="look at all ranks of a job, before it trains")
     ] = False,
     ranks: Annotated[
         int, typer.Option(min=1, help="start so many on this machine (without torchrun)")
     ] = 2,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     data: Annotated[
-        Path | None, typer.Option(help="folder with train/, validation/, test/: verify checksums")
+        Path | None, typer.Option(help="folder with train/, validation/, test/: compare checksums")
     ] = None,
+    local_data: Annotated[
+        bool, typer.Option("--local-data", help="every host has a copy of its own: read each")
+    ] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="must be the one that the data were made with")
     ] = None,
@@ -35,22 +49,31 @@ def doctor(
 ) -> None:
     """Say what this machine offers to training, and what to do about what is missing.
 
-    With --distributed: whether the ranks of a job can work together. Under torchrun it is one rank
-    of them (torchrun ... -m megatron_infoentropy doctor --distributed), else it starts --ranks.
+    With --distributed: whether the ranks of a job can work together; exit code 1 if not. It starts
+    --ranks here, or is one rank under torchrun: torchrun ... -m -- megatron_infoentropy doctor
+    --distributed ... (its -- keeps --run from torchrun, which has an option that begins so).
     """
     if not distributed:
         if recipe is not None:
             raise ValueError("doctor takes a recipe with --distributed only")
         _say_findings()
         return
-    from megatron_infoentropy.doctor.job import Order, examine_job, start_ranks
+    from megatron_infoentropy.doctor.job import Order, examine_job
+    from megatron_infoentropy.doctor.start import start_ranks
 
-    order = Order(recipe, data, tokenizer, run, int(disk_gib * 2**30), timeout)
-    report = examine_job(order) if "RANK" in os.environ else start_ranks(order, ranks)
-    if report is not None:
-        _say_report(report)
-        if report.troubles:
-            raise typer.Exit(1)
+    if "RANK" not in os.environ:
+        told, code = start_ranks(sys.argv[2:], ranks, sys.stderr.write)
+        out.print(told, markup=False, end="")
+        raise typer.Exit(code)
+    settings = {
+        "tensor-model-parallel-size": tensor_parallel,
+        "pipeline-model-parallel-size": pipeline_parallel,
+    }
+    flags, disk = tuple(megatron_flags or ()), int(disk_gib * 2**30)
+    order = Order(recipe, settings, flags, data, local_data, tokenizer, run, disk, timeout)
+    report = examine_job(order, _say_report)
+    if report.troubles:
+        raise typer.Exit(1)
 
 
 def _say_findings() -> None:
@@ -67,21 +90,7 @@ def _say_findings() -> None:
 
 
 def _say_report(report: "Report") -> None:
-    out.print(f"{'rank':4} {'host':20} {'device':24} {'memory':>9} {'disk':>9} {'clock':>9}")
-    for one in report.facts:
-        sizes = f"{one.memory / 2**30:5.1f} GiB {one.disk / 2**30:5.1f} GiB"
-        line = f"{one.rank:4} {one.host:20} {one.device:24} {sizes} {1e3 * one.clock_s:6.1f} ms"
-        out.print(line, markup=False)
-    versions = ", ".join(f"{name} {found}" for name, found in report.facts[0].versions.items())
-    out.print(f"versions of rank 0: {versions}", markup=False)
-    for measured in report.measured:
-        transfer = measured.transfer
-        what = f"{transfer.kind} over {transfer.ranks} ranks, {transfer.bytes / 2**20:.2f} MiB"
-        out.print(f"{transfer.name}: {what}: {measured.gbps:.2f} GB/s", markup=False)
-    for trouble in report.troubles:
-        out.print(f"!!  {trouble}", markup=False)
-    if not report.troubles:
-        out.print(f"ok  {len(report.facts)} ranks can work together", markup=False)
+    out.print("\n".join(report.lines()), markup=False)
 
 
 def bench(

@@ -14,12 +14,13 @@ ROUND_TRIPS = 5
 
 @dataclass(frozen=True)
 class Transfer:
-    """One collective of the training: `bytes` of every rank's part, over `ranks` neighbours."""
+    """One collective of the training: `bytes` of every rank's part, over every `stride`-th rank."""
 
     name: str
     kind: Literal["all-reduce", "all-gather"]
     bytes: int
-    ranks: int
+    ranks: int  # of a group
+    stride: int = 1  # from one rank of a group to its next
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Measured:
     """A transfer's slowest group: `gbps` is what a rank sends in a ring, in 10^9 bytes a second."""
 
     transfer: Transfer
+    seconds: float
     gbps: float
     wrong_ranks: tuple[int, ...]
 
@@ -66,13 +68,11 @@ def _receive(source: int) -> float:
 def measure(transfers: list[Transfer], device: torch.device) -> list[Measured]:
     """Do every transfer a few times; all ranks call it with the same list."""
     world = dist.get_world_size()
-    groups = {world: None} | {
-        ranks: dist.new_subgroups(ranks)[0]
-        for ranks in sorted({t.ranks for t in transfers} - {world})
-    }
+    kinds = sorted({(transfer.ranks, transfer.stride) for transfer in transfers})
+    groups = {kind: _group(*kind, world) for kind in kinds}
     found = []
     for transfer in transfers:
-        seconds, right = _one(transfer, groups[transfer.ranks], device)
+        seconds, right = _one(transfer, groups[transfer.ranks, transfer.stride], device)
         everyone: list[tuple[float, bool] | None] = [None] * world
         dist.all_gather_object(everyone, (seconds, right))
         results = [result for result in everyone if result is not None]
@@ -81,8 +81,26 @@ def measure(transfers: list[Transfer], device: torch.device) -> list[Measured]:
         if transfer.kind == "all-reduce":
             sent = 2 * sent // transfer.ranks
         wrong = tuple(at for at, result in enumerate(results) if not result[1])
-        found.append(Measured(transfer, sent / slowest / 1e9, wrong))
+        found.append(Measured(transfer, slowest, sent / slowest / 1e9, wrong))
     return found
+
+
+def members(ranks: int, stride: int, world: int) -> list[list[int]]:
+    """The groups of `ranks` that are `stride` apart: as Megatron cuts its world into them."""
+    return [
+        [base + first + stride * number for number in range(ranks)]
+        for base in range(0, world, ranks * stride)
+        for first in range(stride)
+    ]
+
+
+def _group(ranks: int, stride: int, world: int) -> dist.ProcessGroup | None:
+    """This rank's, or None for all of them."""
+    if ranks == world:
+        return None
+    mine = dist.new_subgroups_by_enumeration(members(ranks, stride, world))[0]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
 
 
 def _one(

@@ -4,17 +4,14 @@ import os
 import platform
 import shutil
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
-from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.data.tokenizer import load_tokenizer
-from megatron_infoentropy.data.writer import file_sha256
+from megatron_infoentropy.doctor.data_files import DataFacts, Share, look
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,24 @@ class Facts:
     memory: int  # that this rank may use: of its GPU, or its share of the host's
     disk: int  # free where the run will write
     versions: dict[str, str]
-    data_tokenizer: str = ""  # SHA-256 in the manifest of the training data
-    tokenizer: str = ""  # of the tokenizer itself
+    data: DataFacts | None = None
+    tokenizer: str = ""  # SHA-256
     clock_s: float = 0.0  # ahead of rank 0's
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
 
-def collect(place: Place, data: Path | None, tokenizer: Path | None, run: Path) -> Facts:
-    """Look; every file of the data is opened by every rank, and read whole by one of them."""
-    found, problems = "", list[str]()
+def collect(
+    place: Place, data: Path | None, tokenizer: Path | None, run: Path, *, local_data: bool = False
+) -> Facts:
+    """Look; every file of the data is opened by every rank, and read whole by one of them.
+
+    With `local_data` it is read by one of each host.
+    """
+    found, sha256, problems = None, "", list[str]()
     if data is not None:
-        found, problems = _look_at_data(place, data)
-    sha256 = ""
+        by_host, by_job = Share(place.local_rank, place.local_world), Share(place.rank, place.world)
+        found = look(data, by_host if local_data else by_job)
+        problems += found.problems
     if tokenizer is not None:
         try:
             sha256 = load_tokenizer(tokenizer).sha256
@@ -68,7 +71,7 @@ def collect(place: Place, data: Path | None, tokenizer: Path | None, run: Path) 
         memory=memory,
         disk=shutil.disk_usage(_existing(run)).free,
         versions=_versions(),
-        data_tokenizer=found,
+        data=found,
         tokenizer=sha256,
         problems=tuple(problems),
     )
@@ -105,35 +108,3 @@ def _device(place: Place) -> tuple[str, int]:
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(line for line in lines if line.startswith("MemAvailable"))
     return f"CPU, {os.cpu_count()} cores", int(available.split()[1]) * 1024 // place.local_world
-
-
-def _look_at_data(place: Place, data: Path) -> tuple[str, list[str]]:
-    """(SHA-256 of the training data's tokenizer, what is wrong)"""
-    problems: list[str] = []
-    tokenizer, number = "", 0
-    for split in SPLITS:
-        try:
-            manifest = load_manifest(data / split)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        if split == "train":
-            tokenizer = manifest.tokenizer.sha256
-        for name, domain in manifest.domains.items():
-            prefix = manifest.prefix(name)
-            try:
-                IndexedReader(prefix)
-                for path, wanted in (
-                    (bin_path(prefix), domain.bin_sha256),
-                    (idx_path(prefix), domain.idx_sha256),
-                ):
-                    mine = number % place.world == place.rank
-                    number += 1
-                    if mine and wanted and file_sha256(path) != wanted:
-                        problems.append(
-                            f"{path} is not what was written: its checksum differs from the "
-                            "manifest's; see `infoentropy verify`, or preprocess it again"
-                        )
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-    return tokenizer, problems

@@ -1,58 +1,58 @@
 """The ranks of a job look at each other before it trains: `infoentropy doctor --distributed`.
 
 1. every rank writes into torchrun's store that it is there; who does not come is named
-2. rank 0 counts what the recipe takes; all learn its transfers and its memory
-3. every rank collects its facts, measures its clock and does the transfers
-4. rank 0 gathers everything and judges
+2. every rank collects its facts; rank 0 counts what the recipe takes
+3. all learn the recipe's transfers, measure their clocks and do the transfers
+4. all gather everything and judge alike; rank 0 tells
 """
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_infoentropy.doctor.collectives import Measured, Transfer, clock_ahead_s, measure
+from megatron_infoentropy.doctor.collectives import Transfer, clock_ahead_s, measure
 from megatron_infoentropy.doctor.facts import Facts, Place, collect
+from megatron_infoentropy.doctor.report import Report
 from megatron_infoentropy.doctor.verdict import DISK_BYTES, troubles
+
+if TYPE_CHECKING:
+    import torch
 
 MIB = 2**20
 LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
 STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
+BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to look at; `disk` in bytes that must be free, `timeout_s` to wait for a rank."""
+    """What to look at; `settings` and `flags` change the recipe as they do in a training.
+
+    `disk` are the bytes that must be free, `timeout_s` is how long to wait for a rank; with
+    `local_data` every host has a copy of the data.
+    """
 
     recipe: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
     data: Path | None = None
+    local_data: bool = False
     tokenizer: Path | None = None
     run: Path = Path()
     disk: int = DISK_BYTES
     timeout_s: int = 120
 
 
-@dataclass(frozen=True)
-class Report:
-    """What rank 0 tells."""
-
-    facts: list[Facts]
-    measured: list[Measured]
-    troubles: list[str]
-
-
 class RankMissing(RuntimeError):
     """Ranks that did not come, by number and host."""
 
 
-def examine_job(order: Order) -> Report | None:
-    """Be one rank of the examination, under torchrun; the report on rank 0, None elsewhere.
+def examine_job(order: Order, tell: Callable[[Report], None]) -> Report:
+    """Be one rank of the examination, under torchrun; rank 0 tells the report, all return it.
 
     Raises:
         RankMissing: not all ranks came in time.
@@ -61,39 +61,46 @@ def examine_job(order: Order) -> Report | None:
     import torch.distributed as dist
 
     place = Place.from_environment()
-    timeout = timedelta(seconds=order.timeout_s)
-    store = _store(place, timeout)
+    store = _store(place, timedelta(seconds=order.timeout_s))
     arrive(store, place, order.timeout_s)
-    with_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", place.local_rank) if with_gpu else torch.device("cpu")
-    if with_gpu:
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else None
+    facts = collect(place, order.data, order.tokenizer, order.run, local_data=order.local_data)
+    plan = [_plan(order, facts, place.world) if place.rank == 0 else None]
+    wait_for_all(store, place, LOOKING)
+    _meet(store, place, device, order.timeout_s)
+    dist.broadcast_object_list(plan)
+    assert plan[0] is not None
+    transfers, memory_needed, refused = plan[0]
+    facts = replace(facts, clock_s=clock_ahead_s(place.rank, place.world))
+    measured = measure(transfers, device or torch.device("cpu"))
+    everyone: list[Facts | None] = [None] * place.world
+    dist.all_gather_object(everyone, facts)
+    gathered = [one for one in everyone if one is not None]
+    found = troubles(gathered, measured, memory_needed=memory_needed, disk_needed=order.disk)
+    report = Report(gathered, measured, memory_needed, order.run, order.disk, [*refused, *found])
+    if place.rank == 0:
+        tell(report)
+    dist.barrier()  # torchrun ends all ranks when one ends with an exit code
+    dist.destroy_process_group()
+    return report
+
+
+def _meet(store: Any, place: Place, device: "torch.device | None", timeout_s: int) -> None:
+    """Start the process group, through gloo and where there are GPUs NCCL."""
+    import torch
+    import torch.distributed as dist
+
+    if device is not None:
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
     dist.init_process_group(
-        backend,
+        "gloo" if device is None else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore(  # type: ignore[attr-defined]
             "doctor", store
         ),
         rank=place.rank,
         world_size=place.world,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_s),
     )
-    plan: list[Any] = [_plan(order, place.world) if place.rank == 0 else None]
-    dist.broadcast_object_list(plan)
-    transfers, memory_needed, refused = plan[0]
-    facts = collect(place, order.data, order.tokenizer, order.run)
-    wait_for_all(store, place, LOOKING)
-    facts = replace(facts, clock_s=clock_ahead_s(place.rank, place.world))
-    measured = measure(transfers, device)
-    everyone: list[Facts | None] = [None] * place.world
-    dist.all_gather_object(everyone, facts)
-    dist.barrier()
-    dist.destroy_process_group()
-    if place.rank != 0:
-        return None
-    gathered = [one for one in everyone if one is not None]
-    found = troubles(gathered, measured, memory_needed=memory_needed, disk_needed=order.disk)
-    return Report(gathered, measured, [*refused, *found])
 
 
 def _store(place: Place, timeout: timedelta) -> Any:
@@ -156,60 +163,54 @@ def _missing(missing: list[int], came: dict[int, str], place: Place, timeout_s: 
     )
 
 
-def _plan(order: Order, world: int) -> tuple[list[Transfer], int | None, list[str]]:
+def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Transfer], int | None, list[str]]:
     """(transfers, bytes of memory that a rank needs, why the recipe cannot be trained)"""
     if order.recipe is None:
-        return [
-            Transfer("all-reduce, 16 MiB", "all-reduce", 16 * MIB, world),
-            Transfer("all-gather, 1 MiB", "all-gather", MIB, world),
-        ], None, []  # fmt: skip
+        return _any_transfers(world), None, []
     from megatron_infoentropy.launch.dry_run import dry_run
 
     try:
-        counted = dry_run(order.recipe, {}, tokenizer=order.tokenizer, ranks=world)
-    except ValueError as error:
-        plain = replace(order, recipe=None)
-        return *_plan(plain, world)[:2], [f"the recipe cannot be trained on {world} ranks: {error}"]
-    shape = counted.shape
-    tokens = shape.micro_batch_size * shape.seq_length
-    bucket = min(256 * MIB, counted.memory.gradients)
-    transfers = [Transfer("gradients, data parallel", "all-reduce", bucket, world)]
-    if shape.tensor_parallel > 1:
-        ranks = shape.tensor_parallel
-        transfers += [
-            Transfer("hidden states, tensor parallel", "all-reduce", shape.hidden_bytes, ranks),
-            Transfer("loss, tensor parallel", "all-gather", tokens * STATISTICS_BYTES, ranks),
-        ]
-    return transfers, counted.memory.total(shape), []
-
-
-def start_ranks(order: Order, ranks: int) -> Report:
-    """The examination with so many ranks on this machine.
-
-    Raises:
-        RuntimeError: the ranks failed, with what they said last.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        words = {k: None if v is None else str(v) for k, v in asdict(order).items()}
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.doctor.rank"),
-                *(json.dumps(words), str(path)),
-            ],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        _require_fitting(order, facts)
+        counted = dry_run(
+            order.recipe, order.settings, order.flags, tokenizer=order.tokenizer, ranks=world
         )
-        if not path.is_file():
-            said = [line for line in done.stderr.splitlines() if "doctor: " in line]
-            raise RuntimeError(said[0].strip() if said else done.stderr[-2000:])
-        content = json.loads(path.read_text())
-    facts = [Facts(**{**one, "problems": tuple(one["problems"])}) for one in content["facts"]]
-    measured = [
-        Measured(Transfer(**one["transfer"]), one["gbps"], tuple(one["wrong_ranks"]))
-        for one in content["measured"]
+    except ValueError as error:
+        refused = f"the recipe cannot be trained on {world} ranks: {error}"
+        return _any_transfers(world), None, [refused]
+    shape = counted.shape
+    tensor, data = shape.tensor_parallel, shape.data_parallel
+    tokens = shape.micro_batch_size * shape.seq_length
+    bucket = min(BUCKET_BYTES, counted.memory.gradients)
+    transfers = [
+        Transfer("gradients", "all-reduce", bucket, data, stride=tensor),
+        Transfer("hidden states", "all-reduce", shape.hidden_bytes, tensor),
+        Transfer("loss", "all-gather", tokens * STATISTICS_BYTES, tensor),
     ]
-    return Report(facts, measured, content["troubles"])
+    return [each for each in transfers if each.ranks > 1], counted.memory.total(shape), []
+
+
+def _require_fitting(order: Order, facts: Facts) -> None:
+    """What a training refuses of recipe, tokenizer and data together, if each can be used."""
+    from megatron_infoentropy.launch.job import TrainingJob
+    from megatron_infoentropy.runtime.device import find_device
+
+    if order.recipe and order.data and order.tokenizer and not facts.problems:
+        job = TrainingJob(
+            order.recipe,
+            order.data,
+            order.tokenizer,
+            order.run,
+            order.settings,
+            extra_flags=order.flags,
+        )
+        job.flags(find_device())
+
+
+def _any_transfers(world: int) -> list[Transfer]:
+    """Where no recipe says what is sent."""
+    if world == 1:
+        return []
+    return [
+        Transfer("all-reduce", "all-reduce", 16 * MIB, world),
+        Transfer("all-gather", "all-gather", MIB, world),
+    ]

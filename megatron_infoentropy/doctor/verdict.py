@@ -53,6 +53,8 @@ def _version(name: str, one: Facts) -> str:
 
 def _odd_ones(facts: list[Facts], what: str, of: Callable[[Facts], str]) -> list[str]:
     """Ranks that differ from what most have."""
+    if not facts:
+        return []
     usual = Counter(of(one) for one in facts).most_common(1)[0][0]
     values = sorted({of(one) for one in facts} - {usual})
     return [
@@ -88,18 +90,32 @@ def _data(facts: list[Facts]) -> list[str]:
         f"{_who([one for one in facts if sentence in one.problems])}: {sentence}"
         for sentence in sentences
     ]
+    whole = [one for one in facts if one.data and one.data.manifests]
+    found += [
+        f"{other}: each host must have the same data: copy them again"
+        for other in _odd_ones(whole, "data with the manifests", _manifests)
+    ]
     other = [
         one
         for one in facts
-        if one.tokenizer and one.data_tokenizer and one.tokenizer != one.data_tokenizer
+        if one.data and one.tokenizer and one.data.tokenizer not in ("", one.tokenizer)
     ]
     if other:
+        theirs, here = (f"SHA-256 {sha256[:12]}..." for sha256 in _tokenizers(other[0]))
         found.append(
-            f"{_who(other)}: the data were made with another tokenizer "
-            f"({other[0].data_tokenizer[:12]}, here {other[0].tokenizer[:12]}): name theirs, or "
-            "preprocess the text again"
+            f"{_who(other)}: the data were made with another tokenizer ({theirs}, here {here}): "
+            "name theirs, or preprocess the text again"
         )
     return found
+
+
+def _manifests(one: Facts) -> str:
+    return one.data.manifests[:12] if one.data else "none"
+
+
+def _tokenizers(one: Facts) -> tuple[str, str]:
+    """(of the data, of the rank)"""
+    return one.data.tokenizer if one.data else "", one.tokenizer
 
 
 def _memory(facts: list[Facts], needed: int | None) -> list[str]:
