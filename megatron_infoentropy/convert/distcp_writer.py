@@ -2,12 +2,16 @@
 
 A piece is a tensor, or one layer of a stacked one: a model never has to be in memory whole. Pieces
 need not be those of the ranks that will read: PyTorch's reader cuts and joins them for any layout.
+
+A journal has a line for every piece that is on disk whole. From it a later writer goes on.
 """
 
 import io
+import json
+import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,44 +27,62 @@ from torch.distributed.checkpoint.metadata import (
 FILE_BYTES = 2_000_000_000
 
 
-class CheckpointWriter:
-    """Writes `.distcp` files of about `file_bytes` each; `finish` writes the index."""
+class _Piece(NamedTuple):
+    """A line of the journal; without a dtype it is an object."""
 
-    def __init__(self, folder: Path, file_bytes: int = FILE_BYTES) -> None:
-        self._folder, self._limit = folder, file_bytes
+    name: str
+    dtype: str | None
+    whole: list[int]  # shape of the tensor that this is a piece of
+    offset: list[int]
+    sizes: list[int]
+    file: str
+    start: int
+    length: int
+
+
+class CheckpointWriter:
+    """Writes `.distcp` files of about `file_bytes` each; `finish` writes the index.
+
+    With a journal, what an interrupted writer of the same checkpoint had written is kept.
+    """
+
+    def __init__(
+        self, folder: Path, *, journal: Path | None = None, file_bytes: int = FILE_BYTES
+    ) -> None:
+        self._folder, self._journal, self._limit = folder, journal, file_bytes
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._written: set[tuple[str, int]] = set()
         self._number, self._filled = 0, 0
+        if journal is not None:
+            self._go_on(journal)
+
+    def has(self, name: str, layer: int | None = None) -> bool:
+        """Say whether this piece, or object, was written before."""
+        return (name, layer or 0) in self._written
 
     def tensor(
         self, name: str, tensor: torch.Tensor, *, layer: int | None = None, layers: int = 0
     ) -> None:
         """Append a whole tensor, or one layer of a stacked one that has `layers` of them."""
-        whole = tuple(tensor.shape)
+        whole = list(tensor.shape)
         if layer is not None:
-            tensor, whole = tensor[None], (layers, *whole)
-        offset = torch.Size([layer or 0, *[0] * (len(whole) - 1)])
-        entry = self._entries.setdefault(
-            name,
-            TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype), size=torch.Size(whole), chunks=[]
-            ),
-        )
-        assert isinstance(entry, TensorStorageMetadata)
-        entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
-        self._append(MetadataIndex(name, offset, len(entry.chunks) - 1), tensor.contiguous())
+            tensor, whole = tensor[None], [layers, *whole]
+        offset = [layer or 0, *[0] * (len(whole) - 1)]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        place = self._append(tensor.contiguous())
+        self._enter(_Piece(name, dtype, whole, offset, list(tensor.shape), *place))
 
     def object(self, name: str, content: Any) -> None:
         """Append something that is not numbers, in the list Megatron keeps it in."""
-        self._entries[name] = BytesStorageMetadata()
-        self._append(MetadataIndex(name), [content])
+        self._enter(_Piece(name, None, [], [], [], *self._append([content])))
 
     def finish(self) -> None:
         """Write the index; what was written before becomes a checkpoint by it."""
         index = Metadata(self._entries, storage_data=self._places, version="1.0.0")
         (self._folder / ".metadata").write_bytes(pickle.dumps(index))
 
-    def _append(self, index: MetadataIndex, content: Any) -> None:
+    def _append(self, content: Any) -> tuple[str, int, int]:
         if self._filled > self._limit:
             self._number, self._filled = self._number + 1, 0
         name = f"__{self._number}_0.distcp"
@@ -70,6 +92,48 @@ class CheckpointWriter:
             buffer = io.BytesIO()
             torch.save(content, buffer)
             file.write(buffer.getbuffer())
-            length = buffer.tell()
-        self._filled = start + length
-        self._places[index] = _StorageInfo(name, start, length)
+            return name, start, buffer.tell()
+
+    def _enter(self, piece: _Piece) -> None:
+        self._register(piece)
+        if self._journal is not None:
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps(piece) + "\n")
+
+    def _register(self, piece: _Piece) -> None:
+        self._filled = piece.start + piece.length
+        self._written.add((piece.name, piece.offset[0] if piece.offset else 0))
+        place = _StorageInfo(piece.file, piece.start, piece.length)
+        if piece.dtype is None:
+            self._entries[piece.name] = BytesStorageMetadata()
+            self._places[MetadataIndex(piece.name)] = place
+            return
+        properties = TensorProperties(dtype=getattr(torch, piece.dtype))
+        new = TensorStorageMetadata(properties, size=torch.Size(piece.whole), chunks=[])
+        entry = self._entries.setdefault(piece.name, new)
+        assert isinstance(entry, TensorStorageMetadata)
+        offset = torch.Size(piece.offset)
+        entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(piece.sizes)))
+        self._places[MetadataIndex(piece.name, offset, len(entry.chunks) - 1)] = place
+
+    def _go_on(self, journal: Path) -> None:
+        """Take over the pieces that are whole, and remove what was written after the last one."""
+        sizes = {path.name: path.stat().st_size for path in self._folder.glob("*.distcp")}
+        whole = []
+        for line in journal.read_text().splitlines() if journal.exists() else []:
+            try:
+                piece = _Piece(*json.loads(line))
+            except (ValueError, TypeError):
+                break  # interrupted while this line was written
+            if sizes.get(piece.file, 0) < piece.start + piece.length:
+                break
+            self._register(piece)
+            whole.append(line + "\n")
+        journal.write_text("".join(whole))
+        ends = {place.relative_path: place.offset + place.length for place in self._places.values()}
+        for name, size in sizes.items():
+            if name not in ends:
+                (self._folder / name).unlink()
+            elif size > ends[name]:
+                os.truncate(self._folder / name, ends[name])
+        self._number = max(len(ends) - 1, 0)

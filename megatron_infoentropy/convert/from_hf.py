@@ -18,7 +18,7 @@ from megatron_infoentropy.checkpoints.manifest import write_manifest
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.arguments import arguments_of, flags_of
 from megatron_infoentropy.convert.checkpoint import LATEST
-from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
+from megatron_infoentropy.convert.distcp_writer import FILE_BYTES, CheckpointWriter
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import architecture_from_config
@@ -26,7 +26,7 @@ from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
 from megatron_infoentropy.convert.naming import Row
-from megatron_infoentropy.convert.output_folder import new_folder, require_space
+from megatron_infoentropy.convert.output_folder import files_stand, new_folder, require_space
 from megatron_infoentropy.convert.shards import require_finite
 from megatron_infoentropy.progress import progress
 
@@ -39,6 +39,7 @@ _EXTRA_STATES = (
     "mlp.linear_fc2",
 )
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
+_JOURNAL = ".pieces"
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
 
 
@@ -59,6 +60,7 @@ def convert_from_hf(
     output: Path,
     *,
     overwrite: bool = False,
+    file_bytes: int = FILE_BYTES,
     check: Callable[[Path], None] = lambda checkpoint: None,
 ) -> ImportSummary:
     """Write a Hugging Face model as a Megatron checkpoint, to continue its training.
@@ -67,6 +69,7 @@ def convert_from_hf(
         folder: the Hugging Face folder, with safetensors files.
         output: the folder to make; give it to Megatron as `--pretrained-checkpoint`.
         overwrite: replace an existing output.
+        file_bytes: about how large a file of the checkpoint may be.
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
@@ -89,13 +92,17 @@ def convert_from_hf(
     parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
     require_space(output, parameters * dtype.itemsize)
     flags = flags_of(model)
-    with new_folder(output, None) as new:
-        (new / "release").mkdir()
-        _write(new / "release", weights, names, model, dtype)
+    with new_folder(output, _fingerprint(weights, model, dtype, file_bytes)) as new:
+        (new / "release").mkdir(exist_ok=True)
+        writer = CheckpointWriter(new / "release", journal=new / _JOURNAL, file_bytes=file_bytes)
+        _write(writer, weights, names, model, dtype)
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (new / "release" / "metadata.json").write_text(json.dumps(config))
         write_manifest(new / "release")
         (new / LATEST).write_text("release")
         (new / "model.yaml").write_text(yaml.safe_dump({"model": flags}, sort_keys=False))
         check(new)
+        (new / _JOURNAL).unlink()
     name = str(dtype).removeprefix("torch.")
     return ImportSummary(output, model.family, parameters, name, model.vocab_size, flags)
 
@@ -155,42 +162,61 @@ def _dtype_of(weights: HuggingFaceWeights, names: dict[str, str]) -> torch.dtype
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def _fingerprint(
+    weights: HuggingFaceWeights, model: Architecture, dtype: torch.dtype, file_bytes: int
+) -> str:
+    files = files_stand({stored.path for stored in weights.tensors.values()})
+    return json.dumps([files, repr(model), str(dtype), file_bytes])
+
+
 def _write(
-    folder: Path,
+    writer: CheckpointWriter,
     weights: HuggingFaceWeights,
     names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
 ) -> None:
-    writer = CheckpointWriter(folder)
-    args = arguments_of(model)
-    writer.object(
-        "common_state/shard_0_1",
-        {
-            "args": args,
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            "content_metadata": {
-                "singleton_local_shards": False,
-                "chained_optim_avoid_prefix": True,
-            },
-        },
-    )
     with progress("import", len(names), "tensors") as advance:
         for row, layer in _rows(model):
-            parts = []
-            for name in _names(row, layer):
-                part = weights.read(names[name])
-                require_finite(name, part)
-                parts.append(part.to(dtype))
-            tensor = LAYOUTS[row.layout].to_megatron(tuple(parts), model)
             stacked = row.megatron.replace(".*.", ".")
-            writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
-            advance(len(parts))
-    for module in _EXTRA_STATES:
-        for layer in range(model.num_layers):
-            name = f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}"
-            writer.object(name, None)
+            if not writer.has(stacked, layer):  # from an attempt that was interrupted
+                tensor = _read(row, layer, weights, names, model, dtype)
+                writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
+            advance(len(row.hf))
+    for name, content in _objects(model).items():
+        if not writer.has(name):
+            writer.object(name, content)
     writer.finish()
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(config))
+
+
+def _read(
+    row: Row,
+    layer: int | None,
+    weights: HuggingFaceWeights,
+    names: dict[str, str],
+    model: Architecture,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    parts = []
+    for name in _names(row, layer):
+        part = weights.read(names[name])
+        require_finite(name, part)
+        parts.append(part.to(dtype))
+    return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
+
+
+def _objects(model: Architecture) -> dict[str, Any]:
+    """{name: content} of what Megatron wants that is no parameter."""
+    content_metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    common = {
+        "args": arguments_of(model),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": content_metadata,
+    }
+    states = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}"
+        for module in _EXTRA_STATES
+        for layer in range(model.num_layers)
+    ]
+    return {"common_state/shard_0_1": common, **dict.fromkeys(states)}

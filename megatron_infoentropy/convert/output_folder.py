@@ -6,7 +6,7 @@ After an interruption, the next attempt with the same fingerprint finds the file
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,11 @@ _FINGERPRINT = ".made-of"
 
 
 @contextmanager
-def new_folder(output: Path, fingerprint: str | None) -> Iterator[Path]:
+def new_folder(output: Path, fingerprint: str) -> Iterator[Path]:
     """Yield a hidden folder that takes the place of `output` if the block succeeds.
 
-    Without a fingerprint it starts empty. What is in it stays for the next attempt if the machine
-    is at fault (no space, killed, interrupted), and goes if the input is.
+    What is in it stays for the next attempt if the machine is at fault (no space, killed,
+    interrupted), and goes if the input is.
 
     Raises:
         ValueError: another process is making the same folder.
@@ -42,10 +42,18 @@ def new_folder(output: Path, fingerprint: str | None) -> Iterator[Path]:
             raise
 
 
+def files_stand(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return what tells files from changed ones: place, size, time of the last change in ns."""
+    return [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(paths)
+    ]
+
+
 def partial_size(output: Path) -> int:
     """Return the bytes that an interrupted attempt has written."""
     partial = output.parent / f".{output.name}.partial"
-    return sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def require_space(output: Path, size: int) -> None:
@@ -63,14 +71,14 @@ def require_space(output: Path, size: int) -> None:
         )
 
 
-def _clear_unless_of(partial: Path, fingerprint: str | None) -> None:
+def _clear_unless_of(partial: Path, fingerprint: str) -> None:
     mark = partial / _FINGERPRINT
-    if fingerprint and mark.read_text() == fingerprint:
+    if mark.read_text() == fingerprint:
         return
     for path in partial.iterdir():
         if path.name != _FINGERPRINT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    mark.write_text(fingerprint or "")
+    mark.write_text(fingerprint)
 
 
 def _replace(output: Path, new: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.matching import match_names
 from megatron_infoentropy.convert.model_card import model_card
-from megatron_infoentropy.convert.output_folder import new_folder, require_space
+from megatron_infoentropy.convert.output_folder import files_stand, new_folder, require_space
 from megatron_infoentropy.convert.shards import (
     INDEX,
     SHARD_BYTES,
@@ -152,8 +152,8 @@ def _fingerprint(
     checkpoint: MegatronCheckpoint, model: Architecture, dtype: torch.dtype, shard_bytes: int
 ) -> str:
     index = hashlib.sha256((checkpoint.folder / ".metadata").read_bytes()).hexdigest()
-    place = str(checkpoint.folder.resolve())
-    return json.dumps([index, place, repr(model), str(dtype), shard_bytes])
+    files = files_stand(checkpoint.folder.glob("*.distcp"))
+    return json.dumps([index, files, repr(model), str(dtype), shard_bytes])
 
 
 def _parameters(shards: list[Shard]) -> int:
