@@ -84,10 +84,13 @@ def node_script(plan: Plan) -> str:
 
 _RUN_AND_STOP = """
 mkdir -p "$run"
+stopping=0 # for so many seconds
+trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
+trap 'rm -f "$run/node-$node.pid"' EXIT
 echo $$ > "$run/node-$node.pid"
 
 # torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save. In a
-# session of their own they do not hear the terminal's Ctrl-C either: save_and_stop does.
+# session of their own they do not hear the terminal's Ctrl-C either: only this script does.
 (trap '' USR1; exec setsid "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
 launcher=$!
 
@@ -97,37 +100,36 @@ living_ranks() {{
   done
 }}
 
+told=
 save_and_stop() {{
-  trap '' USR1 TERM INT HUP
-  echo "node $node: {asked}" || true # the terminal may be gone
+  [ "$stopping" -gt 1 ] || echo "node $node: {asked}" || true # the terminal may be gone
   # Again and again: a rank that is still starting does not listen yet.
-  for try in {{1..1000}}; do
-    # Without ranks there is nothing to save: it waits for nodes, in the end deaf to signals.
-    [ "$try" -lt 6 ] && signal=TERM || signal=KILL
-    kill -USR1 $(living_ranks) || kill -$signal "$launcher" || break
-    sleep 5
-  done > /dev/null 2>&1 &
+  if [ $((stopping % 5)) -eq 1 ]; then
+    if kill -USR1 $(living_ranks) 2>/dev/null; then
+      told=1
+    elif [ -z "$told" ] || [ "$idle" -gt 60 ]; then # not one that waits for others to save
+      # Nothing to save: torchrun waits for nodes, in the end deaf to signals.
+      [ "$stopping" -lt 30 ] && signal=TERM || signal=KILL
+      kill -$signal "$launcher" || true
+    fi
+  fi
+  stopping=$((stopping + 1))
 }}
-trap save_and_stop USR1 TERM INT HUP
 
-# Cut off from node 0, torchrun waits for an answer until the kernel gives up: a quarter of an hour.
-watch_for_idleness() {{
-  trap '' INT HUP
-  local idle=0
-  while sleep 1 > /dev/null 2>&1; do
-    [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
-    [ "$idle" -lt {idle_s} ] && continue
+idle=0
+while kill -0 "$launcher" 2>/dev/null; do
+  [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
+  # Cut off from node 0, torchrun waits for an answer until the kernel gives up: for a quarter of
+  # an hour.
+  if [ "$idle" -ge {idle_s} ]; then
     echo "node $node: no ranks for {idle_s} s: other nodes did not come, or node 0 is not reached"
-    kill -KILL "$launcher"
-  done
-}}
-watch_for_idleness &
-watcher=$!
-trap 'kill "$watcher" 2>/dev/null || true; rm -f "$run/node-$node.pid"' EXIT
-
-wait "$launcher" || true
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
-wait "$launcher" # its exit code, also when a signal had ended the first wait
+    kill -KILL "$launcher" || true
+  fi
+  [ "$stopping" -eq 0 ] || save_and_stop
+  sleep 1 > /dev/null 2>&1 & # in the background: a signal ends the wait
+  wait $! || true
+done
+wait "$launcher" # its exit code
 """
 
 
@@ -193,47 +195,51 @@ _HOSTS = """\
 #!/usr/bin/env bash
 # The training {name} on hosts that ssh reaches without a password, {title}.
 # Made by: {made_by}
-# SIGUSR1, SIGTERM or Ctrl-C to this script: the training saves a checkpoint and stops.
+# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal: the training saves a checkpoint and stops.
 set -uo pipefail
 
 run={run} # the same folder on every host
 hosts=(
 {hosts}
 )
-# A host that no longer answers is given up after a minute.
-ssh=(ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
+# A host that no longer answers is given up after a minute. Each in a session of its own: what a
+# terminal sends to all must not end an ssh before its node has saved.
+ssh=(setsid ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
+
+stopping=0 # for so many seconds
+trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
 
 pids=()
 for node in "${{!hosts[@]}}"; do
+  [ "$stopping" -eq 0 ] || break
   "${{ssh[@]}}" "${{hosts[$node]}}" "NODE=$node {command} $run/node.sh" < /dev/null &
-  pids+=($!)
+  pids[$node]=$!
 done
 
-stop() {{
-  trap '' USR1 TERM INT
-  for node in "${{!hosts[@]}}"; do
-    kill -0 "${{pids[$node]:-}}" 2>/dev/null || continue
-    "${{ssh[@]}}" "${{hosts[$node]}}" "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null &
-  done
+save_and_stop() {{
+  # Again and again: a node that is still starting does not listen yet.
+  if [ $((stopping % 5)) -eq 1 ]; then
+    for node in "${{!pids[@]}}"; do
+      "${{ssh[@]}}" -o ConnectTimeout=5 "${{hosts[$node]}}" \\
+        "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null > /dev/null 2>&1 &
+    done
+  fi
+  stopping=$((stopping + 1))
 }}
-trap stop USR1 TERM INT
 
 code=0
-for node in "${{!hosts[@]}}"; do
-  wait -n -p ended "${{pids[@]}}"
-  status=$?
-  while [ -z "${{ended:-}}" ]; do # a signal, not an end
-    wait -n -p ended "${{pids[@]}}"
+while [ "${{#pids[@]}}" -gt 0 ]; do
+  [ "$stopping" -eq 0 ] || save_and_stop
+  sleep 1 > /dev/null 2>&1 & # in the background: a signal ends the wait
+  wait $!
+  for node in "${{!pids[@]}}"; do
+    kill -0 "${{pids[$node]}}" 2>/dev/null && continue
+    wait "${{pids[$node]}}"
     status=$?
-  done
-  for at in "${{!pids[@]}}"; do
-    if [ "${{pids[$at]}}" = "$ended" ]; then
-      unset "pids[$at]"
-      if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
-        code=$status
-        echo "node $at (${{hosts[$at]}}) ended with exit code $status; the others are stopped" >&2
-        stop
-      fi
+    unset "pids[$node]"
+    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+      code=$status stopping=1
+      echo "node $node (${{hosts[$node]}}) ended with exit code $status; the others are stopped" >&2
     fi
   done
 done

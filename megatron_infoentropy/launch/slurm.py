@@ -73,28 +73,24 @@ given={endpoint}
 export RDZV_ENDPOINT=${{given:-$first:$(({port} + SLURM_JOB_ID % 1000))}}
 export RDZV_ID={rdzv_id}${{SLURM_JOB_ID}}-${{SLURM_RESTART_COUNT:-0}}
 
+requeue= # how many seconds remain to save, once it is so far
+trap 'trap "" USR1; requeue={give_up_s}' USR1
+
 echo "== start of job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}: $SLURM_JOB_NODELIST"
 {srun} "$run/{node}" &
 step=$!
 
-requeue=
-save_and_requeue() {{
-  trap '' USR1
-  requeue=1
-  give_up=$((SECONDS + {give_up_s}))
-  echo "== {save_s} s before the time limit, or preempted: saving, then requeueing"
-  kill -USR1 "$step" # srun hands it to node.sh on every node
-}}
-trap save_and_requeue USR1
-
-wait "$step" || true
 while kill -0 "$step" 2>/dev/null; do
-  if [ -n "$requeue" ]; then
-    [ "$SECONDS" -lt "$give_up" ] || break # not saved in time: from the checkpoint before
-    sleep 1
-  else
-    wait "$step" || true
+  if [ "$requeue" = {give_up_s} ]; then
+    echo "== {save_s} s before the time limit, or preempted: saving, then requeueing"
+    kill -USR1 "$step" || true # srun hands it to node.sh on every node
   fi
+  if [ -n "$requeue" ]; then
+    [ "$requeue" -gt 0 ] || break # not saved in time: from the checkpoint before
+    requeue=$((requeue - 1))
+  fi
+  sleep 1 & # in the background: a signal ends the wait
+  wait $! || true
 done
 if [ -n "$requeue" ]; then
   scontrol requeue "$SLURM_JOB_ID"

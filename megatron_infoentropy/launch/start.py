@@ -27,7 +27,7 @@ from megatron_infoentropy.launch.slurm import job_script
 from megatron_infoentropy.launch.train import follow
 
 # The scripts take each as the order to save and stop.
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ORDERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
             sys.stderr.write(line)
         on_line(line)
 
-    said = follow(plan.run, prepared.command, {}, hear, FORWARDED)
+    # nohup and `&` of a script have some ignored, here as in the scripts.
+    orders = tuple(order for order in ORDERS if signal.getsignal(order) != signal.SIG_IGN)
+    said = follow(plan.run, prepared.command, {}, hear, orders)
     write_facts(plan.run, recipe, words, cluster.ranks, device, said.parameters)
     if said.was_stopped:
         return "stopped after saving a checkpoint; the same command goes on from there"

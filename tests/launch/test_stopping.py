@@ -31,7 +31,11 @@ time.sleep(60)
 sys.exit(1)
 """
 NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank}\n"
-SSH = '#!/usr/bin/env bash\nexec setsid bash -c "${@: -1}"\n'
+# It takes its time to connect.
+SSH = """#!/usr/bin/env bash
+case "${{@: -1}}" in NODE=*) touch {run}/connecting; sleep 2;; esac
+exec bash -c "${{@: -1}}"
+"""
 TORN_DOWN = """
 import os, signal, sys, types
 from contextlib import nullcontext
@@ -78,8 +82,8 @@ sys.exit(rank.wait())
 """
 
 
-def interrupted(script, run, **environment):
-    """Start a script, press Ctrl-C twice once its rank runs; (exit code, what it said)."""
+def interrupted(script, run, at, **environment):
+    """Start a script, press Ctrl-C twice once the file `at` is there; (exit code, what it said)."""
     training = subprocess.Popen(
         ["bash", run / script],
         env={**os.environ, **environment},
@@ -87,14 +91,16 @@ def interrupted(script, run, **environment):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Who starts the tests in the background of a script has SIGINT ignored, for bash for ever.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
-    while not (run / "started").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not (run / at).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     for _ in range(2):  # the terminal's, to all in the foreground; the second is impatience
         os.killpg(training.pid, signal.SIGINT)
         time.sleep(0.2)
-    said, _ = training.communicate(timeout=60)
+    said, _ = training.communicate(timeout=300)
     return training.returncode, said
 
 
@@ -106,12 +112,13 @@ def run(tmp_path):
     return run
 
 
-def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path):
+@pytest.mark.parametrize("at", ["connecting", "started"])
+def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
     cluster = Cluster(1, 0, 1, hosts=("a",), address="localhost:0", python=sys.executable)
-    program(tmp_path / "ssh", SSH)
+    program(tmp_path / "ssh", SSH.format(run=run))
     program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
     program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
-    code, said = interrupted("hosts.sh", run, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    code, said = interrupted("hosts.sh", run, at, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert code == 0, said
     assert (run / "saved").exists()
 
@@ -120,7 +127,7 @@ def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
     program(tmp_path / "torchrun", TORCHRUN.format(python=sys.executable, rank=tmp_path / "rank"))
     cluster = Cluster(1, 0, 1, address="localhost:0", python=str(tmp_path / "torchrun"))
     program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
-    code, said = interrupted("node.sh", run)
+    code, said = interrupted("node.sh", run, "started")
     assert code == 0, said
     assert "asked to stop; the ranks save a checkpoint first" in said
     assert (run / "saved").exists()
