@@ -16,9 +16,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
 
-# Two processes, each a file at a time, since files share what is costly to make. Most tests use one
-# core and some 3 GiB of memory.
-ASIDE := --numprocesses 2 --dist loadfile
+# Two processes, each a file at a time, since files share what is costly to make. In the order of their
+# names: by number of tests, xdist's way, the files that take longest would come last. Most tests use
+# one core and some 3 GiB of memory.
+ASIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Tests for GPUs see them, all others run as without one.
 test: $(READY)

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from close import assert_within
+from launch import run_trainer
 from oracle import dense_statistics, dense_weight
 
 from megatron_infoentropy import InfoEntropyConfig
@@ -156,3 +158,14 @@ def test_the_page_about_other_trainers_names_files_that_exist():
     assert links
     for link in links:
         assert (page.parent / link).exists(), link
+
+
+def run_example(name):
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_the_drop_in_example_trains(tmp_path):
+    said = run_trainer(2, run_example, ("drop_in",), [], tmp_path)
+    objectives = [float(x) for x in re.findall(r"objective ([\d.]+)", said)]
+    assert len(objectives) == 4
+    assert objectives[-1] < 0.8 * objectives[0]
