@@ -138,6 +138,8 @@ def _environment(cluster: Cluster) -> list[str]:
     wanted = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # tensor parallelism relies on the order of launches
         "PYTHONUNBUFFERED": "1",
+        # torchrun's own store outlives a restart, and with it the addresses of dead ranks.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if cluster.gpus_per_node:
         wanted["NCCL_DEBUG"] = "WARN"

@@ -40,7 +40,8 @@ def client() -> None:
     answer = connection.recv(16)
     code = int(answer) if answer else 1
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
