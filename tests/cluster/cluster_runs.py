@@ -139,7 +139,13 @@ class CutTraining:
 
 
 def train_until_cut_off(
-    pool: ThreadPoolExecutor, hosts: list[Host], tokens: Path, run: Path, settings=None, **layout
+    pool: ThreadPoolExecutor,
+    hosts: list[Host],
+    tokens: Path,
+    run: Path,
+    settings: dict | None = None,
+    timeout: tuple = ("--distributed-timeout-seconds-after-init", TIMEOUT_S),
+    **layout,
 ) -> CutTraining:
     """Train on two hosts and pull the cable of the second once a checkpoint is saved."""
     cluster = Cluster(
@@ -150,7 +156,7 @@ def train_until_cut_off(
         join_timeout_s=PATIENCE_S,
         **layout,
     )
-    flags = ("--save-interval", SAVED, "--distributed-timeout-seconds-after-init", TIMEOUT_S)
+    flags = ("--save-interval", SAVED, *timeout)
     made = prepared(tokens, run, cluster, *flags, settings=settings)
     patience = _ask_for_patience(made)
     training = pool.submit(train, made)
