@@ -52,6 +52,8 @@ def evaluate(
     """Perplexity by domain, by how frequent and how hard a token is, and calibration.
 
     Runs on one process or, started by torchrun, on several. Interrupted, it resumes.
+    Memory: the model, batch tokens x vocabulary x 4 bytes (bfloat16: 2) for logits, 900 bytes a
+    document and 0.8 GB, however much text there is; docs/evaluate.md has the rest.
     """
     from megatron_infoentropy.evaluate.perplexity import evaluate_model
 

@@ -110,8 +110,9 @@ def score_chunk(
     per_token = np.empty((4, len(tokens)), dtype=np.float32)
     with torch.inference_mode():
         for batch in chunk_batches(tokens, lengths, scoring, dataset.eod_id):
-            logits = model.logits(torch.from_numpy(batch.inputs))
-            found = token_scores(logits, torch.from_numpy(batch.target))
+            inputs, target = torch.from_numpy(batch.inputs), torch.from_numpy(batch.target)
+            # Without a name the logits go before the next batch has its own.
+            found = token_scores(model.logits(inputs), target)
             for column, values in zip(per_token, found, strict=True):
                 column[batch.place] = values
             advance(len(batch.place))

@@ -35,7 +35,8 @@ files of different evaluations are never taken together.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,13 @@ class Evaluation:
         """Write the files into a folder; returns the path of evaluation.json, written last."""
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier one: no longer whole
         with write_atomically(folder / DOCUMENTS_FILE) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **asdict(self.documents))
+            np.savez_compressed(file, **vars(self.documents))
         written = [DOCUMENTS_FILE]
         if self.token_scores is None:
             (folder / TOKENS_FILE).unlink(missing_ok=True)
         else:
-            with write_atomically(folder / TOKENS_FILE) as temporary, temporary.open("wb") as file:
-                np.save(file, self.token_scores)
+            with write_atomically(folder / TOKENS_FILE) as temporary:
+                _save_token_scores(self.token_scores, temporary)
             written.append(TOKENS_FILE)
         checksums = {name: _sha256(folder / name) for name in written}
         text = json.dumps(self.summary | {"files": checksums}, indent=2, allow_nan=False)
@@ -139,6 +140,18 @@ def load_evaluation(folder: Path) -> Evaluation:
             f"no readable evaluation in {folder}: {error}; {advice}"
         ) from error
     return Evaluation(summary, documents, token_scores)
+
+
+def _save_token_scores(scores: NDArray[np.float16], path: Path) -> None:
+    """As .npy; a file that is one already is copied, as its pages would count as memory."""
+    with path.open("wb") as file:
+        if isinstance(scores, np.memmap) and scores.filename:
+            source = Path(scores.filename)
+            if source.stat().st_size == scores.offset + scores.nbytes:
+                with source.open("rb") as saved:
+                    shutil.copyfileobj(saved, file)
+                return
+        np.save(file, scores)
 
 
 def _load_token_scores(

@@ -3,7 +3,7 @@
 Steps: check that model, data and token counts speak of the same vocabulary; cut the documents into
 chunks, which are scored by turns of the ranks and written down one by one; add the chunks up in
 their order; turn the sums into numbers. Always plain cross entropy, whatever objective the model
-was trained with. In memory are one chunk of tokens, one batch of logits, and 500 bytes a document.
+was trained with. In memory are one chunk of tokens, one batch of logits, and 900 bytes a document.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """From the chunks that were scored to the evaluation: sums in their order, and the numbers."""
 
 import hashlib
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,23 +35,19 @@ def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
     selection = job.selection
     shape = len(selection), BANDS
     tokens, ce, entropy = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
-    scores: NDArray[np.float16] = np.lib.format.open_memmap(
-        journal.folder / TOKENS_FILE,
-        mode="w+",
-        dtype=np.float16,
-        shape=(int(selection.length.sum()), 2),
-    )
     tally = Tally(job.dataset.vocab_size)
     names = places_sha256(job.dataset, selection, job.band_of_token)
     fingerprint = hashlib.sha256(names.encode())
-    first = 0
-    for number, rows in enumerate(cut_chunks(selection, job.scoring.batch_tokens)):
-        chunk = journal.read(number)
-        tokens[rows], ce[rows], entropy[rows] = chunk.tokens, chunk.ce, chunk.entropy
-        scores[first : first + len(chunk.scores)] = chunk.scores
-        first += len(chunk.scores)
-        fingerprint.update(chunk.sha256.tobytes())
-        tally += chunk.tally
+    path = journal.folder / TOKENS_FILE
+    with path.open("wb") as file:
+        _write_header(file, int(selection.length.sum()))
+        for number, rows in enumerate(cut_chunks(selection, job.scoring.batch_tokens)):
+            chunk = journal.read(number)
+            tokens[rows], ce[rows], entropy[rows] = chunk.tokens, chunk.ce, chunk.entropy
+            file.write(chunk.scores.tobytes())
+            fingerprint.update(chunk.sha256.tobytes())
+            tally += chunk.tally
+    scores: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
     documents = DocumentSums(selection.domain, selection.document, tokens, ce, entropy)
     summary = {
         "format": FORMAT,
@@ -68,6 +64,12 @@ def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
         "passage": passage(job.dataset, selection, scores, job.source.tokenizer),
     }
     return Evaluation(summary, documents, scores if token_scores else None)
+
+
+def _write_header(file: BinaryIO, tokens: int) -> None:
+    """Of the .npy file of float16 [tokens, 2]."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _describe_scoring(job: Job) -> dict[str, Any]:
