@@ -1,6 +1,6 @@
 """What a training leaves behind beside its checkpoints: run.json, and its log.
 
-RUN/run.json       what was run: objective, seed, sizes, command, versions
+RUN/run.json       what was run: objective, seed, sizes, tokenizer, command, versions
 RUN/train.log      everything Megatron printed
 RUN/checkpoints/   Megatron's torch_dist checkpoints
 """
@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.revision import revision_of
 from megatron_infoentropy.runtime.device import Device
 
 FACTS, LOG = "run.json", "train.log"
+TRAIN_DATA = "--train-data-path"
 STOPPED = "exiting program after receiving SIGTERM"  # Megatron's words, whatever the signal was
 VERSIONS = ("megatron-infoentropy", "megatron-core", "torch", "transformers")
 
@@ -36,11 +38,24 @@ def write_facts(
         "data_parallel": ranks // ranks_of_a_model(facts),
         "device": device,
         "parameters": parameters,
+        "tokenizer_sha256": _tokenizer_sha256(words),
         "recipe": recipe.name,
         "command": words,
         "versions": {name: version(name) for name in VERSIONS} | {"commit": revision_of()},
     }
     _write(run, content)
+
+
+def _tokenizer_sha256(words: list[str]) -> str | None:
+    """Of the tokenizer that the training data were made with, if their manifest is there."""
+    if TRAIN_DATA not in words:
+        return None
+    _, prefix = words[words.index(TRAIN_DATA) + 1 :][:2]  # a blend: WEIGHT PREFIX ...
+    dataset = Path(prefix).parent
+    try:
+        return load_manifest(dataset).tokenizer.sha256
+    except (OSError, ValueError):
+        return None
 
 
 def _known_parameters(run: Path) -> int | None:
