@@ -89,7 +89,8 @@ def hf_config(model: Architecture, dtype: torch.dtype, ids: dict[str, int]) -> d
         **{field: getattr(model, name) for field, name in _FIELDS[model.family].items()},
         **_CONSTANTS[model.family],
         **({activation: _GELU[model.activation]} if activation else {}),
-        **({} if model.family == "gpt2" else _rope(model)),
+        # llama.cpp reads n_ctx, as in GPT-2's own config.json.
+        **({"n_ctx": model.max_positions} if model.family == "gpt2" else _rope(model)),
         "tie_word_embeddings": not model.untied,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),

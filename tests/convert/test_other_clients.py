@@ -1,0 +1,52 @@
+"""What programs other than transformers' models make of an exported folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_infoentropy.convert import UnprovenConversionError, convert_checkpoint, prove
+from megatron_infoentropy.convert.tokenizer_files import tokenizer_differences
+
+END = "<|endoftext|>"
+
+
+def write_gpt2_tokenizer(folder: Path) -> Path:
+    """All bytes, and the number 12, which GPT-2's rules keep together and Qwen2's do not."""
+    folder.mkdir()
+    letters = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    vocab = {letter: token for token, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rules_by_which_transformers_cuts_text_are_those_of_the_file(
+    tmp_path: Path, family: str
+) -> None:
+    """transformers 5 has a tokenizer of its own for Qwen2 and would cut 12 into 1 and 2."""
+    tokenizer = write_gpt2_tokenizer(tmp_path / "tokenizer")
+    args = tiny_args(**FAMILIES[family], vocab_size=258, padded_vocab_size=384)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
+    if family != "qwen2":
+        assert tokenizer_differences(tmp_path / "hf") == []
+        return
+    with pytest.raises(UnprovenConversionError, match="Qwen2Tokenizer, which cuts text"):
+        prove(tmp_path / "save", tmp_path / "hf")
+
+
+def test_gpt2_says_its_length_where_llama_cpp_looks_for_it(tmp_path: Path) -> None:
+    args = tiny_args(**FAMILIES["gpt2"])
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == args.max_position_embeddings
