@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "integration": {"checkpoints", "config", "loss", "runtime"},
     "pretrain": {"integration", "runtime"},
     "data": {"progress"},
-    "convert": {"checkpoints", "progress"},
+    "convert": {"checkpoints", "data", "progress"},
     "evaluate": {"config", "kernels", "loss", "data", "progress", "tasks"},
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
