@@ -51,6 +51,7 @@ def node_script(plan: Plan) -> str:
         f"# One node of the training {plan.run.name}, {plan.title}.",
         f"# Made by: {plan.made_by}",
         "# Edit it as you like: it is all that a node runs. NODE (0, 1, ...) says which one it is.",
+        "# Words given to it torchrun runs instead of the training, `infoentropy doctor` for one.",
         f"# To save a checkpoint and stop: Ctrl-C, or kill -USR1 $(cat {plan.run}/node-0.pid)",
         "set -euo pipefail",
         "",
@@ -91,7 +92,8 @@ echo $$ > "$run/node-$node.pid"
 
 # torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save. In a
 # session of their own they do not hear the terminal's Ctrl-C either: only this script does.
-(trap '' USR1; exec setsid "${{torchrun[@]}}" -m {entry} "${{flags[@]}}") &
+[ $# -gt 0 ] || set -- -m {entry} "${{flags[@]}}"
+(trap '' USR1; exec setsid "${{torchrun[@]}}" "$@") &
 launcher=$!
 
 living_ranks() {{
@@ -214,7 +216,7 @@ trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
 pids=()
 for node in "${{!hosts[@]}}"; do
   [ "$stopping" -eq 0 ] || break
-  "${{ssh[@]}}" "${{hosts[$node]}}" "NODE=$node {command} $run/node.sh" < /dev/null &
+  "${{ssh[@]}}" "${{hosts[$node]}}" "NODE=$node {command} $run/node.sh ${{*@Q}}" < /dev/null &
   pids[$node]=$!
 done
 

@@ -77,7 +77,7 @@ requeue= # how many seconds remain to save, once it is so far
 trap 'trap "" USR1; requeue={give_up_s}' USR1
 
 echo "== start of job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}: $SLURM_JOB_NODELIST"
-{srun} "$run/{node}" &
+{srun} "$run/{node}" "$@" &
 step=$!
 
 while kill -0 "$step" 2>/dev/null; do
@@ -98,6 +98,6 @@ if [ -n "$requeue" ]; then
 fi
 code=0
 wait "$step" || code=$?
-{python} -m megatron_infoentropy.launch.finish "$run" "$code" || true
+[ $# -gt 0 ] || {python} -m megatron_infoentropy.launch.finish "$run" "$code" || true
 exit "$code"
 """

@@ -133,6 +133,26 @@ def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
     assert (run / "saved").exists()
 
 
+def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
+    """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
+    torchrun = f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n'
+    program(tmp_path / "torchrun", torchrun)
+    program(tmp_path / "ssh", SSH.format(run=run))
+    cluster = Cluster(
+        1, 0, 1, hosts=("a",), address="localhost:0", python=str(tmp_path / "torchrun")
+    )
+    plan = Plan(run, FLAGS, cluster, "a test")
+    program(run / "hosts.sh", hosts_script(plan))
+    program(run / "node.sh", node_script(plan))
+    words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", run / "hosts.sh", *words], env={**os.environ, "PATH": path}, check=True)
+    said = (run / "words").read_text().splitlines()
+    assert said[:2] == ["-m", "torch.distributed.run"]
+    assert said[-len(words) :] == words
+    assert "megatron_infoentropy.pretrain" not in said
+
+
 def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save():
     done = subprocess.run([sys.executable, "-c", TORN_DOWN], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
