@@ -19,7 +19,7 @@ _NAMES = (
     "chat_template.jinja",
 )
 _GENERATION = "generation_config.json"
-_PROBE = "They've 1234 (or 5,678):\n\n\tx += '\xe9t\xe9'  # \u6f22\u5b57 e\u0301 IT'S <b>\r\n  end. "
+_PROBE = "They've 1234 (or 5,678):\n\n\tx += '\xe9t\xe9'  # \u6f22\u5b57 e\u0301 IT'S <b>\r\n  end "
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,10 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_tokenizer import write_gpt2_tokenizer
 
 from megatron_infoentropy.convert import UnprovenConversionError, convert_checkpoint, prove
 from megatron_infoentropy.convert.tokenizer_files import tokenizer_differences
-
-END = "<|endoftext|>"
-
-
-def write_gpt2_tokenizer(folder: Path) -> Path:
-    """All bytes, and the number 12, which GPT-2's rules keep together and Qwen2's do not."""
-    folder.mkdir()
-    letters = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
-    vocab = {letter: token for token, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
