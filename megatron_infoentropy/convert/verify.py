@@ -21,6 +21,7 @@ from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
 from megatron_infoentropy.convert.reference_model import ReferenceModel
+from megatron_infoentropy.convert.streamed_model import streamed_model
 from megatron_infoentropy.convert.texts import length_for, sequences_for
 from megatron_infoentropy.convert.tokenizer_files import read_tokenizer, tokenizer_differences
 from megatron_infoentropy.progress import progress
@@ -110,8 +111,8 @@ def prove(
 
 def why_not_now(folder: Path) -> str | None:
     """Say why this machine cannot compare the models; None if it can."""
-    needed = memory_needed(folder, length_for(folder))
-    free = int(psutil.virtual_memory().available)
+    needed = memory_needed(folder, length_for(folder), streamed=True)
+    free = _free_memory()
     if needed <= free:
         return None
     return f"comparing the models takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
@@ -140,18 +141,12 @@ def verify_conversion(
     Raises:
         ValueError: no two tokens in a sequence, or ids outside the vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     opened = MegatronCheckpoint(checkpoint, iteration)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-    ).eval()
+    model = _load_model(folder, config, max(map(len, sequences)))
     outputs = _compare_outputs(ReferenceModel(opened, config.dtype), model, sequences)
     if imported:
         return Verification(outputs, tuple(config_differences(config, opened.args, None)))
@@ -161,19 +156,41 @@ def verify_conversion(
     )
 
 
-def memory_needed(folder: Path, length: int) -> int:
+def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
     """Return about how many bytes the check allocates at most.
 
-    All of transformers' model in fp32, one layer and the embeddings of the other, and logits.
+    All of transformers' model in fp32, or its tables and one layer if it is streamed; the tables
+    and one layer of the other model; and logits. A layer is there in its own dtype too.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     parameters = stored / config.dtype.itemsize
-    table = config.vocab_size * config.hidden_size
+    tables = 2 * config.vocab_size * config.hidden_size
+    layers = 4 * parameters / config.num_hidden_layers
     logits = 3 * length * config.vocab_size
-    return int(4 * (parameters + 2 * table + logits)) + 500_000_000
+    of_transformers = tables if streamed else parameters
+    return int(4 * (of_transformers + tables + layers + logits)) + 500_000_000
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _load_model(folder: Path, config: Any, length: int) -> Any:
+    """Load transformers' model by its own means, or layer by layer where that does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    if memory_needed(folder, length) > _free_memory():
+        return streamed_model(folder, config)
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+    ).eval()
 
 
 @torch.no_grad()

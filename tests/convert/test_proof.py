@@ -126,7 +126,7 @@ def test_an_output_that_fails_the_proof_never_appears(
 def test_without_the_memory_for_it_the_proof_is_left_out_unless_demanded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "memory_needed", lambda folder, length: 10**18)
+    monkeypatch.setattr(verify, "memory_needed", lambda *words, **more: 10**18)
     reason = why_not_now(folder / "hf")
     assert reason is not None
     assert "1000000000.0 GB of memory" in reason

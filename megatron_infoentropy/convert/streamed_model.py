@@ -1,0 +1,65 @@
+"""transformers' model with the weights of one layer in memory at a time, for models beyond it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_infoentropy.convert.errors import IncompleteCheckpointError
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+
+_RENAMED = {"embed_out.weight": "lm_head.weight"}  # of GPT-NeoX, since transformers 5
+
+
+def streamed_model(folder: Path, config: Any) -> Any:
+    """Return the model of a folder in fp32; each layer is read when it is run, and then forgotten.
+
+    Args:
+        folder: the Hugging Face folder.
+        config: its configuration, as transformers loaded it.
+
+    Raises:
+        IncompleteCheckpointError: the folder lacks weights, or has more than the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    base = model.base_model
+    if hasattr(base, "rotary_emb"):  # its frequencies are computed, not stored
+        base.rotary_emb = type(base.rotary_emb)(config)
+    layers = base.h if config.model_type == "gpt2" else base.layers
+    prefix = next(name for name, module in model.named_modules() if module is layers) + "."
+    weights = HuggingFaceWeights(folder)
+    outside = [name for name in weights.tensors if not name.startswith(prefix)]
+    _load(model, weights, {_RENAMED.get(name, name): name for name in outside}, strict=False)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not name.startswith(prefix):
+            raise IncompleteCheckpointError(f"{folder} lacks the tensor {name}")
+    for number, layer in enumerate(layers):
+        start = f"{prefix}{number}."
+        names = {n.removeprefix(start): n for n in weights.tensors if n.startswith(start)}
+        layer.register_forward_pre_hook(
+            lambda module, _, names=names: _load(module, weights, names, strict=True)
+        )
+        layer.register_forward_hook(lambda module, *_: _forget(module))
+    return model
+
+
+def _load(
+    module: nn.Module, weights: HuggingFaceWeights, names: dict[str, str], *, strict: bool
+) -> None:
+    """Read {name in the module: name in the folder}."""
+    state = {name: weights.read(stored).float() for name, stored in names.items()}
+    try:
+        _, unexpected = module.load_state_dict(state, strict=strict, assign=True)
+    except RuntimeError as error:
+        raise IncompleteCheckpointError(f"the weights do not fit config.json: {error}") from None
+    if unexpected:
+        raise IncompleteCheckpointError(f"config.json describes no {', '.join(unexpected)}")
+
+
+def _forget(module: nn.Module) -> None:
+    module.to_empty(device="meta")
