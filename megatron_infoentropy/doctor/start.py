@@ -51,7 +51,9 @@ def start_ranks(words: Sequence[str], ranks: int, say: Callable[[str], object]) 
 
 def last_words(errors: str) -> str:
     """What the ranks said: a sentence of ours, or the exception of the first traceback."""
-    ours = re.search(r"^infoentropy: (.*)$", errors, re.MULTILINE)
-    raised = re.search(r"^Traceback .*\n(?:[ \t].*\n)+(\S.*)$", errors, re.MULTILINE)
+    ours = re.search(r"^infoentropy: (?P<what>.*)$", errors, re.MULTILINE)
+    raised = re.search(  # torch puts "[rank1]: " before a rank's lines, others' may lie between
+        r"^(\[rank\d+\]: |)Traceback .*\n(?:(?!\1\S).*\n)+\1(?P<what>\S.*)$", errors, re.MULTILINE
+    )
     found = ours or raised
-    return found[1] if found else f"the ranks failed:\n{errors[-2000:]}"
+    return found["what"] if found else f"the ranks failed:\n{errors[-2000:]}"

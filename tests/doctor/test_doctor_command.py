@@ -135,3 +135,7 @@ def test_ranks_that_fail_say_why_and_not_what_torchrun_thinks_of_it():
     torchrun = theirs.replace("ImportError: no such thing", "ChildFailedError: ")
     assert last_words(noise + ours + torchrun) == "rank 1 (node 0, a) did not come within 1 s"
     assert last_words(noise + theirs + torchrun) == "ImportError: no such thing"
+    one, zero = ([f"[rank{rank}]: {line}" for line in theirs.splitlines(True)] for rank in (1, 0))
+    mixed = [line for pair in zip(one, zero, strict=True) for line in pair]
+    for ranks in (one + zero, mixed):
+        assert last_words(noise + "".join(ranks) + torchrun) == "ImportError: no such thing"
