@@ -50,10 +50,10 @@ def _tokenizer_sha256(words: list[str]) -> str | None:
     """Of the tokenizer that the training data were made with, if their manifest is there."""
     if TRAIN_DATA not in words:
         return None
-    _, prefix = words[words.index(TRAIN_DATA) + 1 :][:2]  # a blend: WEIGHT PREFIX ...
-    dataset = Path(prefix).parent
+    last = len(words) - words[::-1].index(TRAIN_DATA)  # of a flag given twice
     try:
-        return load_manifest(dataset).tokenizer.sha256
+        _, prefix = words[last:][:2]  # a blend: WEIGHT PREFIX ...
+        return load_manifest(Path(prefix).parent).tokenizer.sha256
     except (OSError, ValueError):
         return None
 

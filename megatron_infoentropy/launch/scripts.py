@@ -225,7 +225,8 @@ save_and_stop() {{
   if [ $((stopping % 5)) -eq 1 ]; then
     for node in "${{!pids[@]}}"; do
       "${{ssh[@]}}" -o ConnectTimeout=5 "${{hosts[$node]}}" \\
-        "kill -USR1 \\$(cat $run/node-$node.pid)" < /dev/null > /dev/null 2>&1 &
+        "p=\\$(cat $run/node-$node.pid) && grep -q node.sh /proc/\\$p/cmdline && kill -USR1 \\$p" \\
+        < /dev/null > /dev/null 2>&1 & # a node.sh that was killed has left its number behind
     done
   fi
   stopping=$((stopping + 1))

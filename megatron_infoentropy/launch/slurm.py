@@ -81,11 +81,12 @@ echo "== start of job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}: $SLURM
 step=$!
 
 while kill -0 "$step" 2>/dev/null; do
-  if [ "$requeue" = {give_up_s} ]; then
-    echo "== {save_s} s before the time limit, or preempted: saving, then requeueing"
-    kill -USR1 "$step" || true # srun hands it to node.sh on every node
-  fi
   if [ -n "$requeue" ]; then
+    if [ "$requeue" = {give_up_s} ]; then
+      echo "== {save_s} s before the time limit, or preempted: saving, then requeueing"
+    fi
+    # srun hands it to node.sh on every node; again and again, as one that starts does not listen.
+    [ $((({give_up_s} - requeue) % 5)) -ne 0 ] || kill -USR1 "$step" || true
     [ "$requeue" -gt 0 ] || break # not saved in time: from the checkpoint before
     requeue=$((requeue - 1))
   fi

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
 
     def hear(line: str) -> None:
         if ASKED in line:
-            sys.stderr.write(line)
+            with suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(line)
         on_line(line)
 
     # nohup and `&` of a script have some ignored, here as in the scripts.

@@ -1,5 +1,6 @@
 """Runs one training on this machine: builds the torchrun command, follows its log."""
 
+import itertools
 import os
 import re
 import shlex
@@ -133,10 +134,15 @@ def _forwarded(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.signal(number, lambda number, frame: process.send_signal(number))
-        for number in signals
-    }
+    terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def hand_on(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone: what is still said must not fail
+            for descriptor in terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in signals}
     try:
         yield
     finally:
@@ -177,11 +183,8 @@ TORCHRUNS_OWN = re.compile(
     r"torch.distributed.elastic.multiprocessing|Traceback[^\0]{0,400}torch/distributed/run.py"
 )
 
-
-# A traceback's first line and its frames; what was raised comes after.
-FRAMES = re.compile(
-    r"Traceback \(most recent call last\):\n(?:(?:\[rank\d+\]: ?)?[ \t].*\n)*", re.MULTILINE
-)
+# Where ranks have met, torch puts their number before every line.
+TRACEBACK = re.compile(r"^(\[rank\d+\]: )?Traceback \(most recent call last\):$", re.MULTILINE)
 
 
 def _first_failure(log: Path, start: int) -> str:
@@ -192,10 +195,15 @@ def _first_failure(log: Path, start: int) -> str:
     text = tail(log, start)
     own = TORCHRUNS_OWN.search(text)
     text = text[: own.start()].rpartition("\n")[0] if own else text
-    found = FRAMES.search(text)
+    found = TRACEBACK.search(text)
     if found is None:
         return text[-3000:].rstrip()
-    frames = found[0]
+    rank = found[1] or ""
+    lines = [line for line in text[found.start() :].splitlines() if line.startswith(rank)]
+    title, *rest = [line.removeprefix(rank) for line in lines]
+    frames = "\n".join([title, *itertools.takewhile(lambda line: line[:1] in " \t", rest)])
+    after = rest[frames.count("\n") :]
+    raised = itertools.takewhile(lambda line: not line.startswith("Traceback"), after)
     if len(frames) > 2500:
         frames = f"{frames[:500]}\n  ...\n{frames[-2000:]}"
-    return (frames + text[found.end() :][:1500]).rstrip()
+    return f"{frames}\n{'\n'.join(raised)[:1500]}".rstrip()

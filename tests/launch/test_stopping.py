@@ -1,6 +1,7 @@
 """A Ctrl-C saves first, and a rank that has saved does not die of the signal to save."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ signal.signal(signal.SIGUSR1, save)
 time.sleep(60)
 sys.exit(1)
 """
-NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank}\n"
+NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank} node.sh\n"
 # It takes its time to connect.
 SSH = """#!/usr/bin/env bash
 case "${{@: -1}}" in NODE=*) touch {run}/connecting; sleep 2;; esac
@@ -131,6 +132,36 @@ def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
     assert code == 0, said
     assert "asked to stop; the ranks save a checkpoint first" in said
     assert (run / "saved").exists()
+
+
+FOLLOWED = """
+import sys
+from pathlib import Path
+from megatron_infoentropy.launch.start import ORDERS
+from megatron_infoentropy.launch.train import follow
+
+run = Path(sys.argv[1])
+script = (
+    "trap 'for i in {1..9}; do echo saving $i; done; exit 0' HUP; touch $1/started; "
+    "while :; do sleep 0.1; done"
+)
+follow(run, ["bash", "-c", script, "bash", str(run)], {}, sys.stdout.write, ORDERS)
+(run / "saved").touch()
+"""
+
+
+def test_a_closed_terminal_does_not_end_the_one_who_waits_for_the_checkpoint(run):
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-u", "-c", FOLLOWED, str(run)])
+    deadline = time.monotonic() + 300
+    while not (run / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (run / "saved").exists()
+    assert (run / "train.log").read_text().splitlines()[-1] == "saving 9"
 
 
 def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
