@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Share:
-    """Whose checksums to compare: those of every `of`-th file, from number `index` on."""
+    """Whose checksums to compare: every `of`-th file's from number `index` on, largest first."""
 
     index: int = 0
     of: int = 1
@@ -59,8 +59,9 @@ def look(data: Path, share: Share) -> DataFacts:
     if not found.problems:
         found.manifests = digest.hexdigest()
     found.opened = len(sums)
-    mine = dict(list(sums.items())[share.index :: share.of])
-    _compare({path: sha256 for path, sha256 in mine.items() if sha256}, share, found)
+    written = [path for path, sha256 in sums.items() if sha256]
+    by_size = sorted(written, key=lambda path: path.stat().st_size, reverse=True)
+    _compare({path: sums[path] for path in by_size[share.index :: share.of]}, share, found)
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_infoentropy.data.options import Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import train_tokenizer
+from megatron_infoentropy.doctor.data_files import Share, look
 from megatron_infoentropy.doctor.facts import Place, collect
 from megatron_infoentropy.doctor.start import last_words
 
@@ -21,7 +22,7 @@ RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
 def places(tmp_path_factory):
     """data/{train,validation,test}, the tokenizer that made them and another one."""
     folder = tmp_path_factory.mktemp("doctor")
-    text = "\n".join(json.dumps({"text": f"word{i} " * 9}) for i in range(300)) + "\n"
+    text = "\n".join(json.dumps({"text": f"word{i} " * 40}) for i in range(300)) + "\n"
     (folder / "t.jsonl").write_text(text)
     train_tokenizer(folder / "t.jsonl", folder / "tokenizer", vocab_size=270)
     train_tokenizer(folder / "t.jsonl", folder / "other", vocab_size=265)
@@ -61,6 +62,18 @@ def test_the_ranks_share_the_checksums_and_one_of_them_finds_a_flipped_byte(
     said = [problem for one in found for problem in one.problems]
     assert len(said) == 1
     assert "its checksum differs from the manifest's" in said[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_no_rank_reads_more_than_a_file_above_another(places, ranks):
+    """A .bin is much larger than its .idx, and they take turns in the manifest."""
+    files = [*places.glob("data/*/*.bin"), *places.glob("data/*/*.idx")]
+    sizes = [path.stat().st_size for path in files]
+    assert len(sizes) == 6
+    assert max(sizes) > 3 * min(sizes)
+    read = [look(places / "data", Share(rank, ranks)).compared_bytes for rank in range(ranks)]
+    assert sum(read) == sum(sizes)
+    assert max(read) - min(read) <= max(sizes)
 
 
 def test_each_host_reads_its_own_copy_if_it_has_one(damaged, places, tmp_path):
