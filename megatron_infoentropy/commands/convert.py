@@ -13,7 +13,8 @@ Verify = Annotated[
     bool | None,
     typer.Option(
         "--verify/--no-verify",
-        help="compare both models' logits, configuration and tokenizer; default: if memory allows",
+        help="compare both models' logits, loss, configuration and tokenizer; default: if memory "
+        "allows",
     ),
 ]
 Text = Annotated[
@@ -44,6 +45,7 @@ def convert(
     """Export a Megatron checkpoint, of any layout, as a Hugging Face model, and prove it."""
     from megatron_infoentropy.convert import convert_checkpoint
 
+    _require_readable(verify, text, data)
     done = convert_checkpoint(
         checkpoint,
         output,
@@ -68,6 +70,7 @@ def convert_from_hf(
     """Make a Megatron checkpoint of a Hugging Face model, to train it further, and prove it."""
     from megatron_infoentropy.convert import convert_from_hf as run
 
+    _require_readable(verify, text, data)
     done = run(
         model,
         output,
@@ -77,6 +80,14 @@ def convert_from_hf(
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
     out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}", markup=False)
+
+
+def _require_readable(verify: bool | None, text: Path | None, data: Path | None) -> None:
+    from megatron_infoentropy.convert.texts import require_readable
+
+    if verify is False and (text or data):
+        raise ValueError("--text and --data are what is compared on: leave out --no-verify")
+    require_readable(text, data)
 
 
 def _prove(

@@ -5,7 +5,8 @@ what it is families: which one computes the same, or refused; architecture, argu
 mapping    naming (the table), matching, layout (the arrangement of numbers)
 writing    to_hf (shards, weights_file, tokenizer_files, model_card), output_folder
            from_hf (hf_weights, distcp_writer)
-proof      reference_model and config_check, which share nothing with the mapping; texts, verify
+proof      reference_model and config_check, which share nothing with the mapping; texts, verify,
+           streamed_model
 """
 
 from megatron_infoentropy.convert.errors import (

@@ -119,8 +119,8 @@ class CheckpointWriter:
     def _go_on(self, journal: Path) -> None:
         """Take over the pieces that are whole, and remove what was written after the last one."""
         sizes = {path.name: path.stat().st_size for path in self._folder.glob("*.distcp")}
-        whole = []
-        for line in journal.read_text().splitlines() if journal.exists() else []:
+        whole, text = [], journal.read_text() if journal.exists() else ""
+        for line in text.splitlines():
             try:
                 piece = _Piece(*json.loads(line))
             except (ValueError, TypeError):
@@ -129,7 +129,10 @@ class CheckpointWriter:
                 break
             self._register(piece)
             whole.append(line + "\n")
-        journal.write_text("".join(whole))
+        if "".join(whole) != text:
+            new = journal.with_name(journal.name + ".new")
+            new.write_text("".join(whole))
+            new.replace(journal)
         ends = {place.relative_path: place.offset + place.length for place in self._places.values()}
         for name, size in sizes.items():
             if name not in ends:

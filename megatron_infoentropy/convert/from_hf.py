@@ -22,7 +22,7 @@ from megatron_infoentropy.convert.distcp_writer import FILE_BYTES, CheckpointWri
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import architecture_from_config
-from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
 from megatron_infoentropy.convert.naming import Row
@@ -38,9 +38,7 @@ _EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
 _JOURNAL = ".pieces"
-_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,7 @@ def convert_from_hf(
 
 def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     """Return {name in the table: name in the files}; both sides complete, with the right shapes."""
-    prefix = _PREFIXES.get(model.family, "")
-    stored = {
-        name if name.startswith((prefix, "lm_head.", "embed_out.")) else prefix + name: name
-        for name in weights.tensors
-        if not name.endswith(_BUFFERS)
-    }
+    stored = parameter_names(weights.tensors, model.family)
     if not model.untied:  # some exports keep the shared table twice
         stored = {
             k: v for k, v in stored.items() if k not in ("lm_head.weight", "embed_out.weight")

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,19 @@ from megatron_infoentropy.convert.weights_file import NAMES
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _WHOLE = "model.safetensors"
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
+_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
+
+
+def parameter_names(stored: Iterable[str], family: str) -> dict[str, str]:
+    """{a parameter's name in transformers' model: its name in the files}, without old buffers."""
+    prefix = _PREFIXES.get(family, "")
+    return {
+        name if name.startswith((prefix, "lm_head.", "embed_out.")) else prefix + name: name
+        for name in stored
+        if not name.endswith(_BUFFERS)
+    }
 
 
 class Stored(NamedTuple):

@@ -1,10 +1,12 @@
 """A folder that appears when it is whole, and whose making can be taken up again.
 
 While it is made it is `.NAME.partial` beside its place, with a fingerprint of what it is made of.
-After an interruption, the next attempt with the same fingerprint finds the files that were ready.
+After an interruption, the next attempt with the same fingerprint, by the same converter, finds the
+files that were ready.
 """
 
 import fcntl
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ def new_folder(output: Path, fingerprint: str) -> Iterator[Path]:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {output}; wait for it") from None
-        _clear_unless_of(partial, fingerprint)
+        _clear_unless_of(partial, f"{_converter()} {fingerprint}")
         try:
             yield partial
             (partial / _FINGERPRINT).unlink()
@@ -69,6 +71,12 @@ def require_space(output: Path, size: int) -> None:
             f"expected {size / 1e9:.2f} GB of free space for {output}, got {free / 1e9:.2f} GB; "
             "make room or name an output on another disk"
         )
+
+
+def _converter() -> str:
+    """A hash of this room's code: what it wrote before it was mended is not to be kept."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _clear_unless_of(partial: Path, fingerprint: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError
-from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 
 _RENAMED = {"embed_out.weight": "lm_head.weight"}  # of GPT-NeoX, since transformers 5
 
@@ -32,15 +32,16 @@ def streamed_model(folder: Path, config: Any) -> Any:
     layers = base.h if config.model_type == "gpt2" else base.layers
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
     weights = HuggingFaceWeights(folder)
-    outside = [name for name in weights.tensors if not name.startswith(prefix)]
-    _load(model, weights, {_RENAMED.get(name, name): name for name in outside}, strict=False)
+    stored = parameter_names(weights.tensors, config.model_type)
+    outside = {_RENAMED.get(n, n): at for n, at in stored.items() if not n.startswith(prefix)}
+    _load(model, weights, outside, strict=False)
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not name.startswith(prefix):
             raise IncompleteCheckpointError(f"{folder} lacks the tensor {name}")
     for number, layer in enumerate(layers):
         start = f"{prefix}{number}."
-        names = {n.removeprefix(start): n for n in weights.tensors if n.startswith(start)}
+        names = {n.removeprefix(start): at for n, at in stored.items() if n.startswith(start)}
         layer.register_forward_pre_hook(
             lambda module, _, names=names: _load(module, weights, names, strict=True)
         )

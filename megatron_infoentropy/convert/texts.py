@@ -27,11 +27,10 @@ def sequences_for(
     Raises:
         ValueError: less than two tokens in the text or the dataset, or both are given.
     """
-    if text is not None and data is not None:
-        raise ValueError("expected a text or a dataset to verify on, got both")
+    require_readable(text, data)
     length = length_for(folder)
     if data is not None:
-        return _pieces(data, length)
+        return _pieces(_open(data), length)
     if not (folder / "tokenizer.json").is_file():
         draw = random.Random(0)
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -50,13 +49,28 @@ def sequences_for(
     return long_enough
 
 
-def _pieces(data: Path, length: int) -> list[list[int]]:
-    prefix = data.with_suffix("") if data.suffix in (".bin", ".idx") else data
-    tokens = IndexedReader(prefix).tokens
-    if len(tokens) < 2:
+def require_readable(text: Path | None, data: Path | None) -> None:
+    """Look whether there is something to verify on, before a conversion that may take hours.
+
+    Raises:
+        ValueError: no such text or dataset, less than two tokens in it, or both are given.
+    """
+    if text is not None and data is not None:
+        raise ValueError("expected a text or a dataset to verify on, got both")
+    if text is not None and not text.is_file():
+        raise ValueError(f"expected a text to verify on, found no file {text}")
+    if data is not None and len(_open(data).tokens) < 2:
         raise ValueError(f"expected a dataset to verify on in {data}, got less than two tokens")
-    last = max(0, len(tokens) - length)
-    return [tokens[start : start + length].tolist() for start in sorted({0, last // 2, last})]
+
+
+def _open(data: Path) -> IndexedReader:
+    return IndexedReader(data.with_suffix("") if data.suffix in (".bin", ".idx") else data)
+
+
+def _pieces(reader: IndexedReader, length: int) -> list[list[int]]:
+    last = max(0, len(reader.tokens) - length)
+    starts = sorted({0, last // 2, last})
+    return [reader.tokens[start : start + length].tolist() for start in starts]
 
 
 def length_for(folder: Path) -> int:

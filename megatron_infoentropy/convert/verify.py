@@ -2,9 +2,9 @@
 
 Three things are compared, because each misses what the others see: the logits of both models, in
 fp32 on given tokens (a wrong constant such as the norm's epsilon may leave every next-token choice
-as it was, and still moves the largest logit difference a hundredfold); the configuration, as
-transformers understands it, with the training arguments (a wrong maximal length moves no logit);
-and the tokenizer, id by id.
+as it was, and still moves the largest logit difference a hundredfold), and so their loss; the
+configuration, as transformers understands it, with the training arguments (a wrong maximal length
+moves no logit); and the tokenizer, id by id and by the text it cuts.
 """
 
 import math

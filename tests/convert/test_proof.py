@@ -104,6 +104,22 @@ def test_a_dataset_that_cannot_be_compared_on_is_refused(folder: Path) -> None:
         sequences_for(folder / "hf", data=folder / "short")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "absent"], "no such dataset file"),
+        (["--text", "absent"], "found no file absent"),
+        (["--text", "absent", "--no-verify"], "leave out --no-verify"),
+    ],
+)
+def test_a_mistyped_text_is_refused_before_anything_is_converted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr("megatron_infoentropy.convert.convert_checkpoint", None)
+    with pytest.raises(ValueError, match=said):
+        convert(folder, *words)
+
+
 def test_very_long_contexts_are_compared_on_a_part(folder: Path) -> None:
     path = folder / "hf" / "config.json"
     config = json.loads(path.read_text()) | {"max_position_embeddings": 131072}

@@ -41,6 +41,26 @@ def test_it_computes_the_same_to_the_bit(tmp_path: Path, case: str) -> None:
             assert torch.equal(streamed(ids, use_cache=False).logits, expected)
 
 
+def one_file(hf: Path) -> dict[str, torch.Tensor]:
+    """The folder's weights, whose files are removed."""
+    weights = {k: t for path in hf.glob("*.safetensors") for k, t in load_file(path).items()}
+    for path in hf.glob("model*"):
+        path.unlink()
+    return weights
+
+
+def test_the_names_of_old_exports_are_known(tmp_path: Path) -> None:
+    """GPT-2 as it was published: no prefix, and masks among the weights."""
+    hf = export(tmp_path, "gpt2")
+    ids = torch.tensor([TOKENS[0]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(hf)(ids).logits
+        old = {name.removeprefix("transformer."): t for name, t in one_file(hf).items()}
+        old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(3)}
+        save_file(old, hf / "model.safetensors", {"format": "pt"})
+        assert torch.equal(streamed_model(hf, AutoConfig.from_pretrained(hf))(ids).logits, expected)
+
+
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     model = streamed_model(export(tmp_path), AutoConfig.from_pretrained(tmp_path / "hf"))
     layers = model.model.layers
@@ -83,9 +103,7 @@ def test_the_proof_streams_where_the_model_does_not_fit(
 )
 def test_a_tensor_that_is_not_there_or_not_known_is_named(tmp_path: Path, name: str) -> None:
     hf = export(tmp_path)
-    weights = {k: t for path in hf.glob("*.safetensors") for k, t in load_file(path).items()}
-    for path in hf.glob("model*"):
-        path.unlink()
+    weights = one_file(hf)
     tensor = weights.pop(name)
     last = name.rsplit(".", maxsplit=2)[-2]
     for state in (weights, weights | {name: tensor, f"{name}_2": tensor.clone()}):
