@@ -77,7 +77,8 @@ def examine_job(order: Order, tell: Callable[[Report], None]) -> Report:
     dist.all_gather_object(everyone, facts)
     gathered = [one for one in everyone if one is not None]
     found = troubles(gathered, measured, memory_needed=memory_needed, disk_needed=order.disk)
-    report = Report(gathered, measured, memory_needed, order.run, order.disk, [*refused, *found])
+    looked_at = (order.tokenizer, order.run, order.disk)
+    report = Report(gathered, measured, memory_needed, *looked_at, [*refused, *found])
     if place.rank == 0:
         tell(report)
     dist.barrier()  # torchrun ends all ranks when one ends with an exit code

@@ -13,11 +13,13 @@ NAMED = 12  # digits of a checksum that a reader compares
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `memory` (bytes of a rank) is None where no recipe was counted."""
+    """What was found. `memory` (bytes of a rank) is None where no recipe was counted, `tokenizer`
+    where none was to be looked at."""
 
     facts: list[Facts]
     measured: list[Measured]
     memory: int | None
+    tokenizer: Path | None
     run: Path
     disk: int  # bytes wanted there
     troubles: list[str]
@@ -51,7 +53,7 @@ class Report:
             ("memory", memory),
             ("disk", f"{_size(self.disk)} are wanted for {self.run}, {_size(room)} are free"),
             ("data", self._data()),
-            ("tokenizer", _tokenizer(first)),
+            ("tokenizer", self._tokenizer()),
             *((one.transfer.name, _transfer(one)) for one in self.measured),
         ]
 
@@ -59,12 +61,28 @@ class Report:
         found = [one.data for one in self.facts if one.data is not None]
         if not found:
             return "not looked at: name --data"
+        unread = sum(not one.opened for one in found)
+        if unread:
+            return f"{unread} of {len(found)} ranks could open none of its files"
         compared = sum(one.compared for one in found)
         size = sum(one.compared_bytes for one in found) / 1e6
         opened = f"{min(one.opened for one in found)} files, opened by every rank"
         if not compared:
             return f"{opened}; no checksums: their manifests have none, an old version wrote them"
         return f"{opened}; {compared} checksums compared, {size:.1f} MB"
+
+    def _tokenizer(self) -> str:
+        if self.tokenizer is None:
+            return "not looked at: name --tokenizer"
+        unread = sum(not one.tokenizer for one in self.facts)
+        if unread:
+            return f"{unread} of {len(self.facts)} ranks could not read it"
+        first = self.facts[0]
+        named = f"SHA-256 {first.tokenizer[:NAMED]}..."
+        if first.data is None or not first.data.tokenizer:
+            return f"{named}, no data to compare it with"
+        same = first.data.tokenizer == first.tokenizer
+        return f"{named}, {'that of the data' if same else 'not that of the data'}"
 
 
 def _table(facts: list[Facts]) -> list[str]:
@@ -74,16 +92,6 @@ def _table(facts: list[Facts]) -> list[str]:
         rows.append((str(one.rank), one.host, one.device, *sizes, f"{1e3 * one.clock_s:+.1f} ms"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.rjust, row, widths)) for row in rows]
-
-
-def _tokenizer(first: Facts) -> str:
-    if not first.tokenizer:
-        return "not looked at: name --tokenizer"
-    named = f"SHA-256 {first.tokenizer[:NAMED]}..."
-    if first.data is None or not first.data.tokenizer:
-        return f"{named}, no data to compare it with"
-    same = first.data.tokenizer == first.tokenizer
-    return f"{named}, {'that of the data' if same else 'not that of the data'}"
 
 
 def _transfer(one: Measured) -> str:

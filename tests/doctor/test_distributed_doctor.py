@@ -14,7 +14,7 @@ from megatron_infoentropy.doctor.collectives import (
     measure,
     members,
 )
-from megatron_infoentropy.doctor.data_files import DataFacts
+from megatron_infoentropy.doctor.data_files import DataFacts, Share, look
 from megatron_infoentropy.doctor.facts import Facts, Place
 from megatron_infoentropy.doctor.job import RankMissing, arrive, wait_for_all
 from megatron_infoentropy.doctor.report import Report
@@ -132,9 +132,12 @@ def test_groups_are_those_that_megatron_makes_of_its_world():
     assert members(2, 2, 8) == [[0, 2], [1, 3], [4, 6], [5, 7]]  # its data parallel, 2 stages
 
 
+LOSS = Measured(Transfer("loss", "all-gather", 2**19, 2), 0.002, 0.25, ())
+REPORT = Report(HEALTHY, [LOSS], 70 * GIB, Path("tokenizer"), Path("run"), 20 * GIB, [])
+
+
 def test_every_line_says_what_was_looked_at():
-    measured = [Measured(Transfer("loss", "all-gather", 2**19, 2), 0.002, 0.25, ())]
-    lines = Report(HEALTHY, measured, 70 * GIB, Path("run"), 20 * GIB, []).lines()
+    lines = REPORT.lines()
     rank = ["2", "host2", "NVIDIA", "H200", "80.0", "GiB", "100.0", "GiB", "+0.0", "ms"]
     assert lines[3].split() == rank
     for said in (
@@ -148,7 +151,7 @@ def test_every_line_says_what_was_looked_at():
     ):
         assert said in lines
     without = [replace(one, data=None, tokenizer="") for one in HEALTHY]
-    lines = Report(without, [], None, Path("run"), 20 * GIB, ["one", "two"]).lines()
+    lines = Report(without, [], None, None, Path("run"), 20 * GIB, ["one", "two"]).lines()
     for said in (
         "memory     not counted: no RECIPE that can be trained",
         "data       not looked at: name --data",
@@ -156,3 +159,12 @@ def test_every_line_says_what_was_looked_at():
     ):
         assert said in lines
     assert lines[-3:] == ["!!  one", "!!  two", "2 troubles: mend before the training"]
+
+
+def test_what_could_not_be_read_is_not_called_old_or_not_ordered(tmp_path):
+    nothing = look(tmp_path / "nope", Share())
+    unread = replace(REPORT, facts=with_fault(data=nothing, tokenizer="")).lines()
+    assert "data       1 of 3 ranks could open none of its files" in unread
+    assert "tokenizer  1 of 3 ranks could not read it" in unread
+    old = replace(REPORT, facts=[replace(HEALTHY[0], data=replace(DATA, compared=0))]).lines()
+    assert any("12 files, opened by every rank; no checksums: their manifests" in o for o in old)
