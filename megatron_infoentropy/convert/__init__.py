@@ -1,6 +1,6 @@
 """From a Megatron checkpoint to a Hugging Face folder and back, in one process without Megatron.
 
-reading    checkpoint (distcp, torch_file, unpickle): any parallel layout, by layers
+reading    checkpoint (distcp, torch_file, unpickle, pickle_bounds): any parallel layout, by layers
 what it is families: which one computes the same, or refused; architecture, arguments, hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
 writing    to_hf (shards, weights_file, tokenizer_files, model_card), output_folder

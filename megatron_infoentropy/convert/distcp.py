@@ -9,6 +9,7 @@ version (2.15 added a field, and older versions fail on it); what is needed here
 """
 
 import math
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def _read(state: dict[str, Any]) -> Index:
         pieces = tuple(Piece(at, sizes[at], place) for at, place in found.items())
         dtype = entry.state["properties"].state[0]
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{name} has no dtype that is known: {dtype!r:.80}")
+            raise ValueError(f"{name} has no dtype that is known: {reprlib.repr(dtype)}")
         shape = tuple(entry.state["size"])
         _require_sizes(name, shape, *(piece[:2] for piece in pieces))
         tensors[name] = StoredTensor(shape, dtype, pieces)
@@ -108,15 +109,19 @@ def _require_sizes(name: str, shape: Any, *pieces: tuple[Any, Any]) -> None:
     for numbers in (shape, *(part for piece in pieces for part in piece)):
         fits = len(numbers) == len(shape)
         if not fits or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
-            raise ValueError(f"{name} has the shape {shape!r:.80} with a piece {numbers!r:.80}")
+            raise ValueError(
+                f"{name} has the shape {reprlib.repr(shape)} with a piece {reprlib.repr(numbers)}"
+            )
 
 
 def _place(info: dict[str, Any]) -> Place:
-    file, start, length = str(info["relative_path"]), info["offset"], info["length"]
-    if file in ("", ".", "..") or "/" in file or "\0" in file:
-        raise ValueError(f"{file!r} is no name of a file in this folder")
+    file, start, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+        raise ValueError(f"{reprlib.repr(file)} is no name of a file in this folder")
     if not all(isinstance(number, int) and number >= 0 for number in (start, length)):
-        raise ValueError(f"{file} has a piece at {start!r} of {length!r} bytes")
+        raise ValueError(
+            f"{file} has a piece at {reprlib.repr(start)} of {reprlib.repr(length)} bytes"
+        )
     return Place(file, start, length)
 
 

@@ -10,11 +10,11 @@ import argparse
 import collections
 import io
 import pickle
-import pickletools
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
+from megatron_infoentropy.convert.pickle_bounds import require_bounded
 
 # What the standard library's unpickler raises for bytes that are no pickle of plain data.
 _DAMAGE = (
@@ -70,18 +70,6 @@ class _Unpickler(pickle.Unpickler):
         return StandIn(pid)
 
 
-def _require_bounded(data: bytes) -> None:
-    """Look for the few bytes that have the unpickler take any amount of memory at once.
-
-    Raises:
-        ValueError: a bytearray, whose size is taken before it is read, or a far place in the memo.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if opcode.name == "BYTEARRAY8" or (is_place and int(argument or 0) > len(data)):
-            raise ValueError(f"{opcode.name} {argument!r:.40} in {len(data)} bytes")
-
-
 def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) -> Any:
     """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins.
 
@@ -89,7 +77,7 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
         UnreadableCheckpointError: the bytes are not a complete pickle.
     """
     try:
-        _require_bounded(data)
+        require_bounded(data)
         return _Unpickler(data, allowed or {}).load()
     except _DAMAGE as error:
         raise UnreadableCheckpointError(

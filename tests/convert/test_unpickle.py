@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_infoentropy.convert import distcp
+from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 from megatron_infoentropy.convert.torch_file import load_object
 from megatron_infoentropy.convert.unpickle import StandIn, unpickle
 
@@ -95,3 +97,44 @@ def test_a_broken_pickle_is_an_error(data: bytes) -> None:
 def test_something_else_than_a_file_of_torch_save_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"torch\.save"):
         load_object(b"PK but not a zip file", "a file")
+
+
+def nested(levels: int, kind: type) -> Any:
+    """2**levels numbers, written in a few bytes."""
+    thing = kind([1])
+    for _ in range(levels):
+        thing = kind([thing, thing])
+    return thing
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_few_bytes_that_are_a_tree_without_end_are_refused(kind: type) -> None:
+    """Its hash and its text would take for ever."""
+    assert unpickle(pickle.dumps(nested(3, kind))) == nested(3, kind)
+    with pytest.raises(UnreadableCheckpointError, match="parts in a pickle"):
+        unpickle(pickle.dumps(nested(60, kind)))
+
+
+def test_a_key_without_end_is_refused_before_it_is_hashed() -> None:
+    tree = pickle.dumps(nested(60, tuple), protocol=2)
+    with pytest.raises(UnreadableCheckpointError, match="parts in a pickle"):
+        unpickle(b"\x80\x02}" + tree[2:-1] + b"K\x01s.")  # {tree: 1}
+
+
+def lists_filled_later(levels: int) -> bytes:
+    """Lists that are put into others while they are empty: no one who follows the bytes knows."""
+    made = b"".join(b"]q" + bytes([place]) + b"0" for place in range(levels))
+    filled = b"".join(
+        b"h" + bytes([place]) + 2 * (b"h" + bytes([place + 1]) + b"a") + b"0"
+        for place in range(levels - 1)
+    )
+    return b"\x80\x02" + made + filled + b"h\x00."
+
+
+def test_what_is_said_of_lists_without_end_ends(tmp_path: Path) -> None:
+    value = unpickle(lists_filled_later(60))
+    place = {"relative_path": "a", "offset": 0, "length": 1}
+    for where in (place | {"relative_path": value}, place | {"offset": value}):
+        with pytest.raises(ValueError, match=r"\[\[\.\.\.\]") as failure:
+            distcp._place(where)
+        assert len(str(failure.value)) < 1000
