@@ -49,7 +49,14 @@ class StandIn:
         pass
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.arguments}"
+        # In part: an argument may hold others without end, or be a number without end.
+        shown = [
+            repr(a)[:80]
+            if isinstance(a, str | float | None) or (isinstance(a, int) and a.bit_length() < 64)
+            else "..."
+            for a in self.arguments[:4]
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class _Unpickler(pickle.Unpickler):

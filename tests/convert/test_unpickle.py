@@ -70,7 +70,7 @@ def test_training_arguments_are_read_with_stand_ins_for_other_classes() -> None:
     loaded = unpickle(pickle.dumps(args))
     assert isinstance(loaded, argparse.Namespace)
     assert (loaded.num_layers, loaded.betas, loaded.groups["a"]) == (4, (0.9, 0.95), [1])
-    assert repr(loaded.attention_backend) == "Backend(5,)"
+    assert repr(loaded.attention_backend) == "Backend(5)"
     assert isinstance(loaded.defaults, StandIn)
     assert isinstance(loaded.ratio, StandIn)
 
@@ -138,3 +138,12 @@ def test_what_is_said_of_lists_without_end_ends(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"\[\[\.\.\.\]") as failure:
             distcp._place(where)
         assert len(str(failure.value)) < 1000
+
+
+def test_a_stand_in_shows_itself_in_part() -> None:
+    tree: Any = StandIn(5, "a" * 1000)
+    for _ in range(60):
+        tree = StandIn(tree, tree)
+    assert repr(tree) == "StandIn(..., ...)"
+    assert repr(StandIn(5, None, 2**20000)) == "StandIn(5, None, ...)"
+    assert len(repr(StandIn("a" * 1000))) < 100
