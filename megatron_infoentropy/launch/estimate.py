@@ -9,8 +9,6 @@ ranks sends 2 n (k-1)/k, a reduce-scatter or an all-gather half of that.
 from dataclasses import dataclass
 from math import ceil
 
-ADAM_BYTES = 8  # two fp32 moments
-MASTER_BYTES = 4  # the fp32 copy of 16-bit parameters, which the optimizer updates
 STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
 
 
@@ -43,6 +41,7 @@ class Shape:
     train_iters: int
     weight_bytes: int  # of one parameter in the forward pass
     gradient_bytes: int
+    optimizer_bytes: int  # Adam's moments of one parameter and the copy of it that is updated
     distributed_optimizer: bool
     fp8: bool
     fused_linear: bool
@@ -141,7 +140,6 @@ def memory(shape: Shape) -> Memory:
     """Of the rank that holds most; fragmentation, workspaces and NCCL's buffers come on top."""
     fullest = max(stages(shape), key=lambda stage: stage.on_a_rank(shape.tensor_parallel))
     count = fullest.on_a_rank(shape.tensor_parallel)
-    per_parameter = ADAM_BYTES + (MASTER_BYTES if shape.weight_bytes < MASTER_BYTES else 0)
     tokens = shape.micro_batch_size * shape.seq_length
     columns = shape.vocab_size // shape.tensor_parallel * shape.weight_bytes
     return Memory(
@@ -149,8 +147,8 @@ def memory(shape: Shape) -> Memory:
         # Transformer Engine keeps each matrix in FP8 twice: as it is, and transposed.
         fp8_weights=2 * fullest.linear // shape.tensor_parallel if shape.fp8 else 0,
         gradients=count * shape.gradient_bytes,
-        optimizer_sharded=ceil(count * per_parameter / shape.data_parallel),
-        optimizer_whole=count * per_parameter,
+        optimizer_sharded=ceil(count * shape.optimizer_bytes / shape.data_parallel),
+        optimizer_whole=count * shape.optimizer_bytes,
         activations=_activations(shape),
         logits_whole=tokens * columns,
         # Two chunks while their statistics are gathered, and never more than there are tokens.

@@ -10,6 +10,8 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from megatron_infoentropy import pretrain
@@ -28,7 +30,6 @@ UNCOUNTED = {
     "decoder_last_pipeline_num_layers": "an uneven pipeline",
     "account_for_embedding_in_pipeline_split": "an uneven pipeline",
     "account_for_loss_in_pipeline_split": "an uneven pipeline",
-    "use_precision_aware_optimizer": "optimizer states of other types",
     "optimizer_cpu_offload": "an optimizer on the CPU",
     "use_megatron_fsdp": "sharded parameters",
     "use_torch_fsdp2": "sharded parameters",
@@ -46,10 +47,46 @@ def main() -> None:
 
         from megatron.training import get_args
 
+        if find_spec("transformer_engine") is None:
+            _accept_precision_aware_optimizer()
         sys.argv += ["--fake-process-group", *LEAVE_NOTHING_BEHIND]
         pretrain.prepare()
         shape = shape_of(get_args())
     json.dump(asdict(shape), sys.stdout)
+
+
+def _accept_precision_aware_optimizer() -> None:
+    """Have its flags checked without Transformer Engine, which only a machine that trains needs."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    package = "transformer_engine"
+    modules = {name: ModuleType(name) for name in (package, f"{package}.pytorch")}
+    optimizers = ModuleType(f"{package}.pytorch.optimizers")
+    optimizers.FusedAdam = _FusedAdam  # type: ignore[attr-defined]
+    modules[optimizers.__name__] = optimizers
+    check = OptimizerConfig.__post_init__
+
+    def check_with_optimizer(config: OptimizerConfig) -> None:
+        sys.modules.update(modules)
+        try:
+            check(config)
+        finally:  # elsewhere Megatron goes by what can be imported
+            for name in modules:
+                del sys.modules[name]
+
+    OptimizerConfig.__post_init__ = check_with_optimizer
+
+
+class _FusedAdam:
+    """Has the arguments that Megatron looks for."""
+
+    def __init__(
+        self,
+        master_weight_dtype: Any,
+        exp_avg_dtype: Any,
+        exp_avg_sq_dtype: Any,
+        use_decoupled_grad: Any,
+    ) -> None: ...
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
@@ -92,6 +129,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
         train_iters=args.train_iters or args.train_samples // args.global_batch_size,
         weight_bytes=args.params_dtype.itemsize,
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize,
+        optimizer_bytes=optimizer_bytes(args),
         distributed_optimizer=args.use_distributed_optimizer,
         fp8=args.fp8 is not None,
         fused_linear=args.infoentropy_fused_linear,
@@ -113,6 +151,22 @@ def _require_counted(args: argparse.Namespace) -> None:
         raise ValueError("--context-parallel-size: the dry run cannot count context parallelism")
     if args.optimizer != "adam":
         raise ValueError(f"--optimizer {args.optimizer}: the dry run knows Adam's states only")
+
+
+def optimizer_bytes(args: argparse.Namespace) -> int:
+    """Of one parameter: Adam's two moments and the copy that is updated.
+
+    A precision-aware optimizer chooses their types. An fp32 copy that Transformer Engine keeps, not
+    Megatron, is stored as the 16 bits that the parameter lacks.
+    """
+    is_16_bit = args.params_dtype.itemsize == 2
+    if not args.use_precision_aware_optimizer:
+        return 12 if is_16_bit else 8
+    moments: int = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+    if not is_16_bit:
+        return moments
+    is_megatrons = args.fp8_recipe not in (None, "delayed") and args.main_params_dtype.itemsize == 4
+    return moments + (4 if is_megatrons else 2)
 
 
 def _layer_activations(args: argparse.Namespace) -> int:

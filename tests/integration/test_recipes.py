@@ -152,10 +152,12 @@ def test_counted_traffic_is_what_megatron_sends_along_a_pipeline(tmp_path):
 
 def test_a_dry_run_counts_another_layout_at_another_size():
     extra = ("--tensor-model-parallel-size=2", "--sequence-parallel", "--micro-batch-size=4")
+    extra += ("--use-precision-aware-optimizer", "--exp-avg-dtype=bf16", "--exp-avg-sq-dtype=bf16")
     run = dry_run(PAPER / "6.7b.yaml", {"infoentropy-objective": "focal"}, extra, ranks=64)
     assert run.parameters == 6_738_415_616
     assert (run.shape.data_parallel, run.shape.micro_batches) == (32, 16)
     assert run.shape.sequence_parallel
+    assert run.shape.optimizer_bytes == 2 + 2 + 4  # also without Transformer Engine
     assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(run.lines())
 
 

@@ -29,6 +29,7 @@ PLAIN = Shape(
     train_iters=7,
     weight_bytes=2,
     gradient_bytes=4,
+    optimizer_bytes=12,
     distributed_optimizer=True,
     fp8=False,
     fused_linear=False,

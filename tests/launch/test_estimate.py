@@ -53,8 +53,12 @@ def test_tensor_parallel_ranks_share_matrices_and_logits_but_not_norms():
     assert held.logits_whole == 30 * 16 * 2
 
 
-def test_fp32_has_no_master_copy_and_fp8_copies_layers_only():
-    assert memory(replace(PLAIN, weight_bytes=4)).optimizer_whole == 8 * TOTAL
+def test_an_optimizer_of_fewer_bytes_is_sharded_like_any_other():
+    held = memory(replace(PLAIN, optimizer_bytes=8))
+    assert (held.optimizer_whole, held.optimizer_sharded) == (8 * TOTAL, 4 * TOTAL)
+
+
+def test_fp8_copies_are_of_layers_only():
     assert memory(PLAIN).fp8_weights == 0
     assert memory(replace(PLAIN, fp8=True)).fp8_weights == 2 * 4 * LINEAR
 
