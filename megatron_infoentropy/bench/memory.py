@@ -2,32 +2,58 @@
 
 import os
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+class PeakMeter(Protocol):
+    def start(self) -> None:
+        """Begin; what lives now is not counted."""
+
+    def stop(self) -> float:
+        """MiB at the worst moment since `start`."""
+
+
+class _AllocatorCount:
+    """By the allocator's own count, on a GPU."""
+
+    def start(self) -> None:
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def stop(self) -> float:
+        return (torch.cuda.max_memory_allocated() - self._before) / 2**20
+
+
+class _AllocationRecord:
+    """By the profiler's record of every allocation, on a CPU; what runs takes longer by it."""
+
+    def start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs its own start and stop otherwise
+        self._recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._recorded.start()
+
+    def stop(self) -> float:
+        self._recorded.stop()
+        assert self._recorded.profiler is not None
+        events = self._recorded.profiler.kineto_results.events()
+        changes = (event for event in events if event.name() == "[memory]")
+        live = peak = 0
+        for event in sorted(changes, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        return peak / 2**20
+
+
+def meter_for(device: torch.device) -> PeakMeter:
+    return _AllocatorCount() if device.type == "cuda" else _AllocationRecord()
+
+
 def peak_mib(run: Callable[[], None], device: torch.device) -> float:
-    """MiB that `run` needs at its worst moment: by the allocator's own count on a GPU, by the
-    profiler's record of every allocation on a CPU."""
-    return (_on_gpu(run) if device.type == "cuda" else _on_cpu(run)) / 2**20
-
-
-def _on_gpu(run: Callable[[], None]) -> int:
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    """MiB that `run` needs at its worst moment."""
+    meter = meter_for(device)
+    meter.start()
     run()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _on_cpu(run: Callable[[], None]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs its own start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return meter.stop()
