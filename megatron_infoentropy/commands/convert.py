@@ -30,6 +30,9 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Megatron --save folder, or an iter_ folder")],
     output: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder to copy")],
+    family: Annotated[
+        str, typer.Option(help="of a model with --add-qkv-bias: qwen2, llama, or auto")
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: as saved")
     ] = "auto",
@@ -50,6 +53,7 @@ def convert(
         checkpoint,
         output,
         tokenizer=tokenizer,
+        family=family,
         dtype=dtype,  # type: ignore[arg-type]
         iteration=iteration,
         overwrite=overwrite,
@@ -57,6 +61,8 @@ def convert(
         check=lambda folder: _prove(verify, checkpoint, folder, text, data, iteration=iteration),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
+    if done.not_qwen2:
+        out.print(f"Llama, its o_proj.bias zero, and not Qwen2: {done.not_qwen2}; see --family")
 
 
 def convert_from_hf(

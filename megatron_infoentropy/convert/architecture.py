@@ -1,7 +1,7 @@
 """What model the training arguments describe: its family, sizes, constants and conventions."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_infoentropy.convert.errors import UnsupportedModelError
@@ -46,6 +46,11 @@ class Architecture:
     def rms_norm(self) -> bool:
         return self.family not in ("gpt_neox", "gpt2")
 
+    @property
+    def zero_proj_bias(self) -> bool:
+        """Llama's attention has biases everywhere or nowhere: the one Megatron lacks is zero."""
+        return self.family == "llama" and self.qkv_bias and not self.linear_bias
+
 
 def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Architecture:
     """Return the model that was trained with these arguments.
@@ -86,8 +91,27 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         interleaved_rotary=family != "gpt2" and _get(args, "rotary_interleaved"),
         zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
     )
+    if family == "qwen2" and not _heads_fill(model):
+        return as_family(model, "llama")
     _require_expressible(model)
     return model
+
+
+def as_family(model: Architecture, family: str) -> Architecture:
+    """Return the same model as another family that computes it: with --add-qkv-bias there are two.
+
+    Raises:
+        UnsupportedModelError: this family does not; those that do are named.
+    """
+    biased_qkv = model.qkv_bias and not model.linear_bias
+    twins: tuple[Family, ...] = ("qwen2", "llama") if biased_qkv else (model.family,)
+    for twin in twins:
+        if twin == family:
+            _require_expressible(new := replace(model, family=twin))
+            return new
+    raise UnsupportedModelError(
+        f"expected a family that computes this model, {' or '.join(twins)}; got {family!r}"
+    )
 
 
 def _activation(args: argparse.Namespace) -> Activation:
@@ -100,8 +124,7 @@ def _activation(args: argparse.Namespace) -> Activation:
 
 def _require_expressible(model: Architecture) -> None:
     """Refuse sizes that the configuration class of the family has no field for."""
-    heads_fill = model.num_heads * model.head_dim == model.hidden_size
-    if model.family in ("qwen2", "gpt_neox", "gpt2") and not heads_fill:
+    if model.family in ("qwen2", "gpt_neox", "gpt2") and not _heads_fill(model):
         raise UnsupportedModelError(
             f"{CLASSES[model.family]} has heads of hidden_size / num_attention_heads = "
             f"{model.hidden_size} / {model.num_heads} numbers; got kv_channels={model.head_dim} "
@@ -112,6 +135,10 @@ def _require_expressible(model: Architecture) -> None:
             f"LlamaForCausalLM refuses a hidden_size ({model.hidden_size}) that "
             f"num_attention_heads ({model.num_heads}) does not divide"
         )
+
+
+def _heads_fill(model: Architecture) -> bool:
+    return model.num_heads * model.head_dim == model.hidden_size
 
 
 def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:

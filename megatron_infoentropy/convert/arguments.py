@@ -32,6 +32,7 @@ def arguments_of(model: Architecture) -> Namespace:
             "layernorm_epsilon": model.norm_epsilon,
             "layernorm_zero_centered_gamma": model.zero_centered_norms,
             "add_bias_linear": model.linear_bias,
+            "add_qkv_bias": model.qkv_bias and not model.linear_bias,
             "bias_gelu_fusion": model.activation == "gelu_tanh",
             "init_method_std": model.initializer_range,
             "untie_embeddings_and_output_weights": model.untied,

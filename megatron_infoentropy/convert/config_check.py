@@ -29,7 +29,7 @@ def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> 
         "num_attention_heads": args.num_attention_heads,
         "max_position_embeddings": args.max_position_embeddings,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        **(_rms_fields(args) if args.normalization == "RMSNorm" else _gelu_fields(args)),
+        **(_rms_fields(args, config) if args.normalization == "RMSNorm" else _gelu_fields(args)),
     }
     actual = {name: _effective(config, name) for name in expected}
     if args.position_embedding_type == "rope":
@@ -75,9 +75,10 @@ def _effective(config: Any, name: str) -> Any:
     return value
 
 
-def _rms_fields(args: Namespace) -> dict[str, Any]:
+def _rms_fields(args: Namespace, config: Any) -> dict[str, Any]:
     grouped = args.group_query_attention
     biased = args.add_bias_linear
+    qkv_biased = biased or getattr(args, "add_qkv_bias", False)
     fields = {
         "intermediate_size": args.ffn_hidden_size,
         "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
@@ -87,9 +88,9 @@ def _rms_fields(args: Namespace) -> dict[str, Any]:
     }
     if getattr(args, "qk_layernorm", False):
         return fields | {"model_type": "qwen3", "attention_bias": False, "sliding_window": None}
-    if getattr(args, "add_qkv_bias", False) and not biased:
+    if qkv_biased and not biased and config.model_type != "llama":
         return fields | {"model_type": "qwen2", "sliding_window": None}
-    return fields | {"model_type": "llama", "attention_bias": biased, "mlp_bias": biased}
+    return fields | {"model_type": "llama", "attention_bias": qkv_biased, "mlp_bias": biased}
 
 
 def _gelu_fields(args: Namespace) -> dict[str, Any]:

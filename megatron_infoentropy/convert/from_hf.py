@@ -86,6 +86,7 @@ def convert_from_hf(
     model = architecture_from_config(config)
     weights = HuggingFaceWeights(folder)
     names = _match(weights, model)
+    _require_zeros(weights, names, model)
     dtype = _dtype_of(weights, names)
     parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
     require_space(output, parameters * dtype.itemsize)
@@ -130,6 +131,20 @@ def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
             f"{CLASSES[model.family]}: {', '.join(unknown[:4])}"
         )
     return wanted
+
+
+def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Architecture) -> None:
+    """Look at the biases of Llama's attention that Megatron leaves out with --add-qkv-bias."""
+    for row, layer in _rows(model):
+        if row.layout == "and_zeros":
+            *_, name = _names(row, layer)
+            if largest := weights.read(names[name]).abs().max().item():
+                raise UnsupportedModelError(
+                    f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
+                    "has biases for queries, keys and values alone (--add-qkv-bias) or in every "
+                    "linear layer; this model's MLP has none. Biases of zeros there, and "
+                    "mlp_bias: true in config.json, make it one of the second kind"
+                )
 
 
 def _rows(model: Architecture) -> Iterator[tuple[Row, int | None]]:

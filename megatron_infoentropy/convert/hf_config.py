@@ -25,9 +25,9 @@ _LLAMA_FIELDS = {
     "rms_norm_eps": "norm_epsilon",
 }
 _FIELDS: dict[Family, dict[str, str]] = {
-    "llama": {**_LLAMA_FIELDS, "attention_bias": "linear_bias", "mlp_bias": "linear_bias"},
+    "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "linear_bias"},
     "qwen2": _LLAMA_FIELDS,
-    "qwen3": {**_LLAMA_FIELDS, "attention_bias": "linear_bias"},
+    "qwen3": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias"},
     "gpt_neox": {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -143,6 +143,7 @@ def architecture_from_config(config: Any) -> Architecture:
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     values.setdefault("num_groups", heads)
     values.setdefault("linear_bias", family in ("gpt_neox", "gpt2"))
+    values.setdefault("qkv_bias", values["linear_bias"] or family == "qwen2")
     return Architecture(
         family=family,
         **values,
@@ -152,7 +153,6 @@ def architecture_from_config(config: Any) -> Architecture:
         rope_scaling_factor=rope.get("factor"),
         padded_vocab_size=config.vocab_size,
         untied=not config.tie_word_embeddings,
-        qkv_bias=values["linear_bias"] or family == "qwen2",
         interleaved_rotary=False,
         zero_centered_norms=False,
     )
@@ -161,8 +161,8 @@ def architecture_from_config(config: Any) -> Architecture:
 def _problems(config: Any, family: Family, rope: dict[str, Any]) -> list[str]:
     dropouts = ("dropout", "pdrop")  # change nothing that a trained model computes
     expected = {k: v for k, v in _CONSTANTS[family].items() if not k.endswith(dropouts)}
-    if family in ("llama", "qwen3"):
-        expected |= {"attention_bias": family == "llama" and getattr(config, "mlp_bias", False)}
+    if family == "qwen3" or (family == "llama" and config.mlp_bias):
+        expected |= {"attention_bias": family == "llama"}
     problems = [
         f"{name}={getattr(config, name, None)!r} (expected {value!r})"
         for name, value in expected.items()

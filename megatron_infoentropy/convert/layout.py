@@ -9,6 +9,7 @@ gate_up         [2 * ffn, hidden]: the gate's rows (those that pass through SiLU
 vocabulary      [padded, hidden]: rows after the true vocabulary are padding
 norm, head_norm [hidden], [D]: with zero-centred norms, the weight minus 1
 transposed      GPT-2 keeps input features first
+and_zeros       the weight of a layer without a bias, where the family's layer has one
 
 With interleaved rotary positions the rows of every query and key, and what multiplies them, are
 reordered so that pairs (0, 1), (2, 3) become (0, R/2), (1, R/2 + 1), as Hugging Face pairs them.
@@ -95,6 +96,11 @@ def split_gate_up(fc1: Tensor, model: Architecture) -> tuple[Tensor, ...]:
     return tuple(fc1.chunk(2))
 
 
+def and_zeros(weight: Tensor, model: Architecture) -> tuple[Tensor, Tensor]:
+    """Return the weight, and a bias that changes nothing."""
+    return weight, weight.new_zeros(len(weight))
+
+
 def _same(tensor: Tensor, model: Architecture) -> tuple[Tensor]:
     return (tensor,)
 
@@ -115,4 +121,5 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "qkv_by_head": Layout(split_by_head, _only),
     "qkv_in_columns": Layout(split_in_columns, join_from_columns),
     "gate_up": Layout(split_gate_up, lambda parts, _: torch.cat(parts)),
+    "and_zeros": Layout(and_zeros, _only),
 }

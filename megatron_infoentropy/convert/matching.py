@@ -61,7 +61,8 @@ def match_names(names: Iterable[str], model: Architecture) -> list[Source]:
 
 def rows_of(model: Architecture) -> list[Row]:
     """Return the rows of the family's table that this model has."""
-    return [row for row in TABLES[model.family] if not row.needs or getattr(model, row.needs)]
+    rows = [row for row in TABLES[model.family] if not row.needs or getattr(model, row.needs)]
+    return list({row.megatron: row for row in rows}.values())
 
 
 def steps_of(sources: Iterable[Source], model: Architecture) -> list[Step]:

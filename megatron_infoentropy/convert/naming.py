@@ -19,15 +19,19 @@ LayoutName = Literal[
     "qkv_by_head",
     "qkv_in_columns",
     "gate_up",
+    "and_zeros",
 ]
 Dim = Literal[
     "hidden", "ffn", "gate_and_up", "heads", "head", "qkv", "padded_vocabulary", "positions"
 ]
-Needs = Literal["", "untied", "linear_bias", "qkv_bias"]
+Needs = Literal["", "untied", "linear_bias", "qkv_bias", "zero_proj_bias"]
 
 
 class Row(NamedTuple):
-    """One parameter of Megatron, the parameters of the family it holds, and how it holds them."""
+    """One parameter of Megatron, the parameters of the family it holds, and how it holds them.
+
+    Of two rows for one parameter the later is meant, where the model has what it needs.
+    """
 
     megatron: str
     hf: tuple[str, ...]
@@ -86,6 +90,13 @@ _LLAMA = (
     ),
     Row(_PROJ + "weight", (_A + "o_proj.weight",), "same", ("hidden", "heads")),
     Row(_PROJ + "bias", (_A + "o_proj.bias",), "same", ("hidden",), "linear_bias"),
+    Row(
+        _PROJ + "weight",
+        (_A + "o_proj.weight", _A + "o_proj.bias"),
+        "and_zeros",
+        ("hidden", "heads"),
+        "zero_proj_bias",
+    ),
     Row(
         _FC1 + "weight",
         (_M + "gate_proj.weight", _M + "up_proj.weight"),

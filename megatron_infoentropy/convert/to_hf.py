@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_infoentropy.convert.architecture import Architecture, architecture_of
+from megatron_infoentropy.convert.architecture import Architecture, architecture_of, as_family
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import hf_config
@@ -29,10 +29,8 @@ from megatron_infoentropy.convert.shards import (
     index_of,
     plan_shards,
 )
-from megatron_infoentropy.convert.tokenizer_files import (
-    copy_tokenizer,
-    read_tokenizer,
-)
+from megatron_infoentropy.convert.tokenizer_check import cuts_as_qwen2
+from megatron_infoentropy.convert.tokenizer_files import copy_tokenizer, read_tokenizer
 from megatron_infoentropy.convert.weights_file import NAMES, write_weights
 from megatron_infoentropy.progress import Advance, progress
 
@@ -53,6 +51,7 @@ class ConversionSummary:
     vocab_size: int
     padded_vocab_size: int
     tied_embeddings: bool
+    not_qwen2: str  # why a model with --add-qkv-bias became Llama by itself
 
 
 def convert_checkpoint(
@@ -60,6 +59,7 @@ def convert_checkpoint(
     output: Path,
     *,
     tokenizer: Path | None = None,
+    family: str = "auto",
     dtype: Dtype = "auto",
     iteration: int | None = None,
     overwrite: bool = False,
@@ -74,6 +74,8 @@ def convert_checkpoint(
         output: the folder to make.
         tokenizer: a Hugging Face tokenizer folder; its files are copied, and its size is where the
             padded vocabulary is cut. Without it, that is the training argument vocab_size.
+        family: "qwen2" or "llama", which both compute a model trained with --add-qkv-bias; "auto"
+            is Qwen2 unless its heads or the tokenizer are such as Qwen2 has not.
         dtype: of the exported weights; "auto" keeps that of the checkpoint.
         iteration: which iteration of a `--save` folder; by default the latest.
         overwrite: replace an existing output.
@@ -92,6 +94,7 @@ def convert_checkpoint(
     opened = MegatronCheckpoint(checkpoint, iteration, checksums=checksums)
     facts = None if tokenizer is None else read_tokenizer(tokenizer)
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
+    model, not_qwen2 = _choose_family(model, family, tokenizer)
     sources = match_names(opened.tensors, model)
     torch_dtype = _choose_dtype(dtype, opened)
     shards = plan_shards(opened, sources, model, torch_dtype, shard_bytes)
@@ -106,7 +109,21 @@ def convert_checkpoint(
         if facts is not None:
             copy_tokenizer(facts, folder)
         check(folder)
-    return _summary(output, opened, model, torch_dtype, shards)
+    return _summary(output, opened, model, torch_dtype, shards, not_qwen2)
+
+
+def _choose_family(
+    model: Architecture, family: str, tokenizer: Path | None
+) -> tuple[Architecture, str]:
+    """Return the model as a family, and why this is not Qwen2 where it could have been."""
+    if family != "auto":
+        return as_family(model, family), ""
+    if model.zero_proj_bias:
+        return model, "its heads are not hidden_size / num_attention_heads wide"
+    if model.family == "qwen2" and tokenizer is not None and not cuts_as_qwen2(tokenizer):
+        why = "transformers 5 cuts text by Qwen2's rules in its folders, this tokenizer by others"
+        return as_family(model, "llama"), why
+    return model, ""
 
 
 def _write_shards(
@@ -170,6 +187,7 @@ def _summary(
     model: Architecture,
     dtype: torch.dtype,
     shards: list[Shard],
+    not_qwen2: str,
 ) -> ConversionSummary:
     return ConversionSummary(
         output=output,
@@ -182,4 +200,5 @@ def _summary(
         vocab_size=model.vocab_size,
         padded_vocab_size=model.padded_vocab_size,
         tied_embeddings=not model.untied,
+        not_qwen2=not_qwen2,
     )

@@ -19,7 +19,6 @@ _NAMES = (
     "chat_template.jinja",
 )
 _GENERATION = "generation_config.json"
-_PROBE = "They've 1234 (or 5,678):\n\n\tx += '\xe9t\xe9'  # \u6f22\u5b57 e\u0301 IT'S <b>\r\n  end "
 
 
 @dataclass(frozen=True)
@@ -72,35 +71,3 @@ def _special_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
         if token_id is not None:
             ids[name + "_id"] = token_id
     return ids
-
-
-def tokenizer_differences(folder: Path) -> list[str]:
-    """Load a folder's tokenizer as transformers does and compare it with tokenizer.json.
-
-    Id by id, and by how text is cut: for some models transformers has rules of its own, and
-    ignores those of the file. Returns one line for every kind of difference; none where there is
-    no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer.json").is_file():
-        return []
-    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    used = AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
-    written, loaded = stored.get_vocab(with_added_tokens=True), used.get_vocab()
-    other = [token for token in written if loaded.get(token) != written[token]]
-    more = [token for token in loaded if token not in written]
-    differences = [
-        f"{len(tokens)} tokens {what}, first {tokens[0]!r}"
-        for what, tokens in (("have another id in transformers", other), ("are not stored", more))
-        if tokens
-    ]
-    cut = stored.encode(_PROBE, add_special_tokens=False).ids
-    if not differences and used.encode(_PROBE, add_special_tokens=False) != cut:
-        differences.append(
-            f"transformers loads a {type(used).__name__}, which cuts text in another way than "
-            "tokenizer.json; --no-verify exports all the same, for programs that read the file"
-        )
-    return differences

@@ -23,7 +23,8 @@ from megatron_infoentropy.convert.errors import UnprovenConversionError
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.streamed_model import streamed_model
 from megatron_infoentropy.convert.texts import length_for, sequences_for
-from megatron_infoentropy.convert.tokenizer_files import read_tokenizer, tokenizer_differences
+from megatron_infoentropy.convert.tokenizer_check import tokenizer_differences
+from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
 from megatron_infoentropy.progress import progress
 
 TOLERANCE = 1e-5

@@ -94,7 +94,7 @@ LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     [
         ("gpt_neox", {}, "use_parallel_residual=True"),  # every Pythia
         ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "relu"}, "hidden_act"),
-        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, r"attention_bias=False \(expected True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"rope_parameters": LLAMA_3 | {"low_freq_factor": 2.0}}, "low_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),

@@ -22,7 +22,7 @@ from megatron_infoentropy.convert import (
     why_not_now,
 )
 from megatron_infoentropy.convert.texts import LONGEST, sequences_for
-from megatron_infoentropy.convert.tokenizer_files import tokenizer_differences
+from megatron_infoentropy.convert.tokenizer_check import tokenizer_differences
 from megatron_infoentropy.data.writer import DatasetWriter
 
 

@@ -68,7 +68,6 @@ def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
     [
         ("qwen3", {"add_qkv_bias": True}, "add_qkv_bias|qk_layernorm"),
         ("qwen2", {"add_bias_linear": True, "qk_layernorm": True}, "qk_layernorm"),
-        ("qwen2", {"kv_channels": 16}, "--kv-channels"),
         ("gpt_neox", {"kv_channels": 16}, "--kv-channels"),
         ("gpt_neox", {"add_bias_linear": False}, "add_bias_linear"),
         ("gpt_neox", {"group_query_attention": True}, "group_query_attention"),

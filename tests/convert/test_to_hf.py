@@ -71,6 +71,7 @@ def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "Qwen2": FAMILIES["qwen2"],
+    "Llama with biases of queries, keys and values": FAMILIES["qwen2"] | {"kv_channels": 12},
     "Qwen3": FAMILIES["qwen3"],
     "Qwen3, interleaved": FAMILIES["qwen3"] | {"rotary_interleaved": True},
     "GPT-NeoX": FAMILIES["gpt_neox"],

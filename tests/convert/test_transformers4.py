@@ -17,6 +17,7 @@ CASES = {
     **FAMILIES,
     "tied": {"untie_embeddings_and_output_weights": False},
     "llama3": {"use_rope_scaling": True},
+    "llama with biases": FAMILIES["qwen2"],
 }
 PROGRAM = """
 import sys
@@ -47,7 +48,12 @@ def test_transformers_4_computes_the_same_and_cuts_text_the_same(tmp_path: Path)
             **{"vocab_size": 258, "padded_vocab_size": 384, "rotary_base": 500000} | changes
         )
         write_checkpoint(tmp_path / case / "save", args, tiny_tensors(args))
-        convert_checkpoint(tmp_path / case / "save", tmp_path / case / "hf", tokenizer=tokenizer)
+        convert_checkpoint(
+            tmp_path / case / "save",
+            tmp_path / case / "hf",
+            tokenizer=tokenizer,
+            family="qwen2" if case == "qwen2" else "auto",
+        )
     paths = [str(tmp_path / "four"), str(Path(__file__).parents[2])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path), *CASES],

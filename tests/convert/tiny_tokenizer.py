@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 END = "<|endoftext|>"
 
@@ -20,13 +20,36 @@ def write_tokenizer(folder: Path, size: int) -> Path:
     return folder
 
 
-def write_gpt2_tokenizer(folder: Path) -> Path:
-    """All bytes, and the number 12, which GPT-2's rules keep together and Qwen2's do not."""
+def write_gpt2_tokenizer(folder: Path, pair: str = "12") -> Path:
+    """All bytes and a pair of them: the number 12 stays together by GPT-2's rules, not Qwen2's."""
+    return _write_bytes(folder, pair, pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def write_qwen2_tokenizer(folder: Path) -> Path:
+    """All bytes and the pair ".\n", which stays together by Qwen2's rules, not GPT-2's."""
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    cut = pre_tokenizers.Split(Regex(words), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rules = pre_tokenizers.Sequence([cut, to_bytes])
+    return _write_bytes(folder, ".\u010a", rules, normalizers.NFC())
+
+
+def _write_bytes(
+    folder: Path,
+    pair: str,
+    rules: pre_tokenizers.PreTokenizer,
+    normalizer: normalizers.Normalizer | None = None,
+) -> Path:
     folder.mkdir()
-    letters = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    letters = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), pair]
     vocab = {letter: token for token, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE(vocab, [(pair[0], pair[1])]))
+    tokenizer.pre_tokenizer = rules
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,159 @@
+"""Models with --add-qkv-bias: Qwen2 where the tokenizer is Qwen2's, Llama where it is another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
+from tiny_tokenizer import write_gpt2_tokenizer, write_qwen2_tokenizer
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.convert import (
+    UnprovenConversionError,
+    UnsupportedModelError,
+    convert_checkpoint,
+    convert_from_hf,
+    prove,
+)
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.layout import LAYOUTS
+from megatron_infoentropy.convert.tokenizer_check import cuts_as_qwen2, tokenizer_differences
+
+O_BIAS = "model.layers.1.self_attn.o_proj.bias"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint `save`, the tokenizers `gpt2` and `qwen2`, and `hf`, made with GPT-2's."""
+    args = tiny_args(**FAMILIES["qwen2"], vocab_size=258, padded_vocab_size=384)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_gpt2_tokenizer(tmp_path / "gpt2")
+    write_qwen2_tokenizer(tmp_path / "qwen2")
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tmp_path / "gpt2")
+    return tmp_path
+
+
+def convert(folder: Path, tokenizer: str, *words: str) -> str:
+    command = ["convert", str(folder / "save"), "--tokenizer", str(folder / tokenizer)]
+    done = CliRunner().invoke(app, [*command, "--output", str(folder / "out"), *words])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words", "family"),
+    [
+        ("gpt2", [], "llama"),
+        ("qwen2", [], "qwen2"),
+        ("qwen2", ["--family", "llama"], "llama"),
+    ],
+)
+def test_the_class_is_one_in_which_transformers_cuts_text_as_in_training(
+    folder: Path, tokenizer: str, words: list[str], family: str
+) -> None:
+    output = convert(folder, tokenizer, *words)
+    assert "same top token 100.00%" in output
+    assert f"out: {family}, " in output
+    assert ("not Qwen2: transformers 5 cuts text" in output) == (tokenizer == "gpt2")
+    assert json.loads((folder / "out" / "config.json").read_text())["model_type"] == family
+    used = AutoTokenizer.from_pretrained(folder / "out")
+    assert len(used.encode("12")) == (1 if tokenizer == "gpt2" else 2)
+
+
+def test_an_export_that_would_be_misread_is_made_only_without_proof(folder: Path) -> None:
+    with pytest.raises(UnprovenConversionError, match=r"Qwen2Tokenizer: --family llama"):
+        convert(folder, "gpt2", "--family", "qwen2")
+    assert not (folder / "out").exists()
+    assert "out: qwen2, " in convert(folder, "gpt2", "--family", "qwen2", "--no-verify")
+
+
+def test_a_family_that_does_not_compute_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="qwen2 or llama; got 'mistral'"):
+        convert(folder, "gpt2", "--family", "mistral")
+    args = tiny_args(**FAMILIES["qwen2"], kv_channels=12)
+    write_checkpoint(folder / "wide", args, tiny_tensors(args))
+    with pytest.raises(UnsupportedModelError, match="--kv-channels"):
+        convert_checkpoint(folder / "wide", folder / "out", family="qwen2")
+    assert "its heads" in convert_checkpoint(folder / "wide", folder / "out").not_qwen2
+
+
+def test_there_and_back_is_the_same_to_the_bit(folder: Path) -> None:
+    summary = convert_from_hf(folder / "hf", folder / "megatron")
+    assert (summary.family, summary.flags["add-qkv-bias"]) == ("llama", True)
+    assert summary.flags["disable-bias-linear"] is True
+    assert prove(folder / "megatron", folder / "hf", imported=True).passed
+    stored, again = MegatronCheckpoint(folder / "save"), MegatronCheckpoint(folder / "megatron")
+    assert again.args.add_qkv_bias is True
+    assert stored.tensors.keys() == again.tensors.keys()
+    for name in stored.tensors:
+        rows = 258 if "embedding" in name or "output_layer" in name else None
+        assert torch.equal(stored.read(name)[:rows], again.read(name)), name
+    convert_checkpoint(folder / "megatron", folder / "again", family="llama")
+    weights = [load_file(folder / name / "model.safetensors") for name in ("hf", "again")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not weights[0][O_BIAS].any()
+
+
+def test_a_bias_that_megatron_cannot_hold_is_refused_before_anything_is_written(
+    folder: Path,
+) -> None:
+    path = folder / "hf" / "model.safetensors"
+    weights = load_file(path)
+    weights[O_BIAS][3] = -0.25
+    save_file(weights, path, {"format": "pt"})
+    before = set(folder.iterdir())
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*o_proj\.bias to be.*up to 0\.25"):
+        convert_from_hf(folder / "hf", folder / "megatron")
+    assert set(folder.iterdir()) == before
+
+
+def test_the_proof_sees_a_bias_that_is_not_zero(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = LAYOUTS["and_zeros"]._replace(to_hf=lambda weight, _: (weight, weight[:, 0]))
+    monkeypatch.setitem(LAYOUTS, "and_zeros", wrong)
+    convert_checkpoint(folder / "save", folder / "out", tokenizer=folder / "gpt2")
+    with pytest.raises(UnprovenConversionError, match="do not compute the same"):
+        prove(folder / "save", folder / "out")
+
+
+def test_the_proof_sees_a_configuration_without_the_biases(folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": False}))
+    with pytest.raises(UnprovenConversionError, match="attention_bias is False, expected True"):
+        prove(folder / "save", folder / "hf")
+
+
+def test_a_token_that_the_other_rules_never_make_is_found(folder: Path) -> None:
+    """No sample of text would do: a vocabulary may have few numbers."""
+    tokenizer = write_gpt2_tokenizer(folder / "rare", "90")
+    path = tokenizer / "tokenizer.json"  # with Qwen2's normaliser, which would show elsewhere
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    assert not cuts_as_qwen2(tokenizer)
+    convert_checkpoint(folder / "save", folder / "out", tokenizer=tokenizer, family="qwen2")
+    (difference,) = tokenizer_differences(folder / "out")
+    assert difference.startswith("'90' is cut")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
+def test_a_tokenizer_that_names_no_class_is_refused_with_the_line_that_mends_it(
+    folder: Path, family: str
+) -> None:
+    args = tiny_args(**FAMILIES[family], vocab_size=258, padded_vocab_size=384)
+    write_checkpoint(folder / family, args, tiny_tensors(args))
+    config = folder / "gpt2" / "tokenizer_config.json"
+    named = config.read_text()
+    config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    convert_checkpoint(folder / family, folder / "out", tokenizer=folder / "gpt2")
+    assert (
+        '"tokenizer_class": "PreTrainedTokenizerFast"' in tokenizer_differences(folder / "out")[-1]
+    )
+    config.write_text(named)
+    convert_checkpoint(folder / family, folder / "good", tokenizer=folder / "gpt2")
+    assert tokenizer_differences(folder / "good") == []
