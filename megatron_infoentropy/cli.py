@@ -13,6 +13,7 @@ from megatron_infoentropy.commands import (
     evaluation,
     launch,
     machine,
+    recipe_bench,
     study,
     tasks,
     training,
@@ -49,8 +50,9 @@ def about(
 
 
 # In the order of the work, as --help lists them.
-for _room in (data, training, launch, convert, evaluation, tasks, study, machine):
+for _room in (data, training, launch, convert, evaluation, tasks, study, machine, recipe_bench):
     for _command in _room.COMMANDS:
-        # Megatron's own flags follow `train` and `launch` after a --.
-        _extra = {"ignore_unknown_options": _command in (training.train, launch.launch)}
+        _takes_flags = (training.train, launch.launch, recipe_bench.bench_recipe)
+        # Megatron's own flags follow these after a --.
+        _extra = {"ignore_unknown_options": _command in _takes_flags}
         app.command(context_settings=_extra)(_command)

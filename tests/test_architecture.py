@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
     "tasks": {"progress"},
-    "bench": {"config", "evaluate", "integration", "kernels", "loss", "progress", "runtime"},
+    "bench": {
+        *("config", "evaluate", "integration", "kernels", "launch", "loss", "pretrain"),
+        *("progress", "runtime"),
+    },
     "doctor": {"data", "kernels", "launch", "progress", "runtime"},
     "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch", "study", "tasks"},
     "cli": {"commands"},

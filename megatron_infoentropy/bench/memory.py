@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -38,8 +38,9 @@ class _AllocationRecord:
     def stop(self) -> float:
         self._recorded.stop()
         assert self._recorded.profiler is not None
-        events = self._recorded.profiler.kineto_results.events()
-        changes = (event for event in events if event.name() == "[memory]")
+        results = self._recorded.profiler.kineto_results
+        assert results is not None
+        changes: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
         live = peak = 0
         for event in sorted(changes, key=lambda event: event.start_ns()):
             live += event.nbytes()

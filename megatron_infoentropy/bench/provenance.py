@@ -39,12 +39,12 @@ def provenance() -> dict[str, str]:
     }
 
 
-def file_name(facts: dict[str, str]) -> str:
-    """bench_<device>_<yyyymm>.csv: "cpu", or the GPU's model."""
+def file_name(facts: dict[str, str], what: str = "bench") -> str:
+    """<what>_<device>_<yyyymm>.csv: "cpu", or the GPU's model."""
     words = re.findall(r"[a-z0-9]+", facts["device"].lower())
     model = next((word for word in words if re.search(r"\d", word)), "gpu")  # "NVIDIA H200"
     name = model if find_device().type == "cuda" else "cpu"
-    return f"bench_{name}_{facts['date'].replace('-', '')[:6]}.csv"
+    return f"{what}_{name}_{facts['date'].replace('-', '')[:6]}.csv"
 
 
 def device_name() -> str:

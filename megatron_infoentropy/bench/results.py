@@ -2,11 +2,15 @@
 
 import csv
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from megatron_infoentropy.bench.cases import Case
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Kind = Literal["loss", "linear", "step", "kernel", "limit", "unavailable"]
 
@@ -80,8 +84,8 @@ def row_of_case(case: Case, **fields: Any) -> Row:
     )
 
 
-def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
-    """Replace `path` by these rows, the facts in every one of them.
+def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: Path) -> None:
+    """Replace `path` by these rows, all of one class, the facts in every one of them.
 
     Raises:
         ValueError: a fact is missing that a result is worth nothing without.
@@ -89,7 +93,7 @@ def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
     for fact in ("device", "torch", "megatron_core", "commit", "date"):
         if not facts.get(fact):
             raise ValueError(f"a result file needs the {fact} it belongs to; got none")
-    names = [field.name for field in dataclasses.fields(Row)]
+    names = [field.name for field in dataclasses.fields(rows[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("w", newline="") as file:

@@ -43,14 +43,14 @@ def _losses(case: Case, rows: list[Row]) -> Table:
     if case.tensor_parallel > 1:
         heads += ["collectives", "bytes"]
     title = f"{case}, {whole[0].threads} threads, {whole[0].clock}" if whole else str(case)
-    table = _table(title, heads)
+    table = table_of(title, heads)
     for row in whole:
         cells = [row.provider, row.computes]
         cells += [number(ms[row.provider, step]) for step in ("forward", "backward", "both")]
-        cells += [_range(row.p20_ms, row.p80_ms), number(row.times_ours)]
+        cells += [range_of(row.p20_ms, row.p80_ms), number(row.times_ours)]
         cells += [
             number(row.times_in_place),
-            _range(row.times_in_place_p20, row.times_in_place_p80),
+            range_of(row.times_in_place_p20, row.times_in_place_p80),
         ]
         cells += [number(row.gb_per_s), number(row.peak_mib)]
         if case.tensor_parallel > 1:
@@ -61,13 +61,18 @@ def _losses(case: Case, rows: list[Row]) -> Table:
 
 def _kernels(rows: list[Row]) -> Table:
     heads = ["kernel", "", "ms", "p20-p80", "GB/s", "limit", "% of limit", "moved / must move"]
-    table = _table("", heads)
+    table = table_of("", heads)
     for row in rows:
         if row.kind in ("kernel", "limit"):
             moved = ""
             if row.bytes and row.dram_read_bytes is not None and row.dram_write_bytes is not None:
                 moved = f"{(row.dram_read_bytes + row.dram_write_bytes) / row.bytes:.3f}"
-            cells = [row.provider, row.step, number(row.median_ms), _range(row.p20_ms, row.p80_ms)]
+            cells = [
+                row.provider,
+                row.step,
+                number(row.median_ms),
+                range_of(row.p20_ms, row.p80_ms),
+            ]
             cells += [number(row.gb_per_s), row.limit, number(row.percent_of_limit), moved]
             table.add_row(*cells)
     return table
@@ -77,9 +82,9 @@ def _linear(rows: list[Row]) -> Table:
     """The output layer and the loss, fused and unfused."""
     found = [row for row in rows if row.kind == "linear"]
     title = f"{found[0].computes}, forward + backward" if found else ""
-    table = _table(title, ["way", "", "ms", "p20-p80", "peak MiB"])
+    table = table_of(title, ["way", "", "ms", "p20-p80", "peak MiB"])
     for row in found:
-        spread = _range(row.p20_ms, row.p80_ms)
+        spread = range_of(row.p20_ms, row.p80_ms)
         table.add_row(row.provider, "", number(row.median_ms), spread, number(row.peak_mib))
     return table
 
@@ -89,10 +94,10 @@ def _steps(rows: list[Row]) -> Table:
     found = [row for row in rows if row.kind == "step"]
     title = f"training step, {found[0].computes.partition('; ')[2]}" if found else ""
     heads = ["loss", "computes", "ms", "p20-p80", "ms more than ours", "95 %", "loss, % of step"]
-    table = _table(title, [*heads, "peak MiB"])
+    table = table_of(title, [*heads, "peak MiB"])
     for row in found:
         cells = [row.provider, row.computes.partition("; ")[0], number(row.median_ms)]
-        cells += [_range(row.p20_ms, row.p80_ms), *more_than_ours(row)]
+        cells += [range_of(row.p20_ms, row.p80_ms), *more_than_ours(row)]
         table.add_row(*cells, number(row.percent_of_step), number(row.peak_mib))
     return table
 
@@ -109,7 +114,7 @@ def _line_a_case(rows: list[Row]) -> Table:
     """How many times ours in place everybody takes, a line a case."""
     whole = [row for row in rows if row.kind == "loss" and row.step == "both"]
     names = list(dict.fromkeys(row.provider for row in whole))
-    table = _table("forward + backward, x ours in place", ["case", *names])
+    table = table_of("forward + backward, x ours in place", ["case", *names])
     by_case: dict[Case, dict[str, Row]] = defaultdict(dict)
     for row in whole:
         by_case[row.case][row.provider] = row
@@ -119,7 +124,7 @@ def _line_a_case(rows: list[Row]) -> Table:
     return table
 
 
-def _table(title: str, heads: list[str]) -> Table:
+def table_of(title: str, heads: list[str]) -> Table:
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, head in enumerate(heads):
         justify: JustifyMethod = "left" if position < 2 else "right"
@@ -127,7 +132,7 @@ def _table(title: str, heads: list[str]) -> Table:
     return table
 
 
-def _range(low: float | None, high: float | None) -> str:
+def range_of(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{number(low)}-{number(high)}"
 
 

@@ -112,11 +112,14 @@ def utilisation(tokens_per_second: float, args: Any) -> dict[str, float]:
     per_token = num_floating_point_operations(args, 1) / args.seq_length
     tflops = tokens_per_second * per_token / args.world_size / 1e12
     found = {"model TFLOP/s per rank": tflops}
+    peak = peak_tflops()
+    return found if peak is None else found | {"model FLOP utilisation": tflops / peak}
+
+
+def peak_tflops() -> float | None:
+    """Of this device, None where its name is not known."""
     name = torch.cuda.get_device_name() if find_device().type == "cuda" else ""
-    for card, peak in PEAK_TFLOPS.items():
-        if card in name:
-            found["model FLOP utilisation"] = tflops / peak
-    return found
+    return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
 def observed(

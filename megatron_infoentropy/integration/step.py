@@ -103,7 +103,7 @@ class InfoEntropyForwardStep:
             # Filled on the device: a copy from the host would wait for it.
             gamma = torch.full_like(loss.detach(), config.gamma)
             report["gamma"] = torch.stack([gamma, torch.ones_like(gamma)])
-        _reject_bad_loss(loss)
+        reject_bad_loss(loss)
         return loss, num_tokens, report
 
 
@@ -157,7 +157,7 @@ def _micro_batch_alpha(sums: TokenSums, config: InfoEntropyConfig, groups: Group
     return alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
 
 
-def _reject_bad_loss(loss: torch.Tensor) -> None:
+def reject_bad_loss(loss: torch.Tensor) -> None:
     """Megatron's own checks of a local loss, for --check-for-nan-in-loss-and-grad and its like."""
     args, rerun = get_args(), get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:

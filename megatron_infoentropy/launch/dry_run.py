@@ -21,7 +21,12 @@ from megatron_infoentropy.launch.estimate import (
     stages,
     traffic,
 )
-from megatron_infoentropy.launch.flags import chosen_flags, read_facts, useful_ranks
+from megatron_infoentropy.launch.flags import (
+    chosen_flags,
+    last_value,
+    read_facts,
+    useful_ranks,
+)
 from megatron_infoentropy.launch.machine import machine_environment
 from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 from megatron_infoentropy.runtime.device import Device, find_device
@@ -68,20 +73,24 @@ def dry_run(
     """
     device, flags = find_device(), load_recipe(recipe)
     words = chosen_flags(device, flags, settings)
-    words += [*_stand_ins(recipe, flags, tokenizer), *extra_flags]
+    words += [*stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
     on_machine = useful_ranks(read_facts(words), device.count if device.type == "cuda" else 1)
     ranks = ranks or load_plan(recipe).ranks or on_machine
     shape = parse(words, ranks, device)
     return DryRun(ranks, shape, parameters(shape), memory(shape), traffic(shape))
 
 
-def _stand_ins(path: Path, flags: dict[str, Any], tokenizer: Path | None) -> list[str]:
-    """Flags for a tokenizer, if there is none yet, and for data, which nobody will read."""
+def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[str]:
+    """Flags for a tokenizer, if there is none yet, and for data, which nobody will read.
+
+    Raises:
+        RecipeError: neither `words` nor a tokenizer says how large the vocabulary is.
+    """
     named: dict[str, Any] = {"tokenizer-type": "NullTokenizer", "mock-data": True}
     if tokenizer is not None:
         named |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": tokenizer}
-    elif "vocab-size" not in flags:
-        raise RecipeError(f"{path} does not say vocab-size: add it, or name a --tokenizer")
+    elif last_value(words, "vocab-size") is None:
+        raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")
     return to_command_line(named)
 
 

@@ -75,7 +75,7 @@ def read_loss(words: list[str]) -> InfoEntropyConfig:
         elif field.type is int or field.type is float:
             settings[field.name] = _number(words, flag, field.type)
         else:
-            settings[field.name] = _last(words, flag)
+            settings[field.name] = last_value(words, flag)
     settings = {name: value for name, value in settings.items() if value is not None}
     return InfoEntropyConfig(**settings)
 
@@ -93,7 +93,7 @@ def ranks_of_a_model(facts: dict[str, Any]) -> int:
     return prod(int(facts[f"{axis}_parallel"]) for axis in ("tensor", "pipeline", "context"))
 
 
-def _last(words: list[str], name: str) -> str | None:
+def last_value(words: list[str], name: str) -> str | None:
     """The value of a flag, the last time it is given, in either spelling."""
     for index in reversed(range(len(words))):
         flag, has_value, value = words[index].partition("=")
@@ -103,7 +103,7 @@ def _last(words: list[str], name: str) -> str | None:
 
 
 def _number[T: (int, float)](words: list[str], name: str, kind: type[T]) -> Any:
-    value = _last(words, name)
+    value = last_value(words, name)
     try:
         return None if value is None else kind(value)
     except ValueError:

@@ -45,37 +45,43 @@ class TrainingJob:
         recipe = load_recipe(self.recipe)
         chosen = chosen_flags(device, recipe, self.settings)
         read_facts([*chosen, *self.extra_flags])  # what was mistyped, before any file is opened
-        return [*chosen, *to_command_line(self._paths(recipe)), *self.extra_flags]
+        places = reading_flags(self.recipe, self.data, self.tokenizer)
+        places |= dict.fromkeys(("save", "load"), self.run / "checkpoints")
+        return [*chosen, *to_command_line(places), *self.extra_flags]
 
-    def _paths(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Where data, tokenizer and checkpoints are."""
-        self._require_vocabulary(recipe)
-        weights = {"train": load_plan(self.recipe).data_weights}
-        return {
-            "tokenizer-type": "HuggingFaceTokenizer",
-            "tokenizer-model": self.tokenizer,
-            **{
-                flag: _blend(self.data / split, weights.get(split, "natural"))
-                for split, flag in SPLITS.items()
-            },
-            "data-cache-path": self.data / "cache",  # else Megatron writes among the datasets
-            "save": self.run / "checkpoints",
-            "load": self.run / "checkpoints",
-        }
 
-    def _require_vocabulary(self, recipe: dict[str, Any]) -> None:
-        """Megatron takes the tokenizer's size whatever --vocab-size says; a recipe means it.
+def reading_flags(recipe: Path, data: Path, tokenizer: Path) -> dict[str, Any]:
+    """Where tokenizer and data are, the latter blended as the recipe plans.
 
-        Raises:
-            RecipeError: the training data were tokenized with a vocabulary of another size.
-        """
-        wanted = recipe.get("vocab-size")
-        size = load_manifest(self.data / "train").tokenizer.vocab_size
-        if wanted not in (None, size):
-            raise RecipeError(
-                f"{self.recipe} is for a vocabulary of {wanted}, the training data have {size}; "
-                "tokenize them anew, or change vocab-size in the recipe"
-            )
+    Raises:
+        ValueError: datasets that cannot be used, or that are of another vocabulary.
+    """
+    _require_vocabulary(recipe, data)
+    weights = {"train": load_plan(recipe).data_weights}
+    return {
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": tokenizer,
+        **{
+            flag: _blend(data / split, weights.get(split, "natural"))
+            for split, flag in SPLITS.items()
+        },
+        "data-cache-path": data / "cache",  # else Megatron writes among the datasets
+    }
+
+
+def _require_vocabulary(recipe: Path, data: Path) -> None:
+    """Megatron takes the tokenizer's size whatever --vocab-size says; a recipe means it.
+
+    Raises:
+        RecipeError: the training data were tokenized with a vocabulary of another size.
+    """
+    wanted = load_recipe(recipe).get("vocab-size")
+    size = load_manifest(data / "train").tokenizer.vocab_size
+    if wanted not in (None, size):
+        raise RecipeError(
+            f"{recipe} is for a vocabulary of {wanted}, the training data have {size}; "
+            "tokenize them anew, or change vocab-size in the recipe"
+        )
 
 
 def require_places(

@@ -1,0 +1,85 @@
+"""`infoentropy bench-recipe`: what a training costs, and what its loss costs beside Megatron's own.
+
+Megatron's trainer runs the recipe for some dozens of steps on this machine. Several losses take
+turns in it, a step each (`bench.recipe_steps`), on one model, one optimizer and one stream of data.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_infoentropy.bench.provenance import file_name, provenance
+from megatron_infoentropy.bench.recipe_rows import RankResult, RecipeRow, rows_of
+from megatron_infoentropy.bench.results import write_csv
+from megatron_infoentropy.launch.dry_run import stand_ins
+from megatron_infoentropy.launch.flags import chosen_flags, read_facts, useful_ranks
+from megatron_infoentropy.launch.job import reading_flags, require_layout
+from megatron_infoentropy.launch.machine import machine_environment
+from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.launch.train import follow
+from megatron_infoentropy.runtime.device import Device, find_device
+
+# Every step pays for a report, ours and Megatron's: more than a training that logs now and then.
+NOTHING_ELSE = ("--log-interval=1", "--eval-iters=0", "--eval-interval=1000000")
+
+
+def bench_recipe(
+    recipe: Path,
+    settings: dict[str, Any],
+    extra_flags: tuple[str, ...] = (),
+    *,
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+    ranks: int | None = None,
+    rounds: int = 20,
+    output: Path | None = None,
+) -> list[RecipeRow]:
+    """A row a loss, the recipe's own first; settings and flags as in `TrainingJob`.
+
+    Without data Megatron makes some up. Where `output` is given rows are written: to a file, or to
+    one that is named by recipe, device and month in a folder.
+
+    Raises:
+        ValueError: a recipe or a layout that cannot be, or results without the commit they belong
+            to.
+        TrainingFailed: with what the ranks said.
+    """
+    facts = provenance() if output else {}  # refuses before the work, not after it
+    device = find_device()
+    words = [*_flags(recipe, settings, extra_flags, data, tokenizer, device), *NOTHING_ELSE]
+    layout = read_facts(words)
+    ranks = ranks or useful_ranks(layout, device.count if device.type == "cuda" else 1)
+    require_layout(ranks, layout)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    with tempfile.TemporaryDirectory() as name:
+        module = "megatron_infoentropy.bench.recipe_rank"
+        entry = ("--nproc-per-node", str(ranks), "-m", module, name, str(rounds))
+        command, environment = [*torchrun, *entry, *words], machine_environment(device, ranks)
+        said = follow(Path(name) / recipe.stem, command, environment, lambda line: None)
+        found = [
+            RankResult(**json.loads((Path(name) / f"rank-{rank}.json").read_text()))
+            for rank in range(ranks)
+        ]
+    rows = rows_of(recipe.stem, said.parameters, found)
+    if output:
+        named = file_name(facts, f"recipe_{recipe.stem}")
+        write_csv(rows, facts, output / named if output.is_dir() else output)
+    return rows
+
+
+def _flags(
+    recipe: Path,
+    settings: dict[str, Any],
+    extra_flags: tuple[str, ...],
+    data: Path | None,
+    tokenizer: Path | None,
+    device: Device,
+) -> list[str]:
+    words = chosen_flags(device, load_recipe(recipe), settings)
+    if data is None:
+        return [*words, *stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
+    if tokenizer is None:
+        raise ValueError("--data needs the --tokenizer it was made with")
+    return [*words, *to_command_line(reading_flags(recipe, data, tokenizer)), *extra_flags]

@@ -1,0 +1,189 @@
+"""Turns, parts of a step and rows of `infoentropy bench-recipe`, without Megatron."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_infoentropy.bench.recipe_rows import PARTS, RankResult, rows_of
+from megatron_infoentropy.bench.recipe_run import bench_recipe
+from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
+from megatron_infoentropy.bench.recipe_table import recipe_tables
+
+
+class Loss(NamedTuple):
+    name: str
+    forward_step: object
+    finalize: object
+
+
+class CountingClock:
+    """Time passes by `tick` alone."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def tick(self, ms):
+        self.now += ms
+
+    def start(self):
+        self.marks = [self.now]
+
+    def mark(self):
+        self.marks.append(self.now)
+
+    def read(self):
+        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+
+
+class Meter:
+    def __init__(self):
+        self.calls = []
+
+    def start(self):
+        self.calls.append("start")
+
+    def stop(self):
+        self.calls.append("stop")
+        return float(len(self.calls))
+
+
+def test_every_loss_is_warmed_up_and_weighed_and_no_round_starts_with_the_same_one():
+    planned = turns(["a", "b", "c"], 4)
+    assert [turn.contender for turn in planned] == [
+        *"aabbcc",
+        *"abc",
+        *"abc",
+        *"bca",
+        *"cab",
+        *"abc",
+    ]
+    assert [turn.purpose for turn in planned] == ["warm up"] * 6 + ["weigh"] * 3 + ["time"] * 12
+
+
+class Training:
+    """A trainer of one linear output layer: two micro-batches a step, parts of known lengths."""
+
+    def __init__(self, rounds):
+        self.clock, self.meter, self.ended = CountingClock(), Meter(), None
+        self.iteration, self.called = 0, []
+        layer = torch.nn.Linear(2, 3)
+        layer.forward = lambda x: (torch.nn.functional.linear(x, layer.weight), None)
+        self.model = SimpleNamespace(module=SimpleNamespace(output_layer=layer))
+        losses = [
+            Loss(name, self.forward(name, ms), self.finalize) for name, ms in (("a", 5), ("b", 9))
+        ]
+        planned = turns(losses, rounds)
+        self.steps = len(planned) + 1
+        self.step = TurnTakingStep(
+            planned, self.clock, self.meter, lambda: self.iteration, self.end
+        )
+
+    def end(self, measured):
+        self.ended = measured
+
+    def forward(self, name, loss_ms):
+        def step(data, model):
+            self.called.append(name)
+            self.clock.tick(10)
+            logits, _ = model.module.output_layer(torch.ones(1, 2))
+            self.clock.tick(loss_ms)
+            return logits.sum()
+
+        return step
+
+    def finalize(self):
+        self.clock.tick(3)
+
+    def train(self):
+        for number in range(self.steps):
+            self.iteration = number
+            for _ in range(2):
+                loss = self.step(None, self.model)
+                loss.backward()
+                self.clock.tick(20)
+            self.step.finalize_model_grads()
+            self.clock.tick(2)
+        return self.ended
+
+
+def test_the_parts_of_a_step_are_told_apart_over_all_its_micro_batches():
+    training = Training(rounds=3)
+    measured = training.train()
+    assert dict(measured["a"].parts) == {
+        "forward": [20.0] * 3,
+        "loss": [10.0] * 3,
+        "backward": [40.0] * 3,
+        "gradients": [3.0] * 3,
+        "optimizer": [2.0] * 3,
+    }
+    assert measured["b"].parts["loss"] == [18.0] * 3
+    assert measured["a"].times == [75.0] * 3
+    assert measured["b"].times == [83.0] * 3
+    assert training.called[8:12] == ["a", "a", "b", "b"]  # after the warm-up, two calls a step
+
+
+def test_memory_is_weighed_in_steps_that_are_not_timed():
+    training = Training(rounds=3)
+    measured = training.train()
+    assert training.meter.calls == ["start", "stop"] * 2
+    assert (measured["a"].peak_mib, measured["b"].peak_mib) == (2.0, 4.0)
+
+
+def seen(name, times, peak_mib, *, parts=True):
+    spans = {part: times for part in PARTS}
+    return {
+        **{"name": name, "by": "ours", "calls_output_layer": parts},
+        **{"times": times, "parts": spans, "peak_mib": peak_mib},
+    }
+
+
+FACTS = {
+    **{"layers": 2, "hidden_size": 8, "vocabulary": 100, "precision": "bf16"},
+    **{"layout": "tensor 1 x pipeline 2 x data 1", "ranks": 2, "tokens": 1000},
+    **{"micro_batch_tokens": 500, "flops_per_token": 4e9, "peak_tflops": 10.0},
+    **{"matmul_tflops": 8.0, "held_gib": 1.0},
+}
+
+
+@pytest.fixture
+def rows():
+    first = [seen("a", [0.0] * 4, 7.0), seen("b", [0.0] * 4, 1.0)]
+    last = [
+        seen("a", [10.0, 20.0, 10.0, 10.0], 2.0),
+        seen("b", [13.0, 23.0, 13.0, 14.0], 3.0, parts=False),
+    ]
+    left_out = [("c", "it cannot")]
+    return rows_of(
+        "r",
+        123,
+        [RankResult(first, [], FACTS | {"held_gib": 5.0}), RankResult(last, left_out, FACTS)],
+    )
+
+
+def test_rows_take_times_from_the_last_rank_and_memory_from_the_fullest(rows):
+    a, b, c = rows
+    assert (a.median_ms, b.median_ms) == (10.0, 13.5)
+    assert (a.peak_mib, b.peak_mib, a.held_gib) == (7.0, 3.0, 5.0)
+    assert a.tokens_per_s == pytest.approx(1000 / 0.010)
+    assert a.tflops == pytest.approx(1e5 * 4e9 / 2 / 1e12)  # a rank's half
+    assert a.minus_first_ms is None
+    assert (b.minus_first_low_ms, b.minus_first_ms, b.minus_first_high_ms) == (3.0, 3.0, 4.0)
+    assert (a.loss_ms, b.loss_ms) == (10.0, None)
+    assert (c.loss, c.reason, c.median_ms) == ("c", "it cannot", None)
+
+
+def test_tables_name_what_was_not_measured(rows):
+    words, losses, parts, missing = recipe_tables(rows)
+    assert words.startswith("r: 123 parameters, bf16, tensor 1 x pipeline 2 x data 1, 1,000 tokens")
+    assert (losses.row_count, parts.row_count) == (2, 2)
+    assert list(losses.columns[6].cells) == ["", "+30.00"]
+    assert missing == "not measured: c: it cannot"
+
+
+def test_data_without_their_tokenizer_are_refused(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model:\n  num-layers: 1\nbatch:\n  train-iters: 1\n")
+    with pytest.raises(ValueError, match="--data needs the --tokenizer it was made with"):
+        bench_recipe(recipe, {}, data=tmp_path)
