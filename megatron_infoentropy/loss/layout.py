@@ -31,8 +31,9 @@ class Rows(NamedTuple):
 
 def as_rows(logits: torch.Tensor, target: torch.Tensor) -> Rows:
     """In memory order, so that [s, b, V] logits transposed to [b, s, V] stay where they are."""
-    strides = list(logits.stride())
-    order = sorted(range(logits.dim() - 1), key=lambda axis: -strides[axis])
+    strides, order = logits.stride(), list(range(logits.dim() - 1))
+    if not logits.is_contiguous():  # torch 2.11 does not compile a sort by strides it does not know
+        order.sort(key=lambda axis: -strides[axis])
     rows_NV = logits.permute(*order, logits.dim() - 1).reshape(-1, logits.shape[-1])
     overlapping = rows_NV.shape[0] > 1 and rows_NV.stride(0) < rows_NV.shape[-1]
     if rows_NV.stride(-1) != 1 or overlapping:  # expanded logits, for one
