@@ -14,7 +14,6 @@ What is not numbers is read by `unpickle`, which cannot run code.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     UnreadableCheckpointError,
 )
+from megatron_infoentropy.convert.json_file import read_object
 from megatron_infoentropy.convert.torch_file import load_object
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -162,8 +162,7 @@ def _require_undamaged(folder: Path, checksums: bool) -> None:
 
 
 def _require_known_format(folder: Path) -> None:
-    path = folder / "metadata.json"
-    backend = json.loads(path.read_text()).get("sharded_backend") if path.is_file() else None
+    backend = read_object(folder / "metadata.json").get("sharded_backend")
     if backend not in (None, "torch_dist", "fsdp_dtensor") or not (folder / ".metadata").is_file():
         legacy = "torch, one file a rank" if list(folder.glob("mp_rank_*")) else "no .metadata"
         raise UnreadableCheckpointError(

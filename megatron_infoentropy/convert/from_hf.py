@@ -26,7 +26,12 @@ from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, paramete
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
 from megatron_infoentropy.convert.naming import Row
-from megatron_infoentropy.convert.output_folder import files_stand, new_folder, require_space
+from megatron_infoentropy.convert.output_folder import (
+    files_stand,
+    new_folder,
+    require_place,
+    require_space,
+)
 from megatron_infoentropy.convert.shards import require_finite
 from megatron_infoentropy.progress import progress
 
@@ -78,8 +83,7 @@ def convert_from_hf(
     """
     from transformers import AutoConfig
 
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
+    require_place(output, overwrite=overwrite, source=folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -87,7 +91,7 @@ def convert_from_hf(
     weights = HuggingFaceWeights(folder)
     names = _match(weights, model)
     _require_zeros(weights, names, model)
-    dtype = _dtype_of(weights, names)
+    dtype = weights.dtype
     parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
     require_space(output, parameters * dtype.itemsize)
     flags = flags_of(model)
@@ -163,11 +167,6 @@ def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
 
 def _names(row: Row, layer: int | None) -> list[str]:
     return [name.replace("*", str(layer)) for name in row.hf]
-
-
-def _dtype_of(weights: HuggingFaceWeights, names: dict[str, str]) -> torch.dtype:
-    dtypes = {weights.tensors[name].dtype for name in names.values()}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _fingerprint(

@@ -25,12 +25,11 @@ _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
 
 def parameter_names(stored: Iterable[str], family: str) -> dict[str, str]:
-    """{a parameter's name in transformers' model: its name in the files}, without old buffers."""
+    """{a parameter's name in transformers' model: its name in the files}."""
     prefix = _PREFIXES.get(family, "")
     return {
         name if name.startswith((prefix, "lm_head.", "embed_out.")) else prefix + name: name
         for name in stored
-        if not name.endswith(_BUFFERS)
     }
 
 
@@ -44,7 +43,7 @@ class Stored(NamedTuple):
 
 
 class HuggingFaceWeights:
-    """What tensors a folder holds, and their numbers on request.
+    """What parameters a folder holds, and their numbers on request; old buffers are left out.
 
     Raises:
         UnreadableCheckpointError: no safetensors files, or one that is damaged.
@@ -71,6 +70,16 @@ class HuggingFaceWeights:
                     "mixes two exports; copy it again"
                 )
             self.tensors[name] = found[file][name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all of them, or fp32 where they differ; config.json may say another, or none."""
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in the dtype it was saved in."""
@@ -108,7 +117,11 @@ def _read_index(path: Path) -> dict[str, str]:
                 raise ValueError(f"{file!r} is no name of a file in this folder")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableCheckpointError(f"{path} is no index of weights: {error}") from None
-    return files
+    return _without_buffers(files)
+
+
+def _without_buffers(entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if not name.endswith(_BUFFERS)}
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
@@ -121,6 +134,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         try:
             entries: dict[str, Any] = json.loads(file.read(length) if length <= _MAX_HEADER else "")
             entries.pop("__metadata__", None)
+            entries = _without_buffers(entries)
             _require_numbers(entries)
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UnreadableCheckpointError(

@@ -58,6 +58,18 @@ def partial_size(output: Path) -> int:
     return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
+def require_place(output: Path, *, overwrite: bool, source: Path) -> None:
+    """Look whether a folder may be made there.
+
+    Raises:
+        ValueError: something is there and must not be overwritten, or it is what is read.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{output} would take the place of {source}; name another output")
+
+
 def require_space(output: Path, size: int) -> None:
     """Look for room for `size` bytes, those of an interrupted attempt included.
 

@@ -59,6 +59,8 @@ def require_readable(text: Path | None, data: Path | None) -> None:
         raise ValueError("expected a text or a dataset to verify on, got both")
     if text is not None and not text.is_file():
         raise ValueError(f"expected a text to verify on, found no file {text}")
+    if text is not None and not text.stat().st_size:
+        raise ValueError(f"expected a text to verify on, {text} is empty")
     if data is not None and len(_open(data).tokens) < 2:
         raise ValueError(f"expected a dataset to verify on in {data}, got less than two tokens")
 

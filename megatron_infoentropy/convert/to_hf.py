@@ -20,7 +20,12 @@ from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.matching import match_names
 from megatron_infoentropy.convert.model_card import model_card
-from megatron_infoentropy.convert.output_folder import files_stand, new_folder, require_space
+from megatron_infoentropy.convert.output_folder import (
+    files_stand,
+    new_folder,
+    require_place,
+    require_space,
+)
 from megatron_infoentropy.convert.shards import (
     INDEX,
     SHARD_BYTES,
@@ -35,6 +40,7 @@ from megatron_infoentropy.convert.weights_file import NAMES, write_weights
 from megatron_infoentropy.progress import Advance, progress
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ def convert_checkpoint(
         InvalidWeightsError: NaN or infinity in the weights.
         ValueError: a tokenizer that does not fit, too little space, or an existing output.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
+    require_place(output, overwrite=overwrite, source=checkpoint)
+    _require_known(dtype)
     opened = MegatronCheckpoint(checkpoint, iteration, checksums=checksums)
     facts = None if tokenizer is None else read_tokenizer(tokenizer)
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
@@ -152,6 +158,11 @@ def _counted(tensors: Any, dtype: torch.dtype, advance: Advance) -> Any:
         advance(tensor.numel() * dtype.itemsize)
 
 
+def _require_known(dtype: str) -> None:
+    if dtype not in ("auto", *_DTYPES):
+        raise ValueError(f"expected a dtype of auto, {', '.join(_DTYPES)}; got {dtype!r}")
+
+
 def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype not in NAMES:
@@ -160,7 +171,7 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
                 "the model in a floating-point type without quantisation"
             )
     if dtype != "auto":
-        return {str(known).removeprefix("torch."): known for known in NAMES}[dtype]
+        return _DTYPES[dtype]
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
     return stored.pop() if len(stored) == 1 else torch.float32
 

@@ -1,12 +1,13 @@
 """The tokenizer that goes with an exported model: its files, and what config.json says of it."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from megatron_infoentropy.convert.json_file import read_object
 
 _NAMES = (
     "tokenizer.json",
@@ -35,18 +36,21 @@ def read_tokenizer(folder: Path) -> TokenizerFacts:
     """Look at a Hugging Face tokenizer folder.
 
     Raises:
-        ValueError: there is no tokenizer.json in it.
+        ValueError: there is no tokenizer.json in it, or one of its files is damaged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"expected {folder} to be a tokenizer folder; it has no tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no narrower one
+        raise ValueError(f"{path} is no tokenizer, or a damaged one: {error}") from None
     return TokenizerFacts(
         files=tuple(folder / name for name in _NAMES if (folder / name).is_file()),
         # The highest id counts, not the number of tokens: a vocabulary may have holes.
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         ids=(ids := _special_ids(folder / "tokenizer_config.json", tokenizer)),
-        generation=_read_json(folder / _GENERATION) | ids,
+        generation=read_object(folder / _GENERATION) | ids,
     )
 
 
@@ -56,18 +60,13 @@ def copy_tokenizer(tokenizer: TokenizerFacts, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
-
-
 def _special_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    config = _read_json(path)
+    config = read_object(path)
     ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
-        token_id = None if text is None else tokenizer.token_to_id(text)
+        token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
         if token_id is not None:
             ids[name + "_id"] = token_id
     return ids

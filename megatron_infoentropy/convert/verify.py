@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.streamed_model import streamed_model
 from megatron_infoentropy.convert.texts import length_for, sequences_for
@@ -148,7 +149,8 @@ def verify_conversion(
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
     model = _load_model(folder, config, max(map(len, sequences)))
-    outputs = _compare_outputs(ReferenceModel(opened, config.dtype), model, sequences)
+    dtype = HuggingFaceWeights(folder).dtype
+    outputs = _compare_outputs(ReferenceModel(opened, dtype), model, sequences)
     if imported:
         return Verification(outputs, tuple(config_differences(config, opened.args, None)))
     fields = config_differences(config, opened.args, _vocab_size(folder))
@@ -166,8 +168,7 @@ def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    parameters = stored / config.dtype.itemsize
+    parameters = HuggingFaceWeights(folder).parameters
     tables = 2 * config.vocab_size * config.hidden_size
     layers = 4 * parameters / config.num_hidden_layers
     logits = 3 * length * config.vocab_size

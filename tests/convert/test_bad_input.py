@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+from tiny_tokenizer import write_tokenizer
 
 from megatron_infoentropy.checkpoints.manifest import write_manifest
 from megatron_infoentropy.convert import (
@@ -216,3 +217,33 @@ def test_weights_that_do_not_fit_the_configuration(
 ) -> None:
     change_weights(folder, change)
     import_fails(folder, error, match)
+
+
+def test_what_is_read_is_not_overwritten(folder: Path) -> None:
+    for inside in (folder / "save", folder / "save" / "iter_0000007"):
+        with pytest.raises(ValueError, match="would take the place of"):
+            convert_checkpoint(inside, folder / "save", overwrite=True)
+    with pytest.raises(ValueError, match="would take the place of"):
+        convert_from_hf(folder / "hf", folder / "hf", overwrite=True)
+    assert MegatronCheckpoint(folder / "save").iteration == 7
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_read(folder: Path) -> None:
+    with pytest.raises(ValueError, match="auto, float32, bfloat16, float16; got 'bf16'"):
+        convert_checkpoint(folder / "absent", folder / "out", dtype="bf16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_the_tokenizer_is_named(folder: Path, name: str, content: str) -> None:
+    tokenizer = write_tokenizer(folder / "tokenizer", 60)
+    (tokenizer / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tokenizer / name))):
+        convert_checkpoint(folder / "save", folder / "out", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_damaged_description_of_the_checkpoint_is_named(folder: Path, content: str) -> None:
+    path = folder / "save" / "iter_0000007" / "metadata.json"
+    path.write_text(content)
+    export_fails(folder, UnreadableCheckpointError, re.escape(str(path)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
 from train_checkpoints import IMPORTED
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +15,9 @@ from megatron_infoentropy.convert import (
     UnsupportedModelError,
     convert_checkpoint,
     convert_from_hf,
+    prove,
     verify_conversion,
+    why_not_now,
 )
 from megatron_infoentropy.launch.recipe import load_recipe
 
@@ -126,3 +128,34 @@ def test_the_scaling_of_llama_3_is_taken_over(tmp_path: Path) -> None:
     verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
     assert verification.passed, verification
     assert verification.outputs.max_logit > 0.1
+
+
+@pytest.mark.parametrize("said", [None, "bfloat16"])
+def test_the_dtype_is_that_of_the_weights_whatever_the_configuration_says(
+    tmp_path: Path, said: str | None
+) -> None:
+    """Old exports say none; others that of the training, beside weights in fp32."""
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text()) | {"torch_dtype": said}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v or k != "torch_dtype"}))
+    assert convert_from_hf(tmp_path / "hf", tmp_path / "megatron").dtype == "float32"
+    assert why_not_now(tmp_path / "hf") is None
+    result = prove(tmp_path / "megatron", tmp_path / "hf", imported=True)
+    assert result.outputs.max_difference < 1e-5 * result.outputs.max_logit
+
+
+def test_masks_among_the_weights_of_old_exports_are_left_out(tmp_path: Path) -> None:
+    args = tiny_args(**FAMILIES["gpt_neox"])
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, torch.bfloat16))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    masks = {
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+    }
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(path) | masks, path, {"format": "pt"})
+    assert convert_from_hf(tmp_path / "hf", tmp_path / "megatron").dtype == "bfloat16"
+    assert prove(tmp_path / "megatron", tmp_path / "hf", imported=True).passed

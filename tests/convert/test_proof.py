@@ -21,7 +21,7 @@ from megatron_infoentropy.convert import (
     verify,
     why_not_now,
 )
-from megatron_infoentropy.convert.texts import LONGEST, sequences_for
+from megatron_infoentropy.convert.texts import LONGEST, require_readable, sequences_for
 from megatron_infoentropy.convert.tokenizer_check import tokenizer_differences
 from megatron_infoentropy.data.writer import DatasetWriter
 
@@ -99,6 +99,9 @@ def test_a_dataset_that_cannot_be_compared_on_is_refused(folder: Path) -> None:
         sequences_for(folder / "hf", data=folder / "absent")
     with pytest.raises(ValueError, match="got both"):
         sequences_for(folder / "hf", folder / "a", folder / "b")
+    (folder / "empty").touch()
+    with pytest.raises(ValueError, match="empty is empty"):
+        require_readable(folder / "empty", None)
     write_dataset(folder / "short", np.array([1]), [1])
     with pytest.raises(ValueError, match="less than two tokens"):
         sequences_for(folder / "hf", data=folder / "short")
