@@ -12,7 +12,7 @@ from megatron_infoentropy.bench.providers import Unavailable
 
 READ, WRITE = "dram__bytes_read.sum", "dram__bytes_write.sum"
 UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9, "Tbyte": 10**12}
-TIMEOUT_S = 120
+TIMEOUT_S = 60
 
 
 class DramBytes(NamedTuple):

@@ -1,11 +1,15 @@
 """`infoentropy bench`: all cases of a grid, on one rank or several, as rows of a result file."""
 
+import gc
+import math
 import pickle
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +24,14 @@ from megatron_infoentropy.bench.fused_linear import compare_fused_linear
 from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.losses import measure_losses
 from megatron_infoentropy.bench.provenance import file_name, provenance
-from megatron_infoentropy.bench.providers import Setting, Unavailable
-from megatron_infoentropy.bench.results import Row, row_of_case, write_csv
+from megatron_infoentropy.bench.providers import Setting, Unavailable, failure
+from megatron_infoentropy.bench.results import Row, read_csv, row_of_case, write_csv
 from megatron_infoentropy.bench.step_rows import compare_steps
 from megatron_infoentropy.runtime.device import Device, find_device
 
 STEP_HIDDEN = 256  # of the model that takes training steps, where no size is given
+ALL = "every provider"
+OVER = "the minutes given were over"
 TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails instead of hanging
 
 
@@ -37,27 +43,68 @@ def bench(
     steps: int | None = None,
     counters: bool = False,
     output: Path | None = None,
+    minutes: float | None = None,
 ) -> list[Row]:
     """Measure every case; at the first one's shape also, with `hidden`, the output layer of that
     size fused and unfused, with `steps` so many rounds of training steps, and with `counters` the
-    bytes that the kernels moved. Write the rows where `output` is given: a file, or a folder in
-    which the file is named by device and month.
+    bytes that the kernels moved. Write the rows where `output` is given, anew after every case: a
+    file, or a folder in which the file is named by device and month.
+
+    With `minutes` no case begins later than that, and what the file has already of this device
+    and commit is kept: called again, it goes on.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
     """
+    end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     facts = provenance() if output else {}  # refuses before the work, not after it
+    path = output / file_name(facts) if output and output.is_dir() else output
+    rows = _measured_before(path, facts) if path and minutes is not None else []
     device = find_device()
-    rows = [row for case in cases for row in _measure(case, device, repeats)]
-    if hidden:
-        rows += _fused_linear(cases[0], hidden)
-    if steps:
-        rows += compare_steps(cases[0], hidden=hidden or STEP_HIDDEN, rounds=steps)
-    if counters:
-        rows = _with_dram_bytes(rows, device)
-    if output:
-        write_csv(rows, facts, output / file_name(facts) if output.is_dir() else output)
+    for case in cases:
+        if replace(case, compiled=True) not in {row.case for row in rows}:
+            is_over = time.monotonic() > end
+            run = partial(_measure, case, device, repeats)
+            rows += [_left_out(case, ALL, OVER)] if is_over else _measured(case, ALL, run)
+        if case is cases[0]:
+            rows += _beside(case, rows, hidden, steps)
+            rows = _with_dram_bytes(rows, device) if counters else rows
+        if path:
+            write_csv(rows, facts, path)
     return rows
+
+
+def _measured_before(path: Path, facts: dict[str, str]) -> list[Row]:
+    """Rows that a run of the same commit on the same device left in the file."""
+    if not path.exists():
+        return []
+    rows, before = read_csv(path)
+    if any(before.get(fact) != facts[fact] for fact in ("device", "commit")):
+        return []
+    return [row for row in rows if row.reason != OVER]
+
+
+def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[Row]:
+    """Its rows, or one with the reason where it fails: hours of others do not go with it."""
+    try:
+        return measure()
+    except Exception as error:  # out of memory, say, or whatever a trainer fails with
+        return [_left_out(case, what, failure(error))]
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()  # for what follows in another process
+
+
+def _beside(case: Case, rows: list[Row], hidden: int | None, steps: int | None) -> list[Row]:
+    """The output layer and the training steps, unless the rows have them."""
+    found, known = [], {row.kind for row in rows}
+    if hidden and "linear" not in known:
+        found += _measured(case, "output layer", lambda: _fused_linear(case, hidden))
+    if steps and "step" not in known:
+        size = hidden or STEP_HIDDEN
+        run = partial(compare_steps, case, hidden=size, rounds=steps)
+        found += _measured(case, "training steps", run)
+    return found
 
 
 def _fused_linear(case: Case, hidden: int) -> list[Row]:
@@ -74,7 +121,7 @@ def _fused_linear(case: Case, hidden: int) -> list[Row]:
 def _measure(case: Case, device: Device, repeats: int) -> list[Row]:
     if device.type == "cuda" and case.tensor_parallel > device.count:
         reason = f"it needs {case.tensor_parallel} GPUs, found {device.count}"
-        return [_left_out(case, "every provider", reason)]
+        return [_left_out(case, ALL, reason)]
     with tempfile.TemporaryDirectory() as folder:
         if case.tensor_parallel == 1:
             return _on_rank(0, case, device, repeats, torch.get_num_threads(), folder)
@@ -141,7 +188,9 @@ def _with_dram_bytes(rows: list[Row], device: Device) -> list[Row]:
 
 
 def _is_counted(row: Row) -> bool:
-    return row.provider != "reference" and row.step in ("statistics", "gradient")
+    """Whether the hardware is still to be asked for it."""
+    ours = row.provider != "reference" and row.step in ("statistics", "gradient")
+    return ours and row.dram_read_bytes is None
 
 
 def _left_out(case: Case, what: str, reason: str) -> Row:

@@ -123,6 +123,10 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="begin no shape later, and go on with what the output has already"),
+    ] = None,
 ) -> None:
     """Time and memory of the loss beside its peers, in one run, as ratios."""
     from megatron_infoentropy.bench import cases
@@ -133,8 +137,8 @@ def bench(
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
     wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
-    more = {"hidden": hidden, "steps": steps}
-    rows = run(chosen, repeats=repeats, **more, counters=counters, output=output)
+    more = {"hidden": hidden, "steps": steps, "counters": counters, "minutes": minutes}
+    rows = run(chosen, repeats=repeats, output=output, **more)  # type: ignore[arg-type]
     for part in tables(rows):
         wide.print(part)
 

@@ -1,0 +1,77 @@
+"""A bench that is stopped, fails or runs out of time keeps what it has and goes on from there."""
+
+import pytest
+
+from megatron_infoentropy.bench import run
+from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.results import read_csv, row_of_case
+
+CASES = [Case(8, 64 * n, compiled=n == 1) for n in (1, 2, 3)]
+NOTHING = {"threads": 1, "clock": "wall time", "by": "ours", "computes": "", "step": "both"}
+
+
+@pytest.fixture
+def measured(monkeypatch, facts):
+    """Cases in the order in which they were measured; one of 128 entries fails while it is bad."""
+    found = []
+
+    def measure(case, device, repeats):
+        found.append(case)
+        if case.vocabulary == 128 and measure.fails:
+            raise measure.fails
+        return [row_of_case(case, kind="loss", provider="native", median_ms=1.0, **NOTHING)]
+
+    measure.fails = None
+    monkeypatch.setattr(run, "_measure", measure)
+    monkeypatch.setattr(run, "provenance", lambda: facts)
+    return found, measure
+
+
+def test_a_stopped_run_keeps_its_rows_and_goes_on(measured, tmp_path):
+    found, measure = measured
+    path = tmp_path / "bench.csv"
+    measure.fails = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run.bench(CASES, repeats=1, output=path, minutes=5)
+    assert [row.case for row in read_csv(path)[0]] == [Case(8, 64)]
+    measure.fails = None
+    rows = run.bench(CASES, repeats=1, output=path, minutes=5)
+    assert [case.vocabulary for case in found] == [64, 128, 128, 192]
+    assert [row.vocabulary for row in rows] == [64, 128, 192]
+    assert [row.vocabulary for row in read_csv(path)[0]] == [64, 128, 192]
+
+
+def test_what_there_was_no_time_for_is_named_and_measured_later(measured, tmp_path):
+    found, _ = measured
+    path = tmp_path / "bench.csv"
+    rows = run.bench(CASES, repeats=1, output=path, minutes=0)
+    assert {row.reason for row in rows} == {"the minutes given were over"}
+    assert found == []
+    run.bench(CASES, repeats=1, output=path, minutes=5)
+    assert {row.reason for row in read_csv(path)[0]} == {""}
+
+
+def test_a_file_of_another_commit_is_begun_anew(measured, tmp_path, facts):
+    found, _ = measured
+    path = tmp_path / "bench.csv"
+    run.bench(CASES, repeats=1, output=path, minutes=5)
+    facts["commit"] = "0000000"
+    run.bench(CASES, repeats=1, output=path, minutes=5)
+    assert len(found) == 6
+
+
+def test_a_case_that_fails_is_a_row_with_the_reason(measured):
+    _, measure = measured
+    measure.fails = MemoryError("17 GiB")
+    rows = run.bench(CASES, repeats=1)
+    assert [row.reason for row in rows] == ["", "it failed: MemoryError: 17 GiB", ""]
+
+
+def test_training_steps_that_fail_leave_the_shapes_alone(measured, monkeypatch, tmp_path):
+    def fail(case, *, hidden, rounds):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(run, "compare_steps", fail)
+    rows = run.bench(CASES, repeats=1, steps=3, output=tmp_path / "bench.csv")
+    assert [row.provider for row in rows] == ["native", "training steps", "native", "native"]
+    assert "no such layer" in rows[1].reason
