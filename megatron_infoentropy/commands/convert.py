@@ -13,8 +13,7 @@ Verify = Annotated[
     bool | None,
     typer.Option(
         "--verify/--no-verify",
-        help="compare both models' logits, loss, configuration and tokenizer; default: if memory "
-        "allows",
+        help="compare what both models compute, and the files; default: if memory allows",
     ),
 ]
 Text = Annotated[

@@ -143,6 +143,8 @@ def find_iteration(checkpoint: Path, iteration: int | None) -> Path:
             f"{LATEST}, or an iter_... folder, with .metadata; found neither"
         )
     name = latest.read_text().strip()
+    if not name:
+        raise UnreadableCheckpointError(f"{latest} is empty: name the iteration (--iteration)")
     return _require_folder(checkpoint / (f"iter_{int(name):07d}" if name.isdigit() else name))
 
 
@@ -151,7 +153,7 @@ def _require_folder(folder: Path) -> Path:
         return folder
     found = sorted(path.name for path in folder.parent.glob("iter_*"))
     raise UnreadableCheckpointError(
-        f"expected the checkpoint {folder}; its parent has {found or 'none'}"
+        f"expected the checkpoint {folder}; in {folder.parent} is {', '.join(found) or 'none'}"
     )
 
 

@@ -20,6 +20,7 @@ from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     UnreadableCheckpointError,
 )
+from megatron_infoentropy.convert.raw_numbers import read_numbers
 from megatron_infoentropy.convert.torch_file import DTYPES, Extent, find_tensor
 from megatron_infoentropy.convert.unpickle import unpickle
 
@@ -201,10 +202,7 @@ class TensorReader:
                 f"got {extent.dtype} {list(extent.shape)}"
             )
         row_bytes = math.prod(piece.sizes[1:]) * of.dtype.itemsize
-        target = part.flatten().view(torch.uint8).numpy()
-        with path.open("rb", buffering=0) as file:
-            file.seek(extent.start + (first - piece.offsets[0]) * row_bytes)
-            _fill(file, memoryview(target), path)
+        read_numbers(path, extent.start + (first - piece.offsets[0]) * row_bytes, part)
 
 
 def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[int, int, Piece]]:
@@ -213,11 +211,3 @@ def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[int
         last = min(stop, piece.offsets[0] + piece.sizes[0])
         if first < last:
             yield first, last, piece
-
-
-def _fill(file: Any, target: memoryview, path: Path) -> None:
-    while len(target):  # one call reads 2 GiB at most
-        count = file.readinto(target)
-        if not count:
-            raise IncompleteCheckpointError(f"{path} ends early; copy it again")
-        target = target[count:]

@@ -21,7 +21,7 @@ from megatron_infoentropy.convert.checkpoint import LATEST
 from megatron_infoentropy.convert.distcp_writer import FILE_BYTES, CheckpointWriter
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES
-from megatron_infoentropy.convert.hf_config import architecture_from_config
+from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
@@ -81,13 +81,10 @@ def convert_from_hf(
         InvalidWeightsError: NaN or infinity in the weights.
         ValueError: too little space, or an existing output.
     """
-    from transformers import AutoConfig
-
     require_place(output, overwrite=overwrite, source=folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    model = architecture_from_config(config)
+    model = architecture_from_config(read_config(folder))
     weights = HuggingFaceWeights(folder)
     names = _match(weights, model)
     _require_zeros(weights, names, model)
@@ -120,7 +117,7 @@ def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for row, layer in _rows(model):
         shapes = [part.shape for part in _hf_parts(row, model)]
-        for name, shape in zip(_names(row, layer), shapes, strict=True):
+        for name, shape in zip(row.names(layer), shapes, strict=True):
             if name not in stored:
                 raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
             got = weights.tensors[stored[name]].shape
@@ -141,7 +138,7 @@ def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Ar
     """Look at the biases of Llama's attention that Megatron leaves out with --add-qkv-bias."""
     for row, layer in _rows(model):
         if row.layout == "and_zeros":
-            *_, name = _names(row, layer)
+            *_, name = row.names(layer)
             if largest := weights.read(names[name]).abs().max().item():
                 raise UnsupportedModelError(
                     f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
@@ -163,10 +160,6 @@ def _rows(model: Architecture) -> Iterator[tuple[Row, int | None]]:
 
 def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
     return LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
-
-
-def _names(row: Row, layer: int | None) -> list[str]:
-    return [name.replace("*", str(layer)) for name in row.hf]
 
 
 def _fingerprint(
@@ -205,7 +198,7 @@ def _read(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     parts = []
-    for name in _names(row, layer):
+    for name in row.names(layer):
         part = weights.read(names[name])
         require_finite(name, part)
         parts.append(part.to(dtype))

@@ -4,6 +4,7 @@
 compute what Megatron computes. Both directions use the same tables; `config_check` does not.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,13 @@ def _rope(model: Architecture) -> dict[str, Any]:
         return {**both, "rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}
     scaling = {} if model.rope_scaling_factor is None else {"rope_scaling": parameters}
     return {**both, **scaling, "rope_theta": model.rotary_base}
+
+
+def read_config(folder: Path) -> Any:
+    """Return config.json as transformers understands it; no code of the folder is run."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def architecture_from_config(config: Any) -> Architecture:

@@ -14,6 +14,7 @@ from megatron_infoentropy.convert.errors import (
     UnreadableCheckpointError,
     UnsupportedModelError,
 )
+from megatron_infoentropy.convert.raw_numbers import read_numbers
 from megatron_infoentropy.convert.shards import INDEX
 from megatron_infoentropy.convert.weights_file import NAMES
 
@@ -85,14 +86,7 @@ class HuggingFaceWeights:
         """Return one tensor in the dtype it was saved in."""
         path, start, dtype, shape = self.tensors[name]
         tensor = torch.empty(shape, dtype=dtype)
-        target = memoryview(tensor.flatten().view(torch.uint8).numpy())
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while len(target):  # one call reads 2 GiB at most
-                count = file.readinto(target)
-                if not count:
-                    raise IncompleteCheckpointError(f"{path} ends early; copy it again")
-                target = target[count:]
+        read_numbers(path, start, tensor)
         return tensor
 
 

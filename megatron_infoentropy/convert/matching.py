@@ -72,8 +72,7 @@ def steps_of(sources: Iterable[Source], model: Architecture) -> list[Step]:
     for source in sources:
         layers = range(model.num_layers) if source.stacked else (source.layer,)
         for layer in layers:
-            names = tuple(name.replace("*", str(layer)) for name in source.row.hf)
-            steps.append(Step(source, layer, names))
+            steps.append(Step(source, layer, source.row.names(layer)))
 
     def place(step: Step) -> tuple[bool, int, int]:
         last = step.layer is None and not step.source.name.startswith("embedding.")
@@ -134,8 +133,8 @@ def _require_exactly_once(sources: list[Source], model: Architecture) -> None:
 
 def _hf_names(model: Architecture) -> Iterator[str]:
     for row in rows_of(model):
-        for name in row.hf:
-            yield from (name.replace("*", str(layer)) for layer in range(model.num_layers))
+        for layer in range(model.num_layers):
+            yield from row.names(layer)
 
 
 def _some(names: list[str]) -> str:

@@ -39,6 +39,10 @@ class Row(NamedTuple):
     shape: tuple[Dim, ...]  # of Megatron's, of one layer
     needs: Needs = ""  # the property of an Architecture without which it is absent
 
+    def names(self, layer: int | None) -> tuple[str, ...]:
+        """Return the family's names for one layer, or outside the layers (None)."""
+        return tuple(name.replace("*", str(layer)) for name in self.hf)
+
 
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
+from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.streamed_model import streamed_model
@@ -143,10 +144,8 @@ def verify_conversion(
     Raises:
         ValueError: no two tokens in a sequence, or ids outside the vocabulary.
     """
-    from transformers import AutoConfig
-
     opened = MegatronCheckpoint(checkpoint, iteration)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
     model = _load_model(folder, config, max(map(len, sequences)))
     dtype = HuggingFaceWeights(folder).dtype
@@ -165,9 +164,7 @@ def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
     All of transformers' model in fp32, or its tables and one layer if it is streamed; the tables
     and one layer of the other model; and logits. A layer is there in its own dtype too.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     parameters = HuggingFaceWeights(folder).parameters
     tables = 2 * config.vocab_size * config.hidden_size
     layers = 4 * parameters / config.num_hidden_layers
@@ -202,9 +199,10 @@ def _compare_outputs(
     tokens = [torch.tensor(sequence) for sequence in sequences if len(sequence)]
     difference, largest, agree, total = 0.0, 0.0, 0, sum(map(len, tokens))
     losses = torch.zeros(2, dtype=torch.float64)
-    layers = int(reference.args.num_layers)
-    with progress("verify", layers + len(tokens), "layers and texts") as advance:
-        for ids, expected in zip(tokens, reference.logits(tokens, advance), strict=True):
+    layers, texts = int(reference.args.num_layers), len(tokens)
+    with progress("verify", 2 * layers * texts, "layers") as advance:
+        logits_of_texts = reference.logits(tokens, lambda done: advance(done * texts))
+        for ids, expected in zip(tokens, logits_of_texts, strict=True):
             actual = model(ids[None], use_cache=False).logits[0]
             expected = expected[:, : actual.shape[-1]]
             gaps = (actual - expected).abs().max()
@@ -213,7 +211,7 @@ def _compare_outputs(
             agree += int((actual.argmax(-1) == expected.argmax(-1)).sum())
             for at, logits in enumerate((expected, actual)):
                 losses[at] += cross_entropy(logits[:-1], ids[1:], reduction="none").double().sum()
-            advance(1)
+            advance(layers)
     megatron_loss, hf_loss = (losses / (total - len(tokens))).tolist()
     return Outputs(total, difference, largest, agree / total, megatron_loss, hf_loss)
 

@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
 
+from megatron_infoentropy.convert import UnreadableCheckpointError
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, find_iteration
 
 
@@ -53,6 +55,13 @@ def test_a_release_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
     assert find_iteration(tmp_path, None) == tmp_path / "release"
+
+
+def test_a_tracker_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latest_checkpointed_iteration.txt"
+    path.touch()
+    with pytest.raises(UnreadableCheckpointError, match=f"{re.escape(str(path))} is empty"):
+        MegatronCheckpoint(tmp_path)
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,23 @@ def test_three_texts_of_full_length_are_compared(folder: Path) -> None:
     output = " ".join(convert(folder).split())
     assert "logits over 192 tokens" in output
     assert "same top token 100.00%" in output
+
+
+def test_the_time_left_counts_both_models_alike(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works: list[int] = []
+    totals: list[object] = []
+
+    @contextmanager
+    def noted(_: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        totals.append((total, unit))
+        yield works.append
+
+    monkeypatch.setattr(verify, "progress", noted)
+    prove(folder / "save", folder / "hf")
+    assert totals == [(12, "layers")]
+    assert works == [3, 3, 2, 2, 2], "two layers of three texts, then three texts of two layers"
 
 
 def test_without_a_tokenizer_the_tokens_are_drawn(folder: Path) -> None:
