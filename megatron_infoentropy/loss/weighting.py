@@ -50,6 +50,46 @@ def _custom_weight(
     return weight.to(ce.dtype)
 
 
+def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu") -> None:
+    """Call a custom weighting once on four tokens, before there is a model to train with it.
+
+    They are certain and right, in between, certain and wrong, and without an idea.
+
+    Raises:
+        ValueError: the function cannot be loaded, or returns something of another
+            shape, a weight that is negative or not finite, or, where `config.detach_weight` is off,
+            no gradient or one that is not finite.
+    """
+    if config.objective != "custom":
+        return
+    attached = not config.detach_weight
+    ce, entropy = (
+        torch.tensor(values, device=device, requires_grad=attached)
+        for values in ([[0.0, 1.0], [9.0, 11.0]], [[0.0, 2.0], [0.1, 11.0]])
+    )
+    name, where = config.weighting, f"for ce={ce.tolist()} and entropy={entropy.tolist()}"
+    with torch.enable_grad():
+        weight = _custom_weight(ce, entropy, config)
+    if not (weight.isfinite() & (weight >= 0)).all():
+        raise ValueError(
+            f"weighting {name!r} must return finite weights >= 0, got {weight.tolist()} {where}; "
+            "add a small constant where it divides or takes a logarithm, clamp where it subtracts"
+        )
+    if not attached:
+        return
+    if not weight.requires_grad:
+        raise ValueError(
+            f"detach_weight=False differentiates the weights, but those of {name!r} do not depend "
+            "on its arguments by torch operations; use detach_weight=True"
+        )
+    for gradient in torch.autograd.grad(weight.sum(), [ce, entropy], allow_unused=True):
+        if gradient is not None and not gradient.isfinite().all():
+            raise ValueError(
+                f"weighting {name!r} must have finite gradients, got {gradient.tolist()} {where}; "
+                "use detach_weight=True, which needs none, or add a small constant"
+            )
+
+
 @functools.cache
 def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function that "package.module:function" names.

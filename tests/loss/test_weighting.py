@@ -6,6 +6,7 @@ from close import assert_within
 from oracle import dense_statistics
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
+from megatron_infoentropy.loss.weighting import check_weighting
 
 CUSTOM = {"objective": "custom", "weighting": "test_weighting:surprise"}
 
@@ -17,6 +18,22 @@ def surprise(cross_entropy, entropy):
 
 def scalar(cross_entropy, entropy):
     return entropy.mean()
+
+
+def inverse(cross_entropy, entropy):
+    return 1 / entropy
+
+
+def surprise_alone(cross_entropy, entropy):
+    return cross_entropy - entropy
+
+
+def root(cross_entropy, entropy):
+    return entropy.sqrt()
+
+
+def step(cross_entropy, entropy):
+    return (entropy > 1).float()
 
 
 def random_case():
@@ -77,3 +94,32 @@ def test_a_weighting_that_cannot_be_used_is_refused_by_name(weighting, message):
     config = InfoEntropyConfig(objective="custom", weighting=weighting)
     with pytest.raises(ValueError, match=message):
         infoentropy_loss(logits, target, config)
+
+
+@pytest.mark.parametrize(
+    ("function", "detach", "message"),
+    [
+        ("weigh", True, "cannot be loaded"),
+        ("scalar", True, r"must return a tensor of shape \[2, 2\]"),
+        ("inverse", True, r"must return finite weights >= 0, got \[\[inf, 0.5\]"),
+        ("surprise_alone", True, r"must return finite weights >= 0, got \[\[0.0, -1.0\]"),
+        ("root", False, r"must have finite gradients, got \[\[inf, .*use detach_weight=True"),
+        ("step", False, "do not depend on its arguments by torch operations"),
+    ],
+)
+def test_a_weighting_is_tried_before_training(function, detach, message):
+    config = InfoEntropyConfig(
+        objective="custom", weighting=f"test_weighting:{function}", detach_weight=detach
+    )
+    with pytest.raises(ValueError, match=message):
+        check_weighting(config)
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+def test_a_weighting_that_can_be_used_passes_the_trial(detach):
+    check_weighting(InfoEntropyConfig(**CUSTOM, detach_weight=detach))
+    check_weighting(InfoEntropyConfig(detach_weight=detach))
+    for function in ("root", "step")[: 2 * detach]:
+        check_weighting(
+            InfoEntropyConfig(objective="custom", weighting=f"test_weighting:{function}")
+        )
