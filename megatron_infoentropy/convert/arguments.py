@@ -24,7 +24,7 @@ def arguments_of(model: Architecture) -> Namespace:
             "max_position_embeddings": model.max_positions,
             "seq_length": model.max_positions,
             "add_position_embedding": True,
-            "rotary_base": _whole(model.rotary_base),
+            "rotary_base": int(model.rotary_base),
             "rotary_percent": model.rotary_percent,
             "rotary_interleaved": model.interleaved_rotary,
             "use_rope_scaling": scaled,
@@ -71,7 +71,3 @@ def flags_of(model: Architecture) -> dict[str, Any]:
     # Megatron's fused gelu is the tanh approximation; its other gelu is exact.
     flags["no-bias-gelu-fusion"] = model.activation == "gelu"
     return {name: value for name, value in flags.items() if value is not False}
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number  # --rotary-base is an integer

@@ -188,6 +188,8 @@ def _problems(config: Any, family: Family, rope: dict[str, Any]) -> list[str]:
             problems.append(f"rope scaling with {changed} (Megatron has {LLAMA_3_SCALING})")
     elif kind != "default":
         problems.append(f"rope_type={kind!r} (expected 'default' or 'llama3')")
+    if not float(base := rope.get("rope_theta", 10000)).is_integer():
+        problems.append(f"rope_theta={base} (Megatron's --rotary-base is a whole number)")
     if family != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial_rotary_factor, which this family ignores")
     return problems

@@ -100,6 +100,7 @@ LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"rope_parameters": LLAMA_3 | {"low_freq_factor": 2.0}}, "low_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_theta": 26564.5}, "whole number"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
