@@ -9,8 +9,26 @@ from megatron_infoentropy.integration.checkpoints import add_checkpoint_flags
 
 PREFIX = "infoentropy"
 
-# Megatron's flags for other kinds of batches than our forward step makes.
-UNSERVED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel")
+BIND = (
+    "use Megatron's own script and bind the loss to its model "
+    "(megatron_infoentropy.integration.use_infoentropy_loss)"
+)
+# Flags of Megatron that our trainer does not obey, and what to do instead.
+UNSERVED = {
+    **dict.fromkeys(
+        ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel"),
+        f"this trainer reads plain packed text and would ignore the flag; {BIND}",
+    ),
+    # --hybrid-override-pattern is turned into this one.
+    "hybrid_layer_pattern": f"this trainer builds GPTs, which have no Mamba layers; {BIND}",
+    "logits_load_dir": "this trainer has no loss against a teacher and would ignore the flag; use "
+    "Megatron's own script",
+    "logits_save_dir": "this trainer would go on training the model whose logits are saved; use "
+    "Megatron's own script",
+    "perform_rl_step": "this trainer has no loss of a policy; use Megatron's own script",
+    "inprocess_restart": "this trainer would ignore the flag; restarts are torchrun's, with "
+    "--max-restarts",
+}
 
 # What Megatron's output layer does beside its matrix product, or with its weight before it.
 UNFUSED = {
@@ -98,13 +116,9 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             "--fp16-lm-cross-entropy is refused: the InfoEntropy statistics are fp32 from 16-bit "
             "logits at no extra memory; leave the flag out"
         )
-    for name in UNSERVED:
+    for name, reason in UNSERVED.items():
         if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is refused: this trainer reads plain packed text and "
-                "would ignore the flag; use Megatron's own script and bind the loss to its model "
-                "(megatron_infoentropy.integration.use_infoentropy_loss)"
-            )
+            raise ValueError(f"--{name.replace('_', '-')} is refused: {reason}")
     if config.fused_linear:
         _check_output_layer_can_be_fused(args)
     if getattr(args, "cuda_graph_impl", "none") == "full_iteration":
