@@ -2,6 +2,7 @@
 
 With TRITON_INTERPRET=1 in the environment it is the Triton kernels alone, run on the CPU. That is
 what test_triton_interpreted.py does, in a process of its own: Triton reads it when it is imported.
+With INFOENTROPY_KERNELS_ON_GPU=1 it is the GPU kernels, as tests/gpu/test_kernels_on_gpu.py does.
 """
 
 import contextlib
@@ -22,6 +23,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     BACKENDS = ["triton"]
     triton_interpreter.mend()
+if os.environ.get("INFOENTROPY_KERNELS_ON_GPU") == "1":
+    import on_gpu
+
+    BACKENDS = on_gpu.install()
 
 
 @contextlib.contextmanager

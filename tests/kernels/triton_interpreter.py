@@ -1,6 +1,7 @@
 """Mends Triton's interpreter for the tests: it rounds to bf16 wrongly, and it is slow.
 
-Only where TRITON_INTERPRET=1, and before the first kernel runs. Triton 3.6 to 3.9 need both.
+Only where TRITON_INTERPRET=1, and before the first kernel runs. Triton 3.6 to 3.9 need both. 3.6
+also keeps NaN in the maximum that drops it on a GPU (and needs a numpy below 2.4).
 """
 
 from typing import Any
@@ -31,6 +32,8 @@ def mend() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    builder = interpreter.InterpreterBuilder
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     interpreter._convert_float = convert_rounding
     interpreter.InterpretedFunction.__call__ = call
     # Its time is that of the operations, whatever their size: the same tiles by fewer of them.
