@@ -5,6 +5,7 @@ turns in it, a step each (`bench.recipe_steps`), on one model, one optimizer and
 """
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
 from megatron_infoentropy.launch.train import follow
 from megatron_infoentropy.runtime.device import Device, find_device
 
+RANK = "megatron_infoentropy.bench.recipe_rank"
 # Every step pays for a report, ours and Megatron's: more than a training that logs now and then.
 NOTHING_ELSE = ("--log-interval=1", "--eval-iters=0", "--eval-interval=1000000")
 
@@ -48,20 +50,19 @@ def bench_recipe(
     """
     facts = provenance() if output else {}  # refuses before the work, not after it
     device = find_device()
-    words = [*_flags(recipe, settings, extra_flags, data, tokenizer, device), *NOTHING_ELSE]
+    words = _flags(recipe, settings, (*extra_flags, *NOTHING_ELSE), data, tokenizer, device)
     layout = read_facts(words)
     ranks = ranks or useful_ranks(layout, device.count if device.type == "cuda" else 1)
     require_layout(ranks, layout)
+    # Not a folder that goes away by itself: where the training fails, its log is told of.
+    folder = Path(tempfile.mkdtemp(prefix="bench-recipe-"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    with tempfile.TemporaryDirectory() as name:
-        module = "megatron_infoentropy.bench.recipe_rank"
-        entry = ("--nproc-per-node", str(ranks), "-m", module, name, str(rounds))
-        command, environment = [*torchrun, *entry, *words], machine_environment(device, ranks)
-        said = follow(Path(name) / recipe.stem, command, environment, lambda line: None)
-        found = [
-            RankResult(**json.loads((Path(name) / f"rank-{rank}.json").read_text()))
-            for rank in range(ranks)
-        ]
+    entry = ("--nproc-per-node", str(ranks), "-m", RANK, str(folder), str(rounds))
+    environment = machine_environment(device, ranks)
+    said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
+    answers = [(folder / f"rank-{rank}.json").read_text() for rank in range(ranks)]
+    found = [RankResult(**json.loads(answer)) for answer in answers]
+    shutil.rmtree(folder)
     rows = rows_of(recipe.stem, said.parameters, found)
     if output:
         named = file_name(facts, f"recipe_{recipe.stem}")
@@ -82,4 +83,5 @@ def _flags(
         return [*words, *stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
     if tokenizer is None:
         raise ValueError("--data needs the --tokenizer it was made with")
-    return [*words, *to_command_line(reading_flags(recipe, data, tokenizer)), *extra_flags]
+    places = reading_flags(recipe, [*words, *extra_flags], data, tokenizer)
+    return [*words, *to_command_line(places), *extra_flags]

@@ -18,7 +18,7 @@ def _words(row: RecipeRow) -> str:
     return (
         f"{row.recipe}: {size}, {row.precision}, {row.layout}, {row.tokens:,} tokens a step in "
         f"micro-batches of {row.micro_batch_tokens:,}{held}; a matrix product reaches "
-        f"{number(row.matmul_tflops)} TFLOP/s"
+        f"{row.matmul_tflops:.3g} TFLOP/s"
     )
 
 
@@ -28,7 +28,7 @@ def _losses(rows: list[RecipeRow]) -> Table:
     table = table_of(f"training steps, {rows[0].rounds} rounds", heads)
     for row in rows:
         cells = [row.loss, row.by, number(row.median_ms), range_of(row.p20_ms, row.p80_ms)]
-        cells += [*_more(row, rows[0]), number(row.tokens_per_s), number(row.tflops)]
+        cells += [*_more(row, rows[0]), number(row.tokens_per_s), f"{row.tflops:.3g}"]
         cells += [_percent(row.tflops, whole) for whole in (row.matmul_tflops, row.peak_tflops)]
         cells += [number(row.peak_mib)]
         table.add_row(*cells)

@@ -7,7 +7,12 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.launch.flags import chosen_flags, ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.flags import (
+    chosen_flags,
+    last_value,
+    ranks_of_a_model,
+    read_facts,
+)
 from megatron_infoentropy.launch.recipe import (
     RecipeError,
     load_plan,
@@ -44,14 +49,18 @@ class TrainingJob:
         """
         recipe = load_recipe(self.recipe)
         chosen = chosen_flags(device, recipe, self.settings)
-        read_facts([*chosen, *self.extra_flags])  # what was mistyped, before any file is opened
-        places = reading_flags(self.recipe, self.data, self.tokenizer)
+        words = [*chosen, *self.extra_flags]
+        read_facts(words)  # what was mistyped, before any file is opened
+        places = reading_flags(self.recipe, words, self.data, self.tokenizer)
         places |= dict.fromkeys(("save", "load"), self.run / "checkpoints")
         return [*chosen, *to_command_line(places), *self.extra_flags]
 
 
-def reading_flags(recipe: Path, data: Path, tokenizer: Path) -> dict[str, Any]:
+def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
     """Where tokenizer and data are, the latter blended as the recipe plans.
+
+    words: the flags of the training. With --eval-iters 0 only training data are named: Megatron
+    fails on others of which it wants no sample.
 
     Raises:
         ValueError: datasets that cannot be used, or that are of another vocabulary.
@@ -64,6 +73,7 @@ def reading_flags(recipe: Path, data: Path, tokenizer: Path) -> dict[str, Any]:
         **{
             flag: _blend(data / split, weights.get(split, "natural"))
             for split, flag in SPLITS.items()
+            if split == "train" or last_value(words, "eval-iters") != "0"
         },
         "data-cache-path": data / "cache",  # else Megatron writes among the datasets
     }

@@ -144,6 +144,12 @@ def test_a_recipe_weighs_the_training_data_and_no_other(job, tmp_path):
     assert values(words, "--nproc-per-node")[0] == "1"  # this machine's, not the plan's 64
 
 
+def test_without_validation_only_training_data_are_named(job):
+    words = launch.build_command(replace(job, extra_flags=("--eval-iters", "0"))).words
+    assert "--train-data-path" in words
+    assert {"--valid-data-path", "--test-data-path"}.isdisjoint(words)
+
+
 def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=101)
     with pytest.raises(ValueError, match="a vocabulary of 101, the training data have 100"):
