@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz sanitize audit lint bench bench-gpu build status status-readme clean
+.PHONY: demo test test-slow fuzz sanitize audit lint bench bench-gpu gpu-check gpu-test build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -51,11 +51,16 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/infoentropy bench --grid small --hidden 256 --steps 20 $(if $(OUTPUT),--output $(OUTPUT))
 
-# Every shape on one large GPU, with the bytes that ncu counts. PYTHON=... uses another environment
-# than .venv; where there is no git, INFOENTROPY_COMMIT=... names the commit.
-bench-gpu: $(if $(PYTHON),,$(READY))
-	$(or $(PYTHON),$(BIN)/python) -m megatron_infoentropy bench --grid full --repeats 10 --hidden 4096 --steps 30 \
-	  --counters --output $(or $(OUTPUT),tools/results)
+# What needs one large GPU: three commands of less than ten minutes each, without a network or .venv.
+# PYTHON, WHEELS, OUT: see tools/gpu.sh. The last goes on where it stopped and writes OUT/bench_*.csv.
+gpu-check:
+	tools/gpu.sh check
+
+gpu-test:
+	tools/gpu.sh test
+
+bench-gpu:
+	tools/gpu.sh bench
 
 build: $(READY)
 

@@ -7,7 +7,9 @@ def assert_within(
     got: torch.Tensor, truth: torch.Tensor, *, rtol: float = 0.0, atol: float | torch.Tensor = 0.0
 ) -> None:
     """|got - truth| <= atol + rtol |truth| everywhere; NaN and inf must match."""
-    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+    got = got.detach().double()  # compared where it lies: a GPU's numbers are many
+    truth = truth.detach().to(got)
+    atol = atol.to(got) if isinstance(atol, torch.Tensor) else atol
     assert got.shape == truth.shape, f"shape {list(got.shape)} != {list(truth.shape)}"
     finite = truth.isfinite()
     odd = torch.where(finite, 0, torch.nan_to_num(truth, nan=2, posinf=1, neginf=-1))
