@@ -146,9 +146,16 @@ def _check_output_layer_can_be_fused(args: argparse.Namespace) -> None:
 
 def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:
     """All gradients get divided by the weight of the batch: right only where all are its own."""
+    if getattr(args, "use_torch_fsdp2", False):
+        raise ValueError(
+            "--infoentropy-normalization global cannot go with --use-torch-fsdp2, which has no way "
+            "to scale gradients once by 1/sum(w) of the global batch; use 'paper' or 'none', or "
+            "--use-megatron-fsdp"
+        )
     others = {
         "--num-experts (its auxiliary losses)": args.num_experts,
         "--mtp-num-layers (its own loss)": args.mtp_num_layers,
+        "--dsa-indexer-loss-coeff (its own loss)": getattr(args, "dsa_indexer_loss_coeff", None),
     }
     for name, value in others.items():
         if value:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 
 
 class GlobalBatchWeight:
@@ -30,7 +31,18 @@ class GlobalBatchWeight:
         pg_collection: Any = None,
         **options: Any,
     ) -> None:
-        """`config.finalize_model_grads_func` of a run with "global" normalisation."""
+        """`config.finalize_model_grads_func` of a run with "global" normalisation.
+
+        Raises:
+            ValueError: a wrapper of the model that cannot scale gradients.
+        """
+        does_nothing = _BaseDataParallel.scale_gradients
+        for chunk in model:
+            if getattr(chunk.scale_gradients, "__func__", None) is does_nothing:
+                raise ValueError(
+                    f"'global' normalization scales gradients, which {type(chunk).__name__} does "
+                    "not do; use 'paper' or 'none', or another data-parallel wrapper"
+                )
         finalize_model_grads(model, None, pg_collection=pg_collection, **options)
         total = self._sum_over_ranks(pg_collection)
         # Without a valid token there is no gradient to scale, and no host has to know.
@@ -44,7 +56,9 @@ class GlobalBatchWeight:
             pipeline = parallel_state.get_pipeline_model_parallel_group()
             data = parallel_state.get_data_parallel_group(with_context_parallel=True)
         else:
-            pipeline, data = pg_collection.pp, pg_collection.dp_cp
+            # With weights sharded over a further axis its peers hold tokens of their own.
+            data = getattr(pg_collection, "dp_cp_gtp_remat", None) or pg_collection.dp_cp
+            pipeline = pg_collection.pp
         total = self._total
         if total is None:  # a pipeline stage without the loss
             total = torch.zeros((), device=torch.cuda.current_device())

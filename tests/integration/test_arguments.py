@@ -84,13 +84,15 @@ def test_an_impossible_value_is_refused_by_the_configuration():
         ({"sft": True}, "paper", "--sft is refused"),
         ({"cuda_graph_impl": "full_iteration"}, "paper", "full_iteration is refused"),
         ({"dataloader_inter_document_masking": True}, "paper", "would ignore the flag"),
-        ({"hybrid_layer_pattern": "M*M-"}, "paper", "no Mamba layers; use Megatron's own script and"),
+        ({"hybrid_layer_pattern": "M*M-"}, "paper", "no Mamba layers; use Megatron's own"),
         ({"logits_load_dir": "D"}, "paper", "no loss against a teacher"),
         ({"logits_save_dir": "D"}, "paper", "go on training the model whose logits are saved"),
         ({"perform_rl_step": True}, "paper", "no loss of a policy"),
         ({"inprocess_restart": True}, "paper", "restarts are torchrun's"),
         ({"num_experts": 8}, "global", "cannot go with --num-experts"),
         ({"mtp_num_layers": 1}, "global", "cannot go with --mtp-num-layers"),
+        ({"dsa_indexer_loss_coeff": 0.1}, "global", "cannot go with --dsa-indexer-loss-coeff"),
+        ({"use_torch_fsdp2": True}, "global", "cannot go with --use-torch-fsdp2"),
     ],
 )
 def test_incompatible_megatron_flags_are_refused(changes, normalization, message):

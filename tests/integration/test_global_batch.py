@@ -1,0 +1,59 @@
+"""The global batch's weight: summed as Megatron sums tokens, and never left unused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+
+from megatron_infoentropy.integration import global_batch
+
+
+class Chunk:
+    scale = None
+
+    def scale_gradients(self, factor):
+        self.scale = float(factor)
+
+
+@pytest.fixture
+def summed(monkeypatch):
+    """Groups that were summed over, one of them of two ranks, without any rank."""
+    groups = []
+
+    def all_reduce(total, group):
+        groups.append(group)
+        total.mul_(2 if group == "data with weight shards" else 1)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(global_batch, "finalize_model_grads", lambda *_, **__: None)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("more", "data"),
+    [
+        ({}, "data"),
+        ({"dp_cp_gtp_remat": None}, "data"),
+        ({"dp_cp_gtp_remat": "data with weight shards"}, "data with weight shards"),
+    ],
+)
+def test_weights_are_summed_over_every_rank_that_has_tokens(summed, more, data):
+    chunk, weight = Chunk(), global_batch.GlobalBatchWeight()
+    for part in (1.0, 3.0):
+        weight.add(torch.tensor(part))
+    groups = SimpleNamespace(pp="pipeline", dp_cp="data", **more)
+    weight.finalize_model_grads([chunk], torch.tensor(7), pg_collection=groups)
+    assert summed == ["pipeline", data]
+    assert chunk.scale == (0.25 if data == "data" else 0.125)
+
+
+def test_a_wrapper_that_does_not_scale_gradients_is_refused(summed):
+    class Wrapper(_BaseDataParallel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    with pytest.raises(ValueError, match="which Wrapper does not do; use 'paper' or 'none'"):
+        global_batch.GlobalBatchWeight().finalize_model_grads([Wrapper()])
+    assert DistributedDataParallel.scale_gradients is not _BaseDataParallel.scale_gradients
