@@ -20,7 +20,7 @@ from test_gradient_oracle import (
 )
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
-from megatron_infoentropy.integration.arguments import UNFUSED, check_megatron_args
+from megatron_infoentropy.integration.arguments import check_megatron_args
 from megatron_infoentropy.integration.output import OutputSettings, statistics_processor
 from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
 from megatron_infoentropy.loss.statistics import vocab_parallel_statistics
@@ -175,7 +175,13 @@ def megatron_args(**changes):
     return SimpleNamespace(**plain | changes)
 
 
-@pytest.mark.parametrize("flag", [*UNFUSED, "tensor_parallel_num_weight_shards"])
+CANNOT_BE_FUSED = (
+    *("use_mup", "defer_embedding_wgrad_compute", "fp8_output_proj"),
+    *("use_megatron_fsdp", "use_torch_fsdp2", "tensor_parallel_num_weight_shards"),
+)
+
+
+@pytest.mark.parametrize("flag", CANNOT_BE_FUSED)
 def test_flags_that_need_the_layer_called_are_refused(flag):
     derived = {"tensor_parallel_num_weight_shards": {"gtp_weight_remat_size": 2}}
     args = megatron_args(**derived.get(flag, {flag: True}))
