@@ -22,7 +22,12 @@ from megatron_infoentropy.checkpoints.folder import (
     read_tracker,
     with_manifest,
 )
-from megatron_infoentropy.checkpoints.manifest import NAME, find_damage, has_manifest
+from megatron_infoentropy.checkpoints.manifest import (
+    NAME,
+    find_damage,
+    has_checksums,
+    has_manifest,
+)
 
 Check = Callable[[Path], str]  # a checkpoint's folder -> what is wrong with it, "" for nothing
 
@@ -57,10 +62,9 @@ def choose(
     if not named:
         reason, is_damaged = f"{load / TRACKER} is damaged", not (load / RECORD).is_file()
     else:
-        folder = path_of(load, named)
         reason, is_damaged = _reason_against(load, named, check)
         if not reason:
-            return Choice(named, "" if has_manifest(folder) else _unverified(folder))
+            return Choice(named, _unverified(path_of(load, named)))
         if step is not None or named == RELEASE:
             raise DamagedCheckpointError(f"{reason}: name another checkpoint, or copy it again")
     for name in _before(load, named):
@@ -99,7 +103,15 @@ def _before(load: Path, named: str) -> list[str]:
 
 
 def _unverified(folder: Path) -> str:
-    return f"{folder} has no {NAME}, since Megatron alone saved it: it is loaded unverified"
+    """What of a checkpoint that is loaded could not be compared; "" for nothing."""
+    if not has_manifest(folder):
+        return f"{folder} has no {NAME}, since Megatron alone saved it: it is loaded unverified"
+    if not has_checksums(folder):
+        return (
+            f"{folder / NAME} holds no checksums, since the training ended before they were made: "
+            "only the files' sizes were verified"
+        )
+    return ""
 
 
 def _reason_against(load: Path, name: str, check: Check) -> tuple[str, bool]:
@@ -108,8 +120,8 @@ def _reason_against(load: Path, name: str, check: Check) -> tuple[str, bool]:
     if not folder.is_dir():
         return f"{folder} is not there", True
     if not has_manifest(folder):
-        is_unfinished = name not in foreign(load)
-        return f"{folder} has no {NAME}, so saving it was interrupted" * is_unfinished, False
+        words = "since the training ended before all files were known to be on the disk"
+        return f"{folder} has no {NAME}, {words}" * (name not in foreign(load)), False
     damage = check(folder)
     return damage, bool(damage)
 

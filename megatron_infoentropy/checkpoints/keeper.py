@@ -1,7 +1,8 @@
 """Writes manifests while a training saves, and deletes old checkpoints once newer ones stand.
 
 Megatron moves its tracker when a save is done, an asynchronous one too. `notice`, called between
-steps, sees the tracker move; a thread then hashes the files while training goes on.
+steps, sees the tracker move; a thread then writes the manifest while training goes on, first with
+the sizes alone, so that the checkpoint is complete, then with the checksums.
 """
 
 import shutil
@@ -65,13 +66,13 @@ class CheckpointKeeper:
 
     def _complete(self, name: str) -> None:
         folder = path_of(self._save, name)
+        failure = "could not be written, so this checkpoint does not count as complete"
         try:
+            write_manifest(folder, checksums=False)
+            failure = "holds sizes without checksums"
             write_manifest(folder)
         except OSError as error:
-            self._say(
-                f"WARNING: {folder / NAME} could not be written, so this checkpoint does "
-                f"not count as complete: {error}"
-            )
+            self._say(f"WARNING: {folder / NAME} {failure}: {error}")
             return
         if self._keep_last is not None and name.isdigit():
             self._delete_old(int(name), self._keep_last)

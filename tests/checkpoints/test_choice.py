@@ -5,7 +5,7 @@ from saved import ours, save
 
 from megatron_infoentropy.checkpoints.choice import Choice, DamagedCheckpointError, choose
 from megatron_infoentropy.checkpoints.folder import TRACKER, begin_record, point_tracker
-from megatron_infoentropy.checkpoints.manifest import NAME
+from megatron_infoentropy.checkpoints.manifest import NAME, write_manifest
 from megatron_infoentropy.integration.checkpoints import checkpoint_flags, choose_checkpoint
 
 
@@ -45,12 +45,26 @@ def test_one_that_is_newer_than_the_tracker_is_never_taken(tmp_path):
     assert choose(tmp_path).name == "10"
 
 
-def test_one_whose_saving_was_interrupted_gives_way(tmp_path):
+def test_one_of_which_nothing_is_known_gives_way(tmp_path):
     ours(tmp_path, 10)
     save(tmp_path, 20, complete=False)
     choice = choose(tmp_path)
     assert choice.name == "10"
-    assert f"iter_0000020 has no {NAME}, so saving it was interrupted: training" in choice.warning
+    assert f"iter_0000020 has no {NAME}, since the training ended before all" in choice.warning
+
+
+def test_one_whose_checksums_were_never_made_is_loaded_when_its_sizes_are_true(tmp_path):
+    ours(tmp_path, 10)
+    folder = save(tmp_path, 20, complete=False)
+    write_manifest(folder, checksums=False)
+    choice = choose(tmp_path)
+    assert (choice.name, choice.changes_tracker) == ("20", False)
+    assert choice.warning == (
+        f"{folder / NAME} holds no checksums, since the training ended before they were made: "
+        "only the files' sizes were verified"
+    )
+    (folder / ".metadata").write_bytes(b"")
+    assert choose(tmp_path).name == "10"
 
 
 @pytest.mark.parametrize("words", ["", "2x", "-1", "9" * 30, "\0"])

@@ -4,6 +4,8 @@ import pytest
 from saved import ours, save
 
 from megatron_infoentropy.checkpoints import keeper as keeper_module
+from megatron_infoentropy.checkpoints import manifest
+from megatron_infoentropy.checkpoints.choice import Choice, choose
 from megatron_infoentropy.checkpoints.folder import TRACKER, iterations, with_manifest
 from megatron_infoentropy.checkpoints.keeper import CheckpointKeeper
 from megatron_infoentropy.checkpoints.manifest import find_damage
@@ -54,15 +56,30 @@ def test_unfinished_foreign_and_newer_ones_are_not_deleted(tmp_path, said):
     assert iterations(tmp_path) == [15, 30, 90]
 
 
-def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, monkeypatch):
-    def full(folder):
-        raise OSError(28, "No space left on device")
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
 
+
+def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, monkeypatch):
     ours(tmp_path, 10)
     monkeypatch.setattr(keeper_module, "write_manifest", full)
     train(tmp_path, (20,), 1, said)
     assert with_manifest(tmp_path) == [10]
     assert "does not count as complete: [Errno 28] No space left on device" in said[0]
+
+
+def test_one_is_complete_before_its_checksums_are_made(tmp_path, said, monkeypatch):
+    ours(tmp_path, 10)
+    monkeypatch.setattr(manifest.hashlib, "file_digest", full)  # as if killed at the first
+    train(tmp_path, (20,), 1, said)
+    assert with_manifest(tmp_path) == [10, 20]
+    assert "holds sizes without checksums: [Errno 28]" in said[0]
+    assert choose(tmp_path).name == "20"
+
+
+def test_every_save_gets_its_checksums(tmp_path, said):
+    train(tmp_path, (10,), None, said)
+    assert choose(tmp_path) == Choice("10")
 
 
 def test_a_tracker_caught_half_written_is_no_checkpoint(tmp_path, said):

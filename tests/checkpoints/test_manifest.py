@@ -1,6 +1,7 @@
 """A manifest vouches for every byte of a checkpoint, for nothing outside of it."""
 
 import json
+import os
 
 import pytest
 from saved import save
@@ -49,6 +50,30 @@ def test_sizes_alone_read_no_file(folder):
     path.write_bytes(bytes(10240))
     assert find_damage(folder, checksums=False) == ""
     assert "SHA-256" in find_damage(folder)
+
+
+def test_sizes_without_checksums_are_compared(folder):
+    write_manifest(folder, checksums=False)
+    listed = json.loads((folder / NAME).read_text())["files"]
+    assert listed["rank/0.pt"] == {"bytes": 5, "sha256": None}
+    assert find_damage(folder) == ""
+    (folder / "rank" / "0.pt").write_bytes(b"stat")
+    assert find_damage(folder).endswith("0.pt has 4 bytes, not 5")
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_all_is_on_the_disk_before_the_manifest(folder, monkeypatch, checksums):
+    (folder / NAME).unlink()
+    synced, sync = set(), os.fsync
+
+    def fsync(descriptor):
+        if not (folder / NAME).exists():
+            synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(manifest.os, "fsync", fsync)
+    write_manifest(folder, checksums=checksums)
+    assert {path.stat().st_ino for path in [folder.parent, folder, *folder.rglob("*")]} <= synced
 
 
 def test_the_shares_of_all_ranks_are_all_files(folder):

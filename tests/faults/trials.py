@@ -18,15 +18,21 @@ def complete_iterations(save: Path) -> list[int]:
     for path in sorted(save.glob("iter_*/infoentropy_manifest.json")):
         try:
             files = json.loads(path.read_text())["files"]
-            said = [files[name]["sha256"] for name in files]
-            are = [hashlib.sha256((path.parent / name).read_bytes()).hexdigest() for name in files]
+            is_true = all(is_as_said(path.parent / name, files[name]) for name in files)
         except (OSError, ValueError, LookupError):
             continue
-        if are == said:
+        if is_true:
             found.append(int(path.parent.name.removeprefix("iter_")))
     tracker = save / "latest_checkpointed_iteration.txt"
     named = tracker.read_text().strip() if tracker.exists() else "0"
     return [it for it in found if not named or it <= int(named)]
+
+
+def is_as_said(path: Path, entry: dict[str, int | str | None]) -> bool:
+    """Killed early, a training has left sizes alone."""
+    data = path.read_bytes()
+    digest = entry["sha256"] and hashlib.sha256(data).hexdigest()
+    return (len(data), digest) == (entry["bytes"], entry["sha256"])
 
 
 def check(training: Training, expected: int, losses: Losses) -> None:
