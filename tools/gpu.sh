@@ -69,6 +69,8 @@ for module in (cuda, triton_kernels):
 print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, core.__version__)" ||
     return 1
   tail -n 1 "$log"
+  # Where this fails, tests of it are skipped and the bench lists it: that must not look like success.
+  step "Transformer Engine" 90 "$python" -c "import transformer_engine.pytorch, liger_kernel"
   parallel=()
   "$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses 8 --dist worksteal)
   return 0
