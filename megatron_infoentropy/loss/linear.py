@@ -176,8 +176,8 @@ def linear_infoentropy_loss(
     else:
         results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
         statistics = TokenStatistics(*results)
-        loss, token_weights = token_loss(statistics, config), token_weight(statistics, config)
-        sums = token_sums(loss, token_weights, mask_N)
+        loss = token_loss(statistics, config)
+        sums = token_sums(loss, token_weight(statistics, config, mask_N), mask_N)
     whole = reduce_sums(sums, data_parallel_group)
     mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
     return mean * alpha(whole, config.normalization)

@@ -185,7 +185,7 @@ def _loss_weight_and_upstream(
             if name in Upstream._fields and result is not None
         }
         statistics = TokenStatistics(**{"is_top": results.is_top, **leaves})
-        loss, weight = token_loss(statistics, config), token_weight(statistics, config)
+        loss, weight = token_loss(statistics, config), token_weight(statistics, config, mask_C)
         total = token_sums(loss, weight, mask_C).weighted_loss
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     upstream = dict(zip(leaves, found, strict=True))

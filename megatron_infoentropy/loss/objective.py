@@ -20,7 +20,7 @@ from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.layout import leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
-from megatron_infoentropy.loss.weighting import token_loss, token_weight
+from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
 
 class TokenSums(NamedTuple):
@@ -84,7 +84,7 @@ def infoentropy_loss(
         inplace_backward=inplace_backward,
     )
     loss = token_loss(statistics, config)
-    weight = token_weight(statistics, config)
+    weight = token_weight(statistics, config, mask)
     sums = reduce_sums(token_sums(loss, weight, mask), data_parallel_group)
     mean = sums.weighted_loss / torch.where(sums.tokens > 0, sums.tokens, 1)
     return mean * alpha(sums, config.normalization)
@@ -131,8 +131,8 @@ def token_sums(loss: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> 
 def reduce_sums(sums: TokenSums, group: Group | None) -> GroupSums:
     """The sums over a data-parallel group: one all-reduce of 20 bytes, differentiable."""
     # A rank without a weight has no mean to invert: it joins the sum and is left out of the mean.
-    takes_part = sums.weight > 0
-    inverse_mean = torch.where(takes_part, sums.tokens / torch.where(takes_part, sums.weight, 1), 0)
+    takes_part = sums.weight != 0  # also where it is NaN, which must not vanish here
+    inverse_mean = torch.where(takes_part, _inverse_mean(sums.tokens, sums.weight), 0)
     packed = torch.stack([*sums, inverse_mean, takes_part.to(inverse_mean.dtype)])
     return GroupSums(*sum_over_group(packed, group).unbind(0))
 
@@ -142,5 +142,13 @@ def alpha(sums: GroupSums, normalization: Normalization) -> torch.Tensor:
     if normalization == "paper":
         return sums.inverse_means / sums.ranks.clamp_min(1)
     if normalization == "global":
-        return sums.tokens / torch.where(sums.weight > 0, sums.weight, 1)
+        return _inverse_mean(sums.tokens, sums.weight)
     return torch.ones_like(sums.tokens)
+
+
+def _inverse_mean(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """1/mean(w), finite: where weights sum to less, the loss goes to 0 with them."""
+    divisor = weight.clamp_min(LEAST_WEIGHT)
+    if divisor.requires_grad:  # whose gradient's 1/sum(w)^2 leaves the range of fp32
+        divisor = divisor.double()
+    return (tokens / divisor).to(tokens.dtype)

@@ -1,7 +1,7 @@
 """A token's loss and its weight, from the statistics of the predicted distribution."""
 
-import functools
 import importlib
+import sys
 from collections.abc import Callable
 
 import torch
@@ -9,13 +9,25 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss.statistics import TokenStatistics
 
+LEAST_WEIGHT = 2.0**-100  # a smaller one is not inverted: times a long sequence it overflows fp32
 
-def token_weight(statistics: TokenStatistics, config: InfoEntropyConfig) -> torch.Tensor:
+
+def token_weight(
+    statistics: TokenStatistics, config: InfoEntropyConfig, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The weight w >= 0 of every token, in the target's shape, before normalisation.
 
     infoentropy: (sigma + H)^gamma, the published weight with sigma 1 and gamma 1; focal:
     (1 - p(target))^gamma; custom: the configuration's own function; then mixed with 1 by
     config.blend. A constant in the backward pass where `config.detach_weight`.
+
+    mask: in the target's shape, 0 where a token takes no part. The weight is not multiplied by it,
+    but finite there, which a custom function need not be for the cross entropy and entropy of 0
+    that such tokens have.
+
+    Raises:
+        ValueError: a custom function cannot be loaded, returns another shape or, on a CPU, a
+            negative weight (on a GPU, where a look would stall the device, that weight is NaN).
     """
     ce, entropy = statistics.cross_entropy, statistics.entropy
     if not config.is_weighted:
@@ -23,7 +35,7 @@ def token_weight(statistics: TokenStatistics, config: InfoEntropyConfig) -> torc
     if config.detach_weight:
         ce, entropy = ce.detach(), entropy.detach()
     if config.objective == "custom":
-        weight = _custom_weight(ce, entropy, config)
+        weight = _custom_weight(ce, entropy, config, mask)
     else:
         weight = _power(ce, entropy, config)
     return torch.lerp(weight, torch.ones_like(weight), config.blend) if config.blend else weight
@@ -33,19 +45,38 @@ def _power(ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig) -
     # 1 - e^-ce by expm1, so that it keeps its digits for confident tokens.
     base = entropy + config.sigma if config.objective == "infoentropy" else -torch.expm1(-ce)
     if config.gamma < 1 and not config.detach_weight:
-        # The power's slope is infinite at 0; such a token's weight is then held constant.
-        base = base.clamp_min(torch.finfo(base.dtype).tiny)
+        # The power's slope is infinite at 0; such a token's weight is held constant.
+        base = base.clamp_min(LEAST_WEIGHT)
     return base**config.gamma
 
 
 def _custom_weight(
-    ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig
+    ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    weight = _load_function(config.weighting)(ce, entropy)
+    if mask is None:
+        weight = _call_function(ce, entropy, config.weighting)
+    else:
+        # Chosen on both sides: a gradient through either alone would be 0 * inf at times.
+        counts = mask != 0
+        ce, entropy = (torch.where(counts, values, 1) for values in (ce, entropy))
+        weight = torch.where(counts, _call_function(ce, entropy, config.weighting), 0)
+    negative = weight < 0
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        return weight.masked_fill(negative, torch.nan)
+    if negative.any():
+        raise ValueError(
+            f"weighting {config.weighting!r} gave {int(negative.sum())} negative weight(s), the "
+            f"least is {float(weight.min())}; weights must be >= 0: clamp them"
+        )
+    return weight
+
+
+def _call_function(ce: torch.Tensor, entropy: torch.Tensor, path: str) -> torch.Tensor:
+    weight = _load_function(path)(ce, entropy)
     if not isinstance(weight, torch.Tensor) or weight.shape != ce.shape:
         raise ValueError(
-            f"weighting {config.weighting!r} must return a tensor of shape {list(ce.shape)}, one "
-            f"weight a token, got {getattr(weight, 'shape', type(weight).__name__)}"
+            f"weighting {path!r} must return a tensor of shape {list(ce.shape)}, one weight a "
+            f"token, got {getattr(weight, 'shape', type(weight).__name__)}"
         )
     return weight.to(ce.dtype)
 
@@ -69,7 +100,7 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
     )
     name, where = config.weighting, f"for ce={ce.tolist()} and entropy={entropy.tolist()}"
     with torch.enable_grad():
-        weight = _custom_weight(ce, entropy, config)
+        weight = _call_function(ce, entropy, name)
     if not (weight.isfinite() & (weight >= 0)).all():
         raise ValueError(
             f"weighting {name!r} must return finite weights >= 0, got {weight.tolist()} {where}; "
@@ -90,7 +121,6 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
             )
 
 
-@functools.cache
 def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function that "package.module:function" names.
 
@@ -99,7 +129,9 @@ def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Te
     """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        # Looked up first: torch.compile can follow this, but no import.
+        loaded = sys.modules.get(module) or importlib.import_module(module)
+        function = getattr(loaded, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"weighting {path!r} cannot be loaded ({error}); it must name a function of an "

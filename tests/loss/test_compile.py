@@ -9,6 +9,14 @@ from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_para
 from megatron_infoentropy.kernels import ops
 
 
+def surprise(cross_entropy, entropy):
+    return (cross_entropy - entropy).square()
+
+
+def difference(cross_entropy, entropy):
+    return cross_entropy - entropy
+
+
 def random_case(n=33, v=257, dtype=torch.float32):
     generator = torch.Generator().manual_seed(n)
     logits = (torch.randn(n, v, generator=generator) * 3).to(dtype)
@@ -41,8 +49,9 @@ def compare_compiled(logits, target, config, engine, group=None):
         ({}, torch.float32, "reference"),
         ({"detach_weight": False, "gamma": 2.0}, torch.float32, "native"),
         ({"label_smoothing": 0.1, "softcap": 5.0}, torch.float32, "native"),
+        ({"objective": "custom", "weighting": "test_compile:surprise"}, torch.float32, "native"),
     ],
-    ids=["bf16", "reference", "attached", "smoothed"],
+    ids=["bf16", "reference", "attached", "smoothed", "custom"],
 )
 def test_a_full_graph_gives_the_same(settings, dtype, backend):
     logits, target = random_case(dtype=dtype)
@@ -54,6 +63,13 @@ def test_a_full_graph_gives_the_same(settings, dtype, backend):
     torch.testing.assert_close(
         its_gradient, gradient, rtol=8e-3 if dtype.itemsize == 2 else 1e-6, atol=1e-9
     )
+
+
+def test_a_negative_weight_poisons_the_loss_where_a_look_at_it_is_not_free():
+    logits, target = random_case()
+    config = InfoEntropyConfig(objective="custom", weighting="test_compile:difference")
+    compiled = torch.compile(infoentropy_loss, fullgraph=True, backend="eager")
+    assert compiled(logits, target, config).isnan()
 
 
 def test_the_default_compiler_gives_the_same_for_any_number_of_tokens():

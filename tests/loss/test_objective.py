@@ -10,6 +10,7 @@ from oracle import dense_objective, published_code
 from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
+from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums
 
 V = 64
 OBJECTIVES = ["infoentropy", "focal", "cross_entropy"]
@@ -133,6 +134,71 @@ def test_averaging_gradients_over_data_ranks_gives_the_gradient_of_the_value(
         assert torch.equal(loss, results[0][0])
         assert_within(loss, expected, rtol=1e-12)
         assert_within(grad, scale.grad, rtol=1e-10)
+
+
+def rank_with_certain_tokens_alone(normalization, detach):
+    """As `data_parallel_rank`, but all tokens of rank 1 are certain and right: focal weight 0."""
+    settings = {"objective": "focal", "gamma": 2.0, "normalization": normalization}
+    logits, target, mask = make_batches(2)[dist.get_rank()]
+    if dist.get_rank() == 1:
+        logits = torch.nn.functional.one_hot(target.clamp_min(0), V) * 1e4
+    logits = logits.double().requires_grad_()
+    config = InfoEntropyConfig(**settings, detach_weight=detach)
+    world = dist.group.WORLD
+    loss = infoentropy_loss(logits, target, config, loss_mask=mask, data_parallel_group=world)
+    loss.backward()
+    return loss.detach(), logits.grad / 2
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_rank_whose_tokens_all_weigh_nothing_is_left_out_of_the_mean(normalization, detach):
+    (loss, grad), (other_loss, other_grad) = run_ranks(
+        rank_with_certain_tokens_alone, 2, normalization, detach
+    )
+    settings = {"objective": "focal", "gamma": 2.0, "normalization": normalization}
+    (logits, target, mask), (_, other_target, other_mask) = make_batches(2)
+    logits.requires_grad_()
+    expected = dense_objective([(logits, target, mask)], **settings, detach=detach)
+    if normalization != "global":  # the other rank's tokens count in the mean over tokens
+        tokens, others = (
+            (m * (y != -100)).sum() for m, y in ((mask, target), (other_mask, other_target))
+        )
+        expected = expected * tokens / (tokens + others)
+    expected.backward()
+    assert torch.equal(loss, other_loss)
+    assert_within(loss, expected, rtol=1e-12)
+    assert_within(grad, logits.grad, atol=1e-13)
+    assert torch.equal(other_grad, torch.zeros_like(other_grad))
+
+
+@pytest.mark.parametrize("normalization", ["paper", "global"])
+def test_a_weight_that_is_not_a_number_is_never_taken_for_no_weight(normalization):
+    sums = TokenSums(torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor(3.0))
+    assert alpha(reduce_sums(sums, None), normalization).isnan()
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("normalization", ["paper", "global"])
+@pytest.mark.parametrize("gap", [20.0, 30.0, 40.0, 60.0, 85.0, 200.0])
+def test_weights_next_to_nothing_overflow_neither_value_nor_gradient(gap, normalization, detach):
+    """Both tokens are certain, one is wrong; from gap 35 on their weights sum to under 2^-100."""
+    settings = {"gamma": 2.5, "sigma": 0.0, "normalization": normalization}
+    config = InfoEntropyConfig(**settings, detach_weight=detach, backend="reference")
+    logits = torch.zeros(2, 2)
+    logits[:, 0] = gap
+    target = torch.tensor([0, 1])
+    truth, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = dense_objective([(truth, target, torch.ones(2))], **settings, detach=detach)
+    loss = infoentropy_loss(ours, target, config)
+    loss.backward()
+    expected.backward()
+    assert loss.isfinite()
+    assert ours.grad.isfinite().all()
+    if gap < 35:
+        assert_within(loss, expected, rtol=1e-5)
+        assert_within(ours.grad, truth.grad, rtol=1e-3, atol=1e-5)
+    assert 0 <= loss <= expected * (1 + 1e-5)
 
 
 def test_without_a_valid_token_the_loss_and_its_gradient_are_zero():

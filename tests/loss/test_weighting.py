@@ -5,7 +5,7 @@ import torch
 from close import assert_within
 from oracle import dense_statistics
 
-from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
 from megatron_infoentropy.loss.weighting import check_weighting
 
 CUSTOM = {"objective": "custom", "weighting": "test_weighting:surprise"}
@@ -22,6 +22,10 @@ def scalar(cross_entropy, entropy):
 
 def inverse(cross_entropy, entropy):
     return 1 / entropy
+
+
+def singular_at_one(cross_entropy, entropy):
+    return 1 / (entropy - 1).abs()
 
 
 def surprise_alone(cross_entropy, entropy):
@@ -64,6 +68,40 @@ def test_a_weighting_of_ones_own_gets_gradients_or_not(normalization, detach):
     ours = loss_and_gradient(lambda x, y: infoentropy_loss(x, y, config))
     for mine, truth in zip(ours, loss_and_gradient(dense), strict=True):
         assert_within(mine, truth, atol=1e-13)
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
+@pytest.mark.parametrize("function", ["inverse", "singular_at_one"])
+def test_a_weight_is_not_formed_of_tokens_that_are_left_out(function, fused, detach):
+    config = InfoEntropyConfig(
+        objective="custom", weighting=f"test_weighting:{function}", detach_weight=detach
+    )
+    _, target = random_case()
+    output, kept = torch.eye(61).double(), slice(2, 17)
+    with_ignored, mask = target.clone(), torch.ones(19)
+    with_ignored[:2], mask[17:] = -100, 0
+
+    def ours(leaf, _):
+        if fused:
+            return linear_infoentropy_loss(leaf, output, with_ignored, mask, config)
+        return infoentropy_loss(leaf, with_ignored, config, loss_mask=mask)
+
+    def dense(leaf, _):
+        ce, entropy, _ = dense_statistics(leaf[kept], target[kept])
+        weight = globals()[function](ce, entropy)
+        weight = weight.detach() if detach else weight
+        return (weight * ce).mean() / weight.mean()
+
+    for mine, truth in zip(loss_and_gradient(ours), loss_and_gradient(dense), strict=True):
+        assert_within(mine, truth, atol=1e-12)
+
+
+def test_a_negative_weight_is_refused():
+    logits, target = random_case()
+    config = InfoEntropyConfig(objective="custom", weighting="test_weighting:surprise_alone")
+    with pytest.raises(ValueError, match=r"'test_weighting:surprise_alone' gave \d+ negative"):
+        infoentropy_loss(logits, target, config)
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
