@@ -6,14 +6,16 @@ from typing import Any
 
 from megatron_infoentropy.runtime.device import Device
 
-# With a GPU but without Transformer Engine and Apex, Megatron has PyTorch's layers to fall back on.
+# With a GPU but without Transformer Engine, Megatron has PyTorch's layers to fall back on.
 PLAIN_GPU_FLAGS = (
     "--transformer-impl=local",
     "--no-persist-layer-norm",
     "--no-rope-fusion",
     "--no-masked-softmax-fusion",
-    "--no-gradient-accumulation-fusion",
 )
+# Without this kernel of Apex, Megatron's output layer raises, whoever makes the other layers.
+FUSION_KERNEL = "fused_weight_gradient_mlp_cuda"
+NO_FUSION_FLAG = "--no-gradient-accumulation-fusion"
 
 
 def machine_flags(device: Device, recipe: dict[str, Any]) -> list[str]:
@@ -22,9 +24,9 @@ def machine_flags(device: Device, recipe: dict[str, Any]) -> list[str]:
         from megatron_infoentropy.runtime.cpu import CPU_FLAGS  # takes torch's seconds to import
 
         return list(CPU_FLAGS)
-    if "transformer-impl" in recipe or find_spec("transformer_engine") is not None:
-        return []
-    return list(PLAIN_GPU_FLAGS)
+    has_layers = "transformer-impl" in recipe or find_spec("transformer_engine") is not None
+    flags = [] if has_layers else list(PLAIN_GPU_FLAGS)
+    return flags if find_spec(FUSION_KERNEL) else [*flags, NO_FUSION_FLAG]
 
 
 def machine_environment(device: Device, ranks: int) -> dict[str, str]:

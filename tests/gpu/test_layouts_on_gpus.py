@@ -11,6 +11,8 @@ import sys
 import pytest
 
 from megatron_infoentropy.evaluate.runlog import read_log
+from megatron_infoentropy.launch.machine import machine_flags
+from megatron_infoentropy.runtime.device import find_device
 
 # Sizes in multiples of 128, which FP8 takes without padding.
 MODEL = [
@@ -44,10 +46,11 @@ def train(folder, ranks, flags):
     """{iteration: numbers of the log line}; fails with what was printed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     entry = [f"--nproc-per-node={ranks}", "-m", "megatron_infoentropy.pretrain"]
+    here = machine_flags(find_device(), {"transformer-impl": "transformer_engine"})
     log = folder / "train.log"
     with log.open("w") as file:
         done = subprocess.run(
-            [*torchrun, *entry, *MODEL, *flags],
+            [*torchrun, *entry, *here, *MODEL, *flags],
             env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
