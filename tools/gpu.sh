@@ -14,9 +14,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} wheels=${WHEELS:-build/wheels} out=${OUT:-runs/gpu} site=$PWD/build/gpu
 stage=${1:-}
 case $stage in check | test | bench) ;; *) sed -n '2,12s/^# \?//p' "$0" >&2 && exit 2 ;; esac
-INFOENTROPY_COMMIT=${INFOENTROPY_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
-[ -n "$INFOENTROPY_COMMIT" ] || { echo "no git here: set INFOENTROPY_COMMIT" >&2 && exit 2; }
-export INFOENTROPY_COMMIT PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+[ -n "${INFOENTROPY_COMMIT:-}" ] || git rev-parse HEAD >/dev/null 2>&1 ||
+  { echo "no git here: set INFOENTROPY_COMMIT" >&2 && exit 2; }
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$out"
 out=$(cd "$out" && pwd) log=$out/$stage.log failed=()
 : >"$log"
