@@ -20,6 +20,8 @@ from megatron_infoentropy.checkpoints.folder import (
 )
 from megatron_infoentropy.checkpoints.manifest import NAME, write_manifest
 
+DELETED = "deleted_"  # the name of a checkpoint that is being deleted starts with this
+
 
 class CheckpointKeeper:
     """Of one --save folder, on one rank; leaving the `with` block waits for what is under way.
@@ -79,10 +81,16 @@ class CheckpointKeeper:
 
     def _delete_old(self, newest: int, keep_last: int) -> None:
         complete = [it for it in with_manifest(self._save) if it <= newest]
+        for left in self._save.glob(f"{DELETED}iter_*"):
+            self._delete(left)
         for iteration in complete[:-keep_last]:
-            folder = path_of(self._save, str(iteration))
-            try:
-                (folder / NAME).unlink()  # first: what is half deleted must not look complete
-                shutil.rmtree(folder)
-            except OSError as error:
-                self._say(f"WARNING: {folder} could not be deleted: {error}")
+            self._delete(path_of(self._save, str(iteration)))
+
+    def _delete(self, folder: Path) -> None:
+        try:
+            # What is half deleted must not look like a checkpoint, and be found again later.
+            if not folder.name.startswith(DELETED):
+                folder = folder.rename(folder.with_name(f"{DELETED}{folder.name}"))
+            shutil.rmtree(folder)
+        except OSError as error:
+            self._say(f"WARNING: {folder} could not be deleted: {error}")

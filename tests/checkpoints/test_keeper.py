@@ -56,6 +56,22 @@ def test_unfinished_foreign_and_newer_ones_are_not_deleted(tmp_path, said):
     assert iterations(tmp_path) == [15, 30, 90]
 
 
+def test_what_is_half_deleted_is_no_checkpoint_and_goes_with_the_next(tmp_path, said, monkeypatch):
+    def delete_one_file(folder):
+        (folder / ".metadata").unlink()
+        raise OSError(16, "Device or resource busy")
+
+    ours(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper_module.shutil, "rmtree", delete_one_file)
+        train(tmp_path, (20,), 1, said)
+    assert iterations(tmp_path) == [20]
+    assert "could not be deleted: [Errno 16] Device or resource busy" in said[0]
+    assert list(tmp_path.glob("*/__0_0.distcp"))[1:], "all of it is gone"
+    train(tmp_path, (30,), 1, said)
+    assert list(tmp_path.glob("*/__0_0.distcp")) == [tmp_path / "iter_0000030" / "__0_0.distcp"]
+
+
 def full(*_, **__):
     raise OSError(28, "No space left on device")
 
