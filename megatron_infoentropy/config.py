@@ -5,6 +5,7 @@ This module imports nothing but the standard library, so that argument parsing s
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,6 +14,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 Normalization = Literal["paper", "global", "none"]
 Backend = Literal["auto", "triton", "cuda", "native", "reference"]
 Collective = Literal["gather", "all_reduce"]
+
+LARGEST_ENTROPY = 12.5  # nats, of a vocabulary of 260 000
+# Weights between 2^-48 and 2^48 leave fp32, which ends at 2^128, room for a batch's sums and for
+# the gradient of their inverse.
+WEIGHT_BITS = 48
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -107,9 +113,9 @@ class InfoEntropyConfig:
             if get_origin(field.type) is Literal:
                 _require_choice(field.name, value, get_args(field.type))
             elif field.type is float:
-                _require_finite(field.name, value)
-            elif field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{field.name} must be an integer, got {value!r}")
+                object.__setattr__(self, field.name, _finite(field.name, value))
+            elif field.type is int:
+                object.__setattr__(self, field.name, _integer(field.name, value))
         self._check_ranges()
         self._check_exponents()
         self._check_schedule()
@@ -154,16 +160,29 @@ class InfoEntropyConfig:
     def _check_exponents(self) -> None:
         changes = self.gamma_schedule != "constant"
         for name, gamma in [("gamma", self.gamma), *[("gamma_end", self.gamma_end)] * changes]:
-            if gamma < 0 and self.sigma == 0 and self.objective == "infoentropy":
-                raise ValueError(
-                    f"{name}={gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
-                    "weight; use gamma >= 0 or sigma > 0"
-                )
+            if self.objective == "infoentropy":
+                self._check_range_of_weights(name, gamma)
             if gamma < 0 and self.objective == "focal":
                 raise ValueError(
                     f"objective='focal' needs {name} >= 0, got {gamma}: (1 - p)^gamma is infinite "
                     "for a token predicted with certainty"
                 )
+
+    def _check_range_of_weights(self, name: str, gamma: float) -> None:
+        """Of (sigma + H)^gamma; at H = 0 it may be as small as it likes."""
+        if gamma < 0 and self.sigma == 0:
+            raise ValueError(
+                f"{name}={gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
+                "weight; use gamma >= 0 or sigma > 0"
+            )
+        certain = gamma * math.log2(self.sigma) if self.sigma else 0.0
+        clueless = gamma * math.log2(self.sigma + LARGEST_ENTROPY)
+        if certain > WEIGHT_BITS or abs(clueless) > WEIGHT_BITS:
+            raise ValueError(
+                f"{name}={gamma:g} with sigma={self.sigma:g} gives weights up to 2^{certain:.0f} "
+                f"(certain tokens) and 2^{clueless:.0f} (without an idea), more than fp32 can sum "
+                f"and invert (2^{WEIGHT_BITS}): bring gamma nearer to 0, or sigma to 1"
+            )
 
     def _check_schedule(self) -> None:
         if self.gamma_schedule != "constant" and self.gamma_samples < 1:
@@ -229,6 +248,13 @@ def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> No
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _require_finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from megatron_infoentropy import InfoEntropyConfig
@@ -29,6 +30,16 @@ from megatron_infoentropy import InfoEntropyConfig
         ({"gamma_samples": 10}, "no effect on a constant gamma"),
         ({"gamma_samples": 1.5}, "gamma_samples must be an integer"),
         ({"blend": 1.5}, r"blend must be in \[0, 1\]"),
+        ({"gamma": 20.0}, r"gamma=20 with sigma=1 .* 2\^75 .*bring gamma nearer to 0"),
+        ({"gamma": -20.0}, r"2\^-75 \(without an idea\)"),
+        ({"gamma": -5.0, "sigma": 1e-4}, r"2\^66 \(certain tokens\).* or sigma to 1"),
+        ({"sigma": 1e30}, "more than fp32 can sum and invert"),
+        (
+            {"gamma_schedule": "linear", "gamma_end": 20.0, "gamma_samples": 9},
+            "gamma_end=20 with sigma=1",
+        ),
+        ({"gamma": np.bool_(True)}, "gamma must be a finite number"),
+        ({"gamma_samples": np.float32(3)}, "gamma_samples must be an integer"),
         ({"objective": "custom"}, "belong together"),
         ({"weighting": "my.module:weight"}, "belong together"),
         ({"objective": "custom", "weighting": "my.module"}, "package.module:function, got"),
@@ -37,6 +48,23 @@ from megatron_infoentropy import InfoEntropyConfig
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         InfoEntropyConfig(**settings)
+
+
+def test_numbers_of_other_libraries_are_taken_for_the_numbers_they_are():
+    config = InfoEntropyConfig(
+        gamma=np.float32(0.5), sigma=np.int64(1), chunk_tokens=np.int64(64), objective="focal"
+    )
+    assert config == InfoEntropyConfig(gamma=0.5, sigma=1.0, chunk_tokens=64, objective="focal")
+    assert [type(x) for x in (config.gamma, config.sigma, config.chunk_tokens)] == [
+        float,
+        float,
+        int,
+    ]
+
+
+@pytest.mark.parametrize(("gamma", "sigma"), [(12.0, 1.0), (-12.0, 1.0), (9.0, 0.0), (2.0, 1e-9)])
+def test_gammas_that_fp32_can_hold_are_accepted(gamma, sigma):
+    InfoEntropyConfig(gamma=gamma, sigma=sigma)
 
 
 def test_the_configuration_is_frozen_and_the_published_setting_is_the_default():

@@ -74,7 +74,8 @@ def _check_shapes(
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(
             f"expected hidden and weight of one floating dtype, got {hidden.dtype} and "
-            f"{weight.dtype}"
+            f"{weight.dtype}; under autocast, which does not reach the fused loss, pass "
+            "weight.to(hidden.dtype)"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"expected integer targets, got {target.dtype}")
