@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from megatron_infoentropy.data.manifest import Manifest
 
 out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+TextKey = Annotated[str, typer.Option(help="key that holds the text")]
 
 
 def corpus(
@@ -33,12 +35,15 @@ def tokenizer(
     inputs: Annotated[list[Path], typer.Argument(help=".jsonl, .jsonl.zst or .jsonl.gz files")],
     output: Annotated[Path, typer.Option(help="folder to write, in Hugging Face format")],
     vocab_size: Annotated[int, typer.Option(help="entries, <|endoftext|> included")] = 8192,
+    text_key: TextKey = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     from megatron_infoentropy.data.tokenizer import train_tokenizer
 
-    loaded = train_tokenizer(inputs, output, vocab_size=vocab_size, overwrite=overwrite)
+    loaded = train_tokenizer(
+        inputs, output, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite
+    )
     out.print(f"{output}: {loaded.vocab_size} entries, end of document is {loaded.eod_id}")
 
 
@@ -51,9 +56,13 @@ def preprocess(
     output: Annotated[Path, typer.Option(help="folder to write")],
     workers: Annotated[int, typer.Option(min=1, help="encoding processes, one a core")] = 1,
     split_by: Annotated[
-        str, typer.Option(help="key that names a document's domain; '' for one dataset")
-    ] = "meta.pile_set_name",
-    text_key: Annotated[str, typer.Option(help="key that holds the text")] = "text",
+        str,
+        typer.Option(
+            help="key that names a document's domain, such as meta.pile_set_name; '' for one "
+            "dataset; auto: meta.pile_set_name where the first documents have it, else one dataset"
+        ),
+    ] = "auto",
+    text_key: TextKey = "text",
     append_eod: Annotated[bool, typer.Option(help="end every document with <eod>")] = True,
     special_tokens: Annotated[
         bool, typer.Option(help="keep what the tokenizer adds itself, such as a start token")
@@ -77,17 +86,27 @@ def preprocess(
 
     Killed or failed, the same command goes on where it was.
     """
-    from megatron_infoentropy.data.options import Options
+    from megatron_infoentropy.data.jsonl import WHOLE
+    from megatron_infoentropy.data.options import AUTO, PILE_DOMAIN, Options
     from megatron_infoentropy.data.preprocess import preprocess as run
     from megatron_infoentropy.data.shards import parse_shard
+    from megatron_infoentropy.data.split import decide_split
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
+    options = Options(append_eod, special_tokens, text_key, split_by or None)
+    inputs = _matching(input)
+    if split_by == AUTO and decide_split(options, inputs).split_by is None:
+        err.print(
+            f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for "
+            "all of them; to split them otherwise, stop this and name a key with --split-by",
+            markup=False,
+        )
     done = run(
-        _matching(input),
+        inputs,
         tokenizer,
         output,
-        options=Options(append_eod, special_tokens, text_key, split_by or None),
+        options=options,
         workers=workers,
         engine=engine,
         max_errors=max_errors if on_error == "skip" else 0,
@@ -185,7 +204,7 @@ def blend(
         out.print(text, end="", markup=False)
     else:
         output.write_text(text)
-    Console(stderr=True, highlight=False).print(table)  # beside the list, which may be piped
+    err.print(table)  # beside the list, which may be piped
 
 
 def inspect(

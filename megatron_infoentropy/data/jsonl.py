@@ -38,7 +38,11 @@ class BrokenRecordError(ValueError):
 
 
 def read_jsonl(
-    path: Path, *, domain_key: str | None, advance: Callable[[int], None] = lambda _: None
+    path: Path,
+    *,
+    domain_key: str | None,
+    text_key: str = TEXT_KEY,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Record]:
     """Yield the documents of one file in order.
 
@@ -60,7 +64,7 @@ def read_jsonl(
             if blank is not None:
                 raise BrokenLineError(path, blank, BLANK)
             try:
-                record = parse_line(raw, TEXT_KEY, keys)
+                record = parse_line(raw, text_key, keys)
             except BrokenRecordError as error:
                 raise BrokenLineError(path, line, str(error)) from error
             yield record
@@ -82,8 +86,10 @@ def split_key(key: str | None) -> list[str] | None:
     return None if key is None else key.split(".")
 
 
-def parse_line(raw: bytes, text_key: str, domain_keys: list[str] | None) -> Record:
-    """The document that a line holds.
+def parse_line(
+    raw: bytes, text_key: str, domain_keys: list[str] | None, *, named: bool | None = True
+) -> Record:
+    """The document that a line holds, which must name a domain, must not, or (None) may.
 
     Raises:
         BrokenRecordError: it holds none.
@@ -93,14 +99,16 @@ def parse_line(raw: bytes, text_key: str, domain_keys: list[str] | None) -> Reco
         raise BrokenRecordError(f"expected a JSON object, got {type(record).__name__}")
     domain = None if domain_keys is None else _domain(record, domain_keys)
     if text_key not in record:
-        raise BrokenRecordError(f'no "{text_key}" key; the keys are {sorted(record)}', domain)
+        raise BrokenRecordError(
+            f'no "{text_key}" key; the keys are {sorted(record)}; name another with --text-key',
+            domain,
+        )
     text = record[text_key]
     if not isinstance(text, str):
         kind = type(text).__name__
         raise BrokenRecordError(f'"{text_key}" must be a string, got {kind}', domain)
-    if domain_keys is not None and domain is None:
-        where = ".".join(domain_keys)
-        raise BrokenRecordError(f"no domain: expected a non-empty string at {where}")
+    if domain_keys is not None:
+        _require_named(".".join(domain_keys), domain, named)
     try:
         text_bytes = len(text.encode())
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud800"
@@ -109,11 +117,27 @@ def parse_line(raw: bytes, text_key: str, domain_keys: list[str] | None) -> Reco
     return Record(text, text_bytes, domain)
 
 
+def _require_named(where: str, domain: str | None, named: bool | None) -> None:
+    if named is False and domain is not None:
+        raise BrokenRecordError(
+            f"names the domain {domain!r} at {where}, the first documents name none; choose "
+            f"--split-by {where}, or --split-by '' for one dataset of all documents"
+        )
+    if named and domain is None:
+        raise BrokenRecordError(
+            f"no domain: expected a non-empty string at {where}; choose another key with "
+            "--split-by, or --split-by '' for one dataset of all documents"
+        )
+
+
 def _decode(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode("utf-8-sig"))  # some Windows programs begin files with a mark
     except UnicodeDecodeError as error:
-        raise BrokenRecordError(f"not UTF-8 at byte {error.start} of the line") from error
+        raise BrokenRecordError(
+            f"not UTF-8 at byte {error.start} of the line; convert the file to UTF-8, or give it "
+            "the name of what it is (.jsonl.zst, .jsonl.gz)"
+        ) from error
     except json.JSONDecodeError as error:
         raise BrokenRecordError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_infoentropy.data.folder import write_synced
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.options import PILE_DOMAIN, Options
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -152,7 +152,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         dtype=content["dtype"],
         append_eod=content["append_eod"],
         domains={name: DomainFacts(**facts) for name, facts in content["domains"].items()},
-        options=Options(**content.get("options", {})),
+        options=Options(**content.get("options", {"split_by": PILE_DOMAIN})),
         versions=content.get("versions", {}),
         engine=content.get("engine", "hf"),
         inputs=tuple(InputFacts(**facts) for facts in content.get("inputs", ())),

@@ -24,6 +24,7 @@ from megatron_infoentropy.data.manifest import OUTPUT_FILES, REJECTED, Manifest,
 from megatron_infoentropy.data.options import DEFAULT_OPTIONS, Options
 from megatron_infoentropy.data.run import Run
 from megatron_infoentropy.data.shards import shard_inputs, shard_name
+from megatron_infoentropy.data.split import decide_split
 from megatron_infoentropy.data.task import Task
 from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.worker import Settings
@@ -69,10 +70,12 @@ def preprocess(
     _require_usable(inputs, workers, max_errors)
     if engine not in ENGINES:
         raise ValueError(f"the engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    asked, options = options, decide_split(options, inputs)
+    named = options.split_by is not None or asked.split_by is None
     if shard is not None:
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     task = Task(inputs, output, load_tokenizer(tokenizer), options, shard)
-    settings = Settings(tokenizer.resolve(), options, engine)
+    settings = Settings(tokenizer.resolve(), options, engine, named)
     if engine == "gigatoken":  # calibrates it, once for all workers, or refuses it
         fast_engine(tokenizer, task.loaded, special_tokens=options.special_tokens)
     if not task.is_done():

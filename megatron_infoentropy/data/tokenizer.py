@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_infoentropy.data.compression import require_readable
 from megatron_infoentropy.data.folder import new_folder
-from megatron_infoentropy.data.jsonl import read_jsonl
+from megatron_infoentropy.data.jsonl import TEXT_KEY, read_jsonl
 from megatron_infoentropy.progress import progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,9 +41,14 @@ class LoadedTokenizer:
 
 
 def train_tokenizer(
-    corpus: Path | Sequence[Path], output: Path, *, vocab_size: int, overwrite: bool = False
+    corpus: Path | Sequence[Path],
+    output: Path,
+    *,
+    vocab_size: int,
+    text_key: str = TEXT_KEY,
+    overwrite: bool = False,
 ) -> LoadedTokenizer:
-    """Train a byte-level BPE of exactly `vocab_size` tokens on `.jsonl(.zst)` files.
+    """Train a byte-level BPE of exactly `vocab_size` tokens on `.jsonl`, `.zst` or `.gz` files.
 
     The same files give the same bytes. Domains are not looked at. Memory grows with the number of
     distinct words, not with the size of the corpus.
@@ -64,7 +69,7 @@ def train_tokenizer(
         tokenizer = _untrained()
         total = sum(path.stat().st_size for path in paths)
         with progress("train tokenizer", total, "bytes") as advance:
-            tokenizer.train_from_iterator(_texts(paths, advance), _trainer(vocab_size))
+            tokenizer.train_from_iterator(_texts(paths, text_key, advance), _trainer(vocab_size))
         found = tokenizer.get_vocab_size()
         if found != vocab_size:
             raise ValueError(
@@ -115,9 +120,9 @@ def _trainer(vocab_size: int) -> trainers.BpeTrainer:
     )
 
 
-def _texts(paths: Sequence[Path], advance: Callable[[int], None]) -> Iterator[str]:
+def _texts(paths: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[str]:
     for path in paths:
-        for record in read_jsonl(path, domain_key=None, advance=advance):
+        for record in read_jsonl(path, domain_key=None, text_key=text_key, advance=advance):
             yield record.text
 
 

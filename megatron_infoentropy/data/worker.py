@@ -23,7 +23,7 @@ from megatron_infoentropy.data import jsonl
 from megatron_infoentropy.data.engine import Engine, end_documents, hf_engine
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.options import PILE_DOMAIN, Options
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 
 
@@ -34,6 +34,7 @@ class Settings:
     tokenizer: Path
     options: Options
     engine: str = "hf"  # or "gigatoken"
+    named: bool = True  # else no document may name a domain, as the first ones do not
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Encoder:
         self.loaded = load_tokenizer(settings.tokenizer)
         self.dtype = token_dtype(self.loaded.vocab_size)
         self.encode = _engine(settings, self.loaded)
-        self._keys = jsonl.split_key(self.options.split_by)
+        self._named = settings.named
+        self._keys = jsonl.split_key(self.options.split_by if self._named else PILE_DOMAIN)
 
     def __call__(self, data: bytes) -> Encoded:
         """Parse the lines of a block and encode their texts."""
@@ -88,7 +90,7 @@ class Encoder:
             try:
                 if jsonl.is_blank(raw):
                     raise jsonl.BrokenRecordError(jsonl.BLANK)
-                record = jsonl.parse_line(raw, self.options.text_key, self._keys)
+                record = jsonl.parse_line(raw, self.options.text_key, self._keys, named=self._named)
             except jsonl.BrokenRecordError as error:
                 done.rejected.append(Rejected(number, str(error), error.domain))
                 continue

@@ -15,7 +15,7 @@ from megatron_infoentropy.data import blocks, run
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import DomainFacts, InputFacts, load_manifest
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.options import PILE_DOMAIN, Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.run import slug
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer
@@ -261,8 +261,9 @@ def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
     assert list(split.domains) == ["de", "en"]
     options = Options(split_by=None, text_key="lang")
     assert preprocess([path], tokenizer_folder, tmp_path / "key", options=options).inputs[0].lines
+    options = Options(split_by=PILE_DOMAIN)
     with pytest.raises(BrokenLineError, match=r"a\.jsonl:1: no domain: .* meta\.pile_set_name"):
-        preprocess([path], tokenizer_folder, tmp_path / "out")
+        preprocess([path], tokenizer_folder, tmp_path / "out", options=options)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""What a newcomer sees of the data commands: sentences, and a cure in each error."""
+
+import json
+from pathlib import Path
+
+import pytest
+from text_files import write
+from typer.testing import CliRunner, Result
+
+from megatron_infoentropy.cli import app
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    lines = [json.dumps({"text": f"plain {number}"}) for number in range(20)]
+    return write(tmp_path / "plain.jsonl", lines)
+
+
+def test_plain_lines_become_one_dataset_and_the_screen_says_so(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    asked = ("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output")
+    done = command(*asked, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "the first documents name no domain (at meta.pile_set_name)" in done.stderr
+    assert "--split-by" in done.stderr
+    quiet = command(*asked, tmp_path / "quiet", "--split-by", "")
+    assert quiet.exit_code == 0
+    assert "domain" not in quiet.stderr
+    refused = command(*asked, tmp_path / "no", "--split-by", "meta.pile_set_name")
+    assert "--split-by ''" in str(refused.exception)
+
+
+def test_text_under_another_key_can_be_used_throughout(tmp_path: Path) -> None:
+    lines = [json.dumps({"content": f"words and words {number}"}) for number in range(20)]
+    path = write(tmp_path / "a.jsonl", lines)
+    asked = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
+    assert "the keys are ['content']; name another with --text-key" in str(
+        command(*asked).exception
+    )
+    assert command(*asked, "--text-key", "content").exit_code == 0
+    made = command(
+        *("preprocess", "--input", path, "--tokenizer", tmp_path / "bpe"),
+        *("--output", tmp_path / "out", "--text-key", "content"),
+    )
+    assert made.exit_code == 0, made.output
