@@ -6,6 +6,7 @@ which holds Megatron's writers, reports to the console, TensorBoard and W&B.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.runtime.device import find_device
 
 ENTROPY_BINS = 128
-WEIGHT_BINS_PER_OCTAVE, WEIGHT_OCTAVES = 8, (-8, 12)  # from 2^-8 to 2^12
+# From 2^-30 to 2^34 in as many bins as W&B takes. Less half a bin: 1 is then a bin's middle, and of
+# tokens that all have this weight a half is reported to lie above the mean.
+WEIGHT_BINS, WEIGHT_OCTAVES = 512, (-30.0625, 33.9375)
 SUMS = ("tokens", "cross entropy", "weight", "positions")
 # Dense bf16 TFLOP/s of a card as its maker states it; utilisation is given where the name is known,
 # also of FP8 runs, so that the two can be compared.
@@ -28,9 +31,8 @@ class TokenObserver:
     """Histograms and sums since the last report; one a training process."""
 
     def __init__(self, vocab_size: int) -> None:
-        low, high = WEIGHT_OCTAVES
         self.entropy = Histogram(0.0, math.log(vocab_size), ENTROPY_BINS)
-        self.log2_weight = Histogram(low, high, (high - low) * WEIGHT_BINS_PER_OCTAVE)
+        self.log2_weight = Histogram(*WEIGHT_OCTAVES, WEIGHT_BINS)
         self._counts: torch.Tensor | None = None  # float64: entropy bins, weight bins, SUMS
         self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
 
@@ -44,7 +46,7 @@ class TokenObserver:
         mine = torch.cat(
             [
                 self.entropy.count(entropy, mask),
-                self.log2_weight.count(weight.clamp_min(2.0**-30).log2(), mask),
+                self.log2_weight.count(weight.log2(), mask),
                 torch.stack(sums),
             ]
         )
@@ -74,7 +76,7 @@ class TokenObserver:
         found["entropy max"] = self.entropy.quantile(entropy, 1.0)
         for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
             found[f"weight {name}"] = 2.0 ** self.log2_weight.quantile(weight, share)
-        above = self.log2_weight.share_above(weight, math.log2(max(mean_weight, 2.0**-30)))
+        above = self.log2_weight.share_above(weight, math.log2(max(mean_weight, sys.float_info.min)))
         found["share of tokens above mean weight"] = above
         found["tokens/s"] = total["positions"] / seconds
         return found

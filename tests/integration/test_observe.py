@@ -16,6 +16,7 @@ from wandb.proto import wandb_internal_pb2
 
 from megatron_infoentropy import TokenStatistics
 from megatron_infoentropy.integration.histogram import Histogram
+from megatron_infoentropy.integration.observe import TokenObserver
 
 WANDB_HEADER, LOG_BLOCK = 7, 32768
 
@@ -56,8 +57,6 @@ def make_tokens(rank):
 
 
 def report_on_rank():
-    from megatron_infoentropy.integration.observe import TokenObserver
-
     observer = TokenObserver(500)
     first, second = make_tokens(dist.get_rank()), make_tokens(dist.get_rank() + 2)
     observer.add(*first)
@@ -67,6 +66,30 @@ def report_on_rank():
     observer.draw(drawn, None, 7)
     assert observer.report(dist.group.WORLD, 1.0) is None  # each report starts anew
     return found, drawn.calls
+
+
+def report_of_weights(*weights):
+    weight = torch.tensor([weights])
+    observer = TokenObserver(500)
+    observer.add(TokenStatistics(*[torch.ones_like(weight)] * 4), weight, torch.ones_like(weight))
+    return observer._read(observer._counts, 1.0)
+
+
+@pytest.mark.parametrize("weight", [1e-8, 1e-4, 15921.0, 1e10])
+def test_weights_of_other_objectives_are_in_range(weight):
+    found = report_of_weights(weight)
+    assert found["weight p50"] == pytest.approx(weight, rel=0.1)
+    assert found["weight max"] == pytest.approx(weight, rel=0.1)
+
+
+def test_weights_that_are_all_one_are_balanced():
+    found = report_of_weights(1.0, 1.0, 1.0)
+    assert found["weight p50"] == pytest.approx(1.0)
+    assert found["share of tokens above mean weight"] == pytest.approx(0.5)
+
+
+def test_weights_of_nothing_are_the_least():
+    assert report_of_weights(0.0, 0.0)["weight max"] < 1e-9
 
 
 class Recorder:
@@ -126,6 +149,9 @@ def test_the_trainer_reports_at_the_log_interval(run):
     # gamma at 24, 32 and 40 consumed samples of 32: 1.5, 2 and 2.
     assert shown["gamma"] == pytest.approx(5.5 / 3, rel=1e-5)
     assert 0 < shown["alpha"] < 1
+    ours = numbers_of(log, "InfoEntropy at iteration        6")
+    lowest, highest = (1 + ours["entropy p10"]) ** 1.5, (1 + ours["entropy p90"]) ** 2
+    assert lowest < ours["weight p50"] < highest, "of another gamma than the training's"
 
 
 def numbers_of(log, start):
@@ -220,7 +246,7 @@ def test_writers_get_what_the_log_shows(read, run):
         assert len(edges) - len(counts) in (0, 1)  # upper edges alone, or the lowest too
     reached = accumulate(histograms["infoentropy/log2 weight"][6][1])
     middle = next(index for index, count in enumerate(reached) if count >= tokens / 2)
-    edges = histograms["infoentropy/log2 weight"][6][0][-160:]  # upper ones
+    edges = histograms["infoentropy/log2 weight"][6][0][-512:]  # upper ones
     half = numbers_of(log, "InfoEntropy at iteration        6")["weight p50"]
     assert edges[middle - 1] <= math.log2(half) * (1 + 1e-5)
     assert math.log2(half) <= edges[middle] * (1 + 1e-5)
