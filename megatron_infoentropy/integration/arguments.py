@@ -119,6 +119,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     for name, reason in UNSERVED.items():
         if getattr(args, name, None):
             raise ValueError(f"--{name.replace('_', '-')} is refused: {reason}")
+    _check_histogram_interval(args)
     if config.fused_linear:
         _check_output_layer_can_be_fused(args)
     if getattr(args, "cuda_graph_impl", "none") == "full_iteration":
@@ -128,6 +129,15 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
         )
     if config.normalization == "global":
         _check_gradients_can_be_scaled_at_once(args)
+
+
+def _check_histogram_interval(args: argparse.Namespace) -> None:
+    interval = getattr(args, f"{PREFIX}_histogram_interval", 0)
+    if interval and (interval < 0 or interval % args.log_interval):
+        raise ValueError(
+            f"--{PREFIX}-histogram-interval must be a multiple of --log-interval "
+            f"({args.log_interval}), got {interval}: histograms are drawn where a line is logged"
+        )
 
 
 def _check_output_layer_can_be_fused(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ def megatron_args(**changes):
         "num_experts": None,
         "mtp_num_layers": None,
         "calculate_per_token_loss": False,
+        "log_interval": 2,
     }
     return SimpleNamespace(**plain | changes)
 
@@ -101,6 +102,16 @@ def test_incompatible_megatron_flags_are_refused(changes, normalization, message
         check_megatron_args(megatron_args(**changes), config)
     if normalization == "global":
         check_megatron_args(megatron_args(**changes), InfoEntropyConfig())
+
+
+def test_a_histogram_interval_without_a_log_line_is_refused():
+    for interval in (-2, 3):
+        args = megatron_args(infoentropy_histogram_interval=interval)
+        with pytest.raises(ValueError, match=rf"multiple of --log-interval \(2\), got {interval}"):
+            check_megatron_args(args, InfoEntropyConfig())
+    for interval in (0, 2, 4):
+        args = megatron_args(infoentropy_histogram_interval=interval)
+        check_megatron_args(args, InfoEntropyConfig())
 
 
 def test_global_normalization_turns_per_token_loss_on():
