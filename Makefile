@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz sanitize audit lint bench bench-gpu gpu-check gpu-test build status status-readme clean
+.PHONY: demo test test-slow fuzz sanitize audit lint bench bench-gpu gpu-check gpu-test gpu-6.7b build status status-readme clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -61,6 +61,10 @@ gpu-test:
 
 bench-gpu:
 	tools/gpu.sh bench
+
+# The paper's models on one large GPU, docs/training-speed.md; STAGES="speed curves" does a part.
+gpu-6.7b:
+	tools/gpu.sh paper $(STAGES)
 
 build: $(READY)
 

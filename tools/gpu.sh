@@ -6,6 +6,10 @@
 #   tools/gpu.sh test     every test marked gpu
 #   tools/gpu.sh bench    the full grid; called again it goes on with OUT/bench_*.csv
 #
+# and, a stage or two a call, what examples/gpu-6.7b.sh does with the paper's models:
+#
+#   tools/gpu.sh paper [STAGE...]
+#
 # PYTHON (python3) has torch, triton, pytest. WHEELS (build/wheels) is a folder of wheels with what it
 # lacks, installed once into build/gpu. OUT (runs/gpu) gets one log a call, and the result file.
 # Where there is no git, INFOENTROPY_COMMIT names the commit. Exit status 1 where a step failed.
@@ -13,7 +17,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} wheels=${WHEELS:-build/wheels} out=${OUT:-runs/gpu} site=$PWD/build/gpu
 stage=${1:-}
-case $stage in check | test | bench) ;; *) sed -n '2,12s/^# \?//p' "$0" >&2 && exit 2 ;; esac
+case $stage in check | test | bench | paper) ;; *) sed -n '2,16s/^# \?//p' "$0" >&2 && exit 2 ;; esac
 [ -n "${INFOENTROPY_COMMIT:-}" ] || git rev-parse HEAD >/dev/null 2>&1 ||
   { echo "no git here: set INFOENTROPY_COMMIT" >&2 && exit 2; }
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -103,9 +107,14 @@ bench_all() {
   tail -n 60 "$log"
 }
 
+paper() {
+  step "the paper's models" 580 env PYTHON="$python" examples/gpu-6.7b.sh "$out/6.7b" "$@"
+  tail -n 80 "$log"
+}
+
 SECONDS=0
 if prepare; then
-  case $stage in check) check ;; test) test_all ;; bench) bench_all ;; esac
+  case $stage in check) check ;; test) test_all ;; bench) bench_all ;; paper) paper "${@:2}" ;; esac
 fi
 echo "$stage: ${#failed[@]} failed${failed[*]:+: ${failed[*]}}; ${SECONDS} s; $log"
 [ ${#failed[@]} = 0 ]
