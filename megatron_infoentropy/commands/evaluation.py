@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from megatron_infoentropy.evaluate.comparison import Comparison
     from megatron_infoentropy.evaluate.model import ModelSource
 
 out = Console(highlight=False, soft_wrap=True)
@@ -148,20 +149,43 @@ def compare(
 ) -> None:
     """Differences to the first setting, with intervals over documents and seeds, and a verdict."""
     from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
+    from megatron_infoentropy.evaluate.verdict import chances
 
-    for comparison in compare_folders(runs, difficulty_from=difficulty_from, output=output):
-        out.print(f"{comparison.group} minus {comparison.baseline}, nats per token")
-        for row in comparison.rows:
-            interval, p = "too few documents", ""
-            if row.low is not None and row.high is not None:
-                interval = f"{row.low:+8.4f} to {row.high:+8.4f}"
-                p = f"p {row.p_adjusted:7.4f}  detectable {row.detectable:7.4f}"
-            out.print(
-                f"{row.kind:10} {row.name:22} {row.difference:+8.4f}  {interval:21} {p}  "
-                f"{row.reading}",
-                markup=False,
-            )
+    made = compare_folders(runs, difficulty_from=difficulty_from, output=output)
+    for comparison in made:
+        _show_comparison(comparison)
         out.print(verdict_line(comparison), markup=False)
+    if chance := chances(made):
+        out.print(chance, markup=False)
+
+
+def _show_comparison(comparison: "Comparison") -> None:
+    from megatron_infoentropy.evaluate.verdict import how_matched
+
+    out.print(
+        f"{comparison.group} minus {comparison.baseline}, nats per token, "
+        f"{how_matched(comparison)}",
+        markup=False,
+    )
+    out.print(
+        f"{'':32} difference  {'95 % (single)':21} {'p (Holm)':8}  detectable  reading",
+        markup=False,
+    )
+    for row in () if comparison.is_identical else comparison.rows:
+        interval = p = detectable = "-"
+        if row.low is not None and row.high is not None:
+            interval, p = f"{row.low:+8.4f} to {row.high:+8.4f}", f"{row.p_adjusted:.4f}"
+        if row.detectable is not None:
+            detectable = f"{row.detectable:.4f}"
+        out.print(
+            f"{row.kind:10} {row.name:21} {row.difference:+10.4f}  {interval:21} {p:>8}  "
+            f"{detectable:>10}  {row.reading}",
+            markup=False,
+        )
+    for clause in comparison.left_out:
+        out.print(f"left out: {clause}", markup=False)
+    for one, other in comparison.identical:
+        out.print(f"the evaluations of {one} and {other} are identical", markup=False)
 
 
 def report(

@@ -2,7 +2,8 @@
 
 A folder is a run folder, whose objective, set-up and seed are known from run.json, so that runs of
 one setting are put together; or any folder with an evaluation, which is a setting of its own.
-Folders joined by commas are the seeds of one setting, in the order of the seeds.
+Folders joined by commas are the seeds of one setting: by run.json where all have one, otherwise in
+the order of the seeds.
 """
 
 import csv
@@ -12,20 +13,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.evaluate.comparison import (
-    Comparison,
-    Group,
-    Row,
-    compare_pairs,
-    group_runs,
-)
+from megatron_infoentropy.evaluate.comparison import Comparison, Row, compare_pairs
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import load_evaluation
 from megatron_infoentropy.evaluate.files import write_atomically
+from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
+from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words
 
-FORMAT = 1
+FORMAT = 2
 
 
 def compare_folders(
@@ -67,60 +64,103 @@ def verdict_line(comparison: Comparison) -> str:
     """What is shown over all tokens, and what could have been, in one or two sentences."""
     total = comparison.rows[0]
     against = f"{comparison.group} against {comparison.baseline}, all tokens"
+    if comparison.is_identical:
+        return (
+            f"{against}: the evaluations are identical, every document has the same cross entropy "
+            "in both"
+        )
     if total.p is None:
         return f"{against}: too few documents ({total.documents}) to tell"
-    interval = (
-        f"{total.difference:+.4f} nats per token, 95 % {total.low:+.4f} to {total.high:+.4f}, "
-        f"p {total.p_adjusted:.2g}"
-    )
-    seeds = len(comparison.seeds)
-    sample = f"{total.documents} documents and {seeds} seed{'s' if seeds > 1 else ''}"
     words = {
         "seed noise unknown": "a difference between these two models, which other seeds may not "
         "show: with one seed nothing is known of them"
     }
-    text = f"{against}: {words.get(total.reading, total.reading)} ({interval})"
+    text = (
+        f"{against}: {words.get(total.reading, total.reading)} ({total.difference:+.4f} nats per "
+        f"token, 95 % (single) {total.low:+.4f} to {total.high:+.4f}, p (Holm) "
+        f"{total.p_adjusted:.2g})"
+    )
+    if not comparison.has_several_seeds:
+        return f"{text}; {NO_POWER}"
     if total.detectable:
         text += (
-            f"; with {sample} a true difference of {total.detectable:.4f} nats "
-            f"({100 * total.detectable:.2g} % of perplexity) would be shown in 80 of 100 cases"
+            f"; with {total.documents} documents and {seeds_in_words(comparison)} a true "
+            f"difference of {total.detectable:.4f} nats ({100 * total.detectable:.2g} % of "
+            "perplexity) would be shown in 80 of 100 cases"
         )
     return text
 
 
-def shown_rows(comparison: Comparison) -> list[Row]:
-    """The differences besides the total that are shown after the correction."""
-    return [row for row in comparison.rows[1:] if row.reading in ("better", "worse")]
-
-
 def _groups(names: list[str]) -> list[Group]:
     """Settings in the order of their first folder."""
-    groups: list[Group] = []
-    runs: list[Run] = []
-    for name in names:
-        folders = [Path(part) for part in name.split(",") if part]
-        if len(folders) == 1 and (folders[0] / "run.json").is_file():
-            run = load_run(folders[0])
-            if run.evaluation is None:
-                raise RunFolderError(
-                    f"{run.folder} has not been evaluated: run `infoentropy evaluate` on its model "
-                    f"with --output {run.folder}"
-                )
-            runs.append(run)
+    parts = {name: [Path(part) for part in name.split(",") if part] for name in names}
+    _require_distinct([folder for name in names for folder in parts[name] or [Path(name)]])
+    alone: list[Run] = []
+    groups: dict[str, Group] = {}
+    for name, folders in parts.items():
+        if not folders:
+            raise RunFolderError(f"{name!r} names no folder: expected FOLDER or FOLDER,FOLDER")
+        if len(folders) == 1 and _is_run(folders[0]):
+            alone.append(_evaluated(folders[0]))
         else:
-            groups.append(_group_of(name, folders))
-    found = {run.folder: group for group in group_runs(runs) for run in group.runs}
-    by_name = {group.label: group for group in groups}
-    ordered = [by_name[name] if name in by_name else found.get(Path(name)) for name in names]
-    return list({group.label: group for group in ordered if group is not None}.values())
+            groups[name] = _joined(name, folders)
+    found = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
+    ordered = [groups[name] if name in groups else found[parts[name][0]] for name in names]
+    return list({id(group): group for group in ordered}.values())
 
 
-def _group_of(name: str, folders: list[Path]) -> Group:
+def _require_distinct(folders: list[Path]) -> None:
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise RunFolderError(f"{folder} is named twice: one evaluation counts once")
+        seen.add(folder.resolve())
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _evaluated(folder: Path) -> Run:
+    run = load_run(folder)
+    if run.evaluation is None:
+        raise RunFolderError(
+            f"{folder} has not been evaluated: run `infoentropy evaluate` on its model with "
+            f"--output {folder}"
+        )
+    return run
+
+
+def _joined(name: str, folders: list[Path]) -> Group:
+    """The setting whose seeds are in `folders`.
+
+    Raises:
+        RunFolderError: runs of different objectives or set-ups, or two of one seed.
+    """
+    known = [_evaluated(folder) for folder in folders if _is_run(folder)]
+    _require_one_setting(group_runs(known))
+    if len(known) == len(folders):
+        return Group(name, is_baseline=False, runs=known, repeated=[])
     runs = [
-        Run(folder, {"name": folder.name, "seed": seed}, TrainingLog(), load_evaluation(folder))
-        for seed, folder in enumerate(folders, start=1)
+        Run(folder, {"name": str(folder), "seed": place}, TrainingLog(), load_evaluation(folder))
+        for place, folder in enumerate(folders, start=1)
     ]
-    return Group(name, is_baseline=False, runs=runs, repeated=[])
+    return Group(name, is_baseline=False, runs=runs, repeated=[], seeds_known=False)
+
+
+def _require_one_setting(groups: list[Group]) -> None:
+    if len(groups) > 1:
+        names = " and ".join(group.runs[0].name for group in groups[:2])
+        labels = "; ".join(group.label for group in groups[:2])
+        raise RunFolderError(
+            f"{names} are not seeds of one setting: {labels}. Join only what differs in nothing "
+            "but the seed"
+        )
+    for again in (run for group in groups for run in group.repeated):
+        one = next(run.name for run in groups[0].runs if run.seed == again.seed)
+        raise RunFolderError(
+            f"{one} and {again.name} have the same seed {again.seed}: join one run of each seed"
+        )
 
 
 def _write(comparisons: list[Comparison], output: Path) -> None:

@@ -1,31 +1,31 @@
 """Settings compared: the evaluations of one against those of another, with what is uncertain.
 
-Runs form groups that share objective and set-up (size, steps, batch, sequence) and differ in the
-seed. A group is compared with a baseline:
-
-    paired      over the seeds that both have, if at least two, or one and no more on both sides
-    unpaired    over all seeds of both, if they share fewer than two and have at least two each
-    documents   otherwise one pair, which says nothing about other seeds
-
 Several differences are read at once, so their p-values are adjusted by Holm's rule, in families
 that each answer one question: over all tokens (one per group), by frequency bucket, by decile, by
 difficulty, by domain (each over all groups). A difference is called shown where its adjusted
 p-value is below 5 % and seeds were part of it; with one seed each, nothing is called shown.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
-from megatron_infoentropy.config import COMMON, InfoEntropyConfig
 from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.groups import (
+    Group,
+    Match,
+    Pairing,
+    are_identical,
+    match,
+    one_model_twice,
+)
 from megatron_infoentropy.evaluate.inference import (
     CONFIDENCE,
     Estimate,
     estimate_differences,
     holm,
 )
-from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.statistics import (
     Kind,
     Place,
@@ -35,21 +35,9 @@ from megatron_infoentropy.evaluate.statistics import (
     way_of_scoring,
 )
 
+_NOT_EVALUATED = "no run of it has been evaluated"
+
 Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs with one objective and set-up, one per seed; `repeated` are left out of comparisons."""
-
-    label: str
-    is_baseline: bool
-    runs: list[Run]
-    repeated: list[Run]
-
-    @property
-    def evaluated(self) -> list[Run]:
-        return [run for run in self.runs if run.evaluation is not None]
 
 
 @dataclass(frozen=True)
@@ -59,8 +47,9 @@ class Row:
     `difference` is group minus baseline. `low` and `high` bound its 95 % interval, over documents
     and, where there are several, over seeds; `p` belongs to it and `p_adjusted` to its family of
     `tests`; `detectable` is the smallest true difference that the adjusted test would show in 80
-    of 100 repetitions. They are None where there are too few documents. `seed_noise` is the largest
-    gap between two runs of one objective that differ only in the seed, None where unknown.
+    of 100 repetitions. They are None where there are too few documents, `detectable` also where
+    there is one seed: then nothing is called shown. `seed_noise` is the largest gap between two
+    runs of one objective that differ only in the seed, None where unknown.
     """
 
     kind: Kind
@@ -90,30 +79,26 @@ class Comparison:
     noise_seeds: dict[str, list[int]]  # seeds of each label that the noise was taken from
     rows: list[Row]
     refusal: str | None = None
-    paired: bool = True
+    pairing: Pairing = "seed"
+    compared: list[list[str]] = field(default_factory=list)  # names of runs, the group's first
+    left_out: list[str] = field(default_factory=list)  # evaluated runs: a name and a reason each
+    identical: list[list[str]] = field(default_factory=list)  # pairs with the same scores
 
+    @property
+    def has_several_seeds(self) -> bool:
+        return all(len(names) > 1 for names in self.compared)
 
-def group_runs(runs: list[Run]) -> list[Group]:
-    """Sort runs into groups, cross entropy first, otherwise in the order given."""
-    groups: dict[tuple[object, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.objective_label, run.setup), []).append(run)
-    several_setups = len({run.setup for run in runs}) > 1
-    result = []
-    for (label, _), members in groups.items():
-        by_seed = {run.seed: run for run in reversed(members)}
-        first = [run for run in members if by_seed[run.seed] is run]
-        repeated = [run for run in members if by_seed[run.seed] is not run]
-        name = f"{label} ({_setup_in_words(members[0])})" if several_setups else str(label)
-        result.append(Group(name, members[0].is_baseline, first, repeated))
-    return sorted(result, key=lambda group: not group.is_baseline)
+    @property
+    def is_identical(self) -> bool:
+        """Whether there is nothing to compare: all pairs have the same scores."""
+        return bool(self.rows) and len(self.identical) == len(self.compared[0])
 
 
 def compare_groups(groups: list[Group]) -> list[Comparison]:
-    """Compare every evaluated group with the cross-entropy group of its set-up."""
+    """Compare every group with the cross-entropy group of its set-up."""
     pairs: list[tuple[Group, Group | None]] = []
     for group in groups:
-        if group.is_baseline or not group.evaluated:
+        if group.is_baseline:
             continue
         setup = group.runs[0].setup
         baselines = [g for g in groups if g.is_baseline and g.runs[0].setup == setup]
@@ -126,15 +111,14 @@ def compare_pairs(
 ) -> list[Comparison]:
     """Compare each group with its baseline; one correction over all of them.
 
-    references: whose mean entropy makes tokens easy or hard; default: of all runs compared.
+    references: whose mean entropy makes tokens easy or hard; default: of all settings compared.
     """
     if references is None:  # all, so that "hard" is the same tokens in every row of a family
         groups = {id(group): group for pair in pairs for group in pair if group is not None}
-        every = [run.evaluation for group in groups.values() for run in group.evaluated]
-        references = [evaluation for evaluation in every if evaluation is not None]
-        made = [_compare(*pair, _scored_alike(pair[0], references)) for pair in pairs]
+        every = [group.evaluations for group in groups.values()]
+        made = [_compare(*pair, _scored_alike(pair[0], every)) for pair in pairs]
     else:
-        made = [_compare(*pair, references) for pair in pairs]
+        made = [_compare(*pair, [references]) for pair in pairs]
     rows = _rows([drafts for _, drafts in made])
     return [replace(made[0], rows=own) for made, own in zip(made, rows, strict=True)]
 
@@ -152,45 +136,73 @@ class _Draft:
 
 
 def _compare(
-    group: Group, baseline: Group | None, references: list[Evaluation]
+    group: Group, baseline: Group | None, references: list[list[Evaluation]]
 ) -> tuple[Comparison, list[_Draft]]:
     if baseline is None:
         reason = "there is no cross-entropy run of the same size, steps, batch and sequence length"
+        reason = reason if group.evaluated else _NOT_EVALUATED
         return Comparison(group.label, "", [], {}, [], reason), []
-    first = {run.seed: run.evaluation for run in group.evaluated if run.evaluation}
-    second = {run.seed: run.evaluation for run in baseline.evaluated if run.evaluation}
-    ours, theirs, paired = _seeds(sorted(first), sorted(second))
-    refusal = None if ours else "no seed was trained and evaluated with both objectives"
-    every = [*first.values(), *second.values()]
-    try:
-        require_same_tokens([*every, *references])
-    except DifferentDataError as error:
-        refusal = str(error)
-    if refusal:
-        return Comparison(group.label, baseline.label, ours, {}, [], refusal), []
+    found = match(group, baseline)
+    known = group.seeds_known and baseline.seeds_known
     noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
-    noise_seeds = {g.label: sorted(run.seed for run in g.evaluated) for g in noisy}
-    compared = [first[seed] for seed in ours] + [second[seed] for seed in theirs]
+    made = Comparison(
+        group.label,
+        baseline.label,
+        sorted({run.seed for run in (*found.ours, *found.theirs)}) if known else [],
+        {g.label: sorted(run.seed for run in g.evaluated) for g in noisy},
+        rows=[],
+        refusal=_refusal(group, baseline, found, references),
+        pairing=found.pairing,
+        compared=[[run.name for run in side] for side in (found.ours, found.theirs)],
+        left_out=found.left_out,
+    )
+    if made.refusal:
+        return replace(made, noise_seeds={}), []
+    pairs = [] if found.pairing == "unpaired" else zip(found.ours, found.theirs, strict=True)
+    identical = [[one.name, other.name] for one, other in pairs if are_identical(one, other)]
+    return replace(made, identical=identical), _drafts(found, noisy, references)
+
+
+def _refusal(
+    group: Group, baseline: Group, found: Match, references: list[list[Evaluation]]
+) -> str | None:
+    """Why two settings cannot be compared, if so."""
+    if not group.evaluated:
+        return _NOT_EVALUATED
+    try:
+        require_same_tokens([*group.evaluations, *baseline.evaluations, *chain(*references)])
+    except DifferentDataError as error:
+        return str(error)
+    if twice := one_model_twice(group) or one_model_twice(baseline):
+        return twice
+    return None if found.ours else "no seed was trained and evaluated with both objectives"
+
+
+def _drafts(found: Match, noisy: list[Group], references: list[list[Evaluation]]) -> list[_Draft]:
+    runs = [*found.ours, *found.theirs]
+    compared = [run.evaluation for run in runs if run.evaluation]
     places, sums = statistics(compared, references)
-    sides = list(range(len(ours))), list(range(len(ours), len(compared)))
-    estimates = estimate_differences(sums, *sides, paired=paired)
-    same = [[e for r in g.evaluated if (e := r.evaluation)] for g in noisy]
-    noise = seed_noise(same, references)
+    ours = len(found.ours)
+    sides = list(range(ours)), list(range(ours, len(compared)))
+    estimates = estimate_differences(sums, *sides, paired=found.pairing != "unpaired")
+    noise = seed_noise([group.evaluations for group in noisy], references)
     nats = [sums.nats()[side].mean(axis=0) for side in sides]
-    several = min(len(ours), len(theirs)) > 1
-    drafts = [
-        _Draft(place, found, float(nats[1][c]), float(nats[0][c]), noise.get(place), several)
-        for c, (place, found) in enumerate(zip(places, estimates, strict=True))
-        if found.difference is not None
+    several = min(map(len, sides)) > 1
+    return [
+        _Draft(place, one, float(nats[1][c]), float(nats[0][c]), noise.get(place), several)
+        for c, (place, one) in enumerate(zip(places, estimates, strict=True))
+        if one.difference is not None
     ]
-    seeds = sorted({*ours, *theirs})
-    return Comparison(group.label, baseline.label, seeds, noise_seeds, [], None, paired), drafts
 
 
-def _scored_alike(group: Group, evaluations: list[Evaluation]) -> list[Evaluation]:
+def _scored_alike(group: Group, every: list[list[Evaluation]]) -> list[list[Evaluation]]:
     """Those that can guide the group's comparison: a page may show models scored otherwise too."""
-    own = {way_of_scoring(run.evaluation) for run in group.evaluated if run.evaluation}
-    return [e for e in evaluations if way_of_scoring(e) in own and e.token_scores is not None]
+    own = {way_of_scoring(evaluation) for evaluation in group.evaluations}
+    kept = [
+        [e for e in evaluations if way_of_scoring(e) in own and e.token_scores is not None]
+        for evaluations in every
+    ]
+    return [evaluations for evaluations in kept if evaluations]
 
 
 def _rows(drafts: list[list[_Draft]]) -> list[list[Row]]:
@@ -205,14 +217,6 @@ def _rows(drafts: list[list[_Draft]]) -> list[list[Row]]:
         for draft, p in zip(family, adjusted, strict=True):
             finished[id(draft)] = _finished(draft, p, max(tests, 1))
     return [[finished[id(draft)] for draft in own] for own in drafts]
-
-
-def _seeds(first: list[int], second: list[int]) -> tuple[list[int], list[int], bool]:
-    """The seeds that are compared of each side, and whether they are pairs."""
-    common = [seed for seed in first if seed in second]
-    if len(common) < 2 <= min(len(first), len(second)):
-        return first, second, False
-    return common, common, True
 
 
 def _finished(draft: _Draft, adjusted: float | None, tests: int) -> Row:
@@ -237,15 +241,5 @@ def _finished(draft: _Draft, adjusted: float | None, tests: int) -> Row:
         p=estimate.p,
         p_adjusted=adjusted,
         tests=tests,
-        detectable=estimate.detectable(tests),
+        detectable=estimate.detectable(tests) if draft.several_seeds else None,
     )
-
-
-def _setup_in_words(run: Run) -> str:
-    setup, plain = dict(run.setup), InfoEntropyConfig()
-    words = [f"{setup['parameters']:,} parameters"]
-    words.append(
-        f"{setup['train_iters']:,} steps of {setup['global_batch_size']} x {setup['seq_length']}"
-    )
-    words += [f"{name} {setup[name]:g}" for name in COMMON if setup[name] != getattr(plain, name)]
-    return ", ".join(words)

@@ -1,6 +1,7 @@
 """What the report's plots share: colours of groups, dashes, thinned curves, a histogram behind."""
 
-from typing import Any
+import textwrap
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +14,33 @@ Data = dict[str, Any]
 
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
 _MOST_POINTS = 400
+_LINE, _HALF_LINE = 56, 26  # characters that fit into a figure's width beside a legend's handle
+_LINE_HEIGHT = 0.19  # inches
 
 
 def color_of(group: Data) -> str:
     return SERIES[group["color"] - 1]
+
+
+def named(group: Data) -> str:
+    """As the page's key names a group: its letter, and what it is."""
+    return f"{group['letter']} {group['label']}"
+
+
+def legend(axes: Axes, inside: Literal["upper left", "upper right"] | None = None) -> None:
+    """The legend, above the panel or, where its lines are short, `inside`; none is cut."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels))
+    if inside and longest <= _HALF_LINE:
+        axes.legend(loc=inside)
+        return
+    columns = 2 if longest <= _HALF_LINE else 1
+    wrapped = [textwrap.fill(label, _LINE) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in wrapped) / columns
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figheight(figure.get_figheight() + _LINE_HEIGHT * max(0, lines - 2))
+    figure.legend(handles, wrapped, loc="outside upper left", ncols=columns)
 
 
 def short(text: str, most: int) -> str:

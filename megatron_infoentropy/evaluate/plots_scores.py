@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.buckets import BUCKETS
 from megatron_infoentropy.evaluate.figure import Cell, Figure
-from megatron_infoentropy.evaluate.plot_parts import Data, color_of, evaluated_groups, short
+from megatron_infoentropy.evaluate.plot_parts import (
+    Data,
+    color_of,
+    evaluated_groups,
+    legend,
+    named,
+    short,
+)
 from megatron_infoentropy.evaluate.svg import FILL, INK, MUTED, draw
 from megatron_infoentropy.evaluate.wording import perplexity
 
@@ -35,7 +42,7 @@ def bucket_bars(data: Data) -> Figure | None:
         axes.set_ylim(1, axes.get_ylim()[1] * 1.6)
         axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
         axes.tick_params(axis="x", length=0)
-        axes.figure.legend(loc="outside upper left", ncols=2)
+        legend(axes)
         return "Perplexity by token-frequency bucket and objective; the table has the numbers."
 
     rows: list[list[Cell]] = []
@@ -70,7 +77,7 @@ def _bars(
     means = np.exp(nats.mean(axis=0))
     # A log axis has no zero; bars start at 1, the perplexity of a perfect prediction, so their
     # length is the nats per token.
-    axes.bar(x, means - 1, width * 0.92, bottom=1, color=color, label=group["label"])
+    axes.bar(x, means - 1, width * 0.92, bottom=1, color=color, label=named(group))
     known = [i for i, place in enumerate(places) if place in group["intervals"]]
     ends = np.exp([group["intervals"][places[i]] for i in known])
     if known:
@@ -90,16 +97,16 @@ def differences_by(data: Data, kind: str) -> Figure | None:
     if not shown:
         return None
     places = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))
-    color_by_label = {group["label"]: color_of(group) for group in data["groups"]}
+    by_label = {group["label"]: group for group in data["groups"]}
 
     def plot(axes: Axes) -> str:
         axes.axhline(0, color=MUTED, linewidth=1)
         for number, (comparison, rows) in enumerate(shown):
-            color = color_by_label[comparison["group"]]
+            color = color_of(by_label[comparison["group"]])
             shift = 0.5 * (number - (len(shown) - 1) / 2) / len(shown)
             x = [places.index(row["name"]) + shift for row in rows]
             axes.plot(x, [row["difference"] for row in rows], "o-", color=color, markersize=4,
-                      label=comparison["group"])  # fmt: skip
+                      label=named(by_label[comparison["group"]]))  # fmt: skip
             for at, row in zip(x, rows, strict=True):
                 if row["low"] is not None:
                     axes.vlines(at, row["low"], row["high"], color=color, linewidth=1.4)
@@ -110,7 +117,7 @@ def differences_by(data: Data, kind: str) -> Figure | None:
             if kind == "decile"
             else "third of the tokens by predicted entropy"
         )
-        axes.figure.legend(loc="outside upper left", ncols=2)
+        legend(axes)
         return f"Difference to cross entropy by {kind}, with 95 percent intervals."  # fmt: skip
 
     name = f"differences-by-{kind}"
@@ -133,17 +140,17 @@ def differences(data: Data) -> Figure | None:
         return None
     shown = [(c, [r for r in c["rows"] if r["kind"] in _MAIN_KINDS]) for c in comparisons]
     names = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
-    color_by_label = {group["label"]: color_of(group) for group in data["groups"]}
+    by_label = {group["label"]: group for group in data["groups"]}
 
     def plot(axes: Axes) -> str:
         step = 0.7 / len(comparisons)
         for number, (comparison, rows) in enumerate(shown):
-            color = color_by_label[comparison["group"]]
+            color = color_of(by_label[comparison["group"]])
             for row in rows:
                 y = names.index((row["kind"], row["name"]))
                 y_own = y + (number - (len(comparisons) - 1) / 2) * step
                 _difference(axes, row, y_own, step, color)
-            axes.plot([], [], "o-", color=color, label=comparison["group"])
+            axes.plot([], [], "o-", color=color, label=named(by_label[comparison["group"]]))
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(names)), [short(_place(*name), 24) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -153,7 +160,7 @@ def differences(data: Data) -> Figure | None:
         axes.set_xlabel("nats per token (below 0: better)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if len(comparisons) > 1:
-            axes.figure.legend(loc="outside upper left", ncols=2)
+            legend(axes)
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
     height = 1.2 + (0.26 + 0.12 * len(comparisons)) * len(names)

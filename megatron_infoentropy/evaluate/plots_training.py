@@ -7,7 +7,16 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from megatron_infoentropy.evaluate.figure import Cell, Figure
-from megatron_infoentropy.evaluate.plot_parts import DASHES, Data, color_of, short, step_axis, thin
+from megatron_infoentropy.evaluate.plot_parts import (
+    DASHES,
+    Data,
+    color_of,
+    legend,
+    named,
+    short,
+    step_axis,
+    thin,
+)
 from megatron_infoentropy.evaluate.svg import PAGE, draw
 
 _MOST_NAMED = 6  # runs, beyond which only groups are named
@@ -42,7 +51,7 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
         axes.set_ylabel("nats per token")
         axes.set_ylim(top=_top_after_start([run["training"][series] for run in runs]))
         step_axis(axes)
-        axes.legend(loc="upper right")
+        legend(axes, "upper right")
         return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
 
     name = f"train-{series.replace(' ', '-')}"
@@ -104,9 +113,9 @@ def _distribution(
 
     def draw_all(axes: Axes) -> str:
         for group, run in shown:
-            plot(axes, color_of(group), group["label"], curves[run["name"]])
+            plot(axes, color_of(group), named(group), curves[run["name"]])
         step_axis(axes)
-        axes.figure.legend(loc="outside upper left", ncols=2)
+        legend(axes)
         return words
 
     rows: list[list[Cell]] = [
@@ -144,7 +153,7 @@ def _means(axes: Axes, data: Data, series: str) -> None:
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [float(np.mean([curve[step] for curve in curves])) for step in steps]
         mean = thin({"iterations": steps, "values": values})
-        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=group["label"])
+        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=named(group))
 
 
 def _top_after_start(curves: list[Data]) -> float | None:

@@ -12,6 +12,8 @@ from megatron_infoentropy.evaluate.plot_parts import (
     evaluated_groups,
     first_evaluation,
     histogram_behind,
+    legend,
+    named,
 )
 from megatron_infoentropy.evaluate.svg import INK, MUTED, SERIES, draw
 
@@ -38,7 +40,7 @@ def weight_curves(data: Data) -> Figure | None:
         axes.set(xlabel="entropy of the prediction (nats)", ylabel="weight (mean 1)")
         axes.set_xlim(0, weights["entropy"][-1])
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
+        legend(axes, "upper left")
         return (
             "Weight against entropy for several gamma, over the histogram of predicted entropies."
         )
@@ -63,13 +65,13 @@ def entropy_calibration(data: Data) -> Figure | None:
     def plot(axes: Axes) -> str:
         histogram_behind(axes, found[0][1])
         for group, x, y in points:
-            axes.plot(x, y, color=color_of(group), label=group["label"])
+            axes.plot(x, y, color=color_of(group), label=named(group))
         top = max([0.0, *(value for _, x, y in points for value in (*x, *y))])
         axes.plot([0, top], [0, top], color=MUTED, linestyle=DASHES[2], label="entropy itself")
         axes.set(xlabel="entropy of the prediction (nats)", ylabel="mean cross entropy (nats)")
         axes.set_xlim(0, found[0][1]["edges"][-1])
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
+        legend(axes, "upper left")
         return "Mean cross entropy against predicted entropy; on the diagonal they are equal."
 
     rows: list[list[Cell]] = [
@@ -96,12 +98,12 @@ def confidence_calibration(data: Data) -> Figure | None:
         for group, one in found:
             kept = [i for i, tokens in enumerate(one["tokens"]) if tokens >= _ENOUGH]
             x, y = ([one[n][i] for i in kept] for n in ("confidence_in_bin", "accuracy_in_bin"))
-            label = f"{group['label']}: off by {100 * one['expected_error']:.1f} %"
+            label = f"{named(group)}: off by {100 * one['expected_error']:.1f} %"
             axes.plot(x, y, "o-", markersize=3.5, color=color_of(group), label=label)
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=DASHES[2], label="calibrated")
         axes.set(xlabel="probability of the most probable token", ylabel="how often it is right")
         axes.set(xlim=(0, 1), ylim=(0, 1))
-        axes.legend(loc="upper left")
+        legend(axes, "upper left")
         return "Share of right predictions by their probability; on the diagonal they are equal."
 
     columns = ("setting", "tokens", "mean_confidence", "accuracy")

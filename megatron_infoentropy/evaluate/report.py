@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,11 +21,12 @@ from markupsafe import Markup
 
 from megatron_infoentropy import __version__
 from megatron_infoentropy.evaluate import verdict, wording
-from megatron_infoentropy.evaluate.comparison import Group, compare_groups, group_runs
+from megatron_infoentropy.evaluate.comparison import compare_groups
 from megatron_infoentropy.evaluate.emphasis import emphasise
 from megatron_infoentropy.evaluate.figure import Figure, write_figures
 from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.group_scores import intervals_over_documents, mean_scores
+from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.plots import all_figures
 from megatron_infoentropy.evaluate.runlog import Values
 from megatron_infoentropy.evaluate.runs import Run, load_run
@@ -32,7 +34,7 @@ from megatron_infoentropy.evaluate.svg import SERIES
 from megatron_infoentropy.evaluate.task_table import task_table
 from megatron_infoentropy.evaluate.weights import weight_curves
 
-FORMAT = 2
+FORMAT = 3
 _MOST_PASSAGES = 3
 _TEMPLATE = "report.html.jinja"
 
@@ -83,9 +85,14 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
             "headline": verdict.headline(runs, comparisons),
             "smallest_effects": verdict.smallest_effects(comparisons),
             "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
+            "matched": [verdict.how_matched(c) for c in comparisons],
+            "chances": verdict.chances(comparisons),
             "limits": [*notes, *verdict.limits(runs, groups, comparisons)],
         },
-        "groups": [_describe_group(g, i, position) for i, g in enumerate(groups, first_color)],
+        "groups": [
+            _describe_group(group, place, place + first_color, position)
+            for place, group in enumerate(groups)
+        ],
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
         "comparisons": [asdict(comparison) for comparison in comparisons],
         "weights": weight_curves(runs),
@@ -117,12 +124,18 @@ def render_report(data: dict[str, Any], figures: dict[str, Figure | None], stem:
     }
     domains = {name: None for group in data["groups"] for name in group["scores"]["domains"]}
     return environment.get_template(_TEMPLATE).render(
-        **data, domains=list(domains), title=_title(data), stem=stem, figures=drawn
+        **data,
+        domains=list(domains),
+        letters={group["label"]: group["letter"] for group in data["groups"]},
+        title=_title(data),
+        stem=stem,
+        figures=drawn,
     )
 
 
 def _title(data: dict[str, Any]) -> str:
-    labels = [group["label"] for group in data["groups"]]
+    first = [data["runs"][group["runs"][0]] for group in data["groups"]]
+    labels = list(dict.fromkeys(run["objective_label"] for run in first))
     if len(labels) == 1:
         return f"Training with {labels[0]}"
     others = labels[1:] if data["groups"][0]["is_baseline"] else labels
@@ -130,13 +143,16 @@ def _title(data: dict[str, Any]) -> str:
     return f"{named} against cross entropy" if others != labels else named
 
 
-def _describe_group(group: Group, index: int, position: dict[int, int]) -> dict[str, Any]:
+def _describe_group(
+    group: Group, place: int, color: int, position: dict[int, int]
+) -> dict[str, Any]:
     """A group by its runs' places in the report; `color` counts the figures' series from 1."""
     evaluations = [run.evaluation for run in group.evaluated if run.evaluation]
     return {
         "label": group.label,
+        "letter": ascii_uppercase[place % 26] * (place // 26 + 1),
         "is_baseline": group.is_baseline,
-        "color": index % len(SERIES) + 1,
+        "color": color % len(SERIES) + 1,
         "runs": [position[id(run)] for run in group.runs],
         "evaluated": [position[id(run)] for run in group.evaluated],
         "repeated": [position[id(run)] for run in group.repeated],
@@ -157,6 +173,7 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "name": run.name,
         "group": group,
         "objective_label": run.objective_label,
+        "stages": [asdict(stage) for stage in run.stages],
         "info": run.info | {"command": _portable(run)},
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,

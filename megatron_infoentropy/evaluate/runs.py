@@ -9,13 +9,10 @@ from megatron_infoentropy.config import COMMON, InfoEntropyConfig
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
 from megatron_infoentropy.evaluate.runlog import TrainingLog, read_log
+from megatron_infoentropy.evaluate.stages import Stage, in_words, loss_of, stages_of
 from megatron_infoentropy.tasks.results import TaskResult, load_results
 
-GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
-SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
-
 SETUP_FIELDS = ("parameters", "train_iters", "global_batch_size", "seq_length")
-_OBJECTIVE = ("objective", "gamma", "sigma", "normalization", "detach_weight")
 _REQUIRED = ("name", "objective", "gamma", "sigma", "normalization", "seed", "command", "versions")
 
 
@@ -42,14 +39,17 @@ class Run:
 
     @property
     def loss(self) -> InfoEntropyConfig:
-        """What was minimised. Where run.json is of an earlier version the rest had defaults."""
-        first = {name: self.info[name] for name in _OBJECTIVE if name in self.info}
-        return InfoEntropyConfig(**(first | self.info.get("loss", {}))).effective()
+        """What was minimised, of several stages in the last."""
+        return loss_of(self.info)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return stages_of(self.info)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the run weighted no token (any objective does, with gamma 0)."""
-        return self.loss.objective == "cross_entropy"
+        """Whether the run weighted no token (any objective does, with gamma 0), in one stage."""
+        return len(self.stages) == 1 and self.loss.objective == "cross_entropy"
 
     @property
     def tokens_seen(self) -> int:
@@ -59,21 +59,8 @@ class Run:
 
     @property
     def objective_label(self) -> str:
-        """The objective in words, with every setting that is not the published one."""
-        loss = self.loss
-        if self.is_baseline:
-            return "cross entropy"
-        label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
-        label += f" {loss.weighting}" if loss.weighting else f" {GAMMA}={loss.gamma:g}"
-        if loss.gamma_schedule != "constant":
-            label += f" to {loss.gamma_end:g}, {loss.gamma_schedule} in {loss.gamma_samples:,}"
-        if loss.sigma != 1:
-            label += f" {SIGMA}={loss.sigma:g}"
-        if loss.blend:
-            label += f", blended by {loss.blend:g}"
-        if loss.normalization != "paper":
-            label += f", {loss.normalization} normalization"
-        return label if loss.detach_weight else f"{label}, weight differentiated"
+        """The objective in words, or the objectives of all stages."""
+        return in_words(self.stages)
 
     @property
     def setup(self) -> tuple[tuple[str, Any], ...]:
@@ -111,7 +98,7 @@ def load_run(folder: Path) -> Run:
         load_results(folder),
     )
     try:
-        _ = run.loss
-    except (TypeError, ValueError) as error:
+        _ = run.loss, run.stages
+    except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path} describes no loss of this version: {error}") from error
     return run

@@ -40,7 +40,7 @@ def way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
 
 
 def statistics(
-    evaluations: list[Evaluation], references: list[Evaluation]
+    evaluations: list[Evaluation], references: list[list[Evaluation]]
 ) -> tuple[list[Place], Sums]:
     """Every statistic that is compared, and its sums per document."""
     documents = evaluations[0].documents
@@ -63,7 +63,7 @@ def statistics(
 
 
 def seed_noise(
-    same_objective: list[list[Evaluation]], references: list[Evaluation]
+    same_objective: list[list[Evaluation]], references: list[list[Evaluation]]
 ) -> dict[Place, float]:
     """The largest gap between two evaluations of one objective, where there are two."""
     noise: dict[Place, float] = {}

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
-from megatron_infoentropy.evaluate.comparison import Comparison, Group, Row
+from megatron_infoentropy.evaluate.comparison import Comparison, Row
+from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.wording import PERCENT, compact, nats, plural, signed
 
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 _FEW_SEEDS = 5
+# Of one false claim where nothing differs, in a family of tests.
+FAMILY_ERROR = 5  # percent
+NO_POWER = "no difference of any size could have been shown: it takes two seeds of both settings"
 _WORDS = {
     "better": "better, by more than other documents and other seeds explain",
     "worse": "worse, by more than other documents and other seeds explain",
@@ -34,41 +38,51 @@ def _headline_of_several(made: list[Comparison]) -> str:
         scored = " and ".join(f"{c.group} scores {c.rows[0].reading}" for c in shown)
         text = f"Over all tokens {scored} than cross entropy"
         others = len(made) - len(shown)
-        text += f"; no difference is shown for {others} others." if others else "."
-    else:
-        text = (
-            f"No difference shown over all tokens between cross entropy and any of {len(made)} "
-            "other settings."
-        )
-    rest = [c for c in made if c not in shown]
-    buckets = [f"{c.group} is {words}" for c in rest if (words := _shown_buckets(c))]
-    return f"{text} By frequency {'; '.join(buckets)} tokens." if buckets else text
-
-
-def _shown_buckets(comparison: Comparison) -> str:
-    rows = [row for row in _of_kind(comparison, "bucket") if _is_shown(row)]
-    return " and ".join(f"{row.reading} on {row.name}-frequency" for row in rows)
+        return text + (f"; no difference is shown for {others} others." if others else ".")
+    return (
+        f"No difference shown over all tokens between cross entropy and any of {len(made)} other "
+        "settings."
+    )
 
 
 def _headline_of(comparison: Comparison) -> str:
+    """By all tokens alone, so that its chance of being wrong is that of one family of tests."""
     total = comparison.rows[0]
     names = f"{comparison.group} and {comparison.baseline}"
+    if comparison.is_identical:
+        return f"The evaluations of {names} are identical: there is nothing to compare."
     if total.reading == "seed noise unknown":
         return (
             f"Undecided. Over all tokens {names} differ by {signed(total.difference)} nats per "
             "token, but too few seeds were run to tell the objective from the seed."
         )
     if total.reading == "no difference shown":
-        text = f"No difference shown between {names} over all tokens."
-    else:
-        text = (
-            f"{comparison.group} scores {total.reading} than {comparison.baseline} over "
-            f"all tokens, by {nats(abs(total.difference))} nats per token: more than other "
-            f"documents and other seeds than the {len(comparison.seeds)} tried explain."
-        )
-    if (words := _shown_buckets(comparison)) and not _is_shown(total):
-        text += f" By frequency {comparison.group} is {words} tokens."
-    return text
+        return f"No difference shown between {names} over all tokens."
+    return (
+        f"{comparison.group} scores {total.reading} than {comparison.baseline} over all tokens, by "
+        f"{nats(abs(total.difference))} nats per token: more than other documents and other seeds "
+        f"than the {seeds_in_words(comparison)} tried explain."
+    )
+
+
+def seeds_in_words(comparison: Comparison) -> str:
+    """`3 seeds` of both, or `3 and 2 seeds`."""
+    ours, theirs = map(len, comparison.compared)
+    return plural(ours, "seed") if ours == theirs else f"{ours} and {theirs} seeds"
+
+
+def how_matched(comparison: Comparison) -> str:
+    """Which evaluations were set against which."""
+    if not comparison.compared:
+        return "not compared"
+    ours, theirs = map(len, comparison.compared)
+    seeds = f" ({', '.join(map(str, comparison.seeds))})" if comparison.seeds else ""
+    return {
+        "seed": f"paired by seed{seeds}",
+        "order": "paired by order, as their seeds are not known",
+        "unpaired": f"unpaired, {ours} and {theirs} evaluations",
+        "one": "one evaluation of each",
+    }[comparison.pairing]
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,22 @@ def findings(comparison: Comparison) -> list[Finding]:
     """What matters of a comparison: all tokens, then the frequency buckets."""
     if comparison.refusal:
         return [Finding(comparison.group, f"not compared, because {comparison.refusal}", "")]
+    if comparison.is_identical:
+        return [Finding("All tokens", "the evaluations are identical", "")]
     rows = [comparison.rows[0], *_of_kind(comparison, "bucket")]
     return [Finding(_subject(row), _WORDS[row.reading], _numbers(row)) for row in rows]
+
+
+def chances(comparisons: list[Comparison]) -> str | None:
+    """How likely a false claim is where nothing differs; None where nothing can be claimed."""
+    kinds = {row.kind for c in comparisons if c.has_several_seeds for row in c.rows}
+    if not kinds:
+        return None
+    return (
+        f"Where nothing differs, the chance of a false claim is at most {FAMILY_ERROR}{PERCENT} "
+        f"over all tokens, and as much in each other kind of difference: "
+        f"{len(kinds) * FAMILY_ERROR}{PERCENT} over all {len(kinds)} kinds."
+    )
 
 
 def _subject(row: Row) -> str:
@@ -95,8 +123,8 @@ def _subject(row: Row) -> str:
 def _numbers(row: Row) -> str:
     interval = "too few documents for an interval"
     if row.low is not None and row.high is not None:
-        interval = f"95{PERCENT} interval {signed(row.low)} to {signed(row.high)}"
-    corrected = "" if row.p_adjusted is None else f", corrected p = {row.p_adjusted:.2g}"
+        interval = f"95{PERCENT} (single) {signed(row.low)} to {signed(row.high)}"
+    corrected = "" if row.p_adjusted is None else f", p (Holm) = {row.p_adjusted:.2g}"
     return f"{signed(row.difference)} nats per token; {interval}{corrected}"
 
 
@@ -112,11 +140,14 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
             sentences.append(f"{run.name} has logged {done} of {planned} steps.")
         if run.evaluation is None:
             sentences.append(f"{run.name} has not been evaluated; only its training is shown.")
-    for group in groups:
-        for run in group.repeated:
-            sentences.append(
-                f"{run.name} repeats an objective, set-up and seed; it is drawn, not compared."
-            )
+    left_out = [clause for comparison in comparisons for clause in comparison.left_out]
+    left_out += [clause for group in groups for clause in repeats(group)]
+    sentences += [f"Left out: {clause}." for clause in dict.fromkeys(left_out)]
+    for comparison in comparisons:
+        for one, other in comparison.identical:
+            sentences.append(f"The evaluations of {one} and {other} are identical.")
+    sentences += [f"{run.name} was trained in stages: {run.objective_label}."
+                  for run in runs if len(run.stages) > 1]  # fmt: skip
     return sentences
 
 
@@ -124,18 +155,16 @@ def smallest_effects(comparisons: list[Comparison]) -> list[str]:
     """The smallest differences that the study could have shown, a sentence a comparison."""
     sentences = []
     for comparison in comparisons:
+        if not comparison.rows or comparison.is_identical:
+            continue
         rows = [row for row in comparison.rows if row.kind in ("total", "bucket")]
-        known = [(row, row.detectable) for row in rows if row.detectable]
-        if not comparison.rows:
-            continue
-        if len(comparison.seeds) < 2 or not known:
-            sentences.append(
-                f"{comparison.group}: no difference of any size could have been shown; it takes "
-                "two seeds of both objectives."
-            )
-            continue
-        sizes = [f"{_subject(row).lower()} {nats(size)}" for row, size in known]
-        sentences.append(f"{comparison.group}: {', '.join(sizes)} nats per token.")
+        sizes = [
+            f"{_subject(row).lower()} {nats(row.detectable)}" for row in rows if row.detectable
+        ]
+        if not comparison.has_several_seeds:
+            sentences.append(f"{comparison.group}: {NO_POWER}.")
+        elif sizes:
+            sentences.append(f"{comparison.group}: {', '.join(sizes)} nats per token.")
     return sentences
 
 
@@ -143,11 +172,16 @@ def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
     rows = [row for comparison in comparisons for row in comparison.rows]
     if not rows:
         return []
-    return [
-        f"{len(rows)} differences are tested. They are corrected (Holm) in five families: over all "
-        "tokens, by bucket, by decile, by difficulty, by domain; in each, the chance of calling "
-        f"anything a difference where there is none is 5{PERCENT}."
+    kinds = {"total": "over all tokens", "bucket": "by bucket", "decile": "by decile",
+             "difficulty": "by difficulty", "domain": "by domain"}  # fmt: skip
+    names = [words for kind, words in kinds.items() if kind in {row.kind for row in rows}]
+    sentences = [
+        f"{len(rows)} differences are tested. Their p-values are corrected (Holm) in "
+        f"{len(names)} families: {', '.join(names)}. Intervals are single: they are not corrected."
     ]
+    if chance := chances(comparisons):
+        sentences.append(f"{chance} The headline rests on all tokens alone.")
+    return sentences
 
 
 def _size_sentence(runs: list[Run], comparisons: list[Comparison]) -> str:

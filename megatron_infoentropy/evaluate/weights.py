@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run
+from megatron_infoentropy.evaluate.runs import Run
+from megatron_infoentropy.evaluate.stages import GAMMA, SIGMA
 
 # Drawn beside the gamma in use, to show what a larger or smaller one would do.
 OTHER_GAMMAS = (0.5, 2.0)

@@ -1,5 +1,6 @@
 """Writes realistic run folders without training: logs and evaluations with known gaps."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -26,9 +27,14 @@ def write_run(
     steps: int = 400,
     evaluated: bool = True,
     fingerprint: str = "f" * 64,
+    model_seed: int | None = None,
+    same_as: str | None = None,
     **info,
 ) -> Path:
-    """One run folder; `shift` moves its loss on every low-frequency token, in nats."""
+    """One run folder; `shift` moves its loss on every low-frequency token, in nats.
+
+    Its scores are those of `model_seed` and of the objective `same_as`: by default, its own.
+    """
     folder.mkdir(parents=True)
     description = {
         "name": name or folder.name,
@@ -53,7 +59,8 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
     (folder / "train.log").write_text(training_log(objective, seed, steps), encoding="utf-8")
     if evaluated:
-        example_evaluation(seed, shift, objective, fingerprint).save(folder)
+        scores = model_seed or seed, shift, same_as or objective
+        example_evaluation(*scores, fingerprint).save(folder)
     return folder
 
 
@@ -108,7 +115,9 @@ def example_evaluation(seed: int, shift: float, objective: str, fingerprint: str
     sums = DocumentSums(domain, np.arange(count), tokens, per_token * tokens, entropy)
     scores = np.stack([per_token, 0.96 * per_token], axis=-1)
     scores = np.repeat(scores.reshape(-1, 2), tokens.ravel(), axis=0).astype(np.float16)
-    return Evaluation(example_summary(sums, fingerprint), sums, scores)
+    summary = example_summary(sums, fingerprint)
+    summary["model"]["weights_sha256"] = hashlib.sha256(sums.ce.tobytes()).hexdigest()
+    return Evaluation(summary, sums, scores)
 
 
 def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
@@ -140,7 +149,6 @@ def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
             "vocab_size": VOCAB,
             "device": "cpu",
             "dtype": "float32",
-            "weights_sha256": "1" * 64,
         },
         "data": {
             "fingerprint": fingerprint,

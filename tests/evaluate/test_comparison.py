@@ -13,16 +13,13 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.comparison import (
-    Comparison,
-    _seeds,
-    compare_groups,
-    group_runs,
-)
+from megatron_infoentropy.evaluate.comparison import Comparison, compare_groups
 from megatron_infoentropy.evaluate.difficulty import difficulty_sums
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
-from megatron_infoentropy.evaluate.runs import load_run
+from megatron_infoentropy.evaluate.groups import Group, group_runs, match
+from megatron_infoentropy.evaluate.runlog import TrainingLog
+from megatron_infoentropy.evaluate.runs import Run, load_run
 
 
 def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0, **info) -> list[str]:
@@ -118,7 +115,7 @@ def test_evaluations_without_a_run_are_settings_and_commas_join_their_seeds(tmp_
         example_evaluation(seed, shift, "x", "f" * 64).save(tmp_path / name)
     joined = [f"{tmp_path / 'a1'},{tmp_path / 'a2'}", f"{tmp_path / 'b1'},{tmp_path / 'b2'}"]
     (two,) = compare_folders(joined)
-    assert two.seeds == [1, 2]
+    assert (two.pairing, two.seeds) == ("order", [])
     (one,) = compare_folders([str(tmp_path / "a1"), str(tmp_path / "b1")])
     low = rows_of(one)["bucket", "low"]
     assert low.p_adjusted < 0.05
@@ -129,7 +126,7 @@ def test_evaluations_without_a_run_are_settings_and_commas_join_their_seeds(tmp_
 def test_settings_of_other_seeds_are_compared_without_pairs(tmp_path):
     names = runs(tmp_path, "cross_entropy", range(1, 4)) + runs(tmp_path, "focal", range(5, 8))
     (comparison,) = compare_folders(names)
-    assert not comparison.paired
+    assert comparison.pairing == "unpaired"
     assert comparison.seeds == [1, 2, 3, 5, 6, 7]
     assert comparison.rows[0].reading == "no difference shown"
 
@@ -137,14 +134,23 @@ def test_settings_of_other_seeds_are_compared_without_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ([1, 2, 3], [2, 3, 4], ([2, 3], [2, 3], True)),
-        ([1, 2, 3], [3, 4], ([1, 2, 3], [3, 4], False)),
-        ([1, 2], [2], ([2], [2], True)),
-        ([1], [2], ([], [], True)),
+        ([1, 2, 3], [2, 3, 4], ([2, 3], [2, 3], "seed")),
+        ([1, 2, 3], [3, 4], ([1, 2, 3], [3, 4], "unpaired")),
+        ([1, 2], [2], ([2], [2], "one")),
+        ([1], [2], ([], [], "one")),
     ],
 )
 def test_seeds_are_paired_where_at_least_two_are_shared(first, second, expected):
-    assert _seeds(first, second) == expected
+    evaluation = example_evaluation(1, 0, "x", "f" * 64)
+
+    def group(label: str, seeds: list[int]) -> Group:
+        made = [Run(Path(label), {"name": label, "seed": n}, TrainingLog(), evaluation)
+                for n in seeds]  # fmt: skip
+        return Group(label, is_baseline=False, runs=made, repeated=[])
+
+    found = match(group("one", first), group("other", second))
+    seeds = ([run.seed for run in side] for side in (found.ours, found.theirs))
+    assert (*seeds, found.pairing) == expected
 
 
 def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
@@ -152,8 +158,10 @@ def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert len([line for line in lines if line.startswith("domain")]) == 2
-    assert lines[-1].startswith("InfoEntropy")
-    assert "against cross entropy, all tokens: " in lines[-1]
+    assert lines[-2].startswith("InfoEntropy")
+    assert "against cross entropy, all tokens: " in lines[-2]
+    assert "at most 5\xa0% over all tokens" in lines[-1]
+    assert "25\xa0% over all 5 kinds" in lines[-1]
 
 
 def test_what_cannot_be_compared_says_why(folders, tmp_path):
@@ -192,7 +200,7 @@ def test_one_models_own_entropy_would_make_it_look_bad_on_hard_tokens_the_mean_d
     pair = noisy_pair()
 
     def hard_difference(references: list[Evaluation]) -> float:
-        tokens, ce = difficulty_sums(pair, references)
+        tokens, ce = difficulty_sums(pair, [references])
         assert tokens.sum(axis=0) == pytest.approx(np.full(3, 40_000 / 3), rel=0.01)
         gap = (ce[0] - ce[1]).sum(axis=0) / tokens.sum(axis=0)
         return float(gap[2])
@@ -202,13 +210,20 @@ def test_one_models_own_entropy_would_make_it_look_bad_on_hard_tokens_the_mean_d
     assert abs(hard_difference(pair)) < 0.015
 
 
+def test_a_setting_of_nine_runs_says_no_more_of_what_is_hard_than_one_of_a_single_run():
+    pair = noisy_pair(4000)
+    many = difficulty_sums(pair, [[pair[0]] * 9, [pair[1]]])
+    for one, other in zip(many, difficulty_sums(pair, [pair]), strict=True):
+        np.testing.assert_allclose(one, other)
+
+
 def test_difficulty_needs_the_scores_of_the_tokens_and_blocks_do_not_matter(monkeypatch):
     pair = noisy_pair(4000)
-    whole = difficulty_sums(pair, pair)
+    whole = difficulty_sums(pair, [pair])
     monkeypatch.setattr("megatron_infoentropy.evaluate.difficulty._BLOCK", 700)
-    for one, other in zip(whole, difficulty_sums(pair, pair), strict=True):
+    for one, other in zip(whole, difficulty_sums(pair, [pair]), strict=True):
         np.testing.assert_allclose(one, other)
-    assert difficulty_sums(pair, [replace(pair[0], token_scores=None)]) is None
+    assert difficulty_sums(pair, [[replace(pair[0], token_scores=None)]]) is None
 
 
 def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
