@@ -145,12 +145,16 @@ def _print_domains(manifest: "Manifest") -> None:
 def merge(
     datasets: Annotated[list[Path], typer.Argument(help="dataset folders, or one of shards")],
     output: Annotated[Path, typer.Option(help="folder to write")],
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="also datasets that share an input")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Join the shards of a dataset, or datasets of one kind, domain by domain."""
     from megatron_infoentropy.data.merge import merge as run
 
-    _print_domains(run(datasets, output, overwrite=overwrite))
+    merged = run(datasets, output, allow_duplicates=allow_duplicates, overwrite=overwrite)
+    _print_domains(merged)
 
 
 def pack(
@@ -184,7 +188,8 @@ def blend(
         str, typer.Option(help="natural, paper, temperature:T, or a .json file of domain: weight")
     ] = "natural",
     tokens: Annotated[
-        float | None, typer.Option(help="of the training run: tells the epochs of each domain")
+        float | None,
+        typer.Option(min=1, help="of the training run: tells the epochs of each domain"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="file for --data-args-path; default: print it")

@@ -69,7 +69,9 @@ def blend(dataset: Path, weights: str = "natural") -> list[Share]:
     unknown = sorted(sizes.keys() - raw.keys())
     if unknown:
         raise ValueError(
-            f"the weights {weights!r} say nothing of {unknown[0]!r}; they know {sorted(raw)}"
+            f"the weights {weights!r} do not name the domain {unknown[0]!r} of {dataset}; choose "
+            "natural, temperature:T or a .json file that names all its domains (in a recipe: "
+            f"data-weights); {weights!r} names {sorted(raw)}"
         )
     total = sum(raw[name] for name in sizes)
     if total <= 0 or any(raw[name] < 0 for name in sizes):

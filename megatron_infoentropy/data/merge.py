@@ -6,7 +6,7 @@ all their inputs would have written.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,17 +29,26 @@ from megatron_infoentropy.progress import Advance, progress
 _LENGTHS = "lengths"
 
 
-def merge(folders: Sequence[Path], output: Path, *, overwrite: bool = False) -> Manifest:
+def merge(
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    allow_duplicates: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
     """Write one dataset of several, in the order given.
 
     A folder that holds shards (`preprocess --shard`) stands for all of them.
 
     Raises:
-        ValueError: a shard is missing; tokenizers, options or versions differ; a dataset is not
-            what its manifest says. `output` is then left as it was.
+        ValueError: a shard is missing; tokenizers, options or versions differ; two datasets are of
+            one input and that is not allowed; a dataset is not what its manifest says. `output` is
+            then left as it was.
     """
     parts = [load_manifest(folder) for given in folders for folder in _shards(given)]
     _require_same_kind(parts)
+    if not allow_duplicates:
+        _require_distinct(parts)
     prefixes = _prefixes(parts)
     with new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder:
         (folder / _LENGTHS).mkdir()
@@ -93,6 +102,30 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
                 f"expected the {number} shards of one dataset in order, each once; missing: "
                 f"{', '.join(map(str, missing)) or 'none'}"
             )
+
+
+def _require_distinct(parts: Sequence[Manifest]) -> None:
+    """Documents that are there twice count twice, in training and in every test over documents."""
+    seen: dict[Hashable, Manifest] = {}
+    for part in parts:
+        for key, what in _identities(part):
+            first = seen.setdefault(key, part)
+            if first is not part:
+                raise ValueError(
+                    f"{first.folder} and {part.folder} {what}: documents would be in the output "
+                    "twice; leave one out, or give --allow-duplicates if that is meant"
+                )
+
+
+def _identities(part: Manifest) -> Iterator[tuple[Hashable, str]]:
+    """What no two parts may have in common, and how to say that they do."""
+    yield part.folder.resolve(), "are the same folder"
+    checksums = frozenset(facts.bin_sha256 for facts in part.domains.values())
+    if checksums and "" not in checksums:
+        yield checksums, "hold the same tokens"
+    for facts in part.inputs:
+        if facts.documents:
+            yield facts, f"were both made of {facts.name}"
 
 
 def _prefixes(parts: Sequence[Manifest]) -> dict[str, str]:

@@ -10,6 +10,7 @@ document without ids leaves a boundary in the index but no end-of-document id.
 
 import errno
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -137,6 +138,12 @@ def _require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> No
         raise ValueError("expected at least one input file, got none")
     for path in inputs:
         require_readable(path)
+    for path, times in Counter(path.resolve() for path in inputs).items():
+        if times > 1:
+            raise ValueError(
+                f"{path} is given {times} times, perhaps by two patterns; give it once, and raise "
+                "the weight of a domain with `infoentropy blend`"
+            )
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if max_errors < 0:

@@ -48,7 +48,7 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"A": 1}', "say nothing of 'B'"),
+        ('{"A": 1}', "do not name the domain 'B'"),
         ('{"A": 1, "B": 1, "C": 1}', "weighs 'C', which the dataset does not have"),
         ('{"A": -1, "B": 1}', "weights of 0 or more"),
         ('{"A": 0, "B": 0}', "not all 0"),
@@ -71,7 +71,7 @@ def test_other_kinds_are_refused(two: Path) -> None:
         ("temperature:0", "a number above 0, got '0'"),
         ("temperature:x", "a number above 0, got 'x'"),
         ("gone.json", "no such file of weights"),
-        ("paper", "say nothing of 'A'"),
+        ("paper", "do not name the domain 'A'"),
     ):
         with pytest.raises(ValueError, match=message):
             blend(two, kind)

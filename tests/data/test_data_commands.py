@@ -48,3 +48,35 @@ def test_text_under_another_key_can_be_used_throughout(tmp_path: Path) -> None:
         *("--output", tmp_path / "out", "--text-key", "content"),
     )
     assert made.exit_code == 0, made.output
+
+
+def test_a_file_that_two_patterns_match_is_refused(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    done = command(
+        *("preprocess", "--input", tmp_path / "*.jsonl", "--input", plain),
+        *("--tokenizer", tokenizer_folder, "--output", tmp_path / "out"),
+    )
+    assert "plain.jsonl is given 2 times" in str(done.exception)
+
+
+def test_the_same_dataset_twice_is_merged_only_by_name(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
+    asked = ("merge", out, out, "--output", tmp_path / "twice")
+    assert "are the same folder" in str(command(*asked).exception)
+    assert command(*asked, "--allow-duplicates").exit_code == 0
+
+
+def test_a_blend_names_its_cure_and_takes_no_negative_run(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
+    assert "greater than or equal to 1" in command("blend", out, "--tokens", -5).output
+    refused = str(command("blend", out, "--weights", "paper").exception)
+    assert "do not name the domain 'all'" in refused
+    assert "natural, temperature:T or a .json file" in refused
+    assert "data-weights" in refused

@@ -1,5 +1,6 @@
 """Shards and their union: byte for byte what one run writes, or an error that names what is off."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,38 @@ def test_datasets_of_one_kind_are_joined_in_the_order_given(
     preprocess(inputs[:2], tokenizer_folder, tmp_path / "whole", max_errors=5)
     assert_same_files(tmp_path / "both", tmp_path / "whole")
     assert load_manifest(tmp_path / "both").left_out == {"E": 2, "never": 2}
+
+
+def test_a_dataset_is_not_joined_with_itself_unless_asked(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    a, b = (
+        preprocess([path], tokenizer_folder, tmp_path / path.stem, max_errors=5).folder
+        for path in inputs[:2]
+    )
+    renamed = inputs[0].rename(tmp_path / "renamed.jsonl.zst")
+    same = preprocess([renamed], tokenizer_folder, tmp_path / "same", max_errors=5).folder
+    both = merge([a, b], tmp_path / "both").folder
+    for parts, what in (
+        ((a, a), "are the same folder"),
+        ((a, b, same), "hold the same tokens"),
+        ((both, b), r"were both made of 1\.jsonl\.zst"),
+    ):
+        with pytest.raises(ValueError, match=f"{what}: .*--allow-duplicates"):
+            merge(parts, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    twice = merge([both, b], tmp_path / "out", allow_duplicates=True)
+    assert sum(facts.documents for facts in twice.domains.values()) == 3 * 50
+
+
+def test_a_dataset_without_checksums_is_not_joined_with_itself(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    made = preprocess(inputs[:1], tokenizer_folder, tmp_path / "a", max_errors=5)
+    facts = {
+        name: replace(domain, bin_sha256="", idx_sha256="") for name, domain in made.domains.items()
+    }
+    replace(made, domains=facts, inputs=()).save()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="are the same folder"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
