@@ -12,6 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 
+from megatron_infoentropy.loss.weighting import LEAST_WEIGHT
+
 
 class GlobalBatchWeight:
     """Adds up the weights of a step's micro-batches on this rank, then scales the gradients."""
@@ -45,8 +47,8 @@ class GlobalBatchWeight:
                 )
         finalize_model_grads(model, None, pg_collection=pg_collection, **options)
         total = self._sum_over_ranks(pg_collection)
-        # Without a valid token there is no gradient to scale, and no host has to know.
-        scale = 1 / torch.where(total > 0, total, 1)
+        # Without a weight there is no gradient to scale, and no host has to know.
+        scale = 1 / total.clamp_min(LEAST_WEIGHT)
         for chunk in model:
             chunk.scale_gradients(scale)
 

@@ -69,14 +69,14 @@ class TokenObserver:
         self._drawn = entropy, weight
         total = dict(zip(SUMS, sums.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
-        mean_weight = total["weight"] / tokens
+        log2_mean = math.log2(max(total["weight"] / tokens, sys.float_info.min))
         found = {"perplexity": math.exp(min(total["cross entropy"] / tokens, 700.0))}
         for percent in (10, 50, 90):
             found[f"entropy p{percent}"] = self.entropy.quantile(entropy, percent / 100)
         found["entropy max"] = self.entropy.quantile(entropy, 1.0)
         for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
             found[f"weight {name}"] = 2.0 ** self.log2_weight.quantile(weight, share)
-        above = self.log2_weight.share_above(weight, math.log2(max(mean_weight, sys.float_info.min)))
+        above = self.log2_weight.share_above(weight, log2_mean)
         found["share of tokens above mean weight"] = above
         found["tokens/s"] = total["positions"] / seconds
         return found

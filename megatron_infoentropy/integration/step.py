@@ -98,7 +98,8 @@ class InfoEntropyForwardStep:
         loss, num_tokens, report = training_loss(loss_mask, output, config, groups)
         self.batch_weight.add(report["weight"][0])
         statistics = unpack(output.detach())
-        self.observer.add(statistics, token_weight(statistics, config), loss_mask)
+        weight = token_weight(statistics, config, loss_mask)
+        self.observer.add(statistics, weight, loss_mask)
         if self.config.gamma_schedule != "constant":
             # Filled on the device: a copy from the host would wait for it.
             gamma = torch.full_like(loss.detach(), config.gamma)
@@ -118,7 +119,7 @@ def training_loss(
     """
     statistics = unpack(output)
     mask = loss_mask.to(statistics.cross_entropy.dtype)
-    weight = token_weight(statistics, config)
+    weight = token_weight(statistics, config, mask)
     loss_of_token = token_loss(statistics, config)
     loss = (mask * weight * loss_of_token).sum()
     sums = token_sums(loss_of_token.detach(), weight.detach(), mask)

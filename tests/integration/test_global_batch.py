@@ -1,5 +1,6 @@
 """The global batch's weight: summed as Megatron sums tokens, and never left unused."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,15 @@ def test_weights_are_summed_over_every_rank_that_has_tokens(summed, more, data):
     weight.finalize_model_grads([chunk], torch.tensor(7), pg_collection=groups)
     assert summed == ["pipeline", data]
     assert chunk.scale == (0.25 if data == "data" else 0.125)
+
+
+@pytest.mark.parametrize("total", [0.0, 1e-40, math.nan])
+def test_gradients_without_a_weight_stay_finite_and_nan_is_seen(summed, total):
+    chunk, weight = Chunk(), global_batch.GlobalBatchWeight()
+    weight.add(torch.tensor(total))
+    weight.finalize_model_grads([chunk], pg_collection=SimpleNamespace(pp=None, dp_cp=None))
+    assert math.isnan(chunk.scale) == math.isnan(total)
+    assert not math.isinf(chunk.scale)
 
 
 def test_a_wrapper_that_does_not_scale_gradients_is_refused(summed):

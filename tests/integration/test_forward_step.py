@@ -1,0 +1,104 @@
+"""The forward step of one rank: what it calls the model with, and which loss it answers with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from close import assert_within
+from oracle import dense_statistics
+
+from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.integration import step
+from megatron_infoentropy.integration.output import statistics_processor
+from megatron_infoentropy.integration.step import Groups, InfoEntropyForwardStep, training_loss
+
+B, S, V = 2, 6, 30
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, V, (B, S), generator=generator)
+    mask = (torch.rand(B, S, generator=generator) > 0.3).float()
+    rest = {"tokens": labels.roll(1), "position_ids": torch.arange(S), "attention_mask": None}
+    return {"labels": labels, "loss_mask": mask, **rest}
+
+
+class Model(torch.nn.Module):
+    """Answers with dense statistics; writes down how it was asked."""
+
+    vp_stage = config = None
+
+    def __init__(self):
+        super().__init__()
+        logits = torch.randn(B, S, V, generator=torch.Generator().manual_seed(1)) * 3
+        labels = make_batch()["labels"]
+        is_top = logits.argmax(-1) == labels
+        self.output = torch.stack([*dense_statistics(logits, labels), is_top]).float()
+        self.calls = []
+
+    def forward(self, *inputs, **options):
+        self.calls.append(("forward", inputs, options))
+        return self.output
+
+    def build_schedule_plan(self, *inputs, **options):
+        self.calls.append(("plan", inputs, options))
+        return "plan"
+
+
+@pytest.fixture
+def forward_step(monkeypatch):
+    """Of gamma 2, in a world without Megatron's globals."""
+    timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)
+    monkeypatch.setattr(step, "get_args", lambda: SimpleNamespace(consumed_train_samples=0))
+    monkeypatch.setattr(step, "get_batch", lambda *_, **__: make_batch())
+    monkeypatch.setattr(step.mpu, "get_tensor_model_parallel_group", lambda: None)
+    return InfoEntropyForwardStep(InfoEntropyConfig(gamma=2.0), V, None, None)
+
+
+@pytest.mark.parametrize("kind", ["forward", "plan"])
+def test_the_model_is_asked_alike_for_its_output_and_for_its_plan(forward_step, kind):
+    model, batch = Model(), make_batch()
+    answer, _ = forward_step(None, model, return_schedule_plan=kind == "plan")
+    assert answer is (model.output if kind == "forward" else "plan")
+    ((called, inputs, options),) = model.calls
+    assert called == kind
+    assert torch.equal(inputs[0], batch["tokens"])
+    for name in ("labels", "loss_mask"):
+        assert torch.equal(options[name], batch[name])
+    assert options["output_processor"] is statistics_processor
+    assert options["output_processor_context"].config.gamma == 2.0
+    assert options["output_processor_context"].vocab_size == V
+
+
+def test_validation_is_plain_cross_entropy_whatever_the_objective(forward_step):
+    model, batch = Model().eval(), make_batch()
+    output, loss_function = forward_step(None, model)
+    loss, count, report = loss_function(output)
+    expected = (batch["loss_mask"] * model.output[0]).double().sum()
+    assert_within(loss, expected, rtol=1e-6)
+    assert count == batch["loss_mask"].sum()
+    assert_within(report["cross entropy"], torch.stack([expected, count]), rtol=1e-6)
+
+
+def inverse_entropy(_ce, entropy):
+    return 1 / entropy
+
+
+@pytest.mark.parametrize("normalization", ["paper", "global"])
+def test_a_weight_that_is_infinite_where_masked_spoils_nothing(normalization):
+    output, mask = Model().output, make_batch()["loss_mask"]
+    masked = torch.where(mask > 0, output, 0).requires_grad_()  # as the output processor gives it
+    config = InfoEntropyConfig(
+        objective="custom",
+        weighting=f"{__name__}:{inverse_entropy.__name__}",
+        normalization=normalization,
+        detach_weight=False,
+    )
+    loss, _, report = training_loss(mask, masked, config, Groups(None, None))
+    loss.backward()
+    ce, weight = output[0][mask > 0].double(), 1 / output[1][mask > 0].double()
+    alpha = mask.sum() / weight.sum() if normalization == "paper" else 1
+    assert_within(loss.detach(), alpha * (weight * ce).sum(), rtol=1e-6)
+    assert_within(report["weight"][0], weight.sum(), rtol=1e-6)
+    assert masked.grad.isfinite().all()
