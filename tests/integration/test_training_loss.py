@@ -15,15 +15,20 @@ from megatron_infoentropy import InfoEntropyConfig
 B, S, V = 2, 6, 30
 
 
-def make_output(rank):
-    """([3, b, s] as the output processor gives, mask) of one rank; masks are far from equal."""
+def make_output(rank, certain=None):
+    """([4, b, s] as the output processor gives, mask) of one rank; masks are far from equal.
+
+    certain: a rank all of whose targets have probability 1.
+    """
     generator = torch.Generator().manual_seed(rank)
     logits = torch.randn(B, S, V, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(0, V, (B, S), generator=generator)
     mask = (torch.rand(B, S, generator=generator) > 0.2 * rank).float()
     statistics = dense_statistics(logits, labels)
     is_top = logits.argmax(-1) == labels
-    return torch.stack([*statistics, is_top]).float(), mask
+    output = torch.stack([*statistics, is_top]).float()
+    output[:2] *= rank != certain
+    return output, mask
 
 
 @functools.cache
@@ -38,10 +43,10 @@ def groups_of(layout):
     return Groups(context[dist.get_rank() // 2], data[dist.get_rank() % 2])
 
 
-def loss_on_rank(layout, settings):
+def loss_on_rank(layout, settings, certain=None):
     from megatron_infoentropy.integration.step import training_loss
 
-    output, mask = make_output(dist.get_rank())
+    output, mask = make_output(dist.get_rank(), certain)
     output.requires_grad_()
     config = InfoEntropyConfig(**settings)
     loss, count, report = training_loss(mask, output, config, groups_of(layout))
@@ -51,17 +56,22 @@ def loss_on_rank(layout, settings):
 
 NORMALIZATIONS, OBJECTIVES = ("paper", "global", "none"), ("infoentropy", "focal")
 LAYOUTS = ("data 4", "context 2, data 2")
-CASES = list(product(NORMALIZATIONS, OBJECTIVES, LAYOUTS, (True, False)))
+CASES = [
+    *product(NORMALIZATIONS, OBJECTIVES, LAYOUTS, (True, False), (None,)),
+    *product(("paper", "global"), ("focal",), ("data 4",), (True,), (3,)),
+]
 
 
 def losses_on_rank():
     """{case: what loss_on_rank gives}: one start of the ranks serves all."""
     names = ("normalization", "objective", "detach_weight")
     return {
-        (normalization, objective, layout, detach): loss_on_rank(
-            layout, dict(zip(names, (normalization, objective, detach), strict=True), gamma=2.0)
+        (normalization, objective, layout, detach, certain): loss_on_rank(
+            layout,
+            dict(zip(names, (normalization, objective, detach), strict=True), gamma=2.0),
+            certain,
         )
-        for normalization, objective, layout, detach in CASES
+        for normalization, objective, layout, detach, certain in CASES
     }
 
 
@@ -72,11 +82,11 @@ def results_by_rank():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_sum_gradient_and_report_equal_the_formulas(case, results_by_rank):
-    normalization, objective, layout, detach = case
+    normalization, objective, layout, detach, certain = case
     results = [results[case] for results in results_by_rank]
     parts = []
     for rank in range(4):
-        output, mask = make_output(rank)
+        output, mask = make_output(rank, certain)
         ce, entropy, _, is_top = output.double().unbind(0)
         ce, entropy = ce.requires_grad_(), entropy.requires_grad_()
         weight = dense_weight(ce, entropy, objective, 2.0, 1.0)
@@ -88,6 +98,7 @@ def test_sum_gradient_and_report_equal_the_formulas(case, results_by_rank):
             sum(parts[r][0].sum() for r in ranks)
             / sum((parts[r][0] * parts[r][1]).sum() for r in ranks).detach()
             for ranks in together
+            if ranks != [certain]  # it has no weight to take the mean of
         ]
         alpha = sum(inverse) / len(inverse)
     for (loss, count, report, grad), (mask, weight, ce, entropy, is_top) in zip(
