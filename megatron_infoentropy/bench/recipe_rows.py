@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_infoentropy.bench.parts import PARTS
 from megatron_infoentropy.bench.passes import spread
 from megatron_infoentropy.bench.step_rows import median_difference
-
-PARTS = ("forward", "loss", "backward", "gradients", "optimizer")  # of a step, in order
 
 
 @dataclass(frozen=True)

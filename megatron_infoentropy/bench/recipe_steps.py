@@ -1,15 +1,8 @@
 """Takes turns between losses, a training step each, and times the parts of every step.
 
 A step goes from its first micro-batch's forward pass to that of the next step: the optimizer, the
-log line and the fetching of data are in it. Its parts begin where Megatron calls us:
-
-    forward     the forward step of a micro-batch
-    loss        the output layer has given the logits
-    backward    their gradient is complete
-    gradients   `finalize_model_grads`: reduced over ranks, reported on
-    optimizer   what is left
-
-A loss that is fused with the output layer has no such moments; all of it counts as forward.
+log line and the fetching of data are in it. Its parts begin where Megatron calls us. A loss that is
+fused with the output layer has no moments of its own; all of it counts as forward.
 """
 
 from collections import defaultdict
@@ -17,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_infoentropy.bench.clock import Clock
 from megatron_infoentropy.bench.memory import PeakMeter
-from megatron_infoentropy.bench.recipe_rows import PARTS
+from megatron_infoentropy.bench.parts import PartTimes
 
 if TYPE_CHECKING:  # it imports Megatron
     from megatron_infoentropy.bench.recipe_losses import Contender
@@ -72,26 +63,24 @@ class TurnTakingStep:
         in one step more."""
         self.measured = {turn.contender.name: Measured() for turn in planned}
         self._planned = planned
-        self._clock = clock
+        self._times = PartTimes(clock)
         self._meter = meter
         self._iteration = iteration
         self._finish = finish
         self._turn = -1
         self._at: int | None = None
-        self._begun: list[str] = []
-        self._watched: set[int] = set()
 
     def __call__(self, data_iterator: Any, model: Any, *arguments: Any, **options: Any) -> Any:
         if self._iteration() != self._at:
             self._next_turn()
         self._watch(model)
-        self._enter("forward")
+        self._times.enter("forward")
         return self._contender.forward_step(data_iterator, model, *arguments, **options)
 
     def finalize_model_grads(self, *arguments: Any, **options: Any) -> None:
-        self._enter("gradients")
+        self._times.enter("gradients")
         self._contender.finalize(*arguments, **options)
-        self._enter("optimizer")
+        self._times.enter("optimizer")
 
     @property
     def _contender(self) -> "Contender":
@@ -106,45 +95,22 @@ class TurnTakingStep:
             self._finish(self.measured)
         if self._turn < len(self._planned) and self._planned[self._turn].purpose == "weigh":
             self._meter.start()
-        self._begun = ["forward"]
-        self._clock.start()
+        self._times.start()
 
     def _close(self, turn: Turn) -> None:
-        self._clock.mark()
-        spans = self._clock.read()
+        spent = self._times.stop()
         measured = self.measured[turn.contender.name]
         if turn.purpose == "weigh":
             measured.peak_mib = self._meter.stop()
-        if turn.purpose != "time":
-            return
-        measured.times.append(sum(spans))
-        sums = dict.fromkeys(PARTS, 0.0)
-        for part, span in zip(self._begun, spans, strict=True):
-            sums[part] += span
-        for part, spent in sums.items():
-            measured.parts[part].append(spent)
-
-    def _enter(self, part: str) -> None:
-        if part != self._begun[-1]:
-            self._clock.mark()
-            self._begun.append(part)
+        if turn.purpose == "time":
+            measured.times.append(sum(spent.values()))
+            for part, span in spent.items():
+                measured.parts[part].append(span)
 
     def _watch(self, model: Any) -> None:
         """Learn of a pipeline chunk's logits and of their gradient."""
-        if id(model) in self._watched:
-            return
-        self._watched.add(id(model))
-        inner = model
-        while hasattr(inner, "module"):  # wrappers for data parallelism and 16-bit floats
-            inner = inner.module
-        output_layer = getattr(inner, "output_layer", None)
+        while hasattr(model, "module"):  # wrappers for data parallelism and 16-bit floats
+            model = model.module
+        output_layer = getattr(model, "output_layer", None)
         if output_layer is not None:
-            output_layer.register_forward_hook(self._logits_are_there)
-
-    def _logits_are_there(self, layer: Any, inputs: Any, output: Any) -> None:
-        if output[0].requires_grad:
-            output[0].register_hook(self._gradient_is_there)
-        self._enter("loss")
-
-    def _gradient_is_there(self, gradient: torch.Tensor) -> None:
-        self._enter("backward")
+            self._times.watch(output_layer)

@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from megatron_infoentropy.bench.recipe_rows import PARTS, RecipeRow
+from megatron_infoentropy.bench.parts import PARTS
+from megatron_infoentropy.bench.recipe_rows import RecipeRow
 from megatron_infoentropy.bench.table import number, range_of, table_of
 
 

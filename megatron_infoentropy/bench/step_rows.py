@@ -17,17 +17,16 @@ import torch
 
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.clock import Clock, clock_for
-from megatron_infoentropy.bench.loss_share import share_of_loss
 from megatron_infoentropy.bench.memory import peak_mib
+from megatron_infoentropy.bench.parts import PartTimes
 from megatron_infoentropy.bench.passes import ratio, spread
 from megatron_infoentropy.bench.results import Row, row_of_case
 from megatron_infoentropy.bench.training_step import Rival, Training, rivals, training
 from megatron_infoentropy.progress import Advance, progress
 
-PROFILED_STEPS = 3
 RESAMPLES, INTERVAL = 4000, (0.025, 0.975)
 
-Times = dict[str, list[float]]  # {rival: [round] ms}
+Steps = dict[str, list[dict[str, float]]]  # {rival: [round] {part: ms}}
 
 
 def compare_steps(case: Case, *, hidden: int, rounds: int) -> list[Row]:
@@ -51,17 +50,17 @@ def measure_steps(case: Case, hidden: int, rounds: int, threads: int) -> list[Ro
         every, refused = rivals(case)
         clock = clock_for(run.device)
         row = partial(row_of_case, case, step="training step", threads=threads, clock=clock.name)
-        with progress("steps", (2 + rounds + PROFILED_STEPS) * len(every), "steps") as advance:
+        with progress("steps", (2 + rounds) * len(every), "steps") as advance:
             peaks = {rival.name: _peak(run, rival, advance) for rival in every}
-            times = _timed_rounds(run, every, clock, rounds, advance)
-            percents = {rival.name: _percent(run, rival, advance) for rival in every}
+            steps = _timed_rounds(run, every, clock, rounds, advance)
+    times = {name: [sum(step.values()) for step in of_rival] for name, of_rival in steps.items()}
     rows = [
         row(
             kind="step",
             **_names(rival, run),
             repeats=rounds,
             **_compared(times[rival.name], times[every[0].name]),
-            percent_of_step=percents[rival.name],
+            percent_of_step=_percent(rival, steps[rival.name]),
             peak_mib=peaks[rival.name],
         )
         for rival in every
@@ -81,27 +80,25 @@ def _peak(run: Training, rival: Rival, advance: Advance) -> float:
 
 def _timed_rounds(
     run: Training, every: list[Rival], clock: Clock, rounds: int, advance: Advance
-) -> Times:
-    times: Times = {rival.name: [] for rival in every}
+) -> Steps:
+    steps: Steps = {rival.name: [] for rival in every}
+    parts = PartTimes(clock)
+    parts.watch(run.output_layer)
     for turn in range(rounds):
         first = turn % len(every)
         for rival in every[first:] + every[:first]:
-            clock.start()
+            parts.start()
             run.step(rival)
-            clock.mark()
-            times[rival.name] += clock.read()
+            steps[rival.name].append(parts.stop())
             advance(1)
-    return times
+    return steps
 
 
-def _percent(run: Training, rival: Rival, advance: Advance) -> float | None:
-    """Of a step; unknown where the loss and the output layer are one."""
-    percent = None
-    if rival.calls_output_layer:
-        step = partial(run.step, rival)
-        percent = 100 * share_of_loss(step, run.output_layer, steps=PROFILED_STEPS)
-    advance(PROFILED_STEPS)
-    return percent
+def _percent(rival: Rival, steps: list[dict[str, float]]) -> float | None:
+    """The loss's, the median over the rounds; unknown where it and the output layer are one."""
+    if not rival.calls_output_layer:
+        return None
+    return 100 * spread([step["loss"] / sum(step.values()) for step in steps]).median
 
 
 def _names(rival: Rival, run: Training) -> dict[str, Any]:

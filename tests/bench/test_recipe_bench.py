@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megatron_infoentropy.bench.recipe_rows import PARTS, RankResult, rows_of
+from megatron_infoentropy.bench.parts import PARTS
+from megatron_infoentropy.bench.recipe_rows import RankResult, rows_of
 from megatron_infoentropy.bench.recipe_run import bench_recipe
 from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
 from megatron_infoentropy.bench.recipe_table import recipe_tables

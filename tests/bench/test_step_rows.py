@@ -1,4 +1,4 @@
-"""Training steps in result files, tables and pages; intervals, and the loss's share by profiler."""
+"""Training steps in result files, tables and pages; intervals."""
 
 import csv
 import importlib.util
@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.loss_share import share_of_loss
 from megatron_infoentropy.bench.results import read_csv, row_of_case, write_csv
 from megatron_infoentropy.bench.step_rows import median_difference
 from megatron_infoentropy.bench.table import tables
@@ -81,32 +79,3 @@ def test_an_interval_is_of_the_pairs_not_of_the_times():
     low, middle, high = median_difference([11.0, 198.0, 33.0, 51.0, 505.0], ours)
     assert middle == 3.0
     assert low < 3.0 < high
-
-
-class OutputLayer(torch.nn.Linear):
-    def forward(self, x):
-        return super().forward(x), None
-
-
-def test_the_share_is_of_what_runs_between_logits_and_their_gradient():
-    """A large product after the logits, then before them."""
-    generator = torch.Generator().manual_seed(0)
-    layer, x = OutputLayer(64, 64), torch.randn(64, 64, generator=generator)
-    large, small = (torch.randn(64, n, generator=generator) for n in (20_000, 1))
-
-    def step(before, inside):
-        def run():
-            (x @ before).sum()
-            logits, _ = layer(x)
-            (logits @ inside).sum().backward()
-
-        return run
-
-    inside = share_of_loss(step(small, large), layer, steps=2)
-    before = share_of_loss(step(large, small), layer, steps=2)
-    assert 0 < before < inside < 1
-
-
-def test_a_step_that_leaves_the_output_layer_out_is_refused():
-    with pytest.raises(ValueError, match="expected 1 steps to pass the output layer"):
-        share_of_loss(lambda: None, OutputLayer(2, 2), steps=1)
