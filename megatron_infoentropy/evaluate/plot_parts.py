@@ -14,7 +14,7 @@ Data = dict[str, Any]
 
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
 _MOST_POINTS = 400
-_LINE, _HALF_LINE = 56, 26  # characters that fit into a figure's width beside a legend's handle
+_LINE, _HALF_LINE = 66, 28  # characters that fit into a figure's width beside a legend's handle
 _LINE_HEIGHT = 0.19  # inches
 
 

@@ -51,6 +51,47 @@ def test_every_figure_is_there_and_nothing_sticks_out(page, width, scheme, media
         page.screenshot(Path(folder) / f"report-{media}-{scheme}-{width}.png")
 
 
+@pytest.fixture(scope="module")
+def unlike(page, tmp_path_factory):
+    """The tab, on the report of settings that differ in length too and in how they were trained."""
+    folder = tmp_path_factory.mktemp("unlike")
+    size = {"parameters": 205_120, "global_batch_size": 8, "seq_length": 64}
+    facts = {"gamma": 1.0, "sigma": 1.0, "normalization": "global"}
+    stages = [{"from_step": n, "objective": o, "seed": 1} | facts
+              for n, o in ((0, "cross_entropy"), (16, "infoentropy"))]  # fmt: skip
+    runs = [write_run(folder / f"ce-{seed}", seed=seed, **size) for seed in (1, 2)]
+    for steps in (400, 320):
+        loss = {"objective": "infoentropy", "normalization": "global", "train_iters": steps}
+        runs.append(write_run(folder / f"ie-{steps}", **loss, **size))
+    staged = {"objective": "infoentropy", "lineage": stages}
+    runs.append(write_run(folder / "staged", **staged, **size))
+    page.open(write_report(runs, folder))
+    return page
+
+
+@pytest.mark.parametrize("width", [1200, 800])
+def test_the_first_screen_has_the_verdict_and_no_table_hides_it(unlike, width):
+    unlike.look(width=width)
+    assert unlike.run("document.querySelector('.verdict li').getBoundingClientRect().bottom") < 900
+    last = "[...document.querySelectorAll('th')].filter(t => t.textContent == 'p (Holm)')"
+    ends = unlike.run(f"{last}.map(t => t.getBoundingClientRect().right)")
+    assert ends
+    assert max(ends) < width
+
+
+def test_no_legend_is_cut(unlike):
+    unlike.look(width=1200)
+    sticking_out = """
+        [...document.querySelectorAll('figure svg')].flatMap(svg => {
+          const box = svg.getBoundingClientRect();
+          return [...svg.querySelectorAll('[id*=legend] text')]
+            .filter(t => t.getBoundingClientRect().right > box.right
+                      || t.getBoundingClientRect().top < box.top - 1)
+            .map(t => t.textContent);
+        })"""
+    assert unlike.run(sticking_out) == []
+
+
 def test_it_prints(page, tmp_path):
     page.look(width=1280, media="")  # its own: print, while it prints
     printed = Path(os.environ.get("REPORT_PICTURES", tmp_path)) / "report.pdf"
