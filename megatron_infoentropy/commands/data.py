@@ -20,7 +20,7 @@ TextKey = Annotated[str, typer.Option(help="key that holds the text")]
 
 def corpus(
     output: Annotated[Path, typer.Argument(help="folder to write the three files into")],
-    megabytes: Annotated[float, typer.Option(help="about how much text")] = 20.0,
+    megabytes: Annotated[float, typer.Option(min=0.01, help="about how much text")] = 20.0,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a small corpus in the Pile's format from Python's standard library (for trying out)."""
@@ -63,17 +63,23 @@ def preprocess(
         ),
     ] = "auto",
     text_key: TextKey = "text",
-    append_eod: Annotated[bool, typer.Option(help="end every document with <eod>")] = True,
+    append_eod: Annotated[bool, typer.Option(help="end every document with the eos token")] = True,
     special_tokens: Annotated[
         bool, typer.Option(help="keep what the tokenizer adds itself, such as a start token")
     ] = True,
     engine: Annotated[
-        str, typer.Option(help="hf, or gigatoken: the same ids, many times faster, an extra")
+        str,
+        typer.Option(
+            help="hf, or gigatoken: the same ids, many times faster "
+            '(pip install "megatron-infoentropy[gigatoken]")'
+        ),
     ] = "hf",
     on_error: Annotated[
         str, typer.Option(help="stop, or skip lines that hold no document, counted and listed")
     ] = "stop",
-    max_errors: Annotated[int, typer.Option(min=1, help="with skip: at most so many")] = 1000,
+    max_errors: Annotated[
+        int, typer.Option(min=1, help="with --on-error skip: no more than these")
+    ] = 1000,
     shard: Annotated[
         str | None, typer.Option(help="i/n: do part i (from 0) of n; merge joins the parts")
     ] = None,
@@ -143,10 +149,12 @@ def _print_domains(manifest: "Manifest") -> None:
 
 
 def merge(
-    datasets: Annotated[list[Path], typer.Argument(help="dataset folders, or one of shards")],
+    datasets: Annotated[
+        list[Path], typer.Argument(help="dataset folders, or one that holds shards")
+    ],
     output: Annotated[Path, typer.Option(help="folder to write")],
     allow_duplicates: Annotated[
-        bool, typer.Option("--allow-duplicates", help="also datasets that share an input")
+        bool, typer.Option("--allow-duplicates", help="join datasets that hold the same documents")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -208,6 +216,7 @@ def blend(
     if output is None:
         out.print(text, end="", markup=False)
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
     err.print(table)  # beside the list, which may be piped
 
@@ -252,7 +261,8 @@ def verify(
         out.print(f"{finding.path}: {finding.problem}{mended}", markup=False)
     left = [finding for finding in findings if not finding.repaired]
     if left:
-        raise ValueError(f"{len(left)} things are wrong with {dataset}; see above")
+        cure = "preprocess it again" if repair else "--repair mends what the checksums can prove"
+        raise ValueError(f"{dataset} is not what it should be ({len(left)} above): {cure}")
     out.print(f"{dataset}: ok")
 
 

@@ -30,6 +30,8 @@ def require_readable(path: Path) -> None:
     Raises:
         ValueError: it does not exist, is a folder, or its name ends in none of `SUFFIXES`.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the files in it, such as '{path}/*.jsonl'")
     if not path.is_file():
         raise ValueError(f"no such input file: {path}")
     if not path.name.endswith(SUFFIXES):

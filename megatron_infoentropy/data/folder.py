@@ -77,7 +77,7 @@ def require_free(output: Path, replaceable: Sequence[str], overwrite: bool) -> N
     if names and not overwrite:
         raise ValueError(
             f"the output folder {output} is not empty (it holds {names[0]}); "
-            "name another one, or allow overwriting"
+            "name another one, or give --overwrite"
         )
     foreign = [n for n in names if not any(Path(n).match(pattern) for pattern in replaceable)]
     if foreign:

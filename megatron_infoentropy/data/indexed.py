@@ -165,7 +165,23 @@ def require_whole(prefix: Path, tokens: int) -> None:
 def _require_files(prefix: Path) -> None:
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
-            raise ValueError(f"no such dataset file: {path}; give the prefix without .bin")
+            raise ValueError(
+                f"no such dataset file: {path}; a dataset is a .bin and an .idx, and is named by "
+                "their path without either"
+            )
+
+
+def require_prefix(target: Path) -> None:
+    """Check that there is a file of a dataset of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not bin_path(target).is_file() and not idx_path(target).is_file():
+        raise ValueError(
+            f"no dataset folder and no dataset: {target}; name the folder, or one of its datasets "
+            "by the path of its .bin and .idx without either"
+        )
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:

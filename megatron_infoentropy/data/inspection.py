@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.data.indexed import IndexedReader, bin_path
+from megatron_infoentropy.data.indexed import IndexedReader, require_prefix
 from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.data.tokenizer import load_tokenizer
 
@@ -16,7 +16,8 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Lengths:
-    """Documents by length: `bars` are (shortest, longest, documents) in powers of two."""
+    """Documents by length: `bars` are (shortest, longest, documents) in powers of two,
+    from that of the shortest on."""
 
     documents: int
     tokens: int
@@ -52,8 +53,7 @@ def datasets(target: Path) -> dict[str, Path]:
     if target.is_dir():
         manifest = load_manifest(target)
         return {name: manifest.prefix(name) for name in manifest.domains}
-    if not bin_path(target).is_file():
-        raise ValueError(f"no dataset folder and no dataset prefix: {target}")
+    require_prefix(target)
     return {target.name: target}
 
 
@@ -73,7 +73,9 @@ def lengths(prefix: Path) -> Lengths:
         median=int(np.median(found)) if found.size else 0,
         longest=int(found.max(initial=0)),
         bars=tuple(
-            (1 << power, (2 << power) - 1, int(number)) for power, number in enumerate(powers)
+            (1 << power, (2 << power) - 1, int(number))
+            for power, number in enumerate(powers)
+            if powers[: power + 1].any()
         ),
     )
 

@@ -18,8 +18,8 @@ def shard_inputs(inputs: Sequence[Path], shard: tuple[int, int]) -> list[Path]:
         raise ValueError(f"--shard i/n needs i in 0..n-1, got {index}/{number}")
     if number > len(inputs):
         raise ValueError(
-            f"{len(inputs)} input files can not be split into {number} shards; "
-            "ask for fewer or split the files"
+            f"input files are not split: {len(inputs)} of them can not make {number} shards; "
+            "ask for fewer, or give the text as more files"
         )
     sizes = [path.stat().st_size for path in inputs]
     total = max(sum(sizes), 1)

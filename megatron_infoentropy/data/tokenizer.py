@@ -89,7 +89,10 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     """
     path = folder / TOKENIZER
     if not path.is_file():
-        raise ValueError(f"{folder} is no tokenizer folder: it has no {TOKENIZER}")
+        raise ValueError(
+            f"{folder} is no tokenizer folder: it has no {TOKENIZER}; make one with `infoentropy "
+            "tokenizer`, or save one of transformers there (save_pretrained)"
+        )
     content = path.read_bytes()
     tokenizer = Tokenizer.from_buffer(content)
     # A file saved with truncation or padding switched on would cut every document short;

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
+from megatron_infoentropy.data.indexed import (
+    IndexedReader,
+    bin_path,
+    idx_path,
+    require_prefix,
+    token_dtype,
+)
 from megatron_infoentropy.data.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
@@ -45,8 +51,7 @@ def verify(target: Path, *, tokenizer: Path | None = None, repair: bool = False)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     if not target.is_dir():
         vocab = None if loaded is None else loaded.vocab_size
-        if not bin_path(target).is_file() and not idx_path(target).is_file():
-            raise ValueError(f"no dataset folder and no dataset prefix: {target}")
+        require_prefix(target)
         return list(_check(target, vocab, None, None))
     manifest = load_manifest(target)
     found = []
@@ -87,11 +92,7 @@ def _check(
     try:
         reader = IndexedReader(prefix)
     except ValueError as error:
-        for path in (idx_path(prefix), bin_path(prefix)):
-            if str(path) in str(error).partition(":")[0] or not path.is_file():
-                yield Finding(path, str(error))
-                return
-        yield Finding(idx_path(prefix), str(error))
+        yield _unreadable(prefix, str(error))
         return
     disorder = reader.disorder()
     if disorder:
@@ -110,6 +111,15 @@ def _check(
     ):
         if expected and file_sha256(path) != expected:
             yield Finding(path, "does not have the checksum that the manifest says")
+
+
+def _unreadable(prefix: Path, problem: str) -> Finding:
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            return Finding(path, "is missing")
+        if problem.startswith(f"{path} "):
+            return Finding(path, problem.removeprefix(f"{path} "))
+    return Finding(idx_path(prefix), problem)
 
 
 def _check_tokens(

@@ -80,3 +80,30 @@ def test_a_blend_names_its_cure_and_takes_no_negative_run(
     assert "do not name the domain 'all'" in refused
     assert "natural, temperature:T or a .json file" in refused
     assert "data-weights" in refused
+
+
+def test_mistakes_at_the_keyboard_end_with_what_to_do(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out, made = tmp_path / "out", ("--tokenizer", tokenizer_folder, "--output", tmp_path / "out")
+    assert command("preprocess", "--input", plain, *made).exit_code == 0
+    for words, cure in (
+        (("preprocess", "--input", plain, *made, "--no-append-eod"), "give --overwrite"),
+        (("preprocess", "--input", tmp_path, *made), "is a folder; name the files in it"),
+        (("preprocess", "--input", plain, "--tokenizer", "gpt2", "--output", out), "tokenizer`"),
+        (("inspect", out / "all.bin"), "without either"),
+    ):
+        assert cure in str(command(*words).exception), words
+    assert "greater than or equal" in command("corpus", tmp_path / "c", "--megabytes", -5).output
+
+
+def test_a_damaged_dataset_is_named_once_and_its_cure_given(
+    plain: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
+    (out / "all.idx").unlink()
+    found = command("verify", out)
+    assert found.stdout.splitlines() == [f"{out}/all.idx: is missing"]
+    assert "--repair mends" in str(found.exception)
+    assert command("verify", out, "--repair").exit_code == 0

@@ -51,7 +51,7 @@ def test_every_file_is_in_one_shard_and_neighbours_stay_together(inputs: list[Pa
     for number in range(1, 6):
         parts = [shard_inputs(inputs, (index, number)) for index in range(number)]
         assert [path for part in parts for path in part] == inputs
-    with pytest.raises(ValueError, match="5 input files can not be split into 6 shards"):
+    with pytest.raises(ValueError, match="5 of them can not make 6 shards"):
         shard_inputs(inputs, (0, 6))
     with pytest.raises(ValueError, match=r"needs i in 0\.\.n-1, got 5/5"):
         shard_inputs(inputs, (5, 5))

@@ -189,7 +189,7 @@ def test_an_error_leaves_an_earlier_dataset_as_it_was(
     out = tmp_path / "out"
     preprocess(inputs, tokenizer_folder, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match=r"is not empty .* or allow overwriting"):
+    with pytest.raises(ValueError, match=r"is not empty .* or give --overwrite"):
         preprocess(inputs[:1], tokenizer_folder, out)
     with pytest.raises(BrokenLineError):
         preprocess([write_lines("b.jsonl", ["{"])], tokenizer_folder, out, overwrite=True)
