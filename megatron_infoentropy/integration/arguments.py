@@ -6,6 +6,8 @@ from typing import Literal, get_args, get_origin
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.checkpoints import add_checkpoint_flags
+from megatron_infoentropy.loss.weighting import check_weighting
+from megatron_infoentropy.runtime.device import find_device
 
 PREFIX = "infoentropy"
 
@@ -104,7 +106,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     """Refuse, before anything is built, what cannot work together.
 
     Raises:
-        ValueError: names the flag and says what to do.
+        ValueError: names the flag, or the weighting, and says what to do.
     """
     if getattr(args, "trust_remote_code", False):
         raise ValueError(
@@ -129,6 +131,8 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
         )
     if config.normalization == "global":
         _check_gradients_can_be_scaled_at_once(args)
+    device, rank = find_device().type, getattr(args, "local_rank", 0)
+    check_weighting(config, device if device == "cpu" else f"{device}:{rank}")
 
 
 def _check_histogram_interval(args: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from launch import TINY_MODEL, run_trainer
 
-from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy import InfoEntropyConfig, pretrain
 from megatron_infoentropy.integration.arguments import (
     add_trainer_args,
     check_megatron_args,
@@ -120,3 +121,14 @@ def test_global_normalization_turns_per_token_loss_on():
     assert not args.calculate_per_token_loss
     assert require_per_token_loss(args, InfoEntropyConfig(normalization="global"))
     assert args.calculate_per_token_loss
+
+
+def test_a_weighting_that_cannot_be_used_is_refused_before_anything_is_built(tmp_path):
+    flags = [
+        *TINY_MODEL,
+        *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256", "--lr=1e-3"),
+        *("--micro-batch-size=1", "--train-iters=1", "--infoentropy-objective=custom"),
+        "--infoentropy-weighting=torch:sub",  # ce - entropy, negative for some
+    ]
+    with pytest.raises(AssertionError, match="must return finite weights >= 0"):
+        run_trainer(1, pretrain.prepare, (), flags, tmp_path)
