@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": {"progress"},
     "convert": {"checkpoints", "data", "progress"},
     "evaluate": {"config", "kernels", "loss", "data", "progress", "tasks"},
-    "launch": {"config", "data", "evaluate", "pretrain", "progress", "runtime"},
+    "launch": {"checkpoints", "config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},
     "tasks": {"progress"},
     "bench": {

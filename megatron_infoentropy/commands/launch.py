@@ -18,6 +18,7 @@ from megatron_infoentropy.commands.training import (
     Run,
     Seed,
     Sigma,
+    Switch,
     TensorParallel,
     Tokenizer,
     Verbose,
@@ -63,6 +64,7 @@ def launch(
     seed: Seed = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
+    switch: Switch = False,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="times that torchrun restarts the ranks after a failure")
     ] = 3,
@@ -111,7 +113,8 @@ def launch(
         objective, gamma, sigma, normalization, seed, tensor_parallel, pipeline_parallel
     )
     places = require_places(data=data, tokenizer=tokenizer, run=run)
-    job = TrainingJob(recipe, *places, settings, extra_flags=tuple(megatron_flags or ()))
+    extra = tuple(megatron_flags or ())
+    job = TrainingJob(recipe, *places, settings, extra_flags=extra, switch=switch)
     named = tuple(host for host in (hosts or "").split(",") if host)
     engine = container_engine or ("pyxis" if slurm is not None else "apptainer")
     container = machines.parse_container(engine, container_image, container_mount or [])
@@ -139,6 +142,7 @@ def launch(
         if dry_run:
             out.print(path.read_text(), markup=False)
     if dry_run or prepared.by_hand:
+        launching.record(prepared, recipe, is_start=not dry_run)
         for line in launching.how_to_start(prepared):
             out.print(line, markup=False)
         return

@@ -27,7 +27,8 @@ def bench_recipe(
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     ranks: Annotated[
-        int | None, typer.Option(help="processes; default: what the GPUs and the batch allow")
+        int | None,
+        typer.Option(min=1, help="processes; default: what the GPUs and the batch allow"),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="timed steps of every loss")] = 20,
     output: Annotated[

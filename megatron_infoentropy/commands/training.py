@@ -24,6 +24,12 @@ Normalization = Annotated[str | None, typer.Option(help="paper, global or none")
 Seed = Annotated[int | None, typer.Option(help="of initialisation and data order")]
 TensorParallel = Annotated[int | None, typer.Option(min=1, help="vocabulary and weight shards")]
 PipelineParallel = Annotated[int | None, typer.Option(min=1, help="pipeline stages")]
+Switch = Annotated[
+    bool,
+    typer.Option(
+        "--switch", help="go on from the run's checkpoint with another loss or seed; run.json tells"
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")]
 
 
@@ -61,8 +67,9 @@ def train(
     seed: Seed = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
+    switch: Switch = False,
     ranks: Annotated[
-        int | None, typer.Option(help="processes; default: what the GPUs and the batch allow")
+        int | None, typer.Option(min=1, help="processes; default: as many as GPUs and batch allow")
     ] = None,
     dry_run: Annotated[
         bool,
@@ -93,7 +100,7 @@ def train(
         if None in (data, tokenizer, run):
             return
     places = require_places(data=data, tokenizer=tokenizer, run=run)
-    job = TrainingJob(recipe, *places, settings, ranks, extra)
+    job = TrainingJob(recipe, *places, settings, ranks, extra, switch)
     command = launch.build_command(job)
     out.print(str(command), markup=False)
     if not dry_run:

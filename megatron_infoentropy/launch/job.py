@@ -40,6 +40,7 @@ class TrainingJob:
     settings: dict[str, Any] = field(default_factory=dict)
     ranks: int | None = None  # on this machine; None is as many as it has use for
     extra_flags: tuple[str, ...] = ()
+    switch: bool = False  # go on from a checkpoint of another loss or seed
 
     def flags(self, device: Device) -> list[str]:
         """The whole command line of every rank.

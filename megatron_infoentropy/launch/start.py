@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_infoentropy.launch.cluster import Cluster, absolute
 from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.job import TrainingJob
-from megatron_infoentropy.launch.run_folder import write_facts
+from megatron_infoentropy.launch.lineage import saved_step
+from megatron_infoentropy.launch.run_folder import recorded, require_same, write_facts
 from megatron_infoentropy.launch.scripts import (
     ASKED,
     HOSTS,
@@ -48,15 +49,15 @@ def prepare(job: TrainingJob, cluster: Cluster, made_by: str) -> Prepared:
         ValueError: a recipe, dataset, objective or layout that cannot be used, in words.
     """
     run = absolute(job.run)
-    job = TrainingJob(
-        job.recipe,
-        absolute(job.data),
-        absolute(job.tokenizer),
-        run,
-        job.settings,
+    job = replace(
+        job,
+        data=absolute(job.data),
+        tokenizer=absolute(job.tokenizer),
+        run=run,
         extra_flags=(*SAVE_ON_SIGNAL, *job.extra_flags),
     )
     flags = tuple(job.flags(cluster.device))
+    require_same(run, list(flags), switch=job.switch)
     cluster = cluster.complete(read_facts(list(flags)))
     plan = Plan(run, flags, cluster, made_by)
     scripts = {NODE: node_script(plan)}
@@ -95,6 +96,20 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
     return [run / name for name in prepared.scripts]
 
 
+def record(prepared: Prepared, recipe: Path, *, is_start: bool) -> None:
+    """Write run.json of a training that others start; what has trained stays as it is till then."""
+    plan = prepared.plan
+    if is_start or saved_step(plan.run, list(plan.flags)) is None:
+        write_facts(plan.run, recipe, *_facts_of(prepared))
+
+
+def _facts_of(prepared: Prepared) -> tuple[list[str], int, str]:
+    """(command line, ranks, device), for run.json"""
+    cluster = prepared.plan.cluster
+    device = f"{cluster.ranks} x {'GPU' if cluster.gpus_per_node else 'CPU rank'}"
+    return [*prepared.command, *prepared.plan.flags], cluster.ranks, device
+
+
 def how_to_start(prepared: Prepared) -> list[str]:
     """For a reader: what to type to start the scripts by hand."""
     if not prepared.by_hand:
@@ -113,10 +128,8 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
         RuntimeError: sbatch refused the job.
     """
     plan = prepared.plan
-    cluster, words = plan.cluster, [*prepared.command, *plan.flags]
-    device = f"{cluster.ranks} x {'GPU' if cluster.gpus_per_node else 'CPU rank'}"
-    write_facts(plan.run, recipe, words, cluster.ranks, device, None)
-    if cluster.slurm is not None:
+    if plan.cluster.slurm is not None:
+        record(prepared, recipe, is_start=True)
         return _submit(prepared.command)
 
     def hear(line: str) -> None:
@@ -127,8 +140,8 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
 
     # nohup and `&` of a script have some ignored, here as in the scripts.
     orders = tuple(order for order in ORDERS if signal.getsignal(order) != signal.SIG_IGN)
-    said = follow(plan.run, prepared.command, {}, hear, orders)
-    write_facts(plan.run, recipe, words, cluster.ranks, device, said.parameters)
+    with recorded(plan.run, recipe, *_facts_of(prepared)):
+        said = follow(plan.run, prepared.command, {}, hear, orders)
     if said.was_stopped:
         return "stopped after saving a checkpoint; the same command goes on from there"
     return f"done; the run folder is {plan.run}"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,19 @@ from megatron_infoentropy.launch.failures import explain, tail
 from megatron_infoentropy.launch.flags import read_facts, useful_ranks
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.machine import machine_environment
-from megatron_infoentropy.launch.run_folder import LOG, STOPPED, device_name, write_facts
+from megatron_infoentropy.launch.run_folder import (
+    LOG,
+    STOPPED,
+    device_name,
+    recorded,
+    require_same,
+    said_parameters,
+)
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
+
+# Of integration.lineage, for a checkpoint of which no run.json told before.
+OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
 
 
 class TrainingFailed(RuntimeError):
@@ -54,6 +64,7 @@ def build_command(job: TrainingJob) -> Command:
     facts = read_facts(flags)
     ranks = job.ranks or useful_ranks(facts, device.count if device.type == "cuda" else 1)
     require_layout(ranks, facts)
+    require_same(job.run, flags, switch=job.switch)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.pretrain")
     environment = machine_environment(device, ranks)
@@ -62,16 +73,15 @@ def build_command(job: TrainingJob) -> Command:
 
 def train(
     job: TrainingJob, command: Command, on_line: Callable[[str], object] = lambda line: None
-) -> Path:
-    """Run the command to its end; returns the run folder. `on_line` is called with every line.
+) -> "Said":
+    """Run the command to its end; `on_line` is called with every line of the log.
 
     Raises:
         TrainingFailed: with the ranks' first traceback and where the whole log is.
     """
-    said = follow(job.run, command.words, command.environment, on_line)
     name = device_name(command.device)
-    write_facts(job.run, job.recipe, command.words, command.ranks, name, said.parameters)
-    return job.run
+    with recorded(job.run, job.recipe, command.words, command.ranks, name):
+        return follow(job.run, command.words, command.environment, on_line)
 
 
 @dataclass
@@ -157,17 +167,27 @@ def _tee(
         log.write(line)
         log.flush()
         on_line(line)
-        _, found, value = line.partition("model parameters: ")
-        if found:
-            said.parameters = int(value)
+        parameters = said_parameters(line)
+        said.parameters = said.parameters if parameters is None else parameters
         said.was_stopped |= STOPPED in line
+        if line.startswith(OTHER_OBJECTIVE):
+            with suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(line)
         yield line
+
+
+def _training_line(line: str) -> TrainingLine | None:
+    """None also for what two ranks made of their lines."""
+    try:
+        said = parse_line(line)
+    except ValueError:
+        return None
+    return said if isinstance(said, TrainingLine) else None
 
 
 def _show_progress(name: str, lines: Iterator[str]) -> None:
     """Show progress from the first training line on, until the log ends."""
-    parsed = (parse_line(line) for line in lines)
-    training = (line for line in parsed if isinstance(line, TrainingLine))
+    training = (said for line in lines if (said := _training_line(line)) is not None)
     first = next(training, None)
     if first is None:
         return

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.launch.cluster import Cluster, Container, parse_container, parse_slurm
+from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
 from megatron_infoentropy.launch.slurm import job_script
@@ -78,10 +79,17 @@ def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_pat
 
 
 def test_a_number_of_parameters_that_is_known_stays(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    for given, kept in ((None, None), (7, 7), (None, 7), (9, 9)):
-        write_facts(tmp_path, recipe, list(FLAGS), 2, "CPU", given)
+    for said, kept in (("", None), ("model parameters: 9", 9), ("", 9)):
+        write_facts(tmp_path, tmp_path / "r.yaml", list(FLAGS), 2, "CPU")
+        (tmp_path / "train.log").write_text(said)
+        finish(tmp_path, 0)
         assert json.loads((tmp_path / "run.json").read_text())["parameters"] == kept
+
+
+def test_a_job_without_run_json_ends_without_one(tmp_path):
+    (tmp_path / "train.log").write_text("model parameters: 9")
+    assert "ended well" in finish(tmp_path, 0)
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize("engine", ["pyxis", "apptainer"])

@@ -31,5 +31,5 @@ def test_the_tokenizer_is_that_of_the_data(tmp_path, there, flags, told):
     words += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
     if flags:
         words += ["--train-data-path", "0.5", str(data / "a"), "0.5", str(data / "b")]
-    write_facts(tmp_path, tmp_path / "r.yaml", words, 1, "CPU", 7)
+    write_facts(tmp_path, tmp_path / "r.yaml", words, 1, "CPU")
     assert json.loads((tmp_path / "run.json").read_text())["tokenizer_sha256"] == told

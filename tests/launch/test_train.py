@@ -11,9 +11,11 @@ import pytest
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.launch import train as launch
+from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
 from megatron_infoentropy.launch.revision import revision_of
+from megatron_infoentropy.launch.start import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
@@ -198,7 +200,8 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     heard = []
     job = replace(job, extra_flags=("--infoentropy-gamma=3", "--no-infoentropy-detach-weight"))
     command = pretend(job, TALKING_RANK)
-    run = launch.train(job, command, heard.append)
+    launch.train(job, command, heard.append)
+    run = job.run
     facts = json.loads((run / "run.json").read_text())
     assert facts["parameters"] == 1234
     assert facts["objective"] == "infoentropy"
@@ -212,11 +215,39 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     assert len(heard) == 4
 
 
+TORN_RANKS = """
+print("model parameters: 205120 > number of parameters on (tensor, pipeline) model parallel rank")
+print(" iteration        1/       3 | objective: 1.0E+00 |")
+print(" iteration        2/       3 | objective: 1.2.3 | iteration        3/       3 | x: 1.2.3 |")
+print("WARNING: the checkpoint was trained with objective=focal and this run goes on with another")
+print(" iteration        3/       3 | objective: 3.0E+00 |")
+"""
+
+
+def test_lines_that_two_ranks_wrote_into_are_read_as_far_as_they_can_be(job, capsys):
+    launch.train(job, pretend(job, TORN_RANKS))
+    assert json.loads((job.run / "run.json").read_text())["parameters"] == 205120
+    assert "WARNING: the checkpoint was trained with objective=focal" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_another_objective_is_refused_before_any_rank_starts(job):
+    launch.train(job, pretend(job, TALKING_RANK))
+    (job.run / "checkpoints" / "iter_0000003").mkdir(parents=True)
+    (job.run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    other = replace(job, settings=loss_flags({"objective": "focal"}))
+    refused = r"3 steps trained with objective infoentropy, .*--switch"
+    with pytest.raises(ValueError, match=refused):
+        launch.build_command(other)
+    assert launch.build_command(replace(other, switch=True)).ranks == 1
+    with pytest.raises(ValueError, match=refused):
+        prepare(other, Cluster(gpus_per_node=0), "a test")
+
+
 def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
     with pytest.raises(launch.TrainingFailed, match="reasons of their own") as failure:
         launch.train(job, pretend(job, DYING_RANK))
     assert str(job.run / "train.log") in str(failure.value)
-    assert not (job.run / "run.json").exists()
+    assert json.loads((job.run / "run.json").read_text())["parameters"] is None
 
 
 # Two ranks that have met, of which torch numbers the lines; both are deep, the second dies of the
