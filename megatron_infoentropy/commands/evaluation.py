@@ -49,6 +49,9 @@ def evaluate(
     restart: Annotated[
         bool, typer.Option("--restart", help="discard what an interrupted evaluation left")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a finished evaluation")
+    ] = False,
 ) -> None:
     """Perplexity by domain, by how frequent and how hard a token is, and calibration.
 
@@ -73,6 +76,7 @@ def evaluate(
         device=device,
         token_scores=token_scores,
         restart=restart,
+        overwrite=overwrite,
     )
     if os.environ.get("RANK", "0") == "0":
         _show(result.summary)
@@ -97,11 +101,18 @@ def _source(model: Path, tokenizer: Path | None, iteration: int | None) -> "Mode
     )
 
 
+def _windows(scoring: dict[str, Any]) -> str:
+    length, stride = scoring["context_length"], scoring["stride"]
+    words = f"separate windows of {length} tokens"
+    if stride < length:
+        words = f"windows of {length} tokens that slide by {stride}"
+    return words + (", packed" if scoring["mode"] == "packed" else "")
+
+
 def _show(summary: dict[str, Any]) -> None:
     scoring, data = summary["scoring"], summary["data"]
     out.print(
-        f"{scoring['mode']} windows of {scoring['context_length']} tokens, stride "
-        f"{scoring['stride']}; {data['documents']} documents"
+        f"{_windows(scoring)}; {data['documents']} documents"
         + ("" if data["complete"] else ", a sample of the data"),
         markup=False,
     )
@@ -116,6 +127,8 @@ def _show(summary: dict[str, Any]) -> None:
             line += f" perplexity {values['perplexity'] or math.inf:10.3f}"
         if values.get("bits_per_byte"):
             line += f" {values['bits_per_byte']:7.4f} bits/byte"
+        if name in summary["difficulty"]["buckets"]:
+            line += f" {values['tokens'] / summary['total']['tokens']:.1%} of all tokens"
         out.print(line, markup=False)
     for name in ("weighted_average", "uniform_average", "worst_case"):
         values = summary[name]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.errors import VocabularyMismatchError
+from megatron_infoentropy.evaluate.errors import TokenCountsError, VocabularyMismatchError
 
 BANDS = 20
 BUCKETS = ("high", "medium", "low")
@@ -73,9 +73,16 @@ def read_token_counts(path: Path, vocab_size: int) -> NDArray[np.int64]:
         Occurrences of every token id, int64 [domains, vocab_size].
 
     Raises:
+        TokenCountsError: there is no table.
         VocabularyMismatchError: a table of another width than the vocabulary.
     """
-    table = np.load(path, allow_pickle=False)
+    advice = "give the token_counts.npy that `infoentropy preprocess` wrote with the training data"
+    try:
+        table = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise TokenCountsError(f"no token counts in {path}: {advice}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise TokenCountsError(f"{path} holds no token counts ({error}): {advice}") from error
     if table.ndim not in (1, 2) or table.shape[-1] != vocab_size:
         raise VocabularyMismatchError(
             f"{path} holds token counts of shape {table.shape}, expected [domains, {vocab_size}] "

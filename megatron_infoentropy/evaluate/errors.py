@@ -13,6 +13,10 @@ class VocabularyMismatchError(ValueError):
     """Model, data and token counts do not agree on the size of the vocabulary."""
 
 
+class TokenCountsError(ValueError):
+    """The table of token counts is missing or unreadable."""
+
+
 class ContextOverflowError(ValueError):
     """A window is longer than the positions the model has."""
 
@@ -35,6 +39,10 @@ class EvaluationFormatError(ValueError):
 
 class UnfinishedEvaluationError(ValueError):
     """An evaluation that was interrupted, or one of other inputs that lies in the way."""
+
+
+class FinishedEvaluationError(ValueError):
+    """A finished evaluation lies where another would be written."""
 
 
 class DifferentDataError(ValueError):

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_infoentropy.evaluate.chunks import cut_chunks, score_chunk
-from megatron_infoentropy.evaluate.evaluation import Evaluation, load_evaluation
+from megatron_infoentropy.evaluate.errors import FinishedEvaluationError
+from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
 from megatron_infoentropy.evaluate.job import Job, Options, open_job
 from megatron_infoentropy.evaluate.journal import Journal
 from megatron_infoentropy.evaluate.model import ModelSource, hugging_face
@@ -39,6 +40,7 @@ def evaluate_model(
     device: str = "auto",
     token_scores: bool = True,
     restart: bool = False,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Score a model on a token dataset; started by torchrun, all its processes take part.
 
@@ -59,6 +61,7 @@ def evaluate_model(
         token_scores: keep every token's cross entropy and entropy, 4 bytes a token: `compare` needs
             them to set hard tokens against easy ones.
         restart: discard what an interrupted evaluation has left in `output`.
+        overwrite: replace a finished evaluation in `output`, once the new one is whole.
 
     Returns:
         The evaluation, the same on every process; what it holds is said in `evaluation`.
@@ -66,6 +69,11 @@ def evaluate_model(
     Raises:
         ValueError: one of the named errors of `evaluate.errors`, saying what does not fit.
     """
+    if output is not None and (output / SUMMARY_FILE).exists() and not overwrite:
+        raise FinishedEvaluationError(
+            f"{output} holds a finished evaluation: name another --output, or --overwrite to "
+            "replace it"
+        )
     options = Options(
         context_length, stride, packed, batch_tokens, max_tokens, domain_weights, dtype, device
     )

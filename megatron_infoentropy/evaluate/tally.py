@@ -17,9 +17,9 @@ FINE_BINS = 16 * HISTOGRAM_BINS
 CONFIDENCE_BINS = 20
 DIFFICULTY = ("easy", "medium", "hard")
 DIFFICULTY_RULE = (
-    "easy, medium and hard: thirds of the scored tokens by the entropy of this model's own "
-    f"prediction, cut at the nearest of {FINE_BINS} equal bins; two models' own thirds hold "
-    "different tokens, so only `infoentropy compare` sets them side by side"
+    "easy, medium and hard: about a third of the scored tokens each, by the entropy of this "
+    f"model's own prediction, cut at the nearest of {FINE_BINS} equal bins; two models' own "
+    "thirds hold different tokens, so only `infoentropy compare` sets them side by side"
 )
 
 Floats = NDArray[np.floating[Any]]

@@ -103,6 +103,7 @@ def _evaluate(study: Study, where: Places, folder: Path) -> None:
         output=folder,
         max_tokens=study.scoring.max_tokens,
         device=study.scoring.device,
+        overwrite=True,  # of inputs that have changed, or the step would count as done
     )
     leftovers = sorted((folder / UNFINISHED).glob("*"))
     try:

@@ -18,16 +18,19 @@ class World:
     both: float = 0.1  # of what a seed adds to a document
     columns: int = 1
     correlation: float = 0.0  # of the columns' effects
+    lengths: float = 0.8  # deviation of the logarithm of a document's tokens
+    baseline_seeds: int | None = None  # as many as `seeds`
 
     def draw(self, generator: np.random.Generator, effect: float = 0.0) -> Sums:
         """The first `seeds` evaluations are of one setting, the others of the baseline."""
         documents, columns, seeds = self.documents, self.columns, self.seeds
-        tokens = np.ceil(generator.lognormal(5, 0.8, size=(documents, columns)))
+        every = seeds + (self.baseline_seeds or seeds)
+        tokens = np.ceil(generator.lognormal(5, self.lengths, size=(documents, columns)))
         nats = np.broadcast_to(
-            generator.normal(4, 1.5, size=(documents, 1)), (2 * seeds, documents, columns)
+            generator.normal(4, 1.5, size=(documents, 1)), (every, documents, columns)
         ).copy()
-        nats += self._effects(generator, (2 * seeds, 1, columns), self.seed)
-        nats += self._effects(generator, (2 * seeds, documents, columns), self.both)
+        nats += self._effects(generator, (every, 1, columns), self.seed)
+        nats += self._effects(generator, (every, documents, columns), self.both)
         nats[:seeds] += effect + self._effects(generator, (documents, columns), self.document)
         return Sums(tokens, nats * tokens)
 
@@ -38,4 +41,5 @@ class World:
         return deviation * mixed
 
     def sides(self) -> tuple[list[int], list[int]]:
-        return list(range(self.seeds)), list(range(self.seeds, 2 * self.seeds))
+        every = self.seeds + (self.baseline_seeds or self.seeds)
+        return list(range(self.seeds)), list(range(self.seeds, every))

@@ -50,6 +50,7 @@ def shown(results: list[list[Estimate]]) -> float:
         (World(seeds=2, document=0), True),
         (World(seeds=5, seed=0, document=0), True),  # seeds differ from document to document only
         (World(seeds=3, both=0), True),
+        (World(seeds=1, seed=0, documents=200, lengths=2), True),  # a few documents hold it all
     ],
     ids=str,
 )
@@ -58,6 +59,11 @@ def test_intervals_cover_the_truth_in_95_of_100_trials_and_tests_err_in_5(world,
     assert 0.91 <= covered(results, 0.05) <= 0.99
     none = simulate(world, 0.0, paired=paired)
     assert 0.005 <= shown(none) <= 0.09
+
+
+def test_with_unequal_seeds_that_are_no_pairs_it_is_cautious():
+    world = World(seeds=3, baseline_seeds=2, documents=60)
+    assert covered(simulate(world, 0.05, paired=False, trials=100), 0.05) > 0.96
 
 
 def test_redrawing_two_or_three_seeds_would_give_intervals_that_are_too_narrow():
