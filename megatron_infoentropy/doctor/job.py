@@ -191,11 +191,12 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Transfer], int |
 
 
 def _require_fitting(order: Order, facts: Facts) -> None:
-    """What a training refuses of recipe, tokenizer and data together, if each can be used."""
+    """What a training refuses of recipe and data together, if each can be used."""
     from megatron_infoentropy.launch.job import TrainingJob
     from megatron_infoentropy.runtime.device import find_device
 
-    if order.recipe and order.data and order.tokenizer and not facts.problems:
+    fits = facts.data is not None and facts.data.tokenizer == facts.tokenizer  # else told elsewhere
+    if order.recipe and order.data and order.tokenizer and fits and not facts.problems:
         job = TrainingJob(
             order.recipe,
             order.data,

@@ -27,6 +27,7 @@ from megatron_infoentropy.launch.flags import (
     read_facts,
     useful_ranks,
 )
+from megatron_infoentropy.launch.job import require_tokenizer
 from megatron_infoentropy.launch.machine import machine_environment
 from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 from megatron_infoentropy.runtime.device import Device, find_device
@@ -84,10 +85,12 @@ def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[st
     """Flags for a tokenizer, if there is none yet, and for data, which nobody will read.
 
     Raises:
-        RecipeError: neither `words` nor a tokenizer says how large the vocabulary is.
+        ValueError: no such tokenizer, or without one `words` do not say how large the vocabulary
+            is.
     """
     named: dict[str, Any] = {"tokenizer-type": "NullTokenizer", "mock-data": True}
     if tokenizer is not None:
+        require_tokenizer(tokenizer)
         named |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": tokenizer}
     elif last_value(words, "vocab-size") is None:
         raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")

@@ -7,6 +7,8 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.tokenizer import TOKENIZER
+from megatron_infoentropy.data.writer import file_sha256
 from megatron_infoentropy.launch.flags import (
     chosen_flags,
     last_value,
@@ -64,9 +66,10 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
     fails on others of which it wants no sample.
 
     Raises:
-        ValueError: datasets that cannot be used, or that are of another vocabulary.
+        ValueError: datasets that cannot be used, or a tokenizer that did not make them.
     """
     _require_vocabulary(recipe, data)
+    require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
     return {
         "tokenizer-type": "HuggingFaceTokenizer",
@@ -92,6 +95,29 @@ def _require_vocabulary(recipe: Path, data: Path) -> None:
         raise RecipeError(
             f"{recipe} is for a vocabulary of {wanted}, the training data have {size}; "
             "tokenize them anew, or change vocab-size in the recipe"
+        )
+
+
+def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
+    """Check that there is one, which the ranks else look for on the Hugging Face Hub.
+
+    sha256: of the tokenizer.json that the training data were made with.
+
+    Raises:
+        ValueError: there is none, or it is another one.
+    """
+    path = tokenizer / TOKENIZER
+    if not path.is_file():
+        raise ValueError(
+            f"{tokenizer} holds no {TOKENIZER}: give --tokenizer the folder that "
+            "`infoentropy preprocess` was given"
+        )
+    found = file_sha256(path)
+    if sha256 not in (None, found):
+        raise ValueError(
+            f"{path} is not the tokenizer that the training data were made with (SHA-256 "
+            f"{found[:12]}..., theirs {str(sha256)[:12]}...): name theirs, or preprocess the text "
+            "again"
         )
 
 

@@ -14,6 +14,12 @@ CPU = Device("cpu", "gloo", 1)
 
 
 @pytest.fixture
+def tok(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
 def parsed(monkeypatch):
     """Command lines that would have been parsed."""
     seen = []
@@ -27,22 +33,22 @@ def parsed(monkeypatch):
     return seen
 
 
-def test_ranks_are_those_asked_for_else_the_recipes_else_the_machines(parsed):
+def test_ranks_are_those_asked_for_else_the_recipes_else_the_machines(parsed, tok):
     recipe = EXAMPLES / "paper" / "468m.yaml"
     dry.dry_run(recipe, {}, ranks=48)
     dry.dry_run(recipe, {})
-    dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=Path("tok"))
+    dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=tok)
     assert [ranks for _, ranks in parsed] == [48, 16, 1]
 
 
-def test_data_and_a_missing_tokenizer_have_stand_ins(parsed):
+def test_data_and_a_missing_tokenizer_have_stand_ins(parsed, tok):
     dry.dry_run(EXAMPLES / "paper" / "468m.yaml", {"seed": 7}, ("--lr", "1"))
     words, _ = parsed[0]
     assert "--mock-data" in words
     assert words[words.index("--tokenizer-type") + 1] == "NullTokenizer"
     assert words[words.index("--seed") + 1 :].count("--seed") == 2  # default, recipe, option
     assert words[-2:] == ["--lr", "1"]
-    dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=Path("tok"))
+    dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=tok)
     words, _ = parsed[1]
     assert words[words.index("--tokenizer-type") + 1] == "HuggingFaceTokenizer"
     with pytest.raises(ValueError, match=r"tiny\.yaml does not say vocab-size"):

@@ -1,5 +1,6 @@
 """The command that trains, and what a run leaves behind, with ranks that only pretend."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerF
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.dry_run import dry_run
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
 from megatron_infoentropy.launch.revision import revision_of
@@ -37,6 +39,8 @@ raise ValueError("the ranks have reasons of their own")
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "find_device", lambda: Device("cpu", "gloo", 1))
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     for split in SPLITS:
         folder = tmp_path / "data" / split
         folder.mkdir(parents=True)
@@ -46,7 +50,13 @@ def job(tmp_path, monkeypatch):
         }
         for facts in domains.values():
             write_dataset(folder / facts.prefix, facts.tokens)
-        Manifest(folder, TokenizerFacts("0" * 64, 100, 0), "uint16", True, domains).save()
+        Manifest(
+            folder,
+            TokenizerFacts(hashlib.sha256(b"{}").hexdigest(), 100, 0),
+            "uint16",
+            True,
+            domains,
+        ).save()
         np.save(folder / "token_counts.npy", np.zeros((2, 100), dtype=np.int64))
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
 
@@ -158,6 +168,19 @@ def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
         launch.build_command(replace(job, recipe=recipe))
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
     assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
+
+
+def test_a_tokenizer_that_is_not_there_or_another_is_refused_before_any_rank_starts(job):
+    nowhere = replace(job, tokenizer=job.run / "nope")
+    with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json: give --tokenizer"):
+        launch.build_command(nowhere)
+    with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
+        prepare(nowhere, Cluster(gpus_per_node=0), "a test")
+    with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
+        dry_run(RECIPE, {}, tokenizer=nowhere.tokenizer)
+    (job.tokenizer / "tokenizer.json").write_text("another")
+    with pytest.raises(ValueError, match="not the tokenizer that the training data were made with"):
+        launch.build_command(job)
 
 
 @pytest.mark.parametrize("name", ["train/b_text.bin", "validation/a_text.idx"])
