@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_infoentropy.data import blocks, compression, run, workers, writer
 from megatron_infoentropy.data.blocks import Block
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.options import PILE_DOMAIN, Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.worker import Encoded, Encoder, Settings
 
@@ -88,7 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    EncoderHere.encoder = Encoder(Settings(folder / "tokenizer", Options()))
+    EncoderHere.encoder = Encoder(Settings(folder / "tokenizer", Options(split_by=PILE_DOMAIN)))
     workers._Worker = EncoderHere  # type: ignore[assignment, misc]
     blocks.BLOCK_BYTES = 2000
     compression._READ_BYTES = 1000

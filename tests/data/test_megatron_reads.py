@@ -24,7 +24,7 @@ def test_a_merged_dataset_is_blended_and_sampled_by_megatron(
     """Every sample is a run of the tokens of one domain, and domains come as often as weighed."""
     files = []
     for number in range(2):
-        lines = [line(f"{'AB'[i % 2]}{i} text " * (i % 9), "AB"[i % 2]) for i in range(400)]
+        lines = [line(f"{'AB'[i % 2]}{i} in {number} " * (i % 9), "AB"[i % 2]) for i in range(400)]
         files.append(write(tmp_path / f"{number}.jsonl.zst", lines))
     for index in range(2):
         preprocess(files, tokenizer_folder, tmp_path / "shards", shard=(index, 2))
