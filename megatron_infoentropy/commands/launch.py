@@ -23,6 +23,7 @@ from megatron_infoentropy.commands.training import (
     Tokenizer,
     Verbose,
     training_settings,
+    warn,
 )
 
 out = Console(highlight=False, soft_wrap=True)
@@ -136,6 +137,7 @@ def launch(
     )
     made_by = " ".join(shlex.join(["infoentropy", *sys.argv[1:]]).split())  # one line: a comment
     prepared = launching.prepare(job, cluster, made_by)
+    warn(list(prepared.plan.flags))
     paths = launching.write(prepared, overwrite=overwrite)
     for path in paths:
         out.print(f"== {path}", markup=False)

@@ -53,6 +53,14 @@ def training_settings(
     }
 
 
+def warn(words: list[str]) -> None:
+    """Say on stderr what of a training's command line is hardly ever meant."""
+    from megatron_infoentropy.launch.flags import warnings
+
+    for warning in warnings(words):
+        typer.echo(warning, err=True)
+
+
 def train(
     recipe: Recipe,
     megatron_flags: MegatronFlags = None,
@@ -102,6 +110,7 @@ def train(
     places = require_places(data=data, tokenizer=tokenizer, run=run)
     job = TrainingJob(recipe, *places, settings, ranks, extra, switch)
     command = launch.build_command(job)
+    warn(command.words)
     out.print(str(command), markup=False)
     if not dry_run:
         launch.train(job, command, sys.stdout.write if verbose else lambda line: None)

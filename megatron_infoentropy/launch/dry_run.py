@@ -21,6 +21,7 @@ from megatron_infoentropy.launch.estimate import (
     stages,
     traffic,
 )
+from megatron_infoentropy.launch.failures import refusal
 from megatron_infoentropy.launch.flags import (
     chosen_flags,
     last_value,
@@ -112,7 +113,8 @@ def parse(words: list[str], ranks: int, device: Device) -> Shape:
         errors="replace",
     )
     if done.returncode != 0:
-        raise FlagsRefused(f"Megatron refuses the flags: {_last_words(done.stderr)}")
+        said = f"Megatron refuses the flags: {_last_words(done.stderr)}"
+        raise FlagsRefused(refusal(done.stderr) or said)
     return Shape(**json.loads(done.stdout))
 
 

@@ -5,8 +5,10 @@ docs/failures.md is this table for readers; a test keeps the two together.
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+OURS = "--infoentropy-"
 TAIL_BYTES = 1 << 20  # the end of a log, which holds what the ranks said when they died
 
 
@@ -38,6 +40,17 @@ FAILURES = (
         "none of the checkpoints can be loaded",
         "the log names each file and what is wrong with it; copy them again, or give another "
         "--load",
+    ),
+    Failure(
+        r"CheckpointingException: Global shape mismatch",
+        "the checkpoint is of a model of another shape",
+        "give the model's flags (num-layers, hidden-size, ...) as the checkpoint was trained with, "
+        "or start anew in another --run; the log names the tensor",
+    ),
+    Failure(
+        r"assert self\.lr_warmup_steps < self\.lr_decay_steps",
+        "the learning rate would warm up for the whole training",
+        "make lr-warmup-iters smaller, or lr-decay-iters or train-iters larger",
     ),
     Failure(
         r"CUDA out of memory|OutOfMemoryError",
@@ -111,6 +124,35 @@ def explain(text: str) -> str | None:
         if re.search(failure.words, text):
             return f"{failure.cause}: {failure.advice}"
     return None
+
+
+def refusal(text: str) -> str | None:
+    """One sentence if the ranks refused their flags, in the words of argparse or of a check."""
+    usage = re.search(r"^\S+\.py: error: (.+)$", text, re.MULTILINE)
+    if usage:
+        return f"Megatron refuses the flags: {usage[1]}{_meant(usage[1], text[: usage.start()])}"
+    check = re.search(
+        r"^(?:\[rank\d+\]: )?  File \".*pretrain\.py\", line \d+, in prepare\n(?s:.{0,4000}?)"
+        r"\n(?:\[rank\d+\]: )?(?P<kind>AssertionError|ValueError)(?:: (?P<said>.+))?$",
+        text,
+        re.MULTILINE,
+    )
+    if check is None or check["said"] is None or "Traceback" in check[0]:
+        return None
+    return f"the flags are refused: {check['said']}"
+
+
+def _meant(refused: str, usage: str) -> str:
+    """Of the flags in argparse's usage those that look like the ones it does not know."""
+    if not refused.startswith("unrecognized arguments"):
+        return ""
+    known = {flag.replace(OURS, "--"): flag for flag in re.findall(r"--[a-z][\w-]+", usage)}
+    found = [
+        known[near]
+        for flag in re.findall(r"--[\w-]+", refused)
+        for near in get_close_matches(flag.replace(OURS, "--"), known, 1)
+    ]
+    return f"; is {' and '.join(found)} meant?" if found else ""
 
 
 def tail(log: Path, start: int = 0) -> str:

@@ -6,7 +6,7 @@ It completes run.json; of a training that failed it says why, if it can.
 import sys
 from pathlib import Path
 
-from megatron_infoentropy.launch.failures import explain, tail
+from megatron_infoentropy.launch.failures import explain, refusal, tail
 from megatron_infoentropy.launch.run_folder import LOG, settle_facts
 
 START = "== start of job"
@@ -18,7 +18,7 @@ def finish(run: Path, code: int) -> str:
     if code == 0:
         return "== the training ended well"
     _, _, last_job = tail(run / LOG).rpartition(START)
-    reason = explain(last_job) or "look for the first traceback above"
+    reason = explain(last_job) or refusal(last_job) or "look for the first traceback above"
     return f"== the training ended with exit code {code}: {reason}"
 
 

@@ -80,6 +80,18 @@ def read_loss(words: list[str]) -> InfoEntropyConfig:
     return InfoEntropyConfig(**settings)
 
 
+def warnings(words: list[str]) -> list[str]:
+    """What can be meant, and hardly ever is."""
+    loss = read_loss(words)
+    lowest = min(loss.gamma, loss.gamma_end if loss.gamma_schedule != "constant" else loss.gamma)
+    if loss.is_weighted and lowest < 0:
+        return [
+            f"WARNING: gamma {lowest:g} is negative: tokens of high entropy weigh less, which is "
+            "the opposite of the published loss"
+        ]
+    return []
+
+
 def useful_ranks(facts: dict[str, Any], devices: int) -> int:
     """The most ranks that fit the devices and divide the batch; at least what one model needs."""
     model_ranks = ranks_of_a_model(facts)

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 LAUNCH = "launch"
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class RecipeError(ValueError):
@@ -33,6 +34,20 @@ class Plan:
 
     ranks: int | None = None
     data_weights: str = "natural"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's readers take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given: set[object] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in given:
+                    where = key.start_mark.line + 1
+                    raise ValueError(f"line {where}: {key.value!r} is given twice")
+                given.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -83,12 +98,12 @@ def load_plan(path: Path) -> Plan:
 
 def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the examples folder has some") from None
     # Dates of no calendar, bytes that are no text, brackets without end are no YAMLError.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+        raise RecipeError(f"{path} is not YAML that can be used: {error}") from error
     if not isinstance(sections, dict):
         raise RecipeError(f"{path}: expected sections of flags, got {type(sections).__name__}")
     for section, entries in sections.items():

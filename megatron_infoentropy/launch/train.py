@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
-from megatron_infoentropy.launch.failures import explain, tail
+from megatron_infoentropy.launch.failures import explain, refusal, tail
 from megatron_infoentropy.launch.flags import read_facts, useful_ranks
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.machine import machine_environment
@@ -128,12 +128,18 @@ def follow(
                 process.terminate()
                 process.wait()
     if code != 0:
-        reason = explain(tail(log_path, start))
-        raise TrainingFailed(
-            f"training ended with exit code {code}{f': {reason}' if reason else ''}; the whole "
-            f"log is {log_path}\n{_first_failure(log_path, start)}"
-        )
+        raise TrainingFailed(_failure(code, log_path, start))
     return said
+
+
+def _failure(code: int, log: Path, start: int) -> str:
+    """What it means, and the first traceback; flags that are refused need none."""
+    text, whole = tail(log, start), f"the whole log is {log}"
+    refused, reason = refusal(text), explain(text)
+    if refused and not reason:
+        return f"{refused}; {whole}"
+    means = f": {reason}" if reason else ""
+    return f"training ended with exit code {code}{means}; {whole}\n{_first_failure(text)}"
 
 
 @contextmanager
@@ -207,12 +213,11 @@ TORCHRUNS_OWN = re.compile(
 TRACEBACK = re.compile(r"^(\[rank\d+\]: )?Traceback \(most recent call last\):$", re.MULTILINE)
 
 
-def _first_failure(log: Path, start: int) -> str:
+def _first_failure(text: str) -> str:
     """A rank's first traceback, without torchrun's own account of its dead children.
 
     Of a deep one the frames in the middle are left out: what was raised stands at its end.
     """
-    text = tail(log, start)
     own = TORCHRUNS_OWN.search(text)
     text = text[: own.start()].rpartition("\n")[0] if own else text
     found = TRACEBACK.search(text)

@@ -38,6 +38,8 @@ def test_flags_of_all_sections_in_order(tmp_path):
         ("- a\n- b\n", "expected sections of flags, got list"),
         ("lr: 1\n", "section 'lr' must hold"),
         ("a:\n  lr: 1\nb:\n  lr: 2\n", "flag 'lr' is given twice"),
+        ("a:\n  lr: 1\n  x: 3\n  lr: 2\n", "line 4: 'lr' is given twice"),
+        ("a:\n  lr: 1\na:\n  x: 2\n", "line 3: 'a' is given twice"),
         ("a:\n  lr:\n    b: 1\n", "flag 'lr' has a section as its value"),
         ("a: [\n", "is not YAML"),
         ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_infoentropy.checkpoints.manifest import write_manifest
 from megatron_infoentropy.launch.finish import finish
-from megatron_infoentropy.launch.flags import chosen_flags
+from megatron_infoentropy.launch.flags import chosen_flags, warnings
 from megatron_infoentropy.launch.lineage import OtherTrainingError, require_same_training
 from megatron_infoentropy.launch.run_folder import recorded, write_facts
 from megatron_infoentropy.runtime.device import Device
@@ -158,3 +158,24 @@ def test_facts_of_an_earlier_version_or_none_are_no_reason_to_refuse(run):
         require(run, CE)
     (run / "run.json").unlink()
     require(run, IE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"infoentropy-gamma": -1}, True),
+        ({"infoentropy-gamma": 1}, False),
+        ({"infoentropy-gamma": -1, "infoentropy-objective": "cross_entropy"}, False),
+        (
+            {
+                "infoentropy-gamma-schedule": "linear",
+                "infoentropy-gamma-samples": 9,
+                "infoentropy-gamma-end": -2,
+            },
+            True,
+        ),
+    ],
+    ids=str,
+)
+def test_a_negative_gamma_is_warned_of(tmp_path, settings, warned):
+    assert bool(warnings(words(tmp_path, settings))) is warned

@@ -273,6 +273,15 @@ def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
     assert json.loads((job.run / "run.json").read_text())["parameters"] is None
 
 
+def test_of_flags_that_are_refused_there_is_one_sentence_and_no_page(job):
+    refuse = 'import sys; sys.exit("usage: [--num-layers N]\\nx.py: error: argument --lr: no")'
+    with pytest.raises(launch.TrainingFailed) as failure:
+        launch.train(job, pretend(job, refuse))
+    log = job.run / "train.log"
+    said = f"Megatron refuses the flags: argument --lr: no; the whole log is {log}"
+    assert str(failure.value) == said
+
+
 # Two ranks that have met, of which torch numbers the lines; both are deep, the second dies of the
 # first. (Functions that call each other: Python shortens the traceback of one that calls itself.)
 DEEP_RANKS = """
