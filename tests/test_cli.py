@@ -32,6 +32,7 @@ COMMANDS = {
     "study": "grid",
     "doctor": "missing",
     "bench": "ratios",
+    "bench-recipe": "in rounds",
 }
 RECIPE = Path(__file__).parents[1] / "examples" / "tiny.yaml"
 

@@ -65,7 +65,7 @@ def require_place(output: Path, *, overwrite: bool, source: Path) -> None:
         ValueError: something is there and must not be overwritten, or it is what is read.
     """
     if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists; remove it, name another output, or allow overwriting")
+        raise ValueError(f"{output} exists; remove it, name another output, or give --overwrite")
     if source.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"{output} would take the place of {source}; name another output")
 
