@@ -90,7 +90,6 @@ def weights_over_training(data: Data) -> Figure | None:
             name = label if dash == "solid" else "_nolegend_"
             axes.plot(*thin(curve), color=color, linestyle=dash, label=name)
         axes.set_ylabel("weight / mean weight")
-        axes.set_ylim(bottom=0)
 
     words = "Median, 99th percentile and largest weight over training, relative to the mean."
     return _distribution(data, "weight", ("weight p50", "weight p99", "weight max"), plot, words)
@@ -114,6 +113,8 @@ def _distribution(
     def draw_all(axes: Axes) -> str:
         for group, run in shown:
             plot(axes, color_of(group), named(group), curves[run["name"]])
+        if kind == "weight":
+            axes.set_ylim(bottom=0)
         step_axis(axes)
         legend(axes)
         return words

@@ -50,7 +50,11 @@ def shown(results: list[list[Estimate]]) -> float:
         (World(seeds=2, document=0), True),
         (World(seeds=5, seed=0, document=0), True),  # seeds differ from document to document only
         (World(seeds=3, both=0), True),
-        (World(seeds=1, seed=0, documents=200, lengths=2), True),  # a few documents hold it all
+        # A few documents hold most tokens.
+        (World(seeds=1, seed=0, documents=60, lengths=2), True),
+        pytest.param(
+            World(seeds=1, seed=0, documents=200, lengths=2), True, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -63,7 +67,7 @@ def test_intervals_cover_the_truth_in_95_of_100_trials_and_tests_err_in_5(world,
 
 def test_with_unequal_seeds_that_are_no_pairs_it_is_cautious():
     world = World(seeds=3, baseline_seeds=2, documents=60)
-    assert covered(simulate(world, 0.05, paired=False, trials=100), 0.05) > 0.96
+    assert covered(simulate(world, 0.05, paired=False, trials=60), 0.05) > 0.95
 
 
 def test_redrawing_two_or_three_seeds_would_give_intervals_that_are_too_narrow():

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import write_run
+from matplotlib.figure import Figure
 
+from megatron_infoentropy.evaluate import plots_training
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
@@ -129,3 +131,23 @@ def test_commands_name_no_folder_of_the_machine_that_ran_them(tmp_path, monkeypa
     assert command == ["python", "--save", "out/a/checkpoints", "--seed", "1", "--data", "tokens"]
     monkeypatch.chdir("/")
     assert report_data([run])["runs"][0]["info"]["command"][0] == "python"
+
+
+def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / objective, objective=objective, evaluated=False)
+        for objective in ("focal", "infoentropy")
+    ]
+    log = (runs[1] / "train.log").read_text()
+    (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
+    tops = []
+
+    def draw(name: str, plot, **_) -> str:
+        axes = Figure().add_subplot()
+        plot(axes)
+        tops.append(axes.get_ylim()[1] - max(line.get_ydata().max() for line in axes.lines))
+        return ""
+
+    monkeypatch.setattr(plots_training, "draw", draw)
+    plots_training.weights_over_training(report_data([load_run(run) for run in runs]))
+    assert tops[0] >= 0
