@@ -22,7 +22,8 @@ out = Console(highlight=False, soft_wrap=True)
 
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="with --distributed: count and measure for this recipe")
+        Path | None,
+        typer.Argument(help="also check and count this recipe; measure for it if --distributed"),
     ] = None,
     megatron_flags: MegatronFlags = None,
     *,
@@ -53,11 +54,16 @@ def doctor(
     --ranks here, or is one rank under torchrun: torchrun ... -m -- megatron_infoentropy doctor
     --distributed ... (its -- keeps --run from torchrun, which has an option that begins so).
     """
+    settings = {
+        "tensor-model-parallel-size": tensor_parallel,
+        "pipeline-model-parallel-size": pipeline_parallel,
+    }
+    flags = tuple(megatron_flags or ())
     if not distributed:
+        is_whole = _say_findings()
         if recipe is not None:
-            raise ValueError("doctor takes a recipe with --distributed only")
-        _say_findings()
-        return
+            _say_training(recipe, settings, flags, tokenizer)
+        raise typer.Exit(0 if is_whole else 1)
     from megatron_infoentropy.doctor.job import Order, examine_job
     from megatron_infoentropy.doctor.start import start_ranks
 
@@ -65,18 +71,15 @@ def doctor(
         told, code = start_ranks(sys.argv[2:], ranks, sys.stderr.write)
         out.print(told, markup=False, end="")
         raise typer.Exit(code)
-    settings = {
-        "tensor-model-parallel-size": tensor_parallel,
-        "pipeline-model-parallel-size": pipeline_parallel,
-    }
-    flags, disk = tuple(megatron_flags or ()), int(disk_gib * 2**30)
+    disk = int(disk_gib * 2**30)
     order = Order(recipe, settings, flags, data, local_data, tokenizer, run, disk, timeout)
     report = examine_job(order, _say_report)
     if report.troubles:
         raise typer.Exit(1)
 
 
-def _say_findings() -> None:
+def _say_findings() -> bool:
+    """Whether nothing is missing."""
     from megatron_infoentropy.doctor import examine
 
     findings = examine()
@@ -85,8 +88,16 @@ def _say_findings() -> None:
         out.print(f"{marks[finding.verdict]:3} {finding.subject:24} {finding.found}", markup=False)
         if finding.advice:
             out.print(f"{'':28} {finding.advice}", markup=False)
-    if any(finding.verdict == "missing" for finding in findings):
-        raise typer.Exit(1)
+    return all(finding.verdict != "missing" for finding in findings)
+
+
+def _say_training(
+    recipe: Path, settings: dict[str, int | None], flags: tuple[str, ...], tokenizer: Path | None
+) -> None:
+    from megatron_infoentropy.launch.dry_run import dry_run
+
+    for line in dry_run(recipe, settings, flags, tokenizer=tokenizer).lines():
+        out.print(line, markup=False)
 
 
 def _say_report(report: "Report") -> None:

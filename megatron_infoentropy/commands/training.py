@@ -1,5 +1,6 @@
 """The command that trains, and says beforehand what a run would take."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,12 @@ def warn(words: list[str]) -> None:
         typer.echo(warning, err=True)
 
 
+def next_command(run: Path, tokenizer: Path) -> str:
+    """What makes a model for evaluation of a trained run."""
+    words = [run / "checkpoints", "--tokenizer", tokenizer, "--output", run / "hf"]
+    return f"infoentropy convert {shlex.join(map(str, words))}"
+
+
 def train(
     recipe: Recipe,
     megatron_flags: MegatronFlags = None,
@@ -113,7 +120,11 @@ def train(
     warn(command.words)
     out.print(str(command), markup=False)
     if not dry_run:
-        launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+        said = launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+        out.print(said.outcome(), markup=False)
+        goes_on = "the same command goes on from there"
+        following = goes_on if said.was_stopped else next_command(job.run, job.tokenizer)
+        out.print(f"next: {following}", markup=False)
 
 
 COMMANDS = (train,)

@@ -3,6 +3,7 @@
 docs/failures.md is this table for readers; a test keeps the two together.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -139,7 +140,7 @@ def refusal(text: str) -> str | None:
     )
     if check is None or check["said"] is None or "Traceback" in check[0]:
         return None
-    return f"the flags are refused: {check['said']}"
+    return f"Megatron refuses the flags: {check['said'].removesuffix('.')}"
 
 
 def _meant(refused: str, usage: str) -> str:
@@ -161,3 +162,45 @@ def tail(log: Path, start: int = 0) -> str:
         size = file.seek(0, 2)
         file.seek(max(start, size - TAIL_BYTES))
         return file.read().decode("utf-8", "replace")
+
+
+def describe(code: int, log: Path, start: int) -> str:
+    """Of what a log says from byte `start` on: what it means, and the first traceback.
+
+    Flags that are refused need none.
+    """
+    text, whole = tail(log, start), f"the whole log is {log}"
+    refused, reason = refusal(text), explain(text)
+    if refused and not reason:
+        return f"{refused}; {whole}"
+    means = f": {reason}" if reason else ""
+    return f"training ended with exit code {code}{means}; {whole}\n{_first_failure(text)}"
+
+
+TORCHRUNS_OWN = re.compile(
+    r"torch.distributed.elastic.multiprocessing|Traceback[^\0]{0,400}torch/distributed/run.py"
+)
+
+# Where ranks have met, torch puts their number before every line.
+TRACEBACK = re.compile(r"^(\[rank\d+\]: )?Traceback \(most recent call last\):$", re.MULTILINE)
+
+
+def _first_failure(text: str) -> str:
+    """A rank's first traceback, without torchrun's own account of its dead children.
+
+    Of a deep one the frames in the middle are left out: what was raised stands at its end.
+    """
+    own = TORCHRUNS_OWN.search(text)
+    text = text[: own.start()].rpartition("\n")[0] if own else text
+    found = TRACEBACK.search(text)
+    if found is None:
+        return text[-3000:].rstrip()
+    rank = found[1] or ""
+    lines = [line for line in text[found.start() :].splitlines() if line.startswith(rank)]
+    title, *rest = [line.removeprefix(rank) for line in lines]
+    frames = "\n".join([title, *itertools.takewhile(lambda line: line[:1] in " \t", rest)])
+    after = rest[frames.count("\n") :]
+    raised = itertools.takewhile(lambda line: not line.startswith("Traceback"), after)
+    if len(frames) > 2500:
+        frames = f"{frames[:500]}\n  ...\n{frames[-2000:]}"
+    return f"{frames}\n{'\n'.join(raised)[:1500]}".rstrip()

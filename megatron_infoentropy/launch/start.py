@@ -144,7 +144,7 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
         said = follow(plan.run, prepared.command, {}, hear, orders)
     if said.was_stopped:
         return "stopped after saving a checkpoint; the same command goes on from there"
-    return f"done; the run folder is {plan.run}"
+    return f"done; the run folder is {plan.run}; {said.outcome()}"
 
 
 def _submit(command: list[str]) -> str:

@@ -1,8 +1,6 @@
 """Runs one training on this machine: builds the torchrun command, follows its log."""
 
-import itertools
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -14,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.evaluate.runlog import TrainingLine, parse_line
-from megatron_infoentropy.launch.failures import explain, refusal, tail
+from megatron_infoentropy.evaluate.runlog import TrainingLine, ValidationLine, parse_line
+from megatron_infoentropy.launch.failures import describe
 from megatron_infoentropy.launch.flags import read_facts, useful_ranks
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.machine import machine_environment
@@ -32,6 +30,9 @@ from megatron_infoentropy.runtime.device import Device, find_device
 
 # Of integration.lineage, for a checkpoint of which no run.json told before.
 OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
+
+
+LOSS = "cross entropy"
 
 
 class TrainingFailed(RuntimeError):
@@ -90,6 +91,24 @@ class Said:
 
     parameters: int | None = None
     was_stopped: bool = False  # by a signal, after a checkpoint
+    last: TrainingLine | None = None
+    validation: ValidationLine | None = None  # the last one
+
+    def outcome(self) -> str:
+        """One sentence on what was trained."""
+        if self.last is None:
+            return (
+                "no step is in the log: the run has had its train-iters, or log-interval is longer"
+            )
+        step, losses = self.last.iteration, []
+        if LOSS in self.last.values:
+            losses.append(f"{LOSS} {self.last.values[LOSS]:.4f}")
+        if self.validation and LOSS in self.validation.values:
+            at = self.validation
+            losses.append(f"of {at.split} data {at.values[LOSS]:.4f} at step {at.iteration:,}")
+        end = "stopped after saving at" if self.was_stopped else "trained to"
+        told = f": {', '.join(losses)}" if losses else ""
+        return f"{end} step {step:,} of {self.last.train_iters:,}{told}"
 
 
 def follow(
@@ -121,25 +140,15 @@ def follow(
         assert process.stdout is not None
         try:
             with _forwarded(forward, process):
-                _show_progress(run.name, _tee(process.stdout, log, on_line, said))
+                _show_progress(run.name, _tee(process.stdout, log, on_line, said), said)
                 code = process.wait()
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
     if code != 0:
-        raise TrainingFailed(_failure(code, log_path, start))
+        raise TrainingFailed(describe(code, log_path, start))
     return said
-
-
-def _failure(code: int, log: Path, start: int) -> str:
-    """What it means, and the first traceback; flags that are refused need none."""
-    text, whole = tail(log, start), f"the whole log is {log}"
-    refused, reason = refusal(text), explain(text)
-    if refused and not reason:
-        return f"{refused}; {whole}"
-    means = f": {reason}" if reason else ""
-    return f"training ended with exit code {code}{means}; {whole}\n{_first_failure(text)}"
 
 
 @contextmanager
@@ -182,18 +191,23 @@ def _tee(
         yield line
 
 
-def _training_line(line: str) -> TrainingLine | None:
-    """None also for what two ranks made of their lines."""
+def _training_line(line: str, said: Said) -> TrainingLine | None:
+    """None also for what two ranks made of their lines; `said` keeps the last of every kind."""
     try:
-        said = parse_line(line)
+        parsed = parse_line(line)
     except ValueError:
         return None
-    return said if isinstance(said, TrainingLine) else None
+    if isinstance(parsed, ValidationLine):
+        said.validation = parsed
+    if not isinstance(parsed, TrainingLine):
+        return None
+    said.last = parsed
+    return parsed
 
 
-def _show_progress(name: str, lines: Iterator[str]) -> None:
+def _show_progress(name: str, lines: Iterator[str], said: Said) -> None:
     """Show progress from the first training line on, until the log ends."""
-    training = (said for line in lines if (said := _training_line(line)) is not None)
+    training = (it for line in lines if (it := _training_line(line, said)) is not None)
     first = next(training, None)
     if first is None:
         return
@@ -203,32 +217,3 @@ def _show_progress(name: str, lines: Iterator[str]) -> None:
         for line in training:
             advance(line.iteration - done)
             done = line.iteration
-
-
-TORCHRUNS_OWN = re.compile(
-    r"torch.distributed.elastic.multiprocessing|Traceback[^\0]{0,400}torch/distributed/run.py"
-)
-
-# Where ranks have met, torch puts their number before every line.
-TRACEBACK = re.compile(r"^(\[rank\d+\]: )?Traceback \(most recent call last\):$", re.MULTILINE)
-
-
-def _first_failure(text: str) -> str:
-    """A rank's first traceback, without torchrun's own account of its dead children.
-
-    Of a deep one the frames in the middle are left out: what was raised stands at its end.
-    """
-    own = TORCHRUNS_OWN.search(text)
-    text = text[: own.start()].rpartition("\n")[0] if own else text
-    found = TRACEBACK.search(text)
-    if found is None:
-        return text[-3000:].rstrip()
-    rank = found[1] or ""
-    lines = [line for line in text[found.start() :].splitlines() if line.startswith(rank)]
-    title, *rest = [line.removeprefix(rank) for line in lines]
-    frames = "\n".join([title, *itertools.takewhile(lambda line: line[:1] in " \t", rest)])
-    after = rest[frames.count("\n") :]
-    raised = itertools.takewhile(lambda line: not line.startswith("Traceback"), after)
-    if len(frames) > 2500:
-        frames = f"{frames[:500]}\n  ...\n{frames[-2000:]}"
-    return f"{frames}\n{'\n'.join(raised)[:1500]}".rstrip()

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_infoentropy.cli import app
 from megatron_infoentropy.data.options import Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import train_tokenizer
@@ -152,3 +155,19 @@ def test_ranks_that_fail_say_why_and_not_what_torchrun_thinks_of_it():
     mixed = [line for pair in zip(one, zero, strict=True) for line in pair]
     for ranks in (one + zero, mixed):
         assert last_words(noise + "".join(ranks) + torchrun) == "ImportError: no such thing"
+
+
+def test_a_recipe_is_counted_after_what_was_found_on_the_machine(monkeypatch):
+    counted = []
+
+    def count(recipe, settings, flags, *, tokenizer):
+        counted.append((recipe, settings["tensor-model-parallel-size"], flags, tokenizer))
+        return SimpleNamespace(lines=lambda: ["parameters 7"])
+
+    monkeypatch.setattr("megatron_infoentropy.launch.dry_run.dry_run", count)
+    words = ["doctor", str(RECIPE), "--tensor-parallel", "2", "--tokenizer", "tok", "--", "--lr"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert counted == [(RECIPE, 2, ("--lr",), Path("tok"))]
+    assert "megatron-core" in result.output
+    assert result.output.endswith("parameters 7\n")

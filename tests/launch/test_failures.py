@@ -66,7 +66,7 @@ def test_what_a_check_refuses_before_a_model_is_built_is_one_sentence():
   File "<string>", line 309, in __init__
 ValueError: 4 heads must be a multiple of 3
 """
-    said = "the flags are refused: 4 heads must be a multiple of 3"
+    said = "Megatron refuses the flags: 4 heads must be a multiple of 3"
     assert refusal(traceback.format(where="prepare")) == said
     assert refusal(traceback.format(where="train")) is None
     ranked = "\n".join(f"[rank1]: {x}" for x in traceback.format(where="prepare").splitlines())

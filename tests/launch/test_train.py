@@ -17,6 +17,7 @@ from megatron_infoentropy.launch.dry_run import dry_run
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
 from megatron_infoentropy.launch.revision import revision_of
+from megatron_infoentropy.launch.run_folder import STOPPED
 from megatron_infoentropy.launch.start import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
@@ -264,6 +265,22 @@ def test_a_run_folder_of_another_objective_is_refused_before_any_rank_starts(job
     assert launch.build_command(replace(other, switch=True)).ranks == 1
     with pytest.raises(ValueError, match=refused):
         prepare(other, Cluster(gpus_per_node=0), "a test")
+
+
+VALIDATED = """
+print(" iteration        2/       3 | cross entropy: 5.5E+00 |")
+print(" validation loss at iteration 2 | cross entropy value: 6.25E+00 |")
+"""
+
+
+def test_a_training_ends_with_what_came_of_it(job):
+    said = launch.train(job, pretend(job, VALIDATED))
+    losses = "cross entropy 5.5000, of validation data 6.2500 at step 2"
+    assert said.outcome() == f"trained to step 2 of 3: {losses}"
+    said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({STOPPED!r})"))
+    assert said.outcome() == f"stopped after saving at step 2 of 3: {losses}"
+    said = launch.train(job, pretend(job, "pass"))
+    assert said.outcome().startswith("no step is in the log: the run has had its train-iters")
 
 
 def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
