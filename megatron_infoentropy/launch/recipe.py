@@ -98,7 +98,8 @@ def load_plan(path: Path) -> Plan:
 
 def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        sections = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        loader = _StrictLoader(path.read_text(encoding="utf-8"))
+        sections = loader.get_single_data()
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the examples folder has some") from None
     # Dates of no calendar, bytes that are no text, brackets without end are no YAMLError.

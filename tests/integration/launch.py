@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run_trainer(
     ranks: int, main: Callable[..., None], arguments: tuple, flags: list[str], folder: Path
 ) -> str:
     """Call main(*arguments) on every rank with `flags` as its command line; rank 0's output."""
-    os.environ.update(ENVIRONMENT)  # the server, started by the first call, keeps it
+    _start_server()
     port = _free_port()
     processes = []
     for rank in range(ranks):
@@ -77,6 +78,17 @@ def run_trainer(
         log = (folder / f"rank{failed[0]}.log").read_text()
         raise AssertionError(f"exit codes {codes}; rank {failed[0]}:\n{log[-5000:]}")
     return (folder / "rank0.log").read_text()
+
+
+def _start_server() -> None:
+    """With an environment that it keeps and this process does not: other tests here compile."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run_forked(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:

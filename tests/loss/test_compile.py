@@ -9,6 +9,12 @@ from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_para
 from megatron_infoentropy.kernels import ops
 
 
+@pytest.fixture(autouse=True)
+def compiler_is_on():
+    """Another test's environment may have turned it off, and everything here would pass."""
+    assert not torch._dynamo.config.disable
+
+
 def surprise(cross_entropy, entropy):
     return (cross_entropy - entropy).square()
 

@@ -64,8 +64,8 @@ def test_a_missing_study_says_where_to_find_some(tmp_path):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_are_studies_with_three_seeds_and_a_baseline(path):
+def test_the_examples_are_studies_with_several_seeds_and_a_baseline(path):
     study = load_study(path)
     objectives = {member.loss["objective"] for member in study.members}
     assert objectives == {"cross_entropy", "focal", "infoentropy"}
-    assert len({member.seed for member in study.members}) >= 3
+    assert len({member.seed for member in study.members}) >= 2
