@@ -36,6 +36,20 @@ class Plan:
     data_weights: str = "natural"
 
 
+def read_yaml(path: Path) -> Any:
+    """What a file holds; a key that is given twice is an error.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not YAML that can be used, with what is wrong.
+    """
+    try:
+        return _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    # Dates of no calendar, bytes that are no text, brackets without end are no YAMLError.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML that can be used: {error}") from error
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML's readers take the last one."""
 
@@ -98,13 +112,11 @@ def load_plan(path: Path) -> Plan:
 
 def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        sections = loader.get_single_data()
+        sections = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the examples folder has some") from None
-    # Dates of no calendar, bytes that are no text, brackets without end are no YAMLError.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML that can be used: {error}") from error
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if not isinstance(sections, dict):
         raise RecipeError(f"{path}: expected sections of flags, got {type(sections).__name__}")
     for section, entries in sections.items():

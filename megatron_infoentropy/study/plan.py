@@ -17,9 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.launch.recipe import read_yaml
 from megatron_infoentropy.study.reading import StudyError, one_of_type, section
 
 SPLITS = ("train", "validation", "test")
@@ -105,11 +104,11 @@ def load_study(path: Path) -> Study:
     """
     path = path.resolve()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         raise StudyError(f"no study at {path}; examples/studies has some") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise StudyError(str(error)) from error
     try:
         return _study(path, section("the study", content, _PARTS, required=("recipe", "grid")))
     except StudyError as error:

@@ -100,6 +100,11 @@ def test_a_torn_line_gives_what_is_whole():
     )
 
 
+def test_numbers_of_two_ranks_in_one_are_left_out():
+    torn = " iteration 5/ 10 | grad norm: 1.5.2 | objective: 6.5 |"
+    assert parse_line(torn).values == {"objective": 6.5}
+
+
 def test_a_log_is_collected_and_a_resumed_iteration_counts_once():
     log = parse_log(LOG.splitlines())
     assert log.train_iters == 100

@@ -50,6 +50,7 @@ def test_paths_are_relative_to_the_study(tmp_path):
         ("tokens: tokens", "tokens: tokens, text: x", "expected one of tokens, text"),
         ("tokens: tokens,", "tokens: tokens, vocab-size: 9,", "expected a tokenizer, or the voc"),
         ("{train-iters: 10}", "!!python/object/apply:os.system [true]", "is not YAML"),
+        ("{train-iters: 10}", "{lr: 1, lr: 2}", "line 3: 'lr' is given twice"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path, old, new, message):
