@@ -53,7 +53,7 @@ recipe_of() { # model, precision
 train() { # model, precision, run, flags...
   local model=$1 precision=$2 run=$3
   shift 3
-  if [ -e "$run/run.json" ]; then return; fi
+  if [ -e "$run/.done" ]; then return; fi
   rm -rf "$run"
   choose_flags "$model" "$precision"
   infoentropy train "$(recipe_of "$model" "$precision")" --data "$folder/tokens" \
@@ -61,6 +61,7 @@ train() { # model, precision, run, flags...
     --train-iters "$steps" --lr-warmup-iters $((steps / 6)) --log-interval 1 --eval-iters 0 \
     --no-save-optim --no-save-rng
   rm -rf "$run/checkpoints"
+  touch "$run/.done"
 }
 
 data() {
