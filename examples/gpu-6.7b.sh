@@ -106,11 +106,11 @@ curves() {
     train 6.7b "${PRECISIONS:-fp8}" "$folder/6.7b-$objective" --objective "$objective"
     runs+=("$folder/6.7b-$objective")
   done
-  infoentropy report "${runs[@]}" --output "$folder/curves-6.7b.html"
   for precision in ${PRECISIONS:-fp8 bf16}; do
     say "468m, $precision"
     train 468m "$precision" "$folder/468m-$precision"
   done
+  infoentropy report "${runs[@]}" --output "$folder/curves-6.7b.html"
 }
 
 study() {
