@@ -146,13 +146,23 @@ def parse_slurm(options: str) -> tuple[str, ...]:
         else:
             found[-1] += ("=" if found[-1].startswith("--") else " ") + word
     for option in found:
-        name = option.partition("=")[0] if option.startswith("--") else option[:2]
-        if name in SET_BY_US:
+        name = _set_by_us(option)
+        if name is not None:
             raise ValueError(
                 f"--slurm may not hold {name}: the job script sets it, from --nodes, "
                 "--gpus-per-node, --run and --save-seconds; edit the script for more"
             )
     return tuple(found)
+
+
+def _set_by_us(option: str) -> str | None:
+    """The option of ours that sbatch takes this one for; it takes the beginning of a name too."""
+    if not option.startswith("--"):
+        return option[:2] if option[:2] in SET_BY_US else None
+    name = option.partition("=")[0]
+    if name in SET_BY_US or name == "--gpus":  # an option of its own, and how another one begins
+        return name if name in SET_BY_US else None
+    return next((each for each in sorted(SET_BY_US) if each.startswith(name)), None)
 
 
 def parse_container(engine: str, image: str | None, mounts: list[str]) -> Container | None:

@@ -40,6 +40,7 @@ def test_what_cannot_be_started_is_refused(settings, said):
 
 def test_options_of_sbatch():
     assert parse_slurm("--time 1:00 -p gpu --qos=x") == ("--time=1:00", "-p gpu", "--qos=x")
+    assert parse_slurm("--gpus=8 --nodelist=a,b") == ("--gpus=8", "--nodelist=a,b")
     with pytest.raises(ValueError, match="now is none"):
         parse_slurm("now")
     with pytest.raises(ValueError, match="must be pyxis or apptainer"):
@@ -49,7 +50,8 @@ def test_options_of_sbatch():
 @pytest.mark.parametrize(
     ("option", "name"),
     [("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n"),
-     ("-o x.log", "-o"), ("-ox.log", "-o"), ("--error=x", "--error")],
+     ("-o x.log", "-o"), ("-ox.log", "-o"), ("--error=x", "--error"), ("--sig=B:USR1", "--signal"),
+     ("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output")],
 )  # fmt: skip
 def test_what_the_job_script_sets_is_no_option_of_sbatch(option, name):
     with pytest.raises(ValueError, match=f"may not hold {name}:"):
