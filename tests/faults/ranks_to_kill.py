@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
-from launch import ENVIRONMENT, TINY_MODEL, _free_port, _rank, _server
+from launch import TINY_MODEL, _free_port, _rank, _server, _start_server
 from plain_run import main
 
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
@@ -42,7 +42,7 @@ class Training:
     def __init__(
         self, folder: Path, save: Path, flags: list[str] | None = None, entry: Any = main
     ) -> None:
-        os.environ.update(ENVIRONMENT)
+        _start_server()
         folder.mkdir(exist_ok=True)
         self.save = save
         self.logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]

@@ -1,5 +1,7 @@
 """torch.compile sees through the loss, and the kernels are well-behaved operators of PyTorch."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ from megatron_infoentropy.kernels import ops
 
 @pytest.fixture(autouse=True)
 def compiler_is_on():
-    """Another test's environment may have turned it off, and everything here would pass."""
+    """Another test may have left its switch behind, and nearly everything here would pass."""
+    assert os.environ.get("TORCHDYNAMO_DISABLE", "0") == "0"
     assert not torch._dynamo.config.disable
 
 
