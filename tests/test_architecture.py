@@ -106,7 +106,7 @@ def test_no_file_is_too_long():
         check=True,
     ).stdout.split()
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
-    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    assert {name: n for name, n in lengths.items() if n > 450} == {}
 
 
 def modules_after(statement: str) -> set[str]:
