@@ -76,7 +76,7 @@ def train() -> None:
     checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
     try:
-        with checkpoints.keeping_checkpoints(flags, forward_step) as step:
+        with checkpoints.writing_manifests(flags, forward_step) as step:
             pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
     finally:
         # node.sh repeats its order to save until the ranks are gone, and Python ends with the

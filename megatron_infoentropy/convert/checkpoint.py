@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.checkpoints.manifest import find_damage, has_manifest
+from megatron_infoentropy.checkpoints import find_damage, has_manifest
 from megatron_infoentropy.convert.distcp import (
     StoredTensor,
     TensorReader,

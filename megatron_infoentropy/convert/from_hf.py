@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_infoentropy.checkpoints.manifest import write_manifest
+from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.arguments import arguments_of, flags_of
 from megatron_infoentropy.convert.checkpoint import LATEST

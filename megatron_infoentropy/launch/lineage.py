@@ -13,9 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.checkpoints.choice import choose
-from megatron_infoentropy.checkpoints.folder import RELEASE
-from megatron_infoentropy.checkpoints.manifest import find_damage
+from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.launch.flags import FIRST_FIELDS, last_value, read_facts
 
@@ -144,12 +142,8 @@ def _loaded_from(words: list[str]) -> tuple[int, dict[str, Any]]:
 def _step_in(checkpoints: Path, wanted: str | None, *, is_ours: bool) -> int | None:
     if not checkpoints.is_dir():
         return None
-    named = choose(checkpoints, int(wanted or 0) or None, _sizes_differ, is_ours=is_ours).name
+    named = choose(checkpoints, int(wanted or 0) or None, is_ours=is_ours).name
     return None if named is None else 0 if named == RELEASE else int(named)
-
-
-def _sizes_differ(checkpoint: Path) -> str:
-    return find_damage(checkpoint, checksums=False)
 
 
 def _loads_own(run: Path, words: list[str]) -> bool:

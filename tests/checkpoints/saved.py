@@ -2,26 +2,25 @@
 
 from pathlib import Path
 
-from megatron_infoentropy.checkpoints import folder
-from megatron_infoentropy.checkpoints.manifest import write_manifest
+from megatron_infoentropy import checkpoints
 
 
 def save(root: Path, iteration: int, *, complete: bool = True) -> Path:
     """One checkpoint; the tracker names it."""
-    files = folder.path_of(root, str(iteration))
+    files = checkpoints.path_of(root, str(iteration))
     (files / "rank").mkdir(parents=True)
     (files / ".metadata").write_bytes(b"index")
     (files / "__0_0.distcp").write_bytes(bytes(range(256)) * 40)
     (files / "rank" / "0.pt").write_bytes(b"state")
-    (root / folder.TRACKER).write_text(str(iteration))
+    (root / checkpoints.TRACKER).write_text(str(iteration))
     if complete:
-        write_manifest(files)
+        checkpoints.write_manifest(files)
     return files
 
 
 def ours(root: Path, *iterations: int) -> Path:
     """A --save folder that has had manifests from the first."""
-    folder.begin_record(root)
+    checkpoints.begin_record(root)
     for iteration in iterations:
         save(root, iteration)
     return root

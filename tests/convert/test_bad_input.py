@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
-from megatron_infoentropy.checkpoints.manifest import write_manifest
+from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.convert import (
     IncompleteCheckpointError,
     InvalidWeightsError,

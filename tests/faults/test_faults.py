@@ -26,18 +26,12 @@ def test_killed_damaged_and_cut_off_it_ends_as_if_nothing_had_happened(losses, t
     save = tmp_path / "save0"
     *_, before, newest = complete_iterations(save)
     path = save / f"iter_{newest:07d}" / "__1_0.distcp"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    training = run_to_end(tmp_path / "flipped", save)
-    check(training, before, losses)
-    assert f"{path} has another SHA-256 than when it was saved: training goes on" in training.log(0)
-    assert complete_iterations(save)[-1] == newest  # saved anew
-
-    path.write_bytes(path.read_bytes()[:-100])
+    size = path.stat().st_size
+    os.truncate(path, size - 100)
     training = run_to_end(tmp_path / "cut off", save)
     check(training, before, losses)
-    assert f"{path} has {len(data) - 100} bytes, not {len(data)}: training" in training.log(0)
+    assert f"{path} has {size - 100} bytes, not {size}: training goes on" in training.log(0)
+    assert complete_iterations(save)[-1] == newest  # saved anew
 
 
 def test_a_late_rank_changes_nothing_and_nan_in_one_rank_stops_all(losses, tmp_path):

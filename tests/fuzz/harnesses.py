@@ -6,7 +6,7 @@ Any other exception is a finding. `folder` is where a reader finds its file, in 
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_infoentropy.checkpoints.manifest import NAME, find_damage
+from megatron_infoentropy.checkpoints import MANIFEST, find_damage
 from megatron_infoentropy.convert.distcp import TensorReader, read_index, require_complete
 from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
@@ -81,7 +81,7 @@ def weights(data: bytes, folder: Path) -> None:
 
 
 def manifest(data: bytes, folder: Path) -> None:
-    (folder / NAME).write_bytes(data)
+    (folder / MANIFEST).write_bytes(data)
     (folder / "__0_0.distcp").write_bytes(bytes(16))
     assert isinstance(find_damage(folder), str)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infoentropy.checkpoints.manifest import write_manifest
+from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.flags import chosen_flags, warnings
 from megatron_infoentropy.launch.lineage import OtherTrainingError, require_same_training

@@ -55,7 +55,7 @@ module("megatron.training", pretrain=stop)
 module("megatron_infoentropy.runtime.cpu", install=None)
 module(package + ".batch", build_datasets=None)
 module(package + ".checkpoints", checkpoint_flags=lambda flags: flags,
-       choose_checkpoint=lambda flags: None, keeping_checkpoints=lambda *both: nullcontext())
+       choose_checkpoint=lambda flags: None, writing_manifests=lambda *both: nullcontext())
 from megatron_infoentropy import pretrain
 
 class Late:

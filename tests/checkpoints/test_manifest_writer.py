@@ -1,14 +1,20 @@
 """Manifests appear after the tracker has moved; the old goes only when the new is complete."""
 
+import json
+
 import pytest
 from saved import ours, save
 
-from megatron_infoentropy.checkpoints import keeper as keeper_module
-from megatron_infoentropy.checkpoints import manifest
-from megatron_infoentropy.checkpoints.choice import Choice, choose
-from megatron_infoentropy.checkpoints.folder import TRACKER, iterations, with_manifest
-from megatron_infoentropy.checkpoints.keeper import CheckpointKeeper
-from megatron_infoentropy.checkpoints.manifest import find_damage
+from megatron_infoentropy import checkpoints
+from megatron_infoentropy.checkpoints import (
+    MANIFEST,
+    TRACKER,
+    ManifestWriter,
+    choose,
+    find_damage,
+    iterations,
+    with_manifest,
+)
 
 
 @pytest.fixture
@@ -17,11 +23,11 @@ def said():
 
 
 def train(root, saves, keep_last, said):
-    with CheckpointKeeper(root, keep_last, said.append) as keeper:
+    with ManifestWriter(root, keep_last, said.append) as writer:
         for iteration in saves:
-            keeper.notice()
+            writer.look()
             save(root, iteration, complete=False)
-            keeper.notice()
+            writer.look()
 
 
 def test_every_save_gets_a_manifest(tmp_path, said):
@@ -32,7 +38,7 @@ def test_every_save_gets_a_manifest(tmp_path, said):
 
 
 def test_a_save_at_the_very_end_gets_one_too(tmp_path, said):
-    with CheckpointKeeper(tmp_path, None, said.append):
+    with ManifestWriter(tmp_path, None, said.append):
         save(tmp_path, 10, complete=False)
     assert with_manifest(tmp_path) == [10]
 
@@ -63,7 +69,7 @@ def test_what_is_half_deleted_is_no_checkpoint_and_goes_with_the_next(tmp_path, 
 
     ours(tmp_path, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(keeper_module.shutil, "rmtree", delete_one_file)
+        patch.setattr(checkpoints.shutil, "rmtree", delete_one_file)
         train(tmp_path, (20,), 1, said)
     assert iterations(tmp_path) == [20]
     assert "could not be deleted: [Errno 16] Device or resource busy" in said[0]
@@ -78,7 +84,7 @@ def full(*_, **__):
 
 def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, monkeypatch):
     ours(tmp_path, 10)
-    monkeypatch.setattr(keeper_module, "write_manifest", full)
+    monkeypatch.setattr(checkpoints, "write_manifest", full)
     train(tmp_path, (20,), 1, said)
     assert with_manifest(tmp_path) == [10]
     assert "does not count as complete: [Errno 28] No space left on device" in said[0]
@@ -86,7 +92,7 @@ def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, 
 
 def test_one_is_complete_before_its_checksums_are_made(tmp_path, said, monkeypatch):
     ours(tmp_path, 10)
-    monkeypatch.setattr(manifest.hashlib, "file_digest", full)  # as if killed at the first
+    monkeypatch.setattr(checkpoints.hashlib, "file_digest", full)  # as if killed at the first
     train(tmp_path, (20,), 1, said)
     assert with_manifest(tmp_path) == [10, 20]
     assert "holds sizes without checksums: [Errno 28]" in said[0]
@@ -95,12 +101,13 @@ def test_one_is_complete_before_its_checksums_are_made(tmp_path, said, monkeypat
 
 def test_every_save_gets_its_checksums(tmp_path, said):
     train(tmp_path, (10,), None, said)
-    assert choose(tmp_path) == Choice("10")
+    listed = json.loads((tmp_path / "iter_0000010" / MANIFEST).read_text())["files"]
+    assert all(len(entry["sha256"]) == 64 for entry in listed.values())
 
 
 def test_a_tracker_caught_half_written_is_no_checkpoint(tmp_path, said):
-    with CheckpointKeeper(tmp_path, None, said.append) as keeper:
+    with ManifestWriter(tmp_path, None, said.append) as writer:
         (tmp_path / TRACKER).write_text("")
-        keeper.notice()
+        writer.look()
         save(tmp_path, 10, complete=False)
     assert with_manifest(tmp_path) == [10]
