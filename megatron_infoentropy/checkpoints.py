@@ -108,7 +108,7 @@ def begin_record(save: Path) -> None:
 
 
 def saved_by_megatron(save: Path) -> list[str]:
-    """Return the checkpoints that may lack a manifest, as Megatron alone saved them, oldest first."""
+    """Return the checkpoints that Megatron alone saved, which may lack a manifest, oldest first."""
     try:
         names = json.loads((save / RECORD).read_bytes())["before"]
         return [name for name in names if _NAME.fullmatch(name) and path_of(save, name).is_dir()]
@@ -182,7 +182,7 @@ def _unverified(folder: Path) -> str:
 
 
 def _reason_against(load: Path, name: str) -> tuple[str, bool]:
-    """Return (why this checkpoint cannot be loaded or "", whether it is damaged, not unfinished)."""
+    """Return why this checkpoint cannot be loaded, or "", and whether it is damaged."""
     folder = path_of(load, name)
     if not folder.is_dir():
         return f"{folder} is not there", True
@@ -232,6 +232,19 @@ def write_manifest(folder: Path, *, checksums: bool = True) -> None:
 def has_manifest(folder: Path) -> bool:
     """Return whether a checkpoint's folder has a manifest, true or not."""
     return (folder / MANIFEST).is_file()
+
+
+def has_checksums(folder: Path) -> bool:
+    """Return whether a manifest that is not damaged holds more than sizes."""
+    return all(digest is not None for _, digest in _read(folder / MANIFEST).values())
+
+
+def folders_with_manifest(place: Path) -> list[Path]:
+    """Return one checkpoint's folder, or those in a --save folder; [] if it is neither."""
+    if has_manifest(place) or not place.is_dir():
+        return [place] if place.is_dir() else []
+    names = [*map(str, with_manifest(place)), RELEASE]
+    return [folder for name in names if has_manifest(folder := path_of(place, name))]
 
 
 def find_damage(folder: Path, *, checksums: bool = True) -> str:

@@ -31,7 +31,17 @@ MAY_IMPORT = {
         *("progress", "runtime"),
     },
     "doctor": {"data", "kernels", "launch", "progress", "runtime"},
-    "commands": {"bench", "convert", "data", "doctor", "evaluate", "launch", "study", "tasks"},
+    "commands": {
+        "bench",
+        "checkpoints",
+        "convert",
+        "data",
+        "doctor",
+        "evaluate",
+        "launch",
+        "study",
+        "tasks",
+    },
     "cli": {"commands"},
     "__main__": {"cli"},
 }

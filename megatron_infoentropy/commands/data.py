@@ -246,15 +246,22 @@ def inspect(
 
 
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="dataset folder, or prefix of a .bin and .idx")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(help="dataset folder, prefix of a .bin and .idx, or folder of checkpoints"),
+    ],
     tokenizer: Annotated[Path | None, typer.Option(help="that it must have been made with")] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="mend what the recorded checksums can prove")
     ] = False,
 ) -> None:
-    """Check every byte of a dataset; exit code 1 if something is wrong and was not mended."""
+    """Check every byte of a dataset or of checkpoints; exit code 1 if something is wrong."""
+    from megatron_infoentropy.checkpoints import folders_with_manifest
     from megatron_infoentropy.data.verify import verify as run
 
+    if saved := folders_with_manifest(dataset):
+        _verify_checkpoints(saved)
+        return
     findings = run(dataset, tokenizer=tokenizer, repair=repair)
     for finding in findings:
         mended = f" (repaired: {finding.repaired})" if finding.repaired else ""
@@ -264,6 +271,22 @@ def verify(
         cure = "preprocess it again" if repair else "--repair mends what the checksums can prove"
         raise ValueError(f"{dataset} is not what it should be ({len(left)} above): {cure}")
     out.print(f"{dataset}: ok")
+
+
+def _verify_checkpoints(folders: list[Path]) -> None:
+    """
+    Raises:
+        ValueError: a file of a checkpoint is not what was saved.
+    """
+    from megatron_infoentropy.checkpoints import find_damage, has_checksums
+
+    problems = {folder: find_damage(folder) for folder in folders}
+    for folder, damage in problems.items():
+        is_whole = "ok" if damage or has_checksums(folder) else "the sizes are right; no checksums"
+        out.print(f"{folder}: {damage or is_whole}", markup=False)
+    damaged = sum(map(bool, problems.values()))
+    if damaged:
+        raise ValueError(f"{damaged} of {len(folders)} checkpoints are damaged: copy them again")
 
 
 COMMANDS = (corpus, tokenizer, preprocess, merge, pack, blend, inspect, verify)
