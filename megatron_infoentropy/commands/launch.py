@@ -47,7 +47,8 @@ def launch(
         typer.Option(help="submit to Slurm, with these options of sbatch: '--time=8:00:00 -p gpu'"),
     ] = None,
     hosts: Annotated[
-        str | None, typer.Option(help="start by ssh on these hosts: a,b,c (the run folder shared)")
+        str | None,
+        typer.Option(help="start by ssh on these: a,user@b,user@c:22 (the run folder shared)"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="write and print the scripts, start nothing")
@@ -116,7 +117,7 @@ def launch(
     places = require_places(data=data, tokenizer=tokenizer, run=run)
     extra = tuple(megatron_flags or ())
     job = TrainingJob(recipe, *places, settings, extra_flags=extra, switch=switch)
-    named = tuple(host for host in (hosts or "").split(",") if host)
+    named = () if hosts is None else machines.parse_hosts(hosts)
     engine = container_engine or ("pyxis" if slurm is not None else "apptainer")
     container = machines.parse_container(engine, container_image, container_mount or [])
     cluster = machines.Cluster(

@@ -1,10 +1,14 @@
 """Which machines a training runs on, how its processes find each other, and what surrounds them."""
 
+import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from megatron_infoentropy.launch.flags import ranks_of_a_model, useful_ranks
 from megatron_infoentropy.launch.job import require_layout
@@ -19,6 +23,73 @@ SET_BY_US = {
     *("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--gpus-per-node", "--signal"),
     *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue"),
 }
+
+
+_LABEL = r"[\w-]{1,63}"
+_HOST_AND_PORT = re.compile(
+    rf"(?:\[(?P<ipv6>[^\]]+)\]|(?P<name>(?!-)(?:{_LABEL}\.)*{_LABEL}\.?))(?::(?P<port>\d{{1,5}}))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A machine as ssh and torchrun are told of it."""
+
+    host: str
+    port: int | None = None
+    user: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Read [USER@]HOST[:PORT]; an IPv6 address stands in brackets, or alone without a port.
+
+        Raises:
+            ValueError: it is no such address.
+        """
+        user, at, place = text.rpartition("@")
+        if at and not re.fullmatch(r"[^\s@:/-][^\s@:/]*", user):
+            raise ValueError(f"{user!r} is no user")
+        if "%" in place:
+            raise ValueError(f"the zone in {place!r} means something on one machine only")
+        with suppress(AddressValueError):
+            return cls(str(IPv6Address(place)), None, user)
+        parts = _HOST_AND_PORT.fullmatch(place)
+        if parts is None:
+            raise ValueError(f"{place!r} is no host, alone or with a port")
+        port = None if parts["port"] is None else int(parts["port"])
+        if port is not None and not 1 <= port < 2**16:
+            raise ValueError(f"{port} is no port, which are 1 to {2**16 - 1}")
+        if parts["ipv6"]:
+            return cls(str(IPv6Address(parts["ipv6"])), port, user)
+        is_number = re.fullmatch(r"[\d.]+", parts["name"])
+        return cls(str(IPv4Address(parts["name"])) if is_number else parts["name"], port, user)
+
+    def with_port(self, port: int) -> str:
+        """HOST:PORT, without the user."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+    def __str__(self) -> str:
+        """The destination that ssh is given."""
+        user = f"{self.user}@" if self.user else ""
+        if self.port is None:
+            return user + self.host
+        return f"ssh://{quote(user, safe='@')}{self.with_port(self.port)}"
+
+
+def parse_hosts(hosts: str) -> tuple[Address, ...]:
+    """The machines of "HOST,USER@HOST,HOST:PORT,...".
+
+    Raises:
+        ValueError: names what is no machine that ssh could reach.
+    """
+    try:
+        return tuple(Address.parse(host.strip()) for host in hosts.split(","))
+    except ValueError as error:
+        raise ValueError(
+            "--hosts must be hosts with commas between, each HOST, USER@HOST or USER@HOST:PORT "
+            f"with ssh's port, an IPv6 address with a port in brackets: {error}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -43,7 +114,7 @@ class Cluster:
     nodes: int = 1
     gpus_per_node: int | None = None
     ranks_per_node: int | None = None
-    hosts: tuple[str, ...] = ()
+    hosts: tuple[Address, ...] = ()
     slurm: tuple[str, ...] | None = None
     container: Container | None = None
     interface: str = ""
@@ -68,15 +139,16 @@ class Cluster:
                 f"--hosts names {len(self.hosts)} hosts for --nodes {self.nodes}: name one for "
                 "each, or leave --nodes out"
             )
-        if len(set(self.hosts)) < len(self.hosts):
-            raise ValueError(f"--hosts names a host twice: {', '.join(self.hosts)}")
+        places = [(host.host, host.port) for host in self.hosts]
+        if len(set(places)) < len(places):
+            raise ValueError(f"--hosts names a host twice: {', '.join(map(str, self.hosts))}")
         if self.nodes > 1 and self.slurm is None and not self.hosts and not self.address:
             raise ValueError(
                 f"{self.nodes} nodes need --slurm, or --hosts, or the --rdzv-endpoint at which "
                 "they meet: HOST:PORT of the first one"
             )
-        if self.address and not _has_port(self.address):
-            raise ValueError(f"--rdzv-endpoint must be HOST:PORT, got {self.address!r}")
+        if self.address:
+            _require_endpoint(self.address)
         if self.container and self.container.engine == "pyxis" and self.slurm is None:
             raise ValueError("--container-engine pyxis is a part of Slurm: add --slurm, or use "
                              "apptainer")  # fmt: skip
@@ -121,13 +193,25 @@ class Cluster:
         if self.address or self.slurm is not None:
             return self.address
         if self.hosts:
-            return f"{self.hosts[0]}:{PORT}"
+            return self.hosts[0].with_port(PORT)
         return "localhost:0"  # any free port: nobody else comes
 
 
-def _has_port(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    return bool(host) and port.isdigit()
+def _require_endpoint(text: str) -> None:
+    """
+    Raises:
+        ValueError: the text is no HOST:PORT that torchrun can connect to.
+    """
+    try:
+        address = Address.parse(text)
+        reason = "it has a user" if address.user else "it has no port"
+    except ValueError as error:
+        address, reason = None, str(error)
+    if address is None or address.user or address.port is None:
+        raise ValueError(
+            "--rdzv-endpoint must be HOST:PORT of the first node, an IPv6 address in brackets, "
+            f"got {text!r}: {reason}"
+        )
 
 
 def parse_slurm(options: str) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def hosts_script(plan: Plan) -> str:
         title=plan.title,
         made_by=plan.made_by,
         command=node_command(plan.cluster.container),
-        hosts="\n".join(f"  {shlex.quote(host)}" for host in plan.cluster.hosts),
+        hosts="\n".join(f"  {shlex.quote(str(host))}" for host in plan.cluster.hosts),
         run=shlex.quote(str(plan.run)),
     )
 

@@ -16,7 +16,7 @@ import pytest
 from namespaces import Host
 
 from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.cluster import Address, Cluster
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.start import prepare, start, write
 from megatron_infoentropy.launch.train import TrainingFailed
@@ -150,7 +150,7 @@ def train_until_cut_off(
     """Train on two hosts and pull the cable of the second once a checkpoint is saved."""
     cluster = Cluster(
         nodes=len(hosts),
-        hosts=tuple(host.address for host in hosts),
+        hosts=tuple(Address(host.address) for host in hosts),
         interface="eth0",
         max_restarts=0,
         join_timeout_s=PATIENCE_S,

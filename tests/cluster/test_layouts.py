@@ -22,7 +22,7 @@ from cluster_runs import (
 )
 from namespaces import why_not
 
-from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.cluster import Address, Cluster
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,7 +70,7 @@ def rank_on(host):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_both_hosts_restart_their_ranks_when_one_is_killed(victim, two_hosts, tokens, tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "train.log"
-    hosts = tuple(host.address for host in two_hosts)
+    hosts = tuple(Address(host.address) for host in two_hosts)
     cluster = Cluster(2, hosts=hosts, interface="eth0", max_restarts=1, join_timeout_s=PATIENCE_S)
     flags = ("--save-interval", 10, "--exit-interval", LONG)
     seconds = ("--distributed-timeout-seconds-after-init", TIMEOUT_S)

@@ -1,14 +1,23 @@
 """What a cluster's options refuse, in words, and what the scripts are made of."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.launch.cluster import Cluster, Container, parse_container, parse_slurm
+from megatron_infoentropy.launch.cluster import (
+    Address,
+    Cluster,
+    Container,
+    parse_container,
+    parse_hosts,
+    parse_slurm,
+)
 from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
@@ -25,17 +34,63 @@ FLAGS = (
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"slurm": (), "hosts": ("a",)}, "exclude each other"),
-        ({"nodes": 3, "hosts": ("a", "b")}, "names 2 hosts for --nodes 3"),
-        ({"nodes": 2, "hosts": ("a", "a")}, "a host twice"),
+        ({"slurm": (), "hosts": (Address("a"),)}, "exclude each other"),
+        ({"nodes": 3, "hosts": parse_hosts("a,b")}, "names 2 hosts for --nodes 3"),
+        ({"nodes": 2, "hosts": parse_hosts("x@a,y@a")}, "a host twice: x@a, y@a"),
         ({"nodes": 2}, "2 nodes need --slurm, or --hosts, or the --rdzv-endpoint"),
-        ({"address": "a"}, "must be HOST:PORT, got 'a'"),
         ({"container": Container("pyxis", "i")}, "a part of Slurm"),
     ],
 )
 def test_what_cannot_be_started_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         Cluster(**settings)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "destinations", "endpoint"),
+    [
+        ("jean-zay-ia810,b", ["jean-zay-ia810", "b"], "jean-zay-ia810:29500"),
+        ("alice@a.lan, b", ["alice@a.lan", "b"], "a.lan:29500"),
+        ("a:2222,alice@a:2223", ["ssh://a:2222", "ssh://alice@a:2223"], "a:29500"),
+        ("LAN\\al@a:22,10.0.0.2", ["ssh://LAN%5Cal@a:22", "10.0.0.2"], "a:29500"),
+        ("fe80::1,al@fe80::2", ["fe80::1", "al@fe80::2"], "[fe80::1]:29500"),
+        ("al@[fe80::1]:22,[::2]", ["ssh://al@[fe80::1]:22", "::2"], "[fe80::1]:29500"),
+    ],
+)
+def test_ssh_is_given_users_and_ports_and_the_ranks_meet_at_the_host_alone(
+    tmp_path, hosts, destinations, endpoint
+):
+    cluster = Cluster(2, 1, 1, hosts=parse_hosts(hosts))
+    plan = Plan(tmp_path, FLAGS, cluster, "a test")
+    listed = hosts_script(plan).partition("\nhosts=(\n")[2].partition("\n)")[0]
+    assert shlex.split(listed) == destinations
+    assert f"\nendpoint=${{RDZV_ENDPOINT:-{endpoint}}} #" in node_script(plan)
+    host, port = endpoint.rsplit(":", 1)
+    assert parse_rendezvous_endpoint(endpoint, 1) == (host.strip("[]"), int(port))
+
+
+NO_MACHINE = [
+    *("", "http://x", "-oProxyCommand=x", "a b", "a..b", "@a", "al ice@a", "-l@a", "4", "1.2"),
+    *("a:0", "a:65536", "a:", "a:\u0663", "[a]", "[::1", "::1%eth0", "[::1]:99999"),
+]
+
+
+@pytest.mark.parametrize("text", NO_MACHINE)
+def test_what_is_no_machine_is_neither_a_host_nor_an_endpoint(text):
+    with pytest.raises(ValueError, match=r"--hosts must be hosts with commas between, .*: \S"):
+        parse_hosts(f"a,{text}")
+    if text:
+        with pytest.raises(ValueError, match="--rdzv-endpoint must be HOST:PORT"):
+            Cluster(address=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a", "has no port"), ("al@a:1", "has a user"), ("::1:2950", "has no port")],
+)
+def test_an_endpoint_is_a_host_and_a_port(text, said):
+    with pytest.raises(ValueError, match=f"got '{text}': it {said}"):
+        Cluster(address=text)
 
 
 def test_options_of_sbatch():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.cluster import Address, Cluster
 from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
 
 FLAGS = (
@@ -115,7 +115,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("at", ["connecting", "started"])
 def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
-    cluster = Cluster(1, 0, 1, hosts=("a",), address="localhost:0", python=sys.executable)
+    cluster = Cluster(1, 0, 1, hosts=(Address("a"),), python=sys.executable)
     program(tmp_path / "ssh", SSH.format(run=run))
     program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
     program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
@@ -126,7 +126,7 @@ def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
 
 def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
     program(tmp_path / "torchrun", TORCHRUN.format(python=sys.executable, rank=tmp_path / "rank"))
-    cluster = Cluster(1, 0, 1, address="localhost:0", python=str(tmp_path / "torchrun"))
+    cluster = Cluster(1, 0, 1, python=str(tmp_path / "torchrun"))
     program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
     code, said = interrupted("node.sh", run, "started")
     assert code == 0, said
@@ -169,9 +169,7 @@ def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
     torchrun = f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n'
     program(tmp_path / "torchrun", torchrun)
     program(tmp_path / "ssh", SSH.format(run=run))
-    cluster = Cluster(
-        1, 0, 1, hosts=("a",), address="localhost:0", python=str(tmp_path / "torchrun")
-    )
+    cluster = Cluster(1, 0, 1, hosts=(Address("a"),), python=str(tmp_path / "torchrun"))
     plan = Plan(run, FLAGS, cluster, "a test")
     program(run / "hosts.sh", hosts_script(plan))
     program(run / "node.sh", node_script(plan))
