@@ -46,7 +46,7 @@ def find_nvcc() -> str | None:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
     if done.returncode != 0:
         raise CCompilerError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -1,6 +1,8 @@
 """The `infoentropy` command. Each command imports its room inside itself: all start fast."""
 
+import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -31,6 +33,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; an expected error is one sentence on stderr and exit code 1."""
+    _require_utf8()
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
@@ -38,6 +41,18 @@ def main() -> None:
             f"infoentropy: {error}", markup=False
         )
         sys.exit(1)
+
+
+def _require_utf8() -> None:
+    """Take names of files and all text for UTF-8, here and in child processes, in any locale.
+
+    Python decides at its start how names of files are encoded, so it is started again.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, TextIOWrapper):  # PYTHONIOENCODING, or a name that is not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.callback(invoke_without_command=True)

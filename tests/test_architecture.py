@@ -119,6 +119,70 @@ def test_no_file_is_too_long():
     assert {name: n for name, n in lengths.items() if n > 450} == {}
 
 
+def is_word(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def encodings_left_to_the_locale(source: str) -> list[int]:
+    """Lines that open a text file without `encoding`, or a pipe of text without `errors`."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        said = {keyword.arg for keyword in node.keywords}
+        modes = [*node.args[:2], *(key.value for key in node.keywords if key.arg == "mode")]
+        words = [part.value for mode in modes for part in ast.walk(mode) if is_word(part)]
+        is_binary = any("b" in word and set(word) <= set("rwaxb+") for word in words)
+        if name in {"read_text", "write_text", "TextIOWrapper"}:
+            wrong = "encoding" not in said
+        elif name in {"open", "fdopen", "TemporaryFile", "NamedTemporaryFile"}:
+            wrong = not is_binary and "encoding" not in said
+            wrong &= ast.unparse(node.func) not in {"os.open", "webbrowser.open"}
+        else:
+            wrong = "text" in said and not said & {"encoding", "errors"}
+            wrong &= name in {"run", "Popen", "check_output"}
+        if wrong:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("folder", ["megatron_infoentropy", "tools", "examples", "setup.py"])
+def test_no_text_depends_on_the_locale(folder):
+    """Text files are UTF-8 wherever they are read, and no pipe dies of a byte that is not."""
+    paths = [ROOT / folder, *(ROOT / folder).rglob("*.py")]
+    wrong = {
+        str(path.relative_to(ROOT)): lines
+        for path in paths
+        if path.is_file()
+        and (lines := encodings_left_to_the_locale(path.read_text(encoding="utf-8")))
+    }
+    assert wrong == {}
+
+
+def test_a_text_file_without_an_encoding_is_seen():
+    for call in (
+        "path.read_text()",
+        "Path('x').write_text(words)",
+        "path.open()",
+        "path.open('w', newline='')",
+        "open(name)",
+        "tempfile.TemporaryFile('w+')",
+        "subprocess.run(command, text=True)",
+    ):
+        assert encodings_left_to_the_locale(call) == [1], call
+    for call in (
+        "path.open('rb')",
+        "path.open('r+b' if there else 'w+b')",
+        "open(name, mode='wb')",
+        "os.open(path, os.O_RDONLY)",
+        "path.read_text(encoding='utf-8')",
+        "subprocess.run(command, text=True, errors='replace')",
+        "subprocess.run(command)",
+    ):
+        assert encodings_left_to_the_locale(call) == [], call
+
+
 def modules_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted(sys.modules))"
     done = subprocess.run(

@@ -262,7 +262,7 @@ def main() -> None:
             f"{e}_{key}": value for e, found in models.items() for key, value in found.items()
         }
         rows = [row | facts for row in rows]
-        with chosen.output.open("w", newline="") as file:
+        with chosen.output.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)

@@ -33,8 +33,10 @@ def main() -> None:
         sys.exit(__doc__)
     bench_report.draw_pictures()
     readme, benchmarks = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-    readme.write_text(generated(readme.read_text()))
-    benchmarks.write_text(generated_benchmarks(benchmarks.read_text()))
+    readme.write_text(generated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    benchmarks.write_text(
+        generated_benchmarks(benchmarks.read_text(encoding="utf-8")), encoding="utf-8"
+    )
 
 
 def run_features() -> None:
@@ -54,7 +56,7 @@ def run_features() -> None:
         if feature["needs"] in here
     ]
     name = "gpu" if "gpu" in here else "cpu"
-    with (RESULTS / f"status_{name}.csv").open("w", newline="") as file:
+    with (RESULTS / f"status_{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -64,14 +66,18 @@ def outcome_of(tests: list[str]) -> str:
     """pytest's own closing words, e.g. "240 passed, 2 skipped"; what failed goes to stderr."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ASIDE, *tests]
     command += ["-m", "not slow"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, errors="replace"
+    )
     last = done.stdout.strip().splitlines()[-1]
     sys.stderr.write(done.stdout if done.returncode else f"{' '.join(tests)}: {last}\n")
     return re.sub(r" in [\d.]+s.*", "", last)
 
 
 def features() -> list[dict[str, Any]]:
-    loaded: list[dict[str, Any]] = yaml.safe_load((ROOT / "tools/features.yaml").read_text())
+    loaded: list[dict[str, Any]] = yaml.safe_load(
+        (ROOT / "tools/features.yaml").read_text(encoding="utf-8")
+    )
     return loaded
 
 
@@ -100,7 +106,7 @@ def status_table() -> str:
     results = {
         row["feature"]: row
         for path in sorted(RESULTS.glob("status_*.csv"))
-        for row in csv.DictReader(path.open())
+        for row in csv.DictReader(path.open(encoding="utf-8"))
     }
     lines = ["| feature | run | device | date, commit |", "|---|---|---|---|"]
     for feature in features():

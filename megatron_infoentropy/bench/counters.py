@@ -40,7 +40,12 @@ def dram_bytes(backend: str, step: str, case: Case) -> DramBytes:
     ]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_S,
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         raise Unavailable(f"ncu took more than {TIMEOUT_S} s") from None

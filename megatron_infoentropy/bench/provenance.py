@@ -51,7 +51,7 @@ def device_name() -> str:
     """The GPU's name, or the processor's and its number of cores."""
     if find_device().type == "cuda":
         return str(torch.cuda.get_device_name())
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return f"{line.partition(': ')[2]}, {os.cpu_count()} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
@@ -78,6 +78,7 @@ def commit_of_this_tree() -> str:
                 capture_output=True,
                 text=True,
                 check=False,
+                errors="replace",
             )
         except FileNotFoundError:  # no git on this machine
             return ""

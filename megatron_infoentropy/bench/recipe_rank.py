@@ -66,7 +66,7 @@ def measure(folder: Path, rounds: int) -> None:
             rows, [(each.name, each.reason) for each in left_out], _facts(get_args())
         )
         path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-        path.write_text(json.dumps(asdict(result)))
+        path.write_text(json.dumps(asdict(result)), encoding="utf-8")
 
     device = torch.device(find_device().type)
     clock = EventClock() if device.type == "cuda" else WallClock()

@@ -60,7 +60,7 @@ def bench_recipe(
     entry = ("--nproc-per-node", str(ranks), "-m", RANK, str(folder), str(rounds))
     environment = machine_environment(device, ranks)
     said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
-    answers = [(folder / f"rank-{rank}.json").read_text() for rank in range(ranks)]
+    answers = [(folder / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]
     found = [RankResult(**json.loads(answer)) for answer in answers]
     shutil.rmtree(folder)
     rows = rows_of(recipe.stem, said.parameters, found)

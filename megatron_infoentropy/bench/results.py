@@ -96,7 +96,7 @@ def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: 
     names = [field.name for field in dataclasses.fields(rows[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="") as file:
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *facts], lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -108,7 +108,7 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     """(rows, facts) of a result file; columns that are newer than the file are empty."""
     types = get_type_hints(Row)
     needed = {f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     if not lines or not needed <= set(lines[0]):
         raise ValueError(f"{path} is not a result file of `infoentropy bench`; write it anew")

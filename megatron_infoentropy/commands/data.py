@@ -1,6 +1,7 @@
 """Commands that make datasets: text, tokenizer, `.bin/.idx`."""
 
 import glob
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -212,12 +213,12 @@ def blend(
     for share in shares:
         epochs = (f"{share.epochs(tokens):.2f}",) if tokens else ()
         table.add_row(share.domain, f"{share.weight:.2%}", str(share.tokens), *epochs)
-    text = data_path(shares)
+    listed = os.fsencode(data_path(shares))  # byte for byte the paths, also where not UTF-8
     if output is None:
-        out.print(text, end="", markup=False)
+        typer.echo(listed, nl=False)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
+        output.write_bytes(listed)
     err.print(table)  # beside the list, which may be piped
 
 

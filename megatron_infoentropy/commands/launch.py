@@ -143,7 +143,7 @@ def launch(
     for path in paths:
         out.print(f"== {path}", markup=False)
         if dry_run:
-            out.print(path.read_text(), markup=False)
+            out.print(path.read_text(encoding="utf-8"), markup=False)
     if dry_run or prepared.by_hand:
         launching.record(prepared, recipe, is_start=not dry_run)
         for line in launching.how_to_start(prepared):

@@ -142,7 +142,7 @@ def find_iteration(checkpoint: Path, iteration: int | None) -> Path:
             f"expected {checkpoint} to be a Megatron checkpoint: the folder given to --save, with "
             f"{LATEST}, or an iter_... folder, with .metadata; found neither"
         )
-    name = latest.read_text().strip()
+    name = latest.read_text(encoding="utf-8").strip()
     if not name:
         raise UnreadableCheckpointError(f"{latest} is empty: name the iteration (--iteration)")
     return _require_folder(checkpoint / (f"iter_{int(name):07d}" if name.isdigit() else name))

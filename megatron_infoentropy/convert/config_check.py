@@ -47,7 +47,7 @@ def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> 
 
 def file_differences(folder: Path) -> list[str]:
     """Compare what transformers 4 reads of config.json with what transformers 5 does."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "rope_parameters" not in config:
         return []
     rope = config["rope_parameters"]

@@ -97,7 +97,7 @@ class CheckpointWriter:
     def _enter(self, piece: _Piece) -> None:
         self._register(piece)
         if self._journal is not None:
-            with self._journal.open("a") as journal:
+            with self._journal.open("a", encoding="utf-8") as journal:
                 journal.write(json.dumps(piece) + "\n")
 
     def _register(self, piece: _Piece) -> None:
@@ -119,7 +119,7 @@ class CheckpointWriter:
     def _go_on(self, journal: Path) -> None:
         """Take over the pieces that are whole, and remove what was written after the last one."""
         sizes = {path.name: path.stat().st_size for path in self._folder.glob("*.distcp")}
-        whole, text = [], journal.read_text() if journal.exists() else ""
+        whole, text = [], journal.read_text(encoding="utf-8") if journal.exists() else ""
         for line in text.splitlines():
             try:
                 piece = _Piece(*json.loads(line))
@@ -131,7 +131,7 @@ class CheckpointWriter:
             whole.append(line + "\n")
         if "".join(whole) != text:
             new = journal.with_name(journal.name + ".new")
-            new.write_text("".join(whole))
+            new.write_text("".join(whole), encoding="utf-8")
             new.replace(journal)
         ends = {place.relative_path: place.offset + place.length for place in self._places.values()}
         for name, size in sizes.items():

@@ -97,10 +97,12 @@ def convert_from_hf(
         writer = CheckpointWriter(new / "release", journal=new / _JOURNAL, file_bytes=file_bytes)
         _write(writer, weights, names, model, dtype)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (new / "release" / "metadata.json").write_text(json.dumps(config))
+        (new / "release" / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
         write_manifest(new / "release")
-        (new / LATEST).write_text("release")
-        (new / "model.yaml").write_text(yaml.safe_dump({"model": flags}, sort_keys=False))
+        (new / LATEST).write_text("release", encoding="utf-8")
+        (new / "model.yaml").write_text(
+            yaml.safe_dump({"model": flags}, sort_keys=False), encoding="utf-8"
+        )
         check(new)
         (new / _JOURNAL).unlink()
     name = str(dtype).removeprefix("torch.")

@@ -50,7 +50,7 @@ def _run_facts(folder: Path) -> dict[str, Any]:
     """run.json of a run folder, RUN/checkpoints/iter_..., if the checkpoint is in one."""
     path = folder.parent.parent / "run.json"
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -91,7 +91,12 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            errors="replace",
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -27,7 +27,7 @@ def new_folder(output: Path, fingerprint: str) -> Iterator[Path]:
     """
     partial = output.parent / f".{output.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _FINGERPRINT).open("a+") as mark:
+    with (partial / _FINGERPRINT).open("a+", encoding="utf-8") as mark:
         try:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,12 +93,12 @@ def _converter() -> str:
 
 def _clear_unless_of(partial: Path, fingerprint: str) -> None:
     mark = partial / _FINGERPRINT
-    if mark.read_text() == fingerprint:
+    if mark.read_text(encoding="utf-8") == fingerprint:
         return
     for path in partial.iterdir():
         if path.name != _FINGERPRINT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    mark.write_text(fingerprint)
+    mark.write_text(fingerprint, encoding="utf-8")
 
 
 def _replace(output: Path, new: Path) -> None:

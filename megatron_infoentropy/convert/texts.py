@@ -33,7 +33,7 @@ def sequences_for(
         return _pieces(_open(data), length)
     if not (folder / "tokenizer.json").is_file():
         draw = random.Random(0)
-        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(SEQUENCES)]
     raw = _python_reference() if text is None else text.read_bytes()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -77,7 +77,7 @@ def _pieces(reader: IndexedReader, length: int) -> list[list[int]]:
 
 def length_for(folder: Path) -> int:
     """Return the model's full length, or LONGEST."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     length: int = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
     return min(LONGEST, length)
 

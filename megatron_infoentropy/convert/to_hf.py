@@ -111,7 +111,9 @@ def convert_checkpoint(
         config = hf_config(model, torch_dtype, facts.ids if facts else {})
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", facts.generation if facts else {})
-        (folder / "README.md").write_text(model_card(opened, model, _parameters(shards)))
+        (folder / "README.md").write_text(
+            model_card(opened, model, _parameters(shards)), encoding="utf-8"
+        )
         if facts is not None:
             copy_tokenizer(facts, folder)
         check(folder)
@@ -189,7 +191,7 @@ def _parameters(shards: list[Shard]) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(

@@ -56,7 +56,7 @@ def tokenizer_differences(folder: Path) -> list[str]:
 
 
 def _advice(name: str, folder: Path) -> str:
-    model = json.loads((folder / "config.json").read_text())["model_type"]
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if model == "qwen2":  # whatever class the files name
         return f"for Qwen2 transformers takes its {name}: --family llama exports another class"
     return (

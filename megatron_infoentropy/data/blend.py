@@ -126,7 +126,7 @@ def _from_file(path: Path, sizes: dict[str, int]) -> dict[str, float]:
     if not path.is_file():
         raise ValueError(f"no such file of weights: {path}")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     numbers = isinstance(content, dict) and all(

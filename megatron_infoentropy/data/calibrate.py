@@ -58,7 +58,7 @@ def cached_disagreements(tokenizer_json: str, sha256: str, load: LoadEngine) -> 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(home) / "infoentropy" / "gigatoken" / name
     if path.is_file():
-        points: list[int] = json.loads(path.read_text())
+        points: list[int] = json.loads(path.read_text(encoding="utf-8"))
         return points
     points = disagreements(tokenizer_json, load)
     path.parent.mkdir(parents=True, exist_ok=True)

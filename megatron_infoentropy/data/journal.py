@@ -85,7 +85,7 @@ def load_journal(folder: Path, job: dict[str, Any]) -> tuple[Journal, dict[str, 
     path = folder / JOURNAL
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     for key, wanted in job.items():
         if content["job"].get(key) != wanted:
             raise ValueError(

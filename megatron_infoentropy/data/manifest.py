@@ -130,7 +130,7 @@ def load_manifest(folder: Path) -> Manifest:
             "`infoentropy preprocess`"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
         if found not in (1, FORMAT):
             raise ValueError(f"expected format 1 or {FORMAT}, got {found!r}; preprocess again")

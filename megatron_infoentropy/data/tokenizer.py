@@ -77,7 +77,7 @@ def train_tokenizer(
                 "use more text or a smaller vocabulary"
             )
         tokenizer.save(str(folder / TOKENIZER))
-        (folder / CONFIG).write_text(json.dumps(_config(), indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
     return load_tokenizer(output)
 
 
@@ -140,7 +140,7 @@ def _config() -> dict[str, object]:
 
 def _eod_id(folder: Path, tokenizer: Tokenizer) -> int:
     path = folder / CONFIG
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     token = config.get("eos_token")
     if isinstance(token, dict):  # transformers also writes the token with its stripping rules
         token = token.get("content")

@@ -105,6 +105,6 @@ def _device(place: Place) -> tuple[str, int]:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(place.local_rank)
         return torch.cuda.get_device_name(place.local_rank), free
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(line for line in lines if line.startswith("MemAvailable"))
     return f"CPU, {os.cpu_count()} cores", int(available.split()[1]) * 1024 // place.local_world

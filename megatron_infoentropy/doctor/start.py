@@ -25,7 +25,7 @@ def start_ranks(words: Sequence[str], ranks: int, say: Callable[[str], object]) 
         *("-m", "--", "megatron_infoentropy", "doctor", *words),
     ]
     with (
-        tempfile.TemporaryFile("w+") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
         subprocess.Popen(
             command,
             stdout=output,

@@ -127,7 +127,9 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
+        sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8"))
+        if sequences
+        else None,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         context_parallel_size=args.context_parallel_size,
         add_extra_token_to_sequence=not args.infoentropy_whole_pieces,

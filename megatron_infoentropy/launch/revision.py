@@ -17,7 +17,11 @@ def revision_of(package: Path = PACKAGE) -> str | None:
 def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            errors="replace",
         )
     except FileNotFoundError:  # no git on this machine
         return None

@@ -113,7 +113,7 @@ def said_parameters(line: str) -> int | None:
 
 def _write(run: Path, content: dict[str, Any]) -> None:
     temporary = run / f"{FACTS}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.rename(run / FACTS)
 
 

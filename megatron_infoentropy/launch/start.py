@@ -82,7 +82,7 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
     run = prepared.plan.run
     for name, text in prepared.scripts.items():
         path = run / name
-        if path.is_file() and path.read_text() != text and not overwrite:
+        if path.is_file() and path.read_text(encoding="utf-8") != text and not overwrite:
             raise ValueError(
                 f"{path} is there and differs from what this command line makes: start it as it "
                 f"is with `{' '.join(prepared.command)}`, or replace it with --overwrite"
@@ -90,7 +90,7 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
     run.mkdir(parents=True, exist_ok=True)
     for name, text in prepared.scripts.items():
         temporary = run / f"{name}.tmp"
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(run / name)
     return [run / name for name in prepared.scripts]
@@ -149,7 +149,7 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
 
 def _submit(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise RuntimeError(
             "there is no sbatch on this machine: run `infoentropy launch` on a login node of the "

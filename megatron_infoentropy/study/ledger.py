@@ -150,7 +150,7 @@ def _claim(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / _LOCK).open("w") as lock:
+    with (folder / _LOCK).open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,7 +169,7 @@ def _remove(folder: Path, step: Step) -> None:
 
 def _read(folder: Path) -> tuple[dict[str, Entry], Given]:
     try:
-        content = json.loads((folder / FILE).read_text())
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         entries: dict[str, Entry] = content["steps"]
         for entry in entries.values():
             if "outputs" in entry:
@@ -198,5 +198,5 @@ def _as_record(found: Any) -> Record:
 def _write(folder: Path, entries: dict[str, Entry], given: Given) -> None:
     temporary = folder / f".{FILE}.{os.getpid()}.tmp"
     content = {"format": _FORMAT, "given": given, "steps": entries}
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / FILE)

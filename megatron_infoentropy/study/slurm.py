@@ -54,6 +54,7 @@ def write_script(study: Study, output: Path, jobs: int) -> Path:
             runs="\n".join(f"  {shlex.quote(part)}" for part in parts[1:-1]),
             study=shlex.quote(str(study.path)),
             output_word=shlex.quote(str(output)),
-        )
+        ),
+        encoding="utf-8",
     )
     return script

@@ -45,7 +45,9 @@ class TaskResult:
         """Write the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8"
+        )
         temporary.replace(path)
 
 

@@ -1,10 +1,13 @@
 """What a newcomer sees of the data commands: sentences, and a cure in each error."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from text_files import write
+from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
@@ -107,3 +110,38 @@ def test_a_damaged_dataset_is_named_once_and_its_cure_given(
     assert found.stdout.splitlines() == [f"{out}/all.idx: is missing"]
     assert "--repair mends" in str(found.exception)
     assert command("verify", out, "--repair").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+    ],
+    ids=["an ASCII locale", "an ASCII terminal"],
+)
+def test_text_is_utf8_whatever_the_locale(
+    environment: dict[str, str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    bpe = tmp_path / "Wörter"
+    bpe.mkdir()
+    for path in tokenizer_folder.iterdir():
+        text = path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|end▁of▁text|>")
+        (bpe / path.name).write_text(text, encoding="utf-8")
+    write(tmp_path / "é.jsonl", [line("猫", "dépôt 中")])
+    (tmp_path / "weights.json").write_text('{"dépôt 中": 1}', encoding="utf-8")
+    for words in (
+        ("preprocess", "--input", "é.jsonl", "--tokenizer", "Wörter", "--output", "out"),
+        ("blend", "out", "--weights", "weights.json", "--output", "blend.txt"),
+        ("inspect", "out", "--tokenizer", "Wörter"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_infoentropy", *words],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    assert "猫" in done.stdout.decode() or "\\u732b" in done.stdout.decode()
+    assert (tmp_path / "blend.txt").read_text(encoding="utf-8") == f"1.0 {tmp_path}/out/dépôt_中\n"
