@@ -91,7 +91,8 @@ def test_a_wheel_has_compiled_kernels_and_all_its_files(tmp_path):
     site, compiled, said = use(tmp_path, wheels)
     assert compiled
     assert "InfoEntropy kernels" not in said
-    for name in ("py.typed", "_C.pyi", "evaluate/report.html.jinja"):
+    scripts = ("launch/node.sh", "launch/hosts.sh", "launch/job.slurm")
+    for name in ("py.typed", "_C.pyi", "evaluate/report.html.jinja", *scripts):
         assert (site / "megatron_infoentropy" / name).exists(), name
 
 

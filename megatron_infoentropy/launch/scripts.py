@@ -2,25 +2,35 @@
 
 RUN/node.sh    what every node runs: environment, torchrun, Megatron's flags
 RUN/hosts.sh   node.sh on every host, through ssh
-RUN/job.slurm  node.sh on every node of a Slurm job (`launch.slurm`)
+RUN/job.slurm  node.sh on every node of a Slurm job, saved and requeued before the time limit
+
+Each is a head, made here, that sets variables of the training, and a body that is the same for
+all: the file of its name beside this one.
 
 How a training is stopped without loss: Megatron saves and exits when a rank is sent SIGUSR1
 (--exit-signal); all ranks ask each other after every step. torchrun would die of that signal, and
 of SIGTERM it makes 30 seconds and a SIGKILL. So node.sh hands the signal to the ranks alone:
 torchrun is started with SIGUSR1 ignored, which the ranks undo for themselves.
+
+    Slurm --SIGUSR1, `save_s` before the limit--> job.slurm --> srun --> node.sh --> ranks
+    ranks save and exit 0 --> srun ends --> job.slurm: scontrol requeue --> the same from there on
+
+Preemption takes the same way where the cluster says PreemptParameters=send_user_signal; elsewhere
+Slurm requeues the job itself and it goes on from the last --save-interval.
 """
 
 import shlex
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infoentropy.launch.cluster import Cluster, Container
+from megatron_infoentropy.launch.cluster import PORT, Cluster, Container
 from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.run_folder import LOG
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
-ENTRY = "megatron_infoentropy.pretrain"
-ASKED = "asked to stop; the ranks save a checkpoint first"
+ASKED = "asked to stop; the ranks save a checkpoint first"  # node.sh says it
 SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGUSR1")
 
 
@@ -43,11 +53,15 @@ class Plan:
         return f"{cluster.nodes} x {cluster.ranks_per_node} {kind}: {layout} x data {copies}"
 
 
+def _script(name: str, head: Iterable[str]) -> str:
+    body = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return "\n".join(["#!/usr/bin/env bash", *head, "", body])
+
+
 def node_script(plan: Plan) -> str:
     """node.sh: one node's ranks, from the environment variables NODE and RDZV_ENDPOINT."""
     cluster = plan.cluster
-    return "\n".join([
-        "#!/usr/bin/env bash",
+    return _script(NODE, [
         f"# One node of the training {plan.run.name}, {plan.title}.",
         f"# Made by: {plan.made_by}",
         "# Edit it as you like: it is all that a node runs. NODE (0, 1, ...) says which one it is.",
@@ -60,7 +74,8 @@ def node_script(plan: Plan) -> str:
         f"ranks={cluster.ranks_per_node} # of this node",
         "node=${NODE:-${SLURM_NODEID:-0}}",
         f"endpoint=${{RDZV_ENDPOINT:-{cluster.endpoint}}} # where the nodes meet",
-        f"id=${{RDZV_ID:-{cluster.rdzv_id or plan.run.name}}}",
+        f"id=${{RDZV_ID:-{shlex.quote(cluster.rdzv_id or plan.run.name)}}}",
+        f"patience={cluster.join_timeout_s + cluster.store_timeout_s} # seconds without ranks",
         "",
         *_environment(cluster),
         "",
@@ -77,62 +92,7 @@ def node_script(plan: Plan) -> str:
         f"  --max-restarts {cluster.max_restarts}",
         *(['  --local-addr "$address"'] if cluster.interface else []),
         ")",
-        _RUN_AND_STOP.format(
-            entry=ENTRY, asked=ASKED, idle_s=cluster.join_timeout_s + cluster.store_timeout_s
-        ),
     ])  # fmt: skip
-
-
-_RUN_AND_STOP = """
-mkdir -p "$run"
-stopping=0 # for so many seconds
-trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
-trap 'rm -f "$run/node-$node.pid"' EXIT
-echo $$ > "$run/node-$node.pid"
-
-# torchrun must not hear SIGUSR1, which would end it; the ranks take it as the order to save. In a
-# session of their own they do not hear the terminal's Ctrl-C either: only this script does.
-[ $# -gt 0 ] || set -- -m {entry} "${{flags[@]}}"
-(trap '' USR1; exec setsid "${{torchrun[@]}}" "$@") &
-launcher=$!
-
-living_ranks() {{
-  for child in $(cat "/proc/$launcher/task/$launcher/children" 2>/dev/null); do
-    grep -q '^State:[[:space:]]*Z' "/proc/$child/status" || echo "$child"
-  done
-}}
-
-told=
-save_and_stop() {{
-  [ "$stopping" -gt 1 ] || echo "node $node: {asked}" || true # the terminal may be gone
-  # Again and again: a rank that is still starting does not listen yet.
-  if [ $((stopping % 5)) -eq 1 ]; then
-    if kill -USR1 $(living_ranks) 2>/dev/null; then
-      told=1
-    elif [ -z "$told" ] || [ "$idle" -gt 60 ]; then # not one that waits for others to save
-      # Nothing to save: torchrun waits for nodes, in the end deaf to signals.
-      [ "$stopping" -lt 30 ] && signal=TERM || signal=KILL
-      kill -$signal "$launcher" || true
-    fi
-  fi
-  stopping=$((stopping + 1))
-}}
-
-idle=0
-while kill -0 "$launcher" 2>/dev/null; do
-  [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
-  # Cut off from node 0, torchrun waits for an answer until the kernel gives up: for a quarter of
-  # an hour.
-  if [ "$idle" -ge {idle_s} ]; then
-    echo "node $node: no ranks for {idle_s} s: other nodes did not come, or node 0 is not reached"
-    kill -KILL "$launcher" || true
-  fi
-  [ "$stopping" -eq 0 ] || save_and_stop
-  sleep 1 > /dev/null 2>&1 & # in the background: a signal ends the wait
-  wait $! || true
-done
-wait "$launcher" # its exit code
-"""
 
 
 def _environment(cluster: Cluster) -> list[str]:
@@ -185,68 +145,61 @@ def _one_flag_a_line(words: Iterable[str]) -> list[str]:
 
 def hosts_script(plan: Plan) -> str:
     """hosts.sh: every host's node.sh; the first failure, or a signal, stops them all."""
-    return _HOSTS.format(
-        name=plan.run.name,
-        title=plan.title,
-        made_by=plan.made_by,
-        command=node_command(plan.cluster.container),
-        hosts="\n".join(f"  {shlex.quote(str(host))}" for host in plan.cluster.hosts),
-        run=shlex.quote(str(plan.run)),
-    )
+    return _script(HOSTS, [
+        f"# The training {plan.run.name} on hosts reached by ssh, {plan.title}.",
+        f"# Made by: {plan.made_by}",
+        "# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal: a checkpoint is saved, and it stops.",
+        "set -uo pipefail",
+        "",
+        f"run={shlex.quote(str(plan.run))} # the same folder on every host",
+        f"command={shlex.quote(node_command(plan.cluster.container))} # runs node.sh",
+        "hosts=(",
+        *(f"  {shlex.quote(str(host))}" for host in plan.cluster.hosts),
+        ")",
+    ])  # fmt: skip
 
 
-_HOSTS = """\
-#!/usr/bin/env bash
-# The training {name} on hosts that ssh reaches without a password, {title}.
-# Made by: {made_by}
-# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal: the training saves a checkpoint and stops.
-set -uo pipefail
+def job_script(plan: Plan) -> str:
+    """job.slurm, for `sbatch`."""
+    cluster = plan.cluster
+    assert cluster.slurm is not None
+    directives = [
+        f"--job-name={plan.run.name}",
+        f"--nodes={cluster.nodes}",
+        "--ntasks-per-node=1 # torchrun starts the ranks",
+        *([f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
+        f"--output={plan.run / LOG}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{cluster.save_s}",
+        *cluster.slurm,
+    ]
+    # outside a container its python may be absent, or lack the package
+    python = sys.executable if cluster.container else cluster.python
+    return _script(JOB, [
+        f"# The training {plan.run.name} under Slurm, {plan.title}.",
+        f"# Made by: {plan.made_by}",
+        "# Start it with `sbatch job.slurm`, as often as you like: it goes on from the last "
+        "checkpoint.",
+        *(f"#SBATCH {directive}" for directive in directives),
+        "set -euo pipefail",
+        "",
+        f"run={shlex.quote(str(plan.run))}",
+        f"given={cluster.address} # where the nodes meet, if not on the first one",
+        f"port={PORT} # and more, by the job's number",
+        f"id={shlex.quote(cluster.rdzv_id)}",
+        f"save_s={cluster.save_s} # Slurm's signal comes so long before the time limit",
+        f"give_up_s={max(1, cluster.save_s - max(5, cluster.save_s // 8))} # for saving",
+        f"python={shlex.quote(python)}",
+        f"srun=({_srun(cluster.container)})",
+    ])  # fmt: skip
 
-run={run} # the same folder on every host
-hosts=(
-{hosts}
-)
-# A host that no longer answers is given up after a minute. Each in a session of its own: what a
-# terminal sends to all must not end an ssh before its node has saved.
-ssh=(setsid ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
 
-stopping=0 # for so many seconds
-trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
-
-pids=()
-for node in "${{!hosts[@]}}"; do
-  [ "$stopping" -eq 0 ] || break
-  "${{ssh[@]}}" "${{hosts[$node]}}" "NODE=$node {command} $run/node.sh ${{*@Q}}" < /dev/null &
-  pids[$node]=$!
-done
-
-save_and_stop() {{
-  # Again and again: a node that is still starting does not listen yet.
-  if [ $((stopping % 5)) -eq 1 ]; then
-    for node in "${{!pids[@]}}"; do
-      "${{ssh[@]}}" -o ConnectTimeout=5 "${{hosts[$node]}}" \\
-        "p=\\$(cat $run/node-$node.pid) && grep -q node.sh /proc/\\$p/cmdline && kill -USR1 \\$p" \\
-        < /dev/null > /dev/null 2>&1 & # a node.sh that was killed has left its number behind
-    done
-  fi
-  stopping=$((stopping + 1))
-}}
-
-code=0
-while [ "${{#pids[@]}}" -gt 0 ]; do
-  [ "$stopping" -eq 0 ] || save_and_stop
-  sleep 1 > /dev/null 2>&1 & # in the background: a signal ends the wait
-  wait $!
-  for node in "${{!pids[@]}}"; do
-    kill -0 "${{pids[$node]}}" 2>/dev/null && continue
-    wait "${{pids[$node]}}"
-    status=$?
-    unset "pids[$node]"
-    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
-      code=$status stopping=1
-      echo "node $node (${{hosts[$node]}}) ended with exit code $status; the others are stopped" >&2
-    fi
-  done
-done
-exit "$code"
-"""
+def _srun(container: Container | None) -> str:
+    """srun with what stands before the path of node.sh."""
+    words = ["srun", "--kill-on-bad-exit=1"]
+    if container is not None and container.engine == "pyxis":
+        words.append(f"--container-image={shlex.quote(container.image)}")
+        if container.mounts:
+            words.append(f"--container-mounts={shlex.quote(','.join(container.mounts))}")
+    return " ".join([*words, node_command(container)])

@@ -22,10 +22,10 @@ from megatron_infoentropy.launch.scripts import (
     SAVE_ON_SIGNAL,
     Plan,
     hosts_script,
+    job_script,
     node_command,
     node_script,
 )
-from megatron_infoentropy.launch.slurm import job_script
 from megatron_infoentropy.launch.train import follow
 
 # The scripts take each as the order to save and stop.

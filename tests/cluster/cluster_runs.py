@@ -168,8 +168,7 @@ def train_until_cut_off(
 
 def _ask_for_patience(made):
     """Let a file say how long node.sh does without ranks: they start slowly on a busy machine."""
-    run, cluster = made.plan.run, made.plan.cluster
-    limit = f'[ "$idle" -ge {cluster.join_timeout_s + cluster.store_timeout_s} ]'
+    run, limit = made.plan.run, '[ "$idle" -ge "$patience" ]'
     patience, node = run / "patience", run / "node.sh"
     patience.write_text(str(PATIENCE_S))
     text = node.read_text()

@@ -20,8 +20,7 @@ from megatron_infoentropy.launch.cluster import (
 )
 from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.run_folder import write_facts
-from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
-from megatron_infoentropy.launch.slurm import job_script
+from megatron_infoentropy.launch.scripts import Plan, hosts_script, job_script, node_script
 
 FLAGS = (
     *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
