@@ -131,7 +131,8 @@ def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_pat
     for container, python in ((Container("pyxis", "i"), sys.executable), (None, "/their/python")):
         cluster = Cluster(1, 4, 4, slurm=(), container=container, python="/their/python")
         job = job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
-        assert f"\n[ $# -gt 0 ] || {python} -m megatron_infoentropy.launch.finish" in job
+        assert f"\npython={python}\n" in job
+        assert '\n[ $# -gt 0 ] || "$python" -m megatron_infoentropy.launch.finish' in job
 
 
 def test_a_number_of_parameters_that_is_known_stays(tmp_path):
@@ -165,4 +166,4 @@ def test_the_scripts_are_bash_and_hold_every_choice(tmp_path, engine):
         "pyxis": "--container-image=image.sif --container-mounts=/data:/data bash",
         "apptainer": "apptainer exec --nv --bind /data:/data image.sif bash",
     }
-    assert f'{inside[engine]} "$run/node.sh" "$@" &' in job
+    assert f"\nsrun=(srun --kill-on-bad-exit=1 {inside[engine]})\n" in job
