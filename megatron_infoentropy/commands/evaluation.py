@@ -94,7 +94,7 @@ def _source(model: Path, tokenizer: Path | None, iteration: int | None) -> "Mode
     opened = open_checkpoint(model, iteration=iteration, tokenizer=tokenizer)
     return ModelSource(
         kind="megatron",
-        tokenizer=opened.tokenizer / "tokenizer.json",
+        tokenizer=opened.tokenizer,
         load=opened.network,
         facts={"iteration": opened.iteration},
         trained_on=opened.tokenizer_sha256,

@@ -29,7 +29,7 @@ OUTPUT_FILES = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS, REJECTED)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Which tokenizer the ids belong to; `sha256` is that of its tokenizer.json."""
+    """Which tokenizer the ids belong to; `sha256` is the digest that `is_tokenizer` compares."""
 
     sha256: str
     vocab_size: int

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -27,12 +28,27 @@ from megatron_infoentropy.progress import progress
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+_OF_FOLDER = ":folder"  # ends a digest; without it, it is the SHA-256 of tokenizer.json alone
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+# Settings of tokenizer_config.json that change no id; one that is not known here may.
+_CHANGE_NO_ID = {
+    *("backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only"),
+    *("max_length", "model_input_names", "model_max_length", "name_or_path", "pad_token_type_id"),
+    *("pad_to_multiple_of", "padding", "padding_side", "processor_class", "return_token_type_ids"),
+    *("special_tokens_map_file", "stride", "tokenizer_file", "truncation", "truncation_side"),
+    *("truncation_strategy", "use_default_system_prompt"),
+}
 _SMALLEST_VOCAB = 256 + 1  # every byte, so that any text has ids, and the special token
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too."""
+    """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too.
+
+    `sha256` is the folder's `tokenizer_digest`.
+    """
 
     tokenizer: Tokenizer
     eod_id: int
@@ -87,14 +103,8 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     Raises:
         ValueError: a file is missing, or the folder names no end-of-document (eos) token.
     """
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} is no tokenizer folder: it has no {TOKENIZER}; make one with `infoentropy "
-            "tokenizer`, or save one of transformers there (save_pretrained)"
-        )
-    content = path.read_bytes()
-    tokenizer = Tokenizer.from_buffer(content)
+    digest = tokenizer_digest(folder)
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     # A file saved with truncation or padding switched on would cut every document short;
     # transformers switches them off for a plain call too.
     tokenizer.no_truncation()
@@ -103,8 +113,85 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         tokenizer=tokenizer,
         eod_id=_eod_id(folder, tokenizer),
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=digest,
     )
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of everything in a tokenizer folder that ids depend on.
+
+    Those are tokenizer.json without its truncation and padding, and the settings of the other files
+    that transformers reads beside it: special and added tokens, the end token, the class. How a
+    file is spelled (spaces, order of keys) changes nothing.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    config = _optional_json(folder / CONFIG)
+    settings = {key: value for key, value in config.items() if key not in _CHANGE_NO_ID}
+    added: dict[str, Any] = {}
+    if "added_tokens_decoder" not in config:  # else transformers leaves these files alone
+        settings |= _optional_json(folder / _SPECIAL_TOKENS)
+        added = _optional_json(folder / _ADDED_TOKENS)
+    versions = config.get("fast_tokenizer_files")  # from which transformers chooses by its own
+    names = [TOKENIZER, *map(str, versions if isinstance(versions, list) else ())]
+    rules = [
+        read_json(folder / Path(name).name) | {"truncation": None, "padding": None}
+        for name in names
+    ]
+    settings = {key: value for key, value in settings.items() if value is not None}
+    content = json.dumps([rules, settings, added], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest() + _OF_FOLDER
+
+
+def is_tokenizer(folder: Path, recorded: str) -> bool:
+    """Say whether a folder holds the tokenizer of which `recorded` is the digest.
+
+    Earlier versions recorded the SHA-256 of tokenizer.json alone: then that alone is compared.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    digest = tokenizer_digest(folder)
+    if recorded.endswith(_OF_FOLDER):
+        return digest == recorded
+    return hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest() == recorded
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file of a tokenizer folder.
+
+    Raises:
+        ValueError: names the file, what is wrong with it and what to do.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} is no tokenizer folder: it has no {path.name}; make one with "
+            "`infoentropy tokenizer`, or save one of transformers there (save_pretrained)"
+        )
+    raw = path.read_bytes()
+    if raw.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"{path} is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`, "
+            "or download it again"
+        )
+    if raw.startswith(_BYTE_ORDER_MARKS):
+        raise ValueError(
+            f"{path} begins with a byte order mark, which transformers and Megatron cannot read: "
+            "save it as UTF-8 without one"
+        )
+    try:
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        what = "is empty" if not raw.strip() else f"is no JSON in UTF-8 ({error})"
+        raise ValueError(f"{path} {what}: copy or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {content!r:.40}: copy it again")
+    return content
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _untrained() -> Tokenizer:
@@ -140,7 +227,7 @@ def _config() -> dict[str, object]:
 
 def _eod_id(folder: Path, tokenizer: Tokenizer) -> int:
     path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _optional_json(path)
     token = config.get("eos_token")
     if isinstance(token, dict):  # transformers also writes the token with its stripping rules
         token = token.get("content")

@@ -25,7 +25,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.repair import repair_bin, repair_counts, repair_index
-from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.tokenizer import is_tokenizer, load_tokenizer
 from megatron_infoentropy.data.writer import file_sha256
 from megatron_infoentropy.progress import progress
 
@@ -55,7 +55,7 @@ def verify(target: Path, *, tokenizer: Path | None = None, repair: bool = False)
         return list(_check(target, vocab, None, None))
     manifest = load_manifest(target)
     found = []
-    if loaded is not None and loaded.sha256 != manifest.tokenizer.sha256:
+    if tokenizer is not None and not is_tokenizer(tokenizer, manifest.tokenizer.sha256):
         problem = f"was made with another tokenizer than {tokenizer}"
         found.append(Finding(target / MANIFEST, problem))
     with progress("verify", len(manifest.domains), "domains") as advance:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.tokenizer import is_tokenizer, load_tokenizer
 from megatron_infoentropy.doctor.data_files import DataFacts, Share, look
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
@@ -61,6 +61,8 @@ def collect(
     if tokenizer is not None:
         try:
             sha256 = load_tokenizer(tokenizer).sha256
+            if found and found.tokenizer and is_tokenizer(tokenizer, found.tokenizer):
+                sha256 = found.tokenizer  # the same, though an earlier version wrote another digest
         except (OSError, ValueError) as error:
             problems.append(f"the tokenizer cannot be read: {error}")
     device, memory = _device(place)

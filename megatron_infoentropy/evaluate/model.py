@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.evaluate.errors import (
     ContextOverflowError,
     ModelFolderError,
@@ -23,9 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelSource:
     """A model that is not loaded yet.
 
-    `kind` and `facts` are written into the evaluation; `tokenizer` is the tokenizer.json it was
-    trained with, `trained_on` its hash in the training data's manifest, where that is known; `load`
-    gives a causal language model of transformers in the dtype asked for.
+    `kind` and `facts` are written into the evaluation; `tokenizer` is the folder of the tokenizer
+    it was trained with, `trained_on` that tokenizer's digest in the training data's manifest, where
+    it is known; `load` gives a causal language model of transformers in the dtype asked for.
     """
 
     kind: str
@@ -101,7 +102,7 @@ def hugging_face(folder: Path) -> ModelSource:
                 str(folder), local_files_only=True, trust_remote_code=False, dtype=dtype
             )
 
-    return ModelSource("huggingface", folder / "tokenizer.json", load)
+    return ModelSource("huggingface", folder, load)
 
 
 def load_model(source: ModelSource, device: torch.device, dtype: str) -> ScoringModel:
@@ -131,24 +132,29 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def require_same_tokenizer(source: ModelSource, sha256: str) -> None:
-    """Refuse a model whose tokenizer.json is not the one the data was written with.
+    """Refuse a model whose tokenizer is not the one the data was written with.
 
     Raises:
-        TokenizerMismatchError: tokenizer.json is missing or has another hash, or the training data
-            was written with another one.
+        TokenizerMismatchError: the tokenizer is missing, or not that of the data or of the training
+            data.
+        ValueError: one of the tokenizer's files is damaged.
     """
-    path = source.tokenizer
-    if source.trained_on not in (None, sha256):
+    folder = source.tokenizer
+    if not (folder / TOKENIZER).is_file():
         raise TokenizerMismatchError(
-            f"the model was trained on data of the tokenizer {source.trained_on}, this data was "
-            f"written with {sha256}: preprocess it with the tokenizer of the training data"
+            f"{folder} holds no {TOKENIZER}, so nothing tells whether the data's token ids mean "
+            "the same to this model: copy the model's tokenizer there"
         )
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
-    if found != sha256:
+    if not is_tokenizer(folder, sha256):
         raise TokenizerMismatchError(
-            f"{path} has sha256 {found}, but the data was written with {sha256}: token ids would "
+            f"the tokenizer in {folder} is not the one the data was written with: token ids would "
             "not mean the same; preprocess the data with this tokenizer, or evaluate the model "
             "that belongs to it"
+        )
+    if source.trained_on is not None and not is_tokenizer(folder, source.trained_on):
+        raise TokenizerMismatchError(
+            f"the model was trained on data of another tokenizer than the one in {folder}: name "
+            "the tokenizer of the training data, and preprocess this data with it"
         )
 
 

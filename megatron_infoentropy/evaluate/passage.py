@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from megatron_infoentropy.data.tokenizer import TOKENIZER
 from megatron_infoentropy.evaluate.dataset import TokenDataset
 from megatron_infoentropy.evaluate.selection import Selection
 
@@ -19,7 +20,7 @@ def passage(
     """The start of the first document of 256 tokens, or of the longest one; see `evaluation`.
 
     scores: of every selected token, [tokens, 2].
-    tokenizer: the tokenizer.json that the ids belong to.
+    tokenizer: the folder of the tokenizer that the ids belong to.
     """
     row = int(np.argmax(np.minimum(selection.length, _TOKENS)))
     length = min(int(selection.length[row]), _TOKENS)
@@ -31,7 +32,7 @@ def passage(
         "domain": domain.name,
         "document": int(selection.document[row]),
         "start": 0,
-        "text": _pieces(Tokenizer.from_file(str(tokenizer)), tokens.tolist()),
+        "text": _pieces(Tokenizer.from_file(str(tokenizer / TOKENIZER)), tokens.tolist()),
         "ce": ce.tolist(),
         "entropy": entropy.tolist(),
     }

@@ -7,8 +7,7 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.data.tokenizer import TOKENIZER
-from megatron_infoentropy.data.writer import file_sha256
+from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.launch.flags import (
     chosen_flags,
     last_value,
@@ -101,22 +100,20 @@ def _require_vocabulary(recipe: Path, data: Path) -> None:
 def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
     """Check that there is one, which the ranks else look for on the Hugging Face Hub.
 
-    sha256: of the tokenizer.json that the training data were made with.
+    sha256: the digest of the tokenizer that the training data were made with.
 
     Raises:
-        ValueError: there is none, or it is another one.
+        ValueError: there is none, it is damaged, or it is another one.
     """
-    path = tokenizer / TOKENIZER
-    if not path.is_file():
+    if not (tokenizer / TOKENIZER).is_file():
         raise ValueError(
             f"{tokenizer} holds no {TOKENIZER}: give --tokenizer the folder that "
             "`infoentropy preprocess` was given"
         )
-    found = file_sha256(path)
-    if sha256 not in (None, found):
+    if sha256 is not None and not is_tokenizer(tokenizer, sha256):
         raise ValueError(
-            f"{path} is not the tokenizer that the training data were made with (SHA-256 "
-            f"{found[:12]}..., theirs {str(sha256)[:12]}...): name theirs, or preprocess the text "
+            f"{tokenizer} is not the tokenizer that the training data were made with: its "
+            f"{TOKENIZER}, special tokens or settings differ; name theirs, or preprocess the text "
             "again"
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.launch.flags import FIRST_FIELDS, last_value, read_facts
 
 FACTS, CHECKPOINTS = "run.json", "checkpoints"
@@ -89,13 +90,21 @@ def _require_same_model(
     """
     old = [str(word) for word in known.get("command", [])]
     shapes = {name: (last_value(old, name), last_value(words, name)) for name in SHAPE}
-    shapes["tokenizer"] = (known.get("tokenizer_sha256"), tokenizer_sha256)
+    recorded = known.get("tokenizer_sha256")
+    if not _is_ours(recorded, words):
+        shapes["tokenizer"] = (recorded, tokenizer_sha256)
     for name, (theirs, ours) in shapes.items():
         if theirs and ours and theirs != ours:
             raise OtherTrainingError(
                 f"{run} holds a model of {name} {theirs}, this command line makes one of {ours}: "
                 "name another --run"
             )
+
+
+def _is_ours(recorded: str | None, words: list[str]) -> bool:
+    """Say whether a digest is that of the command line's tokenizer, as any version recorded it."""
+    folder = Path(last_value(words, "tokenizer-model") or "")
+    return bool(recorded) and (folder / TOKENIZER).is_file() and is_tokenizer(folder, str(recorded))
 
 
 def lineage(run: Path, words: list[str]) -> list[Stage]:

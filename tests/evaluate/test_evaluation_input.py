@@ -84,13 +84,13 @@ def test_another_tokenizer_is_refused(dataset, tmp_path):
     with pytest.raises(TokenizerMismatchError, match="preprocess the data with this tokenizer"):
         evaluate(folder, dataset)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(TokenizerMismatchError, match="no such file"):
+    with pytest.raises(TokenizerMismatchError, match=r"holds no tokenizer\.json"):
         evaluate(folder, dataset)
 
 
 def test_a_model_trained_on_data_of_another_tokenizer_is_refused(model, dataset):
     source = replace(hugging_face(model), trained_on="0" * 64)
-    with pytest.raises(TokenizerMismatchError, match="trained on data of the tokenizer 000"):
+    with pytest.raises(TokenizerMismatchError, match="trained on data of another tokenizer than"):
         evaluate(source, dataset)
 
 

@@ -1,11 +1,13 @@
 """A run folder takes one loss and one seed, or says when they changed."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from megatron_infoentropy.checkpoints import write_manifest
+from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.flags import chosen_flags, warnings
 from megatron_infoentropy.launch.lineage import OtherTrainingError, require_same_training
@@ -179,3 +181,17 @@ def test_facts_of_an_earlier_version_or_none_are_no_reason_to_refuse(run):
 )
 def test_a_negative_gamma_is_warned_of(tmp_path, settings, warned):
     assert bool(warnings(words(tmp_path, settings))) is warned
+
+
+def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_path):
+    content = b'{"model": {}}'
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_bytes(content)
+    ours = tokenizer_digest(tmp_path / "tok")
+    here = {**CE, "tokenizer-model": tmp_path / "tok"}
+    train(run, 16, here)
+    for digest in (ours, hashlib.sha256(content).hexdigest()):
+        (run / "run.json").write_text(json.dumps(facts(run) | {"tokenizer_sha256": digest}))
+        require(run, here, tokenizer=ours)
+    with pytest.raises(OtherTrainingError, match="holds a model of tokenizer"):
+        require(run, CE, tokenizer=ours)  # the folder is not known, so nothing shows it

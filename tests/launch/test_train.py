@@ -179,7 +179,7 @@ def test_a_tokenizer_that_is_not_there_or_another_is_refused_before_any_rank_sta
         prepare(nowhere, Cluster(gpus_per_node=0), "a test")
     with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
         dry_run(RECIPE, {}, tokenizer=nowhere.tokenizer)
-    (job.tokenizer / "tokenizer.json").write_text("another")
+    (job.tokenizer / "tokenizer.json").write_text('{"another": 1}')
     with pytest.raises(ValueError, match="not the tokenizer that the training data were made with"):
         launch.build_command(job)
 
