@@ -6,7 +6,6 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_infoentropy import __version__
 from megatron_infoentropy.commands import (
@@ -20,6 +19,7 @@ from megatron_infoentropy.commands import (
     tasks,
     training,
 )
+from megatron_infoentropy.console import make_console
 
 app = typer.Typer(
     name="infoentropy",
@@ -37,9 +37,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"infoentropy: {error}", markup=False
-        )
+        make_console(stderr=True).print(f"infoentropy: {error}")
         sys.exit(1)
 
 
@@ -60,7 +58,7 @@ def about(
     show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     if show_version:
-        Console().print(__version__)
+        make_console().print(__version__)
         raise typer.Exit
 
 

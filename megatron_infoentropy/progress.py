@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from megatron_infoentropy.console import make_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,9 +26,7 @@ def progress(
     `detail` is asked for what else there is to say. A terminal gets a bar; a log file gets a line
     every 20 s and one at the end.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = make_console(stderr=True, soft_wrap=False)
     report = _bar if console.is_terminal else _lines
     with report(console, description, total, unit, detail) as advance:
         yield advance
@@ -57,15 +57,15 @@ def _bar(
             return Text(detail())
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%" if total is not None else ""),
+        TextColumn("{task.percentage:>3.0f}%" if total is not None else "", markup=False),
         RateColumn(),
         DetailColumn(),
         TimeElapsedColumn(),
-        TextColumn("elapsed,"),
+        TextColumn("elapsed,", markup=False),
         TimeRemainingColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total)
@@ -89,7 +89,7 @@ def _lines(
             line += f", {seconds * (total - done) / done:.0f} s left"
         if more := detail():
             line += f"; {more}"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     def advance(work: int) -> None:
         nonlocal done, last

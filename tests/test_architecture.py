@@ -13,7 +13,8 @@ PACKAGE = ROOT / "megatron_infoentropy"
 # room -> rooms it may import, besides itself. Only these arrows exist.
 MAY_IMPORT = {
     "config": set(),
-    "progress": set(),
+    "console": set(),
+    "progress": {"console"},
     "kernels": {"config"},
     "loss": {"config", "kernels"},
     "runtime": set(),
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "commands": {
         "bench",
         "checkpoints",
+        "console",
         "convert",
         "data",
         "doctor",
@@ -42,7 +44,7 @@ MAY_IMPORT = {
         "study",
         "tasks",
     },
-    "cli": {"commands"},
+    "cli": {"commands", "console"},
     "__main__": {"cli"},
 }
 PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong to these rooms
@@ -59,7 +61,7 @@ OWNERS = {
     "lm_eval": {"tasks"},
     "yaml": {"launch", "convert", "study", "tasks"},
     "typer": {"cli", "commands"},
-    "rich": {"cli", "commands", "progress", "bench"},
+    "rich": {"console", "commands", "progress", "bench"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -117,6 +119,22 @@ def test_no_file_is_too_long():
     ).stdout.split()
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
     assert {name: n for name, n in lengths.items() if n > 450} == {}
+
+
+def test_nothing_that_is_printed_is_read_as_markup():
+    """Names of files and domains are printed as they are: consoles are made in console.py."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in {"rich", "rich.markup"}:
+                assert {alias.name for alias in node.names} <= {"box"}, path
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+            assert name != "Console" or path.name == "console.py", f"{path}:{node.lineno}"
+            assert name != "from_markup", f"{path}:{node.lineno}"
+            assert options.get("markup", "False") == "False", f"{path}:{node.lineno}"
+            assert name != "TextColumn" or "markup" in options, f"{path}:{node.lineno}"
 
 
 def is_word(node: ast.AST) -> bool:

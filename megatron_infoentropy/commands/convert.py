@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+from megatron_infoentropy.console import make_console
+
+out = make_console()
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 Verify = Annotated[
@@ -84,7 +85,7 @@ def convert_from_hf(
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
-    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}", markup=False)
+    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}")
 
 
 def _require_readable(verify: bool | None, text: Path | None, data: Path | None) -> None:
@@ -113,7 +114,7 @@ def _prove(
         out.print(f"not verified: {reason}; --verify insists")
         return
     result = prove(checkpoint, folder, text=text, data=data, iteration=iteration, imported=imported)
-    out.print(str(result), markup=False)
+    out.print(str(result))
 
 
 COMMANDS = (convert, convert_from_hf)

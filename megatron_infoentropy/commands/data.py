@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from megatron_infoentropy.console import make_console
 
 if TYPE_CHECKING:
     from megatron_infoentropy.data.manifest import Manifest
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+out = make_console()
+err = make_console(stderr=True)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 TextKey = Annotated[str, typer.Option(help="key that holds the text")]
@@ -106,8 +107,7 @@ def preprocess(
     if split_by == AUTO and decide_split(options, inputs).split_by is None:
         err.print(
             f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for "
-            "all of them; to split them otherwise, stop this and name a key with --split-by",
-            markup=False,
+            "all of them; to split them otherwise, stop this and name a key with --split-by"
         )
     done = run(
         inputs,
@@ -143,7 +143,7 @@ def _print_domains(manifest: "Manifest") -> None:
         table.add_row(name, *row)
     out.print(table)
     for name, documents in manifest.left_out.items():
-        out.print(f"left out: {name}, whose {documents} documents have no token", markup=False)
+        out.print(f"left out: {name}, whose {documents} documents have no token")
     rejected = sum(facts.rejected for facts in manifest.inputs)
     if rejected:
         out.print(f"skipped: {rejected} lines, listed in {manifest.folder}/rejected.tsv")
@@ -188,7 +188,7 @@ def pack(
         table.add_row(name, str(facts.documents), str(facts.tokens), f"{share:.2%}")
     out.print(table)
     for name in packed.manifest.left_out:
-        out.print(f"left out: {name}, which fills no piece", markup=False)
+        out.print(f"left out: {name}, which fills no piece")
 
 
 def blend(
@@ -236,14 +236,13 @@ def inspect(
         found = inspection.lengths(prefix)
         out.print(
             f"{name}: {found.documents} documents ({found.empty} empty), {found.tokens} tokens, "
-            f"median {found.median}, longest {found.longest}",
-            markup=False,
+            f"median {found.median}, longest {found.longest}"
         )
-        out.print(found.picture(), end="", markup=False)
+        out.print(found.picture(), end="")
         shown = [0, found.documents - 1] if document is None and found.documents else document
         for sample in inspection.samples(prefix, shown or (), tokenizer):
             head = f"document {sample.document}, {sample.tokens} tokens: "
-            out.print(f"{head}{sample.beginning!r}", markup=False)
+            out.print(f"{head}{sample.beginning!r}")
 
 
 def verify(
@@ -266,7 +265,7 @@ def verify(
     findings = run(dataset, tokenizer=tokenizer, repair=repair)
     for finding in findings:
         mended = f" (repaired: {finding.repaired})" if finding.repaired else ""
-        out.print(f"{finding.path}: {finding.problem}{mended}", markup=False)
+        out.print(f"{finding.path}: {finding.problem}{mended}")
     left = [finding for finding in findings if not finding.repaired]
     if left:
         cure = "preprocess it again" if repair else "--repair mends what the checksums can prove"
@@ -284,7 +283,7 @@ def _verify_checkpoints(folders: list[Path]) -> None:
     problems = {folder: find_damage(folder) for folder in folders}
     for folder, damage in problems.items():
         is_whole = "ok" if damage or has_checksums(folder) else "the sizes are right; no checksums"
-        out.print(f"{folder}: {damage or is_whole}", markup=False)
+        out.print(f"{folder}: {damage or is_whole}")
     damaged = sum(map(bool, problems.values()))
     if damaged:
         raise ValueError(f"{damaged} of {len(folders)} checkpoints are damaged: copy them again")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from megatron_infoentropy.console import make_console
 
 if TYPE_CHECKING:
     from megatron_infoentropy.evaluate.comparison import Comparison
     from megatron_infoentropy.evaluate.model import ModelSource
 
-out = Console(highlight=False, soft_wrap=True)
+out = make_console()
 
 
 def evaluate(
@@ -113,8 +114,7 @@ def _show(summary: dict[str, Any]) -> None:
     scoring, data = summary["scoring"], summary["data"]
     out.print(
         f"{_windows(scoring)}; {data['documents']} documents"
-        + ("" if data["complete"] else ", a sample of the data"),
-        markup=False,
+        + ("" if data["complete"] else ", a sample of the data")
     )
     places = [("total", summary["total"])]
     for kind in ("domains", "buckets", "deciles"):
@@ -129,21 +129,19 @@ def _show(summary: dict[str, Any]) -> None:
             line += f" {values['bits_per_byte']:7.4f} bits/byte"
         if name in summary["difficulty"]["buckets"]:
             line += f" {values['tokens'] / summary['total']['tokens']:.1%} of all tokens"
-        out.print(line, markup=False)
+        out.print(line)
     for name in ("weighted_average", "uniform_average", "worst_case"):
         values = summary[name]
         note = values.get("weights_are") or values.get("domain") or "over domains"
         out.print(
             f"{name.replace('_', ' '):32} {'':17} {values['nats_per_token']:8.4f} nats/token"
-            f" perplexity {values['perplexity'] or math.inf:10.3f} ({note})",
-            markup=False,
+            f" perplexity {values['perplexity'] or math.inf:10.3f} ({note})"
         )
     calibration = summary["calibration"]
     out.print(
         f"calibration: top token right {calibration['accuracy']:.2%}, expected error "
         f"{calibration['expected_error']:.4f}; entropy off by "
-        f"{calibration['entropy_error']:.4f} nats",
-        markup=False,
+        f"{calibration['entropy_error']:.4f} nats"
     )
 
 
@@ -167,23 +165,18 @@ def compare(
     made = compare_folders(runs, difficulty_from=difficulty_from, output=output)
     for comparison in made:
         _show_comparison(comparison)
-        out.print(verdict_line(comparison), markup=False)
+        out.print(verdict_line(comparison))
     if chance := chances(made):
-        out.print(chance, markup=False)
+        out.print(chance)
 
 
 def _show_comparison(comparison: "Comparison") -> None:
     from megatron_infoentropy.evaluate.verdict import how_matched
 
     out.print(
-        f"{comparison.group} minus {comparison.baseline}, nats per token, "
-        f"{how_matched(comparison)}",
-        markup=False,
+        f"{comparison.group} minus {comparison.baseline}, nats per token, {how_matched(comparison)}"
     )
-    out.print(
-        f"{'':32} difference  {'95 % (single)':21} {'p (Holm)':8}  detectable  reading",
-        markup=False,
-    )
+    out.print(f"{'':32} difference  {'95 % (single)':21} {'p (Holm)':8}  detectable  reading")
     for row in () if comparison.is_identical else comparison.rows:
         interval = p = detectable = "-"
         if row.low is not None and row.high is not None:
@@ -192,13 +185,12 @@ def _show_comparison(comparison: "Comparison") -> None:
             detectable = f"{row.detectable:.4f}"
         out.print(
             f"{row.kind:10} {row.name:21} {row.difference:+10.4f}  {interval:21} {p:>8}  "
-            f"{detectable:>10}  {row.reading}",
-            markup=False,
+            f"{detectable:>10}  {row.reading}"
         )
     for clause in comparison.left_out:
-        out.print(f"left out: {clause}", markup=False)
+        out.print(f"left out: {clause}")
     for one, other in comparison.identical:
-        out.print(f"the evaluations of {one} and {other} are identical", markup=False)
+        out.print(f"the evaluations of {one} and {other} are identical")
 
 
 def report(

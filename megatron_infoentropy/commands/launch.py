@@ -5,7 +5,6 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_infoentropy.commands.training import (
     Data,
@@ -25,8 +24,9 @@ from megatron_infoentropy.commands.training import (
     training_settings,
     warn,
 )
+from megatron_infoentropy.console import make_console
 
-out = Console(highlight=False, soft_wrap=True)
+out = make_console()
 
 
 def launch(
@@ -141,16 +141,16 @@ def launch(
     warn(list(prepared.plan.flags))
     paths = launching.write(prepared, overwrite=overwrite)
     for path in paths:
-        out.print(f"== {path}", markup=False)
+        out.print(f"== {path}")
         if dry_run:
-            out.print(path.read_text(encoding="utf-8"), markup=False)
+            out.print(path.read_text(encoding="utf-8"))
     if dry_run or prepared.by_hand:
         launching.record(prepared, recipe, is_start=not dry_run)
         for line in launching.how_to_start(prepared):
-            out.print(line, markup=False)
+            out.print(line)
         return
     on_line = sys.stdout.write if verbose else lambda line: None
-    out.print(launching.start(prepared, recipe, on_line), markup=False)
+    out.print(launching.start(prepared, recipe, on_line))
 
 
 COMMANDS = (launch,)

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_infoentropy.commands.training import (
     MegatronFlags,
     PipelineParallel,
     TensorParallel,
 )
+from megatron_infoentropy.console import make_console
 
 if TYPE_CHECKING:
     from megatron_infoentropy.doctor.report import Report
 
-out = Console(highlight=False, soft_wrap=True)
+out = make_console()
 
 
 def doctor(
@@ -69,7 +69,7 @@ def doctor(
 
     if "RANK" not in os.environ:
         told, code = start_ranks(sys.argv[2:], ranks, sys.stderr.write)
-        out.print(told, markup=False, end="")
+        out.print(told, end="")
         raise typer.Exit(code)
     disk = int(disk_gib * 2**30)
     order = Order(recipe, settings, flags, data, local_data, tokenizer, run, disk, timeout)
@@ -85,9 +85,9 @@ def _say_findings() -> bool:
     findings = examine()
     marks = {"ok": "ok", "optional": "--", "missing": "!!"}
     for finding in findings:
-        out.print(f"{marks[finding.verdict]:3} {finding.subject:24} {finding.found}", markup=False)
+        out.print(f"{marks[finding.verdict]:3} {finding.subject:24} {finding.found}")
         if finding.advice:
-            out.print(f"{'':28} {finding.advice}", markup=False)
+            out.print(f"{'':28} {finding.advice}")
     return all(finding.verdict != "missing" for finding in findings)
 
 
@@ -97,11 +97,11 @@ def _say_training(
     from megatron_infoentropy.launch.dry_run import dry_run
 
     for line in dry_run(recipe, settings, flags, tokenizer=tokenizer).lines():
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def _say_report(report: "Report") -> None:
-    out.print("\n".join(report.lines()), markup=False)
+    out.print("\n".join(report.lines()))
 
 
 def bench(
@@ -147,7 +147,7 @@ def bench(
     shape = (tokens, vocabulary, dtype, tensor_parallel)
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
-    wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
+    wide = make_console(width=max(out.width, WIDTH))
     more = {"hidden": hidden, "steps": steps, "counters": counters, "minutes": minutes}
     rows = run(chosen, repeats=repeats, output=output, **more)  # type: ignore[arg-type]
     for part in tables(rows):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_infoentropy.commands.training import (
     Data,
@@ -14,8 +13,9 @@ from megatron_infoentropy.commands.training import (
     TensorParallel,
     Tokenizer,
 )
+from megatron_infoentropy.console import make_console
 
-out = Console(highlight=False, soft_wrap=True)
+out = make_console()
 
 
 def bench_recipe(
@@ -59,7 +59,7 @@ def bench_recipe(
         rounds=rounds,
         output=output,
     )
-    wide = Console(highlight=False, soft_wrap=True, width=max(out.width, WIDTH))
+    wide = make_console(width=max(out.width, WIDTH))
     for part in recipe_tables(rows):
         wide.print(part)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+from megatron_infoentropy.console import make_console
+
+out = make_console()
 
 
 def study(
@@ -34,7 +35,7 @@ def study(
     from megatron_infoentropy.study.slurm import write_script
 
     def say(line: str) -> None:
-        out.print(line, markup=False)
+        out.print(line)
 
     plan, output = load_study(study), output.resolve()
     if dry_run:
@@ -47,9 +48,7 @@ def study(
             if only is not None:
                 page = states.do_part(plan, output, only)
             else:
-                page = runner.run_study(
-                    plan, output, jobs=jobs, say=lambda line: out.print(line, markup=False)
-                )
+                page = runner.run_study(plan, output, jobs=jobs, say=lambda line: out.print(line))
         if page is not None:
             say(f"report: {page.as_uri()}")
 

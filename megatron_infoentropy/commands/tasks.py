@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+from megatron_infoentropy.console import make_console
+
+out = make_console()
 
 
 def tasks(
@@ -54,7 +55,7 @@ def tasks(
         for metric, number in result.metrics.items():
             error = "" if number.stderr is None else f" +- {number.stderr:.4f}"
             line = f"{name:28} {metric:28} {number.value:8.4f}{error}  ({result.samples} questions)"
-            out.print(line, markup=False)
+            out.print(line)
 
 
 COMMANDS = (tasks,)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+from megatron_infoentropy.console import make_console
+
+out = make_console()
 
 
 Recipe = Annotated[Path, typer.Argument(help="YAML of Megatron flags; see examples/")]
@@ -111,20 +112,20 @@ def train(
         from megatron_infoentropy.launch.dry_run import dry_run as count
 
         for line in count(recipe, settings, extra, tokenizer=tokenizer, ranks=ranks).lines():
-            out.print(line, markup=False)
+            out.print(line)
         if None in (data, tokenizer, run):
             return
     places = require_places(data=data, tokenizer=tokenizer, run=run)
     job = TrainingJob(recipe, *places, settings, ranks, extra, switch)
     command = launch.build_command(job)
     warn(command.words)
-    out.print(str(command), markup=False)
+    out.print(str(command))
     if not dry_run:
         said = launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
-        out.print(said.outcome(), markup=False)
+        out.print(said.outcome())
         goes_on = "the same command goes on from there"
         following = goes_on if said.was_stopped else next_command(job.run, job.tokenizer)
-        out.print(f"next: {following}", markup=False)
+        out.print(f"next: {following}")
 
 
 COMMANDS = (train,)

@@ -145,3 +145,20 @@ def test_text_is_utf8_whatever_the_locale(
         assert done.returncode == 0, done.stderr.decode()
     assert "猫" in done.stdout.decode() or "\\u732b" in done.stdout.decode()
     assert (tmp_path / "blend.txt").read_text(encoding="utf-8") == f"1.0 {tmp_path}/out/dépôt_中\n"
+
+
+def test_names_in_brackets_are_shown_as_they_are(tokenizer_folder: Path, tmp_path: Path) -> None:
+    names = ["[arxiv]", "[/web]", "[bold]books"]
+    path = write(tmp_path / "a.jsonl", [line("words", name) for name in names] + ["{}"])
+    out = tmp_path / "data[/v2]"
+    made = command(
+        *("preprocess", "--input", path, "--tokenizer", tokenizer_folder, "--output", out),
+        *("--on-error", "skip"),
+    )
+    assert made.exit_code == 0, made.output
+    assert f"{out}/rejected.tsv" in made.stdout
+    for words in (("blend", out), ("pack", out, "--output", tmp_path / "[/p]", "--length", 1)):
+        made = command(*words)
+        assert made.exit_code == 0, made.output
+        assert all(name in made.output for name in names)
+    assert command("verify", out).stdout == f"{out}: ok\n"
