@@ -97,8 +97,12 @@ def prove(
     """Compare both sides on three texts of full length, as `verify_conversion` does, and insist.
 
     Args:
-        checkpoint, folder, iteration, imported: as for `verify_conversion`.
-        text, data: as for `sequences_for`.
+        checkpoint: Megatron's --save folder, or one iteration's folder in it.
+        folder: the Hugging Face model.
+        text: file to compare on; default: Python's reference texts.
+        data: instead of `text` an indexed dataset, its path without .bin.
+        iteration: which one of a --save folder; default: the latest.
+        imported: the checkpoint was made from the folder, not the other way round.
 
     Raises:
         UnprovenConversionError: they do not compute the same, with all that differs.

@@ -54,8 +54,15 @@ def linear_vocab_parallel_statistics(
             the first dimension.
         weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
         target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
-        group, vocab_size, ignore_index, softcap, temperature, uniform_cross_entropy, backend,
-            collective: as in `vocab_parallel_statistics`.
+        group: the tensor-parallel group; None where the weight is whole.
+        vocab_size: the true size of the whole vocabulary, where the shards are padded.
+        ignore_index: the target of tokens that take no part.
+        softcap: logits become softcap * tanh(z / softcap).
+        temperature: logits are divided by it.
+        uniform_cross_entropy: also return -mean ln p, which label smoothing needs.
+        backend: which kernels run.
+        collective: how the shards' statistics are joined; `vocab_parallel_statistics` has more on
+            these seven.
         chunk_tokens: tokens whose logits are made at a time; results depend on it only as far as
             matrix products round differently.
         sequence_parallel: gather `hidden` over `group`, scatter its gradient.
@@ -140,9 +147,17 @@ def linear_infoentropy_loss(
     fp16 training take the statistics.
 
     Args:
-        hidden, weight, target, group, vocab_size, ignore_index, sequence_parallel, into_main_grad:
-            as in `linear_vocab_parallel_statistics`.
-        loss_mask, config, data_parallel_group: as in `infoentropy_loss`.
+        hidden: [..., H]; with `sequence_parallel` this rank's slice of the first dimension.
+        weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
+        target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
+        loss_mask: [...], in the target's shape; each token's weight is multiplied by it.
+        config: objective, gamma, sigma, normalization, ...; None is the published setting.
+        group: the tensor-parallel group; None where the weight is whole.
+        data_parallel_group: ranks that hold other tokens of the same micro-batch step.
+        vocab_size: the true size of the whole vocabulary, where the shards are padded.
+        ignore_index: the target of tokens that take no part.
+        sequence_parallel: gather `hidden` over `group`, scatter its gradient.
+        into_main_grad: add the weight's gradient to `weight.main_grad` where that exists.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states), equal on all ranks of both groups; gradients as

@@ -56,13 +56,18 @@ def infoentropy_loss(
     """The mean weighted cross entropy of a micro-batch: a scalar to call `.backward()` on.
 
     Args:
-        logits, target, group, vocab_size, ignore_index, inplace_backward: as in
-            `vocab_parallel_statistics`.
+        logits: [..., V/T], this rank's vocab shard.
+        target: [...], integer ids in the whole vocabulary.
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
+        group: the tensor-parallel group; None where the logits are whole.
         loss_mask: [...], in the target's shape; each token's weight is multiplied by it. Tokens
             with 0 take no part.
         data_parallel_group: ranks that hold other tokens of the same micro-batch step; the mean
             is over all their valid tokens.
+        vocab_size: the true size of the whole vocabulary, where the shards are padded.
+        ignore_index: the target of tokens that take no part.
+        inplace_backward: write the gradient over the logits. More on these five is in
+            `vocab_parallel_statistics`.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits), equal on all ranks of both groups. *Averaging*
