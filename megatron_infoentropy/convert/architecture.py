@@ -8,6 +8,14 @@ from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES, Family, family_of
 
 Activation = Literal["silu_gated", "gelu", "gelu_tanh"]
+# The names under which transformers has the same function; the first is the one to write.
+ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
+    "silu_gated": ("silu", "swish"),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": (
+        *("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class Architecture:
     vocab_size: int  # the true one
     padded_vocab_size: int
     initializer_range: float
+    attention_dropout: float
+    hidden_dropout: float
     # Which parameters there are, by the names that `naming` uses for it.
     untied: bool
     linear_bias: bool
@@ -50,6 +60,11 @@ class Architecture:
     def zero_proj_bias(self) -> bool:
         """Llama's attention has biases everywhere or nowhere: the one Megatron lacks is zero."""
         return self.family == "llama" and self.qkv_bias and not self.linear_bias
+
+
+def activation_named(name: object) -> Activation | None:
+    """Return the activation that transformers calls by this name; None for any other."""
+    return next((kind for kind, names in ACTIVATIONS.items() if name in names), None)
 
 
 def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Architecture:
@@ -85,6 +100,8 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         vocab_size=_true_vocab_size(args, vocab_size),
         padded_vocab_size=_get(args, "padded_vocab_size"),
         initializer_range=_get(args, "init_method_std"),
+        attention_dropout=getattr(args, "attention_dropout", 0.0),
+        hidden_dropout=getattr(args, "hidden_dropout", 0.0),
         untied=_get(args, "untie_embeddings_and_output_weights"),
         linear_bias=biased,
         qkv_bias=biased or getattr(args, "add_qkv_bias", False),

@@ -6,6 +6,9 @@ from typing import Any
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.families import FAMILIES, LEARNED
 
+_SEQUENCE = 4096
+"""Tokens a training sequence, unless the model has fewer positions or the user says otherwise."""
+
 
 def arguments_of(model: Architecture) -> Namespace:
     """Return the arguments that describe this model, as a checkpoint of Megatron keeps them."""
@@ -22,7 +25,7 @@ def arguments_of(model: Architecture) -> Namespace:
             "num_query_groups": model.num_groups,
             "kv_channels": model.head_dim,
             "max_position_embeddings": model.max_positions,
-            "seq_length": model.max_positions,
+            "seq_length": min(model.max_positions, _SEQUENCE),
             "add_position_embedding": True,
             "rotary_base": int(model.rotary_base),
             "rotary_percent": model.rotary_percent,
@@ -35,6 +38,8 @@ def arguments_of(model: Architecture) -> Namespace:
             "add_qkv_bias": model.qkv_bias and not model.linear_bias,
             "bias_gelu_fusion": model.activation == "gelu_tanh",
             "init_method_std": model.initializer_range,
+            "attention_dropout": model.attention_dropout,
+            "hidden_dropout": model.hidden_dropout,
             "untie_embeddings_and_output_weights": model.untied,
             "vocab_size": model.vocab_size,
             "padded_vocab_size": model.padded_vocab_size,
@@ -56,7 +61,7 @@ def flags_of(model: Architecture) -> dict[str, Any]:
             *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
             *("kv_channels", "max_position_embeddings", "seq_length", "position_embedding_type"),
             *("normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "init_method_std"),
-            "untie_embeddings_and_output_weights",
+            *("untie_embeddings_and_output_weights", "attention_dropout", "hidden_dropout"),
         )
         if hasattr(args, name)
     }

@@ -1,13 +1,16 @@
 """config.json against the saved training arguments, field by field.
 
 A wrong epsilon or rotary base leaves every next token as it was on short texts, so no comparison
-of outputs replaces this one. Shares no table with `hf_config`.
+of outputs replaces this one. Shares with `hf_config` no table but that
+of the names of equal activations.
 """
 
 import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
 
 _LLAMA_3 = {
     "low_freq_factor": 1,
@@ -66,8 +69,11 @@ def file_differences(folder: Path) -> list[str]:
 
 
 def _effective(config: Any, name: str) -> Any:
-    """What transformers computes with; two fields may be absent and then follow from others."""
+    """Return what transformers computes with: absent fields follow from others, names are one."""
     value = getattr(config, name, None)
+    if name in ("hidden_act", "activation_function"):
+        kind = activation_named(value)
+        return value if kind is None else ACTIVATIONS[kind][0]
     if value is None and name == "head_dim":
         return config.hidden_size // config.num_attention_heads
     if value is None and name == "n_inner":

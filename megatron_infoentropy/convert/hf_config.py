@@ -4,13 +4,19 @@
 compute what Megatron computes. Both directions use the same tables; `config_check` does not.
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
-from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.architecture import (
+    ACTIVATIONS,
+    Activation,
+    Architecture,
+    activation_named,
+)
+from megatron_infoentropy.convert.errors import UnreadableCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES, Family
 
 _LLAMA_FIELDS = {
@@ -24,6 +30,7 @@ _LLAMA_FIELDS = {
     "max_position_embeddings": "max_positions",
     "initializer_range": "initializer_range",
     "rms_norm_eps": "norm_epsilon",
+    "attention_dropout": "attention_dropout",
 }
 _FIELDS: dict[Family, dict[str, str]] = {
     "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "linear_bias"},
@@ -38,6 +45,8 @@ _FIELDS: dict[Family, dict[str, str]] = {
         "max_position_embeddings": "max_positions",
         "initializer_range": "initializer_range",
         "layer_norm_eps": "norm_epsilon",
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
     },
     "gpt2": {
         "vocab_size": "vocab_size",
@@ -48,48 +57,42 @@ _FIELDS: dict[Family, dict[str, str]] = {
         "n_positions": "max_positions",
         "initializer_range": "initializer_range",
         "layer_norm_epsilon": "norm_epsilon",
+        "attn_pdrop": "attention_dropout",
+        # Megatron has one number for both: of two fields the later is read.
+        "embd_pdrop": "hidden_dropout",
+        "resid_pdrop": "hidden_dropout",
     },
 }
 _FULL_ATTENTION = {"use_sliding_window": False}
 _CONSTANTS: dict[Family, dict[str, Any]] = {
-    "llama": {"hidden_act": "silu", "attention_dropout": 0.0},
-    "qwen2": {"hidden_act": "silu", "attention_dropout": 0.0, **_FULL_ATTENTION},
-    "qwen3": {"hidden_act": "silu", "attention_dropout": 0.0, **_FULL_ATTENTION},
-    "gpt_neox": {
-        "use_parallel_residual": False,
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-    },
+    "llama": {},
+    "qwen2": _FULL_ATTENTION,
+    "qwen3": _FULL_ATTENTION,
+    "gpt_neox": {"use_parallel_residual": False, "attention_bias": True},
     "gpt2": {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
     },
 }
-_ACTIVATION_FIELD = {"gpt_neox": "hidden_act", "gpt2": "activation_function"}
-_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # of transformers, one function
+_GELU_FAMILIES: tuple[Family, ...] = ("gpt_neox", "gpt2")
 LLAMA_3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 """What Megatron's --use-rope-scaling has built in."""
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
 
 
 def hf_config(model: Architecture, dtype: torch.dtype, ids: dict[str, int]) -> dict[str, Any]:
     """Return config.json; `ids` are those of special tokens, as far as they are known."""
-    activation = _ACTIVATION_FIELD.get(model.family)
     return {
         "architectures": [CLASSES[model.family]],
         "model_type": model.family,
         **{field: getattr(model, name) for field, name in _FIELDS[model.family].items()},
         **_CONSTANTS[model.family],
-        **({activation: _GELU[model.activation]} if activation else {}),
+        _activation_field(model.family): ACTIVATIONS[model.activation][0],
         # llama.cpp reads n_ctx, as in GPT-2's own config.json.
         **({"n_ctx": model.max_positions} if model.family == "gpt2" else _rope(model)),
         "tie_word_embeddings": not model.untied,
@@ -117,10 +120,22 @@ def _rope(model: Architecture) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Any:
-    """Return config.json as transformers understands it; no code of the folder is run."""
+    """Return config.json as transformers understands it; no code of the folder is run.
+
+    Raises:
+        UnreadableCheckpointError: transformers does not take it; with what it says.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # wrong types end in errors of every kind
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnreadableCheckpointError(
+            f"{folder / 'config.json'} is no configuration that transformers can read: {said}"
+        ) from error
 
 
 def architecture_from_config(config: Any) -> Architecture:
@@ -138,27 +153,21 @@ def architecture_from_config(config: Any) -> Architecture:
             f"expected a model of {', '.join(CLASSES.values())}, got model_type={family!r}"
         )
     rope = {} if family == "gpt2" else dict(config.rope_parameters)
-    if problems := _problems(config, family, rope):
+    values = _values(config, family)
+    problems = [*_size_problems(config, family, values), *_rope_problems(family, rope)]
+    if problems := problems + _problems(config, family):
         raise UnsupportedModelError(
             f"Megatron's GPTModel cannot compute this {CLASSES[family]}: {'; '.join(problems)}"
         )
-    values: dict[str, Any] = {
-        name: getattr(config, field, None) for field, name in _FIELDS[family].items()
-    }
-    heads = values["num_heads"]
-    if family == "gpt2" and values["ffn_hidden_size"] is None:
-        values["ffn_hidden_size"] = 4 * values["hidden_size"]
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
-    values.setdefault("num_groups", heads)
-    values.setdefault("linear_bias", family in ("gpt_neox", "gpt2"))
+    values.setdefault("linear_bias", family in _GELU_FAMILIES)
     values.setdefault("qkv_bias", values["linear_bias"] or family == "qwen2")
+    values.setdefault("hidden_dropout", 0.0)
     return Architecture(
         family=family,
         **values,
-        activation=_activation(config, family),
         rotary_base=float(rope.get("rope_theta", 10000.0)),
         rotary_percent=float(rope.get("partial_rotary_factor", 1.0)),
-        rope_scaling_factor=rope.get("factor"),
+        rope_scaling_factor=rope.get("factor") if rope.get("rope_type") == "llama3" else None,
         padded_vocab_size=config.vocab_size,
         untied=not config.tie_word_embeddings,
         interleaved_rotary=False,
@@ -166,9 +175,75 @@ def architecture_from_config(config: Any) -> Architecture:
     )
 
 
-def _problems(config: Any, family: Family, rope: dict[str, Any]) -> list[str]:
-    dropouts = ("dropout", "pdrop")  # change nothing that a trained model computes
-    expected = {k: v for k, v in _CONSTANTS[family].items() if not k.endswith(dropouts)}
+def _values(config: Any, family: Family) -> dict[str, Any]:
+    """Return {property: its value in the configuration}, absent ones as transformers has them."""
+    values: dict[str, Any] = {
+        name: getattr(config, field, None) for field, name in _FIELDS[family].items()
+    }
+    values["activation"] = activation_named(getattr(config, _activation_field(family)))
+    heads, hidden = values["num_heads"], values["hidden_size"]
+    if family == "gpt2" and values["ffn_hidden_size"] is None:
+        values["ffn_hidden_size"] = 4 * hidden
+    if values.get("head_dim") is None:
+        values["head_dim"] = hidden // heads if heads else 0
+    values.setdefault("num_groups", heads)
+    return values
+
+
+def _size_problems(config: Any, family: Family, values: dict[str, Any]) -> list[str]:
+    """Look at what transformers lets through: sizes below 1, numbers below 0, NaN and infinity."""
+    kinds = get_type_hints(Architecture)
+    problems = [
+        f"{field}={getattr(config, field, None)!r} (expected {_expected(kinds[name])})"
+        for field, name in _FIELDS[family].items()
+        if not _is_valid(values[name], kinds[name])
+    ]
+    if not problems and values["num_heads"] % values["num_groups"]:
+        problems.append(
+            f"num_key_value_heads={values['num_groups']} (expected a divisor of "
+            f"num_attention_heads={values['num_heads']})"
+        )
+    return problems
+
+
+def _is_valid(value: object, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and value >= 1
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _expected(kind: type) -> str:
+    return {int: "a whole number from 1 on", bool: "true or false"}.get(kind, "a number from 0 on")
+
+
+def _rope_problems(family: Family, rope: dict[str, Any]) -> list[str]:
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        return [f"rope_type={kind!r} (expected 'default' or 'llama3')"]
+    problems = []
+    if kind == "llama3":
+        changed = {k: rope.get(k) for k, v in LLAMA_3_SCALING.items() if rope.get(k) != v}
+        if changed or family == "gpt_neox":
+            problems.append(f"rope scaling with {changed} (Megatron has {LLAMA_3_SCALING})")
+        if not _is_valid(rope.get("factor"), float):
+            problems.append(f"factor={rope.get('factor')!r} (expected a number)")
+    known = {*_ROPE_KEYS, *LLAMA_3_SCALING}
+    if unknown := [key for key in rope if key not in known]:
+        problems.append(f"rope_parameters has {', '.join(map(repr, unknown))}")
+    base, share = rope.get("rope_theta", 10000), rope.get("partial_rotary_factor", 1.0)
+    if not (_is_valid(base, float) and base >= 1 and float(base).is_integer()):
+        problems.append(f"rope_theta={base!r} (Megatron's --rotary-base is a whole number)")
+    if not (_is_valid(share, float) and 0 < share <= 1):
+        problems.append(f"partial_rotary_factor={share!r} (expected a number up to 1)")
+    elif family != "gpt_neox" and share != 1:
+        problems.append("partial_rotary_factor, which this family ignores")
+    return problems
+
+
+def _problems(config: Any, family: Family) -> list[str]:
+    expected = dict(_CONSTANTS[family])
     if family == "qwen3" or (family == "llama" and config.mlp_bias):
         expected |= {"attention_bias": family == "llama"}
     problems = [
@@ -178,25 +253,17 @@ def _problems(config: Any, family: Family, rope: dict[str, Any]) -> list[str]:
     ]
     if getattr(config, "quantization_config", None):
         problems.append("quantization_config: its weights are quantised")
-    field = _ACTIVATION_FIELD.get(family)
-    if field and getattr(config, field) not in ("gelu", *_TANH_NAMES):
-        problems.append(f"{field}={getattr(config, field)!r} (expected a form of gelu)")
-    kind = rope.get("rope_type", "default")
-    if kind == "llama3":
-        changed = {k: rope.get(k) for k, v in LLAMA_3_SCALING.items() if rope.get(k) != v}
-        if changed or family == "gpt_neox":
-            problems.append(f"rope scaling with {changed} (Megatron has {LLAMA_3_SCALING})")
-    elif kind != "default":
-        problems.append(f"rope_type={kind!r} (expected 'default' or 'llama3')")
-    if not float(base := rope.get("rope_theta", 10000)).is_integer():
-        problems.append(f"rope_theta={base} (Megatron's --rotary-base is a whole number)")
-    if family != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append("partial_rotary_factor, which this family ignores")
+    field = _activation_field(family)
+    kinds = _activations(family)
+    if activation_named(name := getattr(config, field)) not in kinds:
+        names = [name for kind in kinds for name in ACTIVATIONS[kind]]
+        problems.append(f"{field}={name!r} (expected {' or '.join(names)})")
     return problems
 
 
-def _activation(config: Any, family: Family) -> Any:
-    field = _ACTIVATION_FIELD.get(family)
-    if field is None:
-        return "silu_gated"
-    return "gelu" if getattr(config, field) == "gelu" else "gelu_tanh"
+def _activation_field(family: Family) -> str:
+    return "activation_function" if family == "gpt2" else "hidden_act"
+
+
+def _activations(family: Family) -> tuple[Activation, ...]:
+    return ("gelu", "gelu_tanh") if family in _GELU_FAMILIES else ("silu_gated",)

@@ -1,11 +1,11 @@
 """Token ids to compare two models on: texts of the model's full length."""
 
-import json
 import random
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.data.indexed import IndexedReader
 
 SEQUENCES = 3
@@ -33,7 +33,7 @@ def sequences_for(
         return _pieces(_open(data), length)
     if not (folder / "tokenizer.json").is_file():
         draw = random.Random(0)
-        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        vocab_size = read_config(folder).vocab_size
         return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(SEQUENCES)]
     raw = _python_reference() if text is None else text.read_bytes()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -76,10 +76,8 @@ def _pieces(reader: IndexedReader, length: int) -> list[list[int]]:
 
 
 def length_for(folder: Path) -> int:
-    """Return the model's full length, or LONGEST."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    length: int = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
-    return min(LONGEST, length)
+    """Return the model's full length as transformers understands config.json, or LONGEST."""
+    return min(LONGEST, int(read_config(folder).max_position_embeddings))
 
 
 def _python_reference() -> bytes:

@@ -1,0 +1,154 @@
+"""config.json as others write it: read as transformers reads it, or refused by name."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
+from megatron_infoentropy.convert.arguments import flags_of
+from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
+from megatron_infoentropy.convert.texts import length_for
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt_neox": {"use_parallel_residual": False},
+    "gpt2": {},
+}
+WRONG: tuple[Any, ...] = ("x", "4", None, True, [], [1, 2], {}, {"a": 1}, -1, 0, 1.5, 1e300)
+WRONG += (float("nan"),)
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """Return what transformers writes for a model of this kind with nothing said."""
+    return AutoConfig.for_model(kind, **KINDS[kind]).to_dict()
+
+
+def flags(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    return flags_of(architecture_from_config(read_config(write(folder, config))))
+
+
+def test_equal_activations_are_those_of_transformers() -> None:
+    x = torch.linspace(-20, 20, 4001)  # some end at 10
+    gelu = torch.nn.functional.gelu
+    functions = {"gelu": gelu(x), "gelu_tanh": gelu(x, approximate="tanh")}
+    functions["silu_gated"] = torch.nn.functional.silu(x)
+    assert ACTIVATIONS.keys() == functions.keys()
+    for name in ACT2FN:
+        if name == "prelu" or name == "xielu":  # have parameters
+            continue
+        computed = ACT2FN[name](x)
+        equal = [
+            kind
+            for kind, values in functions.items()
+            if values.shape == computed.shape and torch.allclose(values, computed, atol=2e-6)
+        ]
+        assert equal == [kind for kind in [activation_named(name)] if kind is not None], name
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_fast"])
+@pytest.mark.parametrize(
+    ("kind", "field"), [("gpt2", "activation_function"), ("gpt_neox", "hidden_act")]
+)
+def test_every_form_of_gelu_has_its_flag(
+    tmp_path: Path, kind: str, field: str, activation: str
+) -> None:
+    found = flags(tmp_path, defaults(kind) | {field: activation})
+    assert ("no-bias-gelu-fusion" in found) == (activation == "gelu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "attention", "hidden"),
+    [
+        ("llama", {}, 0.0, 0.0),
+        ("qwen3", {"attention_dropout": 0.2}, 0.2, 0.0),
+        ("gpt_neox", {"hidden_dropout": 0.3}, 0.0, 0.3),
+        ("gpt2", {"attn_pdrop": 0.2, "embd_pdrop": 0.4}, 0.2, 0.1),
+    ],
+)
+def test_both_dropouts_are_those_of_the_configuration(
+    tmp_path: Path, kind: str, changes: dict[str, Any], attention: float, hidden: float
+) -> None:
+    found = flags(tmp_path, defaults(kind) | changes)
+    assert (found["attention-dropout"], found["hidden-dropout"]) == (attention, hidden)
+
+
+@pytest.mark.parametrize(("positions", "length"), [(131072, 4096), (1000, 1000)])
+def test_sequences_are_not_as_long_as_the_model_might_take(
+    tmp_path: Path, positions: int, length: int
+) -> None:
+    found = flags(tmp_path, defaults("llama") | {"max_position_embeddings": positions})
+    assert (found["max-position-embeddings"], found["seq-length"]) == (positions, length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions")]
+)
+def test_an_unsaid_number_of_positions_is_that_of_transformers(
+    tmp_path: Path, kind: str, absent: str
+) -> None:
+    config = {name: value for name, value in defaults(kind).items() if name != absent}
+    expected = AutoConfig.for_model(kind).max_position_embeddings
+    assert flags(tmp_path, config)["max-position-embeddings"] == expected
+    assert length_for(tmp_path) == expected < 4096
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_of_any_type_is_taken_or_refused_in_a_sentence(tmp_path: Path, kind: str) -> None:
+    config, refused = defaults(kind), 0
+    nested = [("rope_parameters", name) for name in config.get("rope_parameters") or {}]
+    for names in [*((name,) for name in config), ("quantization_config",), *nested]:
+        for value in WRONG:
+            changed = json.loads(json.dumps(config))
+            inner = changed if len(names) == 1 else changed[names[0]]
+            inner[names[-1]] = value
+            with suppress(ValueError):
+                flags(tmp_path, changed)
+                continue
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("llama", "hidden_size", "64"),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "num_key_value_heads", 5),
+        ("qwen2", "rms_norm_eps", float("nan")),
+        ("qwen3", "head_dim", -1),
+        ("gpt_neox", "intermediate_size", None),
+        ("gpt_neox", "rope_parameters", {"rope_type": "default", "full_attention": {}}),
+        ("gpt2", "n_head", 0),
+        ("gpt2", "resid_pdrop", -0.1),
+    ],
+)
+def test_a_value_that_is_none_is_named(
+    tmp_path: Path, kind: str, field: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=field):
+        flags(tmp_path, defaults(kind) | {field: value})
+
+
+def test_scaling_that_is_not_switched_on_is_not_taken_over(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0}
+    assert "use-rope-scaling" not in flags(tmp_path, defaults("llama") | {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\xff"])
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_config(tmp_path)
