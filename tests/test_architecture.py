@@ -52,7 +52,7 @@ PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong t
 # third-party package -> the only rooms that may import it
 OWNERS = {
     "megatron": {"integration", "pretrain", "bench", "launch"},
-    "transformers": {"bench", "convert", "evaluate"},
+    "transformers": {"bench", "convert", "data", "evaluate"},  # data: ids are those it gives
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert", "evaluate"},
     "zstandard": {"data"},

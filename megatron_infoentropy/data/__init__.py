@@ -2,6 +2,7 @@
 
 corpus -> `.jsonl.zst` in the Pile's format -> tokenizer -> preprocess -> `.bin/.idx` per domain.
 
-No module here imports torch, transformers or megatron: preparing data starts at once and runs on a
-machine that has none of them. `tests/data` holds the comparisons with those packages.
+No module here imports torch or megatron: preparing data runs on a machine that has neither. Only to
+load a tokenizer, once a run, is transformers imported, whose ids are promised. `tests/data` holds
+the comparisons with those packages.
 """

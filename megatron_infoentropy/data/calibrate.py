@@ -8,6 +8,7 @@ cut anyway. So both engines get a tokenizer of our own: the same cuts, but a voc
 join every character with its neighbours unless there is a cut between.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,9 @@ def disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
     return found
 
 
-def cached_disagreements(tokenizer_json: str, sha256: str, load: LoadEngine) -> list[int]:
+def cached_disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
     """The same, tried once for a tokenizer and the versions of both engines."""
+    sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
     name = f"{sha256}-{version('tokenizers')}-{version('gigatoken')}.json"
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(home) / "infoentropy" / "gigatoken" / name

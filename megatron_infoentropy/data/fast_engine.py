@@ -8,7 +8,6 @@ spelling of a special token. And one document in 512 is encoded by both; a diffe
 
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from megatron_infoentropy.data.calibrate import (
 )
 from megatron_infoentropy.data.engine import Engine, hf_engine
 from megatron_infoentropy.data.indexed import Integers
-from megatron_infoentropy.data.tokenizer import TOKENIZER, LoadedTokenizer
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer
 
 CHECK_EVERY = 512  # documents
 _MOST_SPELLINGS = 16
@@ -31,15 +30,15 @@ _MOST_SPELLINGS = 16
 _REFRESH_AFTER = 1 << 27
 
 
-def fast_engine(folder: Path, loaded: LoadedTokenizer, *, special_tokens: bool) -> Engine:
-    """The exact combination of gigatoken and the reference engine for a tokenizer folder.
+def fast_engine(loaded: LoadedTokenizer, *, special_tokens: bool) -> Engine:
+    """Return the exact combination of gigatoken and the reference engine for a tokenizer.
 
     Raises:
         InexactEngineError: it is not installed, or exactness can not be shown.
     """
     require_gigatoken()
-    content = (folder / TOKENIZER).read_text(encoding="utf-8")
-    points = cached_disagreements(content, loaded.sha256, load_gigatoken)
+    content = loaded.tokenizer.to_str()
+    points = cached_disagreements(content, load_gigatoken)
     return exact_engine(
         _refreshed(content, load_gigatoken), loaded, points, special_tokens=special_tokens
     )

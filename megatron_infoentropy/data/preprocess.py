@@ -76,9 +76,9 @@ def preprocess(
     if shard is not None:
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     task = Task(inputs, output, load_tokenizer(tokenizer), options, shard)
-    settings = Settings(tokenizer.resolve(), options, engine, named)
+    settings = Settings(task.loaded, options, engine, named)
     if engine == "gigatoken":  # calibrates it, once for all workers, or refuses it
-        fast_engine(tokenizer, task.loaded, special_tokens=options.special_tokens)
+        fast_engine(task.loaded, special_tokens=options.special_tokens)
     if not task.is_done():
         require_free(output, OUTPUT_FILES, overwrite)
     with work_folder(output) as work:

@@ -44,7 +44,8 @@ class Task:
 
     def versions(self) -> dict[str, str]:
         """What the ids depend on."""
-        return {"megatron-infoentropy": __version__, "tokenizers": version("tokenizers")}
+        packages = ("tokenizers", "transformers")
+        return {"megatron-infoentropy": __version__} | {name: version(name) for name in packages}
 
     def is_done(self) -> bool:
         """Whether `output` is what this would make, as far as names and sizes tell."""

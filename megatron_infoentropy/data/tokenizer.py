@@ -1,6 +1,10 @@
-"""A byte-level BPE: trained on a corpus, and loaded without transformers.
+"""Tokenizer folders: a byte-level BPE trained on a corpus, and any of Hugging Face's loaded.
 
-The folder holds `tokenizer.json` and `tokenizer_config.json`, which is what Megatron's
+A folder is loaded by transformers, as by Megatron's own tool: some ids depend on other files than
+tokenizer.json, and on rules that transformers has for a class or a model. What it makes of them is
+taken over into `tokenizers` alone, which is faster and needs no transformers in a worker process.
+
+A trained folder holds `tokenizer.json` and `tokenizer_config.json`, which is what Megatron's
 HuggingFaceTokenizer and transformers' AutoTokenizer open, offline too.
 
 `<|endoftext|>` is the only special token: end of document for Megatron (eos), start of an empty
@@ -13,6 +17,7 @@ transformers and thus with Megatron's own tool.
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +35,15 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 _OF_FOLDER = ":folder"  # ends a digest; without it, it is the SHA-256 of tokenizer.json alone
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of transformers 5 and 4
+_READ_BY_TRANSFORMERS = (CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS, "config.json")
+_PROBES = (
+    "",
+    " cat",
+    "\ncat",
+    "They've 1234 (or 5,678):\n\n\tx += '\xe9t\xe9'  # \u6f22\u5b57 e\u0301 IT'S <b>\r\n  end ",
+)
+_TOKENS_IN_PROBE = 64
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 # Settings of tokenizer_config.json that change no id; one that is not known here may.
@@ -47,13 +61,19 @@ _SMALLEST_VOCAB = 256 + 1  # every byte, so that any text has ids, and the speci
 class LoadedTokenizer:
     """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too.
 
-    `sha256` is the folder's `tokenizer_digest`.
+    `sha256` is the folder's `tokenizer_digest`. With `as_text` the spelling of a special token is
+    text like any other. Can be sent to other processes.
     """
 
     tokenizer: Tokenizer
     eod_id: int
     vocab_size: int
     sha256: str
+    as_text: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = self.as_text  # which its own pickle leaves out
 
 
 def train_tokenizer(
@@ -98,23 +118,94 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> LoadedTokenizer:
-    """Open a Hugging Face tokenizer folder so that it encodes as transformers would.
+    """Open a Hugging Face tokenizer folder so that it encodes as transformers does.
 
     Raises:
-        ValueError: a file is missing, or the folder names no end-of-document (eos) token.
+        ValueError: a file is missing or damaged, transformers cannot load the folder, its ids are
+            drawn at random, or it names no end-of-document (eos) token.
     """
     digest = tokenizer_digest(folder)
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    used = load_with_transformers(folder)
+    tokenizer = used.backend_tokenizer
     # A file saved with truncation or padding switched on would cut every document short;
     # transformers switches them off for a plain call too.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return LoadedTokenizer(
+    loaded = LoadedTokenizer(
         tokenizer=tokenizer,
-        eod_id=_eod_id(folder, tokenizer),
+        eod_id=_eod_id(folder, used),
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
         sha256=digest,
+        as_text=bool(tokenizer.encode_special_tokens),
     )
+    sent: LoadedTokenizer = pickle.loads(pickle.dumps(loaded))  # as the workers have it
+    _require_same_ids(folder, sent.tokenizer, used)
+    return sent
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """Return transformers' own tokenizer of a folder; nothing is fetched, no code in it is run.
+
+    Raises:
+        ValueError: a file is damaged, or transformers cannot load it, or only slowly.
+    """
+    for name in _READ_BY_TRANSFORMERS:
+        _optional_json(folder / name)
+    read_json(folder / TOKENIZER)
+    from transformers import AutoTokenizer  # a second or more, so only where it is needed
+
+    try:
+        used = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the class that reads the files stumbles over
+        raise ValueError(_why_not_loaded(folder, error)) from error
+    if not isinstance(getattr(used, "backend_tokenizer", None), Tokenizer):
+        raise ValueError(
+            f"transformers has only a slow tokenizer for {folder}, a {type(used).__name__}: save a "
+            f"fast one, or name another tokenizer_class in {folder / CONFIG}"
+        )
+    model = used.backend_tokenizer.model
+    if getattr(model, "dropout", None) or getattr(model, "nbest_size", None) not in (None, 0, 1):
+        raise ValueError(
+            f"{folder / TOKENIZER} draws ids at random (dropout, or sampling): every run would "
+            "give other data; remove that setting"
+        )
+    return used
+
+
+def _why_not_loaded(folder: Path, error: Exception) -> str:
+    path = folder / TOKENIZER
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as cause:  # the library has no narrower one
+        return (
+            f"{path} is no tokenizer, a damaged one, or of a newer version of tokenizers: {cause}; "
+            "copy or download it again"
+        )
+    return (
+        f"transformers cannot load the tokenizer in {folder}, though its {TOKENIZER} is whole "
+        f"({type(error).__name__}: {error}): look at {folder / CONFIG}, or save it anew"
+    )
+
+
+def _require_same_ids(folder: Path, tokenizer: Tokenizer, used: Any) -> None:
+    """Compare the ids of a text that shows the usual rules with those of transformers.
+
+    Raises:
+        ValueError: they differ, so that something outside the fast tokenizer changes ids.
+    """
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    spelled = "".join(f" x{token} y {token}z" for token in added[:_TOKENS_IN_PROBE])
+    for text in (*_PROBES, _PROBES[-1] + spelled):
+        for special in (True, False):
+            ours = tokenizer.encode(text, add_special_tokens=special).ids
+            if ours != used(text, add_special_tokens=special)["input_ids"]:
+                raise ValueError(
+                    f"the tokenizer in {folder} cannot be used: transformers' "
+                    f"{type(used).__name__} gives other ids than its own fast tokenizer, first for "
+                    f"{text[:40]!r}; save it as a PreTrainedTokenizerFast"
+                )
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -140,6 +231,8 @@ def tokenizer_digest(folder: Path) -> str:
         for name in names
     ]
     settings = {key: value for key, value in settings.items() if value is not None}
+    if settings.get("tokenizer_class") in GENERIC_CLASSES:
+        del settings["tokenizer_class"]  # as if none were named
     content = json.dumps([rules, settings, added], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest() + _OF_FOLDER
 
@@ -225,16 +318,13 @@ def _config() -> dict[str, object]:
     }
 
 
-def _eod_id(folder: Path, tokenizer: Tokenizer) -> int:
-    path = folder / CONFIG
-    config = _optional_json(path)
-    token = config.get("eos_token")
-    if isinstance(token, dict):  # transformers also writes the token with its stripping rules
-        token = token.get("content")
-    eod_id: int | None = None if token is None else tokenizer.token_to_id(token)
+def _eod_id(folder: Path, used: Any) -> int:
+    """Return the id of the end token, which Megatron takes for `sep_token` where there is none."""
+    token = used.eos_token or used.sep_token
+    eod_id = None if token is None else used.backend_tokenizer.token_to_id(str(token))
     if eod_id is None:
         raise ValueError(
-            f"{path} must name an eos_token of the vocabulary, which ends documents; "
-            f"it names {token!r}. Add one, as Megatron needs it too"
+            f"{folder / CONFIG} must name an eos_token, which ends documents; it names {token!r}. "
+            "Add one, as Megatron needs it too"
         )
-    return eod_id
+    return int(eod_id)

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -24,14 +23,14 @@ from megatron_infoentropy.data.engine import Engine, end_documents, hf_engine
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.options import PILE_DOMAIN, Options
-from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a worker is told at its start."""
 
-    tokenizer: Path
+    loaded: LoadedTokenizer
     options: Options
     engine: str = "hf"  # or "gigatoken"
     named: bool = True  # else no document may name a domain, as the first ones do not
@@ -67,11 +66,11 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes blocks with one tokenizer; as a class, since loading that takes long."""
+    """Encodes blocks with one tokenizer; as a class, since its engine takes long to start."""
 
     def __init__(self, settings: Settings) -> None:
         self.options = settings.options
-        self.loaded = load_tokenizer(settings.tokenizer)
+        self.loaded = settings.loaded
         self.dtype = token_dtype(self.loaded.vocab_size)
         self.encode = _engine(settings, self.loaded)
         self._named = settings.named
@@ -117,7 +116,7 @@ class Encoder:
 def _engine(settings: Settings, loaded: LoadedTokenizer) -> Engine:
     special_tokens = settings.options.special_tokens
     if settings.engine == "gigatoken":
-        return fast_engine(settings.tokenizer, loaded, special_tokens=special_tokens)
+        return fast_engine(loaded, special_tokens=special_tokens)
     return hf_engine(loaded, special_tokens=special_tokens)
 
 

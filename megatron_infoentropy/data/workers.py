@@ -5,6 +5,7 @@ lock. The output does not depend on their number: results are handed on in the o
 A worker that dies (killed, out of memory) closes its pipe and ends the run at once.
 """
 
+import pickle
 import signal
 import subprocess
 import sys
@@ -38,8 +39,9 @@ def encode_blocks(
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         idle: SimpleQueue[_Worker] = SimpleQueue()
+        start = pickle.dumps(settings)
         for _ in range(workers):  # entered after the threads: on an error, first the workers end
-            idle.put(stack.enter_context(_Worker(settings)))
+            idle.put(stack.enter_context(_Worker(start)))
         pending: deque[Future[tuple[Block, Encoded]]] = deque()
         stack.callback(lambda: [future.cancel() for future in pending])
         unreadable = None
@@ -71,20 +73,21 @@ def _encode(idle: "SimpleQueue[_Worker]", block: Block) -> tuple[Block, Encoded]
 class _Worker:
     """One process and the two pipes to it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: bytes) -> None:
+        self._unsent = settings  # fits into no pipe: sent by a thread, else they start in turn
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from {main.__module__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pipesize=_PIPE_BYTES,
         )
-        assert self.process.stdin is not None
-        send(self.process.stdin, settings)
 
     def encode(self, block: Block) -> Encoded:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
+            self.process.stdin.write(self._unsent)
+            self._unsent = b""
             send(self.process.stdin, block.data)
             answer = receive(self.process.stdout)
         except (EOFError, BrokenPipeError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_infoentropy.data.tokenizer import is_tokenizer, load_tokenizer
+from megatron_infoentropy.data.tokenizer import is_tokenizer, tokenizer_digest
 from megatron_infoentropy.doctor.data_files import DataFacts, Share, look
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
@@ -60,7 +60,7 @@ def collect(
         problems += found.problems
     if tokenizer is not None:
         try:
-            sha256 = load_tokenizer(tokenizer).sha256
+            sha256 = tokenizer_digest(tokenizer)
             if found and found.tokenizer and is_tokenizer(tokenizer, found.tokenizer):
                 sha256 = found.tokenizer  # the same, though an earlier version wrote another digest
         except (OSError, ValueError) as error:

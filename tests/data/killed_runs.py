@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.data import blocks, compression, run, workers, writer
+from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block
 from megatron_infoentropy.data.options import PILE_DOMAIN, Options
 from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.worker import Encoded, Encoder, Settings
 
 MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
@@ -88,7 +90,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    EncoderHere.encoder = Encoder(Settings(folder / "tokenizer", Options(split_by=PILE_DOMAIN)))
+    loaded = load_tokenizer(folder / "tokenizer")
+    preprocess_module.load_tokenizer = lambda _: loaded  # which opens files that are only read
+    EncoderHere.encoder = Encoder(Settings(loaded, Options(split_by=PILE_DOMAIN)))
     workers._Worker = EncoderHere  # type: ignore[assignment, misc]
     blocks.BLOCK_BYTES = 2000
     compression._READ_BYTES = 1000
