@@ -225,7 +225,6 @@ struct RowGradient {
     scale = static_cast<float>(origin.correction *
                                (c.scale - origin.excess * c.slope * 0.6931471805599453));
     slope = static_cast<float>(origin.correction * c.slope * 0.6931471805599453);
-    if (scale != scale) scale = __builtin_nanf("");  // of the bits that round_to_bfloat16 wants
   }
 
   ALWAYS_INLINE Pair of(Pair z) const { return {of(z.a), of(z.b)}; }

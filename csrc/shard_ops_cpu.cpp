@@ -49,6 +49,10 @@ void prefer_huge_pages(void* data, std::int64_t bytes) {
 #endif
 }
 
+// A NaN that survives rounding to bfloat16, see round_to_bfloat16: its bits are the upper 16. A GPU's
+// own NaN (0x7fffffff) would round to -0, one whose payload lies in the lower 16 to infinity.
+float with_short_nan(float value) { return value == value ? value : __builtin_nanf(""); }
+
 }  // namespace
 
 Dtype dtype_named(const std::string& name) {
@@ -102,8 +106,9 @@ void shard_gradient(const Logits& logits, const Targets& targets, const Options&
         continue;
       }
       const float* c = coefficients + i;
-      const Coefficients row{c[0], c[tokens], c[2 * tokens], c[3 * tokens],
-                             options.distance ? c[4 * tokens] : 0.0f};
+      const Coefficients row{with_short_nan(c[0]), with_short_nan(c[tokens]),
+                             with_short_nan(c[2 * tokens]), with_short_nan(c[3 * tokens]),
+                             options.distance ? with_short_nan(c[4 * tokens]) : 0.0f};
       gradient_of(data + i * row_bytes, columns, targets.column(i, columns), row, options, to,
                   stream_out);
       std::memset(to + columns * bytes, 0, (width - columns) * bytes);

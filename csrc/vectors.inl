@@ -124,7 +124,8 @@ static ALWAYS_INLINE Pair load(const BFloat16* from) {
 }
 
 // To nearest, ties to even, in the upper halves; the lower ones hold what was cut off. A NaN stays
-// one if its lower half is 0, as in every NaN that comes of a bfloat16 or of an operation.
+// one if its lower half is 0. So it is in every NaN here: they come of a bfloat16, of an operation,
+// or of a coefficient, whose NaN shard_gradient replaces once a row rather than here once a column.
 static ALWAYS_INLINE UVec round_to_bfloat16(Vec value) {
   const UVec bits = (UVec)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -11,6 +11,7 @@ import pytest
 import torch
 from close import assert_within, assert_within_bf16_ulp
 from oracle import dense_statistics
+from test_native_options import assert_a_nan_stays_one
 
 from megatron_infoentropy.kernels import reference
 from megatron_infoentropy.kernels.contract import (
@@ -251,3 +252,9 @@ def test_a_16_bit_gradient_is_the_fp32_one_rounded():
         for x, dz in zip((logits, logits.float()), out, strict=True):
             cuda_emulation.shard_gradient(x, target, whole(3001), PLAIN, coefficients, dz)
         assert torch.equal(out[0], out[1].to(dtype))
+
+
+@every_option
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_of_any_bits_stays_one(dtype, options):
+    assert_a_nan_stays_one(cuda_emulation, dtype, options)

@@ -227,3 +227,30 @@ def test_all_negative_and_mixed_signs_find_their_maximum(instructions, dtype):
     got = native.shard_statistics(logits, target, Shard(0, 1100, -100), Options())
     assert torch.equal(got[MAX], logits.float().max(-1).values)
     assert_within_bf16_ulp(got[TARGET].bfloat16(), logits[:, 0].double())
+
+
+# A GPU's own NaN, both signs; payloads in the lower half alone, both signs; the usual one.
+NANS = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7F8001, 0x7FC00000], dtype=torch.int32)
+
+
+def assert_a_nan_stays_one(kernels, dtype, options):
+    """Wherever it enters: by a coefficient, of any bits, or by a logit, of any bits."""
+    for row in range(options.rows):
+        coefficients = torch.full((options.rows, len(NANS)), 0.25)
+        coefficients[row] = NANS.view(torch.float32)
+        logits, target = torch.ones(len(NANS), 70, dtype=dtype), torch.full((len(NANS),), 3)
+        dz = gradient(kernels, logits, target, Shard(0, 70, -100), options, coefficients)
+        spoilt = dz[:, 3:4] if row == 3 else dz[:, torch.arange(70) != 3]
+        assert spoilt.isnan().all(), f"row {row} of the coefficients"
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    logits = every[every.isnan()].unsqueeze(-1)
+    target = torch.full((len(logits),), -1)  # another shard's
+    coefficients = torch.full((options.rows, len(logits)), 0.25)
+    dz = gradient(kernels, logits, target, Shard(0, 1, -100), options, coefficients)
+    assert dz.isnan().all(), "a logit"
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_nan_of_any_bits_stays_one_in_a_16_bit_gradient(instructions, dtype, options):
+    assert_a_nan_stays_one(native, dtype, options)
