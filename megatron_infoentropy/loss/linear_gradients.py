@@ -58,7 +58,9 @@ class LinearGradients:
         self, out_LH: torch.Tensor, dz_CV: torch.Tensor, weight_VH: torch.Tensor
     ) -> tuple[dist.Work | None, torch.Tensor]:
         if self._cut.slices > 1:
-            mine_CH = torch.mm(dz_CV, weight_VH)
+            # Into a tensor made beforehand, as all products here: autocast leaves those alone.
+            mine_CH = weight_VH.new_empty((len(dz_CV), weight_VH.shape[1]))
+            torch.mm(dz_CV, weight_VH, out=mine_CH)
             work = dist.reduce_scatter_tensor(out_LH, mine_CH, group=self._group, async_op=True)
             return work, mine_CH
         torch.mm(dz_CV, weight_VH, out=out_LH)

@@ -100,6 +100,29 @@ def test_statistics_and_gradients_equal_dense_float64(world, sequence_parallel):
             assert_within(gradient, hidden.grad, atol=1e-12)
 
 
+def fp32_on_rank(autocast, sequence_parallel, detach_weight):
+    group = dist.group.WORLD
+    hidden, weight, target, mask = make_case(dtype=torch.float32)
+    hidden, weight = shard_of(hidden, weight, group, sequence_parallel)
+    config = InfoEntropyConfig(detach_weight=detach_weight, chunk_tokens=7)
+    options = {"group": group, "sequence_parallel": sequence_parallel}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_infoentropy_loss(hidden, weight, target, mask, config, **options)
+        loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("detach_weight", [True, False], ids=["detached", "attached"])
+def test_autocast_reaches_no_product_forward_or_backward(sequence_parallel, detach_weight):
+    """One in bf16 would spoil the gradient, and send two dtypes into one collective."""
+    plain = run_ranks(fp32_on_rank, 2, False, sequence_parallel, detach_weight)
+    mixed = run_ranks(fp32_on_rank, 2, True, sequence_parallel, detach_weight)
+    for of_plain, of_mixed in zip(plain, mixed, strict=True):
+        for one, other in zip(of_plain, of_mixed, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_two_step_collective_gives_the_same():
     (gather, _), (all_reduce, _) = (
         run_ranks(in_world, 2, statistics_on_rank, (7,), True, collective, {})
