@@ -157,10 +157,11 @@ class _Pass:
         settings, (target_C, mask_C) = self.settings, chunk.tokens
         (size, shard, _), options = settings.vocabulary, settings.options
         results, saved = token_results(chunk.arrived(), target_C, size, shard.ignore_index, options)
-        loss_C, weight_C, upstream = _loss_weight_and_upstream(results, mask_C, self.config)
+        differentiate = self.gradients.are_needed
+        loss_C, weight_C, upstream = _token_terms(results, mask_C, self.config, differentiate)
         settings.cut.put(self.token_loss_N, chunk.rows, loss_C)
         settings.cut.put(self.token_weight_N, chunk.rows, weight_C)
-        if not self.gradients.are_needed:
+        if upstream is None:
             return
         dz_CV = ops.shard_gradient(
             settings.kernels,
@@ -174,19 +175,21 @@ class _Pass:
         self.gradients.add(chunk.rows, dz_CV, chunk.hidden_CH, self.weight_VH)
 
 
-def _loss_weight_and_upstream(
-    results: TokenResults, mask_C: torch.Tensor, config: InfoEntropyConfig
-) -> tuple[torch.Tensor, torch.Tensor, Upstream]:
-    """Every token's loss and weight, and the gradient of their masked sum by each result."""
-    with torch.enable_grad():
-        leaves = {
-            name: result.detach().requires_grad_()
-            for name, result in results._asdict().items()
-            if name in Upstream._fields and result is not None
-        }
+def _token_terms(
+    results: TokenResults, mask_C: torch.Tensor, config: InfoEntropyConfig, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor, Upstream | None]:
+    """Every token's loss and weight; the gradient of their masked sum by each result, if asked."""
+    leaves = {
+        name: result.detach().requires_grad_(differentiate)
+        for name, result in results._asdict().items()
+        if name in Upstream._fields and result is not None
+    }
+    with torch.set_grad_enabled(differentiate):
         statistics = TokenStatistics(**{"is_top": results.is_top, **leaves})
         loss, weight = token_loss(statistics, config), token_weight(statistics, config, mask_C)
+        if not differentiate:
+            return loss, weight, None
         total = token_sums(loss, weight, mask_C).weighted_loss
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    upstream = dict(zip(leaves, found, strict=True))
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    upstream = dict(zip(leaves, gradients, strict=True))
     return loss.detach(), weight, Upstream(*(upstream.get(name) for name in Upstream._fields))

@@ -6,6 +6,7 @@ from close import assert_within, assert_within_bf16_ulp
 from oracle import dense_objective, dense_statistics
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
+from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.loss.linear import (
     linear_infoentropy_loss,
     linear_vocab_parallel_statistics,
@@ -198,12 +199,19 @@ def test_a_frozen_input_gets_no_gradient_and_changes_nothing(function, frozen):
 
 
 @BOTH
-def test_without_gradients_the_value_is_the_same(function):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_without_gradients_the_value_is_the_same_and_none_is_formed(function, mode, monkeypatch):
     hidden, weight, target = make_case()
     expected = function(hidden, weight, target)
-    with torch.no_grad():
+    for backward in ("grad", "backward"):
+        monkeypatch.setattr(torch.autograd, backward, None)
+    monkeypatch.setattr(ops, "shard_gradient", None)
+    with mode():
+        if mode is torch.enable_grad:  # of inputs that need none
+            hidden, weight = hidden.detach(), weight.detach()
         assert torch.equal(function(hidden, weight, target), expected)
-    assert torch.equal(function(hidden.detach(), weight.detach(), target), expected)
+        # Tensors that were made there, as a model's are.
+        assert torch.equal(function(hidden * 1, weight * 1, target + 0), expected)
 
 
 @BOTH
