@@ -25,9 +25,8 @@ from megatron_infoentropy.loss.linear_inputs import (
 )
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.linear_statistics import LinearStatistics
-from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
+from megatron_infoentropy.loss.objective import TokenSums, objective_sums, weighted_mean
 from megatron_infoentropy.loss.statistics import TokenStatistics
-from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 
 def linear_vocab_parallel_statistics(
@@ -190,9 +189,5 @@ def linear_infoentropy_loss(
         )
     else:
         results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-        statistics = TokenStatistics(*results)
-        loss = token_loss(statistics, config)
-        sums = token_sums(loss, token_weight(statistics, config, mask_N), mask_N)
-    whole = reduce_sums(sums, data_parallel_group)
-    mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
-    return mean * alpha(whole, config.normalization)
+        sums = objective_sums(TokenStatistics(*results), config, mask_N)
+    return weighted_mean(sums, config, data_parallel_group)

@@ -22,7 +22,6 @@ from megatron_infoentropy.loss.layout import leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
-
 class TokenSums(NamedTuple):
     """Sums over the valid tokens of one micro-batch on one rank; scalars."""
 
@@ -88,11 +87,24 @@ def infoentropy_loss(
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
     )
-    loss = token_loss(statistics, config)
+    return weighted_mean(objective_sums(statistics, config, mask), config, data_parallel_group)
+
+
+def objective_sums(
+    statistics: TokenStatistics, config: InfoEntropyConfig, mask: torch.Tensor
+) -> TokenSums:
+    """The sums of one micro-batch on one rank, all its tokens weighted together."""
     weight = token_weight(statistics, config, mask)
-    sums = reduce_sums(token_sums(loss, weight, mask), data_parallel_group)
-    mean = sums.weighted_loss / torch.where(sums.tokens > 0, sums.tokens, 1)
-    return mean * alpha(sums, config.normalization)
+    return token_sums(token_loss(statistics, config), weight, mask)
+
+
+def weighted_mean(
+    sums: TokenSums, config: InfoEntropyConfig, data_parallel_group: Group | None
+) -> torch.Tensor:
+    """The scalar objective of all ranks of a data-parallel group."""
+    whole = reduce_sums(sums, data_parallel_group)
+    mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
+    return mean * alpha(whole, config.normalization)
 
 
 def configured_statistics(
