@@ -78,6 +78,63 @@ def _(
     return logits.new_empty(logits.shape)
 
 
+def require_plain(**tensors: torch.Tensor) -> None:
+    """Raise ValueError for a tensor whose elements do not lie where its address says.
+
+    Kernels are handed addresses: at a wrong one the process would end, or take other numbers. A
+    graph that is being compiled has operators in their place and no addresses.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if not (_is_strided(x) and _has_memory(x)):
+            raise ValueError(f"expected a plain tensor as {name}, got {_what_instead(x)}")
+
+
+def is_subclass_with_own_dispatch(x: torch.Tensor) -> bool:
+    """Return whether operations on it mean something else than on its memory, as on a DTensor."""
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _is_strided(x: torch.Tensor) -> bool:
+    if is_subclass_with_own_dispatch(x) or x.layout is not torch.strided:
+        return False
+    return not (x.is_nested or x.is_neg())
+
+
+def _has_memory(x: torch.Tensor) -> bool:
+    if not (x.is_cpu or x.is_cuda):  # no compiled kernel runs there
+        return True
+    try:
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:  # a tensor of torch.func: nothing lies anywhere
+        return False
+
+
+def _what_instead(x: torch.Tensor) -> str:
+    kind = type(x).__name__
+    if hasattr(x, "placements"):
+        return (
+            f"a {kind} placed {list(x.placements)}: pass its .to_local(), and the group that the "
+            "vocabulary is split over as `group`; logits that are sharded evenly along their last "
+            "dimension over that very group, and nothing else, are taken as they are"
+        )
+    if is_subclass_with_own_dispatch(x):
+        return (
+            f"a {kind}, which kernels cannot read: pass the tensor that it wraps, or compile the "
+            "loss with torch.compile, whose operators know shapes without numbers"
+        )
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested tensor" if x.is_nested else f"tensor of layout {x.layout}"
+        return f"a {kind}: make it dense, with .to_dense() or .to_padded_tensor()"
+    if x.is_neg():
+        return "a tensor whose sign is still to be turned: call .resolve_neg()"
+    return (
+        f"one of shape {list(x.shape)} without memory (zeros that were never made, a storage that "
+        "was freed, a tensor inside torch.func or functionalization): pass a clone that has some"
+    )
+
+
 def shard_statistics(
     kernels: Kernels,
     logits_NV: torch.Tensor,
@@ -91,6 +148,7 @@ def shard_statistics(
             logits_NV, target_N, *shard, *options, backend=kernels.name
         )
         return result
+    require_plain(logits=logits_NV, target=target_N)
     return kernels.shard_statistics(logits_NV, target_N, shard, options)
 
 
@@ -113,6 +171,7 @@ def shard_gradient(
             logits_NV, target_N, coefficients_RN, *shard, *options, backend=kernels.name
         )
         return result
+    require_plain(logits=logits_NV, coefficients=coefficients_RN)
     out_NV = logits_NV.detach() if inplace else torch.empty_like(logits_NV)
     kernels.shard_gradient(logits_NV, target_N, shard, options, coefficients_RN, out_NV)
     return out_NV

@@ -1,5 +1,7 @@
 """The collectives of the loss, each in one place."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import MAX
+from megatron_infoentropy.kernels.contract import MAX, SPREAD
 from megatron_infoentropy.loss.merge import (
     RowStatistics,
     merge_shards,
@@ -39,6 +41,8 @@ def join_shards(
     world, rank = world_and_rank(group)
     if world == 1:
         return merge_shards(statistics_RN.unsqueeze(0), columns)
+    if shards_are_compared():
+        _compare_shards(statistics_RN, group, world)
     rows, n = statistics_RN.shape
     if collective == "gather":
         # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
@@ -52,6 +56,31 @@ def join_shards(
         dist.all_reduce(packed, group=group)
         return unpack_sum(packed, maximum)
     raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
+
+
+def shards_are_compared() -> bool:
+    """Return whether TORCH_DISTRIBUTED_DEBUG=DETAIL asks for a look that stalls a GPU."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
+
+
+def _compare_shards(statistics_RN: torch.Tensor, group: Group | None, world: int) -> None:
+    """Say it where all ranks hold the same logits: a whole vocabulary, perhaps, not shards."""
+    sums_RN = statistics_RN[: SPREAD + 1].contiguous()
+    every = sums_RN.new_empty((world * len(sums_RN), sums_RN.shape[1]))
+    dist.all_gather_into_tensor(every, sums_RN, group=group)
+    if every.numel() and torch.equal(every, sums_RN.repeat(world, 1)):
+        warn_of_gathered("all ranks hold equal logits", world)
+
+
+def warn_of_gathered(why: str, world: int) -> None:
+    """Say that logits look gathered where a shard of them was expected."""
+    warnings.warn(
+        f"{why}: where that is the whole vocabulary, gathered, the loss is too high by "
+        f"ln({world}) = {math.log(world):.3f}; pass this rank's own shard, or group=None",
+        stacklevel=2,
+    )
 
 
 class _SumOverGroup(torch.autograd.Function):

@@ -1,11 +1,14 @@
 """What the public functions are given, checked and laid out as rows for the kernels."""
 
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Options, Shard
-from megatron_infoentropy.loss.collective import Group, world_and_rank
+from megatron_infoentropy.loss.collective import Group, warn_of_gathered, world_and_rank
 
 
 class Vocabulary(NamedTuple):
@@ -38,7 +41,38 @@ def as_rows(logits: torch.Tensor, target: torch.Tensor) -> Rows:
     overlapping = rows_NV.shape[0] > 1 and rows_NV.stride(0) < rows_NV.shape[-1]
     if rows_NV.stride(-1) != 1 or overlapping:  # expanded logits, for one
         rows_NV = rows_NV.contiguous()
-    return Rows(rows_NV, target.permute(order).reshape(-1).long().contiguous(), order)
+    return Rows(rows_NV, as_ids(target).permute(order).reshape(-1).contiguous(), order)
+
+
+def as_ids(target: torch.Tensor) -> torch.Tensor:
+    """Targets as int64, before anything else is done to them: -100 is 156 in uint8.
+
+    Raises:
+        ValueError: targets that are not integers.
+    """
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"expected integer targets, got {target.dtype}")
+    return target.long()
+
+
+def local_shard(tensor: torch.Tensor, dim: int, group: Group | None) -> torch.Tensor:
+    """This rank's shard of a DTensor that is sharded evenly along `dim` over `group`, and over
+    nothing else; any other tensor as it is, for `check_tensors` to judge."""
+    if not ops.is_subclass_with_own_dispatch(tensor):
+        return tensor
+    module = sys.modules.get("torch.distributed.tensor")  # there, if this is a DTensor
+    if module is None or group is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    sharded: Any = tensor
+    is_shard = (
+        sharded.device_mesh.ndim == 1
+        and sharded.placements == (module.Shard(dim % tensor.dim()),)
+        and tensor.shape[dim] % group.size() == 0
+        and dist.get_process_group_ranks(sharded.device_mesh.get_group())
+        == dist.get_process_group_ranks(group)
+    )
+    local: torch.Tensor = sharded.to_local() if is_shard else tensor
+    return local
 
 
 def split_vocabulary(
@@ -55,6 +89,13 @@ def split_vocabulary(
         raise ValueError(
             f"vocab_size={vocab_size} does not fit: {world} shard(s) of {width} columns hold "
             f"{width * world} entries; is every rank of the group given its own shard?"
+        )
+    compiling = torch.compiler.is_compiling()
+    if world > 1 and vocab_size is not None and width >= vocab_size and not compiling:
+        warn_of_gathered(
+            f"each of {world} ranks holds {width} columns, as many as the {vocab_size} entries of "
+            "the whole vocabulary",
+            world,
         )
     columns = tuple(min(max(size - r * width, 0), width) for r in range(world))
     return Vocabulary(size, Shard(rank * width, columns[rank], ignore_index), columns)
@@ -74,7 +115,8 @@ def make_options(softcap: float | None, temperature: float, distance: bool) -> O
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:
-    """Raises ValueError where shapes or dtypes do not fit, or the caller's tensor is at risk."""
+    """Raises ValueError where tensors do not fit, or the caller's own is at risk."""
+    check_tensors(logits=logits, target=target)
     if logits.dim() < 2 or target.shape != logits.shape[:-1]:
         raise ValueError(
             "expected logits [..., V] and target [...] with the same leading dimensions, got "
@@ -86,25 +128,43 @@ def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: b
             f"expected logits with at least one column, got {list(logits.shape)}: a shard that is "
             "all padding still has its columns; say how many count by vocab_size"
         )
-    if not logits.is_floating_point() or target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(
-            f"expected floating-point logits and integer targets, got {logits.dtype} and "
-            f"{target.dtype}"
-        )
-    require_one_device(logits=logits, target=target)
-    owner = logits if logits._base is None else logits._base
-    if inplace_backward and owner.is_leaf and owner.requires_grad:
+    if not logits.is_floating_point():
+        raise ValueError(f"expected floating-point logits, got {logits.dtype}")
+    if inplace_backward and not torch.compiler.is_compiling() and _lie_in_a_leaf(logits):
         raise ValueError(
             "inplace_backward=True would replace your own tensor by its gradient: it is for logits "
             "that a model computed, not for a leaf or a view of one; pass inplace_backward=False"
         )
 
 
-def require_one_device(**tensors: torch.Tensor | None) -> None:
-    """Raises ValueError where tensors lie apart: kernels are handed addresses."""
-    places = {name: str(x.device) for name, x in tensors.items() if x is not None}
-    if len(set(places.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in places.items())
+def _lie_in_a_leaf(logits: torch.Tensor) -> bool:
+    """Whether their memory is that of a leaf that requires a gradient.
+
+    A leaf may itself be a view of a tensor that requires none, which is then the base of its views:
+    so the chain of operations with one input, as views are, is followed to its start.
+    """
+    if not logits.requires_grad:
+        return False
+    owner = logits if logits._base is None else logits._base
+    if logits.is_leaf or (owner.is_leaf and owner.requires_grad):
+        return True
+    nodes: list[Any] = [logits.grad_fn]
+    while len(nodes) == 1:
+        if nodes[0].name() == "torch::autograd::AccumulateGrad":
+            leaf = nodes[0].variable
+            return ops.is_subclass_with_own_dispatch(leaf) or (
+                leaf.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+            )
+        nodes = [node for node, _ in nodes[0].next_functions if node is not None]
+    return False
+
+
+def check_tensors(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError where tensors are not plain ones, or lie apart: kernels get addresses."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    ops.require_plain(**given)
+    if len({x.device for x in given.values()}) > 1:
+        where = ", ".join(f"{name} on {x.device}" for name, x in given.items())
         raise ValueError(f"expected all tensors on one device, got {where}; move them with .to()")
 
 
@@ -114,8 +174,10 @@ def leave_out_masked(
     """(target, mask), masked tokens ignored rather than multiplied by 0: 0 * NaN would be NaN.
 
     Raises:
-        ValueError: a mask of another shape or on another device.
+        ValueError: targets that are not integers; a mask of another shape or on another device.
     """
+    check_tensors(target=target, loss_mask=loss_mask)
+    target = as_ids(target)
     if loss_mask is None:
         return target, (target != ignore_index).to(dtype)
     if loss_mask.shape != target.shape:
@@ -123,7 +185,6 @@ def leave_out_masked(
             f"loss_mask must have the target's shape {list(target.shape)}, got "
             f"{list(loss_mask.shape)}"
         )
-    require_one_device(target=target, loss_mask=loss_mask)
     target = target.masked_fill(loss_mask == 0, ignore_index)
     return target, (target != ignore_index).to(dtype) * loss_mask.to(dtype)
 

@@ -18,11 +18,8 @@ import torch
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group
-from megatron_infoentropy.loss.layout import leave_out_masked, make_options, split_vocabulary
-from megatron_infoentropy.loss.linear_inputs import (
-    LinearRequest,
-    prepare_linear,
-)
+from megatron_infoentropy.loss.layout import leave_out_masked, make_options
+from megatron_infoentropy.loss.linear_inputs import LinearRequest, prepare_linear
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.linear_statistics import LinearStatistics
 from megatron_infoentropy.loss.objective import TokenSums, objective_sums, weighted_mean
@@ -77,7 +74,8 @@ def linear_vocab_parallel_statistics(
         RuntimeError: the named backend cannot run on such logits.
     """
     request = LinearRequest(
-        vocabulary=split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
         options=make_options(softcap, temperature, uniform_cross_entropy),
         group=group,
         backend=backend,
@@ -86,7 +84,7 @@ def linear_vocab_parallel_statistics(
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
-    hidden_LH, target_N, settings = prepare_linear(hidden, weight, target, request)
+    hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
     results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
     return TokenStatistics(*(result.view(target.shape) for result in results))
 
@@ -140,10 +138,10 @@ def linear_infoentropy_loss(
     """`infoentropy_loss` of the logits hidden @ weight^T, which never exist in full.
 
     With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
-    pass and scaled in the backward pass, which then can run once; with attached ones this is
-    `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later, 16-bit
-    gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss scale: for
-    fp16 training take the statistics.
+    pass and scaled in the backward pass, which then can run once;
+    with attached ones this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later,
+    16-bit gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss
+    scale: for fp16 training take the statistics.
 
     Args:
         hidden: [..., H]; with `sequence_parallel` this rank's slice of the first dimension.
@@ -169,7 +167,8 @@ def linear_infoentropy_loss(
     config.require_constant_gamma()
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
     request = LinearRequest(
-        vocabulary=split_vocabulary(vocab_size, len(weight), group, ignore_index),
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
         options=make_options(
             config.softcap or None, config.temperature, config.label_smoothing > 0
         ),
@@ -180,14 +179,13 @@ def linear_infoentropy_loss(
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
-    hidden_LH, target_N, settings = prepare_linear(hidden, weight, target, request)
-    mask_N = mask.reshape(-1)
+    hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
     if config.detach_weight or not config.is_weighted:
-        tokens, differentiate = Tokens(target_N, mask_N), torch.is_grad_enabled()
+        tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
         sums = TokenSums(
             *LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         )
     else:
         results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-        sums = objective_sums(TokenStatistics(*results), config, mask_N)
+        sums = objective_sums(TokenStatistics(*results), config, mask.reshape(-1))
     return weighted_mean(sums, config, data_parallel_group)

@@ -14,7 +14,12 @@ import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
 from megatron_infoentropy.kernels.contract import Kernels, Options
-from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
+from megatron_infoentropy.loss.collective import (
+    Group,
+    join_shards,
+    shards_are_compared,
+    world_and_rank,
+)
 from megatron_infoentropy.loss.layout import Vocabulary
 from megatron_infoentropy.loss.merge import RowStatistics, merge_shards
 
@@ -127,7 +132,7 @@ def start_join(
     "all_reduce" is two collectives that wait for each other and happens in the second half.
     """
     world, _ = world_and_rank(group)
-    if world == 1 or collective != "gather":
+    if world == 1 or collective != "gather" or shards_are_compared():
         return lambda: join_shards(statistics_RC, group, collective, columns)
     rows, n = statistics_RC.shape
     every = statistics_RC.new_empty((world * rows, n))

@@ -8,14 +8,21 @@ from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels.contract import Options
 from megatron_infoentropy.loss.collective import Group, world_and_rank
-from megatron_infoentropy.loss.layout import Vocabulary, check_targets, require_one_device
+from megatron_infoentropy.loss.layout import (
+    as_ids,
+    check_targets,
+    check_tensors,
+    local_shard,
+    split_vocabulary,
+)
 from megatron_infoentropy.loss.linear_chunks import LinearSettings, cut_tokens
 
 
 class LinearRequest(NamedTuple):
     """What the caller of a fused function asks for, besides its tensors."""
 
-    vocabulary: Vocabulary
+    vocab_size: int | None
+    ignore_index: int
     options: Options
     group: Group | None
     backend: Backend
@@ -27,19 +34,21 @@ class LinearRequest(NamedTuple):
 
 def prepare_linear(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, request: LinearRequest
-) -> tuple[torch.Tensor, torch.Tensor, LinearSettings]:
-    """(hidden [L, H], target [N], settings), checked.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LinearSettings]:
+    """(hidden [L, H], this rank's weight, target [N], settings), checked.
 
     Raises:
         ValueError: shapes, dtypes, targets or sizes that do not fit.
         RuntimeError: the named backend cannot run here.
     """
-    vocabulary, group = request.vocabulary, request.group
+    group = request.group
+    weight = local_shard(weight, 0, group)
+    check_tensors(hidden=hidden, weight=weight, target=target)
     slices = world_and_rank(group)[0] if request.sequence_parallel else 1
     _check_shapes(hidden, weight, target, slices)
-    require_one_device(hidden=hidden, weight=weight, target=target)
+    vocabulary = split_vocabulary(request.vocab_size, len(weight), group, request.ignore_index)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    target_N = target.reshape(-1).long().contiguous()
+    target_N = as_ids(target).reshape(-1).contiguous()
     check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
     chosen = kernels.select(request.backend, hidden.device, hidden.dtype)
     cut = cut_tokens(len(hidden_LH), slices, request.chunk_tokens)
@@ -52,7 +61,7 @@ def prepare_linear(
         cut,
         request.into_main_grad,
     )
-    return hidden_LH, target_N, settings
+    return hidden_LH, weight, target_N, settings
 
 
 def _check_shapes(
@@ -77,5 +86,3 @@ def _check_shapes(
             f"{weight.dtype}; under autocast, which does not reach the fused loss, pass "
             "weight.to(hidden.dtype)"
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"expected integer targets, got {target.dtype}")

@@ -28,6 +28,7 @@ from megatron_infoentropy.loss.layout import (
     as_rows,
     check_logits,
     check_targets,
+    local_shard,
     make_options,
     split_vocabulary,
 )
@@ -76,7 +77,8 @@ def vocab_parallel_statistics(
 
     Args:
         logits: [..., V/T], this rank's shard of the vocabulary, in rank order over `group`; any
-            floating dtype. Leading dimensions may be transposed without a copy.
+            floating dtype. Leading dimensions may be transposed without a copy. A plain tensor, or
+            a DTensor that is sharded evenly along its last dimension over `group` alone.
         target: [...], integer ids in the whole vocabulary.
         group: the tensor-parallel group the vocabulary is split over; None where it is not.
         vocab_size: true vocabulary size where the table is padded: columns at or beyond it never
@@ -96,11 +98,13 @@ def vocab_parallel_statistics(
         TokenStatistics, each [...] fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes, dtypes or sizes that do not fit together; on a CPU also a target that is
+        ValueError: shapes, dtypes or sizes that do not fit together, tensors that are not plain
+            ones (`kernels.ops.require_plain`); on a CPU also a target that is
             outside the vocabulary (on a GPU, where a look would stall the device, its cross
             entropy is NaN).
         RuntimeError: the named backend cannot run on these logits.
     """
+    logits = local_shard(logits, -1, group)
     check_logits(logits, target, inplace_backward)
     options = make_options(softcap, temperature, uniform_cross_entropy)
     vocabulary = split_vocabulary(vocab_size, logits.shape[-1], group, ignore_index)

@@ -109,17 +109,43 @@ def test_in_place_backward_of_expanded_logits_is_right():
     assert torch.equal(*grads)
 
 
-def test_in_place_backward_refuses_a_leaf():
-    logits, target = random_case(7)
-    with pytest.raises(ValueError, match="replace your own tensor"):
-        statistics_of(logits.requires_grad_(), target, inplace_backward=True)
+class ViewInside(torch.autograd.Function):
+    """A layer that reshapes what it computed: a view whose base requires no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 2).view(2, 3, -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.view(6, -1) * 2
 
 
-def test_in_place_backward_refuses_a_view_of_a_leaf():
-    logits, target = random_case(6)
-    leaf = logits.requires_grad_()
-    with pytest.raises(ValueError, match="a view of one"):
-        statistics_of(leaf.view(2, 3, -1), target.view(2, 3), inplace_backward=True)
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda x: x.requires_grad_(), True),
+        (lambda x: x.requires_grad_().view(2, 3, -1), True),
+        (lambda x: x[:4].requires_grad_(), True),
+        (lambda x: x[:4].requires_grad_().view(2, 2, -1), True),
+        (lambda x: x[:4].requires_grad_().transpose(0, 1)[:, 1:].transpose(0, 1), True),
+        (lambda x: x[:4].requires_grad_() * 1, False),
+        (lambda x: (x[:4].requires_grad_() * 1).view(2, 2, -1), False),
+        (lambda x: ViewInside.apply(x.requires_grad_()), False),
+    ],
+)
+def test_in_place_backward_never_writes_over_a_leaf(make, refused):
+    """Nor over a leaf's view, also where the leaf is itself a view of a tensor without gradient."""
+    storage, _ = random_case(6)
+    before, logits = storage.clone(), make(storage)
+    target = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    if refused:
+        with pytest.raises(ValueError, match=r"would replace your own tensor .* or a view of one"):
+            statistics_of(logits, target, inplace_backward=True)
+        return
+    got = statistics_of(logits, target, inplace_backward=True)
+    got.cross_entropy.sum().backward()
+    assert torch.equal(storage, before)
 
 
 def test_transposed_logits_give_the_same_without_a_copy():

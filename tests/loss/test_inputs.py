@@ -1,0 +1,237 @@
+"""What the public functions take: plain tensors, shards of a DTensor, targets of any integer type.
+
+Kernels are handed addresses. Whatever has none, or another one than it says, would end the process.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+from megatron_infoentropy import (
+    InfoEntropyConfig,
+    infoentropy_loss,
+    kernels,
+    linear_infoentropy_loss,
+    linear_vocab_parallel_statistics,
+    vocab_parallel_statistics,
+)
+from megatron_infoentropy.kernels import contract, ops
+
+N, H, V = 6, 8, 64
+INTEGERS = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16]
+# function, what of it holds a shard of the vocabulary, along which dimension
+SHARDED = [(infoentropy_loss, "logits", 1), (linear_infoentropy_loss, "weight", 0)]
+
+
+class Wrapper(torch.Tensor):
+    """Another tensor's shape and dtype, with no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function}")
+
+
+class Named(torch.Tensor):
+    """A subclass that is its own memory."""
+
+
+def freed(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def to_turn(x):
+    """-x, the sign not yet turned in memory."""
+    return torch.complex(torch.zeros_like(x), x).conj().imag
+
+
+ODD = {
+    "a Wrapper, which kernels cannot read": Wrapper,
+    "without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "without memory.*functionalization": torch._to_functional_tensor,
+    "without memory.*freed": freed,
+    r"layout torch.sparse_coo: make it dense": torch.Tensor.to_sparse,
+    r"call \.resolve_neg\(\)": to_turn,
+}
+FUNCTIONS = [
+    vocab_parallel_statistics,
+    infoentropy_loss,
+    linear_vocab_parallel_statistics,
+    linear_infoentropy_loss,
+]
+
+
+def arguments_of(function):
+    generator = torch.Generator().manual_seed(3)
+    given = {"target": torch.randint(0, V, (N,), generator=generator)}
+    if function in FUNCTIONS[:2]:
+        given["logits"] = torch.randn(N, V, generator=generator)
+    else:
+        given["hidden"] = torch.randn(N, H, generator=generator)
+        given["weight"] = torch.randn(V, H, generator=generator)
+    if function in FUNCTIONS[1::2]:
+        given["loss_mask"] = torch.ones(N)
+    return given
+
+
+@pytest.mark.parametrize("message", ODD)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_tensor_that_is_not_plain_is_refused_by_name(function, message):
+    for name in arguments_of(function):
+        given = arguments_of(function)
+        if ODD[message] is to_turn and name == "target":
+            continue  # only complex numbers have a sign to be turned
+        given[name] = ODD[message](given[name])
+        with pytest.raises(ValueError, match=f"expected a plain tensor as {name}, got .*{message}"):
+            function(**given)
+
+
+def test_a_gradient_that_is_not_plain_never_reaches_a_kernel():
+    logits, target, shard = torch.randn(N, V), torch.zeros(N).long(), contract.Shard(0, V, -100)
+    chosen = kernels.select("native", logits.device, logits.dtype)
+    zeros = torch._efficientzerotensor((4, N))
+    with pytest.raises(ValueError, match="a plain tensor as coefficients"):
+        ops.shard_gradient(chosen, logits, target, shard, contract.PLAIN, zeros, inplace=False)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_subclass_with_memory_of_its_own_is_taken(function):
+    plain = arguments_of(function)
+    named = {name: x.as_subclass(Named) for name, x in plain.items()}
+    first, second = function(**plain), function(**named)
+    if isinstance(first, tuple):
+        first, second = first.cross_entropy, second.cross_entropy
+    assert torch.equal(first, second)
+
+
+def distributed(x, placement, **options):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return DTensor.from_local(x, mesh, [placement], **options).requires_grad_()
+
+
+def sharded_on_rank():
+    """[(value, gradient by this rank's shard)] of a DTensor, then of its plain shard."""
+    world, rank = dist.group.WORLD, dist.get_rank()
+    results = []
+    for function, name, dim in (
+        (infoentropy_loss, "logits", 1),
+        (linear_infoentropy_loss, "weight", 0),
+    ):
+        given = arguments_of(function)
+        shard = given[name].chunk(2, dim)[rank].contiguous()
+        for leaf in (distributed(shard, Shard(dim)), shard.clone().requires_grad_()):
+            loss = function(**{**given, name: leaf}, group=world)
+            loss.backward()
+            gradient = leaf.grad
+            results.append((loss.detach(), getattr(gradient, "_local_tensor", gradient)))
+    return results
+
+
+def test_a_dtensor_sharded_along_the_vocabulary_is_taken():
+    for results in run_ranks(sharded_on_rank, 2):
+        for (loss, gradient), (plain, its_gradient) in zip(
+            results[::2], results[1::2], strict=True
+        ):
+            assert torch.equal(loss, plain)
+            assert torch.equal(gradient, its_gradient)
+
+
+def refused_on_rank():
+    world, given = dist.group.WORLD, arguments_of(infoentropy_loss)
+    logits, target = given["logits"], given["target"]
+    alone = [dist.new_group([0]), dist.new_group([1])][dist.get_rank()]
+    uneven = distributed(logits[:, : 33 - dist.get_rank()], Shard(1), shape=(N, 65), stride=(65, 1))
+    cases = [
+        (distributed(logits, Replicate()), target, world),
+        (distributed(logits[:3], Shard(0)), target, world),
+        (distributed(logits, Shard(1)), target, None),
+        (distributed(logits, Shard(1)), target, alone),
+        (uneven, target, world),
+        (logits, distributed(target.double(), Replicate()), world),
+    ]
+    messages = []
+    for logits, target, group in cases:
+        try:
+            messages.append(str(infoentropy_loss(logits, target, group=group)))
+        except ValueError as error:
+            messages.append(str(error))
+    leaf = distributed(given["logits"].clone(), Shard(1))
+    try:
+        infoentropy_loss(leaf, given["target"], group=world, inplace_backward=True)
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_any_other_dtensor_is_refused_with_what_to_call():
+    for *messages, inplace in run_ranks(refused_on_rank, 2):
+        for message in messages:
+            assert "got a DTensor placed [" in message
+            assert "pass its .to_local(), and the group" in message
+        assert "replace your own tensor" in inplace
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16],
+    ids=str,
+)
+def test_targets_are_widened_before_tokens_are_left_out(dtype, fused):
+    """In uint8 the usual ignore_index is 156, a token like any other."""
+    generator = torch.Generator().manual_seed(4)
+    size = 100 if dtype == torch.int8 else 200
+    logits = torch.randn(N, size, generator=generator)
+    target = torch.tensor([3, 99, 0, 42, 17, 98 if dtype == torch.int8 else 156])
+    mask = torch.tensor([1.0, 0, 1, 0.5, 1, 1])
+
+    def loss(target):
+        if fused:
+            return linear_infoentropy_loss(logits, torch.eye(size), target, mask)
+        return infoentropy_loss(logits, target, loss_mask=mask)
+
+    assert torch.equal(loss(target.to(dtype)), loss(target))
+
+
+def gathered_on_rank(collective, debug):
+    """What is said where every rank is given logits, or a weight, of the whole vocabulary."""
+    config = InfoEntropyConfig(collective=collective)
+    said = []
+    if debug:
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        for function, name, dim in (
+            (infoentropy_loss, "logits", 1),
+            (linear_infoentropy_loss, "weight", 0),
+        ):
+            whole = arguments_of(function)
+            shard = {**whole, name: whole[name].chunk(2, dim)[dist.get_rank()].contiguous()}
+            options = {"config": config, "group": dist.group.WORLD}
+            for given in (whole, shard):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    function(**given, **options, vocab_size=None if debug else V)
+                said.append([str(warning.message) for warning in caught])
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+    return said
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["vocab_size", "debug"])
+@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
+def test_a_vocabulary_that_was_gathered_is_noticed(collective, debug):
+    why = "all ranks hold equal logits" if debug else "each of 2 ranks holds 64 columns"
+    for logits, shard, weight, its_shard in run_ranks(gathered_on_rank, 2, collective, debug):
+        for messages in (logits, weight):
+            (message,) = messages
+            assert why in message
+            assert "too high by ln(2) = 0.693; pass this rank's own shard, or group=None" in message
+        assert shard == its_shard == []
