@@ -139,7 +139,8 @@ def linear_infoentropy_loss(
 
     With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
     pass and scaled in the backward pass, which then can run once;
-    with attached ones this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later,
+    with attached ones, and with a custom weighting, which sees all tokens at once,
+    this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later,
     16-bit gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss
     scale: for fp16 training take the statistics.
 
@@ -180,12 +181,15 @@ def linear_infoentropy_loss(
         into_main_grad=into_main_grad,
     )
     hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
-    if config.detach_weight or not config.is_weighted:
+    # A custom function may compare tokens: it is shown all of them at once, as without chunks.
+    by_chunk = config.detach_weight and config.objective != "custom"
+    if by_chunk or not config.is_weighted:
         tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
         sums = TokenSums(
             *LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         )
     else:
         results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-        sums = objective_sums(TokenStatistics(*results), config, mask.reshape(-1))
+        statistics = TokenStatistics(*(result.view(target.shape) for result in results))
+        sums = objective_sums(statistics, config, mask)
     return weighted_mean(sums, config, data_parallel_group)

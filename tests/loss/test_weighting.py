@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from close import assert_within
 from oracle import dense_statistics
+from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
 from megatron_infoentropy.loss.weighting import check_weighting
@@ -38,6 +40,16 @@ def root(cross_entropy, entropy):
 
 def step(cross_entropy, entropy):
     return (entropy > 1).float()
+
+
+def above_median(cross_entropy, entropy):
+    """A weight that compares all tokens with each other."""
+    return (entropy >= entropy.flatten().median()).to(entropy.dtype)
+
+
+def share_of_sequence(cross_entropy, entropy):
+    """A weight that compares the tokens of one row with each other."""
+    return entropy / entropy.mean(-1, keepdim=True)
 
 
 def random_case():
@@ -95,6 +107,60 @@ def test_a_weight_is_not_formed_of_tokens_that_are_left_out(function, fused, det
 
     for mine, truth in zip(loss_and_gradient(ours), loss_and_gradient(dense), strict=True):
         assert_within(mine, truth, atol=1e-12)
+
+
+def compared_case(data_rank=0):
+    generator = torch.Generator().manual_seed(5 + data_rank)
+    hidden = torch.randn(12, 3, 8, generator=generator).double()
+    hidden *= torch.linspace(0.1, 3, 36).view(12, 3, 1)  # entropies differ along the tokens
+    weight = torch.randn(60, 8, generator=torch.Generator().manual_seed(4)).double()
+    return hidden, weight, torch.randint(0, 60, (12, 3), generator=generator)
+
+
+def compared_on_rank(function, detach, chunk, sequence_parallel, data_parallel):
+    """[(loss, gradients)] of the fused loss and of that of logits, on two ranks."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    hidden, weight, target = compared_case(rank if data_parallel else 0)
+    if not data_parallel:
+        weight = weight.chunk(2)[rank]
+    options = {"data_parallel_group": world} if data_parallel else {"group": world}
+    config = InfoEntropyConfig(
+        objective="custom",
+        weighting=f"test_weighting:{function}",
+        detach_weight=detach,
+        chunk_tokens=chunk,
+    )
+    results = []
+    for fused in (True, False):
+        part = hidden.chunk(2)[rank] if fused and sequence_parallel else hidden
+        h, w = (x.clone().requires_grad_() for x in (part, weight))
+        if fused:
+            options["sequence_parallel"] = sequence_parallel
+            loss = linear_infoentropy_loss(h, w, target, None, config, **options)
+        else:
+            options.pop("sequence_parallel")
+            loss = infoentropy_loss(h @ w.T, target, config, **options)
+        loss.backward()
+        if not fused and not data_parallel:  # as an output layer does
+            dist.all_reduce(h.grad)
+        by_hidden = h.grad
+        if not fused and sequence_parallel:
+            by_hidden = by_hidden.chunk(2)[rank]
+        results.append((loss.detach(), by_hidden, w.grad))
+    return results
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("layout", ["tensor", "sequence", "data"])
+@pytest.mark.parametrize("function", ["above_median", "share_of_sequence"])
+def test_a_weighting_that_compares_tokens_sees_all_of_them_whatever_the_chunks(
+    function, layout, detach
+):
+    for chunk in (5, 1000):
+        arguments = (function, detach, chunk, layout == "sequence", layout == "data")
+        for fused, unfused in run_ranks(compared_on_rank, 2, *arguments):
+            for one, other in zip(fused, unfused, strict=True):
+                assert_within(one, other, atol=1e-12)
 
 
 def test_a_negative_weight_is_refused():
