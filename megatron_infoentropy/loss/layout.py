@@ -1,5 +1,6 @@
 """What the public functions are given, checked and laid out as rows for the kernels."""
 
+import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ def split_vocabulary(
         ValueError: more entries than columns.
     """
     world, rank = world_and_rank(group)
+    # Burnt into a compiled graph: torch fails where a backward pass reckons with an unknown one.
+    width = operator.index(width)
     size = width * world if vocab_size is None else vocab_size
     if not 0 < size <= width * world:
         raise ValueError(

@@ -22,8 +22,19 @@ from megatron_infoentropy.loss.layout import leave_out_masked, make_options
 from megatron_infoentropy.loss.linear_inputs import LinearRequest, prepare_linear
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.linear_statistics import LinearStatistics
-from megatron_infoentropy.loss.objective import TokenSums, objective_sums, weighted_mean
+from megatron_infoentropy.loss.objective import (
+    PUBLISHED,
+    TokenSums,
+    objective_sums,
+    weighted_mean,
+)
 from megatron_infoentropy.loss.statistics import TokenStatistics
+
+CANNOT_BE_CAPTURED = (
+    "the fused InfoEntropy linear forms its gradients in the forward pass, which a compiled graph "
+    "cannot hold: compile without fullgraph=True, or take linear_vocab_parallel_statistics or "
+    "detach_weight=False"
+)
 
 
 def linear_vocab_parallel_statistics(
@@ -138,8 +149,8 @@ def linear_infoentropy_loss(
     """`infoentropy_loss` of the logits hidden @ weight^T, which never exist in full.
 
     With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
-    pass and scaled in the backward pass, which then can run once;
-    with attached ones, and with a custom weighting, which sees all tokens at once,
+    pass and scaled in the backward pass, which then can run once, and which torch.compile cannot
+    capture whole; with attached ones, and with a custom weighting, which sees all tokens at once,
     this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later,
     16-bit gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss
     scale: for fp16 training take the statistics.
@@ -164,7 +175,7 @@ def linear_infoentropy_loss(
     Raises:
         ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
     """
-    config = InfoEntropyConfig() if config is None else config
+    config = PUBLISHED if config is None else config
     config.require_constant_gamma()
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
     request = LinearRequest(
@@ -184,6 +195,8 @@ def linear_infoentropy_loss(
     # A custom function may compare tokens: it is shown all of them at once, as without chunks.
     by_chunk = config.detach_weight and config.objective != "custom"
     if by_chunk or not config.is_weighted:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
         tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
         sums = TokenSums(
             *LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)

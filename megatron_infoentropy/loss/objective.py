@@ -22,6 +22,10 @@ from megatron_infoentropy.loss.layout import leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
+# Made here once: torch.compile cannot follow what the configuration checks when it is made.
+PUBLISHED = InfoEntropyConfig()
+
+
 class TokenSums(NamedTuple):
     """Sums over the valid tokens of one micro-batch on one rank; scalars."""
 
@@ -76,7 +80,7 @@ def infoentropy_loss(
     Raises:
         ValueError, RuntimeError: as `vocab_parallel_statistics`; a mask of another shape.
     """
-    config = InfoEntropyConfig() if config is None else config
+    config = PUBLISHED if config is None else config
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(logits))
     statistics = configured_statistics(
         logits,

@@ -7,7 +7,12 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
+from megatron_infoentropy import (
+    InfoEntropyConfig,
+    infoentropy_loss,
+    linear_infoentropy_loss,
+    vocab_parallel_statistics,
+)
 from megatron_infoentropy.kernels import ops
 
 
@@ -34,7 +39,7 @@ def random_case(n=33, v=257, dtype=torch.float32):
     return logits, target
 
 
-def compare_compiled(logits, target, config, engine, group=None):
+def compare_compiled(logits, target, config, engine, group=None, dynamic=None):
     """(loss, gradient) of the plain and of the compiled function."""
 
     def function(leaf):
@@ -43,7 +48,8 @@ def compare_compiled(logits, target, config, engine, group=None):
 
     torch._dynamo.reset()
     pairs = []
-    for run in (function, torch.compile(function, fullgraph=True, backend=engine)):
+    compiled = torch.compile(function, fullgraph=True, backend=engine, dynamic=dynamic)
+    for run in (function, compiled):
         leaf = logits.clone().requires_grad_()
         loss = run(leaf)
         loss.backward()
@@ -81,10 +87,11 @@ def test_a_negative_weight_poisons_the_loss_where_a_look_at_it_is_not_free():
     assert compiled(logits, target, config).isnan()
 
 
-def test_the_default_compiler_gives_the_same_for_any_number_of_tokens():
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_default_compiler_gives_the_same_for_any_number_of_tokens(label_smoothing):
     """Inductor fuses what stands on [tokens]; the number of tokens is not burnt in."""
     torch._dynamo.reset()
-    config = InfoEntropyConfig(detach_weight=False)
+    config = InfoEntropyConfig(detach_weight=False, label_smoothing=label_smoothing)
     compiled = torch.compile(
         lambda x, y: infoentropy_loss(x * 1.5, y, config), fullgraph=True, dynamic=True
     )
@@ -99,16 +106,40 @@ def test_the_default_compiler_gives_the_same_for_any_number_of_tokens():
         torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-5, atol=1e-8)
 
 
-def compiled_on_rank(collective):
+def test_the_published_setting_needs_no_configuration_to_be_captured():
+    torch._dynamo.reset()
+    logits, target = random_case()
+    compiled = torch.compile(infoentropy_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, target), infoentropy_loss(logits, target))
+
+
+@pytest.mark.parametrize("settings", [None, {"gamma": 0.0}], ids=["published", "cross entropy"])
+def test_the_fused_linear_says_why_it_cannot_be_captured_whole(settings):
+    """Without fullgraph=True it runs, between two graphs."""
+    torch._dynamo.reset()
+    config = None if settings is None else InfoEntropyConfig(**settings)
+    weight, target = random_case()
+    hidden, expected = torch.eye(33), infoentropy_loss(weight, target, config)
+    given = (hidden, weight.T.contiguous(), target, None, config)
+    whole = torch.compile(linear_infoentropy_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True, or"):
+        whole(*given)
+    parts = torch.compile(linear_infoentropy_loss, backend="aot_eager")
+    torch.testing.assert_close(parts(*given), expected)
+
+
+def compiled_on_rank(collective, dynamic):
     logits, target = random_case(v=256)
     shard = logits.chunk(dist.get_world_size(), -1)[dist.get_rank()]
-    config = InfoEntropyConfig(collective=collective)
-    return compare_compiled(shard, target, config, "aot_eager", dist.group.WORLD)
+    config = InfoEntropyConfig(collective=collective, label_smoothing=0.1 * dynamic)
+    return compare_compiled(shard, target, config, "aot_eager", dist.group.WORLD, dynamic)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("collective", ["gather", "all_reduce"])
-def test_the_collective_is_part_of_the_graph(collective):
-    for (loss, gradient), (compiled, its_gradient) in run_ranks(compiled_on_rank, 2, collective):
+def test_the_collective_is_part_of_the_graph(collective, dynamic):
+    results = run_ranks(compiled_on_rank, 2, collective, dynamic)
+    for (loss, gradient), (compiled, its_gradient) in results:
         torch.testing.assert_close(compiled, loss, rtol=2e-7, atol=0)
         torch.testing.assert_close(its_gradient, gradient, rtol=1e-6, atol=1e-9)
 
