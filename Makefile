@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz sanitize audit lint docs bench bench-gpu gpu-check gpu-test gpu-6.7b build status status-readme clean
+.PHONY: demo test test-slow fuzz sanitize audit lint docs bench bench-gpu gpu-check gpu-test gpu-6.7b build status pages clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -72,12 +72,12 @@ gpu-6.7b:
 
 build: $(READY)
 
-# the README's generated parts: run every feature's tests and write them down; or only rewrite
+# the pages' generated parts: run every feature's tests and write them down; or only rewrite
 status: $(READY)
 	$(BIN)/python tools/status.py run
 
-status-readme: $(READY)
-	$(BIN)/python tools/status.py readme
+pages: $(READY)
+	$(BIN)/python tools/status.py pages
 
 $(READY): pyproject.toml constraints.txt tools/install.sh $(SOURCES)
 	tools/install.sh $(VENV)

@@ -29,7 +29,14 @@ def test_generated_parts_are_what_the_result_files_say():
     spec = importlib.util.spec_from_file_location("status", ROOT / "tools" / "status.py")
     status = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(status)
-    assert status.generated(README) == README, "run `make status-readme`"
+    for page, text in status.generated().items():
+        assert page.read_text(encoding="utf-8") == text, "run `make pages`"
+
+
+def test_it_is_short_and_begins_with_what_a_newcomer_wants():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert "pip install ." in "".join(lines[:40])
 
 
 def test_linked_files_exist():

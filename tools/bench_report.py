@@ -1,6 +1,7 @@
 """What README and docs/benchmarks.md say of the result files, from the files: tables, pictures."""
 
 import sys
+import textwrap
 from pathlib import Path
 
 import bench_targets
@@ -11,6 +12,11 @@ from megatron_infoentropy.bench.table import more_than_ours, not_measured, numbe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
+PEERS = {  # provider: what the README calls it
+    "torch": "PyTorch's cross entropy",
+    "megatron fused": "Megatron's fused one",
+    "paper eager": "the loss as published",
+}
 
 
 def result_files() -> list[Path]:
@@ -27,16 +33,27 @@ def draw_pictures() -> None:
         plot(path, picture_of(path))
 
 
-def summary(folder: Path) -> str:
-    """For the README: the first case of every result file; links are relative to `folder`."""
-    text = ""
+def speed() -> str:
+    """Return the README's sentences: ours beside its peers, at the first case of every file."""
+    sentences = []
     for path in result_files():
         rows, facts = read_csv(path)
-        first = [row for row in rows if row.case == rows[0].case]
-        picture, csv = _link(picture_of(path), folder), _link(path, folder)
-        text += f"{_heading(first, facts)} ([file]({csv})).\n\n{_losses(first)}\n"
-        text += f'<img src="{picture}" width="720" alt="{_alternative(first)}">\n\n'
-    return text
+        of_case = [row for row in rows if row.kind == "loss" and row.case == rows[0].case]
+        ms = {row.provider: row.median_ms for row in of_case if row.step == "both"}
+        ours = min(
+            (row for row in of_case if (row.by, row.computes) == ("ours", "infoentropy")),
+            key=lambda row: (row.step != "both", row.times_in_place or float("inf")),
+        )
+        new_tensor = ms.get(ours.provider.removesuffix(" in place"))
+        peers = [f"{number(ms[name])} for {PEERS[name]}" for name in PEERS if name in ms]
+        sentences.append(
+            f"{facts['device']}: cross entropy and entropy, forward and backward of {ours.case} "
+            f"logits, take {number(ours.median_ms)} ms with the gradient written over the logits, "
+            f"as the trainer does, {number(new_tensor)} ms with a new tensor for it. Beside them: "
+            f"{', '.join(peers)}."
+        )
+    sentences.append("How this was measured: [docs/benchmarks.md](docs/benchmarks.md).")
+    return textwrap.fill(" ".join(sentences), 108, break_on_hyphens=False) + "\n"
 
 
 def everything(folder: Path) -> str:

@@ -1,10 +1,10 @@
-"""The README's generated parts: what was run where and when, and how fast.
+"""The documentation's generated parts: what was run where and when, and how fast.
 
-    tools/status.py run       run the tests of every feature this machine can run; write the results
-    tools/status.py readme    rewrite the generated parts of the README and of docs/benchmarks.md
-                              from the result files, and redraw the pictures
+    tools/status.py run      run the tests of every feature this machine can run; write the results
+    tools/status.py pages    rewrite the generated parts of the README, of docs/status.md and of
+                             docs/benchmarks.md from the result files, and redraw the pictures
 
-No number stands in the README without its file under tools/results/.
+No number stands there without its file under tools/results/.
 """
 
 import csv
@@ -28,15 +28,12 @@ FIELDS = ("feature", "outcome", "device", "torch", "megatron_core", "commit", "d
 def main() -> None:
     if sys.argv[1:] == ["run"]:
         run_features()
-        sys.argv[1:] = ["readme"]
-    if sys.argv[1:] != ["readme"]:
+        sys.argv[1:] = ["pages"]
+    if sys.argv[1:] != ["pages"]:
         sys.exit(__doc__)
     bench_report.draw_pictures()
-    readme, benchmarks = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-    readme.write_text(generated(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    benchmarks.write_text(
-        generated_benchmarks(benchmarks.read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    for page, text in generated().items():
+        page.write_text(text, encoding="utf-8")
 
 
 def run_features() -> None:
@@ -81,14 +78,15 @@ def features() -> list[dict[str, Any]]:
     return loaded
 
 
-def generated(readme: str) -> str:
-    """The README with its generated parts renewed."""
-    return renewed(readme, {"status": status_table(), "bench": bench_report.summary(ROOT)})
-
-
-def generated_benchmarks(page: str) -> str:
-    """docs/benchmarks.md with its generated part renewed."""
-    return renewed(page, {"bench": bench_report.everything(ROOT / "docs")})
+def generated() -> dict[Path, str]:
+    """Return the pages that have generated parts, with those renewed."""
+    docs = ROOT / "docs"
+    parts = {
+        ROOT / "README.md": {"speed": bench_report.speed()},
+        docs / "status.md": {"status": status_table()},
+        docs / "benchmarks.md": {"bench": bench_report.everything(docs)},
+    }
+    return {page: renewed(page.read_text(encoding="utf-8"), parts[page]) for page in parts}
 
 
 def renewed(page: str, parts: dict[str, str]) -> str:
