@@ -2,7 +2,11 @@
 
 import pytest
 
-from megatron_infoentropy.doctor import examine, find_apex
+from megatron_infoentropy.doctor import examine, find_apex, machine
+from megatron_infoentropy.kernels import dispatch
+from megatron_infoentropy.runtime.device import Device
+
+CPU, GPU = Device("cpu", "gloo", 1), Device("cuda", "nccl", 8)
 
 
 def make_package(folder, *parts):
@@ -56,3 +60,36 @@ def test_megatron_really_uses_what_the_doctor_says(monkeypatch):
     said = {finding.subject: finding.found for finding in examine()}["optimizer in training"]
     maker = {"torch": "PyTorch", "apex": "Apex", "transformer_engine": "Transformer Engine"}
     assert maker[Adam.__module__.split(".")[0]] in said
+
+
+@pytest.mark.parametrize(
+    ("device", "lacking", "found", "verdict"),
+    [
+        (GPU, {"native": "it runs on the CPU"}, "triton", "ok"),
+        (GPU, {"native": "no", "triton": "not installed"}, "cuda", "ok"),
+        (
+            GPU,
+            {"native": "no", "triton": "not installed", "cuda": "built without"},
+            "PyTorch reference (not triton, since not installed; not cuda, since built without)",
+            "optional",
+        ),
+        (
+            CPU,
+            {"native": "not built", "triton": "no", "cuda": "no"},
+            "PyTorch reference (not native, since not built)",
+            "optional",
+        ),
+    ],
+)
+def test_the_doctor_names_the_kernels_that_are_chosen(monkeypatch, device, lacking, found, verdict):
+    asked = []
+
+    def unavailable(device, dtype):
+        asked.append(device.type)
+        return {name: lacking.get(name) for name in dispatch.BACKENDS}
+
+    monkeypatch.setattr(dispatch, "unavailable", unavailable)
+    monkeypatch.setattr(machine, "find_device", lambda: device)
+    kernels = machine._kernels()
+    assert (kernels.found, kernels.verdict, asked) == (found, verdict, [device.type])
+    assert bool(kernels.advice) == (verdict != "ok")

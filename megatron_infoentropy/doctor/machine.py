@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from megatron_infoentropy.runtime.device import find_device
+
 Verdict = Literal["ok", "optional", "missing"]
 
 
@@ -97,18 +99,26 @@ def _devices() -> list[Finding]:
 
 
 def _kernels() -> Finding:
+    """What `--infoentropy-backend auto` chooses here."""
     import torch
 
-    from megatron_infoentropy.kernels import native
+    from megatron_infoentropy.kernels import dispatch, native
 
-    if torch.cuda.is_available():
-        return Finding("InfoEntropy kernels", "PyTorch reference on the GPU", "optional")
-    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
-    if reason is None:
-        return Finding("InfoEntropy kernels", f"native ({native.instruction_set()})")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    advice = "reinstall the package" if compiler else "install a C++ compiler, then reinstall"
-    return Finding("InfoEntropy kernels", f"PyTorch reference: {reason}", "optional", advice)
+    device = find_device()
+    reasons = dispatch.unavailable(torch.device(device.type), torch.float32)
+    name = next(name for name, reason in reasons.items() if reason is None)
+    if name != "reference":
+        instructions = f" ({native.instruction_set()})" if name == "native" else ""
+        return Finding("InfoEntropy kernels", name + instructions)
+    compiled = ("native",) if device.type == "cpu" else ("triton", "cuda")
+    missing = "; ".join(f"not {each}, since {reasons[each]}" for each in compiled)
+    if device.type == "cuda":
+        advice = "install the PyTorch that is made for this GPU, which brings Triton"
+    elif any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        advice = "reinstall the package"
+    else:
+        advice = "install a C++ compiler, then reinstall"
+    return Finding("InfoEntropy kernels", f"PyTorch reference ({missing})", "optional", advice)
 
 
 def _transformer_engine() -> Finding:
