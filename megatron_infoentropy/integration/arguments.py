@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from typing import Literal, get_args, get_origin
 
 from megatron_infoentropy.config import InfoEntropyConfig
@@ -121,6 +122,15 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     for name, reason in UNSERVED.items():
         if getattr(args, name, None):
             raise ValueError(f"--{name.replace('_', '-')} is refused: {reason}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    instances = getattr(args, "num_distributed_optimizer_instances", 1)
+    if instances > 1 and args.data_parallel_size % instances:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {instances} must divide the "
+            f"{args.data_parallel_size} data-parallel ranks"
+        )
     _check_histogram_interval(args)
     if config.fused_linear:
         _check_output_layer_can_be_fused(args)

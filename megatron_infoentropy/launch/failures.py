@@ -134,13 +134,15 @@ def refusal(text: str) -> str | None:
         return f"Megatron refuses the flags: {usage[1]}{_meant(usage[1], text[: usage.start()])}"
     check = re.search(
         r"^(?:\[rank\d+\]: )?  File \".*pretrain\.py\", line \d+, in prepare\n(?s:.{0,4000}?)"
-        r"\n(?:\[rank\d+\]: )?(?P<kind>AssertionError|ValueError)(?:: (?P<said>.+))?$",
+        r"\n(?:\[rank\d+\]: )?\s+(?P<code>\S.*)(?:\n(?:\[rank\d+\]: )?[ ^~]+)?"
+        r"\n(?:\[rank\d+\]: )?(?P<kind>AssertionError|ValueError|ZeroDivisionError|OverflowError)"
+        r"(?:: (?P<said>.+))?$",
         text,
         re.MULTILINE,
     )
-    if check is None or check["said"] is None or "Traceback" in check[0]:
+    if check is None or "Traceback" in check[0]:
         return None
-    return f"Megatron refuses the flags: {check['said'].removesuffix('.')}"
+    return f"Megatron refuses the flags: {(check['said'] or check['code']).removesuffix('.')}"
 
 
 def _meant(refused: str, usage: str) -> str:

@@ -1,10 +1,12 @@
 """What a command line says, read as Megatron's parser will: the last word on a flag counts."""
 
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from math import prod
 from typing import Any
 
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
+from megatron_infoentropy.launch.limits import require_possible
 from megatron_infoentropy.launch.machine import machine_flags
 from megatron_infoentropy.launch.recipe import to_command_line
 from megatron_infoentropy.runtime.device import Device
@@ -32,20 +34,23 @@ DEFAULTS: dict[str, Any] = {
 
 def chosen_flags(device: Device, recipe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """All flags but those that say where things are."""
-    return [
-        *machine_flags(device, recipe),
-        *to_command_line(DEFAULTS),
-        *to_command_line(recipe),
-        *to_command_line(settings),
-    ]
+    return [*machine_flags(device, recipe), *written_flags(recipe, settings)]
+
+
+def written_flags(recipe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The flags that do not depend on the machine."""
+    return [word for flags in (DEFAULTS, recipe, settings) for word in to_command_line(flags)]
 
 
 def read_facts(words: list[str]) -> dict[str, Any]:
     """Objective, seed, layout and sizes that a command line amounts to.
 
+    Every command that starts or counts a training comes by here before it does.
+
     Raises:
-        ValueError: an objective that cannot be, or a number that is none.
+        ValueError: an objective, or a number, that no training can start with.
     """
+    require_possible(given_flags(words))
     loss = {n: v for n, v in asdict(read_loss(words)).items() if n not in MEANS}
     return {
         **{name: loss[name] for name in FIRST_FIELDS},
@@ -107,11 +112,17 @@ def ranks_of_a_model(facts: dict[str, Any]) -> int:
 
 def last_value(words: list[str], name: str) -> str | None:
     """The value of a flag, the last time it is given, in either spelling."""
-    for index in reversed(range(len(words))):
-        flag, has_value, value = words[index].partition("=")
-        if flag == f"--{name}":
-            return value if has_value else words[index + 1]
-    return None
+    return given_flags(words).get(name) or None
+
+
+def given_flags(words: list[str]) -> dict[str, str]:
+    """{flag: its first value, "" without one}; of a flag that is given twice the last counts."""
+    given: dict[str, str] = {}
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            given[name] = value if has_value or following.startswith("--") else following
+    return given
 
 
 def _number[T: (int, float)](words: list[str], name: str, kind: type[T]) -> Any:

@@ -57,7 +57,6 @@ def _asked(tasks: Tasks) -> dict[str, Any]:
 
 
 def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
-    from megatron_infoentropy.launch.flags import loss_flags
     from megatron_infoentropy.launch.job import TrainingJob
     from megatron_infoentropy.launch.train import build_command, train
 
@@ -66,9 +65,13 @@ def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
         (folder / "train.log").unlink(missing_ok=True)
     # Runs side by side must not write one index cache.
     cache = ("--data-cache-path", str(folder / CACHE))
-    settings = {**study.flags, **loss_flags(member.loss), "seed": member.seed}
     job = TrainingJob(
-        study.recipe, where.tokens, where.tokenizer, folder, settings, extra_flags=cache
+        study.recipe,
+        where.tokens,
+        where.tokenizer,
+        folder,
+        study.settings(member),
+        extra_flags=cache,
     )
     train(job, build_command(job))
     shutil.rmtree(folder / CACHE, ignore_errors=True)

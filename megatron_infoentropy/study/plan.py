@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.launch.recipe import read_yaml
-from megatron_infoentropy.study.reading import StudyError, one_of_type, section
+from megatron_infoentropy.launch.flags import loss_flags, read_facts, written_flags
+from megatron_infoentropy.launch.recipe import load_plan, load_recipe, read_yaml
+from megatron_infoentropy.study.reading import StudyError, one_of_type, positive, section
 
 SPLITS = ("train", "validation", "test")
 _LOSS = {"objective": str, "gamma": float, "sigma": float, "normalization": str}
@@ -81,6 +82,10 @@ class Study:
     def name(self) -> str:
         return self.path.stem
 
+    def settings(self, member: Member) -> dict[str, Any]:
+        """The flags of a run beside the recipe's."""
+        return {**self.flags, **loss_flags(member.loss), "seed": member.seed}
+
     def member(self, name: str) -> Member:
         """The run of that name.
 
@@ -97,10 +102,11 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read and check a study file.
+    """Read and check a study file, and the flags of every run.
 
     Raises:
         StudyError: not YAML, an unknown key, a value that cannot be, or a run that is there twice.
+        RecipeError: its recipe is none.
     """
     path = path.resolve()
     try:
@@ -110,9 +116,17 @@ def load_study(path: Path) -> Study:
     except ValueError as error:
         raise StudyError(str(error)) from error
     try:
-        return _study(path, section("the study", content, _PARTS, required=("recipe", "grid")))
+        study = _study(path, section("the study", content, _PARTS, required=("recipe", "grid")))
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
+    load_plan(study.recipe)
+    recipe = load_recipe(study.recipe)
+    for member in study.members:
+        try:
+            read_facts(written_flags(recipe, study.settings(member)))
+        except ValueError as error:
+            raise StudyError(f"{path}: {member.name} cannot be trained: {error}") from None
+    return study
 
 
 def _study(path: Path, content: dict[str, Any]) -> Study:
@@ -184,9 +198,11 @@ def _data(folder: Path, content: object) -> Data:
         raise StudyError("data: expected a tokenizer, or the vocab-size of one to train")
     if "tokens" in found and "tokenizer" not in found:
         raise StudyError("data: tokens belong to a tokenizer; name its folder")
-    kinds = {"corpus-megabytes": float, "vocab-size": int}
+    numbers = {"corpus-megabytes": float, "vocab-size": int}
     values = {
-        name.replace("-", "_"): one_of_type(f"data: {name}", value, kinds.get(name, str))
+        name.replace("-", "_"): positive(f"data: {name}", value, numbers[name])
+        if name in numbers
+        else one_of_type(f"data: {name}", value, str)
         for name, value in found.items()
     }
     paths = {k: folder / v for k, v in values.items() if k in ("tokens", "text", "tokenizer")}
@@ -199,7 +215,7 @@ def _scoring(content: object) -> Scoring:
     if split not in SPLITS[1:]:
         raise StudyError(f"evaluate: split must be validation or test, got {split!r}")
     limit = found.get("max-tokens")
-    limit = None if limit is None else one_of_type("evaluate: max-tokens", limit, int)
+    limit = None if limit is None else positive("evaluate: max-tokens", limit, int)
     return Scoring(split, limit, one_of_type("evaluate: device", found.get("device", "auto"), str))
 
 
@@ -212,7 +228,7 @@ def _tasks(base: Path, content: object) -> Tasks:
     if not any(words.values()):
         raise StudyError("tasks: expected suites or names")
     folder = one_of_type("tasks: folder", found["folder"], str) if "folder" in found else None
-    limit = one_of_type("tasks: limit", found["limit"], int) if "limit" in found else None
+    limit = positive("tasks: limit", found["limit"], int) if "limit" in found else None
     return Tasks(**words, folder=None if folder is None else base / folder, limit=limit)
 
 

@@ -1,6 +1,7 @@
 """Small checks of what a YAML file says, each error naming the key, the value and what to do."""
 
 from collections.abc import Collection
+from math import inf
 from typing import Any
 
 
@@ -39,6 +40,18 @@ def one_of_type(name: str, value: object, kind: type) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise StudyError(f"{name}: expected {_WORDS[kind]}, got {value!r}")
     return value
+
+
+def positive(name: str, value: object, kind: type) -> Any:
+    """The value, a finite number above 0.
+
+    Raises:
+        StudyError: it is no such number.
+    """
+    number = one_of_type(name, value, kind)
+    if not 0 < number < inf:
+        raise StudyError(f"{name}: expected {_WORDS[kind]} above 0, got {value!r}")
+    return number
 
 
 _WORDS: dict[type, str] = {str: "a word", int: "a whole number", float: "a number"}

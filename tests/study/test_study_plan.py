@@ -51,6 +51,19 @@ def test_paths_are_relative_to_the_study(tmp_path):
         ("tokens: tokens,", "tokens: tokens, vocab-size: 9,", "expected a tokenizer, or the voc"),
         ("{train-iters: 10}", "!!python/object/apply:os.system [true]", "is not YAML"),
         ("{train-iters: 10}", "{lr: 1, lr: 2}", "line 3: 'lr' is given twice"),
+        (
+            "[1, 2]",
+            "[1, 0]",
+            "cross_entropy-seed0 cannot be trained: --seed must be a whole number",
+        ),
+        ("{train-iters: 10}", "{lr: .nan}", "cannot be trained: --lr must be a number from 0 to"),
+        ("{train-iters: 10}", "{log-interval: 0}", "cannot be trained: --log-interval must be"),
+        ("{train-iters: 10}", "{num-layers: 3, pipeline-model-parallel-size: 2}", "a multiple of"),
+        ("gamma: 1", "gamma: .inf", "grid: gamma must be a finite number"),
+        ("tokens: tokens, tokenizer: tokenizer", "text: t, vocab-size: 0", "whole number above 0"),
+        ("tokens: tokens,", "corpus-megabytes: .nan,", "a number above 0, got nan"),
+        ("[1, 2]", "[1]\n    evaluate: {max-tokens: -1}", "max-tokens: expected a whole number ab"),
+        ("[1, 2]", "[1]\n    tasks: {names: [a], limit: 0}", "limit: expected a whole number abo"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path, old, new, message):
