@@ -20,13 +20,11 @@ def prepare() -> tuple[Any, Any]:
     """
     from megatron.core.distributed import finalize_model_grads
     from megatron.training import get_args, get_tokenizer, print_rank_0
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_infoentropy.integration import arguments, lineage
+    from megatron_infoentropy.integration.compat import model_config_from_args
     from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
     from megatron_infoentropy.integration.model_size import announce_size
     from megatron_infoentropy.integration.observe import TokenObserver, observed
@@ -38,13 +36,14 @@ def prepare() -> tuple[Any, Any]:
     arguments.check_megatron_args(args, config)
     print_rank_0(f"objective: {config}")
     saved = lineage.saved_arguments(args)
+    lineage.check_rope_scaling(saved, args)
     difference = None if saved is None else lineage.other_objective(saved, config)
     if difference is not None:
         print_rank_0(f"WARNING: {difference}")
     if arguments.require_per_token_loss(args, config):
         print_rank_0("--calculate-per-token-loss is on: 'global' divides the gradients itself")
 
-    model_config = gpt_config_from_args(args)
+    model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(announce_size)
     if args.infoentropy_unscaled_init:
         model_config.transformer.output_layer_init_method = model_config.transformer.init_method

@@ -1,7 +1,7 @@
 """Commands between Megatron's checkpoints and Hugging Face folders."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,9 @@ def convert(
     checksums: Annotated[
         bool, typer.Option(help="first compare all of the checkpoint with its manifest")
     ] = True,
+    rope_scaling_factor: Annotated[
+        float | None, typer.Option(help="trained with, where the checkpoint's trainer did not say")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a Megatron checkpoint, of any layout, as a Hugging Face model, and prove it."""
@@ -58,7 +61,12 @@ def convert(
         iteration=iteration,
         overwrite=overwrite,
         checksums=checksums,
-        check=lambda folder: _prove(verify, checkpoint, folder, text, data, iteration=iteration),
+        rope_scaling_factor=rope_scaling_factor,
+        check=lambda folder: _prove(
+            *(verify, checkpoint, folder, text, data),
+            iteration=iteration,
+            rope_scaling_factor=rope_scaling_factor,
+        ),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     if done.not_qwen2:
@@ -102,9 +110,7 @@ def _prove(
     folder: Path,
     text: Path | None,
     data: Path | None,
-    *,
-    iteration: int | None = None,
-    imported: bool = False,
+    **options: Any,
 ) -> None:
     from megatron_infoentropy.convert import prove, why_not_now
 
@@ -113,7 +119,7 @@ def _prove(
     if verify is None and (reason := why_not_now(folder)):
         out.print(f"not verified: {reason}; --verify insists")
         return
-    result = prove(checkpoint, folder, text=text, data=data, iteration=iteration, imported=imported)
+    result = prove(checkpoint, folder, text=text, data=data, **options)
     out.print(str(result))
 
 

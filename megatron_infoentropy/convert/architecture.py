@@ -7,6 +7,9 @@ from typing import Any, Literal
 from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.families import CLASSES, Family, family_of
 
+OBEYED_FACTOR = "infoentropy_rope_scaling_factor"
+"""The argument by which our trainer says that its model has --rope-scaling-factor."""
+IGNORANT_FACTOR = 8.0  # what models have where a trainer does not hand the argument on
 Activation = Literal["silu_gated", "gelu", "gelu_tanh"]
 # The names under which transformers has the same function; the first is the one to write.
 ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
@@ -82,7 +85,6 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
     grouped = _get(args, "group_query_attention")
     heads = _get(args, "num_attention_heads")
     biased = _get(args, "add_bias_linear")
-    scaled = getattr(args, "use_rope_scaling", False)
     model = Architecture(
         family=family,
         num_layers=_get(args, "num_layers"),
@@ -95,7 +97,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         activation=_activation(args),
         rotary_base=float(_get(args, "rotary_base")),
         rotary_percent=_get(args, "rotary_percent"),
-        rope_scaling_factor=float(_get(args, "rope_scaling_factor")) if scaled else None,
+        rope_scaling_factor=_rope_scaling_factor(args),
         max_positions=_get(args, "max_position_embeddings"),
         vocab_size=_true_vocab_size(args, vocab_size),
         padded_vocab_size=_get(args, "padded_vocab_size"),
@@ -134,9 +136,31 @@ def as_family(model: Architecture, family: str) -> Architecture:
 def _activation(args: argparse.Namespace) -> Activation:
     if args.swiglu:
         return "silu_gated"
-    # Megatron's fused kernel and Transformer Engine's both compute the tanh approximation.
-    approximate = _get(args, "bias_gelu_fusion") or getattr(args, "use_te_activation_func", False)
+    # Megatron's fused kernel and Transformer Engine's both compute the tanh approximation; the
+    # local layers take the flag for the latter and ignore it.
+    te = getattr(args, "transformer_impl", None) != "local"
+    te = te and getattr(args, "use_te_activation_func", False)
+    approximate = _get(args, "bias_gelu_fusion") or te
     return "gelu_tanh" if approximate else "gelu"
+
+
+def _rope_scaling_factor(args: argparse.Namespace) -> float | None:
+    """Return the factor that the model was built with, which is not always the argument's.
+
+    Raises:
+        UnsupportedModelError: the trainer does not say that it obeyed the argument.
+    """
+    if not getattr(args, "use_rope_scaling", False):
+        return None
+    factor = float(_get(args, "rope_scaling_factor"))
+    if factor != IGNORANT_FACTOR and not hasattr(args, OBEYED_FACTOR):
+        raise UnsupportedModelError(
+            f"the checkpoint says --rope-scaling-factor {factor:g}, but its trainer does not say "
+            f"that it obeyed: Megatron-Core up to 0.19.2 trains with {IGNORANT_FACTOR:g} whatever "
+            "is asked for; name the one that the model was trained with by `infoentropy convert "
+            f"--rope-scaling-factor` ({IGNORANT_FACTOR:g}, unless you know better)"
+        )
+    return factor
 
 
 def _require_expressible(model: Architecture) -> None:

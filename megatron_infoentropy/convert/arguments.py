@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from megatron_infoentropy.convert.architecture import Architecture
+from megatron_infoentropy.convert.architecture import OBEYED_FACTOR, Architecture
 from megatron_infoentropy.convert.families import FAMILIES, LEARNED
 
 _SEQUENCE = 4096
@@ -32,6 +32,7 @@ def arguments_of(model: Architecture) -> Namespace:
             "rotary_interleaved": model.interleaved_rotary,
             "use_rope_scaling": scaled,
             "rope_scaling_factor": model.rope_scaling_factor if scaled else 8.0,
+            **({OBEYED_FACTOR: model.rope_scaling_factor} if scaled else {}),
             "layernorm_epsilon": model.norm_epsilon,
             "layernorm_zero_centered_gamma": model.zero_centered_norms,
             "add_bias_linear": model.linear_bias,

@@ -53,6 +53,8 @@ class MegatronCheckpoint:
         iteration: which iteration of a `--save` folder; by default the latest.
         checksums: compare all files with the manifest that our trainer writes, if there is one;
             otherwise only their sizes.
+        rope_scaling_factor: the one that the model was trained with, where its trainer does not
+            say.
 
     Raises:
         UnreadableCheckpointError: nothing there that could be read, naming what was looked for.
@@ -65,7 +67,12 @@ class MegatronCheckpoint:
     tensors: dict[str, StoredTensor]  # the parameters, by Megatron's names
 
     def __init__(
-        self, checkpoint: Path, iteration: int | None = None, *, checksums: bool = False
+        self,
+        checkpoint: Path,
+        iteration: int | None = None,
+        *,
+        checksums: bool = False,
+        rope_scaling_factor: float | None = None,
     ) -> None:
         self.folder = find_iteration(checkpoint, iteration)
         _require_undamaged(self.folder, checksums)
@@ -83,6 +90,9 @@ class MegatronCheckpoint:
         for old, new in _RENAMED.items():
             if hasattr(self.args, old) and not hasattr(self.args, new):
                 setattr(self.args, new, getattr(self.args, old))
+        if rope_scaling_factor is not None:
+            self.args.rope_scaling_factor = rope_scaling_factor
+            self.args.infoentropy_rope_scaling_factor = rope_scaling_factor
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return one parameter, joined from its pieces, in the dtype it was saved in.

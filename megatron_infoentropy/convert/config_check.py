@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
+from megatron_infoentropy.convert.reference_model import has_tanh_gelu
 
 _LLAMA_3 = {
     "low_freq_factor": 1,
@@ -100,7 +101,7 @@ def _rms_fields(args: Namespace, config: Any) -> dict[str, Any]:
 
 
 def _gelu_fields(args: Namespace) -> dict[str, Any]:
-    fused = args.bias_gelu_fusion or getattr(args, "use_te_activation_func", False)
+    fused = has_tanh_gelu(args)
     activation = "gelu_pytorch_tanh" if fused else "gelu"
     if args.position_embedding_type == "rope":
         return {

@@ -1,6 +1,7 @@
-"""Megatron's GPT model as plain PyTorch, straight from the stored parameters: the check's witness.
+"""Megatron's GPT model as plain PyTorch, straight from the stored parameters.
 
-It shares no code with the conversion. It does what Megatron's modules do in the arrangement they
+The other side of the check where Megatron's own model (`megatron_model`) cannot be run. It shares
+no code with the conversion. It does what Megatron's modules do in the arrangement they
 do it in: queries, keys and values of a group come out of one multiplication side by side, and
 rotary pairs are turned where they stand. fp32, no cache, no dropout. One layer's parameters are in
 memory at a time, and all sequences go through it before the next is read.
@@ -22,8 +23,7 @@ class ReferenceModel:
 
     def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
         self.args: Namespace = checkpoint.args
-        self._checkpoint = checkpoint
-        self._dtype = dtype
+        self._stored = StoredParameters(checkpoint, dtype)
 
     @torch.no_grad()
     def logits(
@@ -31,28 +31,28 @@ class ReferenceModel:
     ) -> Iterator[Tensor]:
         """Yield [length, padded vocabulary] for each sequence of token ids [length].
 
-        `done` is called with the number of layers that have been computed.
+        `done` is called with the number of layers that have been computed for a sequence.
         """
-        table = self._read("embedding.word_embeddings.weight", None)
+        outside = self._stored.layer(None)
+        table = outside.find("embedding.word_embeddings.weight")
         states = [table[tokens] for tokens in sequences]
         if self.args.position_embedding_type == "learned_absolute":
-            positions = self._read("embedding.position_embeddings.weight", None)
+            positions = outside.find("embedding.position_embeddings.weight")
             states = [x + positions[: len(x)] for x in states]
         for layer in range(self.args.num_layers):
-            parameters = _Layer(self, layer)
+            parameters = self._stored.layer(layer)
             states = [self._block(x, parameters) for x in states]
-            done(1)
-        last = _Layer(self, None, "decoder.")
-        if "output_layer.weight" in self._checkpoint.tensors:
-            table = self._read("output_layer.weight", None)
+            done(len(states))
+        if outside.has("output_layer.weight"):
+            table = outside.find("output_layer.weight")
         for x in states:
-            yield self._norm(x, last, ("final_layernorm.",)) @ table.T
+            yield self._norm(x, outside, ("decoder.final_layernorm.",)) @ table.T
 
-    def _block(self, x: Tensor, layer: "_Layer") -> Tensor:
+    def _block(self, x: Tensor, layer: "StoredLayer") -> Tensor:
         x = x + self._attention(x, layer)
         return x + self._mlp(x, layer)
 
-    def _attention(self, x: Tensor, layer: "_Layer") -> Tensor:
+    def _attention(self, x: Tensor, layer: "StoredLayer") -> Tensor:
         args, length = self.args, len(x)
         x = self._norm(x, layer, ("self_attention.linear_qkv.layer_norm_", "input_layernorm."))
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -77,25 +77,24 @@ class ReferenceModel:
         heads = torch.cat(context).transpose(0, 1).reshape(length, -1)
         return layer.linear(heads, "self_attention.linear_proj.")
 
-    def _mlp(self, x: Tensor, layer: "_Layer") -> Tensor:
+    def _mlp(self, x: Tensor, layer: "StoredLayer") -> Tensor:
         x = self._norm(x, layer, ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
         both = layer.linear(x, "mlp.linear_fc1.")
         if self.args.swiglu:
             width = both.shape[-1] // 2
             inner = silu(both[:, :width]) * both[:, width:]
         else:
-            te = getattr(self.args, "use_te_activation_func", False)
-            inner = gelu(both, approximate="tanh" if self.args.bias_gelu_fusion or te else "none")
+            inner = gelu(both, approximate="tanh" if has_tanh_gelu(self.args) else "none")
         return layer.linear(inner, "mlp.linear_fc2.")
 
-    def _norm(self, x: Tensor, layer: "_Layer", names: tuple[str, ...]) -> Tensor:
-        weight = layer.find(tuple(name + "weight" for name in names))
+    def _norm(self, x: Tensor, layer: "StoredLayer", names: tuple[str, ...]) -> Tensor:
+        weight = layer.find(*(name + "weight" for name in names))
         if self.args.layernorm_zero_centered_gamma:
             weight = weight + 1
         epsilon = self.args.layernorm_epsilon
         if self.args.normalization == "RMSNorm":
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
-        bias = layer.find(tuple(name + "bias" for name in names))
+        bias = layer.find(*(name + "bias" for name in names))
         return layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
     def _turns(self, length: int) -> Tensor:
@@ -124,51 +123,75 @@ class ReferenceModel:
         turned = torch.complex(first.contiguous(), second.contiguous()) * turn[:, None]
         return torch.cat([turned.real, turned.imag, straight], dim=-1)
 
-    def _read(self, name: str, layer: int | None) -> Tensor:
+
+class StoredParameters:
+    """The parameters of a checkpoint; rounded to `dtype`, and then in fp32."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+
+    def layer(self, layer: int | None) -> "StoredLayer":
+        """Return the parameters of one layer, with None those outside of the layers."""
+        stored = self._checkpoint.tensors
+        if layer is None:
+            return StoredLayer(self, {name: (name, None) for name in stored})
+        stacked, alone = "decoder.layers.", f"decoder.layers.{layer}."
+        names: dict[str, tuple[str, int | None]] = {
+            name.removeprefix(stacked): (name, layer)
+            for name in stored
+            if name.startswith(stacked) and not name.removeprefix(stacked)[0].isdigit()
+        }
+        names |= {
+            name.removeprefix(alone): (name, None) for name in stored if name.startswith(alone)
+        }
+        return StoredLayer(self, names)
+
+    def read(self, name: str, layer: int | None) -> Tensor:
+        """Return a parameter, or one layer of a stacked one."""
         read = self._checkpoint.read
         stored = read(name) if layer is None else self._checkpoint.read_layer(name, layer)
         return stored.to(self._dtype).float()
 
 
-class _Layer:
-    """The parameters of one layer, under whichever of their names they were stored."""
+class StoredLayer:
+    """Parameters, each read once, under whichever of their names they were stored."""
 
-    def __init__(self, model: ReferenceModel, layer: int | None, prefix: str = "") -> None:
-        stored = model._checkpoint.tensors
-        names: dict[str, tuple[str, int | None]]
-        if layer is None:
-            names = {name.removeprefix(prefix): (name, None) for name in stored}
-        else:
-            stacked, alone = "decoder.layers.", f"decoder.layers.{layer}."
-            names = {
-                name.removeprefix(stacked): (name, layer)
-                for name in stored
-                if name.startswith(stacked) and not name.removeprefix(stacked)[0].isdigit()
-            } | {
-                name.removeprefix(alone): (name, None) for name in stored if name.startswith(alone)
-            }
-        self._names, self._model = names, model
+    def __init__(self, stored: StoredParameters, names: dict[str, tuple[str, int | None]]) -> None:
+        self._stored, self._names = stored, names
         self._loaded: dict[str, Tensor] = {}
 
-    def find(self, names: tuple[str, ...]) -> Tensor:
+    def has(self, name: str) -> bool:
+        """Return whether a parameter was stored under this name, whole or in two halves."""
+        return name in self._names or name + "_w" in self._names
+
+    def find(self, *names: str) -> Tensor:
         """Return the parameter under the first of its names that was stored."""
         for name in names:
-            if name in self._names:
-                if name not in self._loaded:
-                    self._loaded[name] = self._model._read(*self._names[name])
+            if name not in self._loaded and self.has(name):
+                self._loaded[name] = self._read(name)
+            if name in self._loaded:
                 return self._loaded[name]
         raise ValueError(f"the checkpoint has no {' or '.join(names)}")
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        y = x @ self._whole(name + "weight").T
-        has_bias = {name + "bias", name + "bias_w"} & self._names.keys()
-        return y + self._whole(name + "bias") if has_bias else y
+        """Return `x` times a matrix, plus its bias if it has one."""
+        y = x @ self.find(name + "weight").T
+        return y + self.find(name + "bias") if self.has(name + "bias") else y
 
-    def _whole(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         """Join what the format fsdp_dtensor keeps apart: the gate's half and the other."""
-        if name in self._names:
-            return self.find((name,))
-        return torch.cat([self.find((name + "_w",)), self.find((name + "_v",))])
+        parts = (name,) if name in self._names else (name + "_w", name + "_v")
+        return torch.cat([self._stored.read(*self._names[part]) for part in parts])
+
+
+def has_tanh_gelu(args: Namespace) -> bool:
+    """Return whether the model's gelu is the tanh approximation.
+
+    Of Megatron's fused kernel and of Transformer Engine's, which local layers do not have.
+    """
+    te = getattr(args, "use_te_activation_func", False)
+    return args.bias_gelu_fusion or (te and getattr(args, "transformer_impl", None) != "local")
 
 
 def _stretched(frequency: Tensor, factor: float) -> Tensor:

@@ -71,6 +71,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     checksums: bool = True,
+    rope_scaling_factor: float | None = None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> ConversionSummary:
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
@@ -87,6 +88,8 @@ def convert_checkpoint(
         overwrite: replace an existing output.
         shard_bytes: how large a file of weights may be.
         checksums: read the whole checkpoint first, to compare it with its manifest if it has one.
+        rope_scaling_factor: the one that the model was trained with, where its trainer does not
+            say.
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
@@ -97,7 +100,9 @@ def convert_checkpoint(
     """
     require_place(output, overwrite=overwrite, source=checkpoint)
     _require_known(dtype)
-    opened = MegatronCheckpoint(checkpoint, iteration, checksums=checksums)
+    opened = MegatronCheckpoint(
+        checkpoint, iteration, checksums=checksums, rope_scaling_factor=rope_scaling_factor
+    )
     facts = None if tokenizer is None else read_tokenizer(tokenizer)
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
     model, not_qwen2 = _choose_family(model, family, tokenizer)

@@ -1,15 +1,16 @@
 """Whether a Hugging Face folder computes what a Megatron checkpoint computes.
 
-Three things are compared, because each misses what the others see: the logits of both models, in
-fp32 on given tokens (a wrong constant such as the norm's epsilon may leave every next-token choice
-as it was, and still moves the largest logit difference a hundredfold), and so their loss; the
-configuration, as transformers understands it, with the training arguments (a wrong maximal length
-moves no logit); and the tokenizer, id by id and by the text it cuts.
+Three things are compared, because each misses what the others see: the logits of both models,
+Megatron's own wherever it can be run, in fp32 on given tokens (a wrong constant such as the norm's
+epsilon may leave every next-token choice as it was, and still moves the largest logit difference a
+hundredfold), and so their loss; the configuration, as transformers understands it, with the
+training arguments (a wrong maximal length moves no logit); and the tokenizer, id by id and by the
+text it cuts.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_infoentropy.convert.config_check import config_differences, file_d
 from megatron_infoentropy.convert.errors import UnprovenConversionError
 from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.megatron_model import MegatronModel, why_not_megatron
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.streamed_model import streamed_model
 from megatron_infoentropy.convert.texts import length_for, sequences_for
@@ -45,6 +47,7 @@ class Outputs:
     top1_agreement: float  # share of positions where both predict the same token
     megatron_loss: float  # mean cross entropy of the next token, in nats
     hf_loss: float
+    not_megatron: str = ""  # why the first side is not Megatron's own forward pass
 
     @property
     def same(self) -> bool:
@@ -59,7 +62,13 @@ class Outputs:
             f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
             f"token {self.top1_agreement:.2%}\n"
             f"loss of these tokens: {self.megatron_loss:.6f} nats in Megatron, {self.hf_loss:.6f} "
-            f"in transformers (at most {LOSS_TOLERANCE:.0e} apart)"
+            f"in transformers (at most {LOSS_TOLERANCE:.0e} apart)\n"
+            + (
+                "Megatron's side is a plain PyTorch forward pass of its parameters and arguments: "
+                + self.not_megatron
+                if self.not_megatron
+                else "Megatron's side is its own forward pass"
+            )
         )
 
 
@@ -93,6 +102,7 @@ def prove(
     data: Path | None = None,
     iteration: int | None = None,
     imported: bool = False,
+    rope_scaling_factor: float | None = None,
 ) -> Verification:
     """Compare both sides on three texts of full length, as `verify_conversion` does, and insist.
 
@@ -103,13 +113,17 @@ def prove(
         data: instead of `text` an indexed dataset, its path without .bin.
         iteration: which one of a --save folder; default: the latest.
         imported: the checkpoint was made from the folder, not the other way round.
+        rope_scaling_factor: as for `convert_checkpoint`.
 
     Raises:
         UnprovenConversionError: they do not compute the same, with all that differs.
     """
     sequences = sequences_for(folder, text, data)
     result = verify_conversion(
-        checkpoint, folder, sequences, iteration=iteration, imported=imported
+        *(checkpoint, folder, sequences),
+        iteration=iteration,
+        imported=imported,
+        rope_scaling_factor=rope_scaling_factor,
     )
     if not result.passed:
         raise UnprovenConversionError(f"the two sides do not compute the same; {result}")
@@ -118,10 +132,20 @@ def prove(
 
 def why_not_now(folder: Path) -> str | None:
     """Say why this machine cannot compare the models; None if it can."""
-    needed = memory_needed(folder, length_for(folder), streamed=True)
+    return _too_much(memory_needed(folder, length_for(folder), streamed=True)) or None
+
+
+def _why_no_memory(folder: Path, length: int, *, streamed: bool) -> str:
+    """Say why Megatron's attention, which keeps all scores of a layer, does not fit; "" if so."""
+    config = read_config(folder)
+    scores = 4 * 4 * config.num_attention_heads * length**2
+    return _too_much(memory_needed(folder, length, streamed=streamed) + scores)
+
+
+def _too_much(needed: int) -> str:
     free = _free_memory()
     if needed <= free:
-        return None
+        return ""
     return f"comparing the models takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
 
 
@@ -132,6 +156,7 @@ def verify_conversion(
     *,
     iteration: int | None = None,
     imported: bool = False,
+    rope_scaling_factor: float | None = None,
 ) -> Verification:
     """Compare a Hugging Face folder with a Megatron checkpoint, whichever was made of the other.
 
@@ -142,18 +167,22 @@ def verify_conversion(
         checkpoint: as for `convert_checkpoint`.
         folder: the Hugging Face side.
         sequences: token ids to run both models on; real text, of the full length, tells most.
-        iteration: as for `convert_checkpoint`.
+        iteration, rope_scaling_factor: as for `convert_checkpoint`.
         imported: the checkpoint was made of the folder, which need not suit transformers 4.
 
     Raises:
         ValueError: no two tokens in a sequence, or ids outside the vocabulary.
     """
-    opened = MegatronCheckpoint(checkpoint, iteration)
+    opened = MegatronCheckpoint(checkpoint, iteration, rope_scaling_factor=rope_scaling_factor)
     config = read_config(folder)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
-    model = _load_model(folder, config, max(map(len, sequences)))
+    length = max(map(len, sequences))
+    streamed = memory_needed(folder, length) > _free_memory()
+    why_not = why_not_megatron() or _why_no_memory(folder, length, streamed=streamed)
     dtype = HuggingFaceWeights(folder).dtype
-    outputs = _compare_outputs(ReferenceModel(opened, dtype), model, sequences)
+    side = ReferenceModel(opened, dtype) if why_not else MegatronModel(opened, dtype)
+    model = streamed_model(folder, config) if streamed else _whole_model(folder)
+    outputs = replace(_compare_outputs(side, model, sequences), not_megatron=why_not)
     if imported:
         return Verification(outputs, tuple(config_differences(config, opened.args, None)))
     fields = config_differences(config, opened.args, _vocab_size(folder))
@@ -181,12 +210,10 @@ def _free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _load_model(folder: Path, config: Any, length: int) -> Any:
-    """Load transformers' model by its own means, or layer by layer where that does not fit."""
+def _whole_model(folder: Path) -> Any:
+    """Load transformers' model by its own means."""
     from transformers import AutoModelForCausalLM
 
-    if memory_needed(folder, length) > _free_memory():
-        return streamed_model(folder, config)
     return AutoModelForCausalLM.from_pretrained(
         str(folder),
         local_files_only=True,
@@ -198,15 +225,14 @@ def _load_model(folder: Path, config: Any, length: int) -> Any:
 
 @torch.no_grad()
 def _compare_outputs(
-    reference: ReferenceModel, model: Any, sequences: Sequence[Sequence[int]]
+    side: MegatronModel | ReferenceModel, model: Any, sequences: Sequence[Sequence[int]]
 ) -> Outputs:
     tokens = [torch.tensor(sequence) for sequence in sequences if len(sequence)]
     difference, largest, agree, total = 0.0, 0.0, 0, sum(map(len, tokens))
     losses = torch.zeros(2, dtype=torch.float64)
-    layers, texts = int(reference.args.num_layers), len(tokens)
-    with progress("verify", 2 * layers * texts, "layers") as advance:
-        logits_of_texts = reference.logits(tokens, lambda done: advance(done * texts))
-        for ids, expected in zip(tokens, logits_of_texts, strict=True):
+    layers = int(side.args.num_layers)
+    with progress("verify", 2 * layers * len(tokens), "layers") as advance:
+        for ids, expected in zip(tokens, side.logits(tokens, advance), strict=True):
             actual = model(ids[None], use_cache=False).logits[0]
             expected = expected[:, : actual.shape[-1]]
             gaps = (actual - expected).abs().max()

@@ -79,6 +79,21 @@ def prepare_megatron() -> None:
         _fork_checkpoint_writers()
 
 
+def model_config_from_args(args: Any) -> Any:
+    """Return Megatron's configuration of the GPT that these parsed arguments describe.
+
+    Megatron-Core 0.19.2 hands on whether rotary positions are stretched and forgets by how much:
+    its model then always has a factor of 8. The arguments, which checkpoints keep, get one more by
+    which the conversion knows that this one has the factor that was asked for.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    args.infoentropy_rope_scaling_factor = config.rope_scaling_factor
+    return config
+
+
 def _use_shipped_dataset_helpers() -> None:
     """Skip `make` where there is nothing to make.
 

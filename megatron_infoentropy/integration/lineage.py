@@ -11,6 +11,8 @@ from typing import Any
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.integration.arguments import PREFIX
 
+IGNORANT_FACTOR = 8.0  # of rotary scaling, where a trainer does not hand on --rope-scaling-factor
+
 
 def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str | None:
     """A sentence that names both objectives where a checkpoint's differs from `config`, else None.
@@ -52,6 +54,26 @@ def _words(
         if f.name != "objective" and getattr(config, f.name) != getattr(other, f.name)
     ]
     return " ".join([f"objective={config.objective}", *different])
+
+
+def check_rope_scaling(saved: argparse.Namespace | None, args: argparse.Namespace) -> None:
+    """Refuse to go on, with another rotary scaling, from a trainer that ignored the argument.
+
+    Raises:
+        ValueError: the checkpoint's trainer does not say that its model had the factor.
+    """
+    if saved is None or not getattr(saved, "use_rope_scaling", False):
+        return
+    said, ours = saved.rope_scaling_factor, args.rope_scaling_factor
+    if hasattr(saved, f"{PREFIX}_rope_scaling_factor") or IGNORANT_FACTOR in (said, ours):
+        return
+    raise ValueError(
+        f"the checkpoint says --rope-scaling-factor {said:g}, but its trainer does not say that it "
+        f"obeyed: Megatron-Core up to 0.19.2 trains with {IGNORANT_FACTOR:g} whatever is asked "
+        f"for; go on with --rope-scaling-factor {IGNORANT_FACTOR:g}, or, if you know that the "
+        f"model has {said:g}, start from a copy that `infoentropy convert --rope-scaling-factor "
+        f"{said:g}` and `infoentropy convert-from-hf` make"
+    )
 
 
 def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:

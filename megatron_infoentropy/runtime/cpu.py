@@ -167,18 +167,19 @@ _REDIRECTIONS = tuple(
 _installed: ExitStack | None = None
 
 
-def install() -> None:
+def install(*, hide_gpu: bool = False) -> None:
     """Let Megatron run on the CPU if this machine has no GPU; otherwise change nothing.
 
-    Call it once per process, before megatron is imported. A second call does nothing.
+    Call it once per process, before megatron is imported. A second call does nothing. With
+    `hide_gpu` Megatron runs on the CPU also where there is a GPU, and no log says so.
 
     Raises:
         AttributeError: PyTorch or Megatron lack a symbol of the table (another version?).
     """
     global _installed
-    if _installed is not None or torch.cuda.is_available():
+    if _installed is not None or (torch.cuda.is_available() and not hide_gpu):
         return
-    if os.environ.get("RANK", "0") == "0":
+    if not hide_gpu and os.environ.get("RANK", "0") == "0":
         _log.warning("no GPU found: Megatron runs on the CPU (see infoentropy doctor)")
     # torch._dynamo registers torch.cuda's functions when it is imported: let it see the originals.
     import_module("torch._dynamo")

@@ -28,7 +28,7 @@ def load(folder: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other"])
+@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other", "rope32"])
 def test_an_export_computes_what_megatrons_model_computed(
     trained: Path, tmp_path: Path, case: str
 ) -> None:

@@ -37,6 +37,7 @@ CASES = {  # name: (number of ranks, flags)
     "pp2": (2, GQA + " --pipeline-model-parallel-size 2"),
     "other": (2, OTHER + " --tensor-model-parallel-size 2"),
     "bf16": (2, GQA + " --bf16 --use-distributed-optimizer"),
+    "rope32": (1, "--rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32"),
 }
 _LLAMA = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 256}
 _LLAMA |= {"intermediate_size": 176, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -66,12 +67,10 @@ def train(folder: Path, flags: str) -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_infoentropy.integration.compat import model_config_from_args
     from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
     get_write_results_queue("fork")  # made and kept; by default a process that imports torch again
@@ -95,7 +94,7 @@ def train(folder: Path, flags: str) -> None:
 
     datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
     args = parse_and_validate_args()
-    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
     store = torch.distributed.FileStore(str(folder / "store"), args.world_size)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
     record(models[0], first, folder / "golden.pt")

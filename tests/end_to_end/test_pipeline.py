@@ -22,6 +22,7 @@ SMALL = [
     *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "4"),
     *("--global-batch-size", "8", "--log-interval", "1", "--eval-iters", "1"),
     *("--init-method-std", "0.1", "--train-iters", "12", "--lr-warmup-iters", "2"),
+    *("--use-rope-scaling", "--rope-scaling-factor", "32"),
 ]
 
 

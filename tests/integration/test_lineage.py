@@ -8,7 +8,7 @@ import pytest
 from launch import TINY_MODEL, run_trainer
 
 from megatron_infoentropy import InfoEntropyConfig
-from megatron_infoentropy.integration.lineage import other_objective
+from megatron_infoentropy.integration.lineage import check_rope_scaling, other_objective
 
 
 def saved_by(config, without=()):
@@ -72,3 +72,22 @@ def test_the_trainer_says_it_before_the_first_step(tmp_path):
     log = run_trainer(1, plain_run.main, (), [*other, "--override-opt-param-scheduler"], tmp_path)
     warning = log.index("the checkpoint was trained with objective=infoentropy and this run goes")
     assert warning < log.index("iteration        3/       3")
+
+
+@pytest.mark.parametrize(
+    ("said", "ours", "obeyed"), [(32.0, 8.0, False), (8.0, 32.0, False), (32.0, 16.0, True)]
+)
+def test_a_rotary_scaling_that_is_known_may_be_changed(said, ours, obeyed):
+    saved = Namespace(use_rope_scaling=True, rope_scaling_factor=said)
+    if obeyed:
+        saved.infoentropy_rope_scaling_factor = said
+    check_rope_scaling(saved, Namespace(rope_scaling_factor=ours))
+
+
+def test_a_rotary_scaling_that_a_trainer_may_have_ignored_is_refused():
+    saved = Namespace(use_rope_scaling=True, rope_scaling_factor=32.0)
+    with pytest.raises(ValueError, match="go on with --rope-scaling-factor 8, or"):
+        check_rope_scaling(saved, Namespace(rope_scaling_factor=32.0))
+    saved.use_rope_scaling = False
+    check_rope_scaling(saved, Namespace(rope_scaling_factor=32.0))
+    check_rope_scaling(None, Namespace(rope_scaling_factor=32.0))

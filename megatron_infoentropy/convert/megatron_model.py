@@ -1,0 +1,188 @@
+"""Megatron's own model of a checkpoint, and its forward pass on a CPU: what a proof trusts.
+
+The model is built as our trainer builds it, of Megatron's local layers, in fp32 on one rank, from
+the training arguments that the conversion reads. What those arguments ask for and the model has
+not, a comparison with arguments would never show. One layer's parameters are in memory at a time.
+"""
+
+import argparse
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_infoentropy.convert.architecture import architecture_of
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.reference_model import (
+    StoredLayer,
+    StoredParameters,
+    has_tanh_gelu,
+)
+
+_STORED_NAMES = {  # of the local layers' norms, as Transformer Engine has them and files do
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def why_not_megatron() -> str:
+    """Say why Megatron's own model cannot be run in this process; "" if it can."""
+    with _quietly_on_a_cpu():
+        try:
+            from megatron.training.argument_utils import gpt_config_from_args  # noqa: F401
+        except ImportError as error:
+            return f"Megatron's model builder cannot be imported ({error})"
+    return "this process is a rank of a job" if dist.is_initialized() else ""
+
+
+class MegatronModel:
+    """The model of a checkpoint; parameters rounded to `dtype` and then computed with in fp32."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
+        self.args: Namespace = checkpoint.args
+        self._stored = StoredParameters(checkpoint, dtype)
+
+    @torch.no_grad()
+    def logits(
+        self, sequences: Sequence[Tensor], done: Callable[[int], None] = lambda layers: None
+    ) -> Iterator[Tensor]:
+        """Yield [length, padded vocabulary] for each sequence of token ids [length].
+
+        `done` is called with the number of layers that have been computed for a sequence.
+        """
+        for tokens in sequences:
+            with one_cpu_rank():
+                model = self._build(done)
+                logits: Tensor = model(tokens[None], *one_rank_inputs(len(tokens)))[0]
+            yield logits
+
+    def _build(self, done: Callable[[int], None]) -> Any:
+        """Return a GPTModel that reads each layer when it is run, and then forgets it."""
+        model = gpt_model(self.args)
+        self._load(model, self._stored.layer(None), without="decoder.layers.")
+
+        def forget(layer: nn.Module, *_: Any) -> None:
+            layer.to_empty(device="meta")
+            done(1)
+
+        for number, layer in enumerate(model.decoder.layers):
+            layer.register_forward_pre_hook(
+                lambda module, _, number=number: self._load(module, self._stored.layer(number))
+            )
+            layer.register_forward_hook(forget)
+        return model.eval()
+
+    def _load(self, module: nn.Module, stored: StoredLayer, without: str = " ") -> None:
+        state = {}
+        norms_are_shifted = self.args.layernorm_zero_centered_gamma
+        for name, _ in module.named_parameters():
+            if not name.startswith(without):
+                alias = name
+                for local, other in _STORED_NAMES.items():
+                    alias = alias.replace(local, other)
+                tensor = stored.find(alias, name)
+                is_shifted = norms_are_shifted and name.endswith("norm.weight")
+                state[name] = tensor + 1 if is_shifted else tensor
+        module.load_state_dict(state, strict=False, assign=True)
+
+
+def gpt_model(saved: Namespace) -> Any:
+    """Return the GPTModel that a checkpoint's arguments describe, its parameters without storage.
+
+    Of these arguments those that the conversion reads are used, of others Megatron's defaults.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_infoentropy.integration.compat import model_config_from_args
+
+    config = model_config_from_args(_model_arguments(saved))
+    config.transformer.perform_initialization = False
+    with torch.device("meta"):
+        return GPTModelBuilder(config).build_model(
+            ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True
+        )
+
+
+def one_rank_inputs(length: int) -> tuple[Tensor, Tensor]:
+    """Return positions and the mask of causal attention, as GPTModel takes them."""
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    return torch.arange(length)[None], mask
+
+
+def arguments_read(saved: Namespace) -> set[str]:
+    """Return the names of those training arguments that the conversion reads."""
+    recorder = _Recorder(**vars(saved))
+    architecture_of(recorder, None)
+    return recorder.names
+
+
+def _model_arguments(saved: Namespace) -> Namespace:
+    """Return Megatron's defaults with what describes the model, for one CPU rank and fp32."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_infoentropy.runtime.cpu import CPU_FLAGS
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args: Namespace = parser.parse_args(list(CPU_FLAGS))
+    for name in arguments_read(saved) & vars(saved).keys():
+        setattr(args, name, getattr(saved, name))
+    args.params_dtype = torch.float32
+    args.hidden_dropout = args.attention_dropout = 0.0
+    # Local layers have neither: the other fused gelu, and norms that were stored minus 1.
+    args.bias_gelu_fusion = not args.swiglu and has_tanh_gelu(saved)
+    args.use_te_activation_func = args.layernorm_zero_centered_gamma = False
+    args.transformer_impl = "local"
+    return args
+
+
+class _Recorder(Namespace):
+    """Arguments that remember which of them were asked for."""
+
+    def __init__(self, **values: Any) -> None:
+        self.names: set[str] = set()
+        super().__init__(**values)
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and name != "names":
+            self.names.add(name)
+        return super().__getattribute__(name)
+
+
+@contextmanager
+def one_cpu_rank() -> Iterator[None]:
+    """Let Megatron believe in a job of one rank on a CPU; leave nothing of it behind."""
+    with _quietly_on_a_cpu(), ExitStack() as stack:
+        from megatron.core import parallel_state, tensor_parallel
+
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        stack.callback(dist.destroy_process_group)
+        parallel_state.initialize_model_parallel()
+        stack.callback(parallel_state.destroy_model_parallel)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        yield
+
+
+@contextmanager
+def _quietly_on_a_cpu() -> Iterator[None]:
+    """Let Megatron be imported and run where no GPU is used, without its warnings of that."""
+    from megatron_infoentropy.runtime import cpu
+
+    was_installed = cpu.is_installed()
+    with ExitStack() as stack:
+        cpu.install(hide_gpu=True)
+        if not was_installed:
+            stack.callback(cpu.uninstall)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # that GPTModel is deprecated
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
