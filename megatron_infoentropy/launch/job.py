@@ -1,12 +1,14 @@
 """What to train, on what: the flags of one training, checked before anything starts."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
-from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.launch.flags import (
     chosen_flags,
@@ -70,16 +72,25 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
     _require_vocabulary(recipe, data)
     require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
+    splits = [s for s in SPLITS if s == "train" or last_value(words, "eval-iters") != "0"]
     return {
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": tokenizer,
-        **{
-            flag: _blend(data / split, weights.get(split, "natural"))
-            for split, flag in SPLITS.items()
-            if split == "train" or last_value(words, "eval-iters") != "0"
-        },
-        "data-cache-path": data / "cache",  # else Megatron writes among the datasets
+        **{SPLITS[split]: _blend(data / split, weights.get(split, "natural")) for split in splits},
+        "data-cache-path": _index_cache(data, splits),
     }
+
+
+def _index_cache(data: Path, splits: Iterable[str]) -> Path:
+    """Return where Megatron keeps its indices of these very data.
+
+    It knows an index again by the path of the dataset alone, and would read data that were made
+    anew in the same folder by the documents and lengths of the old ones.
+    """
+    digest = hashlib.sha256()
+    for split in splits:  # a manifest holds the checksums of the dataset's files
+        digest.update((data / split / MANIFEST).read_bytes())
+    return data / "cache" / digest.hexdigest()[:16]
 
 
 def _require_vocabulary(recipe: Path, data: Path) -> None:

@@ -63,7 +63,8 @@ def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
     if not (folder / CHECKPOINTS / _LATEST).is_file():  # nothing to go on from
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         (folder / "train.log").unlink(missing_ok=True)
-    # Runs side by side must not write one index cache.
+    # Runs side by side must not write one index cache; nor may one of older data be read.
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
     cache = ("--data-cache-path", str(folder / CACHE))
     job = TrainingJob(
         study.recipe,

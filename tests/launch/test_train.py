@@ -94,6 +94,22 @@ def test_the_command_tells_the_whole_objective_and_the_data_blend(job):
     assert [Path(word).name for word in blend] == ["0.75", "b_text", "0.25", "a_text"]
 
 
+def test_data_made_anew_in_their_folder_get_an_index_cache_of_their_own(job):
+    """Of train, validation and test; without the latter two where nothing is evaluated."""
+
+    def cache(**settings):
+        command = launch.build_command(replace(job, settings=settings))
+        return values(command.words, "--data-cache-path")
+
+    first, unevaluated = cache(), cache(**{"eval-iters": 0})
+    assert cache() == first
+    for split, same in (("test", unevaluated), ("train", None)):
+        path = job.data / split / "manifest.json"
+        path.write_text(path.read_text().replace('"documents": 1', '"documents": 2', 1))
+        assert cache() != first
+        assert (cache(**{"eval-iters": 0}) == unevaluated) is (same is not None)
+
+
 def test_the_recipe_and_extra_flags_come_after_the_machines(job):
     words = launch.build_command(replace(job, extra_flags=("--lr", "1"))).words
     assert words.index(CPU_FLAGS[0]) < words.index("--num-layers")
