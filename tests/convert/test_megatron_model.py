@@ -53,6 +53,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 ELSEWHERE = {  # read as well, and no part of what the model computes
     "init_method_std": "of the weights before training",
+    "attention_dropout": "of training only",
+    "hidden_dropout": "of training only",
     "vocab_size": "where the table is cut",
     "infoentropy_rope_scaling_factor": "whether rope_scaling_factor was obeyed",
     "transformer_impl": "whether use_te_activation_func was obeyed",
