@@ -82,7 +82,7 @@ def bench_evaluation(shape: Shape, *, rounds: int, output: Path | None = None) -
 
 def _passes(shape: Shape, device: torch.device, folder: Path) -> dict[str, Callable[[], object]]:
     model, (dataset, selection) = _model(shape, device), _documents(shape)
-    scoring = Scoring(shape.context, shape.context, False, shape.batch_tokens)
+    scoring = Scoring(shape.context, shape.context, False, shape.batch_tokens, (0,), False)
     rows = slice(0, len(selection))
     bands = (np.arange(shape.vocabulary) % 20).astype(np.int8)
     journal = Journal(folder, shape.vocabulary)
@@ -90,7 +90,7 @@ def _passes(shape: Shape, device: torch.device, folder: Path) -> dict[str, Calla
     tokens = np.concatenate([dataset.domains[0].read(d, 0, 1 << 40) for d in selection.document])
     batches = [
         (torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.target).to(device))
-        for batch in chunk_batches(tokens.astype(np.int64), selection.length, scoring, 0)
+        for batch in chunk_batches(tokens.astype(np.int64), selection.length, scoring)
     ]
 
     def forward() -> None:
@@ -136,7 +136,7 @@ def _documents(shape: Shape) -> tuple[TokenDataset, Selection]:
     tokens = generator.integers(shape.vocabulary, size=shape.tokens).astype(np.int32)
     documents = np.split(tokens, np.cumsum(lengths)[:-1])
     domain = Domain("random", documents, np.array(lengths), shape.tokens)  # type: ignore[arg-type]
-    dataset = TokenDataset([domain], "", shape.vocabulary, 0, "", 0)
+    dataset = TokenDataset([domain], "", shape.vocabulary, (0,), "", 0)
     numbers = np.arange(len(documents))
     return dataset, Selection(np.zeros_like(numbers), numbers, np.array(lengths), [True])
 

@@ -80,7 +80,7 @@ def exact_engine(
     `points` are the code points that the two treat differently.
     """
     exact = hf_engine(loaded, special_tokens=False)
-    before, behind = added_around(loaded) if special_tokens else ([], [])
+    before, behind = _added_around(loaded) if special_tokens else ([], [])
     spellings = _spellings(loaded)
     doubtful = doubtful_characters(points)
     seen = 0
@@ -144,17 +144,14 @@ def wrap(
     return np.insert(tokens, at, [*before, *behind] * lengths.size), lengths + more
 
 
-def added_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind a text."""
-    plain = loaded.tokenizer.encode("a", add_special_tokens=False).ids
-    whole = loaded.tokenizer.encode("a", add_special_tokens=True).ids
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    raise InexactEngineError(
-        "the fast engine can not be shown to be exact: the tokenizer changes ids where it adds "
-        "special tokens; use --engine hf"
-    )
+def _added_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
+    added = loaded.added_around()
+    if added is None:
+        raise InexactEngineError(
+            "the fast engine can not be shown to be exact: the tokenizer changes ids where it adds "
+            "special tokens; use --engine hf"
+        )
+    return added
 
 
 def _spellings(loaded: LoadedTokenizer) -> list[str]:

@@ -29,11 +29,18 @@ OUTPUT_FILES = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS, REJECTED)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Which tokenizer the ids belong to; `sha256` is the digest that `is_tokenizer` compares."""
+    """Which tokenizer the ids belong to; `sha256` is the digest that `is_tokenizer` compares.
+
+    `start_ids` begin every document, where the tokenizer puts a start token before a text.
+    """
 
     sha256: str
     vocab_size: int
     eod_id: int
+    start_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start_ids", tuple(self.start_ids))  # JSON has lists
 
 
 @dataclass(frozen=True)

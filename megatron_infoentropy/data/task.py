@@ -69,9 +69,11 @@ class Task:
     ) -> Manifest:
         """The manifest of the finished run, still without domains."""
         loaded = self.loaded
+        added = loaded.added_around() if self.options.special_tokens else None
+        start_ids = tuple(added[0]) if added else ()
         return Manifest(
             folder=folder,
-            tokenizer=TokenizerFacts(loaded.sha256, loaded.vocab_size, loaded.eod_id),
+            tokenizer=TokenizerFacts(loaded.sha256, loaded.vocab_size, loaded.eod_id, start_ids),
             dtype=token_dtype(loaded.vocab_size).name,
             append_eod=self.options.append_eod,
             domains={},

@@ -62,7 +62,7 @@ class LoadedTokenizer:
     """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too.
 
     `sha256` is the folder's `tokenizer_digest`. With `as_text` the spelling of a special token is
-    text like any other. Can be sent to other processes.
+    text like any other. It can be sent to other processes.
     """
 
     tokenizer: Tokenizer
@@ -74,6 +74,15 @@ class LoadedTokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.tokenizer.encode_special_tokens = self.as_text  # which its own pickle leaves out
+
+    def added_around(self) -> tuple[list[int], list[int]] | None:
+        """Return the ids put before and behind a text; None where that changes the text's own."""
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return None
 
 
 def train_tokenizer(

@@ -34,17 +34,24 @@ _BATCHES = 16  # about, in a chunk
 
 @dataclass(frozen=True)
 class Scoring:
-    """How tokens are scored; `packed`: documents follow one another in a window."""
+    """How tokens are scored; `packed`: documents follow one another in a window.
+
+    The ids `context` stand in front of every text; `behind_start`: they are its start token.
+    """
 
     context_length: int
     stride: int
     packed: bool
     batch_tokens: int
+    context: tuple[int, ...]
+    behind_start: bool
 
     @property
     def rule(self) -> str:
         """In a sentence."""
         what = "every document separately, with the end-of-document token as its first context"
+        if self.behind_start:
+            what = "every document separately, behind its start token, which is not scored"
         if self.packed:
             what = "documents of a domain one after the other, in pieces of whole documents"
         return (
@@ -80,14 +87,15 @@ def cut_chunks(selection: Selection, batch_tokens: int) -> list[slice]:
 
 
 def chunk_batches(
-    tokens: NDArray[np.int64], lengths: NDArray[np.int64], scoring: Scoring, eod_id: int
+    tokens: NDArray[np.int64], lengths: NDArray[np.int64], scoring: Scoring
 ) -> Iterator[Batch]:
     """Batches of one chunk's tokens, which are documents of these lengths."""
     texts = np.array([len(tokens)]) if scoring.packed else lengths
     starts = np.cumsum(texts) - texts
-    windows = cut_windows(texts, scoring.context_length, scoring.stride)
+    context = scoring.context[-scoring.context_length :]
+    windows = cut_windows(texts, scoring.context_length, scoring.stride, len(context))
     for chosen in batches_of_similar_length(windows, scoring.batch_tokens):
-        yield make_batch(tokens, starts, windows, chosen, eod_id)
+        yield make_batch(tokens, starts, windows, chosen, context)
 
 
 def score_chunk(
@@ -109,7 +117,7 @@ def score_chunk(
     tokens = np.concatenate(documents)
     per_token = np.empty((4, len(tokens)), dtype=np.float32)
     with torch.inference_mode():
-        for batch in chunk_batches(tokens, lengths, scoring, dataset.eod_id):
+        for batch in chunk_batches(tokens, lengths, scoring):
             inputs, target = torch.from_numpy(batch.inputs), torch.from_numpy(batch.target)
             # Without a name the logits go before the next batch has its own.
             found = token_scores(model.logits(inputs), target)
@@ -118,7 +126,7 @@ def score_chunk(
             advance(len(batch.place))
     _require_finite(per_token, dataset, selection, rows)
     ce, entropy = per_token[:2]
-    tally = Tally(dataset.vocab_size)
+    tally = Tally(model.vocab_size)
     tally.add(*per_token)
     cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + band_of_token[tokens]
     shape = len(lengths), BANDS

@@ -56,7 +56,7 @@ class Job:
         """What must be the same for an interrupted evaluation to go on."""
         return {
             "format": FORMAT,
-            "scoring": asdict(self.scoring),
+            "scoring": asdict(self.scoring) | {"context": list(self.scoring.context)},  # as JSON
             "model": self.model.describe() | {"weights_sha256": self.model.weights_sha256()},
             "data": self.dataset.state,
             "documents": places_sha256(self.dataset, self.selection, self.band_of_token),
@@ -71,7 +71,7 @@ def open_job(source: ModelSource, data: Path, token_counts: Path, options: Optio
     """
     if options.batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {options.batch_tokens}")
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, packed=options.packed)
     require_same_tokenizer(source, dataset.tokenizer_sha256)
     counts = read_token_counts(token_counts, dataset.vocab_size).sum(axis=0)
     band_of_token = frequency_bands(counts)
@@ -85,7 +85,10 @@ def open_job(source: ModelSource, data: Path, token_counts: Path, options: Optio
     require_same_vocabulary(model, dataset.vocab_size)
     length = context_length_of(model, options.context_length)
     stride = _stride(options.stride, length)
-    scoring = Scoring(length, stride, options.packed, options.batch_tokens)
+    behind_start = any(domain.skipped for domain in dataset.domains)
+    scoring = Scoring(
+        length, stride, options.packed, options.batch_tokens, dataset.context, behind_start
+    )
     return Job(
         model, source, dataset, selection, scoring, counts, band_of_token, weights, weights_are
     )

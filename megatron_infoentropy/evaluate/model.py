@@ -159,15 +159,18 @@ def require_same_tokenizer(source: ModelSource, sha256: str) -> None:
 
 
 def require_same_vocabulary(model: ScoringModel, vocab_size: int) -> None:
-    """Refuse a model that predicts more or fewer tokens than the data's tokenizer has.
+    """Refuse a model that predicts fewer tokens than the data's tokenizer has.
+
+    Many published models have more rows than their tokenizers have tokens: they are part of the
+    softmax, as in the model's own training.
 
     Raises:
         VocabularyMismatchError: naming both sizes.
     """
-    if model.vocab_size != vocab_size:
+    if model.vocab_size < vocab_size:
         raise VocabularyMismatchError(
-            f"the model's vocabulary is {model.vocab_size}, the data's tokenizer has {vocab_size}: "
-            "padding must be cut when a checkpoint is exported (`infoentropy convert` does)"
+            f"the model predicts {model.vocab_size} tokens, the data's tokenizer has {vocab_size}: "
+            "preprocess the data with the model's tokenizer"
         )
 
 

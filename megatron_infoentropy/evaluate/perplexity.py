@@ -84,7 +84,7 @@ def evaluate_model(
             raise ValueError("several processes need an output folder that they share; name one")
         job = open_job(source, data, token_counts, options)
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        journal = Journal(folder, job.dataset.vocab_size)
+        journal = Journal(folder, job.model.vocab_size)
         _score(job, ranks, journal, restart=restart)
         if ranks.rank == 0:
             assemble(job, journal, token_scores=token_scores).save(folder)

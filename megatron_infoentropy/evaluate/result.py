@@ -35,7 +35,7 @@ def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
     selection = job.selection
     shape = len(selection), BANDS
     tokens, ce, entropy = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
-    tally = Tally(job.dataset.vocab_size)
+    tally = Tally(job.model.vocab_size)
     names = places_sha256(job.dataset, selection, job.band_of_token)
     fingerprint = hashlib.sha256(names.encode())
     path = journal.folder / TOKENS_FILE

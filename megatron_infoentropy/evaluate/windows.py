@@ -1,16 +1,18 @@
 """How texts are cut for scoring, so that every token is scored exactly once.
 
-A text of n tokens x_0 ... x_(n-1) is prefixed with the end-of-document token as context. The first
-window predicts up to L tokens, L being the context length; every further window predicts the next S
-<= L, the stride, and sees the L - S + 1 tokens before them. With S = L windows share no predicted
-token and only one token of context; the smaller S, the more context, at L / S times the work.
+A text of n tokens x_0 ... x_(n-1) is prefixed with a context: the start token that its tokenizer
+puts there, else the end-of-document token. The first window predicts up to L tokens, L being the
+context length (fewer where the context has more tokens than one); every further window predicts the
+next S <= L, the stride, and sees the L - S + 1 tokens before them. With S = L windows share no
+predicted token and only one token of context; the smaller S, the more context, at L / S times the
+work.
 
     L = 4, S = 4                            L = 4, S = 2
     eod x0 x1 x2 | x3 x4 ...    inputs      eod x0 x1 x2 | x1 x2 x3 x4 | x3 ...
     x0  x1 x2 x3 | x4 x5 ...    targets     x0  x1 x2 x3 | .. .. x4 x5 | .. .. x6 x7
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +27,7 @@ class Windows:
 
     `text` counts through the texts given, `start` is the position of the first predicted token in
     its text, `length` the number of predicted tokens, `context` how many tokens are seen before
-    the first predicted one, the end-of-document token in front of the text included.
+    the first predicted one, those in front of the text included.
     """
 
     text: NDArray[np.int64]
@@ -42,16 +44,22 @@ class Windows:
         return self.context + self.length - 1
 
 
-def cut_windows(text_lengths: NDArray[np.int64], context_length: int, stride: int) -> Windows:
-    """Cut texts of the given lengths (tokens, all > 0); 1 <= stride <= context_length."""
-    later = -(-np.maximum(text_lengths - context_length, 0) // stride)
+def cut_windows(
+    text_lengths: NDArray[np.int64], context_length: int, stride: int, in_front: int = 1
+) -> Windows:
+    """Cut texts of the given lengths (tokens, all > 0); 1 <= stride <= context_length.
+
+    in_front: tokens of context in front of every text, 1 to context_length.
+    """
+    longest_first = context_length - in_front + 1
+    later = -(-np.maximum(text_lengths - longest_first, 0) // stride)
     text = np.repeat(np.arange(len(text_lengths)), 1 + later)
     first = np.cumsum(1 + later) - (1 + later)
     number = np.arange(len(text)) - first[text]
-    start = np.where(number == 0, 0, context_length + (number - 1) * stride)
-    longest = np.where(number == 0, context_length, stride)
+    start = np.where(number == 0, 0, longest_first + (number - 1) * stride)
+    longest = np.where(number == 0, longest_first, stride)
     length = np.minimum(text_lengths[text] - start, longest)
-    context = np.where(number == 0, 1, context_length - stride + 1)
+    context = np.where(number == 0, in_front, context_length - stride + 1)
     return Windows(text, start, length, context)
 
 
@@ -89,7 +97,7 @@ def make_batch(
     text_starts: NDArray[np.int64],
     windows: Windows,
     chosen: NDArray[np.int64],
-    eod_id: int,
+    in_front: Sequence[int],
 ) -> Batch:
     """One batch of windows of the texts that start at `text_starts` in `tokens`.
 
@@ -98,10 +106,10 @@ def make_batch(
         text_starts: where each starts, int64 [texts].
         windows: all windows of the texts.
         chosen: which of them make the batch.
-        eod_id: stands in front of every text, and in the padding, where it is never scored.
+        in_front: ids in front of every text; the last one is the padding too. Never scored.
     """
     shape = len(chosen), int(windows.positions[chosen].max())
-    inputs = np.full(shape, eod_id, dtype=np.int64)
+    inputs = np.full(shape, in_front[-1], dtype=np.int64)
     target = np.full(shape, IGNORED, dtype=np.int64)
     places = []
     for row, window in enumerate(chosen):
@@ -111,7 +119,9 @@ def make_batch(
         context = int(windows.context[window])
         read = tokens[max(first - context, begin) : last - 1]
         positions = context + last - first - 1
-        inputs[row, positions - len(read) : positions] = read
+        missing = positions - len(read)  # of the context, where the text begins after it
+        inputs[row, :missing] = in_front[len(in_front) - missing :]
+        inputs[row, missing:positions] = read
         target[row, context - 1 : positions] = tokens[first:last]
         places.append(np.arange(first, last))
     return Batch(inputs, target, np.concatenate(places))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from megatron_infoentropy.data import tokenizer as module
 from megatron_infoentropy.data.engine import hf_engine
+from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.data.options import Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer
@@ -71,6 +72,18 @@ def test_worker_processes_have_the_same_rules(tmp_path: Path, kind: str) -> None
     documents = [[*ids, megatron.eod] for text in TEXTS if (ids := megatron.text_to_ids(text))]
     found = np.fromfile(tmp_path / "out" / "all.bin", out.dtype).tolist()
     assert found == [token for document in documents for token in document]
+
+
+@pytest.mark.parametrize(("special_tokens", "start_ids"), [(True, (1,)), (False, ())])
+def test_the_manifest_says_which_ids_begin_every_document(
+    tmp_path: Path, special_tokens: bool, start_ids: tuple[int, ...]
+) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer", "Llama 2")
+    text = write(tmp_path / "a.jsonl", [line("cat")])
+    options = Options(split_by=None, special_tokens=special_tokens)
+    made = preprocess([text], folder, tmp_path / "out", options=options)
+    assert made.tokenizer.start_ids == start_ids
+    assert load_manifest(tmp_path / "out") == made
 
 
 def changed(folder: Path, name: str, **change: Any) -> None:

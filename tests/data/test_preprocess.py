@@ -102,6 +102,7 @@ def test_the_manifest_is_the_agreed_format(
         "sha256": tokenizer.sha256,
         "vocab_size": 600,
         "eod_id": tokenizer.eod_id,
+        "start_ids": [],
     }
     assert (content["dtype"], content["append_eod"]) == ("uint16", True)
     assert content["token_counts"] == "token_counts.npy"

@@ -94,10 +94,10 @@ def test_a_model_trained_on_data_of_another_tokenizer_is_refused(model, dataset)
         evaluate(source, dataset)
 
 
-def test_another_vocabulary_size_is_refused(model, dataset, tmp_path):
-    padded = write_model(tmp_path / "model", seed=1, vocab_size=VOCAB + 3)
-    with pytest.raises(VocabularyMismatchError, match=f"{VOCAB + 3}.*{VOCAB}"):
-        evaluate(padded, dataset)
+def test_a_smaller_vocabulary_is_refused(model, dataset, tmp_path):
+    small = write_model(tmp_path / "model", seed=1, vocab_size=VOCAB - 1)
+    with pytest.raises(VocabularyMismatchError, match=f"{VOCAB - 1}.*{VOCAB}"):
+        evaluate(small, dataset)
     counts = tmp_path / "counts.npy"
     np.save(counts, np.ones((2, VOCAB + 3), dtype=np.int64))
     with pytest.raises(VocabularyMismatchError, match="token counts of shape"):

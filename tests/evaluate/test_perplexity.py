@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_llama import CONTEXT
+from tiny_llama import CONTEXT, write_model
 from token_folder import EOD, VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
@@ -233,3 +233,48 @@ def test_documents_without_tokens_are_left_out_and_shift_nothing(model, tmp_path
     data = with_empty.summary["data"]
     assert data["complete"]
     assert (data["documents"], data["empty_documents"], data["one_token_documents"]) == (2, 3, 1)
+
+
+def log_p_behind(network, text: list[int], start: list[int], stride: int) -> list[float]:
+    """Of every token of a text behind its start tokens, one forward pass a token."""
+    tokens, scores = [*start, *text], []
+    first = CONTEXT - len(start) + 1  # tokens that the first window scores
+    for number, token in enumerate(text):
+        window = 0 if number < first else (number - first) // stride + 1
+        begin = 0 if window == 0 else len(start) + first + (window - 1) * stride - (
+            CONTEXT - stride + 1
+        )  # fmt: skip
+        read = torch.tensor([tokens[begin : len(start) + number]])
+        with torch.no_grad():
+            scores.append(network(read).logits[0, -1].log_softmax(-1)[token].item())
+    return scores
+
+
+@pytest.mark.parametrize("start", [[5], [5, 7, 9]])
+@pytest.mark.parametrize("stride", [CONTEXT, 5, 1])
+def test_a_start_token_is_context_and_is_not_scored(model, network, tmp_path, start, stride):
+    """As everybody measures models that know <s> text, and not </s> <s> text."""
+    texts = [d.tolist() for d in random_documents(8, [3, 14, 16, 17, 40, 1])]
+    written = [np.array([*start, *text]) for text in [*texts, []]]
+    data = write_token_folder(tmp_path / "data", {"Web": written}, start_ids=start)
+    found = evaluate(model, data, stride=stride)
+    expected = [log_p_behind(network, text, start, stride) for text in texts]
+    total = found.summary["total"]
+    assert total["tokens"] == sum(map(len, texts))
+    assert total["nats_per_token"] == pytest.approx(-np.mean(np.concatenate(expected)), abs=1e-6)
+    nats = found.documents.ce.sum(axis=1)
+    np.testing.assert_allclose(nats, [-sum(scores) for scores in expected], rtol=1e-5)
+    assert "behind its start token, which is not scored" in found.summary["scoring"]["rule"]
+    packed = evaluate(model, data, packed=True)  # as in training: behind the document before
+    assert packed.summary["total"]["tokens"] == sum(map(len, written))
+
+
+def test_a_model_with_more_rows_than_tokens_is_scored_over_all_of_them(dataset, tmp_path):
+    """Every Qwen and Pythia: the rows are part of the softmax, and of the largest entropy."""
+    folder = write_model(tmp_path / "model", seed=1, vocab_size=VOCAB + 30)
+    network = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    expected = expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
+    summary = evaluate(folder, dataset).summary
+    assert summary["total"]["nats_per_token"] == pytest.approx(expected[:, 3].mean(), abs=1e-6)
+    assert summary["model"]["vocab_size"] == VOCAB + 30
+    assert summary["entropy_histogram"]["edges"][-1] == pytest.approx(math.log(VOCAB + 30))

@@ -24,7 +24,10 @@ TOKENIZER = json.dumps(
 
 
 def write_token_folder(
-    folder: Path, domains: dict[str, list[np.ndarray]], bytes_per_token: int = 3
+    folder: Path,
+    domains: dict[str, list[np.ndarray]],
+    bytes_per_token: int = 3,
+    start_ids: list[int] | None = None,
 ) -> Path:
     """One .bin/.idx a domain, manifest.json and token_counts.npy; returns the folder."""
     folder.mkdir(parents=True)
@@ -34,6 +37,7 @@ def write_token_folder(
             "sha256": hashlib.sha256(TOKENIZER).hexdigest(),
             "vocab_size": VOCAB,
             "eod_id": EOD,
+            **({"start_ids": start_ids} if start_ids else {}),
         },
         "dtype": "uint16",
         "append_eod": True,
