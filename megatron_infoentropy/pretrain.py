@@ -7,6 +7,7 @@ without a GPU it runs on the CPU.
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 from megatron_infoentropy.runtime import cpu, orphans
@@ -24,6 +25,7 @@ def prepare() -> tuple[Any, Any]:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_infoentropy.integration import arguments, lineage
+    from megatron_infoentropy.integration.batch import embedding_ranks
     from megatron_infoentropy.integration.compat import model_config_from_args
     from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
     from megatron_infoentropy.integration.model_size import announce_size
@@ -44,6 +46,7 @@ def prepare() -> tuple[Any, Any]:
         print_rank_0("--calculate-per-token-loss is on: 'global' divides the gradients itself")
 
     model_config = model_config_from_args(args)
+    embedding_ranks(model_config, list(range(args.pipeline_model_parallel_size)))  # can it be?
     model_config.pre_wrap_hooks.append(announce_size)
     if args.infoentropy_unscaled_init:
         model_config.transformer.output_layer_init_method = model_config.transformer.init_method
@@ -59,24 +62,33 @@ def prepare() -> tuple[Any, Any]:
     return pretrain_cfg_container_from_args(args, model_config), forward_step
 
 
+def run(container: Any, forward_step: Any) -> None:
+    """Call Megatron's `pretrain` with what `prepare` returned, on our datasets."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from megatron_infoentropy.integration.batch import build_datasets, embedding_ranks
+
+    pretrain(
+        *(container, build_datasets, ModelType.encoder_or_decoder, forward_step),
+        get_embedding_ranks=partial(embedding_ranks, container.model),
+    )
+
+
 def train() -> None:
     """Train as the command line says, from the newest complete checkpoint; every rank runs this.
 
     Raises:
         ValueError: settings that cannot work together, or no checkpoint that can be loaded.
     """
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-
     from megatron_infoentropy.integration import checkpoints
-    from megatron_infoentropy.integration.batch import build_datasets
 
     flags = checkpoints.checkpoint_flags(sys.argv[1:])
     checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
     try:
         with checkpoints.writing_manifests(flags, forward_step) as step:
-            pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+            run(container, step)
     finally:
         # node.sh repeats its order to save until the ranks are gone, and Python ends with the
         # default handlers: the signal would kill a rank that has saved. An ignored one stays so.

@@ -38,13 +38,11 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int) -> None:
     """`main` where Megatron may be imported already; the command line is the training's."""
-    from megatron.core.enums import ModelType
-    from megatron.training import get_args, pretrain
+    from megatron.training import get_args
 
     from megatron_infoentropy.bench.recipe_losses import contenders
     from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
-    from megatron_infoentropy.integration.batch import build_datasets
-    from megatron_infoentropy.pretrain import prepare
+    from megatron_infoentropy.pretrain import prepare, run
 
     container, ours = prepare()
     transformer = container.model.transformer
@@ -74,7 +72,7 @@ def measure(folder: Path, rounds: int) -> None:
         planned, clock, meter_for(device), lambda: int(get_args().curr_iteration), write
     )
     transformer.finalize_model_grads_func = step.finalize_model_grads
-    pretrain(container, build_datasets, ModelType.encoder_or_decoder, step)
+    run(container, step)
 
 
 def _shorten(args: Any, steps: int) -> None:

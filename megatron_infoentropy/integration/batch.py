@@ -3,13 +3,15 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -24,12 +26,7 @@ def get_batch(
 
     tokens, labels, position_ids: int64 [batch, sequence]; loss_mask: fp32 [batch, sequence].
     """
-    has_mtp = mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+    has_mtp = _has_mtp(config, vp_stage)
     if not is_first_or_last_pipeline_stage(vp_stage) and not has_mtp:
         return dict.fromkeys(FIELDS)
     args = get_args()
@@ -68,6 +65,42 @@ def _leave_out(batch: dict[str, Any], target: int | None) -> None:
         batch["loss_mask"] = batch["loss_mask"] * (batch["labels"] != target)
 
 
+def _has_mtp(config: Any, vp_stage: int | None) -> bool:
+    """Return whether multi-token-prediction heads, which read tokens, are on this stage."""
+    found: bool = mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    return found
+
+
+def embedding_ranks(model_config: Any, pipeline_ranks: list[int]) -> list[int]:
+    """Return the ranks of a pipeline that share the word embeddings; for Megatron's `pretrain`.
+
+    They are the first, the one of the multi-token-prediction heads and, if the output layer is the
+    same tensor, the last. Megatron's default is the first and the last: it would then make one
+    tensor of an embedding and of an output layer that are two.
+
+    Raises:
+        ValueError: the heads are on the first rank, behind another rank's layers.
+    """
+    config = model_config.transformer
+    heads = get_mtp_ranks(pipeline_ranks, config)
+    if len(pipeline_ranks) > 1 and pipeline_ranks[0] in heads:
+        raise ValueError(
+            "--pipeline-model-parallel-layout puts the multi-token-prediction heads (m) on the "
+            "first pipeline rank, where Megatron never joins their embedding with the one that is "
+            f"there; put m on another of the {len(pipeline_ranks)} ranks, of which each has every "
+            f"{len(pipeline_ranks)}th stage"
+        )
+    shared = {pipeline_ranks[0], *heads}
+    if model_config.share_embeddings_and_output_weights or not config.mtp_num_layers:
+        shared.add(pipeline_ranks[-1])
+    return sorted(shared)
+
+
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """(train, validation, test) datasets from Megatron's data flags; its `datasets_provider`."""
     args = get_args()
@@ -100,8 +133,16 @@ class PieceDataset(GPTDataset):  # type: ignore[misc]
 
 
 def _is_built_on_this_rank(vp_stage: int | None) -> bool:
-    on_stage: bool = is_first_or_last_pipeline_stage(vp_stage)
-    return on_stage and mpu.get_tensor_model_parallel_rank() == 0
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    args = get_args()
+    layout = args.pipeline_model_parallel_layout
+    if isinstance(layout, str):
+        layout = PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)
+    config = SimpleNamespace(
+        pipeline_model_parallel_layout=layout, mtp_num_layers=args.mtp_num_layers
+    )
+    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(config, vp_stage)
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

@@ -38,11 +38,9 @@ def main(folder, gammas, kind="plain"):
     from megatron.core import mpu
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.enums import ModelType
-    from megatron.training import get_args, get_tokenizer, pretrain
+    from megatron.training import get_args, get_tokenizer
 
     from megatron_infoentropy.integration import step
-    from megatron_infoentropy.integration.batch import build_datasets
 
     container, forward_step = ours.prepare()
     transformer = container.model.transformer
@@ -87,7 +85,7 @@ def main(folder, gammas, kind="plain"):
     step.get_batch = get_batch
     transformer.finalize_model_grads_func = write_down
     use_gamma(0)
-    pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    ours.run(container, forward_step)
     found["vocab_size"] = get_tokenizer().vocab_size
     ranks = (
         mpu.get_pipeline_model_parallel_rank(),
