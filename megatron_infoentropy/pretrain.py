@@ -51,8 +51,9 @@ def prepare() -> tuple[Any, Any]:
     if args.infoentropy_unscaled_init:
         model_config.transformer.output_layer_init_method = model_config.transformer.init_method
     vocab_size = get_tokenizer().vocab_size
-    batch_weight, observer = GlobalBatchWeight(), TokenObserver(vocab_size)
     is_global = config.normalization == "global"
+    batch_weight = GlobalBatchWeight(args.global_batch_size * args.seq_length if is_global else 1)
+    observer = TokenObserver(vocab_size)
     model_config.transformer.finalize_model_grads_func = observed(
         batch_weight.finalize_model_grads if is_global else finalize_model_grads,
         observer,

@@ -201,9 +201,10 @@ def _our_objective(config: InfoEntropyConfig, vocabulary: int) -> Objective:
             output_processor=statistics_processor,
             output_processor_context=settings,
         )
-        loss, count, _ = training_loss(batch["loss_mask"], output, config, groups)
+        loss, count, report = training_loss(batch["loss_mask"], output, config, groups)
         statistics = unpack(output.detach())
-        observer.add(statistics, token_weight(statistics, config), batch["loss_mask"])
+        weight = token_weight(statistics, config)
+        observer.add(statistics, weight, batch["loss_mask"], report["objective"])
         return loss / count
 
     return objective

@@ -127,6 +127,9 @@ def parse_log(lines: Iterable[str]) -> TrainingLog:
                 observed[iteration] = values
             case _:
                 pass
+    for iteration, values in observed.items():  # Megatron's line leaves out what is negative
+        if "objective" in values and iteration in training:
+            training[iteration].setdefault("objective", values["objective"])
     return TrainingLog(training, validation, train_iters, observed)
 
 

@@ -176,6 +176,12 @@ def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:
             "to scale gradients once by 1/sum(w) of the global batch; use 'paper' or 'none', or "
             "--use-megatron-fsdp"
         )
+    if getattr(args, "ddp_average_in_collective", False):
+        raise ValueError(
+            "--infoentropy-normalization global cannot go with --ddp-average-in-collective: "
+            "gradients are summed over ranks and divided once by sum(w) of the global batch; leave "
+            "one of them out"
+        )
     others = {
         "--num-experts (its auxiliary losses)": args.num_experts,
         "--mtp-num-layers (its own loss)": args.mtp_num_layers,

@@ -3,8 +3,13 @@
 sum(w) is known only after the last micro-batch. Megatron runs with per-token losses, i.e. sums of
 w ce over micro-batches and ranks, and once all gradients are reduced they are divided by the
 batch's weight here, where Megatron itself would divide by its (integer) token count.
+
+Sums over a batch are as many times larger than means as it has tokens, beyond what fp16 holds: the
+losses are divided by a power of two near that number, and the gradients multiplied by it in the
+end, which changes no bit of a result that is in range.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +23,9 @@ from megatron_infoentropy.loss.weighting import LEAST_WEIGHT
 class GlobalBatchWeight:
     """Adds up the weights of a step's micro-batches on this rank, then scales the gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 1) -> None:
+        """tokens: about how many a global batch has; 1 leaves the losses as they are."""
+        self.unit = 2.0 ** round(math.log2(tokens))
         self._total: torch.Tensor | None = None
 
     def add(self, weight: torch.Tensor) -> None:
@@ -48,7 +55,7 @@ class GlobalBatchWeight:
         finalize_model_grads(model, None, pg_collection=pg_collection, **options)
         total = self._sum_over_ranks(pg_collection)
         # Without a weight there is no gradient to scale, and no host has to know.
-        scale = 1 / total.clamp_min(LEAST_WEIGHT)
+        scale = self.unit / total.clamp_min(LEAST_WEIGHT * self.unit)
         for chunk in model:
             chunk.scale_gradients(scale)
 

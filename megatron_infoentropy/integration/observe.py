@@ -21,7 +21,7 @@ ENTROPY_BINS = 128
 # From 2^-30 to 2^34 in as many bins as W&B takes. Less half a bin: 1 is then a bin's middle, and of
 # tokens that all have this weight a half is reported to lie above the mean.
 WEIGHT_BINS, WEIGHT_OCTAVES = 512, (-30.0625, 33.9375)
-SUMS = ("tokens", "cross entropy", "weight", "positions")
+SUMS = ("tokens", "cross entropy", "weight", "positions", "objective", "divisor")
 # Dense bf16 TFLOP/s of a card as its maker states it; utilisation is given where the name is known,
 # also of FP8 runs, so that the two can be compared.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -34,10 +34,21 @@ class TokenObserver:
         self.entropy = Histogram(0.0, math.log(vocab_size), ENTROPY_BINS)
         self.log2_weight = Histogram(*WEIGHT_OCTAVES, WEIGHT_BINS)
         self._counts: torch.Tensor | None = None  # float64: entropy bins, weight bins, SUMS
+        self._step: torch.Tensor | None = None  # the same of the step that is being computed
+        self._last_step = 0
         self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
 
-    def add(self, statistics: TokenStatistics, weight: torch.Tensor, mask: torch.Tensor) -> None:
-        """Count the tokens of one micro-batch, all [batch, sequence]; no synchronisation."""
+    def add(
+        self,
+        statistics: TokenStatistics,
+        weight: torch.Tensor,
+        mask: torch.Tensor,
+        objective: torch.Tensor,
+    ) -> None:
+        """Count the tokens of one micro-batch, all [batch, sequence]; no synchronisation.
+
+        objective: [2], the optimised sum and what divides it.
+        """
         mask, weight = mask.double().flatten(), weight.detach().double().flatten()
         ce, entropy = (part.detach().double().flatten() for part in statistics[:2])
         tokens = mask.sum()
@@ -48,9 +59,23 @@ class TokenObserver:
                 self.entropy.count(entropy, mask),
                 self.log2_weight.count(weight.log2(), mask),
                 torch.stack(sums),
+                objective.double(),
             ]
         )
-        self._counts = mine if self._counts is None else self._counts + mine
+        self._step = mine if self._step is None else self._step + mine
+
+    def end_step(self, step: int) -> bool:
+        """Take over what the step has counted; False, and nothing is taken, where it was repeated.
+
+        Megatron computes a step again where its rerun state machine looks for a cause.
+        """
+        counts, self._step = self._step, None
+        if step == self._last_step:
+            return False
+        self._last_step = step
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
+        return True
 
     def report(self, group: Any, seconds: float) -> dict[str, float] | None:
         """Numbers by name, over all ranks of `group`, and a new start; None without tokens here.
@@ -71,6 +96,9 @@ class TokenObserver:
         tokens = max(total["tokens"], 1.0)
         log2_mean = math.log2(max(total["weight"] / tokens, sys.float_info.min))
         found = {"perplexity": math.exp(min(total["cross entropy"] / tokens, 700.0))}
+        objective = total["objective"] / (total["divisor"] or 1.0)
+        if objective < 0:  # Megatron's own line leaves out what is negative
+            found["objective"] = objective
         for percent in (10, 50, 90):
             found[f"entropy p{percent}"] = self.entropy.quantile(entropy, percent / 100)
         found["entropy max"] = self.entropy.quantile(entropy, 1.0)
@@ -137,7 +165,7 @@ def observed(
         from megatron.training import get_args
 
         iteration = get_args().curr_iteration + 1
-        if iteration % get_args().log_interval == 0:
+        if observer.end_step(iteration) and iteration % get_args().log_interval == 0:
             _report(observer, iteration, histogram_interval)
 
     return finalize_model_grads

@@ -99,13 +99,13 @@ class InfoEntropyForwardStep:
         self.batch_weight.add(report["weight"][0])
         statistics = unpack(output.detach())
         weight = token_weight(statistics, config, loss_mask)
-        self.observer.add(statistics, weight, loss_mask)
+        self.observer.add(statistics, weight, loss_mask, report["objective"])
         if self.config.gamma_schedule != "constant":
             # Filled on the device: a copy from the host would wait for it.
             gamma = torch.full_like(loss.detach(), config.gamma)
             report["gamma"] = torch.stack([gamma, torch.ones_like(gamma)])
         reject_bad_loss(loss)
-        return loss, num_tokens, report
+        return loss / self.batch_weight.unit, num_tokens, report
 
 
 def training_loss(

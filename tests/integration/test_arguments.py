@@ -95,6 +95,7 @@ def test_an_impossible_value_is_refused_by_the_configuration():
         ({"mtp_num_layers": 1}, "global", "cannot go with --mtp-num-layers"),
         ({"dsa_indexer_loss_coeff": 0.1}, "global", "cannot go with --dsa-indexer-loss-coeff"),
         ({"use_torch_fsdp2": True}, "global", "cannot go with --use-torch-fsdp2"),
+        ({"ddp_average_in_collective": True}, "global", "cannot go with --ddp-average-in-collect"),
     ],
 )
 def test_incompatible_megatron_flags_are_refused(changes, normalization, message):

@@ -50,9 +50,17 @@ def test_weights_are_summed_over_every_rank_that_has_tokens(summed, more, data):
     assert chunk.scale == (0.25 if data == "data" else 0.125)
 
 
+def test_losses_are_divided_by_what_the_gradients_are_multiplied_with(summed):
+    chunk, weight = Chunk(), global_batch.GlobalBatchWeight(tokens=3000)
+    assert weight.unit == 4096
+    weight.add(torch.tensor(8.0))
+    weight.finalize_model_grads([chunk], pg_collection=SimpleNamespace(pp=None, dp_cp=None))
+    assert chunk.scale == 512
+
+
 @pytest.mark.parametrize("total", [0.0, 1e-40, math.nan])
 def test_gradients_without_a_weight_stay_finite_and_nan_is_seen(summed, total):
-    chunk, weight = Chunk(), global_batch.GlobalBatchWeight()
+    chunk, weight = Chunk(), global_batch.GlobalBatchWeight(tokens=2**30)
     weight.add(torch.tensor(total))
     weight.finalize_model_grads([chunk], pg_collection=SimpleNamespace(pp=None, dp_cp=None))
     assert math.isnan(chunk.scale) == math.isnan(total)

@@ -59,8 +59,11 @@ def make_tokens(rank):
 def report_on_rank():
     observer = TokenObserver(500)
     first, second = make_tokens(dist.get_rank()), make_tokens(dist.get_rank() + 2)
-    observer.add(*first)
-    observer.add(*second)
+    observer.add(*first, torch.tensor([-3.0, 2.0]))
+    observer.end_step(1)
+    for _ in range(2):  # the second time is Megatron's, which looks for a cause
+        observer.add(*second, torch.tensor([1.0, 2.0]))
+        observer.end_step(2)
     found = observer.report(dist.group.WORLD, 2.0)
     drawn = Recorder()
     observer.draw(drawn, None, 7)
@@ -71,7 +74,9 @@ def report_on_rank():
 def report_of_weights(*weights):
     weight = torch.tensor([weights])
     observer = TokenObserver(500)
-    observer.add(TokenStatistics(*[torch.ones_like(weight)] * 4), weight, torch.ones_like(weight))
+    mask = torch.ones_like(weight)
+    observer.add(TokenStatistics(*[mask] * 4), weight, mask, torch.tensor([1.0, 1.0]))
+    assert observer.end_step(1)
     return observer._read(observer._counts, 1.0)
 
 
@@ -117,6 +122,7 @@ def test_a_report_is_over_all_tokens_of_all_ranks():
         share = float((weight > weight.mean()).double().mean())
         assert found["share of tokens above mean weight"] == pytest.approx(share, abs=0.03)
         assert found["tokens/s"] == 4 * 150 / 2.0
+        assert found["objective"] == -0.5
         assert [name for name, _ in drawn] == ["infoentropy/entropy", "infoentropy/log2 weight"]
         for _, values in drawn:
             assert sum(values["bucket_counts"]) == values["num"] == keep.sum()

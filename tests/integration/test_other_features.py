@@ -10,6 +10,8 @@ import probe_losses
 import pytest
 from launch import TINY_MODEL, run_trainer
 
+from megatron_infoentropy.evaluate.runlog import parse_log
+
 STEPS = 6
 TRAINING = [
     *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),
@@ -38,6 +40,21 @@ def test_with_gamma_zero_other_losses_are_as_megatron_has_them(feature, tmp_path
     ours, _ = losses("ours", [*feature, "--infoentropy-gamma=0"], tmp_path, "ours")
     assert ours == pytest.approx(theirs, rel=2e-6)
     assert ours[-1] < 0.98 * ours[0], "the run did not learn, so equality shows little"
+
+
+def test_a_whole_batch_fits_into_fp16_as_its_mean_does(tmp_path):
+    """A loss scale at which gradients of means are finite, and those of sums were not."""
+    shared = ["--fp16", "--initial-loss-scale=1024", "--infoentropy-entropy-bonus=9"]
+    for normalization in ("paper", "global"):
+        flags = [*shared, f"--infoentropy-normalization={normalization}"]
+        losses("ours", flags, tmp_path, normalization)
+        log = (tmp_path / "rank1.log").read_text()
+        assert "number of skipped iterations:   0" in log
+        assert "number of skipped iterations:   1" not in log
+        # The bonus outweighs the cross entropy, and Megatron prints no negative number.
+        reports = parse_log(log.splitlines()).training
+        assert all(values["objective"] < 0 for values in reports.values())
+        assert len(reports) == STEPS
 
 
 def test_the_sharded_optimizer_takes_the_same_steps(tmp_path):
