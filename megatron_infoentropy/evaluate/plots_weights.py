@@ -30,7 +30,8 @@ def weight_curves(data: Data) -> Figure | None:
         histogram_behind(axes, weights["histogram"])
         others = cycle(DASHES[1:])
         for curve in weights["curves"]:
-            group = _group_with_weight(data, curve)
+            used = curve["run"] is not None  # else one to compare with
+            group = data["groups"][data["runs"][curve["run"]]["group"]] if used else None
             color, dash = (color_of(group), "solid") if group else (INK, next(others))
             width = 2.4 if group else 1.3
             label = curve["label"] + (" (used)" if group else "")
@@ -108,16 +109,6 @@ def confidence_calibration(data: Data) -> Figure | None:
 
     columns = ("setting", "tokens", "mean_confidence", "accuracy")
     return Figure("confidence", draw("confidence", plot), columns, rows)
-
-
-def _group_with_weight(data: Data, curve: Data) -> Data | None:
-    """The group that was trained with a curve's weights, if any was."""
-    for group in data["groups"]:
-        info = data["runs"][group["runs"][0]]["info"]
-        same = (info["gamma"], info["sigma"]) == (curve["gamma"], curve["sigma"])
-        if info["objective"] == "infoentropy" and same and not group["is_baseline"]:
-            return dict(group)
-    return None
 
 
 def _filled(histogram: Data, enough: int) -> tuple[list[float], list[float]]:

@@ -22,7 +22,6 @@ from markupsafe import Markup
 from megatron_infoentropy import __version__
 from megatron_infoentropy.evaluate import verdict, wording
 from megatron_infoentropy.evaluate.comparison import compare_groups
-from megatron_infoentropy.evaluate.emphasis import emphasise
 from megatron_infoentropy.evaluate.figure import Figure, write_figures
 from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.group_scores import intervals_over_documents, mean_scores
@@ -32,14 +31,25 @@ from megatron_infoentropy.evaluate.runlog import Values
 from megatron_infoentropy.evaluate.runs import Run, load_run
 from megatron_infoentropy.evaluate.svg import SERIES
 from megatron_infoentropy.evaluate.task_table import task_table
-from megatron_infoentropy.evaluate.weights import weight_curves
+from megatron_infoentropy.evaluate.weights import (
+    final_loss,
+    may_draw,
+    weigh_passage,
+    weight_curves,
+)
 
 FORMAT = 3
 _MOST_PASSAGES = 3
 _TEMPLATE = "report.html.jinja"
 
 
-def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -> Path:
+def write_report(
+    runs: list[Path],
+    output: Path,
+    *,
+    notes: Sequence[str] = (),
+    weightings: Sequence[str] = (),
+) -> Path:
     """Compare run folders on one HTML page.
 
     Args:
@@ -47,17 +57,20 @@ def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -
         output: the page, or a folder to write report.html into; the JSON and the folder of figures
             come beside it, under the page's name.
         notes: sentences that the page must not leave out, such as which planned runs are missing.
+        weightings: the custom weightings (package.module:function) that may be imported and called,
+            for runs that were trained with them; a run folder alone makes nothing run.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: no runs, or a folder that is no run or holds a damaged evaluation.
+        ValueError: no runs, a folder that is no run or holds a damaged evaluation, or a weighting
+            that cannot be called.
     """
     if not runs:
         raise ValueError("a report needs at least one run folder, got none")
     page = output if output.suffix in (".html", ".htm") else output / "report.html"
-    data = report_data([load_run(folder) for folder in runs], notes)
+    data = report_data([load_run(folder) for folder in runs], notes, weightings)
     with write_atomically(page.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     figures = all_figures(data)
@@ -67,7 +80,9 @@ def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -
     return page
 
 
-def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
+def report_data(
+    runs: list[Run], notes: Sequence[str] = (), weightings: Sequence[str] = ()
+) -> dict[str, Any]:
     """Everything the page shows, as JSON values; numbers that are not finite become None."""
     groups = group_runs(runs)
     comparisons = compare_groups(groups)
@@ -87,7 +102,11 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
             "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
             "matched": [verdict.how_matched(c) for c in comparisons],
             "chances": verdict.chances(comparisons),
-            "limits": [*notes, *verdict.limits(runs, groups, comparisons)],
+            "limits": [
+                *notes,
+                *verdict.limits(runs, groups, comparisons),
+                *_weights_not_drawn(groups, weightings),
+            ],
         },
         "groups": [
             _describe_group(group, place, place + first_color, position)
@@ -95,8 +114,8 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
         ],
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
         "comparisons": [asdict(comparison) for comparison in comparisons],
-        "weights": weight_curves(runs),
-        "passages": _passages(groups),
+        "weights": weight_curves(runs, weightings),
+        "passages": _passages(groups, weightings),
         "tasks": task_table([group.runs for group in groups]),
     }
     finite = _finite(data)
@@ -161,10 +180,20 @@ def _describe_group(
     }
 
 
-def _passages(groups: list[Group]) -> list[dict[str, Any]]:
+def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
+    """A sentence for every setting whose weighting would have to be imported."""
+    losses = {group.label: final_loss(group.runs[0]) for group in groups}
+    return [
+        f"The weights of {label} are not drawn, as that takes its code: name it with --weighting."
+        for label, loss in losses.items()
+        if not may_draw(loss, weightings)
+    ]
+
+
+def _passages(groups: list[Group], weightings: Sequence[str]) -> list[dict[str, Any]]:
     """One for each weighted objective, by its first evaluated run."""
     first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
-    found = [emphasise(label, run) for label, run in first]
+    found = [weigh_passage(label, run, weightings) for label, run in first]
     return [passage for passage in found if passage][:_MOST_PASSAGES]
 
 
