@@ -80,12 +80,17 @@ def _inline(svg: str, name: str, alternative: str) -> str:
     svg = re.sub(r'(?<=<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r" \1>", svg, count=1)
     label = html.escape(alternative, quote=True)
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    svg = svg.replace("<svg", f'<svg {spaces} role="img" aria-label="{label}"', 1)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace("'DejaVu Sans'", _FONT)
+    svg = re.sub("<[^>]*>", lambda tag: _adapt(tag[0], name), svg)  # not the text between them
+    return svg.replace("<svg", f'<svg {spaces} role="img" aria-label="{label}"', 1).strip()
+
+
+def _adapt(tag: str, name: str) -> str:
+    """A tag with ids of the figure's own, the reader's font and colours of the page."""
+    tag = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag)
+    tag = tag.replace("'DejaVu Sans'", _FONT)
     for variable, color in _variables().items():
-        svg = re.sub(rf"(?<=[: ]){color}\b", f"var(--{variable}, {color})", svg)
-    return svg.strip()
+        tag = re.sub(rf"(?<=[: ]){color}\b", f"var(--{variable}, {color})", tag)
+    return tag
 
 
 def _variables() -> dict[str, str]:

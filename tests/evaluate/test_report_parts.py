@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,47 @@ def test_a_passage_shows_which_tokens_weigh_most_and_corpus_text_is_escaped(page
     assert weights[0] / weights[4] == pytest.approx((1 + entropies[0]) / (1 + entropies[4]))
     assert passage["tokens"][0]["level"] == 5
     assert f'class="w5" title="weight {weights[0]:.2f}, entropy 6.10, cross entropy 5.10"' in page
+
+
+class Texts(HTMLParser):
+    """The text between the tags of a page, and the names of the tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<img src=x>&amp;\"'",
+        "]]> --> <!-- x",
+        "[bold]a[/b] :smile:",
+        "a$b$ {{ 1 }} %s",
+        '#0072b2 id="a',
+    ],
+)
+def test_names_stand_on_the_page_and_in_its_figures_as_they_are(tmp_path, name):
+    run = write_run(tmp_path / "run", name=name, objective="infoentropy", device=name)
+    summary = json.loads((run / "evaluation.json").read_text().replace("Python documentation", "X"))
+    summary = json.loads(json.dumps(summary).replace('"X"', json.dumps(name)))
+    (run / "evaluation.json").write_text(json.dumps(summary))
+    TaskResult(name, None, None, 9, "key", {"acc": Metric(0.5, 0.1)}).save(run / "tasks" / "a.json")
+    text = write_report([run], tmp_path, notes=[name]).read_text(encoding="utf-8")
+    page = Texts(text)
+    assert "img" not in page.tags
+    named = [one for one in page.texts if name in one]
+    assert len(named) > 7  # a run, its device, a legend, domain, passage, task, note, ...
+    figures = "".join(re.findall(r"<svg .*?</svg>", text, re.DOTALL))
+    assert name in "".join(Texts(figures).texts)
 
 
 def test_tasks_are_shown_by_setting_with_their_standard_errors(page, data):
