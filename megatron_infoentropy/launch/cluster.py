@@ -21,7 +21,7 @@ CPU = Device("cpu", "gloo", 1)
 # What the job script sets itself, from options of its own.
 SET_BY_US = {
     *("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--gpus-per-node", "--signal"),
-    *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue"),
+    *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue", "--array", "-a"),
 }
 
 
@@ -155,9 +155,19 @@ class Cluster:
 
     @property
     def device(self) -> Device:
-        """What a node's ranks compute on."""
+        """What a node's ranks compute on.
+
+        Raises:
+            ValueError: nobody has said what, and this machine, without a GPU, may be unlike them.
+        """
         if self.gpus_per_node is None:
-            return find_device()
+            device = find_device()
+            if device.type == "cpu" and (self.nodes > 1 or self.hosts or self.slurm is not None):
+                raise ValueError(
+                    "this machine has no GPU, and the training is to run on others: say how many "
+                    "a node has with --gpus-per-node, 0 to train on CPUs"
+                )
+            return device
         return Device("cuda", "nccl", self.gpus_per_node) if self.gpus_per_node else CPU
 
     def complete(self, facts: dict[str, Any]) -> "Cluster":
@@ -222,6 +232,8 @@ def parse_slurm(options: str) -> tuple[str, ...]:
     """
     found: list[str] = []
     for word in shlex.split(options):
+        if "\n" in word:
+            raise ValueError(f"--slurm may not hold a value of several lines: {word!r}")
         if word.startswith("-"):
             found.append(word)
         elif not found or "=" in found[-1]:
@@ -231,6 +243,11 @@ def parse_slurm(options: str) -> tuple[str, ...]:
             found[-1] += ("=" if found[-1].startswith("--") else " ") + word
     for option in found:
         name = _set_by_us(option)
+        if name in ("--array", "-a"):
+            raise ValueError(
+                f"--slurm may not hold {name}: the tasks would all train into one run folder; "
+                "launch a run folder for each, or use `infoentropy study`"
+            )
         if name is not None:
             raise ValueError(
                 f"--slurm may not hold {name}: the job script sets it, from --nodes, "

@@ -19,10 +19,12 @@ Preemption takes the same way where the cluster says PreemptParameters=send_user
 Slurm requeues the job itself and it goes on from the last --save-interval.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.launch.cluster import PORT, Cluster, Container
@@ -163,12 +165,14 @@ def job_script(plan: Plan) -> str:
     """job.slurm, for `sbatch`."""
     cluster = plan.cluster
     assert cluster.slurm is not None
-    directives = [
-        f"--job-name={plan.run.name}",
+    options = [
+        f"--job-name={_job_name(plan.run)}",
+        "--dependency=singleton",  # of jobs of one name, one runs at a time
         f"--nodes={cluster.nodes}",
-        "--ntasks-per-node=1 # torchrun starts the ranks",
+        "--ntasks-per-node=1",  # torchrun starts the ranks
         *([f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
-        f"--output={plan.run / LOG}",
+        *_whole_nodes(cluster.slurm),
+        f"--output={str(plan.run / LOG).replace('%', '%%')}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{cluster.save_s}",
@@ -179,9 +183,9 @@ def job_script(plan: Plan) -> str:
     return _script(JOB, [
         f"# The training {plan.run.name} under Slurm, {plan.title}.",
         f"# Made by: {plan.made_by}",
-        "# Start it with `sbatch job.slurm`, as often as you like: it goes on from the last "
-        "checkpoint.",
-        *(f"#SBATCH {directive}" for directive in directives),
+        "# Start it with `sbatch job.slurm`, as often as you like: a job waits for the one before,",
+        "# and goes on from its checkpoint. To save one and stop: scancel --signal=USR1 JOB",
+        *(f"#SBATCH {_quoted(option)}" for option in options),
         "set -euo pipefail",
         "",
         f"run={shlex.quote(str(plan.run))}",
@@ -195,9 +199,33 @@ def job_script(plan: Plan) -> str:
     ])  # fmt: skip
 
 
+def _job_name(run: Path) -> str:
+    """The run folder's name, and what tells it from folders of that name elsewhere."""
+    return f"{run.name}-{sha256(str(run).encode()).hexdigest()[:6]}"
+
+
+def _whole_nodes(slurm: tuple[str, ...]) -> list[str]:
+    """Ask for all CPUs and memory of the nodes, unless options of the user's are about them.
+
+    Slurm's default for a task, which here starts all ranks of a node, is one CPU.
+    """
+    about_cpus = re.compile(r"--(cpus-|mincpus|exclusive|oversubscribe)|-[cs]")
+    if any(about_cpus.match(option) for option in slurm):
+        return []
+    has_memory = any(re.match(r"--mem(-per-|=)", option) for option in slurm)
+    return ["--exclusive", *([] if has_memory else ["--mem=0"])]
+
+
+def _quoted(option: str) -> str:
+    """An option of sbatch, which takes quotes as a shell does."""
+    name, blank, value = option.partition(" ") if option[:2] != "--" else (option, "", "")
+    return shlex.quote(name) + (blank and f" {shlex.quote(value)}")
+
+
 def _srun(container: Container | None) -> str:
     """srun with what stands before the path of node.sh."""
-    words = ["srun", "--kill-on-bad-exit=1"]
+    # Ranks bind themselves; Slurm may bind a task, and with it all of them, to one CPU.
+    words = ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none"]
     if container is not None and container.engine == "pyxis":
         words.append(f"--container-image={shlex.quote(container.image)}")
         if container.mounts:

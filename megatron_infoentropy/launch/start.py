@@ -1,5 +1,6 @@
 """Writes the scripts of a training on a cluster into its run folder, and starts them."""
 
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from megatron_infoentropy.launch.cluster import Cluster, absolute
 from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.lineage import saved_step
-from megatron_infoentropy.launch.run_folder import recorded, require_same, write_facts
+from megatron_infoentropy.launch.run_folder import LOG, recorded, require_same, write_facts
 from megatron_infoentropy.launch.scripts import (
     ASKED,
     HOSTS,
@@ -82,7 +83,7 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
     run = prepared.plan.run
     for name, text in prepared.scripts.items():
         path = run / name
-        if path.is_file() and path.read_text(encoding="utf-8") != text and not overwrite:
+        if path.is_file() and not overwrite and _content(path.read_text("utf-8")) != _content(text):
             raise ValueError(
                 f"{path} is there and differs from what this command line makes: start it as it "
                 f"is with `{' '.join(prepared.command)}`, or replace it with --overwrite"
@@ -94,6 +95,11 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
         temporary.chmod(0o755)
         temporary.rename(run / name)
     return [run / name for name in prepared.scripts]
+
+
+def _content(script: str) -> str:
+    """A script without the command line that made it: another one may make the same."""
+    return re.sub(r"^# Made by: .*$", "", script, count=1, flags=re.MULTILINE)
 
 
 def record(prepared: Prepared, recipe: Path, *, is_start: bool) -> None:
@@ -130,7 +136,7 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
     plan = prepared.plan
     if plan.cluster.slurm is not None:
         record(prepared, recipe, is_start=True)
-        return _submit(prepared.command)
+        return _submit(prepared.command, plan.run / LOG)
 
     def hear(line: str) -> None:
         if ASKED in line:
@@ -147,7 +153,7 @@ def start(prepared: Prepared, recipe: Path, on_line: Callable[[str], object]) ->
     return f"done; the run folder is {plan.run}; {said.outcome()}"
 
 
-def _submit(command: list[str]) -> str:
+def _submit(command: list[str], log: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
@@ -157,4 +163,10 @@ def _submit(command: list[str]) -> str:
         ) from None
     if done.returncode != 0:
         raise RuntimeError(f"sbatch refused {command[-1]}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    said = done.stdout.strip()  # also of sites that print more than this
+    number = re.search(r"Submitted batch job (\d+)", said)
+    job = number[1] if number else "JOB"
+    return (
+        f"{said}\nits log is {log}\nto save a checkpoint and stop: scancel --signal=USR1 {job}; "
+        "the same command goes on from there"
+    )

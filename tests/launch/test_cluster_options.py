@@ -1,9 +1,12 @@
 """What a cluster's options refuse, in words, and what the scripts are made of."""
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -21,6 +24,8 @@ from megatron_infoentropy.launch.cluster import (
 from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import Plan, hosts_script, job_script, node_script
+from megatron_infoentropy.launch.start import Prepared, start, write
+from megatron_infoentropy.runtime.device import Device
 
 FLAGS = (
     *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
@@ -105,11 +110,102 @@ def test_options_of_sbatch():
     ("option", "name"),
     [("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n"),
      ("-o x.log", "-o"), ("-ox.log", "-o"), ("--error=x", "--error"), ("--sig=B:USR1", "--signal"),
-     ("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output")],
+     ("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output"),
+     ("--array=0-3", "--array"), ("-a 0-3", "-a"), ("--arr 0-3", "--array")],
 )  # fmt: skip
 def test_what_the_job_script_sets_is_no_option_of_sbatch(option, name):
     with pytest.raises(ValueError, match=f"may not hold {name}:"):
         parse_slurm(f"--time=1:00 {option}")
+
+
+def test_an_option_of_several_lines_is_refused():
+    with pytest.raises(ValueError, match="a value of several lines"):
+        parse_slurm("--comment 'a\nb'")
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ("", ["--exclusive", "--mem=0"]),
+        ("-p gpu --mem=64G --constraint=a", ["--exclusive"]),
+        ("--cpus-per-task=8", []),
+        ("-c 8 --mem-per-cpu=2G", []),
+        ("--exclusive=user", []),
+    ],
+)
+def test_a_node_is_asked_for_as_a_whole_unless_its_cpus_are_chosen(tmp_path, options, asked):
+    job = job_script(Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=parse_slurm(options)), "a test"))
+    lines = job.splitlines()
+    assert [
+        line[8:] for line in lines if line in ("#SBATCH --exclusive", "#SBATCH --mem=0")
+    ] == asked
+
+
+def test_what_sbatch_reads_is_quoted(tmp_path):
+    """It takes quotes, # and % much as a shell does."""
+    run = tmp_path / "a'b#%j"
+    slurm = parse_slurm("""--comment "it's # b" -A 'x y' --time=1:00""")
+    job = job_script(Plan(run, FLAGS, Cluster(1, 4, 4, slurm=slurm), "a test"))
+    lines = [line.removeprefix("#SBATCH ") for line in job.splitlines() if line[:7] == "#SBATCH"]
+    words = [word for line in lines for word in shlex.split(line)]
+    assert f"--output={tmp_path}/a'b#%%j/train.log" in words
+    assert words[-4:] == ["--comment=it's # b", "-A", "x y", "--time=1:00"]
+
+
+def test_jobs_of_one_run_folder_wait_for_each_other_and_for_no_other(tmp_path):
+    def name(folder):
+        plan = Plan(tmp_path / folder / "run", FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
+        job = job_script(plan)
+        assert "\n#SBATCH --dependency=singleton\n" in job
+        return re.search("--job-name=(.*)", job)[1]
+
+    assert name("a") == name("a") != name("b")
+
+
+@pytest.mark.parametrize("where", [{"slurm": ()}, {"hosts": parse_hosts("a")},
+                                   {"nodes": 2, "address": "a:1"}])  # fmt: skip
+def test_a_machine_without_gpus_does_not_decide_for_others(monkeypatch, where):
+    def find(kind):
+        device = Device(kind, "gloo", 2)
+        monkeypatch.setattr("megatron_infoentropy.launch.cluster.find_device", lambda: device)
+
+    find("cpu")
+    with pytest.raises(
+        ValueError, match="say how many a node has with --gpus-per-node, 0 to train"
+    ):
+        _ = Cluster(**where).device
+    assert Cluster(gpus_per_node=0, **where).device.type == "cpu"
+    assert Cluster().device.type == "cpu"
+    find("cuda")
+    assert Cluster(**where).device.count == 2
+
+
+def test_another_command_line_that_makes_the_same_scripts_may_start_them(tmp_path):
+    cluster = Cluster(1, 4, 4, slurm=())
+
+    def prepared(made_by, flags=FLAGS):
+        plan = Plan(tmp_path, flags, cluster, made_by)
+        scripts = {"node.sh": node_script(plan), "job.slurm": job_script(plan)}
+        return Prepared(plan, scripts, ["sbatch", "job.slurm"], by_hand=False)
+
+    write(prepared("launch --dry-run"))
+    write(prepared("launch"))
+    with pytest.raises(ValueError, match=r"node\.sh is there and differs"):
+        write(prepared("launch", (*FLAGS, "--y", "1")))
+
+
+def test_after_submitting_it_says_where_the_log_is_and_how_to_stop(tmp_path, monkeypatch):
+    program = tmp_path / "sbatch"
+    program.write_text(
+        "#!/bin/sh\necho 'sbatch: a word of the site'\necho Submitted batch job 47\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    plan = Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
+    said = start(Prepared(plan, {}, ["sbatch", "job.slurm"], by_hand=False), Path("r.yaml"), print)
+    assert "Submitted batch job 47" in said
+    assert f"its log is {tmp_path}/train.log" in said
+    assert "scancel --signal=USR1 47" in said
 
 
 def test_a_command_line_of_many_lines_stays_one_comment(tmp_path, monkeypatch):
@@ -166,4 +262,4 @@ def test_the_scripts_are_bash_and_hold_every_choice(tmp_path, engine):
         "pyxis": "--container-image=image.sif --container-mounts=/data:/data bash",
         "apptainer": "apptainer exec --nv --bind /data:/data image.sif bash",
     }
-    assert f"\nsrun=(srun --kill-on-bad-exit=1 {inside[engine]})\n" in job
+    assert f"\nsrun=(srun --kill-on-bad-exit=1 --cpu-bind=none {inside[engine]})\n" in job
