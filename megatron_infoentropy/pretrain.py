@@ -87,13 +87,18 @@ def train() -> None:
     flags = checkpoints.checkpoint_flags(sys.argv[1:])
     checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
+    after = signal.SIG_DFL  # a rank that has failed ends when torchrun says so
     try:
         with checkpoints.writing_manifests(flags, forward_step) as step:
             run(container, step)
+        after = signal.SIG_IGN
+    except SystemExit:  # Megatron's end after an order to save
+        after = signal.SIG_IGN
+        raise
     finally:
         # node.sh repeats its order to save until the ranks are gone, and Python ends with the
         # default handlers: the signal would kill a rank that has saved. An ignored one stays so.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, after)
 
 
 def main() -> None:
@@ -109,6 +114,8 @@ def main() -> None:
 
 
 if __name__ == "__mp_main__":  # imported by a process that a rank has spawned
+    # Slurm sends it to every process; without its helpers a rank cannot save.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     orphans.end_with(os.getppid())
 if __name__ == "__main__":
     main()

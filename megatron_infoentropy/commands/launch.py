@@ -105,7 +105,7 @@ def launch(
 
     On one machine as `infoentropy train`, with restarts. The scripts lie in the run folder: node.sh
     (what a node runs), hosts.sh or job.slurm; they can be edited and started by hand. SIGUSR1, or
-    Slurm's time limit, saves a checkpoint first; the same command goes on from it.
+    whatever Slurm ends a job with, saves a checkpoint first; the same command goes on from it.
     """
     from megatron_infoentropy.launch import cluster as machines
     from megatron_infoentropy.launch import start as launching

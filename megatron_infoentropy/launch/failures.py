@@ -88,6 +88,23 @@ FAILURES = (
         "goes on from the last checkpoint",
     ),
     Failure(
+        r"^host \S+ cannot take part: ",
+        "a host of --hosts is not reached, or lacks the run folder",
+        "the log names it; `ssh -o BatchMode=yes HOST true` must work from here without a "
+        "question: its port, user, key and host key belong into ~/.ssh/config",
+    ),
+    Failure(
+        r"^the ssh connection to node \d+ .* broke$",
+        "the ssh connection to a host broke",
+        "see whether it still runs; the others were told to save a checkpoint, and so was it if it "
+        "was reached again: the same command goes on from there",
+    ),
+    Failure(
+        r"^another training has the run folder ",
+        "another training runs in the same run folder",
+        "wait until it ends or stop it, the log says which one it is; or name another --run",
+    ),
+    Failure(
         r"Connection closed by peer|Connection reset by peer|remote process exited",
         "a rank lost its connection to another one, which had died before",
         "look for the first traceback in the log, and at the other hosts' output",
@@ -116,13 +133,18 @@ FAILURES = (
         "a network interface is not there on a node, or has no address",
         "name one with --interface that every node has; `ip -br addr` lists them",
     ),
+    Failure(
+        r"^node \d+: ended without a checkpoint: ",
+        "it was asked to stop before its ranks trained, or after they had died",
+        "the same command goes on from the last checkpoint, if there is one",
+    ),
 )
 
 
 def explain(text: str) -> str | None:
     """One sentence with cause and advice for a log's last words; None for what is not known."""
     for failure in FAILURES:
-        if re.search(failure.words, text):
+        if re.search(failure.words, text, re.MULTILINE):
             return f"{failure.cause}: {failure.advice}"
     return None
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_infoentropy.launch.failures import explain, refusal, tail
-from megatron_infoentropy.launch.run_folder import LOG, settle_facts
+from megatron_infoentropy.launch.run_folder import LOG, STOPPED, settle_facts
 
 START = "== start of job"
 
@@ -15,9 +15,11 @@ START = "== start of job"
 def finish(run: Path, code: int) -> str:
     """One line for the log."""
     settle_facts(run)
+    _, _, last_job = tail(run / LOG).rpartition(START)
+    if STOPPED in last_job:  # whatever the signal made of srun's exit code
+        return "== stopped after saving a checkpoint; the next job goes on from there"
     if code == 0:
         return "== the training ended well"
-    _, _, last_job = tail(run / LOG).rpartition(START)
     reason = explain(last_job) or refusal(last_job) or "look for the first traceback above"
     return f"== the training ended with exit code {code}: {reason}"
 

@@ -7,16 +7,14 @@ RUN/job.slurm  node.sh on every node of a Slurm job, saved and requeued before t
 Each is a head, made here, that sets variables of the training, and a body that is the same for
 all: the file of its name beside this one.
 
-How a training is stopped without loss: Megatron saves and exits when a rank is sent SIGUSR1
-(--exit-signal); all ranks ask each other after every step. torchrun would die of that signal, and
-of SIGTERM it makes 30 seconds and a SIGKILL. So node.sh hands the signal to the ranks alone:
-torchrun is started with SIGUSR1 ignored, which the ranks undo for themselves.
+How a training is stopped without loss: Megatron saves and exits when a rank is sent SIGTERM
+(--exit-signal-handler); all ranks ask each other after every step. Slurm sends it to every process
+of a job that is cancelled, requeued or preempted; torchrun, which would give its ranks 30 seconds,
+and whatever Megatron has started run with it ignored. SIGUSR1 is the order to the scripts: node.sh
+sends its ranks SIGTERM then, and everything else ignores it.
 
-    Slurm --SIGUSR1, `save_s` before the limit--> job.slurm --> srun --> node.sh --> ranks
+    Slurm --SIGUSR1, `save_s` before the limit--> job.slurm --> srun --> node.sh --SIGTERM--> ranks
     ranks save and exit 0 --> srun ends --> job.slurm: scontrol requeue --> the same from there on
-
-Preemption takes the same way where the cluster says PreemptParameters=send_user_signal; elsewhere
-Slurm requeues the job itself and it goes on from the last --save-interval.
 """
 
 import re
@@ -28,12 +26,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.launch.cluster import PORT, Cluster, Container
-from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.flags import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.run_folder import LOG
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
 ASKED = "asked to stop; the ranks save a checkpoint first"  # node.sh says it
-SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGUSR1")
+SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGTERM")
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,7 @@ def hosts_script(plan: Plan) -> str:
         "",
         f"run={shlex.quote(str(plan.run))} # the same folder on every host",
         f"command={shlex.quote(node_command(plan.cluster.container))} # runs node.sh",
+        "answer_s=60 # for a host's first answer",
         "hosts=(",
         *(f"  {shlex.quote(str(host))}" for host in plan.cluster.hosts),
         ")",
@@ -189,6 +188,7 @@ def job_script(plan: Plan) -> str:
         "set -euo pipefail",
         "",
         f"run={shlex.quote(str(plan.run))}",
+        f"checkpoints={shlex.quote(last_value(list(plan.flags), 'save') or '')}",
         f"given={cluster.address} # where the nodes meet, if not on the first one",
         f"port={PORT} # and more, by the job's number",
         f"id={shlex.quote(cluster.rdzv_id)}",

@@ -55,7 +55,7 @@ def prepare(job: TrainingJob, cluster: Cluster, made_by: str) -> Prepared:
         data=absolute(job.data),
         tokenizer=absolute(job.tokenizer),
         run=run,
-        extra_flags=(*SAVE_ON_SIGNAL, *job.extra_flags),
+        extra_flags=(*job.extra_flags, *SAVE_ON_SIGNAL),  # the scripts rely on them
     )
     flags = tuple(job.flags(cluster.device))
     require_same(run, list(flags), switch=job.switch)
@@ -83,7 +83,11 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
     run = prepared.plan.run
     for name, text in prepared.scripts.items():
         path = run / name
-        if path.is_file() and not overwrite and _content(path.read_text("utf-8")) != _content(text):
+        if (
+            path.is_file()
+            and not overwrite
+            and _content(path.read_text(encoding="utf-8")) != _content(text)
+        ):
             raise ValueError(
                 f"{path} is there and differs from what this command line makes: start it as it "
                 f"is with `{' '.join(prepared.command)}`, or replace it with --overwrite"

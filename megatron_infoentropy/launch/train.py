@@ -1,6 +1,8 @@
 """Runs one training on this machine: builds the torchrun command, follows its log."""
 
+import fcntl
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -33,6 +35,7 @@ OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
 
 
 LOSS = "cross entropy"
+LOCK = "lock"  # in a run folder; of whoever trains there
 
 
 class TrainingFailed(RuntimeError):
@@ -81,8 +84,35 @@ def train(
         TrainingFailed: with the ranks' first traceback and where the whole log is.
     """
     name = device_name(command.device)
-    with recorded(job.run, job.recipe, command.words, command.ranks, name):
+    with (
+        locked(job.run),
+        recorded(job.run, job.recipe, command.words, command.ranks, name),
+    ):
         return follow(job.run, command.words, command.environment, on_line)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of the run folder, as node.sh does; not on a file system without locks.
+
+    Raises:
+        RuntimeError: another training has it, which would overwrite this one's checkpoints.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / LOCK
+    with path.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8").strip()
+            raise RuntimeError(
+                f"another training has the run folder {run}, {holder}: "
+                "wait until it ends or stop it, or name another --run"
+            ) from None
+        except OSError:
+            pass
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
 
 
 @dataclass
@@ -129,23 +159,24 @@ def follow(
     log_path, said = run / LOG, Said()
     with log_path.open("a", encoding="utf-8") as log:
         start = log.tell()
-        process = subprocess.Popen(
-            words,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        assert process.stdout is not None
-        try:
-            with _forwarded(forward, process):
+        with _forwarded(forward) as receive:
+            process = subprocess.Popen(
+                words,
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            assert process.stdout is not None
+            receive(process)
+            try:
                 _show_progress(run.name, _tee(process.stdout, log, on_line, said), said)
                 code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
     if code != 0:
         raise TrainingFailed(describe(code, log_path, start))
     return said
@@ -153,23 +184,36 @@ def follow(
 
 @contextmanager
 def _forwarded(
-    signals: tuple[signal.Signals, ...], process: subprocess.Popen[str]
-) -> Iterator[None]:
-    """Hand these signals to the process meanwhile; only a main thread can."""
+    signals: tuple[signal.Signals, ...],
+) -> Iterator[Callable[["subprocess.Popen[str]"], None]]:
+    """Hand these signals to a process meanwhile, to be named once it runs; only a main thread can.
+
+    What comes before it runs is handed over then.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda process: None
         return
     terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    receivers: list[subprocess.Popen[str]] = []
+    early: list[int] = []
 
     def hand_on(number: int, frame: object) -> None:
         if number == signal.SIGHUP:  # the terminal is gone: what is still said must not fail
             for descriptor in terminal:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        process.send_signal(number)
+        if receivers:
+            receivers[0].send_signal(number)
+        else:
+            early.append(number)
+
+    def receive(process: "subprocess.Popen[str]") -> None:
+        receivers.append(process)
+        for number in early:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in signals}
     try:
-        yield
+        yield receive
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

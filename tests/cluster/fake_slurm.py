@@ -1,6 +1,7 @@
 """A Slurm that pretends: sbatch, srun and scontrol as programs of a few lines, to be put on PATH.
 
-What they are told is left in NAME.words beside them.
+What they are told is left in NAME.words beside them; `scontrol show job` says what the file "job"
+says.
 """
 
 from pathlib import Path
@@ -21,13 +22,19 @@ echo "$@" > "$(dirname "$0")/srun.words"
 while [[ $1 == --* ]]; do shift; done
 "$@" &
 task=$!
+echo $task > "$(dirname "$0")/task"
 trap 'kill -USR1 $task $(pgrep -P $task)' USR1
+trap : TERM
 wait $task
 while kill -0 $task 2>/dev/null; do wait $task; done
 wait $task
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo "$3"; else echo "$@" >> "$(dirname "$0")/scontrol.words"; fi
+case "$1 $2" in
+  "show hostnames") echo "$3" ;;
+  "show job") cat "$(dirname "$0")/job" 2> /dev/null ;;
+  *) echo "$@" >> "$(dirname "$0")/scontrol.words" ;;
+esac
 """
 
 

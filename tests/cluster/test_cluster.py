@@ -25,6 +25,7 @@ from cluster_runs import (
     wait_until,
 )
 from namespaces import why_not
+from process_tree import send_to_all
 
 from megatron_infoentropy.launch.cluster import Cluster
 
@@ -50,7 +51,7 @@ def requeued(cut, programs, tokens, tmp_path_factory):
     first = {"saved": saved_in(run), "steps": max(losses(run)), "log": log.read_text()}
     # The signal may come late: always some steps more than were trained.
     last = max(STEPS, first["saved"] + 2)
-    handler = "--exit-signal SIGUSR1"
+    handler = "--exit-signal SIGTERM"
     node.write_text(node.read_text().replace(handler, f"{handler} --exit-interval {last}"))
     subprocess.run(["sbatch", run / "job.slurm"], check=True, capture_output=True)
     job = int((programs / "pid").read_text())
@@ -74,6 +75,19 @@ def test_the_requeued_job_goes_on_to_the_end(requeued):
     assert f"successfully loaded checkpoint from {run}/checkpoints" in log
     assert "== the training ended well" in log
     assert json.loads((run / "run.json").read_text())["parameters"] > 10_000
+
+
+def test_a_job_that_slurm_cancels_saves_first(cut, programs, tokens, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "run" / "train.log"
+    train(prepared(tokens, run, Cluster(slurm=())))
+    job = int((programs / "pid").read_text())
+    wait_until(lambda: ended(job) or "iteration        3/" in text_of(log), log)
+    send_to_all(job, signal.SIGTERM)
+    wait_until(lambda: ended(job), log)
+    assert saved_in(run) == max(losses(run)) > 0
+    assert log.read_text().endswith(
+        "== stopped after saving a checkpoint; the next job goes on from there\n"
+    )
 
 
 def test_two_hosts_train_as_one_and_survive_that_one_is_cut_off(cut, requeued):

@@ -1,4 +1,4 @@
-"""A Ctrl-C saves first, and a rank that has saved does not die of the signal to save."""
+"""Whoever asks it to stop, a training saves first; and of what it asks hosts and its folder."""
 
 import os
 import pty
@@ -8,9 +8,12 @@ import sys
 import time
 
 import pytest
+from process_tree import send_to_all
 
-from megatron_infoentropy.launch.cluster import Address, Cluster
-from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
+from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
+from megatron_infoentropy.launch.failures import explain
+from megatron_infoentropy.launch.scripts import ASKED, Plan, hosts_script, node_script
+from megatron_infoentropy.launch.train import locked
 
 FLAGS = (
     *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
@@ -18,17 +21,24 @@ FLAGS = (
     *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
 )
 RANK = """#!{python} -IS
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 run = pathlib.Path("{run}")
 
 def save(number, frame):
-    time.sleep(1)
+    if {code}:
+        sys.exit({code})
+    for _ in range(20):
+        time.sleep(0.05)
+        os.write(1, b"saving\\n")
     (run / "saved").touch()
     sys.exit(0)
 
-signal.signal(signal.SIGUSR1, save)
-(run / "started").touch()
-time.sleep(60)
+signal.signal(signal.{order}, save)
+with (run / "started").open("a") as started:
+    started.write("once\\n")
+for _ in range(600):
+    os.write(1, b"a step\\n")
+    time.sleep(0.1)
 sys.exit(1)
 """
 NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank} node.sh\n"
@@ -46,25 +56,22 @@ def module(name, **content):
     vars(sys.modules[name]).update(content)
 
 def stop(*arguments):
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)  # as Megatron does
-    sys.exit(0)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Megatron does
+    END
 
 package = "megatron_infoentropy.integration"
-module("megatron.core.enums", ModelType=types.SimpleNamespace(encoder_or_decoder=1))
-module("megatron.training", pretrain=stop)
 module("megatron_infoentropy.runtime.cpu", install=None)
-module(package + ".batch", build_datasets=None)
 module(package + ".checkpoints", checkpoint_flags=lambda flags: flags,
        choose_checkpoint=lambda flags: None, writing_manifests=lambda *both: nullcontext())
 from megatron_infoentropy import pretrain
 
 class Late:
-    def __del__(self, kill=os.kill, me=os.getpid(), number=int(signal.SIGUSR1), write=os.write):
+    def __del__(self, kill=os.kill, me=os.getpid(), number=int(signal.SIGTERM), write=os.write):
         write(1, b"torn down")
         kill(me, number)
 
 late = Late()
-pretrain.prepare = lambda: (None, None)
+pretrain.prepare, pretrain.run = lambda: (None, None), stop
 pretrain.train()
 """
 
@@ -74,18 +81,33 @@ def program(path, text):
     path.chmod(0o755)
 
 
-# As torchrun: hears SIGINT whatever it inherits, and dies of it.
+# As torchrun: of the signals it is told to handle it ends, and its rank; a dead one it restarts.
 TORCHRUN = """#!{python} -IS
-import signal, subprocess, sys
-rank = subprocess.Popen(["{rank}"])
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-sys.exit(rank.wait())
+import os, signal, subprocess, sys
+
+def end(number, frame):
+    os.kill(rank.pid, number)
+    sys.exit(1)
+
+for name in os.environ.get("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT").split(","):
+    signal.signal(getattr(signal, name), end)
+for _ in range(4):
+    rank = subprocess.Popen(["{rank}"])
+    if rank.wait() == 0:
+        sys.exit(0)
+sys.exit(1)
 """
 
 
-def interrupted(script, run, at, **environment):
-    """Start a script, press Ctrl-C twice once the file `at` is there; (exit code, what it said)."""
-    training = subprocess.Popen(
+def wait_for(*paths):
+    deadline = time.monotonic() + 300
+    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def started(script, run, **environment):
+    """A script of the run folder as a process, in a session of its own."""
+    return subprocess.Popen(
         ["bash", run / script],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -95,9 +117,12 @@ def interrupted(script, run, at, **environment):
         # Who starts the tests in the background of a script has SIGINT ignored, for bash for ever.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 300
-    while not (run / at).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+
+
+def interrupted(script, run, at, **environment):
+    """Start a script, press Ctrl-C twice once the file `at` is there; (exit code, what it said)."""
+    training = started(script, run, **environment)
+    wait_for(run / at)
     for _ in range(2):  # the terminal's, to all in the foreground; the second is impatience
         os.killpg(training.pid, signal.SIGINT)
         time.sleep(0.2)
@@ -109,29 +134,178 @@ def interrupted(script, run, at, **environment):
 def run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    program(tmp_path / "rank", RANK.format(python=sys.executable, run=run))
+    make_rank(run)
     return run
+
+
+def make_rank(run, order="SIGTERM", code=0):
+    """A rank that saves when it hears the order, or ends with this code."""
+    text = RANK.format(python=sys.executable, run=run, order=order, code=code)
+    program(run.parent / "rank", text)
+
+
+def make_node(run):
+    """node.sh of one rank, with a torchrun of a few lines."""
+    rank = run.parent / "rank"
+    program(run.parent / "torchrun", TORCHRUN.format(python=sys.executable, rank=rank))
+    cluster = Cluster(1, 0, 1, python=str(run.parent / "torchrun"))
+    program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
+
+
+def make_hosts(run, ssh, *names):
+    """hosts.sh, with an ssh of a few lines."""
+    hosts = parse_hosts(",".join(names))
+    cluster = Cluster(len(hosts), 0, 1, hosts=hosts, python=sys.executable)
+    program(run.parent / "ssh", ssh)
+    program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
+    return {"PATH": f"{run.parent}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("at", ["connecting", "started"])
 def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
-    cluster = Cluster(1, 0, 1, hosts=(Address("a"),), python=sys.executable)
-    program(tmp_path / "ssh", SSH.format(run=run))
-    program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
+    make_rank(run, order="SIGUSR1")
+    environment = make_hosts(run, SSH.format(run=run), "a")
     program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
-    code, said = interrupted("hosts.sh", run, at, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    code, said = interrupted("hosts.sh", run, at, **environment)
     assert code == 0, said
     assert (run / "saved").exists()
 
 
-def test_ctrl_c_to_one_node_saves_first(run, tmp_path):
-    program(tmp_path / "torchrun", TORCHRUN.format(python=sys.executable, rank=tmp_path / "rank"))
-    cluster = Cluster(1, 0, 1, python=str(tmp_path / "torchrun"))
-    program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
+def test_ctrl_c_to_one_node_saves_first(run):
+    make_node(run)
     code, said = interrupted("node.sh", run, "started")
     assert code == 0, said
-    assert "asked to stop; the ranks save a checkpoint first" in said
+    assert ASKED in said
     assert (run / "saved").exists()
+    assert not (run / "node-0.pid").exists()
+
+
+def test_a_sigterm_to_every_process_saves_first(run):
+    """So Slurm cancels, requeues and preempts."""
+    make_node(run)
+    training = started("node.sh", run)
+    wait_for(run / "started")
+    send_to_all(training.pid, signal.SIGTERM)
+    said, _ = training.communicate(timeout=300)
+    assert training.returncode == 0, said
+    assert (run / "saved").exists()
+    assert (run / "started").read_text() == "once\n"
+
+
+def test_ranks_that_die_of_the_order_are_not_started_again(run):
+    make_rank(run, code=3)
+    make_node(run)
+    code, said = interrupted("node.sh", run, "started")
+    assert code == 1, said
+    assert not (run / "saved").exists()
+    assert (run / "started").read_text().count("once") <= 2
+
+
+def test_ranks_whose_words_nobody_reads_any_more_train_on_and_save(run):
+    make_node(run)
+    training = started("node.sh", run)
+    wait_for(run / "started")
+    training.stdout.close()
+    steps = (run / "node-0.log").read_text().count("a step")
+    deadline = time.monotonic() + 300
+    while (run / "node-0.log").read_text().count("a step") < steps + 3:
+        assert training.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(int((run / "node-0.pid").read_text()), signal.SIGUSR1)
+    assert training.wait(timeout=300) == 0
+    assert (run / "saved").exists()
+
+
+def test_a_run_folder_takes_one_training_at_a_time(run):
+    make_node(run)
+    training = started("node.sh", run)
+    wait_for(run / "started")
+    second = subprocess.run(["bash", run / "node.sh"], capture_output=True, text=True)
+    taken = f"another training has the run folder {run}, process {training.pid} on"
+    assert second.returncode == 1
+    assert taken in second.stdout + second.stderr
+    with pytest.raises(RuntimeError, match=taken), locked(run):
+        pass
+    os.kill(training.pid, signal.SIGUSR1)
+    training.communicate(timeout=300)
+    for name in ("started", "saved"):
+        (run / name).unlink()
+    with locked(run):
+        third = subprocess.run(["bash", run / "node.sh"], capture_output=True, text=True)
+        taken = f"another training has the run folder {run}, process {os.getpid()} on"
+        assert taken in third.stdout + third.stderr
+    code, _ = interrupted("node.sh", run, "started")
+    assert code == 0
+    assert (run / "saved").exists()
+
+
+# a runs what it is told; the others do not.
+ODD_SSH = """#!/usr/bin/env bash
+case "${{@: -2:1}}" in
+  silent) exec sleep 300 ;;
+  refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
+  bare) exit 1 ;;
+esac
+exec bash -c "${{@: -1}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("silent", "no answer to ssh in 1 s"),
+        ("refused", "ssh failed (exit code 255), its own words stand above"),
+        ("bare", "there is no {run}/node.sh, or no right to read it"),
+    ],
+)
+def test_a_host_that_cannot_take_part_is_named_before_anything_starts(run, host, why):
+    environment = make_hosts(run, ODD_SSH.format(), "a", host)
+    text = (run / "hosts.sh").read_text()
+    assert "answer_s=60" in text
+    program(run / "hosts.sh", text.replace("answer_s=60", "answer_s=1"))
+    program(run / "node.sh", f"touch {run}/started\n")
+    training = started("hosts.sh", run, **environment)
+    said, _ = training.communicate(timeout=300)
+    assert training.returncode == 1
+    assert f"host {host} cannot take part: {why.format(run=run)}\n" in said
+    assert "host a " not in said
+    assert not (run / "started").exists()
+    assert explain(said).startswith("a host of --hosts is not reached, or lacks the run folder")
+
+
+# ssh of a host whose processes outlive it, and find nobody there when they print.
+BREAKABLE_SSH = """#!{python} -IS
+import os, signal, subprocess, sys
+host, command = sys.argv[-2:]
+remote = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, start_new_session=True)
+if command.startswith("NODE="):
+    with open("{run}/ssh-" + host, "w") as file:
+        file.write(str(os.getpid()))
+while part := os.read(remote.stdout.fileno(), 4096):
+    os.write(1, part)
+code = remote.wait()
+sys.exit(code if code >= 0 else 255)
+"""
+
+
+def test_a_lost_ssh_connection_saves_on_every_host(run):
+    environment = make_hosts(run, BREAKABLE_SSH.format(python=sys.executable, run=run), "a", "b")
+    make_node(run)
+    # Two hosts with one file system and one process table: each its own rank's files.
+    rank = (run.parent / "rank").read_text()
+    own = 'run = pathlib.Path("{run}") / os.environ["NODE"]\nrun.mkdir()\n'
+    program(
+        run.parent / "rank", rank.replace(f'run = pathlib.Path("{run}")\n', own.format(run=run))
+    )
+    training = started("hosts.sh", run, **environment)
+    wait_for(run / "0/started", run / "1/started", run / "ssh-b")
+    os.kill(int((run / "ssh-b").read_text()), signal.SIGKILL)
+    said, _ = training.communicate(timeout=300)
+    assert training.returncode != 0
+    assert (run / "0/saved").exists()
+    assert (run / "1/saved").exists()
+    assert "node 1 (b) ended" in said
 
 
 FOLLOWED = """
@@ -154,9 +328,7 @@ def test_a_closed_terminal_does_not_end_the_one_who_waits_for_the_checkpoint(run
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-u", "-c", FOLLOWED, str(run)])
-    deadline = time.monotonic() + 300
-    while not (run / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(run / "started")
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
@@ -166,23 +338,34 @@ def test_a_closed_terminal_does_not_end_the_one_who_waits_for_the_checkpoint(run
 
 def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
     """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
-    torchrun = f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n'
-    program(tmp_path / "torchrun", torchrun)
-    program(tmp_path / "ssh", SSH.format(run=run))
-    cluster = Cluster(1, 0, 1, hosts=(Address("a"),), python=str(tmp_path / "torchrun"))
-    plan = Plan(run, FLAGS, cluster, "a test")
-    program(run / "hosts.sh", hosts_script(plan))
-    program(run / "node.sh", node_script(plan))
+    make_node(run)
+    program(tmp_path / "torchrun", f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n')
+    environment = make_hosts(run, SSH.format(run=run), "a")
     words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(["bash", run / "hosts.sh", *words], env={**os.environ, "PATH": path}, check=True)
+    environment = {**os.environ, **environment}
+    subprocess.run(["bash", run / "hosts.sh", *words], env=environment, check=True)
     said = (run / "words").read_text().splitlines()
     assert said[:2] == ["-m", "torch.distributed.run"]
     assert said[-len(words) :] == words
     assert "megatron_infoentropy.pretrain" not in said
 
 
-def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save():
-    done = subprocess.run([sys.executable, "-c", TORN_DOWN], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(0)", 0), ("return", 0), ("raise ValueError", -signal.SIGTERM)]
+)
+def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save(end, code):
+    """One that has failed does: torchrun ends it before it starts all anew."""
+    text = TORN_DOWN.replace("END", end)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     assert done.stdout == "torn down"
+    assert done.returncode == code, done.stderr
+
+
+def test_a_process_that_a_rank_has_spawned_outlives_the_order_to_save():
+    """Megatron's queue of a checkpoint's writers; Slurm sends SIGTERM to every process."""
+    code = (
+        "import runpy, signal; runpy.run_module('megatron_infoentropy.pretrain', None, "
+        "'__mp_main__'); signal.raise_signal(signal.SIGTERM); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "alive\n", done.stderr

@@ -1,0 +1,153 @@
+"""What job.slurm does when Slurm signals it, preempts it or gives it too little time."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import fake_slurm
+import pytest
+from process_tree import send_to_all
+
+from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.scripts import Plan, job_script
+
+FLAGS = (
+    *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
+    *("--infoentropy-normalization", "paper", "--infoentropy-detach-weight", "--seed", "1"),
+    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
+)
+# Saves when it is asked to, as far as it is said to have trained; or ends when it is told to.
+NODE = """
+save() {{
+  [ {step} -eq 0 ] || echo {step} > {run}/checkpoints/latest_checkpointed_iteration.txt
+  echo "exiting program after receiving SIGTERM"
+  exit 0
+}}
+trap save USR1 TERM
+touch {run}/started
+until [ -e {run}/end ]; do sleep 0.1; done
+exit 3
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Starts job.slurm of a run at step 4: (process, its run folder)."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
+    fake_slurm.install(tmp_path)
+    cluster = Cluster(1, 0, 1, slurm=(), save_s=10, python=sys.executable)
+    flags = (*FLAGS, "--save", str(run / "checkpoints"))
+    (run / "job.slurm").write_text(job_script(Plan(run, flags, cluster, "a test")))
+
+    def start(step=7, remaining_s=None, wait=True, answers=True, **says):
+        (run / "node.sh").write_text(NODE.format(run=run, step=step))
+        end = "Unknown"
+        if remaining_s is not None:
+            end = f"{datetime.now() + timedelta(seconds=remaining_s):%Y-%m-%dT%H:%M:%S}"
+        says = {"EndTime": end, "PreemptTime": "None", **says}
+        if answers:
+            (tmp_path / "job").write_text(" ".join(f"{name}={what}" for name, what in says.items()))
+        environment = {"SLURM_JOB_ID": "47", "SLURM_JOB_NODELIST": "localhost"}
+        with (run / "train.log").open("a") as log:
+            process = subprocess.Popen(
+                ["bash", run / "job.slurm"],
+                env={**os.environ, **environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + 300
+        while wait and not (run / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process, run
+
+    return start
+
+
+def scontrol_words(run):
+    words = run.parent / "scontrol.words"
+    return words.read_text() if words.exists() else ""
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["", "scontrol show fails"])
+def test_at_the_time_limit_it_is_requeued_if_a_step_was_saved(job, answers):
+    process, run = job(answers=answers)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 0
+    assert scontrol_words(run) == "requeue 47\n"
+
+
+def test_at_the_time_limit_it_is_not_requeued_for_nothing(job):
+    process, run = job(step=0)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 1
+    assert scontrol_words(run) == ""
+    assert (
+        "== not requeued: up to the time limit no step was saved" in (run / "train.log").read_text()
+    )
+
+
+@pytest.mark.parametrize(("remaining_s", "trains"), [(60, False), (3600, True)])
+def test_a_time_limit_in_which_it_could_not_train_is_refused(job, remaining_s, trains):
+    process, run = job(remaining_s=remaining_s, wait=trains)
+    if trains:
+        (run / "end").touch()
+    assert process.wait(timeout=300) == (3 if trains else 1)
+    assert (run / "started").exists() == trains
+    assert ("the time limit is too short to train" in (run / "train.log").read_text()) != trains
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_preempted_it_is_requeued_though_nobody_signalled_it(job, step):
+    """With a grace time Slurm tells the ranks alone, and calls the job ended when they are."""
+    process, run = job(step, PreemptTime="2026-11-29T00:29:37")
+    send_to_all(int((run.parent / "task").read_text()), signal.SIGTERM)
+    assert process.wait(timeout=300) == 0
+    assert scontrol_words(run) == "requeue 47\n"
+
+
+def test_cancelled_it_waits_for_the_ranks_and_says_that_they_have_saved(job):
+    process, run = job()
+    send_to_all(process.pid, signal.SIGTERM)
+    process.wait(timeout=300)
+    assert scontrol_words(run) == ""
+    log = (run / "train.log").read_text()
+    assert re.search("== stopped after saving a checkpoint; the next job goes on from there$", log)
+
+
+def test_what_ended_by_itself_is_not_requeued(job):
+    process, run = job()
+    (run / "end").touch()
+    assert process.wait(timeout=300) == 3
+    assert scontrol_words(run) == ""
+
+
+def test_the_example_of_preprocessing_requeues_itself_before_its_time_limit(tmp_path):
+    fake_slurm.install(tmp_path)
+    stub = tmp_path / "infoentropy"
+    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 300\n")
+    stub.chmod(0o755)
+    names = ("PILE", "TOKENIZER", "OUT", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+    environment = dict.fromkeys(names, "1")
+    environment |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "47", "SLURM_ARRAY_JOB_ID": "46"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    example = Path(__file__).parents[2] / "examples" / "preprocess_pile.slurm"
+    assert "\n#SBATCH --signal=B:USR1@60\n" in example.read_text()
+    process = subprocess.Popen(
+        ["bash", example],
+        env={**os.environ, **environment, "PATH": path},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 0
+    os.killpg(process.pid, signal.SIGKILL)  # Slurm would
+    assert (tmp_path / "scontrol.words").read_text() == "requeue 46_1\n"
