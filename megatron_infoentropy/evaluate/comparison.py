@@ -4,12 +4,24 @@ Several differences are read at once, so their p-values are adjusted by Holm's r
 that each answer one question: over all tokens (one per group), by frequency bucket, by decile, by
 difficulty, by domain (each over all groups). A difference is called shown where its adjusted
 p-value is below 5 % and seeds were part of it; with one seed each, nothing is called shown.
+
+Easy, medium and hard tokens are the same ones for every evaluation that is compared. A token's
+difficulty is an entropy, but whose? That of one of the models compared would bend the
+comparison: its own uncertain tokens hold the ones it is needlessly uncertain about, where the other
+is better for no other reason. So it is the mean entropy over all settings compared, each the mean
+of its seeds: it favours none of them, however many runs each has. Or it is that of a reference
+model outside the comparison. The thirds are as equal in tokens as bins of 0.004 nats allow.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, combinations
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS, DECILES
 from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.groups import (
@@ -23,17 +35,130 @@ from megatron_infoentropy.evaluate.groups import (
 from megatron_infoentropy.evaluate.inference import (
     CONFIDENCE,
     Estimate,
+    Sums,
     estimate_differences,
     holm,
 )
-from megatron_infoentropy.evaluate.statistics import (
-    Kind,
-    Place,
-    require_same_tokens,
-    seed_noise,
-    statistics,
-    way_of_scoring,
-)
+from megatron_infoentropy.evaluate.tally import DIFFICULTY
+
+Kind = Literal["total", "bucket", "decile", "difficulty", "domain"]
+Place = tuple[Kind, str]
+
+
+_SETTINGS = ("context_length", "stride", "mode")
+
+
+def require_same_tokens(evaluations: list[Evaluation]) -> None:
+    """Raises DifferentDataError where tokens or the way they were scored differ."""
+    if len({evaluation.fingerprint for evaluation in evaluations}) > 1:
+        raise DifferentDataError("the runs were evaluated on different tokens")
+    for setting in _SETTINGS:
+        found = {evaluation.summary["scoring"][setting] for evaluation in evaluations}
+        if len(found) > 1:
+            words = setting.replace("_", " ").replace("stride", "stride of windows")
+            raise DifferentDataError(
+                f"the runs were evaluated with a different {words}: "
+                f"{' and '.join(sorted(map(str, found)))}"
+            )
+
+
+def way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
+    """Equal for evaluations that `require_same_tokens` lets be compared."""
+    scoring = evaluation.summary["scoring"]
+    return evaluation.fingerprint, *(str(scoring[setting]) for setting in _SETTINGS)
+
+
+def statistics(
+    evaluations: list[Evaluation], references: list[list[Evaluation]]
+) -> tuple[list[Place], Sums]:
+    """Every statistic that is compared, and its sums per document."""
+    documents = evaluations[0].documents
+    every = [documents.tokens.astype(np.float64), *(e.documents.ce for e in evaluations)]
+    by_band = np.stack(every)
+    in_domain = documents.domain[:, None] == np.arange(len(evaluations[0].domains))
+    total = by_band.sum(axis=2, keepdims=True)
+    parts = [total]
+    parts += [by_band[:, :, BANDS_OF[n]].sum(axis=2, keepdims=True) for n in (*BUCKETS, *DECILES)]
+    places: list[Place] = [("total", "all tokens"), *(("bucket", name) for name in BUCKETS)]
+    places += [("decile", name) for name in DECILES]
+    by_difficulty = difficulty_sums(evaluations, references)
+    if by_difficulty is not None:
+        parts.append(np.concatenate([by_difficulty[0][None], by_difficulty[1]]))
+        places += [("difficulty", name) for name in DIFFICULTY]
+    parts.append(total * in_domain)
+    places += [("domain", name) for name in evaluations[0].domains]
+    table = np.concatenate(parts, axis=2)
+    return places, Sums(table[0], table[1:])
+
+
+def seed_noise(
+    same_objective: list[list[Evaluation]], references: list[list[Evaluation]]
+) -> dict[Place, float]:
+    """The largest gap between two evaluations of one objective, where there are two."""
+    noise: dict[Place, float] = {}
+    for evaluations in same_objective:
+        places, sums = statistics(evaluations, references)
+        for one, other in combinations(sums.nats(), 2):
+            for place, gap in zip(places, np.abs(one - other), strict=True):
+                noise[place] = max(noise.get(place, 0.0), float(gap))
+    return noise
+
+
+_BLOCK = 1 << 22  # tokens that are in memory at once
+_BINS = 4096
+_LARGEST = 16.0  # nats; ln of nine million
+
+Scores = NDArray[np.float16]
+
+
+def difficulty_sums(
+    evaluations: list[Evaluation], references: list[list[Evaluation]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Per document and third: tokens [D, 3], and every evaluation's cross entropies [E, D, 3].
+
+    references: the settings whose mean entropy is the difficulty, each a list of evaluations.
+    None where an evaluation keeps no scores of its tokens. All must have scored the same tokens.
+    """
+    scores = [e.token_scores for e in evaluations if e.token_scores is not None]
+    guides = [[e.token_scores for e in s if e.token_scores is not None] for s in references]
+    kept, given = ([len(setting) for setting in sides] for sides in (guides, references))
+    if not guides or len(scores) < len(evaluations) or kept != given:
+        return None
+    scored = len(scores[0])
+    lengths = evaluations[0].documents.tokens.sum(axis=1)
+    counts = np.zeros(_BINS)
+    for tokens in _blocks(scored):
+        counts += np.bincount(_bins(guides, tokens), minlength=_BINS)
+    third_of_bin = np.minimum(3 * (np.cumsum(counts) - counts / 2) // counts.sum(), 2).astype(int)
+    ends = np.cumsum(lengths)
+    cells = len(lengths) * len(DIFFICULTY)
+    tokens_sum, ce = np.zeros(cells), np.zeros((len(scores), cells))
+    for tokens in _blocks(scored):
+        document = np.searchsorted(ends, np.arange(tokens.start, tokens.stop), side="right")
+        cell = document * len(DIFFICULTY) + third_of_bin[_bins(guides, tokens)]
+        tokens_sum += np.bincount(cell, minlength=cells)
+        for total, part in zip(ce, scores, strict=True):
+            total += np.bincount(cell, weights=part[tokens, 0], minlength=cells)
+    shape = len(lengths), len(DIFFICULTY)
+    return tokens_sum.reshape(shape), ce.reshape(-1, *shape)
+
+
+def _blocks(tokens: int) -> Iterator[slice]:
+    for first in range(0, tokens, _BLOCK):
+        yield slice(first, min(first + _BLOCK, tokens))
+
+
+def _bins(guides: list[list[Scores]], tokens: slice) -> NDArray[np.int64]:
+    """Of the mean over settings of the entropies' mean over a setting's evaluations."""
+    entropy = np.zeros(tokens.stop - tokens.start)
+    for setting in guides:
+        total = np.zeros_like(entropy)
+        for guide in setting:
+            total += guide[tokens, 1]
+        entropy += total / len(setting)
+    scale = _BINS / _LARGEST / len(guides)
+    return np.clip((entropy * scale).astype(np.int64), 0, _BINS - 1)
+
 
 _NOT_EVALUATED = "no run of it has been evaluated"
 

@@ -16,6 +16,10 @@ Two simpler ways fail in tests/evaluate/test_inference.py: redrawing two or thre
 documents gives intervals that are far too narrow, and one t distribution with Satterthwaite's
 degrees of freedom finds three times as many false differences as it should once p-values are
 corrected for their number, where a part came out small by chance.
+
+Documents are drawn with replacement, all of them together, and every statistic of every evaluation
+is computed from the same draws, so that whatever makes a document hard for all models cancels in
+differences between them.
 """
 
 import math
@@ -25,7 +29,53 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.bootstrap import RESAMPLES, Sums, redrawn_nats
+RESAMPLES = 4000
+_BLOCK = 1 << 23  # numbers a block of draws holds, so that memory stays bounded (64 MiB)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of D documents: `tokens` [D, C] that each of C statistics runs over, the same for all of E
+    evaluations, and their summed cross entropies `ce` [E, D, C]."""
+
+    tokens: NDArray[np.float64]
+    ce: NDArray[np.float64]
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """How many documents hold tokens of each statistic, [C]."""
+        return np.asarray((self.tokens > 0).sum(axis=0))
+
+    @property
+    def effective_documents(self) -> NDArray[np.float64]:
+        """As many documents of equal length would be as uncertain, [C]; 0 where there are none."""
+        squares = np.square(self.tokens).sum(axis=0)
+        whole = np.square(self.tokens.sum(axis=0))
+        return np.asarray(np.divide(whole, squares, out=np.zeros_like(whole), where=squares > 0))
+
+    def nats(self) -> NDArray[np.float64]:
+        """Nats per token, [E, C]; NaN where there are no tokens."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.ce.sum(axis=1) / self.tokens.sum(axis=0))
+
+
+def redrawn_nats(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """Nats per token [resamples, E, C] on documents drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    evaluations, documents, columns = sums.ce.shape
+    table = np.concatenate([sums.tokens[None], sums.ce]).transpose(1, 0, 2).reshape(documents, -1)
+    block = max(1, _BLOCK // documents)
+    blocks = []
+    for first in range(0, resamples, block):
+        rows = min(block, resamples - first)
+        drawn = generator.integers(documents, size=(rows, documents))
+        drawn += np.arange(rows)[:, None] * documents
+        times = np.bincount(drawn.ravel(), minlength=rows * documents)
+        blocks.append(times.reshape(rows, documents).astype(np.float64) @ table)
+    drawn_sums = np.concatenate(blocks).reshape(resamples, 1 + evaluations, columns)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(drawn_sums[:, 1:] / drawn_sums[:, :1])
+
 
 CONFIDENCE = 0.95
 POWER = 0.8

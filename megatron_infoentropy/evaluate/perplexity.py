@@ -6,22 +6,229 @@ their order; turn the sums into numbers. Always plain cross entropy, whatever ob
 was trained with. In memory are one chunk of tokens, one batch of logits, and 900 bytes a document.
 """
 
+import hashlib
 import tempfile
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.chunks import cut_chunks, score_chunk
+from megatron_infoentropy.evaluate.buckets import (
+    BANDS,
+    BUCKETS,
+    DECILES,
+    RULE,
+    describe_bands,
+    frequency_bands,
+    read_token_counts,
+)
+from megatron_infoentropy.evaluate.chunks import Scoring, cut_chunks, score_chunk
+from megatron_infoentropy.evaluate.dataset import TokenDataset, open_dataset
+from megatron_infoentropy.evaluate.domain_weights import domain_weights
 from megatron_infoentropy.evaluate.errors import FinishedEvaluationError
-from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
-from megatron_infoentropy.evaluate.job import Job, Options, open_job
+from megatron_infoentropy.evaluate.evaluation import (
+    FORMAT,
+    SUMMARY_FILE,
+    TOKENS_FILE,
+    DocumentSums,
+    Evaluation,
+    load_evaluation,
+)
 from megatron_infoentropy.evaluate.journal import Journal
-from megatron_infoentropy.evaluate.model import ModelSource, hugging_face
-from megatron_infoentropy.evaluate.ranks import Ranks, joined_ranks
-from megatron_infoentropy.evaluate.result import assemble
+from megatron_infoentropy.evaluate.model import (
+    ModelSource,
+    ScoringModel,
+    context_length_of,
+    hugging_face,
+    load_model,
+    require_same_tokenizer,
+    require_same_vocabulary,
+)
+from megatron_infoentropy.evaluate.passage import passage
+from megatron_infoentropy.evaluate.ranks import Ranks, choose_device, joined_ranks
+from megatron_infoentropy.evaluate.selection import Selection, places_sha256, select_documents
+from megatron_infoentropy.evaluate.tally import (
+    Tally,
+    bits_per_byte,
+    summarise_documents,
+    weighted_average,
+)
 from megatron_infoentropy.progress import progress
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to score; the fields are explained by `perplexity.evaluate_model`."""
+
+    context_length: int | None = None
+    stride: int | None = None
+    packed: bool = False
+    batch_tokens: int = 4096
+    max_tokens: int | None = None
+    domain_weights: str = "auto"
+    dtype: str = "float32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the documents it scores, and how."""
+
+    model: ScoringModel
+    source: ModelSource
+    dataset: TokenDataset
+    selection: Selection
+    scoring: Scoring
+    counts: NDArray[np.int64]  # of every token id in the training data
+    band_of_token: NDArray[np.int8]
+    weights: dict[str, float]  # of the domains, any scale
+    weights_are: str
+
+    def plan(self) -> dict[str, Any]:
+        """What must be the same for an interrupted evaluation to go on."""
+        return {
+            "format": FORMAT,
+            "scoring": asdict(self.scoring) | {"context": list(self.scoring.context)},  # as JSON
+            "model": self.model.describe() | {"weights_sha256": self.model.weights_sha256()},
+            "data": self.dataset.state,
+            "documents": places_sha256(self.dataset, self.selection, self.band_of_token),
+        }
+
+
+def open_job(source: ModelSource, data: Path, token_counts: Path, options: Options) -> Job:
+    """Open model and data, cheap checks first.
+
+    Raises:
+        ValueError: one of the named errors of `evaluate.errors`, saying what does not fit.
+    """
+    if options.batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {options.batch_tokens}")
+    dataset = open_dataset(data, packed=options.packed)
+    require_same_tokenizer(source, dataset.tokenizer_sha256)
+    counts = read_token_counts(token_counts, dataset.vocab_size).sum(axis=0)
+    band_of_token = frequency_bands(counts)
+    selection = select_documents(dataset, options.max_tokens)
+    scored = {
+        domain.name: int(selection.length[selection.domain == index].sum())
+        for index, domain in enumerate(dataset.domains)
+    }
+    weights, weights_are = domain_weights(options.domain_weights, scored, token_counts)
+    model = load_model(source, choose_device(options.device), options.dtype)
+    require_same_vocabulary(model, dataset.vocab_size)
+    length = context_length_of(model, options.context_length)
+    stride = _stride(options.stride, length)
+    behind_start = any(domain.skipped for domain in dataset.domains)
+    scoring = Scoring(
+        length, stride, options.packed, options.batch_tokens, dataset.context, behind_start
+    )
+    return Job(
+        model, source, dataset, selection, scoring, counts, band_of_token, weights, weights_are
+    )
+
+
+def _stride(stride: int | None, context_length: int) -> int:
+    if stride is None:
+        return context_length
+    if not 1 <= stride <= context_length:
+        raise ValueError(
+            f"stride must be between 1 and the context length {context_length}, got {stride}: "
+            "with a larger one tokens would be left out"
+        )
+    return stride
+
+
+def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
+    """The evaluation whose chunks are all in the journal.
+
+    Raises:
+        UnfinishedEvaluationError: one is missing or damaged.
+    """
+    selection = job.selection
+    shape = len(selection), BANDS
+    tokens, ce, entropy = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
+    tally = Tally(job.model.vocab_size)
+    names = places_sha256(job.dataset, selection, job.band_of_token)
+    fingerprint = hashlib.sha256(names.encode())
+    path = journal.folder / TOKENS_FILE
+    with path.open("wb") as file:
+        _write_header(file, int(selection.length.sum()))
+        for number, rows in enumerate(cut_chunks(selection, job.scoring.batch_tokens)):
+            chunk = journal.read(number)
+            tokens[rows], ce[rows], entropy[rows] = chunk.tokens, chunk.ce, chunk.entropy
+            file.write(chunk.scores.tobytes())
+            fingerprint.update(chunk.sha256.tobytes())
+            tally += chunk.tally
+    scores: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+    documents = DocumentSums(selection.domain, selection.document, tokens, ce, entropy)
+    summary = {
+        "format": FORMAT,
+        "scoring": _describe_scoring(job),
+        "model": _describe_model(job, journal),
+        "data": _describe_data(job, fingerprint.hexdigest()),
+        "bucket_rule": RULE,
+        "bucket_sizes": describe_bands(BUCKETS, job.counts, job.band_of_token),
+        "decile_sizes": describe_bands(DECILES, job.counts, job.band_of_token),
+        **_numbers(job, documents),
+        "difficulty": tally.difficulty(),
+        "entropy_histogram": tally.histogram(),
+        "calibration": tally.calibration(),
+        "passage": passage(job.dataset, selection, scores, job.source.tokenizer),
+    }
+    return Evaluation(summary, documents, scores if token_scores else None)
+
+
+def _write_header(file: BinaryIO, tokens: int) -> None:
+    """Of the .npy file of float16 [tokens, 2]."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _describe_scoring(job: Job) -> dict[str, Any]:
+    scoring = job.scoring
+    return {
+        "rule": scoring.rule,
+        "mode": "packed" if scoring.packed else "sliding",
+        "context_length": scoring.context_length,
+        "stride": scoring.stride,
+        "batch_tokens": scoring.batch_tokens,
+    }
+
+
+def _describe_model(job: Job, journal: Journal) -> dict[str, Any]:
+    described: dict[str, Any] = journal.plan()["model"]
+    return {"kind": job.source.kind, **job.source.facts, **described}
+
+
+def _describe_data(job: Job, fingerprint: str) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint,
+        "tokenizer_sha256": job.dataset.tokenizer_sha256,
+        "complete": all(job.selection.complete),
+        "documents": len(job.selection),
+        "empty_documents": job.dataset.empty_documents,
+        "one_token_documents": int((job.selection.length == 1).sum()),
+    }
+
+
+def _numbers(job: Job, documents: DocumentSums) -> dict[str, Any]:
+    """Scores in total, by band and by domain, and the averages over domains.
+
+    Bits per byte only where a whole domain was scored: its bytes are known only as a whole.
+    """
+    domains = job.dataset.domains
+    numbers = summarise_documents(documents, [domain.name for domain in domains])
+    for domain, complete in zip(domains, job.selection.complete, strict=True):
+        scores = numbers["domains"][domain.name]
+        scores["bits_per_byte"] = bits_per_byte(scores, domain.bytes) if complete else None
+    whole = all(job.selection.complete)
+    every_byte = sum(domain.bytes for domain in domains) if whole else 0
+    numbers["total"]["bits_per_byte"] = bits_per_byte(numbers["total"], every_byte)
+    nats = {name: scores["nats_per_token"] for name, scores in numbers["domains"].items()}
+    average = weighted_average(nats, job.weights) | {"weights_are": job.weights_are}
+    return numbers | {"weighted_average": average}
 
 
 def evaluate_model(

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.evaluate.stages import GAMMA, SIGMA, objective_in_words
+from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run, objective_in_words
 
 # Drawn beside the gamma in use, to show what a larger or smaller one would do.
 OTHER_GAMMAS = (0.5, 2.0)

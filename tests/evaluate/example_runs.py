@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_infoentropy.evaluate.buckets import BANDS, BUCKETS, DECILES, RULE
 from megatron_infoentropy.evaluate.evaluation import FORMAT, DocumentSums, Evaluation
-from megatron_infoentropy.evaluate.summary import summarise_documents, weighted_average
+from megatron_infoentropy.evaluate.tally import summarise_documents, weighted_average
 
 VOCAB = 8192
 DOMAINS = {"Python documentation": 90, "Python source code": 160}

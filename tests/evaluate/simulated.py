@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_infoentropy.evaluate.bootstrap import Sums
+from megatron_infoentropy.evaluate.inference import Sums
 
 
 @dataclass(frozen=True)

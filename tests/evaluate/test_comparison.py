@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.comparison import Comparison, compare_groups
-from megatron_infoentropy.evaluate.difficulty import difficulty_sums
+from megatron_infoentropy.evaluate.comparison import Comparison, compare_groups, difficulty_sums
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs, match
@@ -220,7 +219,7 @@ def test_a_setting_of_nine_runs_says_no_more_of_what_is_hard_than_one_of_a_singl
 def test_difficulty_needs_the_scores_of_the_tokens_and_blocks_do_not_matter(monkeypatch):
     pair = noisy_pair(4000)
     whole = difficulty_sums(pair, [pair])
-    monkeypatch.setattr("megatron_infoentropy.evaluate.difficulty._BLOCK", 700)
+    monkeypatch.setattr("megatron_infoentropy.evaluate.comparison._BLOCK", 700)
     for one, other in zip(whole, difficulty_sums(pair, [pair]), strict=True):
         np.testing.assert_allclose(one, other)
     assert difficulty_sums(pair, [[replace(pair[0], token_scores=None)]]) is None

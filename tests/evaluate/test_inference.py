@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from simulated import World
 
-from megatron_infoentropy.evaluate.bootstrap import Sums, redrawn_nats
 from megatron_infoentropy.evaluate.inference import (
     FEWEST_DOCUMENTS,
     Estimate,
+    Sums,
     estimate_differences,
     holm,
+    redrawn_nats,
 )
 
 TRIALS = 200
@@ -142,7 +143,7 @@ def test_the_same_seed_gives_the_same_interval_and_blocks_do_not_matter(monkeypa
     first = estimate_differences(sums, *sides, paired=True)
     assert estimate_differences(sums, *sides, paired=True) == first
     assert estimate_differences(sums, *sides, paired=True, seed=1) != first
-    monkeypatch.setattr("megatron_infoentropy.evaluate.bootstrap._BLOCK", 1000)
+    monkeypatch.setattr("megatron_infoentropy.evaluate.inference._BLOCK", 1000)
     again = estimate_differences(sums, *sides, paired=True)
     assert again[0].low == pytest.approx(first[0].low)
 
