@@ -34,7 +34,7 @@ from megatron_infoentropy.convert.shards import (
     index_of,
     plan_shards,
 )
-from megatron_infoentropy.convert.tokenizer_check import cuts_as_qwen2
+from megatron_infoentropy.convert.tokenizer_check import class_to_name, cuts_as_qwen2
 from megatron_infoentropy.convert.tokenizer_files import copy_tokenizer, read_tokenizer
 from megatron_infoentropy.convert.weights_file import NAMES, write_weights
 from megatron_infoentropy.progress import Advance, progress
@@ -106,6 +106,7 @@ def convert_checkpoint(
     facts = None if tokenizer is None else read_tokenizer(tokenizer)
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
     model, not_qwen2 = _choose_family(model, family, tokenizer)
+    named = None if tokenizer is None else class_to_name(tokenizer, model.family)
     sources = match_names(opened.tensors, model)
     torch_dtype = _choose_dtype(dtype, opened)
     shards = plan_shards(opened, sources, model, torch_dtype, shard_bytes)
@@ -120,7 +121,7 @@ def convert_checkpoint(
             model_card(opened, model, _parameters(shards)), encoding="utf-8"
         )
         if facts is not None:
-            copy_tokenizer(facts, folder)
+            copy_tokenizer(facts, folder, named)
         check(folder)
     return _summary(output, opened, model, torch_dtype, shards, not_qwen2)
 

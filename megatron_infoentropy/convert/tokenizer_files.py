@@ -1,13 +1,13 @@
 """The tokenizer that goes with an exported model: its files, and what config.json says of it."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from megatron_infoentropy.convert.json_file import read_object
+from megatron_infoentropy.data.tokenizer import CONFIG, load_with_transformers
 
 _NAMES = (
     "tokenizer.json",
@@ -33,40 +33,36 @@ class TokenizerFacts:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFacts:
-    """Look at a Hugging Face tokenizer folder.
+    """Look at a Hugging Face tokenizer folder, as transformers loads it.
 
     Raises:
         ValueError: there is no tokenizer.json in it, or one of its files is damaged.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"expected {folder} to be a tokenizer folder; it has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no narrower one
-        raise ValueError(f"{path} is no tokenizer, or a damaged one: {error}") from None
+    used = load_with_transformers(folder)
     return TokenizerFacts(
         files=tuple(folder / name for name in _NAMES if (folder / name).is_file()),
         # The highest id counts, not the number of tokens: a vocabulary may have holes.
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        ids=(ids := _special_ids(folder / "tokenizer_config.json", tokenizer)),
+        vocab_size=max(used.get_vocab().values()) + 1,
+        ids=(ids := _special_ids(used)),
         generation=read_object(folder / _GENERATION) | ids,
     )
 
 
-def copy_tokenizer(tokenizer: TokenizerFacts, folder: Path) -> None:
-    """Copy the files as they are: rewriting them is where tokenizers lose their settings."""
+def copy_tokenizer(
+    tokenizer: TokenizerFacts, folder: Path, tokenizer_class: str | None = None
+) -> None:
+    """Copy the files as they are: rewriting them is where tokenizers lose their settings.
+
+    tokenizer_class: name it in tokenizer_config.json, without which ids would change here.
+    """
     for file in tokenizer.files:
         shutil.copyfile(file, folder / file.name)
+    if tokenizer_class:
+        settings = read_object(folder / CONFIG) | {"tokenizer_class": tokenizer_class}
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _special_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    config = read_object(path)
-    ids = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = config.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
-        if token_id is not None:
-            ids[name + "_id"] = token_id
-    return ids
+def _special_ids(used: Any) -> dict[str, int]:
+    ids = {name: getattr(used, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: int(token) for name, token in ids.items() if token is not None}

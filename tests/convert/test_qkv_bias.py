@@ -1,6 +1,7 @@
 """Models with --add-qkv-bias: Qwen2 where the tokenizer is Qwen2's, Llama where it is another."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -142,18 +143,35 @@ def test_a_token_that_the_other_rules_never_make_is_found(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
-def test_a_tokenizer_that_names_no_class_is_refused_with_the_line_that_mends_it(
-    folder: Path, family: str
-) -> None:
+def test_a_tokenizer_that_names_no_class_is_exported_with_one(folder: Path, family: str) -> None:
     args = tiny_args(**FAMILIES[family], vocab_size=258, padded_vocab_size=384)
     write_checkpoint(folder / family, args, tiny_tensors(args))
-    config = folder / "gpt2" / "tokenizer_config.json"
-    named = config.read_text()
-    config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    config = {"eos_token": "<|endoftext|>"}
+    (folder / "gpt2" / "tokenizer_config.json").write_text(json.dumps(config))
     convert_checkpoint(folder / family, folder / "out", tokenizer=folder / "gpt2")
-    assert (
-        '"tokenizer_class": "PreTrainedTokenizerFast"' in tokenizer_differences(folder / "out")[-1]
-    )
-    config.write_text(named)
-    convert_checkpoint(folder / family, folder / "good", tokenizer=folder / "gpt2")
-    assert tokenizer_differences(folder / "good") == []
+    exported = folder / "out" / "tokenizer_config.json"
+    named = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert json.loads(exported.read_text()) == named
+    assert tokenizer_differences(folder / "out") == []
+    exported.write_text(json.dumps(config))  # as it was copied by earlier versions
+    (difference,) = tokenizer_differences(folder / "out")
+    assert re.search("added|another way than in training", difference)
+    assert "; beside this model transformers takes its" in difference
+
+
+def test_a_class_that_a_model_has_chosen_in_training_is_named_beside_another(folder: Path) -> None:
+    """The ids of the data are Qwen2's, because of the config.json beside the tokenizer."""
+    (folder / "qwen2" / "config.json").write_text('{"model_type": "qwen2"}')
+    args = tiny_args(vocab_size=258, padded_vocab_size=384)
+    write_checkpoint(folder / "llama", args, tiny_tensors(args))
+    (folder / "qwen2" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    path = folder / "qwen2" / "tokenizer.json"  # of which Qwen2's class leaves the rules
+    gpt2 = json.loads((folder / "gpt2" / "tokenizer.json").read_text())
+    rules = {name: gpt2[name] for name in ("pre_tokenizer", "normalizer")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | rules))
+    expected = AutoTokenizer.from_pretrained(folder / "qwen2")("12 .\n\n").input_ids
+    convert_checkpoint(folder / "llama", folder / "out", tokenizer=folder / "qwen2")
+    exported = json.loads((folder / "out" / "tokenizer_config.json").read_text())
+    assert exported["tokenizer_class"] == "Qwen2Tokenizer"
+    assert AutoTokenizer.from_pretrained(folder / "out")("12 .\n\n").input_ids == expected
+    assert tokenizer_differences(folder / "out") == []
