@@ -28,7 +28,7 @@ from megatron_infoentropy.launch.flags import (
     read_facts,
     useful_ranks,
 )
-from megatron_infoentropy.launch.job import require_tokenizer
+from megatron_infoentropy.launch.job import require_layout, require_tokenizer
 from megatron_infoentropy.launch.machine import machine_environment
 from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 from megatron_infoentropy.runtime.device import Device, find_device
@@ -76,8 +76,10 @@ def dry_run(
     device, flags = find_device(), load_recipe(recipe)
     words = chosen_flags(device, flags, settings)
     words += [*stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
-    on_machine = useful_ranks(read_facts(words), device.count if device.type == "cuda" else 1)
+    facts = read_facts(words)
+    on_machine = useful_ranks(facts, device.count if device.type == "cuda" else 1)
     ranks = ranks or load_plan(recipe).ranks or on_machine
+    require_layout(ranks, facts)
     shape = parse(words, ranks, device)
     return DryRun(ranks, shape, parameters(shape), memory(shape), traffic(shape))
 

@@ -35,10 +35,18 @@ def parsed(monkeypatch):
 
 def test_ranks_are_those_asked_for_else_the_recipes_else_the_machines(parsed, tok):
     recipe = EXAMPLES / "paper" / "468m.yaml"
-    dry.dry_run(recipe, {}, ranks=48)
+    dry.dry_run(recipe, {}, ranks=32)
     dry.dry_run(recipe, {})
     dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=tok)
-    assert [ranks for _, ranks in parsed] == [48, 16, 1]
+    assert [ranks for _, ranks in parsed] == [32, 16, 1]
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused_in_our_words(parsed):
+    with pytest.raises(
+        ValueError, match="1024 cannot be shared by 48 data-parallel ranks in micro"
+    ):
+        dry.dry_run(EXAMPLES / "paper" / "468m.yaml", {}, ranks=48)
+    assert not parsed
 
 
 def test_data_and_a_missing_tokenizer_have_stand_ins(parsed, tok):
