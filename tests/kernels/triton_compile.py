@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_infoentropy.kernels.triton_gradient import gradient_kernel
-from megatron_infoentropy.kernels.triton_kernels import LOADS, THREADS, WARPS
+from megatron_infoentropy.kernels.triton_kernels import LOADS, THREADS, WARPS, register_bound
 from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -55,6 +55,7 @@ def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
     """Triton's compiled kernel, with the specialisations of a launch with such logits."""
     aligned, dtype = variant["aligned"], variant["dtype"]
     constants = {"ALIGNED": aligned, "SOFTCAP": variant["options"]}
+    chosen: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
     if variant["kernel"] == "statistics":
         kernel = statistics_kernel
         constants |= {"DISTANCE": variant["options"], "THREADS": THREADS, "LOADS": LOADS}
@@ -62,6 +63,7 @@ def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
         kernel = gradient_kernel
         constants |= {"OFFSET": variant["options"], "BLOCK": THREADS * LOADS * 16 // SIZES[dtype]}
         constants["TOGETHER"] = True
+        chosen["maxnreg"] = register_bound(aligned=aligned, softcap=variant["options"])
     types = NOT_INTEGERS | {"logits": f"*{dtype}", "out": f"*{dtype}"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
@@ -79,7 +81,7 @@ def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
             attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": WARPS, "enable_fp_fusion": True},
+        options=chosen,
     )
 
 
