@@ -25,6 +25,7 @@ def peers() -> list[Provider]:
         Provider("liger vocab-parallel", _liger_vocab_parallel),
         Provider("flash-attn", _flash_attention),
         Provider("quack", _quack),
+        Provider("trl", _trl, "infoentropy"),
         Provider("paper eager", _paper, "infoentropy"),
         Provider("paper compiled", _paper_compiled, "infoentropy"),
     ]
@@ -166,6 +167,25 @@ def _quack(setting: Setting) -> Loss:
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return _mean(cross_entropy(logits, target, reduction="none", inplace_backward=True))
+
+    return loss
+
+
+def _trl(setting: Setting) -> Loss:
+    """TRL's one pass for log-probability and entropy, weighted as the paper does."""
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from trl.kernels.logprob_entropy import (  # type: ignore[import-not-found]
+            selective_log_softmax_and_entropy,
+        )
+    except ImportError as error:
+        raise Unavailable(_not_installed("trl", error)) from None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        log_p, entropy = selective_log_softmax_and_entropy(logits, target)
+        weight = 1 + entropy.detach()
+        return -(weight * log_p).sum() / weight.sum()
 
     return loss
 

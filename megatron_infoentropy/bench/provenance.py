@@ -21,6 +21,7 @@ PACKAGES = (
     "liger-kernel",
     "flash-attn",
     "quack-kernels",
+    "trl",
 )
 
 

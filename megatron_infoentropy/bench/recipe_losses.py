@@ -78,6 +78,25 @@ def contenders(
     return found, left_out
 
 
+def choose(
+    names: list[str], every: list[Contender], left_out: list[LeftOut]
+) -> tuple[list[Contender], list[LeftOut]]:
+    """The losses of these names, of all where there are none.
+
+    Raises:
+        ValueError: no loss has such a name, or none that can take part was named.
+    """
+    if not names:
+        return every, left_out
+    known = [each.name for each in (*every, *left_out)]
+    unknown = [name for name in names if name not in known]
+    chosen = [each for each in every if each.name in names]
+    if unknown or not chosen:
+        asked = ", ".join(unknown or names)
+        raise ValueError(f"no loss can be measured by the name {asked}; these: {', '.join(known)}")
+    return chosen, [each for each in left_out if each.name in names]
+
+
 def _ours(config: InfoEntropyConfig) -> dict[str, InfoEntropyConfig]:
     """The recipe's first; its other objective and its other way through the output layer."""
     unweighted = replace(config.at(0), objective="cross_entropy", weighting="")

@@ -1,14 +1,15 @@
 """On every rank: Megatron's trainer, its steps shared out among losses and measured.
 
-`torchrun -m megatron_infoentropy.bench.recipe_rank FOLDER ROUNDS FLAGS` leaves rank-N.json in the
-folder: `RankResult`. FLAGS are those of `megatron_infoentropy.pretrain`, without --train-iters.
+`torchrun -m megatron_infoentropy.bench.recipe_rank FOLDER ROUNDS LOSSES FLAGS` leaves rank-N.json in
+the folder, written anew after every round: `RankResult`. LOSSES are names with commas between them,
+or nothing for all. FLAGS are those of `megatron_infoentropy.pretrain`.
 """
 
 import json
 import os
 import sys
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,27 @@ MATRIX_TURNS = 10
 
 def main() -> None:
     """Train for as many steps as are to be measured, and one in which the results are written."""
-    folder, rounds = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+    folder, rounds, names = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
     orphans.leave_none()
     cpu.install()  # before megatron is imported; does nothing where there is a GPU
 
     from megatron_infoentropy.integration.compat import prepare_megatron
 
     prepare_megatron()
-    measure(folder, rounds)
+    measure(folder, rounds, names.split(",") if names else [])
 
 
-def measure(folder: Path, rounds: int) -> None:
+def measure(folder: Path, rounds: int, names: list[str]) -> None:
     """`main` where Megatron may be imported already; the command line is the training's."""
     from megatron.training import get_args
 
-    from megatron_infoentropy.bench.recipe_losses import contenders
+    from megatron_infoentropy.bench.recipe_losses import choose, contenders
     from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
     from megatron_infoentropy.pretrain import prepare, run
 
     container, ours = prepare()
     transformer = container.model.transformer
-    found, left_out = contenders(ours, transformer.finalize_model_grads_func)
+    found, left_out = choose(names, *contenders(ours, transformer.finalize_model_grads_func))
     planned = turns(found, rounds)
     _shorten(get_args(), len(planned) + 1)
 
@@ -64,7 +65,8 @@ def measure(folder: Path, rounds: int) -> None:
             rows, [(each.name, each.reason) for each in left_out], _facts(get_args())
         )
         path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-        path.write_text(json.dumps(asdict(result)), encoding="utf-8")
+        path.with_suffix(".part").write_text(json.dumps(asdict(result)), encoding="utf-8")
+        path.with_suffix(".part").replace(path)
 
     device = torch.device(find_device().type)
     clock = EventClock() if device.type == "cuda" else WallClock()
@@ -122,6 +124,7 @@ def _held_gib() -> float | None:
     return torch.cuda.max_memory_reserved() / 2**30
 
 
+@cache
 def _matmul_tflops(dtype: torch.dtype) -> float:
     """What this device's matrix product reaches, in the same run: the best of some."""
     device = torch.device(find_device().type)

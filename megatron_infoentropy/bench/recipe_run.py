@@ -36,9 +36,11 @@ def bench_recipe(
     tokenizer: Path | None = None,
     ranks: int | None = None,
     rounds: int = 20,
+    losses: tuple[str, ...] = (),
     output: Path | None = None,
 ) -> list[RecipeRow]:
-    """A row a loss, the recipe's own first; settings and flags as in `TrainingJob`.
+    """A row a loss, the recipe's own first, or of these losses alone; settings and flags as in
+    `TrainingJob`. Where the training ends early (--exit-duration-in-mins) there are fewer rounds.
 
     Without data Megatron makes some up. Where `output` is given rows are written: to a file, or to
     one that is named by recipe, device and month in a folder.
@@ -58,9 +60,10 @@ def bench_recipe(
     folder = Path(tempfile.mkdtemp(prefix="bench-recipe-"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     entry = ("--nproc-per-node", str(ranks), "-m", RANK, str(folder), str(rounds))
+    entry += (",".join(losses),)
     environment = machine_environment(device, ranks)
     said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
-    answers = [(folder / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]
+    answers = [_answer(folder, rank) for rank in range(ranks)]
     found = [RankResult(**json.loads(answer)) for answer in answers]
     shutil.rmtree(folder)
     rows = rows_of(recipe.stem, said.parameters, found)
@@ -68,6 +71,15 @@ def bench_recipe(
         named = file_name(facts, f"recipe_{recipe.stem}")
         write_csv(rows, facts, output / named if output.is_dir() else output)
     return rows
+
+
+def _answer(folder: Path, rank: int) -> str:
+    path = folder / f"rank-{rank}.json"
+    if not path.exists():
+        raise ValueError(
+            f"the training ended before every loss had taken a step; its log is under {folder}"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _flags(

@@ -59,8 +59,9 @@ class TurnTakingStep:
         iteration: Callable[[], int],
         finish: Callable[[dict[str, Measured]], None],
     ) -> None:
-        """iteration: number of the step under way; finish: takes the results after the last turn,
-        in one step more."""
+        """iteration: number of the step under way; finish: takes the results after every round, so
+        that a training that is stopped early leaves those it has. The last is known in one step
+        more."""
         self.measured = {turn.contender.name: Measured() for turn in planned}
         self._planned = planned
         self._times = PartTimes(clock)
@@ -91,8 +92,6 @@ class TurnTakingStep:
             self._close(self._planned[self._turn])
         self._at = self._iteration()
         self._turn += 1
-        if self._turn == len(self._planned):
-            self._finish(self.measured)
         if self._turn < len(self._planned) and self._planned[self._turn].purpose == "weigh":
             self._meter.start()
         self._times.start()
@@ -106,6 +105,8 @@ class TurnTakingStep:
             measured.times.append(sum(spent.values()))
             for part, span in spent.items():
                 measured.parts[part].append(span)
+            if len({len(each.times) for each in self.measured.values()}) == 1:
+                self._finish(self.measured)
 
     def _watch(self, model: Any) -> None:
         """Learn of a pipeline chunk's logits and of their gradient."""

@@ -112,7 +112,7 @@ def bench(
         int, typer.Option(min=1, help="ranks to split the vocabulary over")
     ] = 1,
     grid: Annotated[
-        str | None, typer.Option(help="small or full: measure these shapes instead")
+        str | None, typer.Option(help="small, headline or full: measure these shapes instead")
     ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="shrink all shapes, to try it out")] = False,
     compiled: Annotated[

@@ -31,6 +31,9 @@ def bench_recipe(
         typer.Option(min=1, help="processes; default: what the GPUs and the batch allow"),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="timed steps of every loss")] = 20,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="only this loss, by its name in the table; repeatable")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
     ] = None,
@@ -57,6 +60,7 @@ def bench_recipe(
         tokenizer=tokenizer,
         ranks=ranks,
         rounds=rounds,
+        losses=tuple(loss or ()),
         output=output,
     )
     wide = make_console(width=max(out.width, WIDTH))

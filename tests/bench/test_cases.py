@@ -22,7 +22,7 @@ def test_the_small_grid_has_both_dtypes_and_two_ranks():
     assert [case.tensor_parallel for case in cases] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "headline", "full"])
 def test_tiny_grids_keep_what_cases_are(name):
     whole, tiny = grid(name), adapt(grid(name), tiny=True, compiled=False)
     for before, after in zip(whole, tiny, strict=True):
@@ -39,7 +39,7 @@ def test_tiny_grids_keep_what_cases_are(name):
         (lambda: Case(8, 64, "int8"), "dtype must be float32 or bfloat16"),
         (lambda: Case(8, 65, tensor_parallel=2), "does not split evenly over 2 ranks"),
         (lambda: Case(0, 64), "must be positive"),
-        (lambda: grid("huge"), "grid must be small or full"),
+        (lambda: grid("huge"), "grid must be small, headline or full"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -14,7 +14,7 @@ from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.peers import peers
 from megatron_infoentropy.bench.providers import LABEL_SMOOTHING, SOFTCAP, Unavailable, ours
 
-NEED_A_GPU = {"liger", "liger vocab-parallel", "flash-attn", "quack"}
+NEED_A_GPU = {"liger", "liger vocab-parallel", "flash-attn", "quack", "trl"}
 NEED_A_GPU |= {"transformer engine", "transformer engine in place"}
 
 
@@ -91,7 +91,7 @@ def test_peers_without_tensor_parallelism_refuse_shards(setting):
         except Unavailable as reason:
             refused += [provider.name] if "no tensor parallelism" in str(reason) else []
     assert set(refused) == {
-        *("torch", "torch compiled", "liger", "quack", "paper eager", "paper compiled"),
+        *("torch", "torch compiled", "liger", "quack", "trl", "paper eager", "paper compiled"),
     }
 
 
@@ -137,6 +137,11 @@ def test_gpu_peers_are_called_as_their_users_do(setting, monkeypatch):
     def quack(x, target, *, reduction, inplace_backward):
         return per_token(x, target)
 
+    def trl(logits, index, temperature=1.0, row_mask=None):
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1), entropy
+
     class VocabParallel:
         def __call__(self, logits, target, group):
             assert logits.dim() == 3
@@ -147,6 +152,8 @@ def test_gpu_peers_are_called_as_their_users_do(setting, monkeypatch):
     install(monkeypatch, te_path, parallel_cross_entropy=te)
     install(monkeypatch, "flash_attn.ops.triton.cross_entropy", cross_entropy_loss=flash)
     install(monkeypatch, "quack.cross_entropy", cross_entropy=quack)
+    path = "trl.kernels.logprob_entropy"
+    install(monkeypatch, path, selective_log_softmax_and_entropy=trl)
     install(monkeypatch, "liger_kernel.transformers.cross_entropy",
             LigerCrossEntropyLoss=torch.nn.CrossEntropyLoss)  # fmt: skip
     monkeypatch.setitem(sys.modules, "liger_kernel.megatron", ModuleType("megatron"))

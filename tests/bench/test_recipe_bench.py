@@ -68,7 +68,7 @@ class Training:
 
     def __init__(self, rounds):
         self.clock, self.meter, self.ended = CountingClock(), Meter(), None
-        self.iteration, self.called = 0, []
+        self.iteration, self.called, self.rounds = 0, [], []
         layer = torch.nn.Linear(2, 3)
         layer.forward = lambda x: (torch.nn.functional.linear(x, layer.weight), None)
         self.model = SimpleNamespace(module=SimpleNamespace(output_layer=layer))
@@ -83,6 +83,7 @@ class Training:
 
     def end(self, measured):
         self.ended = measured
+        self.rounds.append(len(measured["a"].times))
 
     def forward(self, name, loss_ms):
         def step(data, model):
@@ -123,6 +124,12 @@ def test_the_parts_of_a_step_are_told_apart_over_all_its_micro_batches():
     assert measured["a"].times == [75.0] * 3
     assert measured["b"].times == [83.0] * 3
     assert training.called[8:12] == ["a", "a", "b", "b"]  # after the warm-up, two calls a step
+
+
+def test_every_round_leaves_its_results():
+    training = Training(rounds=3)
+    training.train()
+    assert training.rounds == [1, 2, 3]
 
 
 def test_memory_is_weighed_in_steps_that_are_not_timed():

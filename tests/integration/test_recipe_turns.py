@@ -1,6 +1,7 @@
 """Megatron's trainer with losses that take turns, as `infoentropy bench-recipe` measures them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from launch import TINY_MODEL, run_trainer
@@ -20,7 +21,7 @@ def measure(folder):
     """On a forked rank, which has Megatron ready."""
     from megatron_infoentropy.bench import recipe_rank
 
-    recipe_rank.measure(folder, ROUNDS)
+    recipe_rank.measure(folder, ROUNDS, [])
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,16 @@ def test_rows_have_rates_and_no_checkpoint_is_left(folder, results):
     assert sorted(path.name for path in folder.iterdir()) == [
         *("rank-0.json", "rank-1.json", "rank0.log", "rank1.log")
     ]
+
+
+def test_losses_are_chosen_by_their_names():
+    from megatron_infoentropy.bench.recipe_losses import LeftOut, choose
+
+    every = [SimpleNamespace(name=name) for name in ("infoentropy", "megatron unfused")]
+    left_out = [LeftOut("megatron fused", "no GPU"), LeftOut("te", "not installed")]
+    assert choose([], every, left_out) == (every, left_out)
+    names = ["megatron fused", "megatron unfused"]
+    assert choose(names, every, left_out) == (every[1:], left_out[:1])
+    for wrong in (["megatron fused"], ["infoentropy", "megatron"]):
+        with pytest.raises(ValueError, match="these: infoentropy, megatron unfused, megatron f"):
+            choose(wrong, every, left_out)
