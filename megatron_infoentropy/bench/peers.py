@@ -184,8 +184,9 @@ def _trl(setting: Setting) -> Loss:
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         log_p, entropy = selective_log_softmax_and_entropy(logits, target)
-        weight = 1 + entropy.detach()
-        return -(weight * log_p).sum() / weight.sum()
+        weight: torch.Tensor = 1 + entropy.detach()
+        weighted: torch.Tensor = -(weight * log_p).sum() / weight.sum()
+        return weighted
 
     return loss
 

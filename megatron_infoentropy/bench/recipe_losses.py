@@ -88,7 +88,7 @@ def choose(
     """
     if not names:
         return every, left_out
-    known = [each.name for each in (*every, *left_out)]
+    known = [each.name for each in every] + [each.name for each in left_out]
     unknown = [name for name in names if name not in known]
     chosen = [each for each in every if each.name in names]
     if unknown or not chosen:

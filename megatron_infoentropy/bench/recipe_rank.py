@@ -1,8 +1,8 @@
 """On every rank: Megatron's trainer, its steps shared out among losses and measured.
 
-`torchrun -m megatron_infoentropy.bench.recipe_rank FOLDER ROUNDS LOSSES FLAGS` leaves rank-N.json in
-the folder, written anew after every round: `RankResult`. LOSSES are names with commas between them,
-or nothing for all. FLAGS are those of `megatron_infoentropy.pretrain`.
+`torchrun -m megatron_infoentropy.bench.recipe_rank FOLDER ROUNDS LOSSES FLAGS` leaves rank-N.json
+in the folder, written anew after every round: `RankResult`. LOSSES are names with commas between
+them, or nothing for all. FLAGS are those of `megatron_infoentropy.pretrain`.
 """
 
 import json

@@ -59,8 +59,8 @@ def bench_recipe(
     # Not a folder that goes away by itself: where the training fails, its log is told of.
     folder = Path(tempfile.mkdtemp(prefix="bench-recipe-"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    entry = ("--nproc-per-node", str(ranks), "-m", RANK, str(folder), str(rounds))
-    entry += (",".join(losses),)
+    asked = (str(folder), str(rounds), ",".join(losses))
+    entry = ("--nproc-per-node", str(ranks), "-m", RANK, *asked)
     environment = machine_environment(device, ranks)
     said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
     answers = [_answer(folder, rank) for rank in range(ranks)]

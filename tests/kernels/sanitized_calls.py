@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitized_calls.py
 
+--setting N is one dtype with one of the options, so that several processes can share the compiling.
 Every tensor is an allocation of its own, of its own size, and no GPU kernels but ours run. With
 --plant one row of the gradient lies beyond its memory: memcheck must find that.
 """
@@ -9,13 +10,12 @@ Every tensor is an allocation of its own, of its own size, and no GPU kernels bu
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import on_gpu
 import torch
 
-from megatron_infoentropy.kernels import reference
+from megatron_infoentropy.kernels import native, reference
 from megatron_infoentropy.kernels.contract import MAX, SCALE, SHIFT, SLOPE, Kernels, Options, Shard
 from megatron_infoentropy.loss.merge import merge_shards
 
@@ -104,12 +104,18 @@ def close(got: torch.Tensor, truth: torch.Tensor, rtol: float, atol: float) -> N
     torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def settings() -> Iterator[tuple[torch.dtype, Options]]:
-    """fp16 differs in how logits are unpacked only."""
-    yield torch.float16, Options()
-    for dtype in (torch.bfloat16, torch.float32):
-        for options in OPTIONS:
-            yield dtype, options
+# fp16 differs in how logits are unpacked only.
+SETTINGS = [
+    (torch.float16, Options()),
+    *((dtype, options) for dtype in (torch.bfloat16, torch.float32) for options in OPTIONS),
+]
+
+
+def kernels_named(name: str) -> Kernels:
+    """A GPU backend for CPU tensors; or the native one, to try this script without a GPU."""
+    if name == "native":
+        return native.KERNELS
+    return on_gpu.through_gpu(on_gpu.MODULES[name].KERNELS)
 
 
 def plant(kernels: Kernels) -> None:
@@ -124,16 +130,17 @@ def plant(kernels: Kernels) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--backend", choices=[*on_gpu.MODULES], action="append")
+    parser.add_argument("--backend", choices=[*on_gpu.MODULES, "native"], action="append")
+    parser.add_argument("--setting", type=int, choices=range(len(SETTINGS)), action="append")
+    parser.add_argument("--smallest", action="store_true", help="the shape of least columns alone")
     parser.add_argument("--plant", action="store_true")
     words = parser.parse_args()
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     for name in words.backend or on_gpu.MODULES:
-        module_kernels = on_gpu.MODULES[name].KERNELS
         if words.plant:
-            plant(module_kernels)
+            plant(on_gpu.MODULES[name].KERNELS)
             continue
-        for dtype, options in settings():
-            for case in CASES:
-                check(on_gpu.through_gpu(module_kernels), case, dtype, options)
+        for number in words.setting or range(len(SETTINGS)):
+            for case in CASES[:1] if words.smallest else CASES:
+                check(kernels_named(name), case, *SETTINGS[number])
         sys.stdout.write(f"{name}: every call equals float64\n")

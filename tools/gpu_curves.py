@@ -1,0 +1,117 @@
+"""Short trainings of the 6.7B recipe, narrow and two layers deep, in bf16 and in FP8:
+
+    python tools/gpu_curves.py OUTPUT.csv [--steps 20]
+
+All at once on one GPU, from one seed and on the same made-up text. The file has a row a step, and is
+written anew while they train. Exit status 1 where a training fails or an FP8 curve leaves that of
+bf16. A CPU has no FP8: there all three train in bf16, which shows that the script runs.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_infoentropy.bench.provenance import provenance
+from megatron_infoentropy.evaluate.runlog import Values, read_log
+from megatron_infoentropy.launch.machine import machine_environment, machine_flags
+from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.runtime.device import find_device
+
+RECIPE = Path(__file__).parents[1] / "examples" / "paper" / "6.7b.yaml"
+NARROW = [
+    *("--num-layers=2", "--hidden-size=256", "--ffn-hidden-size=512", "--num-attention-heads=4"),
+    *("--seq-length=128", "--max-position-embeddings=128", "--vocab-size=1024"),
+    *("--micro-batch-size=2", "--global-batch-size=4", "--lr-warmup-iters=1", "--lr=1e-3"),
+    *("--log-interval=1", "--eval-iters=0", "--mock-data", "--tokenizer-type=NullTokenizer"),
+]
+FP8 = ["--transformer-impl=transformer_engine", "--fp8-format=hybrid", "--fp8-recipe"]
+PRECISIONS: dict[str, list[str]] = {
+    "bf16": [],
+    "FP8 tensorwise": [*FP8, "tensorwise"],
+    "FP8 delayed": [*FP8, "delayed", "--fp8-amax-history-len=16", "--fp8-amax-compute-algo=max"],
+}
+COLUMNS = ("cross entropy", "entropy", "grad norm")
+LARGEST_GAP = 0.03  # of bf16's cross entropy, at any step
+
+Curves = dict[str, dict[int, Values]]
+
+
+def start(flags: list[str], steps: int, log: Path) -> "subprocess.Popen[bytes]":
+    """One training, its output in the log."""
+    device = find_device()
+    recipe: dict[str, Any] = {
+        name: value
+        for name, value in load_recipe(RECIPE).items()
+        if not name.startswith("fp8") and (name != "transformer-impl" or device.type == "cuda")
+    }
+    precision = flags if device.type == "cuda" else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*machine_flags(device, recipe), *to_command_line(recipe), *NARROW, *precision]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*torchrun, "-m", "megatron_infoentropy.pretrain", *words, f"--train-iters={steps}"],
+            env={**os.environ, **machine_environment(device, len(PRECISIONS))},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def write(path: Path, logs: dict[str, Path], facts: dict[str, str]) -> Curves:
+    """What the trainings have logged so far, as the file has it now."""
+    curves = {name: read_log(log).training for name, log in logs.items()}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["precision", "iteration", *COLUMNS, *facts])
+        for name, curve in curves.items():
+            for iteration, seen in sorted(curve.items()):
+                numbers = [seen.get(column, "") for column in COLUMNS]
+                writer.writerow([name, iteration, *numbers, *facts.values()])
+    return curves
+
+
+def gap(curve: dict[int, Values], other: dict[int, Values]) -> float:
+    """The largest relative difference of their cross entropies, a missing or NaN one infinite."""
+    far = float("inf")
+    gaps = [
+        abs(seen["cross entropy"] / other.get(i, {}).get("cross entropy", far) - 1)
+        for i, seen in curve.items()
+    ]
+    return max((each if each == each else far for each in gaps), default=far)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    words = parser.parse_args()
+    facts = provenance()
+    logs = {
+        name: words.output.with_suffix(f".{name.replace(' ', '_')}.log") for name in PRECISIONS
+    }
+    running = {name: start(PRECISIONS[name], words.steps, log) for name, log in logs.items()}
+    while any(process.poll() is None for process in running.values()):
+        time.sleep(1)
+        write(words.output, logs, facts)
+    curves = write(words.output, logs, facts)
+    is_right = True
+    for name, process in running.items():
+        curve, apart = curves[name], gap(curves[name], curves["bf16"])
+        fits = process.returncode == 0 and len(curve) == words.steps and apart <= LARGEST_GAP
+        is_right = is_right and fits
+        ends = [f"{curve[i]['cross entropy']:.4f}" for i in sorted(curve)[:: max(1, len(curve) - 1)]]
+        said = f"{name}: status {process.returncode}, {len(curve)} steps, {' to '.join(ends[:2])}"
+        sys.stdout.write(f"{said}, at most {100 * apart:.2f} % from bf16\n")
+        if fits:
+            logs[name].unlink()
+        else:
+            sys.stdout.write(logs[name].read_text(errors="replace")[-3000:] + "\n")
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
