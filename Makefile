@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz sanitize audit lint docs bench bench-gpu gpu-check gpu-test gpu-6.7b build status pages clean
+.PHONY: demo test test-slow fuzz sanitize audit lint docs bench gpu gpu-6.7b build status pages clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -55,16 +55,10 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/infoentropy bench --grid small --hidden 256 --steps 20 $(if $(OUTPUT),--output $(OUTPUT))
 
-# What needs one large GPU: three commands of less than ten minutes each, without a network or .venv.
-# PYTHON, WHEELS, OUT: see tools/gpu.sh. The last goes on where it stopped and writes OUT/bench_*.csv.
-gpu-check:
-	tools/gpu.sh check
-
-gpu-test:
-	tools/gpu.sh test
-
-bench-gpu:
-	tools/gpu.sh bench
+# What needs a GPU, in one command that goes on where it stopped: see tools/gpu.sh for PYTHON, OUT and
+# for what is packed before, where a card is lent for minutes. STEPS="kernels headline" does a part.
+gpu:
+	tools/gpu.sh $(STEPS)
 
 # The paper's models on one large GPU, docs/training-speed.md; STAGES="speed curves" does a part.
 gpu-6.7b:

@@ -1,14 +1,65 @@
-"""What every test needs: two threads, and a named skip where there is no GPU."""
+"""What every test needs: two threads, and a named skip where there is no GPU.
+
+--outcomes FILE keeps a row a test, with where and when, and leaves out those that the file has, but
+for failed ones: a run that was cut goes on.
+"""
+
+import csv
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_infoentropy.bench.provenance import provenance
+
 torch.set_num_threads(2)
+HEADS = ("test", "outcome", "seconds")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="CSV file of outcomes to go on with")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--outcomes")
+    if path and not hasattr(config, "workerinput"):  # with xdist the controller hears of all
+        config.pluginmanager.register(Outcomes(path))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need GPUs skip, by name, where there are none."""
     for item in items:
         for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(marker) and torch.cuda.device_count() < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
+    if path := config.getoption("--outcomes"):
+        known = known_tests(path)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
+        items[:] = [item for item in items if item.nodeid not in known]
+
+
+def known_tests(path: Path) -> set[str]:
+    """Those whose outcome a file has; failed ones are to be run again."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        last = {row["test"]: row["outcome"] for row in csv.DictReader(file)}
+    return {test for test, outcome in last.items() if outcome != "failed"}
+
+
+class Outcomes:
+    """Appends a row as soon as a test has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._facts = path, provenance()
+        if not path.exists():
+            self._append([*HEADS, *self._facts])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            row = (report.nodeid, report.outcome, f"{report.duration:.1f}")
+            self._append([*row, *self._facts.values()])
+
+    def _append(self, row: list[str]) -> None:
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)

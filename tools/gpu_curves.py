@@ -2,9 +2,9 @@
 
     python tools/gpu_curves.py OUTPUT.csv [--steps 20]
 
-All at once on one GPU, from one seed and on the same made-up text. The file has a row a step, and is
-written anew while they train. Exit status 1 where a training fails or an FP8 curve leaves that of
-bf16. A CPU has no FP8: there all three train in bf16, which shows that the script runs.
+All at once on one GPU, from one seed and on the same made-up text. The file has a row a step, and
+is written anew while they train. Exit status 1 where a training fails or an FP8 curve leaves that
+of bf16. A CPU has no FP8: there all three train in bf16, which shows that the script runs.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import csv
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def start(flags: list[str], steps: int, log: Path) -> "subprocess.Popen[bytes]":
 def write(path: Path, logs: dict[str, Path], facts: dict[str, str]) -> Curves:
     """What the trainings have logged so far, as the file has it now."""
     curves = {name: read_log(log).training for name, log in logs.items()}
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["precision", "iteration", *COLUMNS, *facts])
         for name, curve in curves.items():
@@ -84,34 +85,31 @@ def gap(curve: dict[int, Values], other: dict[int, Values]) -> float:
     return max((each if each == each else far for each in gaps), default=far)
 
 
-def main() -> int:
+def follow(output: Path, steps: int, folder: Path) -> bool:
+    """Train in every precision; whether each did as it should. Says so, with the logs of others."""
+    facts, logs = provenance(), {name: folder / f"{name}.log" for name in PRECISIONS}
+    running = {name: start(PRECISIONS[name], steps, log) for name, log in logs.items()}
+    while any(process.poll() is None for process in running.values()):
+        time.sleep(1)
+        write(output, logs, facts)
+    curves = write(output, logs, facts)
+    wrong = []
+    for name, process in running.items():
+        curve, apart = curves[name], gap(curves[name], curves["bf16"])
+        if process.returncode or len(curve) != steps or not apart <= LARGEST_GAP:
+            wrong.append(name)
+            printed = logs[name].read_text(encoding="utf-8", errors="replace")
+            sys.stdout.write(f"\n{name}:\n{printed[-3000:]}\n")
+        ends = [f"{curve[i]['cross entropy']:.4f}" for i in (1, steps) if i in curve]
+        said = f"{name}: status {process.returncode}, cross entropy {' to '.join(ends)}"
+        sys.stdout.write(f"{said} in {len(curve)} steps, {100 * apart:.2f} % from bf16\n")
+    return not wrong
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     words = parser.parse_args()
-    facts = provenance()
-    logs = {
-        name: words.output.with_suffix(f".{name.replace(' ', '_')}.log") for name in PRECISIONS
-    }
-    running = {name: start(PRECISIONS[name], words.steps, log) for name, log in logs.items()}
-    while any(process.poll() is None for process in running.values()):
-        time.sleep(1)
-        write(words.output, logs, facts)
-    curves = write(words.output, logs, facts)
-    is_right = True
-    for name, process in running.items():
-        curve, apart = curves[name], gap(curves[name], curves["bf16"])
-        fits = process.returncode == 0 and len(curve) == words.steps and apart <= LARGEST_GAP
-        is_right = is_right and fits
-        ends = [f"{curve[i]['cross entropy']:.4f}" for i in sorted(curve)[:: max(1, len(curve) - 1)]]
-        said = f"{name}: status {process.returncode}, {len(curve)} steps, {' to '.join(ends[:2])}"
-        sys.stdout.write(f"{said}, at most {100 * apart:.2f} % from bf16\n")
-        if fits:
-            logs[name].unlink()
-        else:
-            sys.stdout.write(logs[name].read_text(errors="replace")[-3000:] + "\n")
-    return 0 if is_right else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(0 if follow(words.output, words.steps, Path(folder)) else 1)

@@ -1,5 +1,8 @@
 """What on_gpu.py copies there and back, and what sanitized_calls.py checks, without a GPU."""
 
+import re
+from pathlib import Path
+
 import on_gpu
 import pytest
 import sanitized_calls
@@ -56,3 +59,9 @@ def test_the_sanitized_calls_see_a_wrong_gradient():
     kernels = on_gpu.Kernels("wrong", native.shard_statistics, wrong)
     with pytest.raises(AssertionError):
         sanitized_calls.check(kernels, sanitized_calls.CASES[0], torch.float32, Options())
+
+
+def test_every_setting_has_a_process_in_the_gpu_command():
+    script = Path(__file__).parents[2] / "tools" / "gpu.sh"
+    (last,) = re.findall(r"--setting\\ \{0\.\.(\d+)\}", script.read_text())
+    assert int(last) == len(sanitized_calls.SETTINGS) - 1
