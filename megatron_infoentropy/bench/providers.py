@@ -110,18 +110,19 @@ def _of_backend(backend: str, reason: str | None, inplace: bool) -> Provider:
 
 
 class _Computed(torch.autograd.Function):
-    """The same memory as if a model had computed it: in place refuses a leaf and its views."""
+    """The same memory as if a model had computed it of two things, its hidden states and its table:
+    in place refuses a leaf, its views and what comes of it alone."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         source = logits.detach()
         return logits.new_empty(0).set_(  # not a view, as far as autograd knows
             source.untyped_storage(), source.storage_offset(), source.size(), source.stride()
         )
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 def _ours(
@@ -130,9 +131,11 @@ def _ours(
     def make(setting: Setting) -> Loss:
         config = InfoEntropyConfig(**settings)  # type: ignore[arg-type]
 
+        table = torch.empty(0, requires_grad=True)
+
         def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return infoentropy_loss(
-                _Computed.apply(logits),
+                _Computed.apply(logits, table),
                 target,
                 config,
                 group=setting.group,

@@ -45,6 +45,7 @@ def test_every_step_runs_once_and_leaves_its_results(steps, tmp_path):
     written = {path.name for path in tmp_path.iterdir()}
     assert len(written) <= 8, "no more files than come back from a lent card"
     assert {"gpu.log", "steps.csv", "tests.csv"} <= written
+    assert not [path for path in tmp_path.glob("*.csv") if "it failed" in path.read_text()]
     code, said = run(tmp_path, *steps)
     assert code == 0
     assert said.splitlines()[:-1] == [f"before  {step}" for step in steps]
