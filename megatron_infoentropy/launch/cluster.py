@@ -281,13 +281,16 @@ def parse_container(engine: str, image: str | None, mounts: list[str]) -> Contai
     return Container(engine, image, tuple(mounts))  # type: ignore[arg-type]
 
 
-def absolute(path: Path) -> Path:
+def absolute(path: Path, cluster: Cluster) -> Path:
     """A path that every node can use, which works in another folder.
 
     Raises:
-        ValueError: it has white space, which job scripts and Megatron's lists do not survive.
+        ValueError: the scripts would not survive it.
     """
     path = path.resolve()
-    if any(character.isspace() for character in str(path)):
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", str(path)):
+        raise ValueError(f"a script cannot hold the path {str(path)!r}: rename it")
+    elsewhere = cluster.slurm is not None or cluster.hosts
+    if elsewhere and any(character.isspace() for character in str(path)):
         raise ValueError(f"a path may not have white space in it on a cluster: {path}")
     return path

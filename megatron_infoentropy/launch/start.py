@@ -49,11 +49,11 @@ def prepare(job: TrainingJob, cluster: Cluster, made_by: str) -> Prepared:
     Raises:
         ValueError: a recipe, dataset, objective or layout that cannot be used, in words.
     """
-    run = absolute(job.run)
+    run = absolute(job.run, cluster)
     job = replace(
         job,
-        data=absolute(job.data),
-        tokenizer=absolute(job.tokenizer),
+        data=absolute(job.data, cluster),
+        tokenizer=absolute(job.tokenizer, cluster),
         run=run,
         extra_flags=(*job.extra_flags, *SAVE_ON_SIGNAL),  # the scripts rely on them
     )

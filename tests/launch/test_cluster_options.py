@@ -17,6 +17,7 @@ from megatron_infoentropy.launch.cluster import (
     Address,
     Cluster,
     Container,
+    absolute,
     parse_container,
     parse_hosts,
     parse_slurm,
@@ -263,3 +264,44 @@ def test_the_scripts_are_bash_and_hold_every_choice(tmp_path, engine):
         "apptainer": "apptainer exec --nv --bind /data:/data image.sif bash",
     }
     assert f"\nsrun=(srun --kill-on-bad-exit=1 --cpu-bind=none {inside[engine]})\n" in job
+
+
+NAMES = [
+    "my data",
+    "d\u00e9p\u00f4t \u6570\u636e",
+    'it\'s $HOME "q"',
+    "a[1] {b}",
+    "-dash",
+    "100%",
+    "a;b&c",
+    "a\\b",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_node_of_this_machine_works_in_a_folder_of_any_name(tmp_path, name):
+    run = absolute(tmp_path / name, Cluster())
+    run.mkdir()
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    cluster = Cluster(1, 0, 1, python=str(tmp_path / "torchrun"))
+    plan = Plan(run, (*FLAGS, "--save", f"{run}/checkpoints"), cluster, "a test")
+    (run / "node.sh").write_text(node_script(plan))
+    subprocess.run(["bash", str(run / "node.sh")], check=True)
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[words.index("--rdzv-id") + 1] == name
+    assert words[words.index("--save") + 1] == f"{run}/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "said"),
+    [
+        ("a b", Cluster(2, slurm=()), "may not have white space in it on a cluster"),
+        ("a b", Cluster(2, hosts=parse_hosts("a,b")), "may not have white space"),
+        ("a\nb", Cluster(), "a script cannot hold the path"),
+        ("a\udcffb", Cluster(), "a script cannot hold the path"),
+    ],
+)
+def test_a_path_that_the_scripts_do_not_survive_is_refused(tmp_path, name, cluster, said):
+    with pytest.raises(ValueError, match=said):
+        absolute(tmp_path / name, cluster)
