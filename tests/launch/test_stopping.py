@@ -13,7 +13,7 @@ from process_tree import send_to_all
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.failures import explain
 from megatron_infoentropy.launch.scripts import ASKED, Plan, hosts_script, node_script
-from megatron_infoentropy.launch.train import locked
+from megatron_infoentropy.launch.train import TrainingFailed, follow, locked
 
 FLAGS = (
     *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
@@ -334,6 +334,16 @@ def test_a_closed_terminal_does_not_end_the_one_who_waits_for_the_checkpoint(run
     assert os.waitstatus_to_exitcode(status) == 0
     assert (run / "saved").exists()
     assert (run / "train.log").read_text().splitlines()[-1] == "saving 9"
+
+
+def test_an_order_that_comes_while_the_scripts_are_started_reaches_them(run, monkeypatch):
+    def late(*words, start=subprocess.Popen, **settings):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return start(*words, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    with pytest.raises(TrainingFailed, match=f"exit code -{signal.SIGUSR1:d}"):
+        follow(run, ["sleep", "20"], {}, print, (signal.SIGUSR1,))
 
 
 def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
