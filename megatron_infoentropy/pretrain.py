@@ -7,6 +7,7 @@ without a GPU it runs on the CPU.
 import os
 import signal
 import sys
+from argparse import Namespace
 from functools import partial
 from typing import Any
 
@@ -45,12 +46,12 @@ def prepare() -> tuple[Any, Any]:
     if arguments.require_per_token_loss(args, config):
         print_rank_0("--calculate-per-token-loss is on: 'global' divides the gradients itself")
 
+    vocab_size = set_vocabulary(args, get_tokenizer().vocab_size)
     model_config = model_config_from_args(args)
     embedding_ranks(model_config, list(range(args.pipeline_model_parallel_size)))  # can it be?
     model_config.pre_wrap_hooks.append(announce_size)
     if args.infoentropy_unscaled_init:
         model_config.transformer.output_layer_init_method = model_config.transformer.init_method
-    vocab_size = get_tokenizer().vocab_size
     is_global = config.normalization == "global"
     batch_weight = GlobalBatchWeight(args.global_batch_size * args.seq_length if is_global else 1)
     observer = TokenObserver(vocab_size)
@@ -74,6 +75,23 @@ def run(container: Any, forward_step: Any) -> None:
         *(container, build_datasets, ModelType.encoder_or_decoder, forward_step),
         get_embedding_ranks=partial(embedding_ranks, container.model),
     )
+
+
+def set_vocabulary(args: Namespace, tokens: int) -> int:
+    """Return the true vocabulary: --vocab-size where that is more than the tokenizer's tokens.
+
+    Megatron goes by the tokenizer alone. A model from elsewhere may have more rows, as every Qwen
+    and Pythia has: they are part of its softmax. The checkpoint's arguments say both numbers.
+    """
+    rows: int = args.vocab_size or 0
+    if rows <= tokens:
+        return tokens
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
+    args.infoentropy_tokens = tokens
+    if args.padded_vocab_size < rows:
+        args.padded_vocab_size = vocab_size_with_padding(rows, args)
+    return rows
 
 
 def train() -> None:

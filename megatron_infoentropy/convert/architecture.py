@@ -10,6 +10,8 @@ from megatron_infoentropy.convert.families import CLASSES, Family, family_of
 OBEYED_FACTOR = "infoentropy_rope_scaling_factor"
 """The argument by which our trainer says that its model has --rope-scaling-factor."""
 IGNORANT_FACTOR = 8.0  # what models have where a trainer does not hand the argument on
+TOKENS = "infoentropy_tokens"
+"""The argument that says how many tokens the tokenizer has, where the model may have more rows."""
 Activation = Literal["silu_gated", "gelu", "gelu_tanh"]
 # The names under which transformers has the same function; the first is the one to write.
 ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
@@ -183,13 +185,22 @@ def _heads_fill(model: Architecture) -> bool:
 
 
 def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
+    """Return how many rows of the embedding are part of the model: all that its softmax has.
+
+    They may be more than its tokenizer has tokens; then the arguments say how many those are.
+    """
     saved, padded = getattr(args, "vocab_size", None), _get(args, "padded_vocab_size")
-    if given is not None and saved is not None and given != saved:
+    tokens = getattr(args, TOKENS, saved)
+    if given is not None and tokens is not None and given != tokens:
         raise ValueError(
-            f"the tokenizer has {given} tokens, but the model was trained with vocab_size={saved}; "
-            "give the tokenizer of the training data"
+            f"the tokenizer has {given} tokens, but the model was trained with {tokens}; give the "
+            "tokenizer of the training data"
         )
-    size: int = next(size for size in (given, saved, padded) if size is not None)
+    size: int = next(size for size in (saved, given, padded) if size is not None)
+    if given is not None and given > size:
+        raise ValueError(
+            f"the tokenizer has {given} tokens, but the model has {size} rows; give the model's own"
+        )
     if not 0 < size <= padded:
         raise ValueError(
             f"expected a vocabulary of at most {padded} tokens, the rows of the embedding; "

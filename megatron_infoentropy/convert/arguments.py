@@ -3,15 +3,18 @@
 from argparse import Namespace
 from typing import Any
 
-from megatron_infoentropy.convert.architecture import OBEYED_FACTOR, Architecture
+from megatron_infoentropy.convert.architecture import OBEYED_FACTOR, TOKENS, Architecture
 from megatron_infoentropy.convert.families import FAMILIES, LEARNED
 
 _SEQUENCE = 4096
 """Tokens a training sequence, unless the model has fewer positions or the user says otherwise."""
 
 
-def arguments_of(model: Architecture) -> Namespace:
-    """Return the arguments that describe this model, as a checkpoint of Megatron keeps them."""
+def arguments_of(model: Architecture, tokens: int | None = None) -> Namespace:
+    """Return the arguments that describe this model, as a checkpoint of Megatron keeps them.
+
+    tokens: of the model's tokenizer, where that is known; the model may have more rows.
+    """
     table = {name: values[0] for name, values in FAMILIES[model.family].items()}
     scaled = model.rope_scaling_factor is not None
     return Namespace(
@@ -43,6 +46,7 @@ def arguments_of(model: Architecture) -> Namespace:
             "hidden_dropout": model.hidden_dropout,
             "untie_embeddings_and_output_weights": model.untied,
             "vocab_size": model.vocab_size,
+            TOKENS: tokens,
             "padded_vocab_size": model.padded_vocab_size,
             "tensor_model_parallel_size": 1,
             "pipeline_model_parallel_size": 1,
@@ -63,6 +67,7 @@ def flags_of(model: Architecture) -> dict[str, Any]:
             *("kv_channels", "max_position_embeddings", "seq_length", "position_embedding_type"),
             *("normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "init_method_std"),
             *("untie_embeddings_and_output_weights", "attention_dropout", "hidden_dropout"),
+            "vocab_size",
         )
         if hasattr(args, name)
     }

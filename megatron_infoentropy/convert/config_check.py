@@ -24,7 +24,8 @@ _MISSING = "missing"
 def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> list[str]:
     """Compare a configuration, as transformers loaded it, with the training arguments.
 
-    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size.
+    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size, or
+    say that the model has more rows than the tokenizer has tokens.
     Returns one line for every field that differs.
     """
     expected = {
@@ -39,14 +40,17 @@ def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> 
     if args.position_embedding_type == "rope":
         for name, value in _rope_fields(args).items():
             expected[name], actual[name] = value, config.rope_parameters.get(name, _MISSING)
-    for size in (vocab_size, args.vocab_size):
-        if size is not None:
-            expected["vocab_size"], actual["vocab_size"] = size, config.vocab_size
-    return [
+    rows = vocab_size if args.vocab_size is None else args.vocab_size
+    if rows is not None:
+        expected["vocab_size"], actual["vocab_size"] = rows, config.vocab_size
+    lines = [
         f"{name} is {actual[name]!r}, expected {value!r}"
         for name, value in expected.items()
         if actual[name] != value
     ]
+    if vocab_size is not None and rows is not None and rows < vocab_size:
+        lines.append(f"vocab_size is {rows}, expected at least {vocab_size}")
+    return lines
 
 
 def file_differences(folder: Path) -> list[str]:

@@ -33,6 +33,8 @@ from megatron_infoentropy.convert.output_folder import (
     require_space,
 )
 from megatron_infoentropy.convert.shards import require_finite
+from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
+from megatron_infoentropy.data.tokenizer import TOKENIZER
 from megatron_infoentropy.progress import progress
 
 # What Megatron's layers ask for beside their parameters, stored empty, one entry a layer.
@@ -79,12 +81,14 @@ def convert_from_hf(
         UnsupportedModelError: Megatron's GPTModel cannot compute this model.
         UnreadableCheckpointError, IncompleteCheckpointError: the weights cannot be read.
         InvalidWeightsError: NaN or infinity in the weights.
-        ValueError: too little space, or an existing output.
+        ValueError: too little space, an existing output, or a tokenizer in the folder that is
+            damaged or has more tokens than the model has rows.
     """
     require_place(output, overwrite=overwrite, source=folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
     model = architecture_from_config(read_config(folder))
+    tokens = _tokens(folder, model)
     weights = HuggingFaceWeights(folder)
     names = _match(weights, model)
     _require_zeros(weights, names, model)
@@ -95,7 +99,7 @@ def convert_from_hf(
     with new_folder(output, _fingerprint(weights, model, dtype, file_bytes)) as new:
         (new / "release").mkdir(exist_ok=True)
         writer = CheckpointWriter(new / "release", journal=new / _JOURNAL, file_bytes=file_bytes)
-        _write(writer, weights, names, model, dtype)
+        _write(writer, weights, names, model, dtype, tokens)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (new / "release" / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
         write_manifest(new / "release")
@@ -107,6 +111,19 @@ def convert_from_hf(
         (new / _JOURNAL).unlink()
     name = str(dtype).removeprefix("torch.")
     return ImportSummary(output, model.family, parameters, name, model.vocab_size, flags)
+
+
+def _tokens(folder: Path, model: Architecture) -> int | None:
+    """Return how many tokens the folder's tokenizer has; None where there is none."""
+    if not (folder / TOKENIZER).is_file():
+        return None
+    tokens = read_tokenizer(folder).vocab_size
+    if tokens > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokens} tokens, the model {model.vocab_size} rows: "
+            "some ids would have no embedding; put the model's own tokenizer there, or none"
+        )
+    return tokens
 
 
 def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
@@ -177,6 +194,7 @@ def _write(
     names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
+    tokens: int | None,
 ) -> None:
     with progress("import", len(names), "tensors") as advance:
         for row, layer in _rows(model):
@@ -185,7 +203,7 @@ def _write(
                 tensor = _read(row, layer, weights, names, model, dtype)
                 writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
             advance(len(row.hf))
-    for name, content in _objects(model).items():
+    for name, content in _objects(model, tokens).items():
         if not writer.has(name):
             writer.object(name, content)
     writer.finish()
@@ -207,11 +225,11 @@ def _read(
     return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
 
 
-def _objects(model: Architecture) -> dict[str, Any]:
+def _objects(model: Architecture, tokens: int | None) -> dict[str, Any]:
     """{name: content} of what Megatron wants that is no parameter."""
     content_metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     common = {
-        "args": arguments_of(model),
+        "args": arguments_of(model, tokens),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": content_metadata,

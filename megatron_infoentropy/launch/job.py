@@ -9,7 +9,7 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
+from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer, tokenizer_digest
 from megatron_infoentropy.launch.flags import (
     chosen_flags,
     last_value,
@@ -69,7 +69,7 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
     Raises:
         ValueError: datasets that cannot be used, or a tokenizer that did not make them.
     """
-    _require_vocabulary(recipe, data)
+    _require_vocabulary(recipe, words, data)
     require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
     splits = [s for s in SPLITS if s == "train" or last_value(words, "eval-iters") != "0"]
@@ -93,14 +93,18 @@ def _index_cache(data: Path, splits: Iterable[str]) -> Path:
     return data / "cache" / digest.hexdigest()[:16]
 
 
-def _require_vocabulary(recipe: Path, data: Path) -> None:
-    """Megatron takes the tokenizer's size whatever --vocab-size says; a recipe means it.
+def _require_vocabulary(recipe: Path, words: list[str], data: Path) -> None:
+    """Check that the data's vocabulary is the recipe's.
+
+    A model that comes from elsewhere may have more rows than its tokenizer has tokens.
 
     Raises:
         RecipeError: the training data were tokenized with a vocabulary of another size.
     """
     wanted = load_recipe(recipe).get("vocab-size")
     size = load_manifest(data / "train").tokenizer.vocab_size
+    if wanted is not None and size < wanted and last_value(words, "pretrained-checkpoint"):
+        return
     if wanted not in (None, size):
         raise RecipeError(
             f"{recipe} is for a vocabulary of {wanted}, the training data have {size}; "
@@ -121,7 +125,9 @@ def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
             f"{tokenizer} holds no {TOKENIZER}: give --tokenizer the folder that "
             "`infoentropy preprocess` was given"
         )
-    if sha256 is not None and not is_tokenizer(tokenizer, sha256):
+    if sha256 is None:
+        tokenizer_digest(tokenizer)  # names a damaged file, which Megatron does not
+    elif not is_tokenizer(tokenizer, sha256):
         raise ValueError(
             f"{tokenizer} is not the tokenizer that the training data were made with: its "
             f"{TOKENIZER}, special tokens or settings differ; name theirs, or preprocess the text "

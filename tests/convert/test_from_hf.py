@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_tokenizer import write_tokenizer
 from train_checkpoints import IMPORTED
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -160,3 +161,50 @@ def test_masks_among_the_weights_of_old_exports_are_left_out(tmp_path: Path) -> 
     save_file(load_file(path) | masks, path, {"format": "pt"})
     assert convert_from_hf(tmp_path / "hf", tmp_path / "megatron").dtype == "bfloat16"
     assert prove(tmp_path / "megatron", tmp_path / "hf", imported=True).passed
+
+
+@pytest.fixture
+def with_more_rows(tmp_path: Path) -> Path:
+    """A model `hf` of 60 rows whose tokenizer has 50 tokens, and its import `start`."""
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    for file in write_tokenizer(tmp_path / "tokenizer", 50).glob("*.json"):
+        (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
+    convert_from_hf(tmp_path / "hf", tmp_path / "start")
+    return tmp_path
+
+
+def test_rows_beyond_the_tokenizer_go_there_and_back(with_more_rows: Path) -> None:
+    """Every Qwen and Pythia has some; they are part of the softmax."""
+    folder = with_more_rows
+    assert load_recipe(folder / "start" / "model.yaml")["vocab-size"] == 60
+    summary = convert_checkpoint(
+        folder / "start", folder / "again", tokenizer=folder / "tokenizer", family="llama"
+    )
+    assert summary.vocab_size == 60
+    assert same(folder / "hf", folder / "again")
+    sequences = [[token % 50 for token in text] for text in TOKENS]
+    assert verify_conversion(folder / "start", folder / "again", sequences).passed
+
+
+@pytest.mark.parametrize("size", [49, 51, 60])
+def test_another_tokenizer_than_the_imported_models_is_refused(
+    with_more_rows: Path, size: int
+) -> None:
+    other = write_tokenizer(with_more_rows / "other", size)
+    with pytest.raises(ValueError, match=f"has {size} tokens, but the model was trained with 50"):
+        convert_checkpoint(with_more_rows / "start", with_more_rows / "out", tokenizer=other)
+
+
+def test_a_tokenizer_is_looked_at_when_its_model_is_imported(with_more_rows: Path) -> None:
+    """And not only at the export, after the training."""
+    hf = with_more_rows / "hf"
+    large = write_tokenizer(with_more_rows / "large", 61)
+    (hf / "tokenizer.json").write_bytes((large / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="has 61 tokens, the model 60 rows"):
+        convert_from_hf(hf, with_more_rows / "out")
+    (hf / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a Git LFS pointer"):
+        convert_from_hf(hf, with_more_rows / "out")
+    assert not (with_more_rows / "out").exists()

@@ -183,6 +183,11 @@ def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=101)
     with pytest.raises(ValueError, match="a vocabulary of 101, the training data have 100"):
         launch.build_command(replace(job, recipe=recipe))
+    ours = replace(job, recipe=recipe, extra_flags=("--pretrained-checkpoint", "start"))
+    assert launch.build_command(ours).ranks == 1  # a model from elsewhere may have more rows
+    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=99)
+    with pytest.raises(ValueError, match="a vocabulary of 99, the training data have 100"):
+        launch.build_command(replace(ours, recipe=recipe))
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
     assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
 
@@ -195,6 +200,13 @@ def test_a_tokenizer_that_is_not_there_or_another_is_refused_before_any_rank_sta
         prepare(nowhere, Cluster(gpus_per_node=0), "a test")
     with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
         dry_run(RECIPE, {}, tokenizer=nowhere.tokenizer)
+    (job.tokenizer / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    for start in (
+        lambda: launch.build_command(job),
+        lambda: dry_run(RECIPE, {}, tokenizer=job.tokenizer),
+    ):
+        with pytest.raises(ValueError, match=r"tok/tokenizer\.json is a Git LFS pointer"):
+            start()
     (job.tokenizer / "tokenizer.json").write_text('{"another": 1}')
     with pytest.raises(ValueError, match="not the tokenizer that the training data were made with"):
         launch.build_command(job)
