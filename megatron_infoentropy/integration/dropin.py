@@ -28,6 +28,7 @@ from megatron_infoentropy.integration.language_module import (
     tensor_group,
 )
 from megatron_infoentropy.loss.collective import Group
+from megatron_infoentropy.loss.layout import as_ids
 from megatron_infoentropy.loss.objective import (
     alpha,
     configured_statistics,
@@ -149,6 +150,7 @@ class BoundLoss:
         """labels [batch, sequence], logits [sequence, batch, V/TP] -> [batch, sequence]."""
         check_shard(module, logits.shape[-1])
         self._has_run = True
+        labels = as_ids(labels)
         if module.training and self._loss_mask is not None:
             labels = labels.masked_fill(
                 self._loss_mask.reshape(labels.shape) == 0, self.ignore_index

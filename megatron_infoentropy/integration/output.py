@@ -14,6 +14,7 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.loss.collective import world_and_rank
+from megatron_infoentropy.loss.layout import as_ids
 from megatron_infoentropy.loss.linear import configured_linear_statistics
 from megatron_infoentropy.loss.objective import configured_statistics
 
@@ -52,7 +53,7 @@ def statistics_processor(
             "gather them; it is for training and validation, call the model without it otherwise"
         )
     if loss_mask is not None:
-        labels = labels.masked_fill(loss_mask == 0, IGNORED)
+        labels = as_ids(labels).masked_fill(loss_mask == 0, IGNORED)
     target = labels.transpose(0, 1)  # each result is [sequence, batch], as the logits are
     if context.config.fused_linear:
         statistics = _fused_statistics(hidden_states, output_layer, output_weight, target, context)

@@ -92,7 +92,7 @@ def require_plain(**tensors: torch.Tensor) -> None:
 
 
 def is_subclass_with_own_dispatch(x: torch.Tensor) -> bool:
-    """Return whether operations on it mean something else than on its memory, as on a DTensor."""
+    """Return whether a tensor's class redefines what operations do, as DTensor does."""
     return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
@@ -130,8 +130,8 @@ def _what_instead(x: torch.Tensor) -> str:
     if x.is_neg():
         return "a tensor whose sign is still to be turned: call .resolve_neg()"
     return (
-        f"one of shape {list(x.shape)} without memory (zeros that were never made, a storage that "
-        "was freed, a tensor inside torch.func or functionalization): pass a clone that has some"
+        f"one of shape {list(x.shape)} without memory: zeros that were never made and a storage "
+        "that was freed need some first; torch.func and functionalization are not supported"
     )
 
 

@@ -46,7 +46,7 @@ def as_rows(logits: torch.Tensor, target: torch.Tensor) -> Rows:
 
 
 def as_ids(target: torch.Tensor) -> torch.Tensor:
-    """Targets as int64, before anything else is done to them: -100 is 156 in uint8.
+    """Return targets as int64, before anything else is done to them: -100 is 156 in uint8.
 
     Raises:
         ValueError: targets that are not integers.
@@ -57,8 +57,10 @@ def as_ids(target: torch.Tensor) -> torch.Tensor:
 
 
 def local_shard(tensor: torch.Tensor, dim: int, group: Group | None) -> torch.Tensor:
-    """This rank's shard of a DTensor that is sharded evenly along `dim` over `group`, and over
-    nothing else; any other tensor as it is, for `check_tensors` to judge."""
+    """Return this rank's shard of a DTensor that is sharded evenly along `dim` over `group` alone.
+
+    Any other tensor is returned as it is, for `check_tensors` to judge.
+    """
     if not ops.is_subclass_with_own_dispatch(tensor):
         return tensor
     module = sys.modules.get("torch.distributed.tensor")  # there, if this is a DTensor
@@ -118,7 +120,7 @@ def make_options(softcap: float | None, temperature: float, distance: bool) -> O
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:
-    """Raises ValueError where tensors do not fit, or the caller's own is at risk."""
+    """Raise ValueError where tensors do not fit, or the caller's own is at risk."""
     check_tensors(logits=logits, target=target)
     if logits.dim() < 2 or target.shape != logits.shape[:-1]:
         raise ValueError(
@@ -141,7 +143,7 @@ def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: b
 
 
 def _lie_in_a_leaf(logits: torch.Tensor) -> bool:
-    """Whether their memory is that of a leaf that requires a gradient.
+    """Return whether the memory of these logits is that of a leaf that requires a gradient.
 
     A leaf may itself be a view of a tensor that requires none, which is then the base of its views:
     so the chain of operations with one input, as views are, is followed to its start.
@@ -163,7 +165,7 @@ def _lie_in_a_leaf(logits: torch.Tensor) -> bool:
 
 
 def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """Raises ValueError where tensors are not plain ones, or lie apart: kernels get addresses."""
+    """Raise ValueError where tensors are not plain ones, or lie apart: kernels get addresses."""
     given = {name: x for name, x in tensors.items() if x is not None}
     ops.require_plain(**given)
     if len({x.device for x in given.values()}) > 1:

@@ -178,7 +178,7 @@ class _Pass:
 def _token_terms(
     results: TokenResults, mask_C: torch.Tensor, config: InfoEntropyConfig, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor, Upstream | None]:
-    """Every token's loss and weight; the gradient of their masked sum by each result, if asked."""
+    """Return each token's loss and weight; if asked, their masked sum's gradient by each result."""
     leaves = {
         name: result.detach().requires_grad_(differentiate)
         for name, result in results._asdict().items()

@@ -97,7 +97,7 @@ def infoentropy_loss(
 def objective_sums(
     statistics: TokenStatistics, config: InfoEntropyConfig, mask: torch.Tensor
 ) -> TokenSums:
-    """The sums of one micro-batch on one rank, all its tokens weighted together."""
+    """Return the sums of one micro-batch on one rank, all its tokens weighted together."""
     weight = token_weight(statistics, config, mask)
     return token_sums(token_loss(statistics, config), weight, mask)
 
@@ -105,7 +105,7 @@ def objective_sums(
 def weighted_mean(
     sums: TokenSums, config: InfoEntropyConfig, data_parallel_group: Group | None
 ) -> torch.Tensor:
-    """The scalar objective of all ranks of a data-parallel group."""
+    """Return the scalar objective of all ranks of a data-parallel group."""
     whole = reduce_sums(sums, data_parallel_group)
     mean = whole.weighted_loss / torch.where(whole.tokens > 0, whole.tokens, 1)
     return mean * alpha(whole, config.normalization)

@@ -111,6 +111,14 @@ def test_a_mask_that_forward_is_given_takes_part_in_training():
     assert_within(plain, dense_statistics(logits.transpose(0, 1), labels)[0], rtol=1e-12)
 
 
+def test_labels_of_any_integer_type_are_widened_before_they_are_masked():
+    """In uint8 the ignored label -100 is 156."""
+    logits, labels = make_case()
+    mask, labels = torch.ones(B, S).tril(), labels.clamp_min(0)
+    expected = bound()(logits, labels, loss_mask=mask)
+    assert torch.equal(bound()(logits, labels.to(torch.uint8), loss_mask=mask), expected)
+
+
 def test_gradients_written_over_the_logits_are_the_same():
     logits, labels = make_case()
     gradients = []

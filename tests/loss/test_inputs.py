@@ -94,6 +94,13 @@ def test_a_tensor_that_is_not_plain_is_refused_by_name(function, message):
             function(**given)
 
 
+def test_a_transform_of_torch_func_is_refused():
+    given = arguments_of(infoentropy_loss)
+    logits, target = given["logits"], given["target"]
+    with pytest.raises(ValueError, match=r"torch\.func and functionalization are not supported"):
+        torch.func.grad(lambda x: infoentropy_loss(x, target))(logits)
+
+
 def test_a_gradient_that_is_not_plain_never_reaches_a_kernel():
     logits, target, shard = torch.randn(N, V), torch.zeros(N).long(), contract.Shard(0, V, -100)
     chosen = kernels.select("native", logits.device, logits.dtype)
