@@ -9,8 +9,12 @@ Weights are shares of the run's tokens, as Megatron understands them.
 """
 
 import json
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_infoentropy.data.manifest import load_manifest
 
@@ -60,8 +64,8 @@ def blend(dataset: Path, weights: str = "natural") -> list[Share]:
     """The shares of a preprocessed dataset's domains, largest first; their weights sum to 1.
 
     Raises:
-        ValueError: weights of no known kind, negative or all 0, or that name other domains than the
-            dataset has. (The paper's may name more.)
+        ValueError: weights of no known kind, of which no shares can be made, or that name other
+            domains than the dataset has. (The paper's may name more.)
     """
     manifest = load_manifest(dataset.resolve())
     sizes = {name: facts.tokens for name, facts in manifest.domains.items()}
@@ -73,15 +77,41 @@ def blend(dataset: Path, weights: str = "natural") -> list[Share]:
             "natural, temperature:T or a .json file that names all its domains (in a recipe: "
             f"data-weights); {weights!r} names {sorted(raw)}"
         )
-    total = sum(raw[name] for name in sizes)
-    if total <= 0 or any(raw[name] < 0 for name in sizes):
-        raise ValueError(f"expected weights of 0 or more, not all 0, got {raw}")
+    fractions = shares_of({name: raw[name] for name in sizes})
     shares = [
-        Share(name, manifest.prefix(name), raw[name] / total, size)
+        Share(name, manifest.prefix(name), fractions[name], size)
         for name, size in sizes.items()
-        if raw[name] > 0
+        if fractions[name] > 0
     ]
     return sorted(shares, key=lambda share: (-share.weight, share.domain))
+
+
+def shares_of(weights: Mapping[str, object]) -> dict[str, float]:
+    """Return weights of any scale as shares: their sum is 1, and only what weighs 0 gets 0.
+
+    Raises:
+        ValueError: a weight that is no finite number of 0 or more, only such of 0, or one that is
+            so small beside the others that its share would be 0.
+    """
+    for name, weight in weights.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight <= sys.float_info.max:  # type: ignore[operator]
+            raise ValueError(f"expected a finite weight of 0 or more for {name!r}, got {weight!r}")
+    numbers = {name: float(weight) for name, weight in weights.items()}  # type: ignore[arg-type]
+    largest = max(numbers.values(), default=0.0)
+    if largest == 0:
+        raise ValueError(f"expected weights of 0 or more, not all 0, got {numbers}")
+    _, exponent = math.frexp(largest)  # a power of two, so that only what overflows is rounded
+    scaled = {name: math.ldexp(number, -exponent) for name, number in numbers.items()}
+    total = math.fsum(scaled.values())
+    shares = {name: number / total for name, number in scaled.items()}
+    for name, share in shares.items():
+        if numbers[name] and not share:
+            raise ValueError(
+                f"the weight of {name!r}, {numbers[name]}, is nothing beside the largest, "
+                f"{largest}: name 0 to leave it out, or weights that are nearer to each other"
+            )
+    return shares
 
 
 def data_path(shares: list[Share]) -> str:
@@ -99,44 +129,52 @@ def data_path(shares: list[Share]) -> str:
     return "".join(f"{share.weight!r} {share.prefix}\n" for share in shares)
 
 
-def _weights(kind: str, sizes: dict[str, int]) -> dict[str, float]:
+def _weights(kind: str, sizes: dict[str, int]) -> Mapping[str, Any]:
     if kind == "natural":
-        return {name: float(size) for name, size in sizes.items()}
+        return sizes
     if kind == "paper":
         return PAPER_WEIGHTS
     if kind.startswith("temperature:"):
-        temperature = _positive(kind.removeprefix("temperature:"))
-        return {name: size ** (1 / temperature) for name, size in sizes.items()}
+        return _tempered(kind.removeprefix("temperature:"), sizes)
     if kind.endswith(".json"):
         return _from_file(Path(kind), sizes)
     raise ValueError(f"weights must be natural, paper, temperature:T or a .json file, got {kind!r}")
 
 
-def _positive(text: str) -> float:
+def _tempered(text: str, sizes: dict[str, int]) -> dict[str, float]:
+    """Sizes to the power of 1 / temperature, as fractions of the largest, which may be infinite."""
     try:
-        number = float(text)
+        temperature = float(text)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
+        temperature = 0.0
+    if not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be a number above 0, got {text!r}")
-    return number
+    largest = max(sizes.values(), default=0)
+    weights = {
+        name: math.exp(math.log(size / largest) / temperature) if size else 0.0
+        for name, size in sizes.items()
+    }
+    for name, weight in weights.items():
+        if sizes[name] and not weight:
+            raise ValueError(
+                f"at temperature {text} the domain {name!r} would get no token: choose a higher "
+                "one, or a .json file with 0 for what is to be left out"
+            )
+    return weights
 
 
-def _from_file(path: Path, sizes: dict[str, int]) -> dict[str, float]:
+def _from_file(path: Path, sizes: dict[str, int]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no such file of weights: {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    numbers = isinstance(content, dict) and all(
-        isinstance(value, int | float) for value in content.values()
-    )
-    if not numbers:
+    if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object of domains and numbers")
     foreign = sorted(content.keys() - sizes.keys())
     if foreign:
         raise ValueError(
             f"{path} weighs {foreign[0]!r}, which the dataset does not have; it has {sorted(sizes)}"
         )
-    return {name: float(value) for name, value in content.items()}
+    return content

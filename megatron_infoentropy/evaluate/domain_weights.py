@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_infoentropy.data.blend import PAPER_WEIGHTS
+from megatron_infoentropy.data.blend import PAPER_WEIGHTS, shares_of
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 from megatron_infoentropy.evaluate.errors import DomainWeightsError
 
@@ -18,7 +18,7 @@ from megatron_infoentropy.evaluate.errors import DomainWeightsError
 def domain_weights(
     kind: str, scored: Mapping[str, int], token_counts: Path
 ) -> tuple[dict[str, float], str]:
-    """Weights of the domains scored, on any scale, and what they are in words.
+    """Weights of the domains scored, on any scale, with a finite sum, and what they are in words.
 
     Args:
         kind: see above.
@@ -34,7 +34,7 @@ def domain_weights(
     if kind == "auto":
         trained = _training_tokens(token_counts)
         if scored.keys() <= trained.keys():
-            return {name: trained[name] for name in scored}, "tokens of the training data"
+            return _checked(trained, scored, kind), "tokens of the training data"
         return as_scored, "the scored tokens (the training data's domains are not known)"
     if kind == "paper":
         return _checked(PAPER_WEIGHTS, scored, kind), "sampling rates of the paper's code"
@@ -61,8 +61,7 @@ def _checked(found: object, scored: Mapping[str, int], kind: str) -> dict[str, f
         raise DomainWeightsError(
             f"the weights of {kind!r} must be an object with a number for each of {sorted(scored)}"
         )
-    weights = {name: found[name] for name in scored}
-    usable = all(isinstance(value, int | float) and value >= 0 for value in weights.values())
-    if not usable or sum(weights.values()) == 0:
-        raise DomainWeightsError(f"expected weights of 0 or more, not all 0, got {weights}")
-    return {name: float(value) for name, value in weights.items()}
+    try:
+        return shares_of({name: found[name] for name in scored})
+    except ValueError as error:
+        raise DomainWeightsError(str(error)) from None

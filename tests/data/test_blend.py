@@ -33,6 +33,7 @@ def test_natural_weights_use_every_token_equally_often(two: Path) -> None:
 def test_temperature_raises_the_small_domain(two: Path) -> None:
     assert weights_of(two, "temperature:1") == pytest.approx({"A": 0.9, "B": 0.1})
     assert weights_of(two, "temperature:2") == pytest.approx({"A": 0.75, "B": 0.25})
+    assert weights_of(two, "temperature:1e300") == pytest.approx({"A": 0.5, "B": 0.5})
     shares = {share.domain: share.epochs(1000) for share in blend(two, "temperature:2")}
     assert shares == pytest.approx({"A": 0.75 / 0.9, "B": 2.5})
 
@@ -43,6 +44,9 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) 
     assert weights_of(two, str(path)) == {"B": 0.75, "A": 0.25}
     path.write_text(json.dumps({"A": 0, "B": 3}))
     assert weights_of(two, str(path)) == {"B": 1.0}
+    for scale in (1e308, 5e-324):  # their sum, and their quotients by a sum, leave the numbers
+        path.write_text(json.dumps({"A": scale, "B": scale}))
+        assert weights_of(two, str(path)) == {"A": 0.5, "B": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -50,9 +54,15 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) 
     [
         ('{"A": 1}', "do not name the domain 'B'"),
         ('{"A": 1, "B": 1, "C": 1}', "weighs 'C', which the dataset does not have"),
-        ('{"A": -1, "B": 1}', "weights of 0 or more"),
+        ('{"A": -1, "B": 1}', "a finite weight of 0 or more for 'A', got -1"),
+        ('{"A": NaN, "B": 1}', "a finite weight of 0 or more for 'A', got nan"),
+        ('{"A": 1, "B": Infinity}', "a finite weight of 0 or more for 'B', got inf"),
+        ('{"A": 1, "B": 1' + 400 * "0" + "}", "a finite weight of 0 or more for 'B', got 10"),
+        ('{"A": true, "B": 1}', "a finite weight of 0 or more for 'A', got True"),
+        ('{"A": "1", "B": 0}', "a finite weight of 0 or more for 'A', got '1'"),
+        ('{"A": 5e-324, "B": 1}', "the weight of 'A', 5e-324, is nothing beside the largest, 1.0"),
         ('{"A": 0, "B": 0}', "not all 0"),
-        ('{"A": "1", "B": 0}', "an object of domains and numbers"),
+        ('["A", "B"]', "an object of domains and numbers"),
         ("{", "is not JSON"),
     ],
 )
@@ -70,6 +80,10 @@ def test_other_kinds_are_refused(two: Path) -> None:
         ("even", "must be natural, paper, temperature:T or a .json file, got 'even'"),
         ("temperature:0", "a number above 0, got '0'"),
         ("temperature:x", "a number above 0, got 'x'"),
+        ("temperature:nan", "a number above 0, got 'nan'"),
+        ("temperature:inf", "a number above 0, got 'inf'"),
+        ("temperature:1e-9", "at temperature 1e-9 the domain 'B' would get no token"),
+        ("temperature:5e-324", "at temperature 5e-324 the domain 'B' would get no token"),
         ("gone.json", "no such file of weights"),
         ("paper", "do not name the domain 'A'"),
     ):
