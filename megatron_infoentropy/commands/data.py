@@ -1,6 +1,7 @@
 """Commands that make datasets: text, tokenizer, `.bin/.idx`."""
 
 import glob
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -125,11 +126,11 @@ def preprocess(
 
 
 def _matching(patterns: list[str]) -> list[Path]:
-    """Files in the order given, each pattern's matches sorted; a pattern must match something."""
+    """Files in the order given, each pattern's matches sorted; a file's name is no pattern."""
     files: list[Path] = []
     for pattern in patterns:
-        found = [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 takes absolute
-        files += found or [Path(pattern)]  # a missing file is named by the room that opens it
+        names = [] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207 takes absolute
+        files += map(Path, names or [pattern])  # a missing file is named by the room that opens it
     return files
 
 
@@ -208,6 +209,8 @@ def blend(
     from megatron_infoentropy.data.blend import blend as run
     from megatron_infoentropy.data.blend import data_path
 
+    if tokens is not None and not math.isfinite(tokens):
+        raise ValueError(f"--tokens must be a number of tokens, got {tokens}")
     shares = run(dataset, weights)
     table = Table("domain", "share", "tokens", *(("epochs",) if tokens else ()))
     for share in shares:
@@ -251,6 +254,10 @@ def verify(
         typer.Argument(help="dataset folder, prefix of a .bin and .idx, or folder of checkpoints"),
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="that it must have been made with")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(help="file, or quoted pattern, that it must have been made of; repeatable"),
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="mend what the recorded checksums can prove")
     ] = False,
@@ -262,7 +269,7 @@ def verify(
     if saved := folders_with_manifest(dataset):
         _verify_checkpoints(saved)
         return
-    findings = run(dataset, tokenizer=tokenizer, repair=repair)
+    findings = run(dataset, tokenizer=tokenizer, inputs=_matching(inputs or []), repair=repair)
     for finding in findings:
         mended = f" (repaired: {finding.repaired})" if finding.repaired else ""
         out.print(f"{finding.path}: {finding.problem}{mended}")

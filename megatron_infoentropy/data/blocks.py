@@ -4,6 +4,7 @@ A block is some raw lines of one file, about half a megabyte, together with wher
 Nothing is parsed here: counting newlines is all that the one reading process does per byte.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class BrokenLineError(ValueError):
 
 
 class UnfitDocumentsError(ValueError):
-    """Documents that cannot become a dataset, with these options, however often it is tried."""
+    """Documents that cannot become a dataset together with what was done of them so far."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ class Position:
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines, newlines included (a file's last one may lack it), between two places."""
+    """Whole lines, newlines included (a file's last one may lack it), between two places.
+
+    The one at the end of a file, without lines, has the SHA-256 of the file as it was read.
+    """
 
     path: Path
     data: bytes
     start: Position
     end: Position
+    sha256: str = ""
 
     @property
     def lines(self) -> int:
@@ -71,7 +76,8 @@ def read_blocks(
     pieces: list[bytes] = []  # a list, as one line may span very many chunks
     size = 0
     damage: DamagedFileError | None = None
-    chunks = read_chunks(path, advance, start.offset)
+    digest = hashlib.sha256()
+    chunks = read_chunks(path, advance, start.offset, digest.update)
     while True:
         try:
             chunk = next(chunks, None)
@@ -100,7 +106,7 @@ def read_blocks(
         at = block.end
     if damage is not None:
         raise BrokenLineError(path, at.line, str(damage)) from damage
-    yield Block(path, b"", at, at)
+    yield Block(path, b"", at, at, digest.hexdigest())
 
 
 def _block(path: Path, data: bytes, start: Position) -> Block:

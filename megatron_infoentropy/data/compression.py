@@ -5,8 +5,10 @@ complete: a truncated download is an error, not a shorter corpus. So is a file o
 decompresses without end: text shrinks ten times, such files ten thousand times.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +43,36 @@ def require_readable(path: Path) -> None:
         )
 
 
-def read_chunks(path: Path, advance: Callable[[int], None], skip: int = 0) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file from byte `skip` on.
+def read_chunks(
+    path: Path,
+    advance: Callable[[int], None],
+    skip: int = 0,
+    look: Callable[[bytes], object] = lambda _: None,
+) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a file, as it is when it is opened, from byte `skip` on.
 
-    `advance` is called with the bytes read from the disk since the last call, skipped ones too.
+    `advance` is called with the bytes read from the disk since the last call, skipped ones too;
+    `look` is shown all of them.
 
     Raises:
         DamagedFileError: after the last byte that could be read.
     """
     with path.open("rb") as file:
+        chunks = _blocks(file, advance, look)
         if path.suffix in _FRAMES:
-            blocks = iter(lambda: file.read(_READ_BYTES), b"")
-            chunks = _decompressed(blocks, advance, *_FRAMES[path.suffix])
-            yield from _without_first(chunks, skip)
-            return
-        file.seek(skip)
-        advance(skip)
-        while block := file.read(_READ_BYTES):
-            advance(len(block))
-            yield block
+            chunks = _decompressed(chunks, *_FRAMES[path.suffix])
+        yield from _without_first(chunks, skip)
+
+
+def _blocks(
+    file: BufferedReader, advance: Callable[[int], None], look: Callable[[bytes], object]
+) -> Iterator[bytes]:
+    left = os.fstat(file.fileno()).st_size  # what is written to it meanwhile may never end
+    while block := file.read(min(left, _READ_BYTES)):
+        left -= len(block)
+        look(block)
+        advance(len(block))
+        yield block
 
 
 def _without_first(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
@@ -71,17 +84,21 @@ def _without_first(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
 
 def _decompressed(
     blocks: Iterator[bytes],
-    advance: Callable[[int], None],
     new_frame: Callable[[], Any],
     error_type: type[Exception],
+    padding: bytes,
 ) -> Iterator[bytes]:
     """Frame after frame; the libraries' own file readers end quietly on a truncated one."""
     frame = None
-    taken = given = 0
-    for part in _slices(blocks, advance):
+    taken = given = frames = 0
+    for part in _slices(blocks):
         taken += len(part)
         while part:
-            frame = frame or new_frame()
+            if frame is None:
+                part = part.lstrip(padding) if frames else part
+                if not part:
+                    break
+                frame, frames = new_frame(), frames + 1
             try:
                 text = frame.decompress(part)
             except error_type as error:
@@ -99,17 +116,18 @@ def _decompressed(
         raise DamagedFileError("the compressed data ends inside a frame: the file is truncated")
 
 
-def _slices(blocks: Iterator[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+def _slices(blocks: Iterator[bytes]) -> Iterator[bytes]:
     for block in blocks:
-        advance(len(block))
         for start in range(0, len(block), _SLICE_BYTES):
             yield block[start : start + _SLICE_BYTES]
 
 
-_FRAMES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+# what reads a frame, what it raises, and the bytes that tapes fill the rest of a block with
+_FRAMES: dict[str, tuple[Callable[[], Any], type[Exception], bytes]] = {
     ".zst": (
         lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
         zstandard.ZstdError,
+        b"",
     ),
-    ".gz": (lambda: zlib.decompressobj(_GZIP), zlib.error),
+    ".gz": (lambda: zlib.decompressobj(_GZIP), zlib.error, b"\0"),
 }

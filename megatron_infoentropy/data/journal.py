@@ -23,12 +23,16 @@ Counts = npt.NDArray[np.int64]  # [vocab_size]
 
 @dataclass
 class InputTally:
-    """What the lines of one input were, so far; `blank` ones are blank up to its end."""
+    """What the lines of one input were, so far; `blank` ones are blank up to its end.
+
+    `sha256` is that of the whole file, once it is read.
+    """
 
     documents: int = 0
     empty: int = 0
     rejected: int = 0
     blank: int = 0
+    sha256: str = ""
 
 
 @dataclass

@@ -63,7 +63,11 @@ class DomainFacts:
 
 @dataclass(frozen=True)
 class InputFacts:
-    """One input file: lines = documents + rejected + blank (at the file's end)."""
+    """One input file: lines = documents + rejected + blank (at the file's end).
+
+    `sha256` is that of its bytes, `samples` that of some of them (`task.input_of`); both are ""
+    where an older version recorded none.
+    """
 
     name: str
     bytes: int
@@ -72,6 +76,8 @@ class InputFacts:
     empty: int
     rejected: int
     blank: int
+    sha256: str = ""
+    samples: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Manifest:
     """The dataset in `folder`; `dtype` of the ids is "uint16" or "int32".
 
     `left_out` are the domains none of whose documents has a token, with their documents: Megatron
-    can not open an empty dataset. `shard` is (i, n) for one part of a larger dataset.
+    can not open an empty dataset. `shard` is (i, n) for one part of a larger dataset, and
+    `shards_of` then a digest of what all parts share out among them.
     """
 
     folder: Path
@@ -93,6 +100,7 @@ class Manifest:
     inputs: tuple[InputFacts, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
     shard: tuple[int, int] | None = None
+    shards_of: str = ""
     token_counts_sha256: str = ""
 
     def prefix(self, domain: str) -> Path:
@@ -115,6 +123,7 @@ class Manifest:
             "dtype": self.dtype,
             "append_eod": self.append_eod,
             "shard": self.shard,
+            "shards_of": self.shards_of,
             "inputs": [asdict(facts) for facts in self.inputs],
             "domains": {name: asdict(facts) for name, facts in self.domains.items()},
             "left_out": self.left_out,
@@ -165,5 +174,6 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         inputs=tuple(InputFacts(**facts) for facts in content.get("inputs", ())),
         left_out=content.get("left_out", {}),
         shard=None if shard is None else (shard[0], shard[1]),
+        shards_of=content.get("shards_of", ""),
         token_counts_sha256=content.get("token_counts_sha256", ""),
     )

@@ -63,6 +63,7 @@ def merge(
             parts[0],
             folder=folder,
             shard=None,
+            shards_of="",
             inputs=tuple(facts for part in parts for facts in part.inputs),
         )
         done = finish(whole, written)
@@ -86,6 +87,11 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
         raise ValueError("expected at least one dataset to merge, got none")
     first = parts[0]
     for part in parts[1:]:
+        if first.shard and part.shard and first.shards_of != part.shards_of:
+            raise ValueError(
+                f"{part.folder} and {first.folder} are shards of different lists of files, or of "
+                "files that changed between them: make both again, of one list"
+            )
         for what in ("tokenizer", "dtype", "options", "versions"):
             ours, theirs = getattr(first, what), getattr(part, what)
             if ours != theirs:
@@ -125,7 +131,7 @@ def _identities(part: Manifest) -> Iterator[tuple[Hashable, str]]:
         yield checksums, "hold the same tokens"
     for facts in part.inputs:
         if facts.documents:
-            yield facts, f"were both made of {facts.name}"
+            yield facts.sha256 or facts, f"were both made of {facts.name}"
 
 
 def _prefixes(parts: Sequence[Manifest]) -> dict[str, str]:

@@ -10,7 +10,7 @@ document without ids leaves a boundary in the index but no end-of-document id.
 
 import errno
 import shutil
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -24,9 +24,9 @@ from megatron_infoentropy.data.journal import JOURNAL, Journal
 from megatron_infoentropy.data.manifest import OUTPUT_FILES, REJECTED, Manifest, load_manifest
 from megatron_infoentropy.data.options import DEFAULT_OPTIONS, Options
 from megatron_infoentropy.data.run import Run
-from megatron_infoentropy.data.shards import shard_inputs, shard_name
+from megatron_infoentropy.data.shards import shard_inputs, shard_name, shards_digest
 from megatron_infoentropy.data.split import decide_split
-from megatron_infoentropy.data.task import Task
+from megatron_infoentropy.data.task import Task, input_of
 from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.worker import Settings
 from megatron_infoentropy.data.workers import encode_blocks
@@ -73,9 +73,11 @@ def preprocess(
         raise ValueError(f"the engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     asked, options = options, decide_split(options, inputs)
     named = options.split_by is not None or asked.split_by is None
+    shards_of = "" if shard is None else shards_digest(inputs)
     if shard is not None:
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
-    task = Task(inputs, output, load_tokenizer(tokenizer), options, shard)
+    files = list(map(input_of, inputs))
+    task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
     settings = Settings(task.loaded, options, engine, named)
     if engine == "gigatoken":  # calibrates it, once for all workers, or refuses it
         fast_engine(task.loaded, special_tokens=options.special_tokens)
@@ -106,11 +108,13 @@ def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: 
     size = task.loaded.vocab_size
     run = Run(work, job=task.job(), vocab_size=size, max_errors=max_errors)
     with closing(run):
-        total = sum(path.stat().st_size for path in task.inputs)
+        total = sum(each.bytes for each in task.inputs)
         with progress("preprocess", total, "bytes", run.rates()) as advance:
-            blocks = _read(task.inputs, run.journal, advance)
+            blocks = _read(task, run.journal, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)
+                if not block.lines:
+                    task.require_unchanged(run.journal.file - 1, block.sha256)
         if not run.journal.rejected:
             (run.dataset / REJECTED).unlink()
         journal = run.journal
@@ -120,16 +124,16 @@ def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: 
         }
         manifest = task.manifest(run.dataset, settings.engine, journal.lines, journal.inputs)
         finish(manifest, written)
+        for number, facts in enumerate(manifest.inputs):
+            task.require_unchanged(number, facts.sha256)
     return run.dataset
 
 
-def _read(
-    inputs: Sequence[Path], journal: Journal, advance: Callable[[int], None]
-) -> Iterator[Block]:
-    advance(sum(path.stat().st_size for path in inputs[: journal.file]))
+def _read(task: Task, journal: Journal, advance: Callable[[int], None]) -> Iterator[Block]:
+    advance(sum(each.bytes for each in task.inputs[: journal.file]))
     start = journal.position
-    for path in inputs[journal.file :]:
-        yield from read_blocks(path, advance, start)
+    for each in task.inputs[journal.file :]:
+        yield from read_blocks(each.path, advance, start)
         start = Position()
 
 
@@ -138,11 +142,16 @@ def _require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> No
         raise ValueError("expected at least one input file, got none")
     for path in inputs:
         require_readable(path)
-    for path, times in Counter(path.resolve() for path in inputs).items():
-        if times > 1:
+    names: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for path in inputs:
+        status = path.stat()
+        names[status.st_dev, status.st_ino].append(str(path))
+    for same in names.values():
+        if len(same) > 1:
             raise ValueError(
-                f"{path} is given {times} times, perhaps by two patterns; give it once, and raise "
-                "the weight of a domain with `infoentropy blend`"
+                f"{' and '.join(dict.fromkeys(same))} is one file, given {len(same)} times, "
+                "perhaps by two patterns or links; give it once, and raise the weight of a domain "
+                "with `infoentropy blend`"
             )
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")

@@ -5,6 +5,7 @@ WORK/lengths/    document lengths of each domain
 WORK/counts.N.npy, WORK/journal.json
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from megatron_infoentropy.progress import short
 SAVE_EVERY_S = 30.0
 SAVE_AFTER_INPUT_S = 1.0  # at the end of an input already after so much work
 MOST_DOMAINS = 500  # each takes two open files
+_LONGEST_NAME = 200  # bytes, of the 255 that file systems allow with what comes before and behind
 
 
 class Run:
@@ -178,6 +180,7 @@ class Run:
                 f"{tally.rejected} rejected and {tally.blank} blank ones were counted; "
                 "this is a mistake in this program, please report it"
             )
+        tally.sha256 = block.sha256
         journal.lines.append(lines)
         journal.file, journal.offset, journal.line = journal.file + 1, 0, 1
 
@@ -199,6 +202,8 @@ class Run:
 def slug(domain: str) -> str:
     """The domain's file name: lower case, everything but letters and digits to `_`.
 
+    A name that is too long for a file system is cut, with a checksum of all of it behind.
+
     Raises:
         UnfitDocumentsError: nothing but underscores would be left.
     """
@@ -207,4 +212,8 @@ def slug(domain: str) -> str:
         raise UnfitDocumentsError(
             f"the domain {domain!r} has no letter or digit to name a file after"
         )
-    return name
+    raw = name.encode()
+    if len(raw) <= _LONGEST_NAME:
+        return name
+    checksum = hashlib.sha256(raw).hexdigest()[:16]
+    return f"{raw[:_LONGEST_NAME].decode(errors='ignore')}_{checksum}"

@@ -3,6 +3,8 @@
 Shard i of n gets the same files in every job, and the shards joined in order are the whole.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,12 @@ def shard_inputs(inputs: Sequence[Path], shard: tuple[int, int]) -> list[Path]:
             chosen.append(path)
         before += size
     return chosen
+
+
+def shards_digest(inputs: Sequence[Path]) -> str:
+    """Return a digest of the list that is shared out: which shard has which file depends on it."""
+    listed = [(path.name, path.stat().st_size) for path in inputs]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def shard_name(shard: tuple[int, int]) -> str:

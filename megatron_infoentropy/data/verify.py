@@ -4,7 +4,8 @@ A repair is made only if the result has the checksum that the manifest recorded 
 written: a repaired file is the original file. Nothing is guessed.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,30 +40,63 @@ class Finding:
     repaired: str = ""
 
 
-def verify(target: Path, *, tokenizer: Path | None = None, repair: bool = False) -> list[Finding]:
+def verify(
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    inputs: Sequence[Path] = (),
+    repair: bool = False,
+) -> list[Finding]:
     """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
 
     With `tokenizer`, a folder, the ids must be of its vocabulary and its documents end with its
-    token. `repair` mends what the manifest's checksums can prove.
+    token. `inputs` must be the files that the dataset was made of, byte by byte, and all of them.
+    `repair` mends what the manifest's checksums can prove.
 
     Raises:
-        ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read.
+        ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read;
+            inputs of a dataset that does not tell what they were.
     """
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     if not target.is_dir():
         vocab = None if loaded is None else loaded.vocab_size
         require_prefix(target)
+        if inputs:
+            raise ValueError(f"{target} is one dataset: only the manifest of its folder has inputs")
         return list(_check(target, vocab, None, None))
     manifest = load_manifest(target)
     found = []
     if tokenizer is not None and not is_tokenizer(tokenizer, manifest.tokenizer.sha256):
         problem = f"was made with another tokenizer than {tokenizer}"
         found.append(Finding(target / MANIFEST, problem))
+    if inputs:
+        found += _check_inputs(manifest, inputs)
     with progress("verify", len(manifest.domains), "domains") as advance:
         for name, facts in manifest.domains.items():
             found += _check_domain(manifest, name, facts, repair)
             advance(1)
     return [*found, *_check_counts(manifest, repair)]
+
+
+def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Finding]:
+    """Files of one name are told apart by their content."""
+    contents: dict[str, list[str]] = defaultdict(list)
+    for facts in manifest.inputs:
+        contents[facts.name].append(facts.sha256)
+    if not manifest.inputs or not all(facts.sha256 for facts in manifest.inputs):
+        raise ValueError(f"{manifest.folder} does not record its inputs: preprocess them again")
+    with progress("verify inputs", sum(path.stat().st_size for path in inputs), "bytes") as advance:
+        for path in inputs:
+            checksum = file_sha256(path)
+            if checksum in contents[path.name]:
+                contents[path.name].remove(checksum)
+            else:
+                yield Finding(path, "is not what the dataset was made of")
+            advance(path.stat().st_size)
+    for name, missing in contents.items():
+        if missing:
+            problem = f"was made of {len(missing)} file(s) {name} of other content than those given"
+            yield Finding(manifest.folder / MANIFEST, problem)
 
 
 def _check_domain(

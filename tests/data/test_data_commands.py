@@ -11,6 +11,7 @@ from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
+from megatron_infoentropy.data.manifest import load_manifest
 
 
 def command(*words: object) -> Result:
@@ -60,7 +61,7 @@ def test_a_file_that_two_patterns_match_is_refused(
         *("preprocess", "--input", tmp_path / "*.jsonl", "--input", plain),
         *("--tokenizer", tokenizer_folder, "--output", tmp_path / "out"),
     )
-    assert "plain.jsonl is given 2 times" in str(done.exception)
+    assert "plain.jsonl is one file, given 2 times" in str(done.exception)
 
 
 def test_the_same_dataset_twice_is_merged_only_by_name(
@@ -79,6 +80,7 @@ def test_a_blend_names_its_cure_and_takes_no_negative_run(
     out = tmp_path / "out"
     command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
     assert "greater than or equal to 1" in command("blend", out, "--tokens", -5).output
+    assert "a number of tokens, got inf" in str(command("blend", out, "--tokens", "inf").exception)
     refused = str(command("blend", out, "--weights", "paper").exception)
     assert "do not name the domain 'all'" in refused
     assert "natural, temperature:T or a .json file" in refused
@@ -162,3 +164,20 @@ def test_names_in_brackets_are_shown_as_they_are(tokenizer_folder: Path, tmp_pat
         assert made.exit_code == 0, made.output
         assert all(name in made.output for name in names)
     assert command("verify", out).stdout == f"{out}: ok\n"
+
+
+def test_a_pattern_that_is_a_file_s_name_is_that_file(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    paths = [write(tmp_path / name, [line(name)]) for name in ("data[1].jsonl", "data1.jsonl")]
+    for given, taken in ((paths[0], paths[0]), (tmp_path / "data[0-9].jsonl", paths[1])):
+        out = tmp_path / taken.stem
+        made = command(
+            "preprocess", "--input", given, "--tokenizer", tokenizer_folder, "--output", out
+        )
+        assert made.exit_code == 0, made.output
+        assert [facts.name for facts in load_manifest(out).inputs] == [taken.name]
+        assert command("verify", out, "--inputs", given).exit_code == 0
+    wrong = command("verify", out, "--inputs", paths[0])
+    assert f"{paths[0]}: is not what the dataset was made of" in wrong.stdout
+    assert wrong.exit_code == 1

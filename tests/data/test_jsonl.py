@@ -1,5 +1,6 @@
 """Reading documents: what is accepted, and how a broken line is named."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def test_every_frame_of_a_concatenated_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(skippable.join(frames))
     assert [record.text for record in read(path)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("padding", [1, 512, 10_000])
+def test_zeros_around_the_members_of_a_gz_are_no_damage(tmp_path: Path, padding: int) -> None:
+    """Tapes fill their last block, and gzip reads such files."""
+    path = tmp_path / "a.jsonl.gz"
+    members = [gzip.compress(f"{line(text)}\n".encode()) for text in ("a", "b")]
+    path.write_bytes(b"".join(member + bytes(padding) for member in members))
+    assert [record.text for record in read(path)] == ["a", "b"]
+    for content in (
+        bytes(padding),
+        bytes(padding) + members[0],
+        members[0] + bytes(padding) + b"x",
+    ):
+        path.write_bytes(content)
+        assert (
+            "damaged compressed data" in broken(path).reason or "truncated" in broken(path).reason
+        )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])

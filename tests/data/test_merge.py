@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from golden import assert_same_files
 from text_files import line, write
 
@@ -82,6 +83,21 @@ def test_a_missing_shard_and_a_stranger_are_named(
     with pytest.raises(ValueError, match="is no token dataset"):
         merge([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_lists_that_differ_are_not_merged(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """What a file gained between two jobs moves the borders: one file would be in no shard."""
+    out = tmp_path / "s"
+    preprocess(inputs, tokenizer_folder, out, shard=(0, 2), max_errors=5)
+    more = [line(f"word {number**3} " * 20) for number in range(2000)]
+    inputs[0].write_bytes(inputs[0].read_bytes() + zstandard.compress("\n".join(more).encode()))
+    preprocess(inputs, tokenizer_folder, out, shard=(1, 2), max_errors=5)
+    with pytest.raises(ValueError, match="are shards of different lists of files"):
+        merge([out], tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty"):
+        preprocess(inputs, tokenizer_folder, out, shard=(0, 2), max_errors=5)
 
 
 def test_a_damaged_shard_is_not_merged(
