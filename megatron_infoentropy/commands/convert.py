@@ -14,7 +14,7 @@ Verify = Annotated[
     bool | None,
     typer.Option(
         "--verify/--no-verify",
-        help="compare what both models compute, and the files; default: if memory allows",
+        help="compare what both models compute; default: if memory allows. Files always are",
     ),
 ]
 Text = Annotated[
@@ -112,12 +112,13 @@ def _prove(
     data: Path | None,
     **options: Any,
 ) -> None:
-    from megatron_infoentropy.convert import prove, why_not_now
+    from megatron_infoentropy.convert import look_at_files, prove, why_not_now
 
-    if verify is False:
-        return
-    if verify is None and (reason := why_not_now(folder)):
+    reason = why_not_now(folder) if verify is None else None
+    if reason:
         out.print(f"not verified: {reason}; --verify insists")
+    if reason or verify is False:
+        look_at_files(checkpoint, folder, **options)
         return
     result = prove(checkpoint, folder, text=text, data=data, **options)
     out.print(str(result))

@@ -19,7 +19,13 @@ from megatron_infoentropy.convert.errors import (
 )
 from megatron_infoentropy.convert.from_hf import ImportSummary, convert_from_hf
 from megatron_infoentropy.convert.to_hf import ConversionSummary, convert_checkpoint
-from megatron_infoentropy.convert.verify import Verification, prove, verify_conversion, why_not_now
+from megatron_infoentropy.convert.verify import (
+    Verification,
+    look_at_files,
+    prove,
+    verify_conversion,
+    why_not_now,
+)
 
 __all__ = [
     "ConversionSummary",
@@ -32,6 +38,7 @@ __all__ = [
     "Verification",
     "convert_checkpoint",
     "convert_from_hf",
+    "look_at_files",
     "prove",
     "verify_conversion",
     "why_not_now",

@@ -25,7 +25,7 @@ from megatron_infoentropy.convert.hf_config import architecture_from_config, rea
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
-from megatron_infoentropy.convert.naming import Row
+from megatron_infoentropy.convert.naming import EMBEDDING, TABLES, Row
 from megatron_infoentropy.convert.output_folder import (
     files_stand,
     new_folder,
@@ -129,10 +129,8 @@ def _tokens(folder: Path, model: Architecture) -> int | None:
 def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     """Return {name in the table: name in the files}; both sides complete, with the right shapes."""
     stored = parameter_names(weights.tensors, model.family)
-    if not model.untied:  # some exports keep the shared table twice
-        stored = {
-            k: v for k, v in stored.items() if k not in ("lm_head.weight", "embed_out.weight")
-        }
+    if not model.untied:
+        stored = _without_tied_head(weights, stored, model)
     wanted: dict[str, str] = {}
     for row, layer in _rows(model):
         shapes = [part.shape for part in _hf_parts(row, model)]
@@ -151,6 +149,27 @@ def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
             f"{CLASSES[model.family]}: {', '.join(unknown[:4])}"
         )
     return wanted
+
+
+def _without_tied_head(
+    weights: HuggingFaceWeights, stored: dict[str, str], model: Architecture
+) -> dict[str, str]:
+    """Leave out the shared table where an export keeps it twice, if it is the same twice.
+
+    transformers does not share tables that differ, whatever config.json says.
+    """
+    (table,) = (row.hf[0] for row in TABLES[model.family] if row.megatron == EMBEDDING)
+    for head in ("lm_head.weight", "embed_out.weight"):
+        if head in stored and table in stored and not weights.equal(stored[head], stored[table]):
+            raise UnsupportedModelError(
+                f"config.json says tie_word_embeddings: true, but {head} holds other numbers than "
+                f"{table}; say false there to keep both, or remove {head} to keep the one"
+            )
+    return {
+        name: at
+        for name, at in stored.items()
+        if name not in ("lm_head.weight", "embed_out.weight")
+    }
 
 
 def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Architecture) -> None:

@@ -22,6 +22,7 @@ _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _WHOLE = "model.safetensors"
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
+_COMPARED_NUMBERS = 2**24  # of each of two tables, at a time
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
 
@@ -56,21 +57,20 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path) -> None:
         wanted = _weight_map(folder)
-        found = {
-            file: _read_header(folder / file)
-            for file in ([_WHOLE] if wanted is None else sorted(set(wanted.values())))
-        }
         if wanted is None:
-            self.tensors = found[_WHOLE]
+            self.tensors = _read_header(folder / _WHOLE)
             return
         self.tensors = {}
-        for name, file in wanted.items():
-            if name not in found[file]:
+        for file in sorted(set(wanted.values())):
+            stored = _read_header(folder / file)
+            said = {name for name, place in wanted.items() if place == file}
+            if other := min(said ^ stored.keys(), default=None):  # transformers reads all there is
+                does, does_not = ("says", "does not") if other in said else ("does not say", "does")
                 raise IncompleteCheckpointError(
-                    f"{folder / INDEX} says that {file} holds {name}, and it does not: the folder "
-                    "mixes two exports; copy it again"
+                    f"{folder / INDEX} {does} that {file} holds {other}, and it {does_not}: the "
+                    "folder mixes two exports; copy it again"
                 )
-            self.tensors[name] = found[file][name]
+            self.tensors |= stored
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,11 +89,33 @@ class HuggingFaceWeights:
         read_numbers(path, start, tensor)
         return tensor
 
+    def equal(self, one: str, other: str) -> bool:
+        """Say whether two tables hold the same numbers, reading some rows of both at a time."""
+        first, second = self.tensors[one], self.tensors[other]
+        if first.shape != second.shape:
+            return False
+        width = math.prod(first.shape[1:])
+        step = max(1, _COMPARED_NUMBERS // max(1, width))
+        for start in range(0, first.shape[0], step):
+            rows = min(step, first.shape[0] - start)
+            pair = [torch.empty(rows, width, dtype=table.dtype) for table in (first, second)]
+            for table, into in zip((first, second), pair, strict=True):
+                read_numbers(table.path, table.start + start * width * into.itemsize, into)
+            if not torch.equal(pair[0].float(), pair[1].float()):
+                return False
+        return True
+
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """{tensor: file} of the index; None where there is one file without an index."""
     if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
+        wanted = _read_index(folder / INDEX)
+        if (folder / _WHOLE).is_file() and set(wanted.values()) != {_WHOLE}:
+            raise UnreadableCheckpointError(
+                f"{folder} holds {_WHOLE}, which transformers would read, and {INDEX}, which names "
+                "other files: one of them is of an earlier export; remove that"
+            )
+        return wanted
     if not (folder / _WHOLE).is_file():
         other = [path.name for path in folder.glob("*.bin")]
         raise UnreadableCheckpointError(

@@ -56,8 +56,8 @@ class OpenedCheckpoint:
             require_shape(source, self.checkpoint.tensors[source.name].shape, model)
         steps = steps_of(sources, model)
         tensors = {
-            name: tensor.to(dtype, copy=True)
-            for name, tensor in convert_steps(self.checkpoint, steps, model)
+            name: tensor.clone()
+            for name, tensor in convert_steps(self.checkpoint, steps, model, dtype)
         }
         config = transformers.AutoConfig.for_model(**hf_config(model, dtype, facts.ids))
         family = getattr(transformers, CLASSES[model.family])

@@ -80,14 +80,17 @@ def index_of(shards: list[Shard], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def convert_steps(
-    checkpoint: MegatronCheckpoint, steps: Sequence[Step], model: Architecture
+    checkpoint: MegatronCheckpoint,
+    steps: Sequence[Step],
+    model: Architecture,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the family, reading one step's numbers at a time.
+    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time.
 
     A tensor lasts until the next step is read.
 
     Raises:
-        InvalidWeightsError: NaN or infinity among them.
+        InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
     """
     memory = torch.empty(max(_stored_bytes(checkpoint, step) for step in steps), dtype=torch.uint8)
     for step in steps:
@@ -97,14 +100,30 @@ def convert_steps(
         else:
             stored = checkpoint.read(source.name, memory)
         where = source.name if step.layer is None else f"{source.name} (layer {step.layer})"
-        require_finite(where, stored)
-        yield from _converted(step, stored, model)
+        for name, tensor in _converted(step, stored, model):
+            yield name, _rounded(where, tensor, dtype)
 
 
 def _stored_bytes(checkpoint: MegatronCheckpoint, step: Step) -> int:
     tensor = checkpoint.tensors[step.source.name]
     shape = tensor.shape[1:] if step.source.stacked else tensor.shape
     return torch.Size(shape).numel() * tensor.dtype.itemsize
+
+
+def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert to the dtype that is written, and look at what that gives."""
+    rounded = tensor.to(dtype)
+    try:
+        require_finite(where, rounded)
+    except InvalidWeightsError:
+        require_finite(where, tensor)
+        name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        raise InvalidWeightsError(
+            f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
+            f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
+            "bfloat16 or float32)"
+        ) from None
+    return rounded
 
 
 def require_finite(where: str, tensor: torch.Tensor) -> None:

@@ -154,7 +154,7 @@ def _write_shards(
             if path.exists():  # whole, from an attempt that was interrupted
                 advance(shard.bytes(dtype))
                 continue
-            tensors = convert_steps(checkpoint, shard.steps, model)
+            tensors = convert_steps(checkpoint, shard.steps, model, dtype)
             write_weights(path, shard.shapes, dtype, _counted(tensors, dtype, advance))
     if len(shards) > 1:
         _write_json(folder / INDEX, index_of(shards, dtype))

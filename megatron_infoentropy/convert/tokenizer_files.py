@@ -19,6 +19,7 @@ _NAMES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of them, each a .jinja file
 _GENERATION = "generation_config.json"
 
 
@@ -26,10 +27,11 @@ _GENERATION = "generation_config.json"
 class TokenizerFacts:
     """The files of a tokenizer, its number of tokens, and the ids of its special ones."""
 
-    files: tuple[Path, ...]
+    folder: Path
+    files: tuple[Path, ...]  # in the folder
     vocab_size: int
     ids: dict[str, int]  # bos_token_id, eos_token_id, pad_token_id, as far as there are
-    generation: dict[str, Any]  # generation_config.json of the folder, with these ids
+    generation: dict[str, Any]  # generation_config.json of the folder, completed by these ids
 
 
 def read_tokenizer(folder: Path) -> TokenizerFacts:
@@ -39,12 +41,14 @@ def read_tokenizer(folder: Path) -> TokenizerFacts:
         ValueError: there is no tokenizer.json in it, or one of its files is damaged.
     """
     used = load_with_transformers(folder)
+    ids = _special_ids(used)
     return TokenizerFacts(
-        files=tuple(folder / name for name in _NAMES if (folder / name).is_file()),
+        folder=folder,
+        files=tuple(name for name in _names(folder) if (folder / name).is_file()),
         # The highest id counts, not the number of tokens: a vocabulary may have holes.
         vocab_size=max(used.get_vocab().values()) + 1,
-        ids=(ids := _special_ids(used)),
-        generation=read_object(folder / _GENERATION) | ids,
+        ids=ids,
+        generation=_generation(folder, ids),
     )
 
 
@@ -56,13 +60,34 @@ def copy_tokenizer(
     tokenizer_class: name it in tokenizer_config.json, without which ids would change here.
     """
     for file in tokenizer.files:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(tokenizer.folder / file, folder / file)
     if tokenizer_class:
         settings = read_object(folder / CONFIG) | {"tokenizer_class": tokenizer_class}
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
+def _names(folder: Path) -> list[Path]:
+    templates = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+    return [*map(Path, _NAMES), *(path.relative_to(folder) for path in templates)]
+
+
 def _special_ids(used: Any) -> dict[str, int]:
     ids = {name: getattr(used, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: int(token) for name, token in ids.items() if token is not None}
+
+
+def _generation(folder: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """Return how to generate: what the folder says, and that the tokenizer's end is an end too."""
+    settings = read_object(folder / _GENERATION)
+    said = {name: value for name, value in settings.items() if value is not None}
+    ends = said.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) and end >= 0 for end in ends):
+        raise ValueError(
+            f"expected token ids as eos_token_id in {folder / _GENERATION}, got {ends!r:.60}"
+        )
+    own = ids.get("eos_token_id")
+    ends = ends if own is None or own in ends else [*ends, own]
+    return settings | ids | said | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {})

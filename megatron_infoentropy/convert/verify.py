@@ -86,12 +86,8 @@ class Verification:
         return self.outputs.same and same_facts
 
     def __str__(self) -> str:
-        lines = [
-            str(self.outputs),
-            *(f"configuration: {line}" for line in self.config_differences),
-            *(f"tokenizer: {line}" for line in self.tokenizer_differences),
-        ]
-        return "\n".join(lines)
+        differences = _lines(self.config_differences, self.tokenizer_differences)
+        return "\n".join([str(self.outputs), *differences])
 
 
 def prove(
@@ -128,6 +124,28 @@ def prove(
     if not result.passed:
         raise UnprovenConversionError(f"the two sides do not compute the same; {result}")
     return result
+
+
+def look_at_files(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    iteration: int | None = None,
+    rope_scaling_factor: float | None = None,
+    imported: bool = False,
+) -> None:
+    """Compare what takes no memory, the configuration and the tokenizer, and insist.
+
+    Args:
+        checkpoint, folder, iteration, rope_scaling_factor, imported: as for `prove`, of which
+            this is a part.
+
+    Raises:
+        UnprovenConversionError: they do not describe the same, with all that differs.
+    """
+    opened = MegatronCheckpoint(checkpoint, iteration, rope_scaling_factor=rope_scaling_factor)
+    if lines := _lines(*_file_differences(opened, folder, read_config(folder), imported)):
+        raise UnprovenConversionError(f"the two sides are not the same; {'\n'.join(lines)}")
 
 
 def why_not_now(folder: Path) -> str | None:
@@ -183,12 +201,21 @@ def verify_conversion(
     side = ReferenceModel(opened, dtype) if why_not else MegatronModel(opened, dtype)
     model = streamed_model(folder, config) if streamed else _whole_model(folder)
     outputs = replace(_compare_outputs(side, model, sequences), not_megatron=why_not)
+    return Verification(outputs, *_file_differences(opened, folder, config, imported))
+
+
+def _file_differences(
+    opened: MegatronCheckpoint, folder: Path, config: Any, imported: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what differs in the configuration, and between the tokenizer's files."""
     if imported:
-        return Verification(outputs, tuple(config_differences(config, opened.args, None)))
+        return tuple(config_differences(config, opened.args, None)), ()
     fields = config_differences(config, opened.args, _vocab_size(folder))
-    return Verification(
-        outputs, (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
-    )
+    return (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
+
+
+def _lines(fields: tuple[str, ...], tokenizer: tuple[str, ...]) -> list[str]:
+    return [f"configuration: {line}" for line in fields] + [f"tokenizer: {x}" for x in tokenizer]
 
 
 def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:

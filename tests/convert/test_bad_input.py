@@ -131,6 +131,29 @@ def test_numbers_that_are_none(tmp_path: Path, value: float, dtype: torch.dtype)
     export_fails(tmp_path, InvalidWeightsError, rf"{QKV} \(layer 1\) holds 1 numbers")
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "value"),
+    [
+        (torch.bfloat16, "float16", 1e5),
+        (torch.float32, "float16", -65520.0),  # the first that rounds to infinity
+        (torch.float32, "bfloat16", 3.4e38),
+    ],
+)
+def test_numbers_beyond_the_dtype_that_is_written(
+    tmp_path: Path, stored: torch.dtype, asked: Any, value: float
+) -> None:
+    args = tiny_args()
+    tensors = tiny_tensors(args, stored)
+    write_checkpoint(tmp_path / "fits", args, tensors)
+    convert_checkpoint(tmp_path / "fits", tmp_path / "hf", dtype=asked)
+    tensors[QKV][1, 3, 5] = value
+    write_checkpoint(tmp_path / "save", args, tensors)
+    words = rf"{QKV} \(layer 1\) holds numbers up to .* {asked} ends at .*--dtype"
+    with pytest.raises(InvalidWeightsError, match=words):
+        convert_checkpoint(tmp_path / "save", tmp_path / "out", dtype=asked)
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     export_fails(folder, ValueError, r"GB of free space for .*out, got 0\.00 GB")
@@ -165,6 +188,23 @@ def test_an_index_that_names_a_tensor_no_file_holds(folder: Path) -> None:
     import_fails(folder, IncompleteCheckpointError, "says that .* holds ghost, and it does not")
 
 
+def test_an_index_that_leaves_out_a_tensor_which_transformers_would_read(folder: Path) -> None:
+    index = json.loads((folder / "hf" / INDEX).read_text())
+    file = index["weight_map"].pop("lm_head.weight")
+    (folder / "hf" / INDEX).write_text(json.dumps(index))
+    import_fails(folder, IncompleteCheckpointError, f"does not say that {file} holds lm_head")
+
+
+def test_a_whole_file_beside_an_index_of_others(folder: Path) -> None:
+    """Transformers reads the whole file, whichever of the two is the earlier export."""
+    index = json.loads((folder / "hf" / INDEX).read_text())
+    change_weights(folder, lambda tensors: None, keep=True)
+    import_fails(folder, UnreadableCheckpointError, "model.safetensors, which .* would read.*index")
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model.safetensors")
+    (folder / "hf" / INDEX).write_text(json.dumps(index))
+    convert_from_hf(folder / "hf", folder / "back")
+
+
 def test_pickled_weights_are_not_opened(folder: Path) -> None:
     for path in (folder / "hf").glob("model*"):
         path.unlink()
@@ -172,12 +212,16 @@ def test_pickled_weights_are_not_opened(folder: Path) -> None:
     import_fails(folder, UnreadableCheckpointError, "pytorch_model.bin.*save it again")
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+def change_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], *, keep: bool = False
+) -> None:
+    """Put all tensors into one file, changed, in place of the others or (`keep`) beside them."""
     tensors: dict[str, torch.Tensor] = {}
     for path in (folder / "hf").glob("model*"):
         if path.suffix == ".safetensors":
             tensors |= load_file(path)
-        path.unlink()
+        if not keep:
+            path.unlink()
     change(tensors)
     save_file(tensors, folder / "hf" / "model.safetensors", {"format": "pt"})
 

@@ -16,6 +16,7 @@ from megatron_infoentropy.convert import (
     UnsupportedModelError,
     convert_checkpoint,
     convert_from_hf,
+    hf_weights,
     prove,
     verify_conversion,
     why_not_now,
@@ -208,3 +209,24 @@ def test_a_tokenizer_is_looked_at_when_its_model_is_imported(with_more_rows: Pat
     with pytest.raises(ValueError, match=r"tokenizer\.json is a Git LFS pointer"):
         convert_from_hf(hf, with_more_rows / "out")
     assert not (with_more_rows / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_a_head_beside_tied_embeddings_is_dropped_only_where_it_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(hf_weights, "_COMPARED_NUMBERS", 7 * 32)  # nine blocks of rows
+    args = tiny_args(**FAMILIES[family] | {"untie_embeddings_and_output_weights": False})
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    names = {"llama": "model.embed_tokens", "gpt_neox": "gpt_neox.embed_in"}
+    head = tensors[names.get(family, "transformer.wte") + ".weight"].clone()
+    name = "embed_out.weight" if family == "gpt_neox" else "lm_head.weight"
+    save_file(tensors | {name: head}, path, {"format": "pt"})
+    convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    head[-1, -1] += 1
+    save_file(tensors | {name: head}, path, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=f"{name} holds other numbers than"):
+        convert_from_hf(tmp_path / "hf", tmp_path / "again")

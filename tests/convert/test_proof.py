@@ -173,6 +173,21 @@ def test_without_the_memory_for_it_the_proof_is_left_out_unless_demanded(
     assert "verified" not in convert(folder, "--no-verify", "--overwrite")
 
 
+@pytest.mark.parametrize("words", [[], ["--no-verify"]])
+def test_the_files_are_looked_at_also_where_the_models_are_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(verify, "memory_needed", lambda *words, **more: 10**18)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(verify, "tokenizer_differences", lambda _: ["other ids"])
+        with pytest.raises(UnprovenConversionError, match="tokenizer: other ids"):
+            convert(folder, *words)
+    monkeypatch.setattr(verify, "file_differences", lambda _: ["rope_theta is wrong"])
+    with pytest.raises(UnprovenConversionError, match="configuration: rope_theta is wrong"):
+        convert(folder, *words)
+    assert not (folder / "out").exists()
+
+
 def test_a_token_that_only_the_settings_name_has_no_row(folder: Path) -> None:
     assert tokenizer_differences(folder / "hf") == []
     path = folder / "hf" / "tokenizer_config.json"

@@ -18,7 +18,7 @@ from tiny_checkpoint import (
 )
 from tiny_tokenizer import write_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
 from megatron_infoentropy.convert.to_hf import Dtype
@@ -150,6 +150,55 @@ def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Pa
     change.write_bytes((write_tokenizer(tmp_path / "other", 62) / "tokenizer.json").read_bytes())
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", [[60, 1, 2]])
     assert verification.config_differences == ("vocab_size is 61, expected 62",)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({}, 60),
+        ({"eos_token_id": None}, 60),
+        ({"eos_token_id": [3, 60], "temperature": 0.6, "pad_token_id": 0}, [3, 60]),
+        ({"eos_token_id": [3, 4]}, [3, 4, 60]),  # and the one that the model was trained to write
+        ({"eos_token_id": 3}, [3, 60]),
+    ],
+)
+def test_how_to_generate_is_kept(tmp_path: Path, said: dict[str, Any], kept: object) -> None:
+    args = tiny_args(vocab_size=None)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
+    (tokenizer / "generation_config.json").write_text(json.dumps(said))
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
+    config = GenerationConfig.from_pretrained(tmp_path / "hf")
+    expected = said | {"eos_token_id": kept}
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_special_tokens_are_those_that_transformers_finds(tmp_path: Path) -> None:
+    args = tiny_args(vocab_size=None)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
+    special = {"eos_token": {"content": "t5"}, "bos_token": "t6"}
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
+    path = tokenizer / "tokenizer_config.json"
+    for more in ({}, {"added_tokens_decoder": {}}, {"added_tokens_decoder": {}, "eos_token": "t7"}):
+        path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | more))
+        convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer, overwrite=True)
+        used, config = (
+            kind.from_pretrained(tmp_path / "hf") for kind in (AutoTokenizer, AutoConfig)
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(config, name) == getattr(used, name), (more, name)
+
+
+def test_every_chat_template_is_copied(tmp_path: Path) -> None:
+    args = tiny_args(vocab_size=None)
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
+    used = AutoTokenizer.from_pretrained(tokenizer)
+    used.chat_template = {"default": "{{ messages }}", "tool_use": "tools: {{ messages }}"}
+    used.save_pretrained(tmp_path / "saved")
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == used.chat_template
 
 
 @pytest.mark.parametrize(("size", "saved"), [(65, None), (61, 60)])
