@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "pretrain": {"integration", "runtime"},
     "data": {"progress"},
     # Its proof runs Megatron's own model, as the trainer builds it.
-    "convert": {"checkpoints", "data", "integration", "progress", "runtime"},
+    "convert": {"checkpoints", "config", "data", "integration", "progress", "runtime"},
     "evaluate": {"config", "kernels", "loss", "data", "progress", "tasks"},
     "launch": {"checkpoints", "config", "data", "evaluate", "pretrain", "progress", "runtime"},
     "study": {"config", "convert", "data", "evaluate", "launch", "runtime", "tasks"},

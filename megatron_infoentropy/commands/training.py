@@ -63,10 +63,14 @@ def warn(words: list[str]) -> None:
         typer.echo(warning, err=True)
 
 
-def next_command(run: Path, tokenizer: Path) -> str:
-    """What makes a model for evaluation of a trained run."""
+def next_step(run: Path, tokenizer: Path) -> str:
+    """Return the command that exports a trained model, or why it would refuse."""
+    from megatron_infoentropy.convert import why_not_exported
+
+    if reason := why_not_exported(run / "checkpoints"):
+        return f"no export to Hugging Face: {reason}"
     words = [run / "checkpoints", "--tokenizer", tokenizer, "--output", run / "hf"]
-    return f"infoentropy convert {shlex.join(map(str, words))}"
+    return f"next: infoentropy convert {shlex.join(map(str, words))}"
 
 
 def train(
@@ -123,9 +127,8 @@ def train(
     if not dry_run:
         said = launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
         out.print(said.outcome())
-        goes_on = "the same command goes on from there"
-        following = goes_on if said.was_stopped else next_command(job.run, job.tokenizer)
-        out.print(f"next: {following}")
+        goes_on = "next: the same command goes on from there"
+        out.print(goes_on if said.was_stopped else next_step(job.run, job.tokenizer))
 
 
 COMMANDS = (train,)

@@ -18,7 +18,11 @@ from megatron_infoentropy.convert.errors import (
     UnsupportedModelError,
 )
 from megatron_infoentropy.convert.from_hf import ImportSummary, convert_from_hf
-from megatron_infoentropy.convert.to_hf import ConversionSummary, convert_checkpoint
+from megatron_infoentropy.convert.to_hf import (
+    ConversionSummary,
+    convert_checkpoint,
+    why_not_exported,
+)
 from megatron_infoentropy.convert.verify import (
     Verification,
     look_at_files,
@@ -41,5 +45,6 @@ __all__ = [
     "look_at_files",
     "prove",
     "verify_conversion",
+    "why_not_exported",
     "why_not_now",
 ]

@@ -25,6 +25,7 @@ from megatron_infoentropy.convert.hf_config import architecture_from_config, rea
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import rows_of, shape_of
+from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import EMBEDDING, TABLES, Row
 from megatron_infoentropy.convert.output_folder import (
     files_stand,
@@ -99,7 +100,7 @@ def convert_from_hf(
     with new_folder(output, _fingerprint(weights, model, dtype, file_bytes)) as new:
         (new / "release").mkdir(exist_ok=True)
         writer = CheckpointWriter(new / "release", journal=new / _JOURNAL, file_bytes=file_bytes)
-        _write(writer, weights, names, model, dtype, tokens)
+        _write(writer, weights, names, model, dtype, _objects(model, tokens, _name(folder)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (new / "release" / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
         write_manifest(new / "release")
@@ -213,7 +214,7 @@ def _write(
     names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
-    tokens: int | None,
+    objects: dict[str, Any],
 ) -> None:
     with progress("import", len(names), "tensors") as advance:
         for row, layer in _rows(model):
@@ -222,7 +223,7 @@ def _write(
                 tensor = _read(row, layer, weights, names, model, dtype)
                 writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
             advance(len(row.hf))
-    for name, content in _objects(model, tokens).items():
+    for name, content in objects.items():
         if not writer.has(name):
             writer.object(name, content)
     writer.finish()
@@ -244,11 +245,20 @@ def _read(
     return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
 
 
-def _objects(model: Architecture, tokens: int | None) -> dict[str, Any]:
+def _name(folder: Path) -> str:
+    """Return the model's name on the Hub, where the folder is of the Hub's cache; else its own."""
+    parts = [part for part in folder.absolute().parts if part.startswith("models--")]
+    name = parts[-1].removeprefix("models--").replace("--", "/", 1) if parts else ""
+    return name or folder.resolve().name
+
+
+def _objects(model: Architecture, tokens: int | None, name: str) -> dict[str, Any]:
     """{name: content} of what Megatron wants that is no parameter."""
     content_metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    args = arguments_of(model, tokens)
+    setattr(args, BASE, name)
     common = {
-        "args": arguments_of(model, tokens),
+        "args": args,
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": content_metadata,

@@ -1,18 +1,22 @@
 """README.md of an exported folder: what the model is, and how it was trained, in facts only."""
 
+import dataclasses
 import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.families import CLASSES
 
+BASE = "hf_model"  # in the arguments of a checkpoint that was converted: the model's name
 _PREFIX = "infoentropy_"
 _OBJECTIVE = ("objective", "gamma", "sigma", "normalization")
-_HOW_COMPUTED = ("backend", "collective", "fused_linear", "chunk_tokens")  # not what is computed
+# Of the trainer: which tokens are in the loss.
+_MASKING = {"ignore_target": None, "whole_pieces": False}
 
 
 def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: int) -> str:
@@ -34,16 +38,41 @@ def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: 
         "commit at export": _commit(),
     }
     rows = "\n".join(f"| {name} | {_text(value)} |" for name, value in facts.items())
-    objective = facts["objective"] or "an objective that was not recorded"
+    base = _base_model(args)
+    of_base = f"base_model: {json.dumps(base)}\nbase_model_relation: finetune\n" if base else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [megatron, infoentropy]\n---\n\n"
+        f"tags: [megatron, infoentropy]\n{of_base}---\n\n"
         f"# {CLASSES[model.family]} with {parameters:,} parameters\n\n"
-        f"Pre-trained with Megatron-Core on {objective} and exported from "
-        f"`{checkpoint.folder.name}`. The InfoEntropy loss weights each token's cross entropy by "
-        "(sigma + entropy)^gamma; gamma 0 is plain cross entropy.\n\n"
+        f"{_how_made(args, facts['objective'], base)} Exported from `{checkpoint.folder.name}`. "
+        "The InfoEntropy loss weights each token's cross entropy by (sigma + entropy)^gamma; "
+        "gamma 0 is plain cross entropy.\n\n"
         f"| what | value |\n|---|---|\n{rows}\n"
     )
+
+
+def _how_made(args: dict[str, Any], objective: object, base: str | None) -> str:
+    if args.get(BASE):
+        return f"Converted from `{base}`, and not trained since."
+    start = base or args.get("pretrained_checkpoint")
+    training = f"with Megatron-Core on {objective or 'an objective that was not recorded'}"
+    if start:
+        return f"Trained further, from `{Path(start).name if start != base else base}`, {training}."
+    return f"Pre-trained {training}."
+
+
+def _base_model(args: dict[str, Any]) -> str | None:
+    """Return the Hugging Face model that was converted to start from, as far as it is known.
+
+    The checkpoint made of it says; that of a training names this checkpoint, if it is there still.
+    """
+    name, start = args.get(BASE), args.get("pretrained_checkpoint")
+    if name is None and isinstance(start, str):
+        try:
+            name = vars(MegatronCheckpoint(Path(start)).args).get(BASE)
+        except (ValueError, OSError):
+            return None
+    return name if isinstance(name, str) else None
 
 
 def _run_facts(folder: Path) -> dict[str, Any]:
@@ -57,8 +86,11 @@ def _run_facts(folder: Path) -> dict[str, Any]:
 
 
 def _other_settings(args: dict[str, Any]) -> dict[str, Any]:
-    settings = {k.removeprefix(_PREFIX): v for k, v in args.items() if k.startswith(_PREFIX) and v}
-    return {k: v for k, v in settings.items() if k not in (*_OBJECTIVE, *_HOW_COMPUTED)}
+    """Return what changes the loss and has another value than by default."""
+    usual = {field.name: field.default for field in dataclasses.fields(InfoEntropyConfig)}
+    usual |= _MASKING
+    given = {name: args.get(_PREFIX + name) for name in usual if name not in (*_OBJECTIVE, *MEANS)}
+    return {k: v for k, v in given.items() if v is not None and v != usual[k]}
 
 
 def _data(args: dict[str, Any]) -> str | None:

@@ -126,6 +126,16 @@ def convert_checkpoint(
     return _summary(output, opened, model, torch_dtype, shards, not_qwen2)
 
 
+def why_not_exported(checkpoint: Path) -> str | None:
+    """Say why `convert_checkpoint` would refuse the model, whatever the tokenizer; None if not."""
+    try:
+        opened = MegatronCheckpoint(checkpoint)
+        match_names(opened.tensors, architecture_of(opened.args, None))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _choose_family(
     model: Architecture, family: str, tokenizer: Path | None
 ) -> tuple[Architecture, str]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ from megatron_infoentropy.cli import app
 from megatron_infoentropy.convert import (
     UnprovenConversionError,
     convert_checkpoint,
+    convert_from_hf,
     prove,
     verify,
     why_not_now,
@@ -224,6 +227,11 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
         infoentropy_normalization="global",
         infoentropy_z_loss=1e-4,
         infoentropy_backend="auto",
+        infoentropy_gamma_schedule="constant",  # as by default
+        infoentropy_detach_weight=True,
+        infoentropy_verify_checkpoint="checksums",  # not of the loss
+        infoentropy_keep_last=3,
+        infoentropy_ignore_target=0,
         train_data_path=["0.25", "/somewhere/books", "0.75", "/somewhere/web"],
     )
     run = tmp_path / "run"
@@ -236,7 +244,7 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
         "| objective | infoentropy |",
         "| gamma | 2.0 |",
         "| normalization | global |",
-        "| other settings of the loss | z_loss 0.0001 |",
+        "| other settings of the loss | z_loss 0.0001, ignore_target 0 |",
         "| data | 0.25 books 0.75 web |",
         "| iterations | 7 |",
         "| commit at training | 0123abc |",
@@ -246,3 +254,32 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
     parameters = sum(tensor.numel() for tensor in tiny_tensors(args).values())
     padding = 2 * 4 * 32  # of both tables
     assert f"{parameters - padding:,} parameters" in card
+
+
+def test_the_card_names_the_model_that_training_started_from(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    hub = tmp_path / "models--some--model-1B" / "snapshots" / "0123abc"
+    convert_checkpoint(tmp_path / "save", hub)
+    convert_from_hf(hub, tmp_path / "start")
+
+    def card(checkpoint: Path, name: str) -> tuple[dict[str, Any], str]:
+        convert_checkpoint(checkpoint, tmp_path / name)
+        _, facts, text = (tmp_path / name / "README.md").read_text().split("---\n", 2)
+        return yaml.safe_load(facts), text
+
+    facts, text = card(tmp_path / "save", "scratch")
+    assert "base_model" not in facts
+    assert "Pre-trained with Megatron-Core" in text
+    facts, text = card(tmp_path / "start", "converted")
+    assert (facts["base_model"], facts["base_model_relation"]) == ("some/model-1B", "finetune")
+    assert "Converted from `some/model-1B`, and not trained since" in text
+    args = tiny_args(pretrained_checkpoint=str(tmp_path / "start"))
+    write_checkpoint(tmp_path / "run", args, tiny_tensors(args))
+    facts, text = card(tmp_path / "run", "trained")
+    assert facts["base_model"] == "some/model-1B"
+    assert "Trained further, from `some/model-1B`, with" in text
+    (tmp_path / "start").rename(tmp_path / "elsewhere")
+    facts, text = card(tmp_path / "run", "again")
+    assert "base_model" not in facts
+    assert "Trained further, from `start`, with" in text

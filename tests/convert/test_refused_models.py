@@ -1,5 +1,6 @@
 """Models no Hugging Face family can compute: refused by name, before anything is written."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, unstacked, write_checkpoint
 from torch import Tensor
 
+from megatron_infoentropy.commands.training import next_step
 from megatron_infoentropy.convert import (
     IncompleteCheckpointError,
     UnsupportedModelError,
@@ -56,6 +58,21 @@ def refuse(
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str) -> None:
     refuse(tmp_path, tiny_args(**{name: ARGUMENTS[name]}), tiny_tensors(tiny_args()), name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "next: infoentropy convert"),
+        ({"num_experts": 8}, "no export to Hugging Face: .*experts"),
+    ],
+)
+def test_the_step_after_training_is_named_only_where_it_can_be_taken(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    args = tiny_args(**changes)
+    write_checkpoint(tmp_path / "checkpoints", args, tiny_tensors(args))
+    assert re.match(said, next_step(tmp_path, tmp_path / "tokenizer"))
 
 
 def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
