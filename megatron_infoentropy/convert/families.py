@@ -65,7 +65,7 @@ _LLAMA_WITH_BIASES = {
 }
 
 # Arguments that some versions lack; where they are there, these values leave the model as it is.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False,),
     "squared_relu": (False,),
     "quick_geglu": (False,),
@@ -107,7 +107,7 @@ def family_of(args: argparse.Namespace) -> Family:
     Raises:
         UnsupportedModelError: naming every argument that no family has a counterpart for.
     """
-    others = list(_deviations(args, _NEUTRAL, optional=True))
+    others = list(_deviations(args, NEUTRAL, optional=True))
     candidates: list[tuple[Family, dict[str, tuple[Any, ...]]]] = [
         *FAMILIES.items(),
         ("llama", _LLAMA_WITH_BIASES),

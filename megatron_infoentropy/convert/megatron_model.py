@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_infoentropy.convert.architecture import architecture_of
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.families import NEUTRAL
 from megatron_infoentropy.convert.reference_model import (
     StoredLayer,
     StoredParameters,
@@ -131,7 +132,7 @@ def _model_arguments(saved: Namespace) -> Namespace:
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args: Namespace = parser.parse_args(list(CPU_FLAGS))
-    for name in arguments_read(saved) & vars(saved).keys():
+    for name in (arguments_read(saved) & vars(saved).keys()) - NEUTRAL.keys():
         setattr(args, name, getattr(saved, name))
     args.params_dtype = torch.float32
     args.hidden_dropout = args.attention_dropout = 0.0
