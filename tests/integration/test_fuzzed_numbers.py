@@ -46,8 +46,8 @@ def our_refusal(changed):
 def megatrons_words(changed, folder):
     try:
         return run_trainer(1, pretrain.main, (), [*FUZZED, *changed], folder)
-    except AssertionError as error:
-        text = str(error)
+    except AssertionError:
+        text = (folder / "rank0.log").read_text()
         return refusal(text) or explain(text) or f"neither trained nor refused: {text}"
 
 
