@@ -8,6 +8,7 @@ RUN/checkpoints/   Megatron's torch_dist checkpoints
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -24,12 +25,12 @@ from megatron_infoentropy.launch.lineage import (
     saved_step,
     take_back,
 )
-from megatron_infoentropy.launch.revision import revision_of
 from megatron_infoentropy.runtime.device import Device
 
 LOG = "train.log"
 TRAIN_DATA = "--train-data-path"
 STOPPED = "exiting program after receiving SIGTERM"  # Megatron's words, whatever the signal was
+PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("megatron-infoentropy", "megatron-core", "torch", "transformers")
 
 
@@ -124,3 +125,25 @@ def device_name(device: Device) -> str:
     import torch
 
     return f"{device.count} x {torch.cuda.get_device_name()}"
+
+
+def revision_of(package: Path = PACKAGE) -> str | None:
+    """The short git commit of the checkout that `package` lies at the top of, "-dirty" behind it
+    where tracked files differ from it; None where it was installed without one."""
+    if _git(package.parent, "rev-parse", "--show-toplevel") != str(package.parent.resolve()):
+        return None  # no checkout, or somebody else's that it was installed into
+    return _git(package.parent, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            errors="replace",
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None

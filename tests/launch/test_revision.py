@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from megatron_infoentropy.launch.revision import revision_of
+from megatron_infoentropy.launch.run_folder import revision_of
 
 
 @pytest.fixture
