@@ -99,7 +99,7 @@ def doctor(*words):
 def test_two_ranks_from_the_command_line_tell_every_trouble_and_end_with_1(
     places, damaged, tmp_path
 ):
-    """Megatron refuses the recipe on two ranks, the disk is too small, and more."""
+    """The recipe does not fit two ranks, the disk is too small, and more."""
     done = doctor(
         *(RECIPE, "--distributed", "--ranks", 2, "--data", damaged, "--disk-gib", 1e6),
         *("--tokenizer", places / "other", "--run", tmp_path / "new"),
@@ -109,7 +109,7 @@ def test_two_ranks_from_the_command_line_tell_every_trouble_and_end_with_1(
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[0].split()[:3] == ["rank", "host", "device"]
     for said in (
-        "!!  the recipe cannot be trained on 2 ranks: Megatron refuses the flags: ",
+        "!!  the recipe cannot be trained on 2 ranks: a global batch of 8 cannot be shared by 2",
         "GiB are free for the run folder, wanted are 1000000.0: make room",
         ".bin is not what was written, its checksum differs from the manifest's: ",
         "the data were made with another tokenizer (SHA-256 ",
