@@ -79,6 +79,8 @@ def _effective(config: Any, name: str) -> Any:
     if name in ("hidden_act", "activation_function"):
         kind = activation_named(value)
         return value if kind is None else ACTIVATIONS[kind][0]
+    if name == "sliding_window" and value is not None and value >= config.max_position_embeddings:
+        return None
     if value is None and name == "head_dim":
         return config.hidden_size // config.num_attention_heads
     if value is None and name == "n_inner":
@@ -101,6 +103,8 @@ def _rms_fields(args: Namespace, config: Any) -> dict[str, Any]:
         return fields | {"model_type": "qwen3", "attention_bias": False, "sliding_window": None}
     if qkv_biased and not biased and config.model_type != "llama":
         return fields | {"model_type": "qwen2", "sliding_window": None}
+    if not qkv_biased and config.model_type == "mistral":
+        return fields | {"model_type": "mistral", "sliding_window": None}
     return fields | {"model_type": "llama", "attention_bias": qkv_biased, "mlp_bias": biased}
 
 

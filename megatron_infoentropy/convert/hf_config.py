@@ -32,8 +32,9 @@ _LLAMA_FIELDS = {
     "rms_norm_eps": "norm_epsilon",
     "attention_dropout": "attention_dropout",
 }
-_FIELDS: dict[Family, dict[str, str]] = {
+_FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
     "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "linear_bias"},
+    "mistral": _LLAMA_FIELDS,
     "qwen2": _LLAMA_FIELDS,
     "qwen3": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias"},
     "gpt_neox": {
@@ -75,6 +76,9 @@ _CONSTANTS: dict[Family, dict[str, Any]] = {
         "add_cross_attention": False,
     },
 }
+# Model types that compute, under the same names, what a family does.
+_TWINS: dict[str, Family] = {"mistral": "llama"}
+_WINDOWED = ("mistral",)  # they say sliding_window: null for none
 _GELU_FAMILIES: tuple[Family, ...] = ("gpt_neox", "gpt2")
 LLAMA_3_SCALING = {
     "low_freq_factor": 1.0,
@@ -147,17 +151,19 @@ def architecture_from_config(config: Any) -> Architecture:
     Raises:
         UnsupportedModelError: naming every field that Megatron has no counterpart for.
     """
-    family = config.model_type
-    if family not in _FIELDS:
+    kind = config.model_type
+    if kind not in _FIELDS:
         raise UnsupportedModelError(
-            f"expected a model of {', '.join(CLASSES.values())}, got model_type={family!r}"
+            f"expected a model of {', '.join(CLASSES.values())}, or Mistral without a sliding "
+            f"window; got model_type={kind!r}"
         )
+    family: Family = _TWINS.get(kind, kind)
     rope = {} if family == "gpt2" else dict(config.rope_parameters)
     values = _values(config, family)
-    problems = [*_size_problems(config, family, values), *_rope_problems(family, rope)]
+    problems = [*_size_problems(config, values), *_rope_problems(family, rope)]
     if problems := problems + _problems(config, family):
         raise UnsupportedModelError(
-            f"Megatron's GPTModel cannot compute this {CLASSES[family]}: {'; '.join(problems)}"
+            f"Megatron's GPTModel cannot compute this {kind} model: {'; '.join(problems)}"
         )
     values.setdefault("linear_bias", family in _GELU_FAMILIES)
     values.setdefault("qkv_bias", values["linear_bias"] or family == "qwen2")
@@ -178,7 +184,7 @@ def architecture_from_config(config: Any) -> Architecture:
 def _values(config: Any, family: Family) -> dict[str, Any]:
     """Return {property: its value in the configuration}, absent ones as transformers has them."""
     values: dict[str, Any] = {
-        name: getattr(config, field, None) for field, name in _FIELDS[family].items()
+        name: getattr(config, field, None) for field, name in _FIELDS[config.model_type].items()
     }
     values["activation"] = activation_named(getattr(config, _activation_field(family)))
     heads, hidden = values["num_heads"], values["hidden_size"]
@@ -190,12 +196,12 @@ def _values(config: Any, family: Family) -> dict[str, Any]:
     return values
 
 
-def _size_problems(config: Any, family: Family, values: dict[str, Any]) -> list[str]:
+def _size_problems(config: Any, values: dict[str, Any]) -> list[str]:
     """Look at what transformers lets through: sizes below 1, numbers below 0, NaN and infinity."""
     kinds = get_type_hints(Architecture)
     problems = [
         f"{field}={getattr(config, field, None)!r} (expected {_expected(kinds[name])})"
-        for field, name in _FIELDS[family].items()
+        for field, name in _FIELDS[config.model_type].items()
         if not _is_valid(values[name], kinds[name])
     ]
     if not problems and values["num_heads"] % values["num_groups"]:
@@ -244,13 +250,19 @@ def _rope_problems(family: Family, rope: dict[str, Any]) -> list[str]:
 
 def _problems(config: Any, family: Family) -> list[str]:
     expected = dict(_CONSTANTS[family])
-    if family == "qwen3" or (family == "llama" and config.mlp_bias):
+    if family == "qwen3" or getattr(config, "mlp_bias", False):
         expected |= {"attention_bias": family == "llama"}
     problems = [
         f"{name}={getattr(config, name, None)!r} (expected {value!r})"
         for name, value in expected.items()
         if getattr(config, name, value) != value
     ]
+    window = config.sliding_window if config.model_type in _WINDOWED else None
+    if window is not None and window < (positions := config.max_position_embeddings):
+        problems.append(
+            f"sliding_window={window} (expected null, or at least max_position_embeddings="
+            f"{positions})"
+        )
     if getattr(config, "quantization_config", None):
         problems.append("quantization_config: its weights are quantised")
     field = _activation_field(family)

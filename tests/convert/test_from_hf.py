@@ -107,7 +107,8 @@ LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ("mistral", {}, "model_type='mistral'"),
+        ("mistral", {"max_position_embeddings": 64, "sliding_window": 63}, "sliding_window=63"),
+        ("gemma", {}, "model_type='gemma'"),
     ],
 )
 def test_a_model_megatron_cannot_compute_is_refused_by_name(
@@ -118,6 +119,20 @@ def test_a_model_megatron_cannot_compute_is_refused_by_name(
     with pytest.raises(UnsupportedModelError, match=named):
         convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_mistral_without_a_window_is_llama(tmp_path: Path, window: int | None) -> None:
+    config = AutoConfig.for_model(
+        "mistral", **SMALL, num_key_value_heads=2, max_position_embeddings=64, sliding_window=window
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    assert convert_from_hf(tmp_path / "hf", tmp_path / "megatron").family == "llama"
+    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
+    assert verification.passed, verification
+    convert_checkpoint(tmp_path / "megatron", tmp_path / "llama")
+    assert same(tmp_path / "hf", tmp_path / "llama")
 
 
 def test_the_scaling_of_llama_3_is_taken_over(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_infoentropy.convert.texts import length_for
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
     "gpt_neox": {"use_parallel_residual": False},
