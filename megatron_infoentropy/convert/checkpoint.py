@@ -94,18 +94,16 @@ class MegatronCheckpoint:
             self.args.rope_scaling_factor = rope_scaling_factor
             self.args.infoentropy_rope_scaling_factor = rope_scaling_factor
 
-    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, index: tuple[int, ...] = (), into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return one parameter, joined from its pieces, in the dtype it was saved in.
 
+        Of a stacked one `index` says which, along its first axes.
         With `into`, some bytes to put it in, nothing is allocated, and it is gone when they are
         given again: new memory costs as much time as reading.
         """
-        tensor = self.tensors[name]
-        return self._reader.rows(tensor, 0, tensor.shape[0], into)
-
-    def read_layer(self, name: str, layer: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return one layer of a stacked parameter, as `read` does."""
-        return self._reader.rows(self.tensors[name], layer, layer + 1, into)[0]
+        return self._reader.part(self.tensors[name], index, into)
 
     def _arguments(self) -> tuple[argparse.Namespace, int]:
         legacy = self.folder / "common.pt"

@@ -10,7 +10,6 @@ version (2.15 added a field, and older versions fail on it); what is needed here
 
 import math
 import reprlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,42 +154,45 @@ def require_complete(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 class TensorReader:
-    """Reads rows of tensors; remembers where in its archive a piece's numbers begin."""
+    """Reads parts of tensors; remembers where in its archive a piece's numbers begin."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._extents: dict[Place, Extent] = {}
 
-    def rows(
-        self, tensor: StoredTensor, start: int, stop: int, into: torch.Tensor | None = None
+    def part(
+        self, tensor: StoredTensor, index: tuple[int, ...], into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return rows [start, stop) along the first axis, joined from the pieces that have some.
+        """Return what is at an index of the first axes, joined from the pieces that have some.
 
-        They are put at the beginning of `into`, of bytes, if that is given and large enough.
+        It is put at the beginning of `into`, of bytes, if that is given and large enough.
 
         Raises:
             UnreadableCheckpointError: a file does not hold what the index says.
         """
-        shape = (stop - start, *tensor.shape[1:])
+        axes = len(index)
+        shape = tensor.shape[axes:]
         size = math.prod(shape) * tensor.dtype.itemsize
         if into is None or len(into) < size:
             into = torch.empty(size, dtype=torch.uint8)
         result = into[:size].view(tensor.dtype).view(shape)
-        for first, last, piece in _overlaps(tensor, start, stop):
-            other_axes = tuple(
-                slice(at, at + size)
-                for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)
-            )
-            part = result[(slice(first - start, last - start), *other_axes)]
+        for piece in tensor.pieces:
+            inside = tuple(at - first for at, first in zip(index, piece.offsets, strict=False))
+            if not all(0 <= at < n for at, n in zip(inside, piece.sizes, strict=False)):
+                continue
+            ends = zip(piece.offsets[axes:], piece.sizes[axes:], strict=True)
+            part = result[tuple(slice(first, first + n) for first, n in ends)]
             if part.is_contiguous():
-                self._read_into(part, piece, first, tensor)
+                self._read_into(part, piece, inside, tensor)
             else:
                 block = torch.empty(part.shape, dtype=part.dtype)
-                self._read_into(block, piece, first, tensor)
+                self._read_into(block, piece, inside, tensor)
                 part.copy_(block)
         return result
 
-    def _read_into(self, part: torch.Tensor, piece: Piece, first: int, of: StoredTensor) -> None:
+    def _read_into(
+        self, part: torch.Tensor, piece: Piece, inside: tuple[int, ...], of: StoredTensor
+    ) -> None:
         path = self._folder / piece.place.file
         extent = self._extents.get(piece.place)
         if extent is None:
@@ -201,13 +203,5 @@ class TensorReader:
                 f"{path} at byte {piece.place.start}: expected {of.dtype} {list(piece.sizes)}, "
                 f"got {extent.dtype} {list(extent.shape)}"
             )
-        row_bytes = math.prod(piece.sizes[1:]) * of.dtype.itemsize
-        read_numbers(path, extent.start + (first - piece.offsets[0]) * row_bytes, part)
-
-
-def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[int, int, Piece]]:
-    for piece in tensor.pieces:
-        first = max(start, piece.offsets[0])
-        last = min(stop, piece.offsets[0] + piece.sizes[0])
-        if first < last:
-            yield first, last, piece
+        before = sum(at * math.prod(piece.sizes[axis + 1 :]) for axis, at in enumerate(inside))
+        read_numbers(path, extent.start + before * of.dtype.itemsize, part)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,26 +53,30 @@ class CheckpointWriter:
         self._folder, self._journal, self._limit = folder, journal, file_bytes
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._written: set[tuple[str, int]] = set()
+        self._written: set[tuple[str, tuple[int, ...]]] = set()
         self._number, self._filled = 0, 0
         if journal is not None:
             self._go_on(journal)
 
-    def has(self, name: str, layer: int | None = None) -> bool:
+    def has(self, name: str, index: tuple[int, ...] = ()) -> bool:
         """Say whether this piece, or object, was written before."""
-        return (name, layer or 0) in self._written
+        return (name, _start(index)) in self._written
 
     def tensor(
-        self, name: str, tensor: torch.Tensor, *, layer: int | None = None, layers: int = 0
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        index: tuple[int, ...] = (),
+        of: tuple[int, ...] = (),
     ) -> None:
-        """Append a whole tensor, or one layer of a stacked one that has `layers` of them."""
-        whole = list(tensor.shape)
-        if layer is not None:
-            tensor, whole = tensor[None], [layers, *whole]
-        offset = [layer or 0, *[0] * (len(whole) - 1)]
+        """Append a whole tensor, or what is at an index of a stacked one with these first axes."""
+        whole = [*of, *tensor.shape]
+        offset = [*index, *[0] * tensor.ndim]
+        sizes = [*[1] * len(of), *tensor.shape]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        place = self._append(tensor.contiguous())
-        self._enter(_Piece(name, dtype, whole, offset, list(tensor.shape), *place))
+        place = self._append(tensor.contiguous().view(sizes))
+        self._enter(_Piece(name, dtype, whole, offset, sizes, *place))
 
     def object(self, name: str, content: Any) -> None:
         """Append something that is not numbers, in the list Megatron keeps it in."""
@@ -102,7 +107,7 @@ class CheckpointWriter:
 
     def _register(self, piece: _Piece) -> None:
         self._filled = piece.start + piece.length
-        self._written.add((piece.name, piece.offset[0] if piece.offset else 0))
+        self._written.add((piece.name, _start(piece.offset)))
         place = _StorageInfo(piece.file, piece.start, piece.length)
         if piece.dtype is None:
             self._entries[piece.name] = BytesStorageMetadata()
@@ -140,3 +145,9 @@ class CheckpointWriter:
             elif size > ends[name]:
                 os.truncate(self._folder / name, ends[name])
         self._number = max(len(ends) - 1, 0)
+
+
+def _start(offset: Sequence[int]) -> tuple[int, ...]:
+    """Return where a piece begins, without the zeros at the end: of an index, or of all axes."""
+    end = max((axis + 1 for axis, at in enumerate(offset) if at), default=0)
+    return tuple(offset[:end])

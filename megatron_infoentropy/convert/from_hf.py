@@ -24,7 +24,7 @@ from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
-from megatron_infoentropy.convert.matching import rows_of, shape_of
+from megatron_infoentropy.convert.matching import counts, places, rows_of, shape_of
 from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import EMBEDDING, TABLES, Row
 from megatron_infoentropy.convert.output_folder import (
@@ -133,9 +133,9 @@ def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     if not model.untied:
         stored = _without_tied_head(weights, stored, model)
     wanted: dict[str, str] = {}
-    for row, layer in _rows(model):
+    for row, place in _rows(model):
         shapes = [part.shape for part in _hf_parts(row, model)]
-        for name, shape in zip(row.names(layer), shapes, strict=True):
+        for name, shape in zip(row.names(place), shapes, strict=True):
             if name not in stored:
                 raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
             got = weights.tensors[stored[name]].shape
@@ -175,9 +175,9 @@ def _without_tied_head(
 
 def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Architecture) -> None:
     """Look at the biases of Llama's attention that Megatron leaves out with --add-qkv-bias."""
-    for row, layer in _rows(model):
+    for row, place in _rows(model):
         if row.layout == "and_zeros":
-            *_, name = row.names(layer)
+            *_, name = row.names(place)
             if largest := weights.read(names[name]).abs().max().item():
                 raise UnsupportedModelError(
                     f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
@@ -187,14 +187,14 @@ def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Ar
                 )
 
 
-def _rows(model: Architecture) -> Iterator[tuple[Row, int | None]]:
-    """Yield every row that has to be written, with its layer; a parameter's first name is taken."""
+def _rows(model: Architecture) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Yield every row that has to be written, at every place; of several names the first."""
     done: set[str] = set()
     for row in rows_of(model):
         if not done & set(row.hf):
             done |= set(row.hf)
-            for layer in range(model.num_layers) if "*" in row.megatron else (None,):
-                yield row, layer
+            for place in places(row, model):
+                yield row, place
 
 
 def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
@@ -217,11 +217,11 @@ def _write(
     objects: dict[str, Any],
 ) -> None:
     with progress("import", len(names), "tensors") as advance:
-        for row, layer in _rows(model):
+        for row, place in _rows(model):
             stacked = row.megatron.replace(".*.", ".")
-            if not writer.has(stacked, layer):  # from an attempt that was interrupted
-                tensor = _read(row, layer, weights, names, model, dtype)
-                writer.tensor(stacked, tensor, layer=layer, layers=model.num_layers)
+            if not writer.has(stacked, place):  # from an attempt that was interrupted
+                tensor = _read(row, place, weights, names, model, dtype)
+                writer.tensor(stacked, tensor, index=place, of=counts(model)[: len(place)])
             advance(len(row.hf))
     for name, content in objects.items():
         if not writer.has(name):
@@ -231,14 +231,14 @@ def _write(
 
 def _read(
     row: Row,
-    layer: int | None,
+    place: tuple[int, ...],
     weights: HuggingFaceWeights,
     names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     parts = []
-    for name in row.names(layer):
+    for name in row.names(place):
         part = weights.read(names[name])
         require_finite(name, part)
         parts.append(part.to(dtype))

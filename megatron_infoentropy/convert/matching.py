@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 from megatron_infoentropy.convert.architecture import Architecture
@@ -10,27 +11,36 @@ from megatron_infoentropy.convert.errors import IncompleteCheckpointError, Unsup
 from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.naming import TABLES, Dim, Row
 
-_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")
+_COUNTED = re.compile(r"(^decoder\.layers\.)(?:(\d+)\.)?")  # what a `*` follows
 
 
 class Source(NamedTuple):
-    """A stored tensor, its row of the table, and the layer it belongs to.
+    """A stored tensor, its row of the table, and where in the model it belongs.
 
-    `layer` is None outside the layers; `stacked` says that the tensor holds all of them.
+    `numbers` has one for every `*` of the row; None says that the tensor holds all of them.
     """
 
     name: str
     row: Row
-    layer: int | None
-    stacked: bool
+    numbers: tuple[int | None, ...]
 
 
 class Step(NamedTuple):
-    """One thing to convert at a time: a stored tensor, or the slice of it that is a layer's."""
+    """One thing to convert at a time: a stored tensor, or the part of it that has one place."""
 
     source: Source
-    layer: int | None
+    place: tuple[int, ...]
     hf: tuple[str, ...]
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """Where in the stored tensor the part is, along its first axes."""
+        pairs = zip(self.place, self.source.numbers, strict=True)
+        return tuple(number for number, alone in pairs if alone is None)
+
+    def __str__(self) -> str:
+        at = f" (layer {self.place[0]})" if self.place else ""
+        return self.source.name + at
 
 
 def match_names(names: Iterable[str], model: Architecture) -> list[Source]:
@@ -43,13 +53,12 @@ def match_names(names: Iterable[str], model: Architecture) -> list[Source]:
     rows = {row.megatron: row for row in rows_of(model)}
     sources, unknown = [], []
     for name in names:
-        layer = _LAYER.match(name)
-        row = rows.get(_LAYER.sub("decoder.layers.*.", name))
+        row = rows.get(_COUNTED.sub(r"\1*.", name))
         if row is None:
             unknown.append(name)
         else:
-            number = None if layer is None or layer[1] is None else int(layer[1])
-            sources.append(Source(name, row, number, layer is not None and number is None))
+            numbers = (found[2] for found in _COUNTED.finditer(name))
+            sources.append(Source(name, row, tuple(n if n is None else int(n) for n in numbers)))
     if unknown:
         raise UnsupportedModelError(
             f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases or "
@@ -70,15 +79,27 @@ def steps_of(sources: Iterable[Source], model: Architecture) -> list[Step]:
     order = {row: number for number, row in enumerate(TABLES[model.family])}
     steps = []
     for source in sources:
-        layers = range(model.num_layers) if source.stacked else (source.layer,)
-        for layer in layers:
-            steps.append(Step(source, layer, source.row.names(layer)))
+        ranges = [
+            range(count) if number is None else (number,)
+            for number, count in zip(source.numbers, counts(model), strict=False)
+        ]
+        steps += [Step(source, place, source.row.names(place)) for place in product(*ranges)]
 
-    def place(step: Step) -> tuple[bool, int, int]:
-        last = step.layer is None and not step.source.name.startswith("embedding.")
-        return last, -1 if step.layer is None else step.layer, order[step.source.row]
+    def order_of(step: Step) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:
+        last = not step.place and not step.source.name.startswith("embedding.")
+        return last, step.place[:1], order[step.source.row], step.place
 
-    return sorted(steps, key=place)
+    return sorted(steps, key=order_of)
+
+
+def counts(model: Architecture) -> tuple[int, ...]:
+    """Return how many there are of what each `*` of a name stands for, in their order."""
+    return (model.num_layers,)
+
+
+def places(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
+    """Yield every place of a row: () outside the layers."""
+    return product(*map(range, counts(model)[: row.megatron.count("*")]))
 
 
 def dimensions(model: Architecture) -> dict[Dim, int]:
@@ -96,7 +117,7 @@ def dimensions(model: Architecture) -> dict[Dim, int]:
 
 
 def shape_of(row: Row, model: Architecture) -> tuple[int, ...]:
-    """Return the shape that Megatron's parameter has in one layer."""
+    """Return the shape that Megatron's parameter has in one place."""
     sizes = dimensions(model)
     return tuple(sizes[dim] for dim in row.shape)
 
@@ -107,9 +128,9 @@ def require_shape(source: Source, shape: tuple[int, ...], model: Architecture) -
     Raises:
         ValueError: they differ; both are named.
     """
-    expected = shape_of(source.row, model)
-    if source.stacked:
-        expected = (model.num_layers, *expected)
+    pairs = zip(source.numbers, counts(model), strict=False)
+    stacked = tuple(count for number, count in pairs if number is None)
+    expected = (*stacked, *shape_of(source.row, model))
     if shape != expected:
         raise ValueError(
             f"expected {source.name} of shape {list(expected)}, from the training arguments; got "
@@ -133,8 +154,8 @@ def _require_exactly_once(sources: list[Source], model: Architecture) -> None:
 
 def _hf_names(model: Architecture) -> Iterator[str]:
     for row in rows_of(model):
-        for layer in range(model.num_layers):
-            yield from row.names(layer)
+        for place in places(row, model):
+            yield from row.names(place)
 
 
 def _some(names: list[str]) -> str:

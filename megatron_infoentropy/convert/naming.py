@@ -2,7 +2,8 @@
 
 A `*` stands for the layer. On Megatron's disk it is either a number (`decoder.layers.3.mlp...`) or
 absent (`decoder.layers.mlp...`): then the tensors of all layers are stacked into one, layer first,
-which is what Megatron writes for models whose layers are all alike.
+which is what Megatron writes for models whose layers are all alike. A parameter's place is the
+number for each `*` of its name: one in the layers, none outside.
 """
 
 from typing import Literal, NamedTuple
@@ -39,9 +40,9 @@ class Row(NamedTuple):
     shape: tuple[Dim, ...]  # of Megatron's, of one layer
     needs: Needs = ""  # the property of an Architecture without which it is absent
 
-    def names(self, layer: int | None) -> tuple[str, ...]:
-        """Return the family's names for one layer, or outside the layers (None)."""
-        return tuple(name.replace("*", str(layer)) for name in self.hf)
+    def names(self, place: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the family's names at one place."""
+        return tuple(name.replace("*", "{}").format(*place) for name in self.hf)
 
 
 EMBEDDING = "embedding.word_embeddings.weight"

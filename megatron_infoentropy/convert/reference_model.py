@@ -135,29 +135,27 @@ class StoredParameters:
         """Return the parameters of one layer, with None those outside of the layers."""
         stored = self._checkpoint.tensors
         if layer is None:
-            return StoredLayer(self, {name: (name, None) for name in stored})
+            return StoredLayer(self, {name: (name, ()) for name in stored})
         stacked, alone = "decoder.layers.", f"decoder.layers.{layer}."
-        names: dict[str, tuple[str, int | None]] = {
-            name.removeprefix(stacked): (name, layer)
+        names: dict[str, tuple[str, tuple[int, ...]]] = {
+            name.removeprefix(stacked): (name, (layer,))
             for name in stored
             if name.startswith(stacked) and not name.removeprefix(stacked)[0].isdigit()
         }
-        names |= {
-            name.removeprefix(alone): (name, None) for name in stored if name.startswith(alone)
-        }
+        names |= {name.removeprefix(alone): (name, ()) for name in stored if name.startswith(alone)}
         return StoredLayer(self, names)
 
-    def read(self, name: str, layer: int | None) -> Tensor:
-        """Return a parameter, or one layer of a stacked one."""
-        read = self._checkpoint.read
-        stored = read(name) if layer is None else self._checkpoint.read_layer(name, layer)
-        return stored.to(self._dtype).float()
+    def read(self, name: str, index: tuple[int, ...]) -> Tensor:
+        """Return a parameter, or what is at an index of a stacked one."""
+        return self._checkpoint.read(name, index).to(self._dtype).float()
 
 
 class StoredLayer:
     """Parameters, each read once, under whichever of their names they were stored."""
 
-    def __init__(self, stored: StoredParameters, names: dict[str, tuple[str, int | None]]) -> None:
+    def __init__(
+        self, stored: StoredParameters, names: dict[str, tuple[str, tuple[int, ...]]]
+    ) -> None:
         self._stored, self._names = stored, names
         self._loaded: dict[str, Tensor] = {}
 

@@ -51,7 +51,7 @@ def plan_shards(
     filled = 0
     for step in steps_of(sources, model):
         shape = checkpoint.tensors[step.source.name].shape
-        shape = shape[1:] if step.source.stacked else shape
+        shape = shape[len(step.part) :]
         shapes = {
             name: tuple(part.shape)
             for name, part in _converted(step, torch.empty(shape, device="meta"), model)
@@ -94,20 +94,14 @@ def convert_steps(
     """
     memory = torch.empty(max(_stored_bytes(checkpoint, step) for step in steps), dtype=torch.uint8)
     for step in steps:
-        source = step.source
-        if source.stacked and step.layer is not None:
-            stored = checkpoint.read_layer(source.name, step.layer, memory)
-        else:
-            stored = checkpoint.read(source.name, memory)
-        where = source.name if step.layer is None else f"{source.name} (layer {step.layer})"
+        stored = checkpoint.read(step.source.name, step.part, memory)
         for name, tensor in _converted(step, stored, model):
-            yield name, _rounded(where, tensor, dtype)
+            yield name, _rounded(str(step), tensor, dtype)
 
 
 def _stored_bytes(checkpoint: MegatronCheckpoint, step: Step) -> int:
     tensor = checkpoint.tensors[step.source.name]
-    shape = tensor.shape[1:] if step.source.stacked else tensor.shape
-    return torch.Size(shape).numel() * tensor.dtype.itemsize
+    return torch.Size(tensor.shape[len(step.part) :]).numel() * tensor.dtype.itemsize
 
 
 def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

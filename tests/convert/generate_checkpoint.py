@@ -70,7 +70,7 @@ def write(folder: Path, model: Architecture, stacked: bool) -> None:
             writer.tensor(name, draw((model.num_layers, *shape)))
         else:
             for layer in range(model.num_layers):
-                writer.tensor(name, draw(shape), layer=layer, layers=model.num_layers)
+                writer.tensor(name, draw(shape), index=(layer,), of=(model.num_layers,))
     writer.finish()
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
 

@@ -52,14 +52,14 @@ def test_no_more_than_a_layer_of_a_stacked_parameter_is_read_at_a_time(
     save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    rows = TensorReader.rows
+    part = TensorReader.part
 
     def counted(*arguments: Any) -> torch.Tensor:
-        tensor = rows(*arguments)
+        tensor = part(*arguments)
         sizes.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(TensorReader, "rows", counted)
+    monkeypatch.setattr(TensorReader, "part", counted)
     convert_checkpoint(save, tmp_path / "hf")
     assert len(sizes) == 6 * 4 + 3
     assert max(sizes) == 2 * 48 * 32  # gate and up of one layer
@@ -68,16 +68,16 @@ def test_no_more_than_a_layer_of_a_stacked_parameter_is_read_at_a_time(
 def test_an_interrupted_export_is_taken_up_again(
     save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, left = TensorReader.rows, [12]
+    part, left = TensorReader.part, [12]
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return rows(*arguments)
+        return part(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TensorReader, "rows", interrupted)
+        patch.setattr(TensorReader, "part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(save, tmp_path / "hf", shard_bytes=LIMIT)
     assert not (tmp_path / "hf").exists()

@@ -93,23 +93,28 @@ def test_scales_of_quantised_parameters_are_refused_by_name(tmp_path: Path, name
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_way_of_cutting_a_tensor_gives_the_same_rows(tmp_path: Path) -> None:
-    """Pieces by layer, of whole tensors, and by column, read by row ranges."""
+def test_every_way_of_cutting_a_tensor_gives_the_same_parts(tmp_path: Path) -> None:
+    """Pieces by layer, by layer and row, and of whole tensors, read whole and in parts."""
     tensor = torch.arange(4 * 6 * 10, dtype=torch.float32).view(4, 6, 10)
     args = argparse.Namespace()
     writer = CheckpointWriter(tmp_path, file_bytes=500)
     writer.object("common_state/shard_0_1", {"args": args, "iteration": 1})
     writer.tensor("whole", tensor)
     for layer in range(4):
-        writer.tensor("layers", tensor[layer], layer=layer, layers=4)
+        writer.tensor("layers", tensor[layer], index=(layer,), of=(4,))
+        for row in range(6):
+            writer.tensor("rows", tensor[layer, row], index=(layer, row), of=(4, 6))
     writer.finish()
     assert len(list(tmp_path.glob("*.distcp"))) > 1
     opened = MegatronCheckpoint(tmp_path)
-    for name in ("whole", "layers"):
+    names = ("whole", "layers", "rows")
+    for name in names:
         assert torch.equal(opened.read(name), tensor)
         for layer in range(4):
-            assert torch.equal(opened.read_layer(name, layer), tensor[layer])
-    by_torch = {"layers": torch.empty(4, 6, 10), "whole": torch.empty(4, 6, 10)}
+            assert torch.equal(opened.read(name, (layer,)), tensor[layer])
+            for row in range(6):
+                assert torch.equal(opened.read(name, (layer, row)), tensor[layer, row])
+    by_torch = {name: torch.empty(4, 6, 10) for name in names}
     dcp.load(by_torch, checkpoint_id=tmp_path, no_dist=True)
     assert all(torch.equal(loaded, tensor) for loaded in by_torch.values())
     index = pickle.loads((tmp_path / ".metadata").read_bytes())

@@ -65,7 +65,7 @@ def metadata(data: bytes, folder: Path) -> None:
     reader = TensorReader(folder)
     for tensor in tensors.values():
         if tensor.shape and tensor.shape[0]:
-            reader.rows(tensor, 0, 1)
+            reader.part(tensor, (0,))
 
 
 def arguments(data: bytes, folder: Path) -> None:
