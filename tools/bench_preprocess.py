@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.manifest import Options
 from megatron_infoentropy.data.preprocess import preprocess
 
 MODELLED_WORKERS = 64

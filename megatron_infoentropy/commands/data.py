@@ -96,10 +96,9 @@ def preprocess(
     Killed or failed, the same command goes on where it was.
     """
     from megatron_infoentropy.data.jsonl import WHOLE
-    from megatron_infoentropy.data.options import AUTO, PILE_DOMAIN, Options
+    from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, Options
+    from megatron_infoentropy.data.preprocess import decide_split, parse_shard
     from megatron_infoentropy.data.preprocess import preprocess as run
-    from megatron_infoentropy.data.shards import parse_shard
-    from megatron_infoentropy.data.split import decide_split
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
@@ -233,17 +232,17 @@ def inspect(
     ] = None,
 ) -> None:
     """Show a dataset: documents, lengths, and how some documents begin."""
-    from megatron_infoentropy.data import inspection
+    from megatron_infoentropy.data import verify
 
-    for name, prefix in inspection.datasets(dataset).items():
-        found = inspection.lengths(prefix)
+    for name, prefix in verify.datasets(dataset).items():
+        found = verify.lengths(prefix)
         out.print(
             f"{name}: {found.documents} documents ({found.empty} empty), {found.tokens} tokens, "
             f"median {found.median}, longest {found.longest}"
         )
         out.print(found.picture(), end="")
         shown = [0, found.documents - 1] if document is None and found.documents else document
-        for sample in inspection.samples(prefix, shown or (), tokenizer):
+        for sample in verify.samples(prefix, shown or (), tokenizer):
             head = f"document {sample.document}, {sample.tokens} tokens: "
             out.print(f"{head}{sample.beginning!r}")
 

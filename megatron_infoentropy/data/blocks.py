@@ -2,18 +2,142 @@
 
 A block is some raw lines of one file, about half a megabyte, together with where they stand in it.
 Nothing is parsed here: counting newlines is all that the one reading process does per byte.
+
+Files are decompressed as they are read: plain, `.zst` or `.gz`. A compressed file may consist of
+several frames or members (concatenated files do). Each must be complete: a truncated download is an
+error, not a shorter corpus. So is a file of a few bytes that decompresses without end: text shrinks
+ten times, such files ten thousand times.
 """
 
 import hashlib
+import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
-from megatron_infoentropy.data.compression import (
-    DamagedFileError,
-    read_chunks,
-    require_readable,
-)
+import zstandard
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+_READ_BYTES = 1 << 16  # of the file as it is on disk
+_SLICE_BYTES = 1 << 12  # decompressed at once: to 128 MiB at most, whatever a file holds
+MAX_RATIO, FREE_BYTES = 1000, 1 << 30  # a file may grow so many times, or to so many bytes
+_MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs; memory is only taken if the file asks for it
+_GZIP = 16 + zlib.MAX_WBITS
+
+
+class DamagedFileError(Exception):
+    """Compressed data that ends early or can not be decompressed."""
+
+
+def require_readable(path: Path) -> None:
+    """Check that `path` is a file whose name says how to read it.
+
+    Raises:
+        ValueError: it does not exist, is a folder, or its name ends in none of `SUFFIXES`.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the files in it, such as '{path}/*.jsonl'")
+    if not path.is_file():
+        raise ValueError(f"no such input file: {path}")
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(
+            f"the input must be a .jsonl, .jsonl.zst or .jsonl.gz file, got {path}; "
+            "decompress or rename it first"
+        )
+
+
+def read_chunks(
+    path: Path,
+    advance: Callable[[int], None],
+    skip: int = 0,
+    look: Callable[[bytes], object] = lambda _: None,
+) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a file, as it is when it is opened, from byte `skip` on.
+
+    `advance` is called with the bytes read from the disk since the last call, skipped ones too;
+    `look` is shown all of them.
+
+    Raises:
+        DamagedFileError: after the last byte that could be read.
+    """
+    with path.open("rb") as file:
+        chunks = _blocks(file, advance, look)
+        if path.suffix in _FRAMES:
+            chunks = _decompressed(chunks, *_FRAMES[path.suffix])
+        yield from _without_first(chunks, skip)
+
+
+def _blocks(
+    file: BufferedReader, advance: Callable[[int], None], look: Callable[[bytes], object]
+) -> Iterator[bytes]:
+    left = os.fstat(file.fileno()).st_size  # what is written to it meanwhile may never end
+    while block := file.read(min(left, _READ_BYTES)):
+        left -= len(block)
+        look(block)
+        advance(len(block))
+        yield block
+
+
+def _without_first(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
+    for chunk in chunks:
+        if skip < len(chunk):
+            yield chunk[skip:] if skip else chunk
+        skip = max(skip - len(chunk), 0)
+
+
+def _decompressed(
+    blocks: Iterator[bytes],
+    new_frame: Callable[[], Any],
+    error_type: type[Exception],
+    padding: bytes,
+) -> Iterator[bytes]:
+    """Frame after frame; the libraries' own file readers end quietly on a truncated one."""
+    frame = None
+    taken = given = frames = 0
+    for part in _slices(blocks):
+        taken += len(part)
+        while part:
+            if frame is None:
+                part = part.lstrip(padding) if frames else part
+                if not part:
+                    break
+                frame, frames = new_frame(), frames + 1
+            try:
+                text = frame.decompress(part)
+            except error_type as error:
+                raise DamagedFileError(f"damaged compressed data here or later: {error}") from error
+            given += len(text)
+            if given > max(FREE_BYTES, MAX_RATIO * taken):
+                raise DamagedFileError(
+                    f"{taken} compressed bytes became more than {given // 10**6} MB, which text "
+                    "does not; if it is meant so, decompress the file first"
+                )
+            yield text
+            part = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if not taken or frame is not None:
+        raise DamagedFileError("the compressed data ends inside a frame: the file is truncated")
+
+
+def _slices(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    for block in blocks:
+        for start in range(0, len(block), _SLICE_BYTES):
+            yield block[start : start + _SLICE_BYTES]
+
+
+# what reads a frame, what it raises, and the bytes that tapes fill the rest of a block with
+_FRAMES: dict[str, tuple[Callable[[], Any], type[Exception], bytes]] = {
+    ".zst": (
+        lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
+        zstandard.ZstdError,
+        b"",
+    ),
+    ".gz": (lambda: zlib.decompressobj(_GZIP), zlib.error, b"\0"),
+}
+
 
 BLOCK_BYTES = 1 << 19
 MAX_LINE_BYTES = 1 << 28  # a hundred times a long book; more is no document

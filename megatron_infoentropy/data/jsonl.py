@@ -52,7 +52,7 @@ def read_jsonl(
 
     Raises:
         BrokenLineError: the first line that is not a document.
-        ValueError: see `compression.require_readable`.
+        ValueError: see `blocks.require_readable`.
     """
     keys = split_key(domain_key)
     blank = None

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.data.finish import Written, finish
 from megatron_infoentropy.data.folder import new_folder
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path
 from megatron_infoentropy.data.journal import DomainTally
@@ -23,7 +22,7 @@ from megatron_infoentropy.data.manifest import (
     Manifest,
     load_manifest,
 )
-from megatron_infoentropy.data.writer import DatasetWriter
+from megatron_infoentropy.data.writer import DatasetWriter, Written, finish
 from megatron_infoentropy.progress import Advance, progress
 
 _LENGTHS = "lengths"

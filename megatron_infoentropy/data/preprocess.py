@@ -6,31 +6,267 @@
 The output is the same, byte by byte, for any number of workers and any number of interruptions.
 Ids are those of Megatron's own tool: special tokens the tokenizer adds to a text are added, and a
 document without ids leaves a boundary in the index but no end-of-document id.
+
+A shard is a part of the inputs for an independent job: neighbouring files, about equally many
+bytes. Shard i of n gets the same files in every job, and the shards joined in order are the whole.
 """
 
 import errno
+import hashlib
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from megatron_infoentropy.data.blocks import Block, Position, UnfitDocumentsError, read_blocks
-from megatron_infoentropy.data.compression import require_readable
+from megatron_infoentropy import __version__
+from megatron_infoentropy.data.blocks import (
+    Block,
+    BrokenLineError,
+    Position,
+    UnfitDocumentsError,
+    read_blocks,
+    require_readable,
+)
 from megatron_infoentropy.data.fast_engine import fast_engine
-from megatron_infoentropy.data.finish import Written, finish
 from megatron_infoentropy.data.folder import publish, require_free, work_folder
-from megatron_infoentropy.data.journal import JOURNAL, Journal
-from megatron_infoentropy.data.manifest import OUTPUT_FILES, REJECTED, Manifest, load_manifest
-from megatron_infoentropy.data.options import DEFAULT_OPTIONS, Options
+from megatron_infoentropy.data.indexed import bin_path, idx_path, token_dtype
+from megatron_infoentropy.data.journal import JOURNAL, InputTally, Journal
+from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line, split_key
+from megatron_infoentropy.data.manifest import (
+    AUTO,
+    DEFAULT_OPTIONS,
+    MANIFEST,
+    OUTPUT_FILES,
+    PILE_DOMAIN,
+    REJECTED,
+    InputFacts,
+    Manifest,
+    Options,
+    TokenizerFacts,
+    load_manifest,
+)
 from megatron_infoentropy.data.run import Run
-from megatron_infoentropy.data.shards import shard_inputs, shard_name, shards_digest
-from megatron_infoentropy.data.split import decide_split
-from megatron_infoentropy.data.task import Task, input_of
-from megatron_infoentropy.data.tokenizer import load_tokenizer
-from megatron_infoentropy.data.worker import Settings
-from megatron_infoentropy.data.workers import encode_blocks
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data.workers import Settings, encode_blocks
+from megatron_infoentropy.data.writer import Written, file_sha256, finish
 from megatron_infoentropy.progress import progress
+
+_SAMPLES, _SAMPLE_BYTES = 8, 1 << 16
+
+
+class Input(NamedTuple):
+    """A file, and what tells without reading all of it whether it is still the same one."""
+
+    path: Path
+    bytes: int
+    modified_ns: int
+    changed_ns: int  # also by a rename that keeps the time of modification
+    samples: str  # SHA-256 of some of its bytes
+
+
+def input_of(path: Path) -> Input:
+    """Look at a file as it is now; all of a small one, 64 KiB at eight places of a large one."""
+    digest, status = hashlib.sha256(), path.stat()
+    last = max(status.st_size - _SAMPLE_BYTES, (_SAMPLES - 1) * _SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek(sample * last // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return Input(path, status.st_size, *times, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Task:
+    """Make `output` of `inputs`; `shard` is (i, n) where that is one part of n of `shards_of`."""
+
+    inputs: Sequence[Input]
+    output: Path
+    loaded: LoadedTokenizer
+    options: Options
+    shard: tuple[int, int] | None
+    shards_of: str
+
+    def job(self) -> dict[str, Any]:
+        """What must be the same for a run to go on where another ended; plain JSON."""
+        return {
+            "inputs": [
+                [str(each.path.resolve()), each.bytes, each.modified_ns, each.samples]
+                for each in self.inputs
+            ],
+            "tokenizer": self.loaded.sha256,
+            "list of files": self.shards_of,
+            "options": asdict(self.options),
+            "versions": self.versions(),
+        }
+
+    def versions(self) -> dict[str, str]:
+        """What the ids depend on."""
+        packages = ("tokenizers", "transformers")
+        return {"megatron-infoentropy": __version__} | {name: version(name) for name in packages}
+
+    def is_done(self) -> bool:
+        """Whether `output` is what this would make: of these inputs, tokenizer and options."""
+        if not (self.output / MANIFEST).is_file():
+            return False
+        try:
+            found = load_manifest(self.output)
+        except ValueError:
+            return False
+        made_ns = (self.output / MANIFEST).stat().st_mtime_ns
+        return (
+            len(found.inputs) == len(self.inputs)
+            and found.tokenizer.sha256 == self.loaded.sha256
+            and found.options == self.options
+            and (found.shard, found.shards_of) == (self.shard, self.shards_of)
+            and all(_is_whole(found, name) for name in found.domains)
+            and all(
+                _is_that_of(facts, each, made_ns)
+                for facts, each in zip(found.inputs, self.inputs, strict=True)
+            )
+        )
+
+    def require_unchanged(self, number: int, sha256: str) -> None:
+        """Check that an input still has the content that was read.
+
+        Raises:
+            UnfitDocumentsError: it was written to or replaced since the task began.
+        """
+        before = self.inputs[number]
+        if before.path.stat().st_ctime_ns == before.changed_ns:
+            return
+        now = input_of(before.path)
+        same = (now.bytes, now.samples) == (before.bytes, before.samples)
+        if not same or file_sha256(now.path) != sha256:
+            raise UnfitDocumentsError(
+                f"{now.path} changed while it was read (it had {before.bytes} bytes and has "
+                f"{now.bytes}): give the command again when nothing writes to it any more"
+            )
+
+    def manifest(
+        self, folder: Path, engine: str, lines: Sequence[int], tallies: Sequence[InputTally]
+    ) -> Manifest:
+        """The manifest of the finished run, still without domains."""
+        loaded = self.loaded
+        added = loaded.added_around() if self.options.special_tokens else None
+        start_ids = tuple(added[0]) if added else ()
+        return Manifest(
+            folder=folder,
+            tokenizer=TokenizerFacts(loaded.sha256, loaded.vocab_size, loaded.eod_id, start_ids),
+            dtype=token_dtype(loaded.vocab_size).name,
+            append_eod=self.options.append_eod,
+            domains={},
+            options=self.options,
+            versions=self.versions(),
+            engine=engine,
+            inputs=tuple(
+                InputFacts(each.path.name, each.bytes, count, **asdict(tally), samples=each.samples)
+                for each, count, tally in zip(self.inputs, lines, tallies, strict=True)
+            ),
+            shard=self.shard,
+            shards_of=self.shards_of,
+        )
+
+
+def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
+    """Whether a file is the one that a manifest tells of; if it changed since then, by all of it.
+
+    Where an older version recorded no content, name and size decide.
+    """
+    if (facts.name, facts.bytes) != (file.path.name, file.bytes):
+        return False
+    if not facts.sha256 or facts.samples != file.samples:
+        return not facts.sha256
+    return file.changed_ns < made_ns or file_sha256(file.path) == facts.sha256
+
+
+def _is_whole(manifest: Manifest, domain: str) -> bool:
+    path, size = bin_path(manifest.prefix(domain)), token_dtype(manifest.tokenizer.vocab_size)
+    expected = manifest.domains[domain].tokens * size.itemsize
+    index = idx_path(manifest.prefix(domain))
+    return path.is_file() and path.stat().st_size == expected and index.is_file()
+
+
+def shard_inputs(inputs: Sequence[Path], shard: tuple[int, int]) -> list[Path]:
+    """The inputs of shard (i, n), i from 0; may be none where one file is larger than a part.
+
+    Raises:
+        ValueError: i is not in 0..n-1, or there are fewer files than shards.
+    """
+    index, number = shard
+    if not 0 <= index < number:
+        raise ValueError(f"--shard i/n needs i in 0..n-1, got {index}/{number}")
+    if number > len(inputs):
+        raise ValueError(
+            f"input files are not split: {len(inputs)} of them can not make {number} shards; "
+            "ask for fewer, or give the text as more files"
+        )
+    sizes = [path.stat().st_size for path in inputs]
+    total = max(sum(sizes), 1)
+    chosen, before = [], 0
+    for path, size in zip(inputs, sizes, strict=True):
+        middle = 2 * before + size  # in half bytes, so that all jobs agree exactly
+        if min(middle * number // (2 * total), number - 1) == index:
+            chosen.append(path)
+        before += size
+    return chosen
+
+
+def shards_digest(inputs: Sequence[Path]) -> str:
+    """Return a digest of the list that is shared out: which shard has which file depends on it."""
+    listed = [(path.name, path.stat().st_size) for path in inputs]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def shard_name(shard: tuple[int, int]) -> str:
+    """The folder of one shard; names sort in order."""
+    return f"shard-{shard[0]:05d}-of-{shard[1]:05d}"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`3/10` to (3, 10).
+
+    Raises:
+        ValueError: it is not two numbers with a slash between.
+    """
+    index, slash, number = text.partition("/")
+    if not (slash and index.isascii() and index.isdigit() and number.isdigit()):
+        raise ValueError(f"--shard must be i/n with i in 0..n-1, such as 0/10, got {text!r}")
+    return int(index), int(number)
+
+
+def decide_split(options: Options, inputs: Sequence[Path]) -> Options:
+    """The options with AUTO replaced by what the first documents of the inputs call for.
+
+    Those are the ones of the first block of the first file that has any. Without any, PILE_DOMAIN.
+    """
+    if options.split_by != AUTO:
+        return options
+    for path in inputs:
+        named = _named(path, options.text_key)
+        if named:
+            return replace(options, split_by=PILE_DOMAIN if any(named) else None)
+    return replace(options, split_by=PILE_DOMAIN)
+
+
+def _named(path: Path, text_key: str) -> list[bool]:
+    """Of each document in a file's first block; broken lines are for the run to report."""
+    keys = split_key(PILE_DOMAIN)
+    try:
+        lines = lines_of(next(read_blocks(path)).data)
+    except BrokenLineError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(BrokenRecordError):
+            found.append(parse_line(line, text_key, keys, named=None).domain is not None)
+    return found
+
 
 ENGINES = ("hf", "gigatoken")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.data import blocks, compression, run, workers, writer
+from megatron_infoentropy.data import blocks, run, workers, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block
-from megatron_infoentropy.data.options import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer
-from megatron_infoentropy.data.worker import Encoded, Encoder, Settings
+from megatron_infoentropy.data.workers import Encoded, Encoder, Settings
 
 MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 
@@ -95,7 +95,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     EncoderHere.encoder = Encoder(Settings(loaded, Options(split_by=PILE_DOMAIN)))
     workers._Worker = EncoderHere  # type: ignore[assignment, misc]
     blocks.BLOCK_BYTES = 2000
-    compression._READ_BYTES = 1000
+    blocks._READ_BYTES = 1000
     os.fsync = lambda _: None  # a killed process loses nothing that a running system holds
     make(folder, folder / "expected")
     run.SAVE_EVERY_S = run.SAVE_AFTER_INPUT_S = 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Position
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.preprocess import preprocess
@@ -26,7 +26,7 @@ BAD = {
 @pytest.fixture(autouse=True)
 def few_lines_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 150)
-    monkeypatch.setattr(compression, "_READ_BYTES", 50)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 50)
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])

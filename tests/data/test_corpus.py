@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infoentropy.data import standard_library
+from megatron_infoentropy.data import corpus as corpus_module
 from megatron_infoentropy.data.corpus import DOCS, SOURCE, SPLITS, CorpusSummary, build_corpus
 from megatron_infoentropy.data.jsonl import read_jsonl
 
@@ -53,15 +53,15 @@ def test_the_docstrings_of_a_file_are_in_the_split_of_the_file(
 ) -> None:
     """Held-out docstrings are exactly those of the held-out files, so training has none of them."""
     root = Path(sysconfig.get_path("stdlib"))
-    topics = set(standard_library.help_topics(root).values())
+    topics = set(corpus_module.help_topics(root).values())
     sources = {
-        standard_library.read_source(root, name): name
-        for name in standard_library.source_names(root)
-        if not standard_library.is_test(name)
+        corpus_module.read_source(root, name): name
+        for name in corpus_module.source_names(root)
+        if not corpus_module.is_test(name)
     }
     for split in SPLITS[1:]:
         expected = {
-            standard_library.documentation(sources[text], text)
+            corpus_module.documentation(sources[text], text)
             for domain, text in texts[split]
             if domain == SOURCE and text in sources
         }
@@ -74,7 +74,7 @@ def test_held_out_topics_are_no_sections_of_training_topics(
     texts: dict[str, list[tuple[str, str]]],
 ) -> None:
     trained = {line for _, text in texts["train"] for line in text.splitlines()}
-    topics = set(standard_library.help_topics(Path(sysconfig.get_path("stdlib"))).values())
+    topics = set(corpus_module.help_topics(Path(sysconfig.get_path("stdlib"))).values())
     held_out = [t for split in SPLITS[1:] for _, t in texts[split] if t in topics]
     assert held_out
     for text in held_out:
@@ -176,7 +176,7 @@ if True:
             """The fallback."""
 def silent(): pass
 '''
-    assert standard_library.documentation("pkg/__init__.py", source) == (
+    assert corpus_module.documentation("pkg/__init__.py", source) == (
         "pkg\n\nThe module.\n\n"
         "pkg.Outer\n\nThe class.\n\nIndented.\n\n"
         "pkg.Outer.method\n\nThe method.\n\n"
@@ -191,4 +191,4 @@ def test_topics_that_are_sections_of_another_are_left_out(tmp_path: Path) -> Non
     (tmp_path / "pydoc_data").mkdir()
     topics = {"if": f"The if\n***\n{section}", "compound": f"All\n===\n{section}\nMore.", "x": "y"}
     (tmp_path / "pydoc_data/topics.py").write_text(f"# generated\ntopics = {topics!r}\n")
-    assert sorted(standard_library.help_topics(tmp_path)) == ["compound", "x"]
+    assert sorted(corpus_module.help_topics(tmp_path)) == ["compound", "x"]

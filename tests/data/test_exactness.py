@@ -9,7 +9,7 @@ from text_files import line, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from megatron_infoentropy.data import blocks
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.manifest import Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import END_OF_TEXT
 

@@ -9,11 +9,14 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from megatron_infoentropy.data import calibrate, fast_engine
-from megatron_infoentropy.data.calibrate import InexactEngineError, disagreements
-from megatron_infoentropy.data.engine import Engine
-from megatron_infoentropy.data.fast_engine import CHECK_EVERY, exact_engine
-from megatron_infoentropy.data.tokenizer import END_OF_TEXT, LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data import fast_engine
+from megatron_infoentropy.data.fast_engine import (
+    CHECK_EVERY,
+    InexactEngineError,
+    disagreements,
+    exact_engine,
+)
+from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine, LoadedTokenizer, load_tokenizer
 
 NO_LETTERS = "\u0133\u0800\ua7cf"  # the engine below takes them for signs
 TEXTS = [
@@ -58,7 +61,7 @@ def content(tokenizer_folder: Path) -> str:
 
 @pytest.fixture
 def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "LAST_TRIED", 0xABFF)
+    monkeypatch.setattr(fast_engine, "LAST_TRIED", 0xABFF)
 
 
 @pytest.mark.usefixtures("few_points")
@@ -153,12 +156,12 @@ def test_calibration_is_done_once_for_a_tokenizer(
 ) -> None:
     done: list[str] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "version", lambda name: "1.0")
-    monkeypatch.setattr(calibrate, "disagreements", lambda *_: done.append("") or [5, 7])
+    monkeypatch.setattr(fast_engine, "version", lambda name: "1.0")
+    monkeypatch.setattr(fast_engine, "disagreements", lambda *_: done.append("") or [5, 7])
     for _ in range(2):
-        assert calibrate.cached_disagreements(content, load_wrong) == [5, 7]
+        assert fast_engine.cached_disagreements(content, load_wrong) == [5, 7]
     assert len(done) == 1
-    calibrate.cached_disagreements(content + " ", load_wrong)
+    fast_engine.cached_disagreements(content + " ", load_wrong)
     assert len(done) == 2
 
 

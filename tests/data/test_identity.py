@@ -11,11 +11,12 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, compression, run, task
+from megatron_infoentropy.data import blocks, run
+from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, UnfitDocumentsError
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.verify import Finding, verify
-from megatron_infoentropy.data.worker import Encoded
+from megatron_infoentropy.data.workers import Encoded
 
 LINES = [line(f"text {i} " * (i % 50), "AB"[i % 2]) for i in range(300)]
 OTHERS = [each.replace("text 151", "next 151") for each in LINES]  # as many bytes
@@ -24,9 +25,9 @@ OTHERS = [each.replace("text 151", "next 151") for each in LINES]  # as many byt
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of a few bytes, blocks of a few lines, and the journal written after each."""
-    monkeypatch.setattr(task, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(preprocess_module, "_SAMPLE_BYTES", 16)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(compression, "_READ_BYTES", 1000)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
     monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", 0.0)
@@ -75,7 +76,7 @@ def test_samples_tell_inputs_apart_where_times_cannot(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dataset that was copied is younger than whatever was done to its inputs."""
-    monkeypatch.setattr(task, "_SAMPLE_BYTES", 100)
+    monkeypatch.setattr(preprocess_module, "_SAMPLE_BYTES", 100)
     text, out = write(tmp_path / "a.jsonl", LINES), tmp_path / "out"
     preprocess([text], tokenizer_folder, out)
     rewritten(text, [*LINES[:-1], LINES[-1].replace("text 299", "next 299")])
@@ -209,4 +210,4 @@ def test_reading_ends_where_the_file_ended_when_it_was_opened(tmp_path: Path) ->
             with text.open("a") as file:
                 file.write("x" * 2000)
 
-    assert sum(map(len, compression.read_chunks(text, grow))) == size
+    assert sum(map(len, blocks.read_chunks(text, grow))) == size

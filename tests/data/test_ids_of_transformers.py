@@ -15,11 +15,9 @@ from tokenizer_kinds import KINDS, write_tokenizer
 from tokenizers import Tokenizer
 
 from megatron_infoentropy.data import tokenizer as module
-from megatron_infoentropy.data.engine import hf_engine
-from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.manifest import Options, load_manifest
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.tokenizer import hf_engine, load_tokenizer
 
 TEXTS = [
     "",
@@ -205,8 +203,8 @@ def test_a_worker_imports_no_transformers(tmp_path: Path) -> None:
     program = f"""
 import pickle, sys
 from pathlib import Path
-from megatron_infoentropy.data.options import Options
-from megatron_infoentropy.data.worker import Encoder, Settings
+from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.workers import Encoder, Settings
 loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
 encoder = Encoder(Settings(loaded, Options(split_by=None)))
 assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from text_files import WriteLines, line
 
-from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
 from megatron_infoentropy.data.jsonl import Record, read_jsonl
 
@@ -77,7 +77,7 @@ def test_reading_goes_on_from_the_start_of_any_block(
     write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(compression, "_READ_BYTES", 500)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 500)
     path = write_lines(name, [line(str(hash(str(i))) * (i % 20)) for i in range(5000)])
     whole = list(read_blocks(path))
     assert len(whole) > 5

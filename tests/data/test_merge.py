@@ -8,11 +8,9 @@ import zstandard
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.manifest import Options, load_manifest
 from megatron_infoentropy.data.merge import merge
-from megatron_infoentropy.data.options import Options
-from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.shards import parse_shard, shard_inputs
+from megatron_infoentropy.data.preprocess import parse_shard, preprocess, shard_inputs
 
 
 @pytest.fixture

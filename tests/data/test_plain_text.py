@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.options import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
 from megatron_infoentropy.data.preprocess import preprocess
 
 PLAIN = [json.dumps({"text": f"plain {number}"}) for number in range(40)]
@@ -19,7 +19,7 @@ PILE = [line(f"text {number}") for number in range(40)]
 @pytest.fixture(autouse=True)
 def few_lines_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 150)
-    monkeypatch.setattr(compression, "_READ_BYTES", 50)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 50)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])

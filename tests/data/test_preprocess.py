@@ -15,8 +15,13 @@ from text_files import WriteLines, line, write
 from megatron_infoentropy.data import blocks, run
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.manifest import DomainFacts, InputFacts, load_manifest
-from megatron_infoentropy.data.options import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import (
+    PILE_DOMAIN,
+    DomainFacts,
+    InputFacts,
+    Options,
+    load_manifest,
+)
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.run import slug
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer

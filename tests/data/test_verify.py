@@ -10,9 +10,8 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import inspection
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.verify import Finding, verify
+from megatron_infoentropy.data.verify import Finding, datasets, lengths, samples, verify
 
 LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
 
@@ -141,16 +140,16 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_look_shows_lengths_and_texts(dataset: Path, tokenizer_folder: Path) -> None:
-    assert list(inspection.datasets(dataset)) == ["A", "B"]
-    found = inspection.lengths(dataset / "a")
+    assert list(datasets(dataset)) == ["A", "B"]
+    found = lengths(dataset / "a")
     assert (found.documents, found.empty) == (100, 0)
     assert found.tokens == np.fromfile(dataset / "a.bin", "<u2").size
     assert sum(number for *_, number in found.bars) == 100
     assert found.bars[-1][0] <= found.longest <= found.bars[-1][1]
     assert len(found.picture().splitlines()) == len(found.bars)
-    first, last = inspection.samples(dataset / "a", [0, -1], tokenizer_folder)
+    first, last = samples(dataset / "a", [0, -1], tokenizer_folder)
     assert first.beginning == "text 0 <|endoftext|>"
     assert last.document == 99
     assert last.beginning.startswith("text 198 text 198")
     with pytest.raises(ValueError, match="has documents 0 to 99, not 100"):
-        inspection.samples(dataset / "a", [100])
+        samples(dataset / "a", [100])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data.options import Options
+from megatron_infoentropy.data.manifest import Options
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import train_tokenizer
 from megatron_infoentropy.doctor.data_files import Share, look

@@ -15,8 +15,7 @@ from megatron_infoentropy.convert.errors import (
 )
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.torch_file import load_object
-from megatron_infoentropy.data.blocks import BrokenLineError
-from megatron_infoentropy.data.compression import SUFFIXES
+from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.jsonl import read_jsonl
 from megatron_infoentropy.launch.recipe import (

@@ -15,7 +15,7 @@ from megatron_infoentropy.convert import UnreadableCheckpointError
 from megatron_infoentropy.convert.distcp import _place
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.unpickle import unpickle
-from megatron_infoentropy.data import blocks, compression
+from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
 from megatron_infoentropy.data.manifest import load_manifest
 
@@ -84,8 +84,8 @@ def zeros(suffix: str, size: int) -> bytes:
 @pytest.fixture
 def small_limits(monkeypatch):
     """A thousandth of the real ones, so that a bomb takes a moment."""
-    monkeypatch.setattr(compression, "FREE_BYTES", 1 << 20)
-    monkeypatch.setattr(compression, "MAX_RATIO", 100)
+    monkeypatch.setattr(blocks, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(blocks, "MAX_RATIO", 100)
     monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1 << 18)
 
 
@@ -119,7 +119,7 @@ def test_one_step_of_a_bomb_is_bounded(tmp_path):
     """What is held at once, with the real limits, not the gigabytes that one frame asks."""
     path = tmp_path / "bomb.jsonl.zst"
     path.write_bytes(zeros(".zst", 400 << 20))
-    largest = max(len(chunk) for chunk in compression.read_chunks(path, lambda _: None))
+    largest = max(len(chunk) for chunk in blocks.read_chunks(path, lambda _: None))
     assert largest <= 128 << 20
 
 
