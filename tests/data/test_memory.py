@@ -35,7 +35,7 @@ def test_each_process_stays_small_and_documents_cost_nothing(
     small = peaks(few, tokenizer_folder, tmp_path / "small")
     large = peaks(many, tokenizer_folder, tmp_path / "large")
     # transformers, and torch with it, are imported once to load the tokenizer: 0.5 GB of it. A
-    # worker imports neither; what is told of it is its parent's memory at the moment it was started.
+    # worker imports neither; what is told of it is its parent at the moment it was started.
     assert max(large) < 0.75e9
     assert large[0] - small[0] < 24 * 200_000 + 60e6
 
