@@ -43,6 +43,11 @@ def legend(axes: Axes, inside: Literal["upper left", "upper right"] | None = Non
     figure.legend(handles, wrapped, loc="outside upper left", ncols=columns)
 
 
+def legend_label(name: str) -> str:
+    """Return a name that matplotlib shows: a label that begins with _ is left out of a legend."""
+    return f"\N{HAIR SPACE}{name}" if name.startswith("_") else name
+
+
 def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 

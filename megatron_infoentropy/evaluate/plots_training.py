@@ -12,6 +12,7 @@ from megatron_infoentropy.evaluate.plot_parts import (
     Data,
     color_of,
     legend,
+    legend_label,
     named,
     short,
     step_axis,
@@ -37,7 +38,7 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
         dashes = {group: cycle(DASHES) for group in range(len(data["groups"]))}
         for run in runs:
             color = color_of(data["groups"][run["group"]])
-            label = "_nolegend_" if many else short(run["name"], 30)
+            label = "_nolegend_" if many else legend_label(short(run["name"], 30))
             dash = "solid" if many else next(dashes[run["group"]])
             width, alpha = (0.7, 0.5) if many else (1.6, 1.0)
             axes.plot(*thin(run["training"][series]), color=color, linestyle=dash, label=label,

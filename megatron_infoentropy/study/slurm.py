@@ -17,7 +17,7 @@ _TEXT = """\
 #   sbatch --dependency=afterany:$runs --array={last} {script}
 #
 # The last line again, later, renews the report. A task that was ended goes on where it was.
-#SBATCH --job-name={name}
+#SBATCH --job-name={job_name}
 #SBATCH --array=1-{count}%{jobs}
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -25,7 +25,7 @@ _TEXT = """\
 #SBATCH --gpus-per-task=1
 #SBATCH --time=04:00:00
 #SBATCH --requeue
-#SBATCH --output={output}/logs/slurm-%A-%a.log
+#SBATCH --output={log}
 set -euo pipefail
 
 parts=(
@@ -50,7 +50,9 @@ def write_script(study: Study, output: Path, jobs: int) -> Path:
             last=len(parts) - 1,
             script=shlex.quote(str(script)),
             jobs=jobs,
-            output=output,
+            job_name=shlex.quote(study.name),
+            # Slurm takes quotes as a shell does, and %% for a percent sign.
+            log=shlex.quote(f"{str(output).replace('%', '%%')}/logs/slurm-%A-%a.log"),
             runs="\n".join(f"  {shlex.quote(part)}" for part in parts[1:-1]),
             study=shlex.quote(str(study.path)),
             output_word=shlex.quote(str(output)),

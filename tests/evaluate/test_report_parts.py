@@ -133,6 +133,7 @@ class Texts(HTMLParser):
         "[bold]a[/b] :smile:",
         "a$b$ {{ 1 }} %s",
         '#0072b2 id="a',
+        "_nolegend_",
     ],
 )
 def test_names_stand_on_the_page_and_in_its_figures_as_they_are(tmp_path, name):

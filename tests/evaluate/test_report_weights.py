@@ -41,7 +41,7 @@ def write(tmp_path, monkeypatch):
     return write_one
 
 
-@pytest.mark.parametrize(("loss", "formula"), SETTINGS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("loss", "formula"), SETTINGS, ids=[str(loss) for loss, _ in SETTINGS])
 def test_curve_and_passage_are_the_weights_of_the_last_step(write, loss, formula):
     run = load_run(write(loss))
     data = report_data([run], weightings=["own:weigh"])

@@ -15,6 +15,7 @@ def test_every_task_does_its_part(tmp_path):
     script = write_script(study, folder / "out", jobs=2)
     lines = script.read_text().splitlines()
     assert "#SBATCH --array=1-4%2" in lines
+    assert f"#SBATCH --output='{folder}/out/logs/slurm-%A-%a.log'" in lines
     last_comment = max(i for i, line in enumerate(lines) if line.startswith("#"))
     assert all(line.startswith("#") for line in lines[: last_comment + 1])  # Slurm stops at others
     stand_in = tmp_path / "bin" / "infoentropy"
