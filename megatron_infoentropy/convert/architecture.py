@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_infoentropy.convert.errors import UnsupportedModelError
-from megatron_infoentropy.convert.families import CLASSES, Family, family_of
+from megatron_infoentropy.convert.families import CLASSES, OF_EXPERTS, Family, family_of
 
 OBEYED_FACTOR = "infoentropy_rope_scaling_factor"
 """The argument by which our trainer says that its model has --rope-scaling-factor."""
@@ -52,6 +52,12 @@ class Architecture:
     # Conventions about stored numbers.
     interleaved_rotary: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
     zero_centered_norms: bool  # norm weights are stored minus 1
+    # Experts, of which a dense model has none.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    norm_topk_prob: bool = True  # the shares of a token's experts are made to sum to 1
+    router_aux_loss: float = 0.0
 
     @property
     def rotary_dim(self) -> int:
@@ -111,6 +117,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         qkv_bias=biased or getattr(args, "add_qkv_bias", False),
         interleaved_rotary=family != "gpt2" and _get(args, "rotary_interleaved"),
         zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
+        **(_experts(args) if family in OF_EXPERTS else {}),
     )
     if family == "qwen2" and not _heads_fill(model):
         return as_family(model, "llama")
@@ -144,6 +151,25 @@ def _activation(args: argparse.Namespace) -> Activation:
     te = te and getattr(args, "use_te_activation_func", False)
     approximate = _get(args, "bias_gelu_fusion") or te
     return "gelu_tanh" if approximate else "gelu"
+
+
+def _experts(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_experts": _get(args, "num_experts"),
+        "experts_per_token": _get(args, "moe_router_topk"),
+        "expert_ffn_size": _get(args, "moe_ffn_hidden_size"),
+        # Softmax over the best logits is softmax over all, of the best, made to sum to 1.
+        "norm_topk_prob": not _get(args, "moe_router_pre_softmax"),
+        "router_aux_loss": _aux_loss(args),
+    }
+
+
+def _aux_loss(args: argparse.Namespace) -> float:
+    """Return the coefficient of the one auxiliary loss that transformers has a number for."""
+    kinds = getattr(args, "moe_router_load_balancing_type", "none")
+    sizes = getattr(args, "moe_aux_loss_coeff", 0.0)
+    kinds, sizes = (v if isinstance(v, list) else [v] for v in (kinds, sizes))
+    return float(dict(zip(kinds, sizes, strict=False)).get("aux_loss", 0.0))
 
 
 def _rope_scaling_factor(args: argparse.Namespace) -> float | None:

@@ -48,12 +48,24 @@ def arguments_of(model: Architecture, tokens: int | None = None) -> Namespace:
             "vocab_size": model.vocab_size,
             TOKENS: tokens,
             "padded_vocab_size": model.padded_vocab_size,
+            **(_expert_arguments(model) if model.num_experts else {}),
             "tensor_model_parallel_size": 1,
             "pipeline_model_parallel_size": 1,
             "iteration": 0,
             "consumed_train_samples": 0,
         }
     )
+
+
+def _expert_arguments(model: Architecture) -> dict[str, Any]:
+    return {
+        "num_experts": model.num_experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": model.router_aux_loss,
+    }
 
 
 def flags_of(model: Architecture) -> dict[str, Any]:
@@ -67,7 +79,8 @@ def flags_of(model: Architecture) -> dict[str, Any]:
             *("kv_channels", "max_position_embeddings", "seq_length", "position_embedding_type"),
             *("normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "init_method_std"),
             *("untie_embeddings_and_output_weights", "attention_dropout", "hidden_dropout"),
-            "vocab_size",
+            *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"),
+            *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "vocab_size"),
         )
         if hasattr(args, name)
     }

@@ -99,6 +99,8 @@ def _rms_fields(args: Namespace, config: Any) -> dict[str, Any]:
         "rms_norm_eps": args.layernorm_epsilon,
         "hidden_act": "silu",
     }
+    if getattr(args, "num_experts", None) is not None:
+        return fields | _expert_fields(args)
     if getattr(args, "qk_layernorm", False):
         return fields | {"model_type": "qwen3", "attention_bias": False, "sliding_window": None}
     if qkv_biased and not biased and config.model_type != "llama":
@@ -106,6 +108,25 @@ def _rms_fields(args: Namespace, config: Any) -> dict[str, Any]:
     if not qkv_biased and config.model_type == "mistral":
         return fields | {"model_type": "mistral", "sliding_window": None}
     return fields | {"model_type": "llama", "attention_bias": qkv_biased, "mlp_bias": biased}
+
+
+def _expert_fields(args: Namespace) -> dict[str, Any]:
+    fields = {"num_experts_per_tok": args.moe_router_topk, "sliding_window": None}
+    if not getattr(args, "qk_layernorm", False):
+        return fields | {
+            "model_type": "mixtral",
+            "num_local_experts": args.num_experts,
+            "intermediate_size": args.moe_ffn_hidden_size,
+        }
+    return fields | {
+        "model_type": "qwen3_moe",
+        "num_experts": args.num_experts,
+        "moe_intermediate_size": args.moe_ffn_hidden_size,
+        "norm_topk_prob": not args.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+    }
 
 
 def _gelu_fields(args: Namespace) -> dict[str, Any]:

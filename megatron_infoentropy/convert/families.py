@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from megatron_infoentropy.convert.errors import UnsupportedModelError
 
-Family = Literal["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"]
+Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
 
 ROTARY, LEARNED = "rope", "learned_absolute"
 _RMS_SWIGLU: dict[str, tuple[Any, ...]] = {
@@ -47,6 +47,20 @@ FAMILIES: dict[Family, dict[str, tuple[Any, ...]]] = {
         "add_qkv_bias": (False,),
         "qk_layernorm": (True,),
     },
+    "mixtral": {
+        **_RMS_SWIGLU,
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (False,),
+        "qk_layernorm": (False,),
+        "moe_router_pre_softmax": (False,),
+    },
+    "qwen3_moe": {
+        **_RMS_SWIGLU,
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (False,),
+        "qk_layernorm": (True,),
+        "moe_router_pre_softmax": (False, True),
+    },
     "gpt_neox": {**_LAYER_NORM_GELU, "position_embedding_type": (ROTARY,)},
     "gpt2": {**_LAYER_NORM_GELU, "position_embedding_type": (LEARNED,)},
 }
@@ -54,9 +68,12 @@ CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+OF_EXPERTS: tuple[Family, ...] = ("mixtral", "qwen3_moe")
 # With biases everywhere Llama is exact too: its attention_bias and mlp_bias mean the same four.
 _LLAMA_WITH_BIASES = {
     **FAMILIES["llama"],
@@ -76,7 +93,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rotary_scaling_factor": (None, 1.0),
     "no_rope_freq": (None,),
     "mrope_section": (None,),
-    "num_experts": (None,),
     "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "linear_attention_freq": (None,),
@@ -97,6 +113,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "infoentropy_softcap": (0.0,),
     "infoentropy_temperature": (1.0,),
 }
+# The same of models with experts; a dense model ignores them.
+NEUTRAL_FOR_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "moe_layer_freq": (1,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_router_force_biased": (None,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_expert_rank_capacity_factor": (None,),
+    "moe_token_dropping": (False,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_input_jitter_eps": (None,),
+    "moe_latent_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+}
 _ABSENT_MEANS = {"add_qkv_bias": False, "qk_layernorm": False, "use_rope_scaling": False}
 _FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named as the argument
 
@@ -107,18 +144,22 @@ def family_of(args: argparse.Namespace) -> Family:
     Raises:
         UnsupportedModelError: naming every argument that no family has a counterpart for.
     """
-    others = list(_deviations(args, NEUTRAL, optional=True))
+    has_experts = getattr(args, "num_experts", None) is not None
+    neutral = NEUTRAL | NEUTRAL_FOR_EXPERTS if has_experts else NEUTRAL
+    others = list(_deviations(args, neutral, optional=True))
     candidates: list[tuple[Family, dict[str, tuple[Any, ...]]]] = [
-        *FAMILIES.items(),
-        ("llama", _LLAMA_WITH_BIASES),
+        (family, table)
+        for family, table in [*FAMILIES.items(), ("llama", _LLAMA_WITH_BIASES)]
+        if (family in OF_EXPERTS) == has_experts
     ]
     problems = {
         index: list(_deviations(args, table)) for index, (_, table) in enumerate(candidates)
     }
     nearest = min(problems, key=lambda index: len(problems[index]))
     if others or problems[nearest]:
+        classes = dict.fromkeys(CLASSES[family] for family, _ in candidates)
         raise UnsupportedModelError(
-            f"{CLASSES[candidates[nearest][0]]}, the nearest of {', '.join(CLASSES.values())}, "
+            f"{CLASSES[candidates[nearest][0]]}, the nearest of {', '.join(classes)}, "
             f"cannot compute this model: {'; '.join(problems[nearest] + others)}"
         )
     return candidates[nearest][0]
@@ -132,6 +173,7 @@ def _deviations(
             yield f"the argument {name} was not saved (expected {accepted[0]!r})"
             continue
         value = getattr(args, name, accepted[0] if optional else _ABSENT_MEANS.get(name))
-        if value not in accepted:
+        values = value if isinstance(value, list) and value else [value]  # one for each layer
+        if any(each not in accepted for each in values):
             flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
             yield f"{name}={value!r} (flag {flag}; expected {accepted[0]!r})"

@@ -8,6 +8,7 @@ OUTPUT/model.yaml                          the flags that describe the model to 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ _EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
+_MLP_STATES = ("linear_fc1", "linear_fc2")
 _JOURNAL = ".pieces"
 
 
@@ -218,7 +218,7 @@ def _write(
 ) -> None:
     with progress("import", len(names), "tensors") as advance:
         for row, place in _rows(model):
-            stacked = row.megatron.replace(".*.", ".")
+            stacked = row.megatron.replace("*.", "")
             if not writer.has(stacked, place):  # from an attempt that was interrupted
                 tensor = _read(row, place, weights, names, model, dtype)
                 writer.tensor(stacked, tensor, index=place, of=counts(model)[: len(place)])
@@ -263,9 +263,17 @@ def _objects(model: Architecture, tokens: int | None, name: str) -> dict[str, An
         "iteration": 0,
         "content_metadata": content_metadata,
     }
+    experts = model.num_experts > 0
+    of_mlp = [("mlp.experts.experts." if experts else "mlp.") + name for name in _MLP_STATES]
     states = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}"
-        for module in _EXTRA_STATES
-        for layer in range(model.num_layers)
+        _shard(module, counts(model)[:axes], place)
+        for modules, axes in ((_EXTRA_STATES, 1), (of_mlp, 1 + experts))
+        for module in modules
+        for place in product(*map(range, counts(model)[:axes]))
     ]
     return {"common_state/shard_0_1": common, **dict.fromkeys(states)}
+
+
+def _shard(module: str, of: tuple[int, ...], place: tuple[int, ...]) -> str:
+    first, last = (".".join(map(str, numbers)) for numbers in (place, of))
+    return f"decoder.layers.{module}._extra_state/shard_{first}_{last}"

@@ -37,6 +37,22 @@ _FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
     "mistral": _LLAMA_FIELDS,
     "qwen2": _LLAMA_FIELDS,
     "qwen3": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias"},
+    "mixtral": {
+        **_LLAMA_FIELDS,
+        "intermediate_size": "expert_ffn_size",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "experts_per_token",
+        "router_aux_loss_coef": "router_aux_loss",
+    },
+    "qwen3_moe": {
+        **_LLAMA_FIELDS,
+        "attention_bias": "qkv_bias",
+        "moe_intermediate_size": "expert_ffn_size",
+        "num_experts": "num_experts",
+        "num_experts_per_tok": "experts_per_token",
+        "norm_topk_prob": "norm_topk_prob",
+        "router_aux_loss_coef": "router_aux_loss",
+    },
     "gpt_neox": {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -69,6 +85,8 @@ _CONSTANTS: dict[Family, dict[str, Any]] = {
     "llama": {},
     "qwen2": _FULL_ATTENTION,
     "qwen3": _FULL_ATTENTION,
+    "mixtral": {},
+    "qwen3_moe": {**_FULL_ATTENTION, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt_neox": {"use_parallel_residual": False, "attention_bias": True},
     "gpt2": {
         "scale_attn_weights": True,
@@ -78,7 +96,7 @@ _CONSTANTS: dict[Family, dict[str, Any]] = {
 }
 # Model types that compute, under the same names, what a family does.
 _TWINS: dict[str, Family] = {"mistral": "llama"}
-_WINDOWED = ("mistral",)  # they say sliding_window: null for none
+_WINDOWED = ("mistral", "mixtral")  # they say sliding_window: null for none
 _GELU_FAMILIES: tuple[Family, ...] = ("gpt_neox", "gpt2")
 LLAMA_3_SCALING = {
     "low_freq_factor": 1.0,
@@ -193,6 +211,8 @@ def _values(config: Any, family: Family) -> dict[str, Any]:
     if values.get("head_dim") is None:
         values["head_dim"] = hidden // heads if heads else 0
     values.setdefault("num_groups", heads)
+    if "expert_ffn_size" in values:
+        values.setdefault("ffn_hidden_size", values["expert_ffn_size"])
     return values
 
 
@@ -209,6 +229,13 @@ def _size_problems(config: Any, values: dict[str, Any]) -> list[str]:
             f"num_key_value_heads={values['num_groups']} (expected a divisor of "
             f"num_attention_heads={values['num_heads']})"
         )
+    if not problems and "num_experts" in values:
+        normalised, most = values.get("norm_topk_prob", True), values["num_experts"]
+        if not 1 + normalised <= values["experts_per_token"] <= most:
+            problems.append(
+                f"num_experts_per_tok={values['experts_per_token']} (expected at most {most}, and "
+                "from 2 on where their shares are made to sum to 1: Megatron refuses a single one)"
+            )
     return problems
 
 
@@ -250,7 +277,7 @@ def _rope_problems(family: Family, rope: dict[str, Any]) -> list[str]:
 
 def _problems(config: Any, family: Family) -> list[str]:
     expected = dict(_CONSTANTS[family])
-    if family == "qwen3" or getattr(config, "mlp_bias", False):
+    if family in ("qwen3", "qwen3_moe") or getattr(config, "mlp_bias", False):
         expected |= {"attention_bias": family == "llama"}
     problems = [
         f"{name}={getattr(config, name, None)!r} (expected {value!r})"

@@ -11,7 +11,7 @@ from megatron_infoentropy.convert.errors import IncompleteCheckpointError, Unsup
 from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.naming import TABLES, Dim, Row
 
-_COUNTED = re.compile(r"(^decoder\.layers\.)(?:(\d+)\.)?")  # what a `*` follows
+_COUNTED = re.compile(r"(^decoder\.layers\.|\.experts\.experts\.)(?:(\d+)\.)?")  # by a number
 
 
 class Source(NamedTuple):
@@ -39,8 +39,8 @@ class Step(NamedTuple):
         return tuple(number for number, alone in pairs if alone is None)
 
     def __str__(self) -> str:
-        at = f" (layer {self.place[0]})" if self.place else ""
-        return self.source.name + at
+        at = [f"{kind} {n}" for kind, n in zip(("layer", "expert"), self.place, strict=False)]
+        return f"{self.source.name} ({', '.join(at)})" if at else self.source.name
 
 
 def match_names(names: Iterable[str], model: Architecture) -> list[Source]:
@@ -94,7 +94,7 @@ def steps_of(sources: Iterable[Source], model: Architecture) -> list[Step]:
 
 def counts(model: Architecture) -> tuple[int, ...]:
     """Return how many there are of what each `*` of a name stands for, in their order."""
-    return (model.num_layers,)
+    return model.num_layers, model.num_experts
 
 
 def places(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
@@ -108,6 +108,9 @@ def dimensions(model: Architecture) -> dict[Dim, int]:
         "hidden": model.hidden_size,
         "ffn": model.ffn_hidden_size,
         "gate_and_up": 2 * model.ffn_hidden_size,
+        "experts": model.num_experts,
+        "expert_ffn": model.expert_ffn_size,
+        "expert_gate_and_up": 2 * model.expert_ffn_size,
         "heads": model.num_heads * model.head_dim,
         "head": model.head_dim,
         "qkv": (model.num_heads + 2 * model.num_groups) * model.head_dim,

@@ -11,6 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_infoentropy.convert.architecture import architecture_of
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.families import NEUTRAL
+from megatron_infoentropy.convert.families import NEUTRAL, NEUTRAL_FOR_EXPERTS
 from megatron_infoentropy.convert.reference_model import (
     StoredLayer,
     StoredParameters,
@@ -30,6 +31,8 @@ _STORED_NAMES = {  # of the local layers' norms, as Transformer Engine has them 
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+_EXPERTS = "mlp.experts."  # of a layer
 
 
 def why_not_megatron() -> str:
@@ -64,20 +67,33 @@ class MegatronModel:
             yield logits
 
     def _build(self, done: Callable[[int], None]) -> Any:
-        """Return a GPTModel that reads each layer when it is run, and then forgets it."""
+        """Return a GPTModel that reads each layer, or expert, when it is run; then forgets it."""
         model = gpt_model(self.args)
         self._load(model, self._stored.layer(None), without="decoder.layers.")
 
-        def forget(layer: nn.Module, *_: Any) -> None:
-            layer.to_empty(device="meta")
+        def count(*_: Any) -> None:
             done(1)
 
         for number, layer in enumerate(model.decoder.layers):
-            layer.register_forward_pre_hook(
-                lambda module, _, number=number: self._load(module, self._stored.layer(number))
-            )
-            layer.register_forward_hook(forget)
+            stored = partial(self._stored.layer, number)
+            self._load_when_run(layer, stored, without=_EXPERTS)
+            layer.register_forward_hook(count)
+            experts = layer.mlp.experts.local_experts if hasattr(layer.mlp, "experts") else ()
+            for expert, module in enumerate(experts):
+                self._load_when_run(module, partial(_expert, stored, expert))
         return model.eval()
+
+    def _load_when_run(
+        self, module: nn.Module, stored: Callable[[], StoredLayer], without: str = " "
+    ) -> None:
+        def load(module: nn.Module, _: Any) -> None:
+            self._load(module, stored(), without)
+
+        def forget(module: nn.Module, *_: Any) -> None:
+            module.to_empty(device="meta")
+
+        module.register_forward_pre_hook(load)
+        module.register_forward_hook(forget)
 
     def _load(self, module: nn.Module, stored: StoredLayer, without: str = " ") -> None:
         state = {}
@@ -91,6 +107,10 @@ class MegatronModel:
                 is_shifted = norms_are_shifted and name.endswith("norm.weight")
                 state[name] = tensor + 1 if is_shifted else tensor
         module.load_state_dict(state, strict=False, assign=True)
+
+
+def _expert(layer: Callable[[], StoredLayer], number: int) -> StoredLayer:
+    return layer().expert(number)
 
 
 def gpt_model(saved: Namespace) -> Any:
@@ -132,7 +152,8 @@ def _model_arguments(saved: Namespace) -> Namespace:
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args: Namespace = parser.parse_args(list(CPU_FLAGS))
-    for name in (arguments_read(saved) & vars(saved).keys()) - NEUTRAL.keys():
+    neutral = NEUTRAL.keys() | NEUTRAL_FOR_EXPERTS.keys()
+    for name in (arguments_read(saved) & vars(saved).keys()) - neutral:
         setattr(args, name, getattr(saved, name))
     args.params_dtype = torch.float32
     args.hidden_dropout = args.attention_dropout = 0.0

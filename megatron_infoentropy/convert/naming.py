@@ -1,9 +1,10 @@
 """Which parameter of Megatron becomes which parameters of a Hugging Face family: one table.
 
-A `*` stands for the layer. On Megatron's disk it is either a number (`decoder.layers.3.mlp...`) or
-absent (`decoder.layers.mlp...`): then the tensors of all layers are stacked into one, layer first,
-which is what Megatron writes for models whose layers are all alike. A parameter's place is the
-number for each `*` of its name: one in the layers, none outside.
+The first `*` stands for the layer. On Megatron's disk it is either a number
+(`decoder.layers.3.mlp...`) or absent (`decoder.layers.mlp...`): then the tensors of all layers are
+stacked into one, layer first, which is what Megatron writes for models whose layers are all alike.
+The second `*` is the expert's, in the same way; `SequentialMLP` and Transformer Engine's grouped
+layers write the same. A parameter's place is the number for each `*` of its name.
 """
 
 from typing import Literal, NamedTuple
@@ -23,7 +24,17 @@ LayoutName = Literal[
     "and_zeros",
 ]
 Dim = Literal[
-    "hidden", "ffn", "gate_and_up", "heads", "head", "qkv", "padded_vocabulary", "positions"
+    "hidden",
+    "ffn",
+    "gate_and_up",
+    "experts",
+    "expert_ffn",
+    "expert_gate_and_up",
+    "heads",
+    "head",
+    "qkv",
+    "padded_vocabulary",
+    "positions",
 ]
 Needs = Literal["", "untied", "linear_bias", "qkv_bias", "zero_proj_bias"]
 
@@ -37,7 +48,7 @@ class Row(NamedTuple):
     megatron: str
     hf: tuple[str, ...]
     layout: LayoutName
-    shape: tuple[Dim, ...]  # of Megatron's, of one layer
+    shape: tuple[Dim, ...]  # of Megatron's, at one place
     needs: Needs = ""  # the property of an Architecture without which it is absent
 
     def names(self, place: tuple[int, ...]) -> tuple[str, ...]:
@@ -52,6 +63,7 @@ _QKV = "decoder.layers.*.self_attention.linear_qkv."
 _PROJ = "decoder.layers.*.self_attention.linear_proj."
 _FC1 = "decoder.layers.*.mlp.linear_fc1."
 _FC2 = "decoder.layers.*.mlp.linear_fc2."
+_EXPERT = "decoder.layers.*.mlp.experts.experts.*."
 
 
 def _norms(
@@ -72,7 +84,7 @@ def _norms(
 
 
 _A, _M = "model.layers.*.self_attn.", "model.layers.*.mlp."
-_LLAMA = (
+_LLAMA_ATTENTION = (
     Row(EMBEDDING, ("model.embed_tokens.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
     *_norms(
         "model.layers.*.input_layernorm.",
@@ -102,6 +114,8 @@ _LLAMA = (
         ("hidden", "heads"),
         "zero_proj_bias",
     ),
+)
+_LLAMA_MLP = (
     Row(
         _FC1 + "weight",
         (_M + "gate_proj.weight", _M + "up_proj.weight"),
@@ -122,8 +136,11 @@ _LLAMA = (
     Row(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
     Row(_FC2 + "weight", (_M + "down_proj.weight",), "same", ("hidden", "ffn")),
     Row(_FC2 + "bias", (_M + "down_proj.bias",), "same", ("hidden",), "linear_bias"),
+)
+_LLAMA_HEAD = (
     Row(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
+_LLAMA = _LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_HEAD
 _QK_NORMS = tuple(
     Row(
         f"decoder.layers.*.self_attention.{part}_layernorm.weight",
@@ -133,6 +150,35 @@ _QK_NORMS = tuple(
     )
     for part in ("q", "k")
 )
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Return the rows of a layer of experts, by a family's names of it and of their matrices."""
+    one = f"{block}experts.*."
+    return (
+        Row(
+            "decoder.layers.*.mlp.router.weight",
+            (f"{block}gate.weight",),
+            "same",
+            ("experts", "hidden"),
+        ),
+        Row(
+            _EXPERT + "linear_fc1.weight",
+            (f"{one}{gate}.weight", f"{one}{up}.weight"),
+            "gate_up",
+            ("expert_gate_and_up", "hidden"),
+        ),
+        Row(
+            _EXPERT + "linear_fc2.weight",
+            (f"{one}{down}.weight",),
+            "same",
+            ("hidden", "expert_ffn"),
+        ),
+    )
+
+
+_MIXTRAL_MLP = _experts("model.layers.*.block_sparse_moe.", "w1", "w3", "w2")
+_QWEN3_MOE_MLP = _experts(_M, "gate_proj", "up_proj", "down_proj")
 
 _X = "gpt_neox.layers.*."
 _GPT_NEOX = (
@@ -179,6 +225,8 @@ TABLES: dict[Family, tuple[Row, ...]] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA + _QK_NORMS,
+    "mixtral": _LLAMA_ATTENTION + _MIXTRAL_MLP + _LLAMA_HEAD,
+    "qwen3_moe": _LLAMA_ATTENTION + _QWEN3_MOE_MLP + _LLAMA_HEAD + _QK_NORMS,
     "gpt_neox": _GPT_NEOX,
     "gpt2": _GPT2,
 }

@@ -79,13 +79,33 @@ class ReferenceModel:
 
     def _mlp(self, x: Tensor, layer: "StoredLayer") -> Tensor:
         x = self._norm(x, layer, ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
-        both = layer.linear(x, "mlp.linear_fc1.")
+        if getattr(self.args, "num_experts", None) is None:
+            return self._linears(x, layer, "mlp.")
+        shares, experts = self._route(x @ layer.find("mlp.router.weight").T)
+        y = torch.zeros_like(x)
+        for number in range(self.args.num_experts):
+            token, choice = torch.where(experts == number)
+            if len(token):
+                one = self._linears(x[token], layer.expert(number), "")
+                y[token] += shares[token, choice, None] * one
+        return y
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares of the experts that each token is sent to, and their numbers."""
+        if self.args.moe_router_pre_softmax:
+            shares, experts = logits.softmax(-1).topk(self.args.moe_router_topk)
+            return shares, experts
+        best, experts = logits.topk(self.args.moe_router_topk)
+        return best.softmax(-1), experts
+
+    def _linears(self, x: Tensor, layer: "StoredLayer", prefix: str) -> Tensor:
+        both = layer.linear(x, prefix + "linear_fc1.")
         if self.args.swiglu:
             width = both.shape[-1] // 2
             inner = silu(both[:, :width]) * both[:, width:]
         else:
             inner = gelu(both, approximate="tanh" if has_tanh_gelu(self.args) else "none")
-        return layer.linear(inner, "mlp.linear_fc2.")
+        return layer.linear(inner, prefix + "linear_fc2.")
 
     def _norm(self, x: Tensor, layer: "StoredLayer", names: tuple[str, ...]) -> Tensor:
         weight = layer.find(*(name + "weight" for name in names))
@@ -124,6 +144,9 @@ class ReferenceModel:
         return torch.cat([turned.real, turned.imag, straight], dim=-1)
 
 
+_Names = dict[str, tuple[str, tuple[int, ...]]]  # a short name: the stored one, and where in it
+
+
 class StoredParameters:
     """The parameters of a checkpoint; rounded to `dtype`, and then in fp32."""
 
@@ -133,17 +156,10 @@ class StoredParameters:
 
     def layer(self, layer: int | None) -> "StoredLayer":
         """Return the parameters of one layer, with None those outside of the layers."""
-        stored = self._checkpoint.tensors
-        if layer is None:
-            return StoredLayer(self, {name: (name, ()) for name in stored})
-        stacked, alone = "decoder.layers.", f"decoder.layers.{layer}."
-        names: dict[str, tuple[str, tuple[int, ...]]] = {
-            name.removeprefix(stacked): (name, (layer,))
-            for name in stored
-            if name.startswith(stacked) and not name.removeprefix(stacked)[0].isdigit()
-        }
-        names |= {name.removeprefix(alone): (name, ()) for name in stored if name.startswith(alone)}
-        return StoredLayer(self, names)
+        names: _Names = {name: (name, ()) for name in self._checkpoint.tensors}
+        return StoredLayer(
+            self, names if layer is None else _within(names, "decoder.layers.", layer)
+        )
 
     def read(self, name: str, index: tuple[int, ...]) -> Tensor:
         """Return a parameter, or what is at an index of a stacked one."""
@@ -153,9 +169,7 @@ class StoredParameters:
 class StoredLayer:
     """Parameters, each read once, under whichever of their names they were stored."""
 
-    def __init__(
-        self, stored: StoredParameters, names: dict[str, tuple[str, tuple[int, ...]]]
-    ) -> None:
+    def __init__(self, stored: StoredParameters, names: _Names) -> None:
         self._stored, self._names = stored, names
         self._loaded: dict[str, Tensor] = {}
 
@@ -172,6 +186,10 @@ class StoredLayer:
                 return self._loaded[name]
         raise ValueError(f"the checkpoint has no {' or '.join(names)}")
 
+    def expert(self, number: int) -> "StoredLayer":
+        """Return the parameters of one expert."""
+        return StoredLayer(self._stored, _within(self._names, "mlp.experts.experts.", number))
+
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Return `x` times a matrix, plus its bias if it has one."""
         y = x @ self.find(name + "weight").T
@@ -181,6 +199,18 @@ class StoredLayer:
         """Join what the format fsdp_dtensor keeps apart: the gate's half and the other."""
         parts = (name,) if name in self._names else (name + "_w", name + "_v")
         return torch.cat([self._stored.read(*self._names[part]) for part in parts])
+
+
+def _within(names: _Names, prefix: str, number: int) -> _Names:
+    """Return the names inside one of many, which are stacked or stored one by one."""
+    alone = f"{prefix}{number}."
+    inside: _Names = {}
+    for name, (stored, index) in names.items():
+        if name.startswith(alone):
+            inside[name.removeprefix(alone)] = stored, index
+        elif name.startswith(prefix) and not name.removeprefix(prefix)[0].isdigit():
+            inside[name.removeprefix(prefix)] = stored, (*index, number)
+    return inside
 
 
 def has_tanh_gelu(args: Namespace) -> bool:

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
+from megatron_infoentropy.convert.families import OF_EXPERTS
 from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.megatron_model import MegatronModel, why_not_megatron
@@ -222,14 +223,19 @@ def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
     """Return about how many bytes the check allocates at most.
 
     All of transformers' model in fp32, or its tables and one layer if it is streamed; the tables
-    and one layer of the other model; and logits. A layer is there in its own dtype too.
+    and one layer of the other model; and logits. A layer is there in its own dtype too; of one with
+    experts they are not counted but for one, where both sides read them one by one.
     """
     config = read_config(folder)
-    parameters = HuggingFaceWeights(folder).parameters
+    weights = HuggingFaceWeights(folder)
     tables = 2 * config.vocab_size * config.hidden_size
-    layers = 4 * parameters / config.num_hidden_layers
+    at_once: float = weights.parameters
+    if streamed and config.model_type in OF_EXPERTS:  # they are read one by one
+        of_experts = (t.shape for name, t in weights.tensors.items() if ".experts." in name)
+        at_once -= sum(map(math.prod, of_experts)) * (1 - 1 / config.num_local_experts)
+    layers = 4 * at_once / config.num_hidden_layers
     logits = 3 * length * config.vocab_size
-    of_transformers = tables if streamed else parameters
+    of_transformers = tables if streamed else weights.parameters
     return int(4 * (of_transformers + tables + layers + logits)) + 500_000_000
 
 

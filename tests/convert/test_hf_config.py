@@ -20,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
+    "mixtral": {},
+    "qwen3_moe": {},
     "gpt_neox": {"use_parallel_residual": False},
     "gpt2": {},
 }

@@ -25,7 +25,6 @@ ARGUMENTS: dict[str, Any] = {
     "rope_type": "yarn",
     "rotary_seq_len_interpolation_factor": 4,
     "no_rope_freq": 4,
-    "num_experts": 8,
     "multi_latent_attention": True,
     "window_size": (128, 0),
     "softmax_type": "learnable",
@@ -39,6 +38,24 @@ ARGUMENTS: dict[str, Any] = {
     "squared_relu": True,
     "infoentropy_softcap": 30.0,
     "infoentropy_temperature": 2.0,
+}
+
+OF_EXPERTS: dict[str, Any] = {
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "normalization": "LayerNorm",
+    "moe_layer_freq": [1, 0],
+    "moe_router_pre_softmax": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
+    "moe_router_enable_expert_bias": True,
+    "moe_shared_expert_intermediate_size": 16,
+    "moe_expert_capacity_factor": 1.0,
+    "moe_input_jitter_eps": 0.1,
+    "moe_latent_size": 8,
 }
 
 
@@ -64,7 +81,8 @@ def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str
     ("changes", "said"),
     [
         ({}, "next: infoentropy convert"),
-        ({"num_experts": 8}, "no export to Hugging Face: .*experts"),
+        (FAMILIES["mixtral"], "next: infoentropy convert"),
+        (FAMILIES["mixtral"] | {"moe_latent_size": 8}, "no export to Hugging Face: .*latent"),
     ],
 )
 def test_the_step_after_training_is_named_only_where_it_can_be_taken(
@@ -73,6 +91,19 @@ def test_the_step_after_training_is_named_only_where_it_can_be_taken(
     args = tiny_args(**changes)
     write_checkpoint(tmp_path / "checkpoints", args, tiny_tensors(args))
     assert re.match(said, next_step(tmp_path, tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_an_argument_that_means_other_experts_is_named(tmp_path: Path, name: str) -> None:
+    args = tiny_args(**FAMILIES["mixtral"])
+    changed = tiny_args(**FAMILIES["mixtral"] | {name: OF_EXPERTS[name]})
+    refuse(tmp_path, changed, tiny_tensors(args), name)
+
+
+def test_a_dense_model_ignores_what_is_said_of_experts(tmp_path: Path) -> None:
+    args = tiny_args(**{name: OF_EXPERTS[name] for name in OF_EXPERTS if name.startswith("moe")})
+    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    assert convert_checkpoint(tmp_path / "save", tmp_path / "hf").family == "llama"
 
 
 def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:

@@ -18,17 +18,23 @@ from tiny_checkpoint import (
 )
 from tiny_tokenizer import write_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
 from megatron_infoentropy.convert.to_hf import Dtype
 
 
 def load(folder: Path) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other", "rope32"])
+@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other", "rope32", "experts", "pre_softmax"])
 def test_an_export_computes_what_megatrons_model_computed(
     trained: Path, tmp_path: Path, case: str
 ) -> None:
@@ -50,7 +56,7 @@ def test_an_export_computes_what_megatrons_model_computed(
     assert generated[0].tolist() == golden["generated"]
 
 
-@pytest.mark.parametrize("case", ["tp2", "other", "bf16"])
+@pytest.mark.parametrize("case", ["tp2", "other", "bf16", "experts"])
 def test_the_check_passes_for_real_checkpoints(trained: Path, tmp_path: Path, case: str) -> None:
     convert_checkpoint(trained / case / "save", tmp_path / "hf")
     tokens = torch.load(trained / case / "golden.pt")["tokens"]
@@ -74,6 +80,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Llama with biases of queries, keys and values": FAMILIES["qwen2"] | {"kv_channels": 12},
     "Qwen3": FAMILIES["qwen3"],
     "Qwen3, interleaved": FAMILIES["qwen3"] | {"rotary_interleaved": True},
+    "Mixtral": FAMILIES["mixtral"],
+    "Qwen3-MoE, interleaved, norms around zero": FAMILIES["qwen3_moe"]
+    | {"rotary_interleaved": True, "layernorm_zero_centered_gamma": True},
     "GPT-NeoX": FAMILIES["gpt_neox"],
     "GPT-NeoX, interleaved, fused gelu": FAMILIES["gpt_neox"]
     | {"rotary_interleaved": True, "bias_gelu_fusion": True},

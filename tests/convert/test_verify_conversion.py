@@ -58,6 +58,7 @@ def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
         ("qkv", naive_qkv, {"group_query_attention": False}),
         ("qkv", unpaired_qkv, {"rotary_interleaved": True}),
         ("gate_up", up_gate, {}),
+        ("gate_up", up_gate, FAMILIES["mixtral"]),
         ("vocabulary", shifted_vocabulary, {}),
         ("norm", untouched_norm, {"layernorm_zero_centered_gamma": True}),
         ("head_norm", unchanged, FAMILIES["qwen3"] | {"rotary_interleaved": True}),

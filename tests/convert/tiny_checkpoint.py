@@ -43,10 +43,20 @@ _GELU: dict[str, Any] = {
     "group_query_attention": False,
     "num_query_groups": 1,
 }
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_router_pre_softmax": False,
+    "moe_aux_loss_coeff": 0.01,
+    "moe_router_load_balancing_type": "aux_loss",
+}
 FAMILIES: dict[str, dict[str, Any]] = {  # name of the Hugging Face class: what is different
     "llama": {},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS | {"qk_layernorm": True, "moe_router_pre_softmax": True},
     "gpt_neox": _GELU | {"rotary_percent": 0.5},
     "gpt2": _GELU
     | {
@@ -78,12 +88,18 @@ def tiny_tensors(args: Namespace, dtype: torch.dtype = torch.float32) -> dict[st
     layers, hidden, width = args.num_layers, args.hidden_size, args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     one = 0.0 if args.layernorm_zero_centered_gamma else 1.0
-    shapes = {  # of the linear layers
+    shapes: dict[str, tuple[int, ...]] = {  # of the linear layers
         "self_attention.linear_qkv.": ((args.num_attention_heads + 2 * groups) * width, hidden),
         "self_attention.linear_proj.": (hidden, args.num_attention_heads * width),
-        "mlp.linear_fc1.": (args.ffn_hidden_size * (1 + args.swiglu), hidden),
-        "mlp.linear_fc2.": (hidden, args.ffn_hidden_size),
     }
+    if getattr(args, "num_experts", None) is None:
+        shapes["mlp.linear_fc1."] = (args.ffn_hidden_size * (1 + args.swiglu), hidden)
+        shapes["mlp.linear_fc2."] = (hidden, args.ffn_hidden_size)
+    else:
+        experts, ffn = args.num_experts, args.moe_ffn_hidden_size
+        shapes["mlp.router."] = (experts, hidden)
+        shapes["mlp.experts.experts.linear_fc1."] = (experts, 2 * ffn, hidden)
+        shapes["mlp.experts.experts.linear_fc2."] = (experts, hidden, ffn)
     tensors = {"embedding.word_embeddings.weight": draw(args.padded_vocab_size, hidden)}
     if args.position_embedding_type == "learned_absolute":
         shape = (args.max_position_embeddings, hidden)

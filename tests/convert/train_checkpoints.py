@@ -31,24 +31,35 @@ GQA = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-outpu
 # heads wider than hidden/heads, other constants.
 OTHER = "--rotary-interleaved --kv-channels 16 --rotary-base 50000 --norm-epsilon 1e-3"
 
+EXPERTS = """
+--num-layers 2 --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48
+--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
+"""
 CASES = {  # name: (number of ranks, flags)
     "tp1": (1, GQA),
     "tp2": (2, GQA + " --tensor-model-parallel-size 2"),
     "pp2": (2, GQA + " --pipeline-model-parallel-size 2"),
     "other": (2, OTHER + " --tensor-model-parallel-size 2"),
     "bf16": (2, GQA + " --bf16 --use-distributed-optimizer"),
+    "experts": (2, GQA + EXPERTS + " --expert-model-parallel-size 2"),
+    "pre_softmax": (1, EXPERTS + " --qk-layernorm --moe-router-pre-softmax --rotary-interleaved"),
     "rope32": (1, "--rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32"),
 }
 _LLAMA = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 256}
 _LLAMA |= {"intermediate_size": 176, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _LLAMA |= {"initializer_range": 0.2}
+_EXPERTS = _LLAMA | {"num_experts_per_tok": 2, "num_hidden_layers": 2, "intermediate_size": 48}
+_EXPERTS |= {"moe_intermediate_size": 48}
 _GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 64, "vocab_size": 256}
 _NEOX = {**_LLAMA, "use_parallel_residual": False, "rotary_pct": 0.5}
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+EP2 = "--expert-model-parallel-size 2"
 IMPORTED: dict[str, tuple[str, dict[str, Any], str]] = {  # model type, its configuration, layout
     "llama": ("llama", _LLAMA | {"rope_theta": 5e4, "tie_word_embeddings": True}, TP2),
     "qwen2": ("qwen2", _LLAMA | {"rms_norm_eps": 1e-3}, PP2),
     "qwen3": ("qwen3", _LLAMA | {"head_dim": 16}, TP2),
+    "mixtral": ("mixtral", _EXPERTS | {"num_local_experts": 4}, EP2),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS | {"num_experts": 4, "norm_topk_prob": True}, PP2),
     "gpt_neox": ("gpt_neox", _NEOX, TP2),
     "gpt2": ("gpt2", _GPT2 | {"activation_function": "gelu", "initializer_range": 0.2}, PP2),
 }

@@ -32,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "qwen2": GROUPED | {"vocab_size": 400},  # more rows than the tokenizer has ids, as Qwen's
     "qwen3": GROUPED | {"tie_word_embeddings": True},
+    "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": GROUPED
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
     "gpt_neox": SIZES | {"use_parallel_residual": False},
     "gpt2": SIZES | {"n_inner": None},
 }
