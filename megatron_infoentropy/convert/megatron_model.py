@@ -9,6 +9,7 @@ import argparse
 import logging
 import warnings
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from megatron_infoentropy.convert.architecture import architecture_of
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.families import NEUTRAL, NEUTRAL_FOR_EXPERTS
 from megatron_infoentropy.convert.reference_model import (
+    Routes,
     StoredLayer,
     StoredParameters,
     has_tanh_gelu,
@@ -50,6 +52,7 @@ class MegatronModel:
 
     def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
         self.args: Namespace = checkpoint.args
+        self.routes: Routes = defaultdict(list)
         self._stored = StoredParameters(checkpoint, dtype)
 
     @torch.no_grad()
@@ -78,9 +81,10 @@ class MegatronModel:
             stored = partial(self._stored.layer, number)
             self._load_when_run(layer, stored, without=_EXPERTS)
             layer.register_forward_hook(count)
-            experts = layer.mlp.experts.local_experts if hasattr(layer.mlp, "experts") else ()
-            for expert, module in enumerate(experts):
-                self._load_when_run(module, partial(_expert, stored, expert))
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.router.register_forward_hook(partial(_record, self.routes[number]))
+                for expert, module in enumerate(layer.mlp.experts.local_experts):
+                    self._load_when_run(module, partial(_expert, stored, expert))
         return model.eval()
 
     def _load_when_run(
@@ -107,6 +111,11 @@ class MegatronModel:
                 is_shifted = norms_are_shifted and name.endswith("norm.weight")
                 state[name] = tensor + 1 if is_shifted else tensor
         module.load_state_dict(state, strict=False, assign=True)
+
+
+def _record(routes: list[Tensor], router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+    chosen = output[1]  # [length, experts]
+    routes.append(chosen.nonzero()[:, 1].view(len(chosen), -1))
 
 
 def _expert(layer: Callable[[], StoredLayer], number: int) -> StoredLayer:

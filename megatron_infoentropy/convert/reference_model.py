@@ -9,6 +9,7 @@ memory at a time, and all sequences go through it before the next is read.
 
 import math
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,12 +18,16 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, 
 
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
+Routes = dict[int, list[Tensor]]
+"""The numbers of each token's experts [length, top-k]: {layer: those of each sequence}."""
+
 
 class ReferenceModel:
     """The model of a checkpoint; parameters rounded to `dtype` and then computed with in fp32."""
 
     def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
         self.args: Namespace = checkpoint.args
+        self.routes: Routes = defaultdict(list)
         self._stored = StoredParameters(checkpoint, dtype)
 
     @torch.no_grad()
@@ -41,16 +46,16 @@ class ReferenceModel:
             states = [x + positions[: len(x)] for x in states]
         for layer in range(self.args.num_layers):
             parameters = self._stored.layer(layer)
-            states = [self._block(x, parameters) for x in states]
+            states = [self._block(x, parameters, self.routes[layer]) for x in states]
             done(len(states))
         if outside.has("output_layer.weight"):
             table = outside.find("output_layer.weight")
         for x in states:
             yield self._norm(x, outside, ("decoder.final_layernorm.",)) @ table.T
 
-    def _block(self, x: Tensor, layer: "StoredLayer") -> Tensor:
+    def _block(self, x: Tensor, layer: "StoredLayer", routes: list[Tensor]) -> Tensor:
         x = x + self._attention(x, layer)
-        return x + self._mlp(x, layer)
+        return x + self._mlp(x, layer, routes)
 
     def _attention(self, x: Tensor, layer: "StoredLayer") -> Tensor:
         args, length = self.args, len(x)
@@ -77,11 +82,12 @@ class ReferenceModel:
         heads = torch.cat(context).transpose(0, 1).reshape(length, -1)
         return layer.linear(heads, "self_attention.linear_proj.")
 
-    def _mlp(self, x: Tensor, layer: "StoredLayer") -> Tensor:
+    def _mlp(self, x: Tensor, layer: "StoredLayer", routes: list[Tensor]) -> Tensor:
         x = self._norm(x, layer, ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
         if getattr(self.args, "num_experts", None) is None:
             return self._linears(x, layer, "mlp.")
         shares, experts = self._route(x @ layer.find("mlp.router.weight").T)
+        routes.append(experts)
         y = torch.zeros_like(x)
         for number in range(self.args.num_experts):
             token, choice = torch.where(experts == number)

@@ -1,6 +1,7 @@
 """transformers' model, layer by layer: the same numbers, and the memory of one layer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from megatron_infoentropy.convert import (
     verify,
     verify_conversion,
 )
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.megatron_model import MegatronModel
 from megatron_infoentropy.convert.streamed_model import streamed_model
 
 CASES = FAMILIES | {
@@ -74,6 +77,30 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     with torch.no_grad():
         model(torch.tensor([TOKENS[0]]))
     assert seen == torch.eye(3, dtype=torch.bool).tolist()
+
+
+def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streamed_model(export(tmp_path, "mixtral"), AutoConfig.from_pretrained(tmp_path / "hf"))
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    build, seen = MegatronModel._build, []
+
+    def built(*arguments: Any) -> Any:
+        megatron = build(*arguments)
+        linear = [
+            expert.linear_fc1
+            for layer in megatron.decoder.layers
+            for expert in layer.mlp.experts.local_experts
+        ]
+        for module in linear:
+            module.register_forward_hook(
+                lambda *_: seen.append(sum(not other.weight.is_meta for other in linear))
+            )
+        return megatron
+
+    monkeypatch.setattr(MegatronModel, "_build", built)
+    side = MegatronModel(MegatronCheckpoint(tmp_path / "save"), torch.float32)
+    list(side.logits([torch.tensor(TOKENS[0])]))
+    assert seen == [1] * 3 * 4
 
 
 def test_the_proof_streams_where_the_model_does_not_fit(

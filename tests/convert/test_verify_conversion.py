@@ -10,10 +10,11 @@ import torch
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
 from torch import Tensor
 
-from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
+from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.naming import LayoutName
+from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.verify import TOLERANCE
 
 
@@ -179,3 +180,54 @@ def test_the_check_does_not_look_at_the_conversion_for_the_truth() -> None:
     imports = [line for line in path.read_text().splitlines() if "megatron_infoentropy" in line]
     assert imports == ["from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint"]
     assert torch.get_default_dtype() == torch.float32
+
+
+def nearly_equal_experts(folder: Path, family: str, difference: float) -> None:
+    """Export a model in which the logits of the experts 2 and 3 differ by this share."""
+    args = tiny_args(**FAMILIES[family])
+    tensors = tiny_tensors(args)
+    router = tensors["decoder.layers.mlp.router.weight"]
+    router[:, 3] = router[:, 2] * (1 + difference)
+    write_checkpoint(folder / "save", args, tensors)
+    convert_checkpoint(folder / "save", folder / "hf")
+
+
+SWAPPED = [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize(("difference", "same"), [(1e-7, True), (1e-2, False)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_only_rounding_may_send_a_token_to_other_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, difference: float, same: bool
+) -> None:
+    nearly_equal_experts(tmp_path, family, difference)
+    route = ReferenceModel._route
+
+    def swapped(self: ReferenceModel, logits: Tensor) -> tuple[Tensor, Tensor]:
+        _, experts = route(self, logits[:, SWAPPED])
+        shares = logits.softmax(-1).gather(1, experts)
+        whole = 1.0 if family == "qwen3_moe" else shares.sum(-1, keepdim=True)
+        return shares / whole, experts
+
+    monkeypatch.setattr(verify, "why_not_megatron", lambda: "the other form can be changed here")
+    monkeypatch.setattr(ReferenceModel, "_route", swapped)
+    outputs = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).outputs
+    assert outputs.same == same, str(outputs)
+
+
+def test_the_routes_of_megatrons_own_model_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly_equal_experts(tmp_path, "mixtral", 1e-7)
+    assert not verify.why_not_megatron()  # which imports it
+    from megatron.core.transformer.moe import router
+
+    choose = router.topk_routing_with_score_function
+
+    def swapped(logits: Tensor, *others: Any, **named: Any) -> Any:
+        return choose(logits[:, SWAPPED], *others, **named)
+
+    monkeypatch.setattr(router, "topk_routing_with_score_function", swapped)
+    outputs = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).outputs
+    assert outputs.same, str(outputs)
+    assert not outputs.not_megatron
