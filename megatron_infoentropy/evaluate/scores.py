@@ -7,9 +7,9 @@ import torch
 from megatron_infoentropy import kernels
 from megatron_infoentropy.evaluate.windows import IGNORED
 from megatron_infoentropy.kernels.contract import PLAIN, Shard
+from megatron_infoentropy.loss.collective import merge_shards
 from megatron_infoentropy.loss.layout import as_rows
-from megatron_infoentropy.loss.merge import merge_shards
-from megatron_infoentropy.loss.token import token_results
+from megatron_infoentropy.loss.statistics import token_results
 
 
 class TokenScores(NamedTuple):

@@ -9,26 +9,233 @@ On each rank of a tensor-parallel group of T: weight [V/T, H], a shard of the vo
 order; hidden states of all tokens, equal on all ranks, or with `sequence_parallel` this rank's 1/T
 of the first dimension. The gradient by the hidden states is summed over the group here (all-reduce,
 or reduce-scatter), as Megatron's ColumnParallelLinear does: the caller must not do it again.
+
+The statistics make the logits twice:
+
+    forward    of each chunk: logits, this shard's statistics. Then one collective for all tokens.
+    backward   of each chunk: logits again, their gradient over them, dX, dW += dz^T X.
+
+Four matrix products, because the upstream gradients may be anything. One chunk of logits is alive
+at a time. The statistics are gathered once, after the last chunk: hiding a gather a chunk would
+leave the last one in sight all the same. Shapes: as in `linear_chunks`; R rows of statistics.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
-from megatron_infoentropy.kernels.contract import statistics_dtype
-from megatron_infoentropy.loss.collective import Group
-from megatron_infoentropy.loss.layout import leave_out_masked, make_options
-from megatron_infoentropy.loss.linear_inputs import LinearRequest, prepare_linear
+from megatron_infoentropy.kernels import ops
+from megatron_infoentropy.kernels.contract import Options, statistics_dtype
+from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
+from megatron_infoentropy.loss.layout import (
+    as_ids,
+    check_targets,
+    check_tensors,
+    leave_out_masked,
+    local_shard,
+    make_options,
+    split_vocabulary,
+)
+from megatron_infoentropy.loss.linear_chunks import (
+    LinearGradients,
+    LinearSettings,
+    cut_tokens,
+    deliver_weight_gradient,
+    hidden_chunks,
+    logits_of,
+    main_grad_of,
+    new_weight_total,
+    refuse_second_derivative,
+)
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
-from megatron_infoentropy.loss.linear_statistics import LinearStatistics
 from megatron_infoentropy.loss.objective import (
     PUBLISHED,
     TokenSums,
     objective_sums,
     weighted_mean,
 )
-from megatron_infoentropy.loss.statistics import TokenStatistics
+from megatron_infoentropy.loss.statistics import (
+    Saved,
+    TokenStatistics,
+    Upstream,
+    coefficients,
+    token_results,
+)
+
+
+class LinearRequest(NamedTuple):
+    """What the caller of a fused function asks for, besides its tensors."""
+
+    vocab_size: int | None
+    ignore_index: int
+    options: Options
+    group: Group | None
+    backend: Backend
+    collective: Collective
+    chunk_tokens: int
+    sequence_parallel: bool
+    into_main_grad: bool
+
+
+def prepare_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, request: LinearRequest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LinearSettings]:
+    """(hidden [L, H], this rank's weight, target [N], settings), checked.
+
+    Raises:
+        ValueError: shapes, dtypes, targets or sizes that do not fit.
+        RuntimeError: the named backend cannot run here.
+    """
+    group = request.group
+    weight = local_shard(weight, 0, group)
+    check_tensors(hidden=hidden, weight=weight, target=target)
+    slices = world_and_rank(group)[0] if request.sequence_parallel else 1
+    _check_shapes(hidden, weight, target, slices)
+    vocabulary = split_vocabulary(request.vocab_size, len(weight), group, request.ignore_index)
+    hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    target_N = as_ids(target).reshape(-1).contiguous()
+    check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
+    chosen = kernels.select(request.backend, hidden.device, hidden.dtype)
+    cut = cut_tokens(len(hidden_LH), slices, request.chunk_tokens)
+    settings = LinearSettings(
+        vocabulary,
+        request.options,
+        group,
+        chosen,
+        request.collective,
+        cut,
+        request.into_main_grad,
+    )
+    return hidden_LH, weight, target_N, settings
+
+
+def _check_shapes(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, slices: int
+) -> None:
+    if weight.dim() != 2 or hidden.dim() < 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "expected hidden [..., H] and weight [V, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    expected = [hidden.shape[0] * slices, *hidden.shape[1:-1]]
+    if list(target.shape) != expected:
+        slice_of = f", this rank's 1/{slices} of the first dimension," if slices > 1 else ""
+        raise ValueError(
+            f"expected a target of {expected} for hidden {list(hidden.shape)}{slice_of} got "
+            f"{list(target.shape)}; Megatron's hidden states are [sequence, batch, H] while its "
+            "labels are [batch, sequence]: transpose one of them"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"expected hidden and weight of one floating dtype, got {hidden.dtype} and "
+            f"{weight.dtype}; under autocast, which does not reach the fused loss, pass "
+            "weight.to(hidden.dtype)"
+        )
+
+
+class LinearStatistics(torch.autograd.Function):
+    """(hidden [L, H], weight [V, H], target [N], settings) -> the `TokenResults`, each [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_LH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        target_N: torch.Tensor,
+        settings: LinearSettings,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        (size, shard, columns), options = settings.vocabulary, settings.options
+        statistics_RN = _shard_statistics(hidden_LH, weight_VH, target_N, settings)
+        row = join_shards(statistics_RN, settings.group, settings.collective, columns)
+        results, saved = token_results(row, target_N, size, shard.ignore_index, options)
+        ctx.save_for_backward(hidden_LH, weight_VH, target_N, *saved)
+        ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings)
+        ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
+        ctx.mark_non_differentiable(results.is_top)
+        return tuple(result for result in results if result is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative()
+        hidden_LH, weight_VH, target_N, *kept = ctx.saved_tensors
+        settings: LinearSettings = ctx.settings
+        g_ce, g_entropy, g_lse, _, *g_uniform = gradients
+        upstream = Upstream(g_ce, g_entropy, g_lse, *(g_uniform or [None]))
+        size = settings.vocabulary.size
+        coefficients_RN = coefficients(upstream, Saved(*kept), size, settings.options)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        total_VH = None
+        if needs_weight:
+            total_VH = _accumulator(weight_VH, ctx.main_grad)
+        sums = LinearGradients(
+            torch.empty_like(hidden_LH) if needs_hidden else None,
+            total_VH,
+            settings.cut,
+            settings.group,
+        )
+        _add_gradients(sums, hidden_LH, weight_VH, target_N, coefficients_RN, settings)
+        by_hidden_LH, total_VH = sums.finish()
+        if total_VH is not None:
+            total_VH = deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
+        return by_hidden_LH, total_VH, None, None
+
+
+def _shard_statistics(
+    hidden_LH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_N: torch.Tensor,
+    settings: LinearSettings,
+) -> torch.Tensor:
+    """[R, N], of this rank's columns."""
+    cut, options = settings.cut, settings.options
+    dtype = statistics_dtype(hidden_LH)
+    statistics_RN = hidden_LH.new_empty((options.rows, len(target_N)), dtype=dtype)
+    buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
+    for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+        logits_CV = logits_of(hidden_CH, weight_VH, buffer_CV)
+        part_RC = ops.shard_statistics(
+            settings.kernels,
+            logits_CV,
+            cut.take(target_N, rows),
+            settings.vocabulary.shard,
+            options,
+        )
+        cut.put(statistics_RN, rows, part_RC)
+    return statistics_RN
+
+
+def _add_gradients(
+    sums: LinearGradients,
+    hidden_LH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_N: torch.Tensor,
+    coefficients_RN: torch.Tensor,
+    settings: LinearSettings,
+) -> None:
+    cut = settings.cut
+    buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
+    for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+        dz_CV = ops.shard_gradient(
+            settings.kernels,
+            logits_of(hidden_CH, weight_VH, buffer_CV),
+            cut.take(target_N, rows),
+            settings.vocabulary.shard,
+            settings.options,
+            cut.take(coefficients_RN, rows),
+            inplace=True,
+        )
+        sums.add(rows, dz_CV, hidden_CH, weight_VH)
+
+
+def _accumulator(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> torch.Tensor:
+    """What the weight's gradient is added to: its main_grad where that is precise enough."""
+    if main_grad_VH is not None and main_grad_VH.dtype == statistics_dtype(weight_VH):
+        return main_grad_VH
+    return new_weight_total(weight_VH)
+
 
 CANNOT_BE_CAPTURED = (
     "the fused InfoEntropy linear forms its gradients in the forward pass, which a compiled graph "

@@ -1,4 +1,4 @@
-"""Tokens cut into chunks, and what is computed and gathered of one chunk in a forward pass.
+"""Tokens cut into chunks: what is computed and gathered of one, and where its gradients go.
 
 Shapes: L rows of this rank's hidden states (a slice of the sequence under sequence parallelism, all
 tokens otherwise), N tokens of all slices, C tokens of one chunk, H hidden size, V columns of this
@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import Kernels, Options
+from megatron_infoentropy.kernels.contract import Kernels, Options, statistics_dtype
 from megatron_infoentropy.loss.collective import (
     Group,
+    RowStatistics,
     join_shards,
+    merge_shards,
     shards_are_compared,
     world_and_rank,
 )
 from megatron_infoentropy.loss.layout import Vocabulary
-from megatron_infoentropy.loss.merge import RowStatistics, merge_shards
 
 
 class Cut(NamedTuple):
@@ -144,3 +145,126 @@ def start_join(
         return merge_shards(every.view(world, rows, n), columns)
 
     return arrived
+
+
+CONVERTED_BYTES = 1 << 25  # of one fp32 copy of 16-bit columns, on a CPU
+
+
+class LinearGradients:
+    """The gradients by hidden states and by weight, chunk by chunk.
+
+    Hidden states: each rank has the part of its own columns; the sum over ranks is formed once a
+    chunk, an all-reduce (or, where ranks hold slices, a reduce-scatter) under the weight's product.
+    Weight: added up over chunks in fp32 (fp64 for fp64), whatever its dtype.
+    """
+
+    def __init__(
+        self,
+        hidden_LH: torch.Tensor | None,
+        weight_total_VH: torch.Tensor | None,
+        cut: Cut,
+        group: Group | None,
+    ) -> None:
+        """hidden_LH: where its gradient goes, every element is written; weight_total_VH: what the
+        weight's is added to; None where a gradient is not needed."""
+        self.hidden_LH, self.weight_total_VH = hidden_LH, weight_total_VH
+        self._cut, self._group = cut, group
+        self._reducing: tuple[dist.Work | None, torch.Tensor] | None = None
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether anything is to be added at all."""
+        return self.hidden_LH is not None or self.weight_total_VH is not None
+
+    def add(
+        self, rows: slice, dz_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor
+    ) -> None:
+        """Of one chunk, from the gradient by its logits."""
+        if self.hidden_LH is not None:
+            self._wait()  # one reduction under way at a time: one chunk's memory
+            self._reducing = self._reduce(self.hidden_LH[rows], dz_CV, weight_VH)
+        if self.weight_total_VH is not None:
+            add_product(self.weight_total_VH, dz_CV, hidden_CH)
+
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(by hidden states, by weight), once every chunk was added."""
+        self._wait()
+        return self.hidden_LH, self.weight_total_VH
+
+    def _reduce(
+        self, out_LH: torch.Tensor, dz_CV: torch.Tensor, weight_VH: torch.Tensor
+    ) -> tuple[dist.Work | None, torch.Tensor]:
+        if self._cut.slices > 1:
+            # Into a tensor made beforehand, as all products here: autocast leaves those alone.
+            mine_CH = weight_VH.new_empty((len(dz_CV), weight_VH.shape[1]))
+            torch.mm(dz_CV, weight_VH, out=mine_CH)
+            work = dist.reduce_scatter_tensor(out_LH, mine_CH, group=self._group, async_op=True)
+            return work, mine_CH
+        torch.mm(dz_CV, weight_VH, out=out_LH)
+        if world_and_rank(self._group)[0] == 1:
+            return None, out_LH
+        return dist.all_reduce(out_LH, group=self._group, async_op=True), out_LH
+
+    def _wait(self) -> None:
+        if self._reducing is not None and self._reducing[0] is not None:
+            self._reducing[0].wait()
+        self._reducing = None
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError under create_graph=True: torch would quietly take it for constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused InfoEntropy linear has no second derivative; call backward or "
+            "torch.autograd.grad without create_graph=True"
+        )
+
+
+def main_grad_of(weight_VH: torch.Tensor, settings: LinearSettings) -> torch.Tensor | None:
+    """Where a data-parallel wrapper keeps the weight's gradient, if it does and it is asked for."""
+    found: torch.Tensor | None = getattr(weight_VH, "main_grad", None)
+    return found if settings.into_main_grad else None
+
+
+def new_weight_total(weight_VH: torch.Tensor) -> torch.Tensor:
+    """Zeros to add the weight's gradient to."""
+    return torch.zeros_like(weight_VH, dtype=statistics_dtype(weight_VH))
+
+
+def add_product(total_VH: torch.Tensor, dz_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+    """total += dz^T hidden, in the precision of the total.
+
+    16-bit factors with an fp32 total are one matrix product on a GPU, which multiplies 16-bit
+    numbers and adds in fp32 anyway. PyTorch has none on a CPU: there blocks of columns are
+    converted, exactly, and multiplied in fp32.
+    """
+    if total_VH.dtype == dz_CV.dtype:
+        total_VH.addmm_(dz_CV.t(), hidden_CH)
+    elif total_VH.is_cuda:
+        torch.addmm(total_VH, dz_CV.t(), hidden_CH, out_dtype=total_VH.dtype, out=total_VH)
+    else:
+        hidden_CH = hidden_CH.to(total_VH.dtype)
+        step = max(1, CONVERTED_BYTES // (len(dz_CV) * total_VH.itemsize))
+        for start in range(0, len(total_VH), step):
+            dz = dz_CV[:, start : start + step].to(total_VH.dtype)
+            total_VH[start : start + step].addmm_(dz.t(), hidden_CH)
+
+
+def deliver_weight_gradient(
+    total_VH: torch.Tensor, weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None
+) -> torch.Tensor | None:
+    """What autograd gets as the weight's gradient; with a main_grad the total goes there.
+
+    Then it is, as with Megatron's own fused accumulation, a tensor without meaning, that makes the
+    hooks of data-parallel wrappers run: they look at `grad_added_to_main_grad`. It must be zeros
+    (`zero_out_wgrad`) where autograd adds another gradient to it, that of a tied embedding.
+    """
+    if main_grad_VH is None:
+        return total_VH.to(weight_VH.dtype)
+    if total_VH is not main_grad_VH:
+        main_grad_VH.add_(total_VH)
+    if not hasattr(weight_VH, "grad_added_to_main_grad"):
+        return None
+    weight_VH.grad_added_to_main_grad = True
+    zeros = getattr(weight_VH, "zero_out_wgrad", False)
+    return torch.zeros_like(weight_VH) if zeros else torch.empty_like(weight_VH)

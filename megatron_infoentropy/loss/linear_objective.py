@@ -20,24 +20,26 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
-from megatron_infoentropy.loss.collective import world_and_rank
+from megatron_infoentropy.loss.collective import RowStatistics, world_and_rank
 from megatron_infoentropy.loss.linear_chunks import (
+    LinearGradients,
     LinearSettings,
+    deliver_weight_gradient,
     hidden_chunks,
     logits_of,
-    start_join,
-)
-from megatron_infoentropy.loss.linear_gradients import (
-    LinearGradients,
-    deliver_weight_gradient,
     main_grad_of,
     new_weight_total,
     refuse_second_derivative,
+    start_join,
 )
-from megatron_infoentropy.loss.merge import RowStatistics
 from megatron_infoentropy.loss.objective import TokenSums, token_sums
-from megatron_infoentropy.loss.statistics import TokenStatistics
-from megatron_infoentropy.loss.token import TokenResults, Upstream, coefficients, token_results
+from megatron_infoentropy.loss.statistics import (
+    TokenResults,
+    TokenStatistics,
+    Upstream,
+    coefficients,
+    token_results,
+)
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 

@@ -17,7 +17,7 @@ import torch
 
 from megatron_infoentropy.kernels import native, reference
 from megatron_infoentropy.kernels.contract import MAX, SCALE, SHIFT, SLOPE, Kernels, Options, Shard
-from megatron_infoentropy.loss.merge import merge_shards
+from megatron_infoentropy.loss.collective import merge_shards
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 OPTIONS = [

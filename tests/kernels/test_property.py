@@ -14,8 +14,8 @@ from oracle import dense_statistics, meant, uniform_cross_entropy
 
 from megatron_infoentropy.kernels import select
 from megatron_infoentropy.kernels.contract import Options, Shard
-from megatron_infoentropy.loss.merge import merge_shards
-from megatron_infoentropy.loss.token import Upstream, coefficients, token_results
+from megatron_infoentropy.loss.collective import merge_shards
+from megatron_infoentropy.loss.statistics import Upstream, coefficients, token_results
 
 IGNORED = -100
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
