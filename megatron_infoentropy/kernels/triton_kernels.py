@@ -60,7 +60,7 @@ def shard_statistics(
     logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
 ) -> torch.Tensor:
     """See `kernels.contract`."""
-    from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
+    from megatron_infoentropy.kernels.triton_device import statistics_kernel
 
     n = logits_NV.shape[0]
     statistics_RN = logits_NV.new_empty((options.rows, n), dtype=torch.float32)
@@ -100,7 +100,7 @@ def shard_gradient(
     out_NV: torch.Tensor,
 ) -> None:
     """See `kernels.contract`."""
-    from megatron_infoentropy.kernels.triton_gradient import gradient_kernel
+    from megatron_infoentropy.kernels.triton_device import gradient_kernel
 
     n, width = logits_NV.shape
     if n == 0:

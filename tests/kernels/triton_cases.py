@@ -21,7 +21,7 @@ from megatron_infoentropy.kernels.contract import (
     Options,
     Shard,
 )
-from megatron_infoentropy.kernels.triton_logits import meaning
+from megatron_infoentropy.kernels.triton_device import meaning
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,9 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_infoentropy.kernels.triton_gradient import gradient_kernel
+from megatron_infoentropy.kernels.triton_device import gradient_kernel, statistics_kernel
 from megatron_infoentropy.kernels.triton_kernels import LOADS, THREADS, WARPS, register_bound
-from megatron_infoentropy.kernels.triton_statistics import statistics_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
