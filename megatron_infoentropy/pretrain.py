@@ -25,22 +25,20 @@ def prepare() -> tuple[Any, Any]:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_infoentropy.integration import arguments, lineage
+    from megatron_infoentropy.integration import arguments
     from megatron_infoentropy.integration.batch import embedding_ranks
     from megatron_infoentropy.integration.compat import model_config_from_args
-    from megatron_infoentropy.integration.global_batch import GlobalBatchWeight
-    from megatron_infoentropy.integration.model_size import announce_size
-    from megatron_infoentropy.integration.observe import TokenObserver, observed
-    from megatron_infoentropy.integration.step import InfoEntropyForwardStep
+    from megatron_infoentropy.integration.observe import TokenObserver, announce_size, observed
+    from megatron_infoentropy.integration.step import GlobalBatchWeight, InfoEntropyForwardStep
 
     parse_and_validate_args(extra_args_provider=arguments.add_trainer_args)
     args = get_args()
     config = arguments.config_from_args(args)
     arguments.check_megatron_args(args, config)
     print_rank_0(f"objective: {config}")
-    saved = lineage.saved_arguments(args)
-    lineage.check_rope_scaling(saved, args)
-    difference = None if saved is None else lineage.other_objective(saved, config)
+    saved = arguments.saved_arguments(args)
+    arguments.check_rope_scaling(saved, args)
+    difference = None if saved is None else arguments.other_objective(saved, config)
     if difference is not None:
         print_rank_0(f"WARNING: {difference}")
     if arguments.require_per_token_loss(args, config):

@@ -30,7 +30,7 @@ from megatron_infoentropy.launch.run_folder import (
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
 
-# Of integration.lineage, for a checkpoint of which no run.json told before.
+# Of integration.arguments, for a checkpoint of which no run.json told before.
 OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
 
 

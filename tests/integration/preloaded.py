@@ -15,7 +15,7 @@ import megatron.training.training  # noqa: E402, F401
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
-from megatron_infoentropy.integration import batch, lineage, model_size, step  # noqa: E402, F401
+from megatron_infoentropy.integration import arguments, batch, observe, step  # noqa: E402, F401
 from megatron_infoentropy.launch import parsed  # noqa: E402, F401
 
 # Documents of --mock-data: the index of its own 100,000 takes longer than a training.

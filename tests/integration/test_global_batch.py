@@ -8,7 +8,7 @@ import torch
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 
-from megatron_infoentropy.integration import global_batch
+from megatron_infoentropy.integration import step
 
 
 class Chunk:
@@ -28,7 +28,7 @@ def summed(monkeypatch):
         total.mul_(2 if group == "data with weight shards" else 1)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(global_batch, "finalize_model_grads", lambda *_, **__: None)
+    monkeypatch.setattr(step, "finalize_model_grads", lambda *_, **__: None)
     return groups
 
 
@@ -41,7 +41,7 @@ def summed(monkeypatch):
     ],
 )
 def test_weights_are_summed_over_every_rank_that_has_tokens(summed, more, data):
-    chunk, weight = Chunk(), global_batch.GlobalBatchWeight()
+    chunk, weight = Chunk(), step.GlobalBatchWeight()
     for part in (1.0, 3.0):
         weight.add(torch.tensor(part))
     groups = SimpleNamespace(pp="pipeline", dp_cp="data", **more)
@@ -51,7 +51,7 @@ def test_weights_are_summed_over_every_rank_that_has_tokens(summed, more, data):
 
 
 def test_losses_are_divided_by_what_the_gradients_are_multiplied_with(summed):
-    chunk, weight = Chunk(), global_batch.GlobalBatchWeight(tokens=3000)
+    chunk, weight = Chunk(), step.GlobalBatchWeight(tokens=3000)
     assert weight.unit == 4096
     weight.add(torch.tensor(8.0))
     weight.finalize_model_grads([chunk], pg_collection=SimpleNamespace(pp=None, dp_cp=None))
@@ -60,7 +60,7 @@ def test_losses_are_divided_by_what_the_gradients_are_multiplied_with(summed):
 
 @pytest.mark.parametrize("total", [0.0, 1e-40, math.nan])
 def test_gradients_without_a_weight_stay_finite_and_nan_is_seen(summed, total):
-    chunk, weight = Chunk(), global_batch.GlobalBatchWeight(tokens=2**30)
+    chunk, weight = Chunk(), step.GlobalBatchWeight(tokens=2**30)
     weight.add(torch.tensor(total))
     weight.finalize_model_grads([chunk], pg_collection=SimpleNamespace(pp=None, dp_cp=None))
     assert math.isnan(chunk.scale) == math.isnan(total)
@@ -73,5 +73,5 @@ def test_a_wrapper_that_does_not_scale_gradients_is_refused(summed):
             torch.nn.Module.__init__(self)
 
     with pytest.raises(ValueError, match="which Wrapper does not do; use 'paper' or 'none'"):
-        global_batch.GlobalBatchWeight().finalize_model_grads([Wrapper()])
+        step.GlobalBatchWeight().finalize_model_grads([Wrapper()])
     assert DistributedDataParallel.scale_gradients is not _BaseDataParallel.scale_gradients

@@ -8,7 +8,7 @@ import pytest
 from launch import TINY_MODEL, run_trainer
 
 from megatron_infoentropy import InfoEntropyConfig
-from megatron_infoentropy.integration.lineage import check_rope_scaling, other_objective
+from megatron_infoentropy.integration.arguments import check_rope_scaling, other_objective
 
 
 def saved_by(config, without=()):

@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from megatron_infoentropy import TokenStatistics
-from megatron_infoentropy.integration.histogram import Histogram
-from megatron_infoentropy.integration.observe import TokenObserver
+from megatron_infoentropy.integration.observe import Histogram, TokenObserver
 
 WANDB_HEADER, LOG_BLOCK = 7, 32768
 
