@@ -30,9 +30,9 @@ def study(
 
     Ended by whatever, the same command goes on where it was.
     """
-    from megatron_infoentropy.study import runner, states, workers
+    from megatron_infoentropy.study import runner, states
     from megatron_infoentropy.study.plan import load_study
-    from megatron_infoentropy.study.slurm import write_script
+    from megatron_infoentropy.study.states import write_script
 
     def say(line: str) -> None:
         out.print(line)
@@ -44,7 +44,7 @@ def study(
     elif slurm:
         say(f"{write_script(plan, output, jobs)}: see there how to submit it")
     else:
-        with workers.terminated_as_interrupted():
+        with runner.terminated_as_interrupted():
             if only is not None:
                 page = states.do_part(plan, output, only)
             else:

@@ -1,6 +1,7 @@
 """The `--infoentropy-*` flags, generated from InfoEntropyConfig, and what they cannot go with.
 
-Megatron saves all arguments in every checkpoint, ours among them: a run can tell whether it goes on with the same.
+Megatron saves all arguments in every checkpoint, ours among them: a run can tell whether it goes on
+with the same.
 """
 
 import argparse

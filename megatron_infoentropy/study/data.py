@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from megatron_infoentropy.data.manifest import MANIFEST
-from megatron_infoentropy.study.hashes import hash_files, hashes_of
 from megatron_infoentropy.study.ledger import (
     Given,
     Step,
     digest_of,
+    hash_files,
+    hashes_of,
     read_given,
     read_progress,
     run_steps,
 )
-from megatron_infoentropy.study.plan import SPLITS, Study
-from megatron_infoentropy.study.reading import StudyError
+from megatron_infoentropy.study.plan import SPLITS, Study, StudyError
 
 FOLDER = "data"
 _SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")

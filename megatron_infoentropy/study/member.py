@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe
 from megatron_infoentropy.study.data import Places, places
-from megatron_infoentropy.study.hashes import hash_files, hashes_of
-from megatron_infoentropy.study.ledger import Step, run_steps
+from megatron_infoentropy.study.ledger import Step, hash_files, hashes_of, run_steps
 from megatron_infoentropy.study.plan import Member, Study, Tasks
 
 CHECKPOINTS, CACHE = "checkpoints", "cache"

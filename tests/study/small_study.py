@@ -79,7 +79,7 @@ def did(output: Path, name: str) -> list[str]:
 
 
 if __name__ == "__main__":  # a worker: STUDY OUTPUT PART
-    from megatron_infoentropy.study.workers import terminated_as_interrupted
+    from megatron_infoentropy.study.runner import terminated_as_interrupted
 
     fake_steps()
     with terminated_as_interrupted():

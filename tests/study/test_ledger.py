@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
-from megatron_infoentropy.study.reading import StudyError
+from megatron_infoentropy.study.plan import StudyError
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from small_study import write_study
 
-from megatron_infoentropy.study import hashes
+from megatron_infoentropy.study import ledger
 from megatron_infoentropy.study.data import find_digest, prepare
-from megatron_infoentropy.study.hashes import hash_files, hashes_of
-from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
+from megatron_infoentropy.study.ledger import Step, hash_files, hashes_of, read_progress, run_steps
 
 TEXT_STUDY = """
     recipe: recipe.yaml
@@ -21,13 +20,13 @@ TEXT_STUDY = """
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that were read, in any order."""
-    names, real = [], hashes.hashlib.file_digest
+    names, real = [], ledger.hashlib.file_digest
 
     def file_digest(file, name):
         names.append(Path(file.name).name)
         return real(file, name)
 
-    monkeypatch.setattr(hashes.hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(ledger.hashlib, "file_digest", file_digest)
     return names
 
 

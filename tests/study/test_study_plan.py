@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from small_study import TEXT, write_study
 
-from megatron_infoentropy.study.plan import load_study
-from megatron_infoentropy.study.reading import StudyError
+from megatron_infoentropy.study.plan import StudyError, load_study
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml"))
 

@@ -11,8 +11,8 @@ import small_study
 from small_study import did, fake_steps, write_study
 
 from megatron_infoentropy.study import member, runner, states
+from megatron_infoentropy.study.runner import terminated_as_interrupted
 from megatron_infoentropy.study.states import StudyFailed, duration, find_states
-from megatron_infoentropy.study.workers import terminated_as_interrupted
 
 NAMES = ["cross_entropy-seed1", "infoentropy-gamma1-seed1",
          "cross_entropy-seed2", "infoentropy-gamma1-seed2"]  # fmt: skip
