@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_infoentropy.bench.provenance import provenance
+from megatron_infoentropy.bench.results import provenance
 
 torch.set_num_threads(2)
 HEADS = ("test", "outcome", "seconds")

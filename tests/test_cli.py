@@ -163,7 +163,7 @@ def test_doctor_names_what_matters():
 
 
 def test_results_without_a_commit_are_refused(tmp_path, monkeypatch):
-    from megatron_infoentropy.bench.provenance import provenance
+    from megatron_infoentropy.bench.results import provenance
 
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="only with the commit they belong to"):

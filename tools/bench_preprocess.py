@@ -255,7 +255,7 @@ def main() -> None:
     for engine, found in models.items():
         sys.stdout.write(f"{engine}: { {key: round(value, 5) for key, value in found.items()} }\n")
     if chosen.output:
-        from megatron_infoentropy.bench.provenance import provenance
+        from megatron_infoentropy.bench.results import provenance
 
         facts = {**provenance(), "tokenizers": version("tokenizers"), "text": chosen.text.name}
         facts |= {

@@ -88,7 +88,7 @@ assert reasons['triton'] is reasons['cuda'] is None, reasons
 import transformer_engine.pytorch, liger_kernel  # absent, they would only be listed as such
 print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, core.__version__)" || return 1
   local lines
-  lines=$("$python" -c "import csv, sys; from megatron_infoentropy.bench.provenance import provenance
+  lines=$("$python" -c "import csv, sys; from megatron_infoentropy.bench.results import provenance
 facts = provenance(); csv.writer(sys.stdout, lineterminator='\n').writerows([facts, facts.values()])") || return 1
   facts=${lines#*$'\n'}
   [ -e "$out/steps.csv" ] || echo "step,outcome,seconds,${lines%%$'\n'*}" >"$out/steps.csv"

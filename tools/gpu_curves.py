@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.bench.provenance import provenance
+from megatron_infoentropy.bench.results import provenance
 from megatron_infoentropy.evaluate.runlog import Values, read_log
 from megatron_infoentropy.launch.machine import machine_environment, machine_flags
 from megatron_infoentropy.launch.recipe import load_recipe, to_command_line

@@ -40,7 +40,7 @@ def run_features() -> None:
     """Run every feature's tests here; replaces this device's result file."""
     import torch
 
-    from megatron_infoentropy.bench.provenance import provenance
+    from megatron_infoentropy.bench.results import provenance
 
     here = {"cpu"} if not torch.cuda.is_available() else {"gpu"}
     if torch.cuda.device_count() > 1:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from megatron_infoentropy.bench.clock import Clock, clock_for
-from megatron_infoentropy.bench.provenance import provenance
+from megatron_infoentropy.bench.results import provenance
 from megatron_infoentropy.evaluate.chunks import Scoring, chunk_batches, score_chunk
 from megatron_infoentropy.evaluate.dataset import Domain, TokenDataset
 from megatron_infoentropy.evaluate.files import write_atomically

@@ -16,8 +16,7 @@ import torch
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.clock import clock_for
-from megatron_infoentropy.bench.memory import peak_mib
+from megatron_infoentropy.bench.clock import clock_for, peak_mib
 from megatron_infoentropy.bench.passes import spread
 from megatron_infoentropy.bench.results import Row, row_of_case
 from megatron_infoentropy.loss.linear import (

@@ -1,7 +1,10 @@
 """What is measured: each provider turns a shard of logits and targets into a scalar to minimise.
 
 A provider is made for a setting and may refuse it; what refused is listed with its reason, so that
-nothing is silently absent. Ours are here, everybody else's in `peers`.
+nothing is silently absent. Everybody else's loss is measured as its users call it, and its package
+imported only then: `paper eager` is the published training code's loss written in plain PyTorch;
+`megatron unfused` and `megatron fused` are Megatron-Core's own two, `fused` compiled by torch as
+its users get it.
 """
 
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.bench.cases import Case
@@ -145,3 +149,196 @@ def _ours(
         return loss
 
     return Provider(name, make, computes, is_ours=True)
+
+
+def peers() -> list[Provider]:
+    """All of them, whether or not they are installed."""
+    return [
+        Provider("torch", _torch),
+        Provider("torch compiled", _torch_compiled),
+        Provider("megatron unfused", _megatron_unfused),
+        Provider("megatron fused", _megatron_fused),
+        Provider("transformer engine", _transformer_engine),
+        Provider("transformer engine in place", _transformer_engine_in_place),
+        Provider("liger", _liger, gradient_in_forward=True),
+        Provider("liger vocab-parallel", _liger_vocab_parallel),
+        Provider("flash-attn", _flash_attention),
+        Provider("quack", _quack),
+        Provider("trl", _trl, "infoentropy"),
+        Provider("paper eager", _paper, "infoentropy"),
+        Provider("paper compiled", _paper_compiled, "infoentropy"),
+    ]
+
+
+def _torch(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return F.cross_entropy
+
+
+def _torch_compiled(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return _compiled(setting, _cross_entropy)
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def _paper(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return paper_loss
+
+
+def _paper_compiled(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    return _compiled(setting, paper_loss)
+
+
+def paper_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The published formula step by step, the probability clamp at 1e-8 included; gamma 1."""
+    ce = F.cross_entropy(logits, target, reduction="none")
+    p = logits.detach().softmax(-1).clamp(1e-8, 1.0)
+    weight = 1 + -(p * p.log()).sum(-1)
+    return (ce * weight / weight.mean()).mean()
+
+
+def _compiled(setting: Setting, loss: Loss) -> Loss:
+    _refuse_uncompiled(setting)
+    compiled: Loss = torch.compile(loss, dynamic=False)
+    return compiled
+
+
+def _refuse_uncompiled(setting: Setting) -> None:
+    if not setting.case.compiled:
+        raise Unavailable("compiled providers were left out of this case, to save time")
+
+
+def _megatron_unfused(setting: Setting) -> Loss:
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # Overwrites fp32 logits by their softmax and that by the gradient, as in its trainer.
+        return _mean(vocab_parallel_cross_entropy(logits, target, tp_group=setting.group))
+
+    return loss
+
+
+def _megatron_fused(setting: Setting) -> Loss:
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    _refuse_uncompiled(setting)
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(fused_vocab_parallel_cross_entropy(logits, target, setting.group))
+
+    return loss
+
+
+def _transformer_engine(setting: Setting, *, overwrite: bool = False) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+    except ImportError as error:
+        raise Unavailable(_not_installed("transformer_engine", error)) from None
+    # Told of the overwriting only where wanted: releases before it do not know the word.
+    words: dict[str, Any] = {"overwrite_input": True} if overwrite else {}
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows, targets = logits.unsqueeze(1), target.unsqueeze(1)  # [sequence, batch, V]
+        return _mean(
+            parallel_cross_entropy(rows, targets, dist_process_group=setting.group, **words)
+        )
+
+    return loss
+
+
+def _transformer_engine_in_place(setting: Setting) -> Loss:
+    return _transformer_engine(setting, overwrite=True)
+
+
+def _liger(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("liger_kernel", error)) from None
+    loss: Loss = LigerCrossEntropyLoss()
+    return loss
+
+
+def _liger_vocab_parallel(setting: Setting) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from liger_kernel.megatron.cross_entropy import LigerMegatronCrossEntropy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("liger_kernel.megatron", error)) from None
+    per_token = LigerMegatronCrossEntropy()
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(per_token(logits.unsqueeze(1), target.unsqueeze(1), setting.group))
+
+    return loss
+
+
+def _flash_attention(setting: Setting) -> Loss:
+    _refuse_cpu(setting)
+    try:
+        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("flash_attn", error)) from None
+    group = setting.group if setting.case.tensor_parallel > 1 else None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses, _ = cross_entropy_loss(logits, target, inplace_backward=True, process_group=group)
+        return _mean(losses)
+
+    return loss
+
+
+def _quack(setting: Setting) -> Loss:
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Unavailable(_not_installed("quack", error)) from None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _mean(cross_entropy(logits, target, reduction="none", inplace_backward=True))
+
+    return loss
+
+
+def _trl(setting: Setting) -> Loss:
+    """TRL's one pass for log-probability and entropy, weighted as the paper does."""
+    setting.refuse_shards()
+    _refuse_cpu(setting)
+    try:
+        from trl.kernels.logprob_entropy import (  # type: ignore[import-not-found]
+            selective_log_softmax_and_entropy,
+        )
+    except ImportError as error:
+        raise Unavailable(_not_installed("trl", error)) from None
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        log_p, entropy = selective_log_softmax_and_entropy(logits, target)
+        weight: torch.Tensor = 1 + entropy.detach()
+        weighted: torch.Tensor = -(weight * log_p).sum() / weight.sum()
+        return weighted
+
+    return loss
+
+
+def _refuse_cpu(setting: Setting) -> None:
+    if setting.device.type != "cuda":
+        raise Unavailable("its kernels need a GPU")
+
+
+def _not_installed(package: str, error: ImportError) -> str:
+    missing = isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]
+    return "it is not installed" if missing else f"it cannot be imported ({error})"
+
+
+def _mean(losses: torch.Tensor) -> torch.Tensor:
+    return losses.mean()

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.bench.clock import EventClock, WallClock
-from megatron_infoentropy.bench.memory import meter_for
+from megatron_infoentropy.bench.clock import EventClock, WallClock, meter_for
 from megatron_infoentropy.bench.recipe_rows import RankResult
 from megatron_infoentropy.runtime import cpu, orphans
 from megatron_infoentropy.runtime.device import find_device
@@ -41,8 +40,7 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
     """`main` where Megatron may be imported already; the command line is the training's."""
     from megatron.training import get_args
 
-    from megatron_infoentropy.bench.recipe_losses import choose, contenders
-    from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
+    from megatron_infoentropy.bench.recipe_losses import TurnTakingStep, choose, contenders, turns
     from megatron_infoentropy.pretrain import prepare, run
 
     container, ours = prepare()

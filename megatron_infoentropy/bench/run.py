@@ -19,13 +19,19 @@ from torch.multiprocessing.spawn import spawn
 from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.counters import dram_bytes
-from megatron_infoentropy.bench.experiment import prepare
 from megatron_infoentropy.bench.fused_linear import compare_fused_linear
 from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.losses import measure_losses
-from megatron_infoentropy.bench.provenance import file_name, provenance
+from megatron_infoentropy.bench.passes import prepare
 from megatron_infoentropy.bench.providers import Setting, Unavailable, failure
-from megatron_infoentropy.bench.results import Row, read_csv, row_of_case, write_csv
+from megatron_infoentropy.bench.results import (
+    Row,
+    file_name,
+    provenance,
+    read_csv,
+    row_of_case,
+    write_csv,
+)
 from megatron_infoentropy.bench.step_rows import compare_steps
 from megatron_infoentropy.runtime.device import Device, find_device
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.clock import Clock, clock_for
-from megatron_infoentropy.bench.memory import peak_mib
+from megatron_infoentropy.bench.clock import Clock, clock_for, peak_mib
 from megatron_infoentropy.bench.parts import PartTimes
 from megatron_infoentropy.bench.passes import ratio, spread
 from megatron_infoentropy.bench.results import Row, row_of_case

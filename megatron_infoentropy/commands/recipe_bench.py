@@ -45,7 +45,7 @@ def bench_recipe(
     tokens are made up.
     """
     from megatron_infoentropy.bench.recipe_run import bench_recipe as run
-    from megatron_infoentropy.bench.recipe_table import recipe_tables
+    from megatron_infoentropy.bench.recipe_run import recipe_tables
     from megatron_infoentropy.bench.table import WIDTH
 
     settings = {

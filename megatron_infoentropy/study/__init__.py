@@ -2,9 +2,8 @@
 
 plan      the YAML file, read and checked: recipe, grid, seeds, data, evaluation
 ledger    which steps of a run are finished, proven by the hashes of what they wrote
-hashes    SHA-256 of files, read again only where size or time differ
 member    one run of the grid: train, export, evaluate, tasks
 data      what the runs train on and are scored on
 runner    the runs in processes of their own, some side by side; the report at the end
-slurm     the same as a job array
+states    how far each run is; the same as a Slurm job array
 """

@@ -12,9 +12,7 @@ A step is finished if its key is the wanted one and every file still has its has
 size and time of change are as recorded is not read again. So a change of
 the study redoes what depends on it and nothing else, and nothing half-written is taken for whole.
 
-SHA-256 of files, read again only where size or time of change are not those recorded.
-
-A record is [size in bytes, mtime in ns, sha256], as `study.json` holds it.
+A record of a file is [size in bytes, mtime in ns, sha256], as `study.json` holds it.
 """
 
 import fcntl

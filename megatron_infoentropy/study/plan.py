@@ -11,7 +11,7 @@ grid:                           # lists are crossed; with them, every seed
 data: {corpus-megabytes: 12, vocab-size: 4096}
 evaluate: {split: test, max-tokens: 200000}
 
-Small checks of what a YAML file says, each error naming the key, the value and what to do.
+Each error names the key, the value and what to do.
 """
 
 from collections.abc import Collection

@@ -4,7 +4,7 @@ Every run is a process of its own, so that one that fails, or is killed for its 
 other with it. Its words are kept in OUTPUT/logs/NAME.log and passed on, with its place in the study
 and the time left.
 
-A part of a study in a process of its own: `infoentropy study --only PART`.
+Such a process is `infoentropy study --only PART`.
 """
 
 import os

@@ -1,6 +1,6 @@
 """How far a study is, run by run; its parts, done in this process; its report.
 
-A study as a Slurm job array: one task for the data, one for every run, one for the report.
+As a Slurm job array a study is one task for the data, one for every run, one for the report.
 """
 
 import shlex

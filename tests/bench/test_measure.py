@@ -8,17 +8,20 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_infoentropy.bench import limits, losses, run
+from megatron_infoentropy.bench import kernel_rows, losses, run
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.clock import clock_for
-from megatron_infoentropy.bench.experiment import prepare
+from megatron_infoentropy.bench.clock import clock_for, peak_mib
 from megatron_infoentropy.bench.kernel_rows import measure_kernels
-from megatron_infoentropy.bench.memory import peak_mib
-from megatron_infoentropy.bench.passes import ratio, spread, time_in_turn
-from megatron_infoentropy.bench.peers import peers
-from megatron_infoentropy.bench.providers import Provider, Setting, Unavailable, in_place, ours
-from megatron_infoentropy.bench.rehearsal import rehearse
-from megatron_infoentropy.bench.truth import Truth
+from megatron_infoentropy.bench.losses import Truth, rehearse
+from megatron_infoentropy.bench.passes import prepare, ratio, spread, time_in_turn
+from megatron_infoentropy.bench.providers import (
+    Provider,
+    Setting,
+    Unavailable,
+    in_place,
+    ours,
+    peers,
+)
 from megatron_infoentropy.runtime.device import Device
 
 LOGITS_BYTES = 12 * 70 * 4
@@ -72,8 +75,8 @@ def test_kernels_are_held_against_what_bounds_them(experiment):
 
 
 def test_without_the_roofline_a_copy_of_the_same_logits_is_the_limit(experiment, monkeypatch):
-    monkeypatch.setattr(limits.native, "why_unavailable", lambda device, dtype: "not built")
-    found, rows = limits.limits_of(experiment, [3.0, 4.0, 8.0])
+    monkeypatch.setattr(kernel_rows.native, "why_unavailable", lambda device, dtype: "not built")
+    found, rows = kernel_rows.limits_of(experiment, [3.0, 4.0, 8.0])
     assert rows == []
     assert {step: (limit.name, limit.ms) for step, limit in found.items()} == {
         "copy": ("copy", 4.0),

@@ -11,8 +11,7 @@ from close import assert_within
 from oracle import dense_statistics
 
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.peers import peers
-from megatron_infoentropy.bench.providers import LABEL_SMOOTHING, SOFTCAP, Unavailable, ours
+from megatron_infoentropy.bench.providers import LABEL_SMOOTHING, SOFTCAP, Unavailable, ours, peers
 
 NEED_A_GPU = {"liger", "liger vocab-parallel", "flash-attn", "quack", "trl"}
 NEED_A_GPU |= {"transformer engine", "transformer engine in place"}

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from megatron_infoentropy.bench.parts import PARTS
+from megatron_infoentropy.bench.recipe_losses import TurnTakingStep, turns
 from megatron_infoentropy.bench.recipe_rows import RankResult, rows_of
-from megatron_infoentropy.bench.recipe_run import bench_recipe
-from megatron_infoentropy.bench.recipe_steps import TurnTakingStep, turns
-from megatron_infoentropy.bench.recipe_table import recipe_tables
+from megatron_infoentropy.bench.recipe_run import bench_recipe, recipe_tables
 
 
 class Loss(NamedTuple):

@@ -9,8 +9,15 @@ import pytest
 from megatron_infoentropy.bench import run
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.plot import plot
-from megatron_infoentropy.bench.provenance import commit_of_this_tree, file_name, provenance
-from megatron_infoentropy.bench.results import Row, read_csv, row_of_case, write_csv
+from megatron_infoentropy.bench.results import (
+    Row,
+    commit_of_this_tree,
+    file_name,
+    provenance,
+    read_csv,
+    row_of_case,
+    write_csv,
+)
 from megatron_infoentropy.bench.table import WHOLE_TABLES, not_measured, tables
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +114,7 @@ def test_a_run_writes_a_file_named_by_device_and_month(tmp_path, monkeypatch, ro
     [("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla V100-SXM2", "v100")],
 )
 def test_a_gpu_is_named_by_its_model(monkeypatch, device, name):
-    from megatron_infoentropy.bench import provenance as module
+    from megatron_infoentropy.bench import results as module
     from megatron_infoentropy.runtime.device import Device
 
     monkeypatch.setattr(module, "find_device", lambda: Device("cuda", "nccl", 1))
