@@ -8,7 +8,7 @@ from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.providers import Setting
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a process that is a rank cannot do all that others can
 def group(tmp_path_factory):
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
