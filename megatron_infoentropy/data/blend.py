@@ -10,7 +10,6 @@ Weights are shares of the run's tokens, as Megatron understands them.
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_infoentropy.data.manifest import load_manifest
 
+MOST_WEIGHT = 1e30  # beyond it a weight is a slip
 # From pile_sampling_rates.json of the published code, normalised, in percent; they are not the
 # proportions of the Pile, and their origin is not stated there.
 PAPER_WEIGHTS = {
@@ -90,23 +90,21 @@ def shares_of(weights: Mapping[str, object]) -> dict[str, float]:
     """Return weights of any scale as shares: their sum is 1, and only what weighs 0 gets 0.
 
     Raises:
-        ValueError: a weight that is no finite number of 0 or more, only such of 0, or one that is
-            so small beside the others that its share would be 0.
+        ValueError: a weight that is no number from 0 to 1e30 (a slip: their sum must be a number),
+            only such of 0, or one that is nothing (below 1e-30 of all) beside the others.
     """
     for name, weight in weights.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not 0 <= weight <= sys.float_info.max:  # type: ignore[operator]
-            raise ValueError(f"expected a finite weight of 0 or more for {name!r}, got {weight!r}")
+        if not is_number or not 0 <= weight <= MOST_WEIGHT:  # type: ignore[operator]
+            raise ValueError(f"expected a weight from 0 to 1e30 for {name!r}, got {weight!r}")
     numbers = {name: float(weight) for name, weight in weights.items()}  # type: ignore[arg-type]
     largest = max(numbers.values(), default=0.0)
     if largest == 0:
         raise ValueError(f"expected weights of 0 or more, not all 0, got {numbers}")
-    _, exponent = math.frexp(largest)  # a power of two, so that only what overflows is rounded
-    scaled = {name: math.ldexp(number, -exponent) for name, number in numbers.items()}
-    total = math.fsum(scaled.values())
-    shares = {name: number / total for name, number in scaled.items()}
+    total = math.fsum(numbers.values())
+    shares = {name: number / total for name, number in numbers.items()}
     for name, share in shares.items():
-        if numbers[name] and not share:
+        if numbers[name] and share < 1 / MOST_WEIGHT:
             raise ValueError(
                 f"the weight of {name!r}, {numbers[name]}, is nothing beside the largest, "
                 f"{largest}: name 0 to leave it out, or weights that are nearer to each other"
