@@ -198,6 +198,9 @@ def one_cpu_rank() -> Iterator[None]:
         parallel_state.initialize_model_parallel()
         stack.callback(parallel_state.destroy_model_parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
+        # Functions that Megatron compiles cannot be where its calls of CUDA go to the CPU, and were
+        # decorated already if this process had imported it before.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
