@@ -1,4 +1,4 @@
-"""What is measured: shapes of logits, and the grids that `make bench` and `make gpu` run."""
+"""The cases that are measured: shapes of logits, and the grids that `make bench` and `make gpu` run."""
 
 from dataclasses import dataclass, replace
 from itertools import product

@@ -42,7 +42,7 @@ GRADIENT_TOLERANCE = 0.05  # of the largest entry
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one provider: of its loss (nats), and of its gradient, relative to the largest entry."""
+    """Errors of a provider's loss (nats) and of its gradient, relative to the largest entry."""
 
     loss: float
     gradient: float
@@ -59,7 +59,7 @@ class Truth:
         self._known: dict[Computes, tuple[float, torch.Tensor]] = {}
 
     def errors(self, computes: Computes, loss: torch.Tensor, gradient: torch.Tensor) -> Errors:
-        """Of a provider's loss and of its gradient [tokens, columns] of this rank's shard."""
+        """Return the errors of a loss and of this rank's gradient [tokens, columns]."""
         if computes not in self._known:
             self._known[computes] = self._loss_and_rows(computes)
         true_loss, true_rows = self._known[computes]

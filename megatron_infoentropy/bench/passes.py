@@ -19,7 +19,7 @@ SCALE = 3.0  # standard deviation of the logits
 
 @dataclass(frozen=True)
 class Experiment:
-    """What every provider of a case shares."""
+    """The conditions that every provider of a case shares."""
 
     setting: Setting
     logits: torch.Tensor  # [tokens, columns], this rank's shard

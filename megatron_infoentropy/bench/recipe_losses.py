@@ -37,7 +37,7 @@ WARM_UPS = 2  # of every loss: the first builds the optimizer's state, the secon
 
 @dataclass
 class Measured:
-    """What was seen of one loss on this rank."""
+    """The times and memory of one loss on this rank."""
 
     times: list[float] = field(default_factory=list)  # ms of a step, a round each
     parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
