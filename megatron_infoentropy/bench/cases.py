@@ -1,4 +1,4 @@
-"""The cases that are measured: shapes of logits, and the grids that `make bench` and `make gpu` run."""
+"""The cases that are measured: shapes of logits, and the grids of `make bench` and `make gpu`."""
 
 from dataclasses import dataclass, replace
 from itertools import product
