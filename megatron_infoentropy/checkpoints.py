@@ -31,6 +31,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from megatron_infoentropy.files import file_sha256, sync_folder, write_whole
+
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "infoentropy_checkpoints.json"
 MANIFEST = "infoentropy_manifest.json"
@@ -78,7 +80,7 @@ def point_tracker(save: Path, name: str | None) -> None:
     if name is None:
         (save / TRACKER).unlink(missing_ok=True)
     else:
-        _write_whole(save / TRACKER, name)
+        write_whole(save / TRACKER, name)
 
 
 def iterations(save: Path) -> list[int]:
@@ -104,7 +106,7 @@ def begin_record(save: Path) -> None:
         newest = int(named) if named and named != RELEASE else -1
         names = [RELEASE] * (save / RELEASE).is_dir()
         names += [str(it) for it in iterations(save) if it <= newest]
-        _write_whole(save / RECORD, json.dumps({"format": 1, "before": names}) + "\n")
+        write_whole(save / RECORD, json.dumps({"format": 1, "before": names}) + "\n")
 
 
 def saved_by_megatron(save: Path) -> list[str]:
@@ -224,9 +226,9 @@ def write_manifest(folder: Path, *, checksums: bool = True) -> None:
             for path, entry in zip(files, made, strict=True)
         }
     for directory in (folder.parent, folder, *filter(Path.is_dir, paths)):
-        _sync(directory)
+        sync_folder(directory)
     text = json.dumps({"format": FORMAT, "files": entries}, indent=1)
-    _write_whole(folder / MANIFEST, text + "\n")
+    write_whole(folder / MANIFEST, text + "\n")
 
 
 def has_manifest(folder: Path) -> bool:
@@ -265,7 +267,7 @@ def find_damage(folder: Path, *, checksums: bool = True) -> str:
 
 def _entry(path: Path, checksums: bool) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if checksums else None
+        digest = file_sha256(path) if checksums else None
         os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
@@ -300,25 +302,6 @@ def _difference(path: Path, expected: tuple[int, str | None], checksums: bool) -
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return ""
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is either there as a whole, also after a power cut, or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 class ManifestWriter:

@@ -28,11 +28,11 @@ from megatron_infoentropy.bench.clock import Clock, clock_for
 from megatron_infoentropy.bench.results import provenance
 from megatron_infoentropy.evaluate.chunks import Scoring, chunk_batches, score_chunk
 from megatron_infoentropy.evaluate.dataset import Domain, TokenDataset
-from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.journal import Journal
 from megatron_infoentropy.evaluate.model import DTYPES, ScoringModel
 from megatron_infoentropy.evaluate.selection import Selection
 from megatron_infoentropy.evaluate.windows import IGNORED
+from megatron_infoentropy.files import write_atomically
 from megatron_infoentropy.progress import progress
 
 RESAMPLES, INTERVAL = 4000, (0.025, 0.975)

@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 
 from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.files import commit_of, write_atomically
 from megatron_infoentropy.runtime.device import find_device
 
 if TYPE_CHECKING:
@@ -80,22 +80,8 @@ def commit_of_this_tree() -> str:
             raise ValueError(f"INFOENTROPY_COMMIT must be 7 to 40 hex digits, got {named!r}")
         return named[:7]
 
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", *words],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=False,
-                errors="replace",
-            )
-        except FileNotFoundError:  # no git on this machine
-            return ""
-        return done.stdout.strip()
-
-    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
-    if not commit or changed:
+    commit = commit_of(Path(__file__).parents[2])
+    if not commit or commit.endswith("-dirty"):
         raise ValueError(
             "results are written only with the commit they belong to: run from a clone without "
             "uncommitted changes (or, where there is no git, set INFOENTROPY_COMMIT), or leave out "
@@ -193,14 +179,11 @@ def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: 
         if not facts.get(fact):
             raise ValueError(f"a result file needs the {fact} it belongs to; got none")
     names = [field.name for field in dataclasses.fields(rows[0])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with write_atomically(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *facts], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _text(getattr(row, name)) for name in names} | facts)
-    unfinished.replace(path)
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.families import CLASSES
+from megatron_infoentropy.files import commit_of
 
 BASE = "hf_model"  # in the arguments of a checkpoint that was converted: the model's name
 _PREFIX = "infoentropy_"
@@ -35,7 +35,7 @@ def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: 
         "versions at training": run.get("versions"),
         "commit at training": run.get("versions", {}).get("commit"),
         "exported by": f"megatron_infoentropy {_version()}",
-        "commit at export": _commit(),
+        "commit at export": commit_of(Path(__file__).parents[2]),
     }
     rows = "\n".join(f"| {name} | {_text(value)} |" for name, value in facts.items())
     base = _base_model(args)
@@ -114,22 +114,3 @@ def _version() -> str:
         return version("megatron-infoentropy")
     except PackageNotFoundError:
         return "not installed"
-
-
-def _commit() -> str | None:
-    """The commit of the tree that this file is in; None where it is installed from a wheel."""
-    here = Path(__file__).parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            errors="replace",
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import zstandard
 
-from megatron_infoentropy.data.folder import new_folder
+from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import progress
 
 _TOPICS = "pydoc_data/topics.py"

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, pre_tokenizers
 
-from megatron_infoentropy.data.folder import write_synced
 from megatron_infoentropy.data.indexed import Integers
 from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, hf_engine
+from megatron_infoentropy.files import write_whole
 
 LoadEngine = Callable[[str], Engine]  # from the content of a tokenizer.json
 
@@ -74,7 +74,7 @@ def cached_disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
         return points
     points = disagreements(tokenizer_json, load)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, json.dumps(points).encode())
+    write_whole(path, json.dumps(points).encode())
     return points
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_infoentropy.data.blocks import Position
-from megatron_infoentropy.data.folder import write_synced
+from megatron_infoentropy.files import write_whole
 
 JOURNAL = "journal.json"
 Counts = npt.NDArray[np.int64]  # [vocab_size]
@@ -76,7 +76,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         content = {"job": job, "state": asdict(self)}
-        write_synced(folder / JOURNAL, json.dumps(content).encode())
+        write_whole(folder / JOURNAL, json.dumps(content).encode())
         old.unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_infoentropy.data.folder import write_synced
+from megatron_infoentropy.files import write_whole
 
 PILE_DOMAIN = "meta.pile_set_name"
 AUTO = "auto"
@@ -162,7 +162,7 @@ class Manifest:
             "token_counts": TOKEN_COUNTS,
             "token_counts_sha256": self.token_counts_sha256,
         }
-        write_synced(self.folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+        write_whole(self.folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.data.folder import new_folder
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path
 from megatron_infoentropy.data.journal import DomainTally
 from megatron_infoentropy.data.manifest import (
@@ -23,6 +22,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.writer import DatasetWriter, Written, finish
+from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import Advance, progress
 
 _LENGTHS = "lengths"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.data.folder import new_folder
 from megatron_infoentropy.data.indexed import IndexedReader, Integers
 from megatron_infoentropy.data.journal import DomainTally
 from megatron_infoentropy.data.manifest import OUTPUT_FILES, Manifest, load_manifest
 from megatron_infoentropy.data.writer import DatasetWriter, Written, finish
+from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import Advance, progress
 
 _LENGTHS = "lengths"

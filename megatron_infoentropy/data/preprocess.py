@@ -33,7 +33,6 @@ from megatron_infoentropy.data.blocks import (
     require_readable,
 )
 from megatron_infoentropy.data.fast_engine import fast_engine
-from megatron_infoentropy.data.folder import publish, require_free, work_folder
 from megatron_infoentropy.data.indexed import bin_path, idx_path, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, InputTally, Journal
 from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line, split_key
@@ -53,7 +52,8 @@ from megatron_infoentropy.data.manifest import (
 from megatron_infoentropy.data.run import Run
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import Settings, encode_blocks
-from megatron_infoentropy.data.writer import Written, file_sha256, finish
+from megatron_infoentropy.data.writer import Written, finish
+from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 16

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_infoentropy.data.folder import write_synced
 from megatron_infoentropy.data.indexed import HEADER, IndexedReader, bin_path, idx_path
 from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest
-from megatron_infoentropy.data.writer import file_sha256, write_index
+from megatron_infoentropy.data.writer import write_index
+from megatron_infoentropy.files import file_sha256, write_whole
 
 _PIECE = 1 << 22
 
@@ -103,5 +103,5 @@ def repair_counts(manifest: Manifest) -> str:
     np.save(stream, table)
     if hashlib.sha256(stream.getvalue()).hexdigest() != manifest.token_counts_sha256:
         return ""
-    write_synced(manifest.folder / TOKEN_COUNTS, stream.getvalue())
+    write_whole(manifest.folder / TOKEN_COUNTS, stream.getvalue())
     return "counted again"

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, UnfitDocumentsError
-from megatron_infoentropy.data.folder import sync_folder
 from megatron_infoentropy.data.journal import Counts, DomainTally, InputTally, Journal, load_journal
 from megatron_infoentropy.data.jsonl import BLANK
 from megatron_infoentropy.data.manifest import REJECTED
 from megatron_infoentropy.data.workers import DomainPart, Encoded
 from megatron_infoentropy.data.writer import DatasetWriter, Size, write_all
+from megatron_infoentropy.files import sync_folder
 from megatron_infoentropy.progress import short
 
 SAVE_EVERY_S = 30.0

@@ -32,9 +32,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_infoentropy.data.blocks import require_readable
-from megatron_infoentropy.data.folder import new_folder
 from megatron_infoentropy.data.indexed import Integers
 from megatron_infoentropy.data.jsonl import TEXT_KEY, read_jsonl
+from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import progress
 
 END_OF_TEXT = "<|endoftext|>"

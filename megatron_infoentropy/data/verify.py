@@ -23,7 +23,7 @@ from megatron_infoentropy.data.manifest import (
 )
 from megatron_infoentropy.data.repair import repair_bin, repair_counts, repair_index
 from megatron_infoentropy.data.tokenizer import is_tokenizer, load_tokenizer
-from megatron_infoentropy.data.writer import file_sha256
+from megatron_infoentropy.files import file_sha256
 from megatron_infoentropy.progress import progress
 
 _SHOWN_TOKENS = 200  # of a document that is shown

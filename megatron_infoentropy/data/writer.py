@@ -35,6 +35,7 @@ from megatron_infoentropy.data.indexed import (
 )
 from megatron_infoentropy.data.journal import Counts, DomainTally
 from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest
+from megatron_infoentropy.files import file_sha256
 
 LENGTHS_AT_ONCE = 1 << 18
 _HASH_BYTES = 1 << 22
@@ -174,12 +175,6 @@ def write_all(file: FileIO, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cut_back(path: Path, size: int) -> FileIO:

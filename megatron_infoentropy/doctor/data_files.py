@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_infoentropy.data.manifest import MANIFEST, DomainFacts, load_manifest
-from megatron_infoentropy.data.writer import file_sha256
+from megatron_infoentropy.files import file_sha256
 from megatron_infoentropy.progress import progress
 
 READING = "checksums"  # what its progress is called

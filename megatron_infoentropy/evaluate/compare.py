@@ -16,11 +16,11 @@ from typing import Any
 from megatron_infoentropy.evaluate.comparison import Comparison, Row, compare_pairs
 from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import load_evaluation
-from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
 from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words
+from megatron_infoentropy.files import write_atomically
 
 FORMAT = 2
 

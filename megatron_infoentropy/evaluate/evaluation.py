@@ -33,7 +33,6 @@ the order of evaluation.npz. evaluation.json is written last and names the other
 files of different evaluations are never taken together.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, fields
@@ -44,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.errors import EvaluationFormatError, UnfinishedEvaluationError
-from megatron_infoentropy.evaluate.files import write_atomically
+from megatron_infoentropy.files import file_sha256, write_atomically, write_whole
 
 FORMAT = 2
 SUMMARY_FILE = "evaluation.json"
@@ -104,10 +103,9 @@ class Evaluation:
             with write_atomically(folder / TOKENS_FILE) as temporary:
                 _save_token_scores(self.token_scores, temporary)
             written.append(TOKENS_FILE)
-        checksums = {name: _sha256(folder / name) for name in written}
+        checksums = {name: file_sha256(folder / name) for name in written}
         text = json.dumps(self.summary | {"files": checksums}, indent=2, allow_nan=False)
-        with write_atomically(folder / SUMMARY_FILE) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / SUMMARY_FILE, text + "\n")
         return folder / SUMMARY_FILE
 
 
@@ -130,7 +128,7 @@ def load_evaluation(folder: Path) -> Evaluation:
         if summary.get("format") != FORMAT:
             raise ValueError(f"format {summary.get('format')!r}, expected {FORMAT}")
         for name, checksum in summary["files"].items():
-            if name == DOCUMENTS_FILE and _sha256(folder / name) != checksum:
+            if name == DOCUMENTS_FILE and file_sha256(folder / name) != checksum:
                 raise ValueError(f"{SUMMARY_FILE} and {name} belong to different evaluations")
         with np.load(folder / DOCUMENTS_FILE, allow_pickle=False) as arrays:
             documents = DocumentSums(**{f.name: arrays[f.name] for f in fields(DocumentSums)})
@@ -163,8 +161,3 @@ def _load_token_scores(
     if scores.shape != (int(documents.tokens.sum()), 2):
         raise ValueError(f"{TOKENS_FILE} has shape {scores.shape}, of another evaluation")
     return scores
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.svg import standalone
+from megatron_infoentropy.files import write_atomically
 
 Cell = str | int | float | None
 

@@ -19,8 +19,8 @@ import numpy as np
 from megatron_infoentropy.evaluate.chunks import ChunkScores
 from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.evaluation import UNFINISHED
-from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.tally import Tally
+from megatron_infoentropy.files import write_atomically
 
 _ARRAYS = tuple(field.name for field in fields(ChunkScores) if field.name != "tally")
 _PLAN = "plan.json"

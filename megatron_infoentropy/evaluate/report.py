@@ -23,7 +23,6 @@ from megatron_infoentropy import __version__
 from megatron_infoentropy.evaluate import verdict, wording
 from megatron_infoentropy.evaluate.comparison import compare_groups
 from megatron_infoentropy.evaluate.figure import Figure, write_figures
-from megatron_infoentropy.evaluate.files import write_atomically
 from megatron_infoentropy.evaluate.group_scores import intervals_over_documents, mean_scores
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.plots import all_figures
@@ -37,6 +36,7 @@ from megatron_infoentropy.evaluate.weights import (
     weigh_passage,
     weight_curves,
 )
+from megatron_infoentropy.files import write_atomically
 
 FORMAT = 3
 _MOST_PASSAGES = 3

@@ -8,7 +8,6 @@ RUN/checkpoints/   Megatron's torch_dist checkpoints
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.files import commit_of, write_whole
 from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.lineage import (
     FACTS,
@@ -50,7 +50,8 @@ def write_facts(run: Path, recipe: Path, words: list[str], ranks: int, device: s
         "tokenizer_sha256": _tokenizer_sha256(words),
         "recipe": recipe.name,
         "command": words,
-        "versions": {name: version(name) for name in VERSIONS} | {"commit": revision_of()},
+        "versions": {name: version(name) for name in VERSIONS}
+        | {"commit": commit_of(PACKAGE.parent)},
     }
     run.mkdir(parents=True, exist_ok=True)
     _write(run, content)
@@ -113,9 +114,7 @@ def said_parameters(line: str) -> int | None:
 
 
 def _write(run: Path, content: dict[str, Any]) -> None:
-    temporary = run / f"{FACTS}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(run / FACTS)
+    write_whole(run / FACTS, json.dumps(content, indent=2) + "\n")
 
 
 def device_name(device: Device) -> str:
@@ -125,25 +124,3 @@ def device_name(device: Device) -> str:
     import torch
 
     return f"{device.count} x {torch.cuda.get_device_name()}"
-
-
-def revision_of(package: Path = PACKAGE) -> str | None:
-    """The short git commit of the checkout that `package` lies at the top of, "-dirty" behind it
-    where tracked files differ from it; None where it was installed without one."""
-    if _git(package.parent, "rev-parse", "--show-toplevel") != str(package.parent.resolve()):
-        return None  # no checkout, or somebody else's that it was installed into
-    return _git(package.parent, "describe", "--always", "--dirty", "--exclude=*")
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            errors="replace",
-        )
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None

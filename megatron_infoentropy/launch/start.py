@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.launch.cluster import Cluster, absolute
 from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.job import TrainingJob
@@ -94,10 +95,7 @@ def write(prepared: Prepared, *, overwrite: bool = False) -> list[Path]:
             )
     run.mkdir(parents=True, exist_ok=True)
     for name, text in prepared.scripts.items():
-        temporary = run / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.rename(run / name)
+        write_whole(run / name, text, executable=True)
     return [run / name for name in prepared.scripts]
 
 

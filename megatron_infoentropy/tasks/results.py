@@ -8,10 +8,11 @@ versions  of lm_eval, torch, transformers and of the task itself
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_infoentropy.files import write_whole
 
 FOLDER = "tasks"
 FORMAT = 1
@@ -43,12 +44,7 @@ class TaskResult:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8"
-        )
-        temporary.replace(path)
+        write_whole(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 class TaskResultError(ValueError):

@@ -11,7 +11,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_infoentropy.data import writer as writer_module
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
-from megatron_infoentropy.data.writer import NOTHING, DatasetWriter, Size, file_sha256, write_index
+from megatron_infoentropy.data.writer import NOTHING, DatasetWriter, Size, write_index
+from megatron_infoentropy.files import file_sha256
 
 Documents = list[list[int]]
 Write = Callable[[Path, Documents, int], None]

@@ -19,10 +19,10 @@ from text_files import line, write
 from megatron_infoentropy.data import blocks, run
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
-from megatron_infoentropy.data.folder import work_folder
 from megatron_infoentropy.data.manifest import Options
 from megatron_infoentropy.data.preprocess import DiskFull, preprocess
 from megatron_infoentropy.data.workers import WorkerDied
+from megatron_infoentropy.files import work_folder
 
 LINES = [line(f"text {i} " * (i % 50), f"domain {i % 3}") for i in range(600)]
 LINES[50] = "no document"

@@ -11,12 +11,13 @@ import pytest
 
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 from megatron_infoentropy.data.writer import DatasetWriter
+from megatron_infoentropy.files import commit_of
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.dry_run import dry_run
 from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
-from megatron_infoentropy.launch.run_folder import STOPPED, revision_of
+from megatron_infoentropy.launch.run_folder import PACKAGE, STOPPED
 from megatron_infoentropy.launch.start import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
@@ -261,7 +262,7 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     assert facts["command"] == command.words
     assert facts["gamma"] == 3.0  # the last word on the command line, as the ranks read it
     assert facts["detach_weight"] is False
-    assert facts["versions"]["commit"] == revision_of()
+    assert facts["versions"]["commit"] == commit_of(PACKAGE.parent)
     assert (run / "train.log").read_text() == "".join(heard)
     assert len(heard) == 4
 

@@ -1,14 +1,16 @@
-"""Output folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all, their checksums, and a checkout's commit.
 
-Everything is written into a hidden sibling, which takes the final name with one rename. A run that
+A folder is written into a hidden sibling, which takes the final name with one rename. A run that
 fails leaves nothing; a run that is killed leaves only the hidden one. `work_folder` has a name that
 the next run finds, so that long work can go on where it was; `new_folder` has a random one.
 """
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +108,7 @@ def publish(partial: Path, output: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on the disk."""
+    """Write a folder's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,12 +116,75 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or as it was before."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, which becomes `path` if the block succeeds.
+
+    The folder is made when it is not there. After an error `path` is as it was, after a power cut
+    either that or the whole new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | str, *, executable: bool = False) -> None:
+    """Write a small file, text as UTF-8, so that nobody ever sees half of it."""
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if executable:
+            temporary.chmod(0o755)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(output: Path, size: int) -> None:
+    """Check that the disk of `output` has room for `size` bytes.
+
+    Raises:
+        ValueError: naming how much is needed and how much is free.
+    """
+    place = next(path for path in (output, *output.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise ValueError(
+            f"expected {size / 1e9:.2f} GB of free space for {output}, got {free / 1e9:.2f} GB; "
+            "make room or name an output on another disk"
+        )
+
+
+def git(folder: Path, *words: str) -> str | None:
+    """Return what a git command prints of `folder`; None where there is no git, or it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            errors="replace",
+        )
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the short git commit of the checkout whose top is `folder`.
+
+    "-dirty" stands behind it where tracked files differ. None where `folder` is no checkout, or
+    lies in somebody else's.
+    """
+    if git(folder, "rev-parse", "--show-toplevel") != str(folder.resolve()):
+        return None
+    return git(folder, "describe", "--always", "--dirty", "--exclude=*")

@@ -1,10 +1,18 @@
-"""Output folders: whole or absent, and never at the cost of somebody else's files."""
+"""Output folders and files: whole or absent, never at the cost of others'; a checkout's commit."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_infoentropy.data.folder import new_folder
+from megatron_infoentropy.files import (
+    commit_of,
+    new_folder,
+    require_space,
+    write_atomically,
+    write_whole,
+)
 
 
 def make(output: Path, content: str, *, overwrite: bool = False, fail: bool = False) -> None:
@@ -73,3 +81,61 @@ def test_a_link_to_a_folder_keeps_pointing_to_it(tmp_path: Path) -> None:
     make(tmp_path / "out", "new")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "a.bin").read_text() == "new"
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "facts.json"
+    write_whole(path, "first")
+    with pytest.raises(FileNotFoundError), write_atomically(path) as temporary:
+        (temporary / "inside a file that is not there").touch()
+    assert path.read_text() == "first"
+    write_whole(path, b"second", executable=True)
+    assert path.read_bytes() == b"second"
+    assert path.stat().st_mode & 0o111
+    assert entries(path.parent) == ["facts.json"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_writing(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(ValueError, match=r"expected 1000000\.00 GB of free space for .*, got"):
+        require_space(tmp_path / "out", 10**15)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "checkout" / "package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    return folder
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_checkout_is_at_its_commit_and_says_when_it_is_not(package):
+    assert commit_of(package.parent) is None
+    git(package.parent, "init")
+    git(package.parent, "add", ".")
+    git(package.parent, "commit", "-m", "first")
+    git(package.parent, "tag", "-a", "v1", "-m", "a tag is no commit")
+    clean = commit_of(package.parent)
+    assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    (package / "__init__.py").write_text("changed = True")
+    assert commit_of(package.parent) == f"{clean}-dirty"
+
+
+def test_another_projects_commit_is_not_ours(package):
+    git(package.parents[1], "init")
+    git(package.parents[1], "add", ".")
+    git(package.parents[1], "commit", "-m", "theirs")
+    assert commit_of(package.parent) is None
+
+
+def test_without_git_there_is_none(package, monkeypatch):
+    git(package.parent, "init")
+    monkeypatch.setenv("PATH", str(package))
+    assert commit_of(package.parent) is None
