@@ -257,9 +257,6 @@ def verify(
         list[str] | None,
         typer.Option(help="file, or quoted pattern, that it must have been made of; repeatable"),
     ] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="mend what the recorded checksums can prove")
-    ] = False,
 ) -> None:
     """Check every byte of a dataset or of checkpoints; exit code 1 if something is wrong."""
     from megatron_infoentropy.checkpoints import folders_with_manifest
@@ -268,14 +265,14 @@ def verify(
     if saved := folders_with_manifest(dataset):
         _verify_checkpoints(saved)
         return
-    findings = run(dataset, tokenizer=tokenizer, inputs=_matching(inputs or []), repair=repair)
+    findings = run(dataset, tokenizer=tokenizer, inputs=_matching(inputs or []))
     for finding in findings:
-        mended = f" (repaired: {finding.repaired})" if finding.repaired else ""
-        out.print(f"{finding.path}: {finding.problem}{mended}")
-    left = [finding for finding in findings if not finding.repaired]
-    if left:
-        cure = "preprocess it again" if repair else "--repair mends what the checksums can prove"
-        raise ValueError(f"{dataset} is not what it should be ({len(left)} above): {cure}")
+        out.print(f"{finding.path}: {finding.problem}")
+    if findings:
+        raise ValueError(
+            f"{dataset} is not what it should be ({len(findings)} above): copy it again, or delete "
+            "it and make it again (`infoentropy preprocess` writes the same bytes)"
+        )
     out.print(f"{dataset}: ok")
 
 

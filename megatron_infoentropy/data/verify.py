@@ -21,7 +21,6 @@ from megatron_infoentropy.data.manifest import (
     Manifest,
     load_manifest,
 )
-from megatron_infoentropy.data.repair import repair_bin, repair_counts, repair_index
 from megatron_infoentropy.data.tokenizer import is_tokenizer, load_tokenizer
 from megatron_infoentropy.files import file_sha256
 from megatron_infoentropy.progress import progress
@@ -117,11 +116,10 @@ def samples(prefix: Path, documents: Sequence[int], tokenizer: Path | None = Non
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a file; `repaired` tells how that was put right, "" if it was not."""
+    """Something wrong with a file."""
 
     path: Path
     problem: str
-    repaired: str = ""
 
 
 def verify(
@@ -129,13 +127,11 @@ def verify(
     *,
     tokenizer: Path | None = None,
     inputs: Sequence[Path] = (),
-    repair: bool = False,
 ) -> list[Finding]:
     """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
 
     With `tokenizer`, a folder, the ids must be of its vocabulary and its documents end with its
     token. `inputs` must be the files that the dataset was made of, byte by byte, and all of them.
-    `repair` mends what the manifest's checksums can prove.
 
     Raises:
         ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read;
@@ -157,9 +153,9 @@ def verify(
         found += _check_inputs(manifest, inputs)
     with progress("verify", len(manifest.domains), "domains") as advance:
         for name, facts in manifest.domains.items():
-            found += _check_domain(manifest, name, facts, repair)
+            found += _check_domain(manifest, name, facts)
             advance(1)
-    return [*found, *_check_counts(manifest, repair)]
+    return [*found, *_check_counts(manifest)]
 
 
 def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Finding]:
@@ -183,24 +179,9 @@ def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Findin
             yield Finding(manifest.folder / MANIFEST, problem)
 
 
-def _check_domain(
-    manifest: Manifest, name: str, facts: DomainFacts, repair: bool
-) -> Iterator[Finding]:
-    prefix = manifest.prefix(name)
+def _check_domain(manifest: Manifest, name: str, facts: DomainFacts) -> Iterator[Finding]:
     eod = manifest.tokenizer.eod_id if manifest.append_eod else None
-    problems = list(_check(prefix, manifest.tokenizer.vocab_size, eod, facts))
-    if not problems or not repair:
-        yield from problems
-        return
-    dtype = token_dtype(manifest.tokenizer.vocab_size)
-    repairs = (
-        repair_bin(prefix, facts, dtype),
-        repair_index(prefix, facts, dtype, manifest.tokenizer.eod_id),
-    )
-    how = ", ".join(repair for repair in repairs if repair)
-    left = {finding.path for finding in _check(prefix, manifest.tokenizer.vocab_size, eod, facts)}
-    for finding in problems:
-        yield Finding(finding.path, finding.problem, "" if finding.path in left else how)
+    return _check(manifest.prefix(name), manifest.tokenizer.vocab_size, eod, facts)
 
 
 def _check(
@@ -270,13 +251,10 @@ def _check_tokens(
         yield Finding(path, f"{unended} documents lack the end token {eod}, the first is {example}")
 
 
-def _check_counts(manifest: Manifest, repair: bool) -> Iterator[Finding]:
+def _check_counts(manifest: Manifest) -> Iterator[Finding]:
     path = manifest.folder / TOKEN_COUNTS
     expected = manifest.token_counts_sha256
     if not path.is_file():
-        problem = "is missing"
+        yield Finding(path, "is missing")
     elif expected and file_sha256(path) != expected:
-        problem = "does not have the checksum that the manifest says"
-    else:
-        return
-    yield Finding(path, problem, repair_counts(manifest) if repair else "")
+        yield Finding(path, "does not have the checksum that the manifest says")
