@@ -202,7 +202,10 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "name": run.name,
         "group": group,
         "objective_label": run.objective_label,
-        "stages": [asdict(stage) for stage in run.stages],
+        "stages": [
+            {"from_step": stage.from_step, "loss": asdict(stage.loss), "seed": stage.seed}
+            for stage in run.stages
+        ],
         "info": run.info | {"command": _portable(run)},
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,

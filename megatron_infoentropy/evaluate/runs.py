@@ -18,28 +18,38 @@ from megatron_infoentropy.tasks.results import TaskResult, load_results
 GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 
-_OBJECTIVE = ("objective", "gamma", "sigma", "normalization", "detach_weight")
+# Fields of the loss that run.json names beside `loss`; earlier versions named these alone.
+FIRST_FIELDS = ("objective", "gamma", "sigma", "normalization", "detach_weight")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that were trained alike, the ones after `from_step`."""
+    """Steps that were trained alike, the ones after `from_step`; `facts` is what run.json says."""
 
     from_step: int
-    loss: InfoEntropyConfig
-    seed: int
+    facts: dict[str, Any]
+
+    @property
+    def loss(self) -> InfoEntropyConfig:
+        """What was minimised. Fields that an earlier version did not write had their defaults."""
+        first = {name: self.facts[name] for name in FIRST_FIELDS if name in self.facts}
+        return InfoEntropyConfig(**(first | self.facts.get("loss", {}))).effective()
+
+    @property
+    def seed(self) -> int | None:
+        return self.facts.get("seed")
 
 
-def loss_of(facts: dict[str, Any]) -> InfoEntropyConfig:
-    """What was minimised. Where run.json is of an earlier version the rest had defaults."""
-    first = {name: facts[name] for name in _OBJECTIVE if name in facts}
-    return InfoEntropyConfig(**(first | facts.get("loss", {}))).effective()
+def stage_of(facts: dict[str, Any], from_step: int = 0) -> Stage:
+    """Return the stage that run.json, an entry of its lineage or a command line describes."""
+    names = (*FIRST_FIELDS, "seed", "loss")
+    return Stage(from_step, {name: facts[name] for name in names if name in facts})
 
 
 def stages_of(info: dict[str, Any]) -> list[Stage]:
-    """The stages of a training, oldest first; one, where nothing was changed on the way."""
+    """Return the stages of a run.json, oldest first; one, where nothing was changed on the way."""
     entries = info.get("lineage") or [info | {"from_step": 0}]
-    return [Stage(int(one["from_step"]), loss_of(one), int(one["seed"])) for one in entries]
+    return [stage_of(entry, int(entry["from_step"])) for entry in entries]
 
 
 def in_words(stages: list[Stage]) -> str:
@@ -100,7 +110,7 @@ class Run:
     @property
     def loss(self) -> InfoEntropyConfig:
         """What was minimised, of several stages in the last."""
-        return loss_of(self.info)
+        return stage_of(self.info).loss
 
     @property
     def stages(self) -> list[Stage]:
@@ -158,7 +168,7 @@ def load_run(folder: Path) -> Run:
         load_results(folder),
     )
     try:
-        _ = run.loss, run.stages
+        _ = run.loss, [(stage.loss, stage.facts["seed"]) for stage in run.stages]
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path} describes no loss of this version: {error}") from error
     return run

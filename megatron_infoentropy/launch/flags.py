@@ -6,13 +6,13 @@ from math import prod
 from typing import Any
 
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
+from megatron_infoentropy.evaluate.runs import FIRST_FIELDS
 from megatron_infoentropy.launch.limits import require_possible
 from megatron_infoentropy.launch.machine import machine_flags
 from megatron_infoentropy.launch.recipe import to_command_line
 from megatron_infoentropy.runtime.device import Device
 
 PREFIX = "infoentropy"
-FIRST_FIELDS = ("objective", "gamma", "sigma", "normalization", "detach_weight")
 
 
 def loss_flags(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.checkpoints import RELEASE, choose
-from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
-from megatron_infoentropy.launch.flags import FIRST_FIELDS, last_value, read_facts
+from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
+from megatron_infoentropy.launch.flags import last_value, read_facts
 
 FACTS, CHECKPOINTS = "run.json", "checkpoints"
 SHAPE = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     "kv-channels",
 )
-Stage = dict[str, Any]
 
 
 class OtherTrainingError(ValueError):
@@ -112,11 +111,11 @@ def lineage(run: Path, words: list[str]) -> list[Stage]:
     start, known = saved_step(run, words) or 0, load_facts(run)
     if not _loads_own(run, words):
         start, known = _loaded_from(words)
-    ours = stage_of(read_facts(words))
-    before = _stages(known, start)
+    before, facts = _stages(known, start), read_facts(words)
+    ours = stage_of(facts, start if before else 0)
     if before and _is_same(before[-1], ours):
         return before
-    return [*before, {"from_step": start if before else 0, **ours}]
+    return [*before, ours]
 
 
 def take_back(facts: dict[str, Any], step: int | None) -> dict[str, Any]:
@@ -160,33 +159,18 @@ def _loads_own(run: Path, words: list[str]) -> bool:
     return load is None or Path(load).resolve() == (run / CHECKPOINTS).resolve()
 
 
-def stage_of(facts: dict[str, Any]) -> Stage:
-    """What a stage says, from the facts of a command line or of run.json."""
-    names = (*FIRST_FIELDS, "seed", "loss")
-    return {name: facts[name] for name in names if name in facts}
-
-
 def _stages(facts: dict[str, Any], step: int) -> list[Stage]:
-    """Of a run, those that are in its checkpoint of this step."""
-    if not facts:
-        return []
-    stages: list[Stage] = facts.get("lineage") or [{"from_step": 0, **stage_of(facts)}]
-    return [stage for stage in stages if stage["from_step"] < step]
+    """Return the stages of a run.json that are in its checkpoint of this step."""
+    return [stage for stage in stages_of(facts) if stage.from_step < step] if facts else []
 
 
 def _is_same(one: Stage, other: Stage) -> bool:
-    return one.get("seed") == other.get("seed") and _loss(one) == _loss(other)
-
-
-def _loss(stage: Stage) -> InfoEntropyConfig:
-    """An earlier version's run.json holds fewer fields: the others had their defaults."""
-    first = {name: stage[name] for name in FIRST_FIELDS if name in stage}
-    return InfoEntropyConfig(**(first | stage.get("loss", {}))).effective()
+    return (one.seed, one.loss) == (other.seed, other.loss)
 
 
 def _differences(one: Stage, other: Stage) -> tuple[str, str]:
     """What differs, as each of the two says it."""
-    both = [vars(_loss(stage)) | {"seed": stage.get("seed")} for stage in (one, other)]
+    both = [vars(stage.loss) | {"seed": stage.seed} for stage in (one, other)]
     names = [name for name in both[0] if both[0][name] != both[1][name]]
     theirs, ours = (", ".join(f"{name} {each[name]}" for name in names) for each in both)
     return theirs, ours

@@ -43,7 +43,11 @@ def write_facts(run: Path, recipe: Path, words: list[str], ranks: int, device: s
     content = {
         "name": run.name,
         **facts,
-        **({"lineage": stages} if len(stages) > 1 else {}),
+        **(
+            {"lineage": [{"from_step": s.from_step, **s.facts} for s in stages]}
+            if len(stages) > 1
+            else {}
+        ),
         "data_parallel": ranks // ranks_of_a_model(facts),
         "device": device,
         "parameters": load_facts(run).get("parameters"),
