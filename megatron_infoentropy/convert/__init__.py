@@ -1,10 +1,9 @@
 """From a Megatron checkpoint to a Hugging Face folder and back, in one process without Megatron.
 
-reading    checkpoint (distcp, torch_file, raw_numbers, unpickle, pickle_bounds): any parallel
-           layout, by layers; json_file
-what it is families: which one computes the same, or refused; architecture, arguments, hf_config
+reading    checkpoint (distcp, torch_file, raw_numbers, unpickle): any parallel layout, by layers
+what it is architecture: which family computes the same, or refused; hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
-writing    to_hf (shards, weights_file, tokenizer_files, model_card), output_folder
+writing    to_hf (weights_file, tokenizer_files, model_card), output_folder
            from_hf (hf_weights, distcp_writer)
 proof      reference_model and config_check, which share nothing with the mapping; texts, verify,
            streamed_model, tokenizer_check

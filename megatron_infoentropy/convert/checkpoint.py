@@ -14,6 +14,7 @@ What is not numbers is read by `unpickle`, which cannot run code.
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,25 @@ from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     UnreadableCheckpointError,
 )
-from megatron_infoentropy.convert.json_file import read_object
 from megatron_infoentropy.convert.torch_file import load_object
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where there is no file.
+
+    Raises:
+        UnreadableCheckpointError: it holds something else, or is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UnreadableCheckpointError(f"{path} is no JSON: {error}; copy it again") from None
+    if not isinstance(content, dict):
+        raise UnreadableCheckpointError(f"expected a JSON object in {path}, got {content!r:.40}")
+    return content
+
 
 LATEST = "latest_checkpointed_iteration.txt"
 _RENAMED = {  # training arguments of Megatron-Core before 0.19: their names now

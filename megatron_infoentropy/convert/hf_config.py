@@ -12,12 +12,13 @@ import torch
 
 from megatron_infoentropy.convert.architecture import (
     ACTIVATIONS,
+    CLASSES,
     Activation,
     Architecture,
+    Family,
     activation_named,
 )
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError, UnsupportedModelError
-from megatron_infoentropy.convert.families import CLASSES, Family
 
 _LLAMA_FIELDS = {
     "vocab_size": "vocab_size",

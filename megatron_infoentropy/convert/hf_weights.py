@@ -15,7 +15,7 @@ from megatron_infoentropy.convert.errors import (
     UnsupportedModelError,
 )
 from megatron_infoentropy.convert.raw_numbers import read_numbers
-from megatron_infoentropy.convert.shards import INDEX
+from megatron_infoentropy.convert.to_hf import INDEX
 from megatron_infoentropy.convert.weights_file import NAMES
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.convert.architecture import architecture_of
+from megatron_infoentropy.convert.architecture import CLASSES, architecture_of
 from megatron_infoentropy.convert.checkpoint import LATEST, MegatronCheckpoint
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError
-from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.matching import match_names, require_shape, steps_of
-from megatron_infoentropy.convert.shards import convert_steps
+from megatron_infoentropy.convert.to_hf import convert_steps
 from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
-from megatron_infoentropy.convert.architecture import Architecture
+from megatron_infoentropy.convert.architecture import CLASSES, Architecture
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
-from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.convert.naming import TABLES, Dim, Row
 
 _COUNTED = re.compile(r"(^decoder\.layers\.|\.experts\.experts\.)(?:(\d+)\.)?")  # by a number

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_infoentropy.convert.architecture import architecture_of
+from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPERTS, architecture_of
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.families import NEUTRAL, NEUTRAL_FOR_EXPERTS
 from megatron_infoentropy.convert.reference_model import (
     Routes,
     StoredLayer,

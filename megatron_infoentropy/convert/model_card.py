@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
-from megatron_infoentropy.convert.architecture import Architecture
+from megatron_infoentropy.convert.architecture import CLASSES, Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.families import CLASSES
 from megatron_infoentropy.files import commit_of
 
 BASE = "hf_model"  # in the arguments of a checkpoint that was converted: the model's name

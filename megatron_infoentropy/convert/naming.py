@@ -9,7 +9,7 @@ layers write the same. A parameter's place is the number for each `*` of its nam
 
 from typing import Literal, NamedTuple
 
-from megatron_infoentropy.convert.families import Family
+from megatron_infoentropy.convert.architecture import Family
 
 LayoutName = Literal[
     "same",

@@ -7,8 +7,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ import torch
 
 from megatron_infoentropy.convert.architecture import Architecture, architecture_of, as_family
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.errors import InvalidWeightsError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import hf_config
-from megatron_infoentropy.convert.matching import match_names
+from megatron_infoentropy.convert.layout import LAYOUTS
+from megatron_infoentropy.convert.matching import Source, Step, match_names, require_shape, steps_of
 from megatron_infoentropy.convert.model_card import model_card
 from megatron_infoentropy.convert.output_folder import (
     files_stand,
@@ -26,18 +27,139 @@ from megatron_infoentropy.convert.output_folder import (
     require_place,
     require_space,
 )
-from megatron_infoentropy.convert.shards import (
-    INDEX,
-    SHARD_BYTES,
-    Shard,
-    convert_steps,
-    index_of,
-    plan_shards,
-)
 from megatron_infoentropy.convert.tokenizer_check import class_to_name, cuts_as_qwen2
 from megatron_infoentropy.convert.tokenizer_files import copy_tokenizer, read_tokenizer
-from megatron_infoentropy.convert.weights_file import NAMES, write_weights
+from megatron_infoentropy.convert.weights_file import NAMES, Shape, size_of, write_weights
 from megatron_infoentropy.progress import Advance, progress
+
+SHARD_BYTES = 2_000_000_000
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Shard:
+    """One file: what is converted into it, and the tensors that this gives."""
+
+    name: str = ""
+    steps: list[Step] = field(default_factory=list)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return size_of(self.shapes, dtype)
+
+
+def plan_shards(
+    checkpoint: MegatronCheckpoint,
+    sources: Iterable[Source],
+    model: Architecture,
+    dtype: torch.dtype,
+    limit: int,
+) -> list[Shard]:
+    """Cut the model into files of at most `limit` bytes, or one stored tensor where that is more.
+
+    The layouts run on tensors without numbers (device "meta"): this finds wrong shapes, and says
+    how large every tensor of the new files is, before anything is written.
+
+    Raises:
+        ValueError: a stored tensor has another shape than follows from the training arguments.
+    """
+    sources = list(sources)
+    for source in sources:
+        require_shape(source, checkpoint.tensors[source.name].shape, model)
+    shards = [Shard()]
+    filled = 0
+    for step in steps_of(sources, model):
+        shape = checkpoint.tensors[step.source.name].shape
+        shape = shape[len(step.part) :]
+        shapes = {
+            name: tuple(part.shape)
+            for name, part in _converted(step, torch.empty(shape, device="meta"), model)
+        }
+        size = sum(torch.Size(part).numel() for part in shapes.values()) * dtype.itemsize
+        if shards[-1].steps and filled + size > limit:
+            shards.append(Shard())
+            filled = 0
+        shards[-1].steps.append(step)
+        shards[-1].shapes.update(shapes)
+        filled += size
+    for number, shard in enumerate(shards, 1):
+        whole = len(shards) == 1
+        of = "" if whole else f"-{number:05d}-of-{len(shards):05d}"
+        shard.name = f"model{of}.safetensors"
+    return shards
+
+
+def index_of(shards: list[Shard], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the content of model.safetensors.index.json."""
+    numbers = sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values())
+    return {
+        "metadata": {"total_size": numbers * dtype.itemsize},
+        "weight_map": {name: shard.name for shard in shards for name in shard.shapes},
+    }
+
+
+def convert_steps(
+    checkpoint: MegatronCheckpoint,
+    steps: Sequence[Step],
+    model: Architecture,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time.
+
+    A tensor lasts until the next step is read.
+
+    Raises:
+        InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
+    """
+    memory = torch.empty(max(_stored_bytes(checkpoint, step) for step in steps), dtype=torch.uint8)
+    for step in steps:
+        stored = checkpoint.read(step.source.name, step.part, memory)
+        for name, tensor in _converted(step, stored, model):
+            yield name, _rounded(str(step), tensor, dtype)
+
+
+def _stored_bytes(checkpoint: MegatronCheckpoint, step: Step) -> int:
+    tensor = checkpoint.tensors[step.source.name]
+    return torch.Size(tensor.shape[len(step.part) :]).numel() * tensor.dtype.itemsize
+
+
+def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert to the dtype that is written, and look at what that gives."""
+    rounded = tensor.to(dtype)
+    try:
+        require_finite(where, rounded)
+    except InvalidWeightsError:
+        require_finite(where, tensor)
+        name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        raise InvalidWeightsError(
+            f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
+            f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
+            "bfloat16 or float32)"
+        ) from None
+    return rounded
+
+
+def require_finite(where: str, tensor: torch.Tensor) -> None:
+    """Look for NaN and infinity: both show in the extremes, which is the quickest way to see them.
+
+    Raises:
+        InvalidWeightsError: naming the tensor and how many there are.
+    """
+    if not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise InvalidWeightsError(
+        f"{where} holds {bad} numbers that are NaN or infinite, of {tensor.numel()}: the training "
+        "had diverged when this was saved; take an earlier iteration"
+    )
+
+
+def _converted(
+    step: Step, stored: torch.Tensor, model: Architecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    parts = LAYOUTS[step.source.row.layout].to_hf(stored, model)
+    yield from zip(step.hf, parts, strict=True)
+
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}

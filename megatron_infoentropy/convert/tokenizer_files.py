@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.convert.json_file import read_object
+from megatron_infoentropy.convert.checkpoint import read_object
 from megatron_infoentropy.data.tokenizer import CONFIG, load_with_transformers
 
 _NAMES = (

@@ -4,17 +4,73 @@ A checkpoint's index and its training arguments are pickles, and a pickle may na
 be called while it is loaded. Here only the names of an allow-list are real. Every other class or
 function becomes a stand-in that remembers its arguments and does nothing, so that arguments which
 hold objects of Megatron's own classes can be read where Megatron is not installed.
+
+A pickle refers to what it has built before, so that thirty tuples, each of the one before twice,
+are a tree of a billion: whoever hashes, compares or prints it, as a dict does with its keys while
+it is loaded, never ends. So its operations are followed first, with sizes in the place of objects.
+(Lists that are filled after they were put into others escape; they are no keys. Print by reprlib.)
 """
 
 import argparse
 import collections
 import io
 import pickle
+import pickletools
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
-from megatron_infoentropy.convert.pickle_bounds import require_bounded
+
+_PLACES = ("PUT", "BINPUT", "LONG_BINPUT")
+_RECALLS = ("GET", "BINGET", "LONG_BINGET")
+_GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what lies below
+_TIMES = 100  # written out, a checkpoint's index has a few objects a byte at most
+
+
+def require_bounded(data: bytes) -> None:
+    """Follow a pickle's operations without doing them.
+
+    Raises:
+        ValueError: a bytearray, whose size is taken before it is read; a far place in the memo; an
+            object that is more than a hundred times the pickle, written out.
+        LookupError: operations that no pickler writes.
+    """
+    limit = _TIMES * max(len(data), 100)
+    stack: list[list[int] | None] = []  # the size of each object, in a box that its owners share
+    memo: dict[int, list[int] | None] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name == "BYTEARRAY8" or (name in _PLACES and int(argument or 0) > len(data)):
+            raise ValueError(f"{name} {argument!r:.40} in {len(data)} bytes")
+        if name in _PLACES or name == "MEMOIZE":
+            memo[len(memo) if name == "MEMOIZE" else int(argument or 0)] = stack[-1]
+        elif name in _RECALLS:
+            stack.append(memo[int(argument or 0)])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(None)
+        else:
+            _apply(opcode, stack, limit)
+
+
+def _apply(opcode: pickletools.OpcodeInfo, stack: list[list[int] | None], limit: int) -> None:
+    """Take from the stack what an operation takes, and put there what it makes of it."""
+    size, taken = 1, opcode.stack_before
+    if pickletools.markobject in taken:
+        while (box := stack.pop()) is not None:
+            size += box[0]
+        taken = taken[: taken.index(pickletools.markobject)]
+    boxes = [stack.pop() for _ in taken]
+    size += sum(box[0] for box in boxes if box)
+    if size > limit:
+        raise ValueError(f"an object of more than {limit} parts in a pickle much smaller")
+    if opcode.name in _GROWS and boxes[-1]:
+        boxes[-1][0] = size
+        stack.append(boxes[-1])
+    else:
+        stack.extend([size] for _ in opcode.stack_after)
+
 
 # What the standard library's unpickler raises for bytes that are no pickle of plain data.
 _DAMAGE = (

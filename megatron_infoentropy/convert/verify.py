@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from megatron_infoentropy.convert.architecture import OF_EXPERTS
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
-from megatron_infoentropy.convert.families import OF_EXPERTS
 from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.megatron_model import MegatronModel, why_not_megatron

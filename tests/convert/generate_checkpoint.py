@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.arguments import arguments_of
 from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
+from megatron_infoentropy.convert.from_hf import arguments_of
 from megatron_infoentropy.convert.matching import rows_of, shape_of
 
 

@@ -10,8 +10,8 @@ from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_che
 from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
+from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPERTS
 from megatron_infoentropy.convert.errors import UnsupportedModelError
-from megatron_infoentropy.convert.families import NEUTRAL, NEUTRAL_FOR_EXPERTS
 from megatron_infoentropy.convert.megatron_model import (
     arguments_read,
     gpt_model,
