@@ -9,9 +9,19 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-Objective = Literal["infoentropy", "focal", "cross_entropy", "custom"]
+Objective = Literal[
+    "infoentropy",
+    "focal",
+    "lin_focal",
+    "eaft",
+    "dft",
+    "eslm",
+    "entrodrop",
+    "cross_entropy",
+    "custom",
+]
 Schedule = Literal["constant", "linear", "cosine"]
-Normalization = Literal["paper", "global", "none"]
+Normalization = Literal["auto", "paper", "global", "none"]
 Backend = Literal["auto", "triton", "cuda", "native", "reference"]
 Collective = Literal["gather", "all_reduce"]
 
@@ -24,6 +34,11 @@ WEIGHT_BITS = 48
 def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
+
+# Objectives whose publications take the mean of w ce over all tokens: what "auto" normalizes by.
+UNNORMALIZED = ("lin_focal", "eaft", "dft")
+# Objectives whose weight of a token depends on the other tokens, so that all must be seen at once.
+COMPARING = ("eslm", "entrodrop", "custom")
 
 # Fields that say how the loss is computed, not what it is.
 MEANS = ("backend", "collective", "fused_linear", "chunk_tokens")
@@ -43,22 +58,34 @@ class InfoEntropyConfig:
 
     objective: Objective = _setting(
         "infoentropy",
-        "what is minimised: infoentropy weights each token by (sigma + H)^gamma, H the entropy of "
-        "the predicted distribution; focal by (1 - p(target))^gamma; cross_entropy by 1; custom by "
-        "what `weighting` names",
+        "what is minimised, by each token's weight, with H the entropy of the predicted "
+        "distribution and p the target's probability: infoentropy (sigma + H)^gamma; focal "
+        "(1 - p)^gamma; lin_focal the same, differentiated too; eaft (H / ln 20)^gamma; dft "
+        "p^gamma; eslm 0 for the `quantile` of tokens with the lowest entropy, 1 for the others; "
+        "entrodrop 0 for each of those with probability gamma; cross_entropy 1; custom what "
+        "`weighting` names",
     )
-    gamma: float = _setting(1.0, "exponent of the weight; 0 is plain cross entropy")
+    gamma: float = _setting(
+        1.0,
+        "exponent of the weight (entrodrop: probability, 0 to 1); 0 is plain cross entropy",
+    )
     gamma_schedule: Schedule = _setting(
         "constant", "how gamma changes over the first gamma_samples training samples"
     )
     gamma_end: float = _setting(1.0, "gamma at the end of a linear or cosine schedule and after")
     gamma_samples: int = _setting(0, "samples (sequences) that a gamma schedule lasts")
     sigma: float = _setting(1.0, "added to the entropy (nats) before the power; infoentropy only")
+    quantile: float = _setting(
+        0.1,
+        "eslm and entrodrop only: the share of a rank's tokens in a micro-batch, those of lowest "
+        "entropy, that can lose their weight; in [0, 1)",
+    )
     normalization: Normalization = _setting(
-        "paper",
+        "auto",
         "paper: alpha = mean over data-parallel ranks of 1/mean(w), per micro-batch, as published; "
         "global: sum(w ce)/sum(w) over everything, so that it does not depend on how a batch is "
-        "cut; none: alpha = 1",
+        "cut; none: alpha = 1; auto: none for lin_focal, eaft and dft, as published, paper for all "
+        "others",
     )
     detach_weight: bool = _setting(
         True, "treat the weight as a constant in the backward pass, as published"
@@ -68,8 +95,8 @@ class InfoEntropyConfig:
     )
     weighting: str = _setting(
         "",
-        "objective custom: package.module:function that takes the cross entropy and the entropy of "
-        "every token (tensors, nats) and returns their weights >= 0 in the same shape",
+        "objective custom: package.module:function that takes a TokenBatch (every token's cross "
+        "entropy, entropy, target, ...) and returns their weights >= 0 in the same shape",
     )
     label_smoothing: float = _setting(
         0.0,
@@ -116,6 +143,11 @@ class InfoEntropyConfig:
                 object.__setattr__(self, field.name, _finite(field.name, value))
             elif field.type is int:
                 object.__setattr__(self, field.name, _integer(field.name, value))
+        if self.normalization == "auto":
+            published = "none" if self.objective in UNNORMALIZED else "paper"
+            object.__setattr__(self, "normalization", published)
+        if self.objective == "lin_focal":
+            object.__setattr__(self, "detach_weight", False)
         self._check_ranges()
         self._check_exponents()
         self._check_schedule()
@@ -134,6 +166,16 @@ class InfoEntropyConfig:
             raise ValueError(
                 f"sigma must be at least 0, got {self.sigma}: sigma + entropy would be negative "
                 "for confident tokens and its power undefined; use sigma=1.0 as published"
+            )
+        if not 0 <= self.quantile < 1:
+            raise ValueError(
+                f"quantile must be at least 0 and below 1, got {self.quantile}: it is the share of "
+                "tokens that can lose their weight, 0.1 for example"
+            )
+        if self.objective in ("eslm", "entrodrop") and not self.detach_weight:
+            raise ValueError(
+                f"objective={self.objective!r} gives weights of 0 and 1, which have no gradient; "
+                "leave detach_weight at True"
             )
         if not 0 <= self.blend <= 1:
             raise ValueError(
@@ -162,14 +204,22 @@ class InfoEntropyConfig:
         for name, gamma in [("gamma", self.gamma), *[("gamma_end", self.gamma_end)] * changes]:
             if self.objective == "infoentropy":
                 self._check_range_of_weights(name, gamma)
-            if gamma < 0 and self.objective == "focal":
+            if self.objective == "entrodrop" and not 0 <= gamma <= 1:
                 raise ValueError(
-                    f"objective='focal' needs {name} >= 0, got {gamma}: (1 - p)^gamma is infinite "
-                    "for a token predicted with certainty"
+                    f"objective='entrodrop' needs {name} in [0, 1], got {gamma}: it is the "
+                    "probability that a token of low entropy is left out"
                 )
+            if gamma < 0 and self.objective in ("focal", "lin_focal", "eaft", "dft"):
+                infinite = "nearly impossible" if self.objective == "dft" else "certain"
+                raise ValueError(
+                    f"objective={self.objective!r} needs {name} >= 0, got {gamma}: the weight of a "
+                    f"token that was predicted as {infinite} would be infinite"
+                )
+            if self.objective == "eaft":
+                self._check_range_of_weights(name, gamma)
 
     def _check_range_of_weights(self, name: str, gamma: float) -> None:
-        """Of (sigma + H)^gamma; at H = 0 it may be as small as it likes."""
+        """Of (sigma + H)^gamma, or eaft's, which is smaller; at H = 0 it may be tiny."""
         if gamma < 0 and self.sigma == 0:
             raise ValueError(
                 f"{name}={gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
@@ -206,9 +256,11 @@ class InfoEntropyConfig:
             if not self.is_weighted:
                 objective = "cross_entropy"
                 idle += ["gamma", "blend", "weighting", "normalization", "detach_weight"]
+        if objective not in ("eslm", "entrodrop"):
+            idle.append("quantile")
         if objective != "infoentropy":
             idle.append("sigma")
-        if objective == "custom":
+        if objective in ("custom", "eslm"):
             idle.append("gamma")
         reset = {name: getattr(plain, name) for name in idle}
         return dataclasses.replace(self, **reset, objective=objective)
@@ -218,7 +270,14 @@ class InfoEntropyConfig:
         """Whether tokens get different weights at all (with gamma 0 every objective is plain)."""
         if self.objective == "cross_entropy" or self.blend == 1:
             return False
-        return self.objective == "custom" or self.gamma != 0
+        if self.objective in ("eslm", "entrodrop") and self.quantile == 0:
+            return False
+        return self.objective in ("custom", "eslm") or self.gamma != 0
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether a token's weight depends on other tokens, so that all must be known first."""
+        return self.is_weighted and self.objective in COMPARING
 
     def require_constant_gamma(self) -> None:
         """For functions that see no training samples go by.

@@ -53,8 +53,13 @@ def prepare() -> tuple[Any, Any]:
     is_global = config.normalization == "global"
     batch_weight = GlobalBatchWeight(args.global_batch_size * args.seq_length if is_global else 1)
     observer = TokenObserver(vocab_size)
+    finalize = finalize_model_grads
+    if args.calculate_per_token_loss:
+        finalize = batch_weight.finalize_per_token
+    if is_global:
+        finalize = batch_weight.finalize_model_grads
     model_config.transformer.finalize_model_grads_func = observed(
-        batch_weight.finalize_model_grads if is_global else finalize_model_grads,
+        finalize,
         observer,
         args.infoentropy_histogram_interval,
     )

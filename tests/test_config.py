@@ -13,7 +13,10 @@ from megatron_infoentropy import InfoEntropyConfig
     ("settings", "message"),
     [
         ({"objective": "entropy"}, "objective must be one of 'infoentropy', 'focal'"),
-        ({"normalization": "mean"}, "normalization must be one of 'paper', 'global', 'none'"),
+        (
+            {"normalization": "mean"},
+            "normalization must be one of 'auto', 'paper', 'global', 'none'",
+        ),
         ({"backend": "numpy"}, "backend must be one of"),
         ({"collective": "ring"}, "collective must be one of"),
         ({"gamma": math.nan}, "gamma must be a finite number"),

@@ -185,7 +185,6 @@ def _our_objective(config: InfoEntropyConfig, vocabulary: int) -> Objective:
         unpack,
     )
     from megatron_infoentropy.integration.step import Groups, training_loss
-    from megatron_infoentropy.loss.weighting import token_weight
 
     observer = TokenObserver(vocabulary)
     settings = OutputSettings(config, mpu.get_tensor_model_parallel_group(), vocabulary)
@@ -201,9 +200,8 @@ def _our_objective(config: InfoEntropyConfig, vocabulary: int) -> Objective:
             output_processor=statistics_processor,
             output_processor_context=settings,
         )
-        loss, count, report = training_loss(batch["loss_mask"], output, config, groups)
+        loss, count, report, weight = training_loss(batch["loss_mask"], output, config, groups)
         statistics = unpack(output.detach())
-        weight = token_weight(statistics, config)
         observer.add(statistics, weight, batch["loss_mask"], report["objective"])
         return loss / count
 

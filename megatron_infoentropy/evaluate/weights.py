@@ -95,6 +95,8 @@ def final_loss(run: Run) -> InfoEntropyConfig:
 
 def may_draw(loss: InfoEntropyConfig, weightings: Collection[str]) -> bool:
     """Whether weights can be had without code that a file names and the user does not."""
+    if loss.objective in ("eslm", "entrodrop"):
+        return False  # those compare the tokens of a micro-batch, which is not at hand
     return loss.objective != "custom" or loss.weighting in weightings
 
 
@@ -103,13 +105,14 @@ def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]
     import torch
 
     from megatron_infoentropy.loss.statistics import TokenStatistics
+    from megatron_infoentropy.loss.token_batch import token_batch
     from megatron_infoentropy.loss.weighting import token_weight
 
     known = [torch.tensor(np.maximum(each, 0.0), dtype=torch.float64) for each in (ce, entropy)]
     unused = torch.zeros_like(known[0])  # by any weight
     statistics = TokenStatistics(known[0], known[1], unused, unused.bool())
     with torch.no_grad():
-        weight = token_weight(statistics, replace(loss, detach_weight=True))
+        weight = token_weight(token_batch(statistics), replace(loss, detach_weight=True))
     return np.asarray(weight.numpy(), dtype=np.float64)
 
 

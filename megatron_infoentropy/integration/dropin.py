@@ -33,6 +33,7 @@ from megatron_infoentropy.loss.objective import (
     token_sums,
 )
 from megatron_infoentropy.loss.statistics import TokenStatistics
+from megatron_infoentropy.loss.token_batch import token_batch
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 # Fusions of Megatron's loss that replace the method's body, and with it give way to ours. Others
@@ -275,12 +276,17 @@ class BoundLoss:
     def _weighted(self, statistics: TokenStatistics, target: torch.Tensor) -> torch.Tensor:
         """alpha w l of every token."""
         config = self.config
-        loss, weight = token_loss(statistics, config), token_weight(statistics, config)
+        tokens = token_batch(
+            statistics,
+            (target != self.ignore_index),
+            target=target,
+            data_parallel_group=self.data_parallel_group,
+        )
+        loss, weight = token_loss(statistics, config), token_weight(tokens, config)
         weighted = weight * loss
         if not config.is_weighted or config.normalization == "none":
             return weighted
-        mask = (target != self.ignore_index).to(loss.dtype)
-        sums = token_sums(loss.detach(), weight.detach(), mask)
+        sums = token_sums(loss.detach(), weight.detach(), tokens.mask)
         return alpha(reduce_sums(sums, self.data_parallel_group), config.normalization) * weighted
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

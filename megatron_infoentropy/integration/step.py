@@ -41,11 +41,15 @@ from megatron_infoentropy.integration.observe import TokenObserver
 from megatron_infoentropy.integration.output import OutputSettings, statistics_processor, unpack
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
+from megatron_infoentropy.loss.token_batch import token_batch
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
 
 class GlobalBatchWeight:
-    """Adds up the weights of a step's micro-batches on this rank, then scales the gradients."""
+    """Adds up the weights of a step's micro-batches on this rank, then scales the gradients.
+
+    With another normalization than "global" the weights are the loss masks alone.
+    """
 
     def __init__(self, tokens: int = 1) -> None:
         """tokens: about how many a global batch has; 1 leaves the losses as they are."""
@@ -83,6 +87,23 @@ class GlobalBatchWeight:
         for chunk in model:
             chunk.scale_gradients(scale)
 
+    def finalize_per_token(
+        self, model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any
+    ) -> None:
+        """`config.finalize_model_grads_func` of other runs with --calculate-per-token-loss.
+
+        Megatron's own, which is handed the sum of the loss masks where it would take their number.
+        """
+        finalize_model_grads(model, None if num_tokens is None else self._take(), **options)
+
+    def _take(self) -> torch.Tensor:
+        """This rank's sum, a scalar; starts the next step from zero."""
+        total = self._total
+        if total is None:  # a pipeline stage without the loss
+            total = torch.zeros((), device=torch.cuda.current_device())
+        self._total = None
+        return total
+
     def _sum_over_ranks(self, pg_collection: Any) -> torch.Tensor:
         """The global batch's weight on every rank; starts the next step from zero."""
         if pg_collection is None:
@@ -92,10 +113,7 @@ class GlobalBatchWeight:
             # With weights sharded over a further axis its peers hold tokens of their own.
             data = getattr(pg_collection, "dp_cp_gtp_remat", None) or pg_collection.dp_cp
             pipeline = pg_collection.pp
-        total = self._total
-        if total is None:  # a pipeline stage without the loss
-            total = torch.zeros((), device=torch.cuda.current_device())
-        self._total = None
+        total = self._take()
         # Only the last stage has weights: a sum over the pipeline hands them to the others.
         torch.distributed.all_reduce(total, group=pipeline)
         torch.distributed.all_reduce(total, group=data)
@@ -158,18 +176,28 @@ class InfoEntropyForwardStep:
                 ),
             )
         if model.training:
-            return output, partial(self._training_loss, batch["loss_mask"], config)
+            return output, partial(self._training_loss, batch["labels"], batch["loss_mask"], config)
         return output, partial(validation_loss, batch["loss_mask"])
 
     def _training_loss(
-        self, loss_mask: torch.Tensor, config: InfoEntropyConfig, output: torch.Tensor
+        self,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        config: InfoEntropyConfig,
+        output: torch.Tensor,
     ) -> LossResult:
         groups = Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
-        loss, num_tokens, report = training_loss(loss_mask, output, config, groups)
-        self.batch_weight.add(report["weight"][0])
-        statistics = unpack(output.detach())
-        weight = token_weight(statistics, config, loss_mask)
-        self.observer.add(statistics, weight, loss_mask, report["objective"])
+        args = get_args()
+        loss, num_tokens, report, weight = training_loss(
+            loss_mask, output, config, groups, labels, args.consumed_train_samples
+        )
+        mask_sum = report["weight"][1]
+        if not args.calculate_per_token_loss:
+            # Megatron divides by whole tokens; a loss mask of fractions has another sum.
+            loss = loss * torch.where(mask_sum > 0, num_tokens / mask_sum, 1)
+        is_global = self.config.normalization == "global"
+        self.batch_weight.add(report["weight"][0] if is_global else mask_sum)
+        self.observer.add(unpack(output.detach()), weight, loss_mask, report["objective"])
         if self.config.gamma_schedule != "constant":
             # Filled on the device: a copy from the host would wait for it.
             gamma = torch.full_like(loss.detach(), config.gamma)
@@ -179,17 +207,28 @@ class InfoEntropyForwardStep:
 
 
 def training_loss(
-    loss_mask: torch.Tensor, output: torch.Tensor, config: InfoEntropyConfig, groups: Groups
-) -> LossResult:
-    """(sum of alpha w l, token count, report) of one micro-batch on one rank.
+    loss_mask: torch.Tensor,
+    output: torch.Tensor,
+    config: InfoEntropyConfig,
+    groups: Groups,
+    labels: torch.Tensor | None = None,
+    samples: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, Report, torch.Tensor]:
+    """(sum of alpha w l, token count, report, weights) of one micro-batch on one rank.
 
-    loss_mask: [batch, sequence], of 0 and 1, as Megatron counts tokens in integers; output:
-    [K, batch, sequence]. With "global" the sum is of w l: the weight of the whole batch is not
-    known yet and divides the gradients in the end.
+    loss_mask, labels: [batch, sequence], the former from 0 to 1; output: [K, batch, sequence];
+    samples: consumed before this step. With "global" the sum is of w l: the weight of the whole
+    batch is not known yet and divides the gradients in the end.
     """
     statistics = unpack(output)
-    mask = loss_mask.to(statistics.cross_entropy.dtype)
-    weight = token_weight(statistics, config, mask)
+    tokens = token_batch(
+        statistics,
+        loss_mask,
+        target=labels,
+        samples=samples,
+        data_parallel_group=groups.data_parallel,
+    )
+    mask, weight = tokens.mask, token_weight(tokens, config)
     loss_of_token = token_loss(statistics, config)
     loss = (mask * weight * loss_of_token).sum()
     sums = token_sums(loss_of_token.detach(), weight.detach(), mask)
@@ -207,14 +246,19 @@ def training_loss(
     }
     if config.normalization == "paper":
         report["alpha"] = torch.stack([factor, torch.ones_like(factor)])
-    return loss, sums.tokens.to(torch.int), report
+    return loss, _whole(sums.tokens), report, weight.detach()
 
 
 def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
     """(sum of plain cross entropy, token count, report): the same for every objective."""
     mask = loss_mask.to(output.dtype)
     loss, count = (mask * output[0]).sum(), mask.sum()
-    return loss, count.to(torch.int), {"cross entropy": torch.stack([loss.detach(), count])}
+    return loss, _whole(count), {"cross entropy": torch.stack([loss.detach(), count])}
+
+
+def _whole(tokens: torch.Tensor) -> torch.Tensor:
+    """The sum of a loss mask as Megatron counts tokens, in integers: some tokens are never none."""
+    return tokens.ceil().to(torch.int)
 
 
 def _mean_over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,7 @@ from megatron_infoentropy.loss.statistics import (
     coefficients,
     token_results,
 )
+from megatron_infoentropy.loss.token_batch import token_batch
 
 
 class LinearRequest(NamedTuple):
@@ -352,15 +353,17 @@ def linear_infoentropy_loss(
     ignore_index: int = -100,
     sequence_parallel: bool = False,
     into_main_grad: bool = False,
+    samples: int = 0,
+    token_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`infoentropy_loss` of the logits hidden @ weight^T, which never exist in full.
 
     With detached weights (`config.detach_weight`, the default) gradients are formed in the forward
     pass and scaled in the backward pass, which then can run once, and which torch.compile cannot
-    capture whole; with attached ones, and with a custom weighting, which sees all tokens at once,
-    this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and scaled later,
-    16-bit gradients of `hidden` are rounded twice, and in fp16 they are formed without the loss
-    scale: for fp16 training take the statistics.
+    capture whole; with attached ones, and with weights that compare tokens (custom, eslm,
+    entrodrop), this is `linear_vocab_parallel_statistics` and ordinary PyTorch. Formed first and
+    scaled later, 16-bit gradients of `hidden` are rounded twice, and in fp16 they are formed
+    without the loss scale: for fp16 training take the statistics.
 
     Args:
         hidden: [..., H]; with `sequence_parallel` this rank's slice of the first dimension.
@@ -374,6 +377,7 @@ def linear_infoentropy_loss(
         ignore_index: the target of tokens that take no part.
         sequence_parallel: gather `hidden` over `group`, scatter its gradient.
         into_main_grad: add the weight's gradient to `weight.main_grad` where that exists.
+        samples, token_input: as `infoentropy_loss`.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states), equal on all ranks of both groups; gradients as
@@ -399,8 +403,8 @@ def linear_infoentropy_loss(
         into_main_grad=into_main_grad,
     )
     hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
-    # A custom function may compare tokens: it is shown all of them at once, as without chunks.
-    by_chunk = config.detach_weight and config.objective != "custom"
+    # Weights that compare tokens are formed of all of them at once, as without chunks.
+    by_chunk = config.detach_weight and not config.compares_tokens
     if by_chunk or not config.is_weighted:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
@@ -411,5 +415,13 @@ def linear_infoentropy_loss(
     else:
         results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
         statistics = TokenStatistics(*(result.view(target.shape) for result in results))
-        sums = objective_sums(statistics, config, mask)
+        batch = token_batch(
+            statistics,
+            mask,
+            target=target,
+            samples=samples,
+            token_input=token_input,
+            data_parallel_group=data_parallel_group,
+        )
+        sums = objective_sums(statistics, batch, config)
     return weighted_mean(sums, config, data_parallel_group)

@@ -40,6 +40,7 @@ from megatron_infoentropy.loss.statistics import (
     coefficients,
     token_results,
 )
+from megatron_infoentropy.loss.token_batch import token_batch
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 
@@ -188,7 +189,8 @@ def _token_terms(
     }
     with torch.set_grad_enabled(differentiate):
         statistics = TokenStatistics(**{"is_top": results.is_top, **leaves})
-        loss, weight = token_loss(statistics, config), token_weight(statistics, config, mask_C)
+        loss = token_loss(statistics, config)
+        weight = token_weight(token_batch(statistics, mask_C), config)
         if not differentiate:
             return loss, weight, None
         total = token_sums(loss, weight, mask_C).weighted_loss

@@ -20,6 +20,7 @@ from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.layout import leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
+from megatron_infoentropy.loss.token_batch import TokenBatch, token_batch
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
 # Made here once: torch.compile cannot follow what the configuration checks when it is made.
@@ -55,6 +56,8 @@ def infoentropy_loss(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    samples: int = 0,
+    token_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean weighted cross entropy of a micro-batch: a scalar to call `.backward()` on.
 
@@ -63,14 +66,17 @@ def infoentropy_loss(
         target: [...], integer ids in the whole vocabulary.
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
         group: the tensor-parallel group; None where the logits are whole.
-        loss_mask: [...], in the target's shape; each token's weight is multiplied by it. Tokens
-            with 0 take no part.
+        loss_mask: [...], in the target's shape, 0 to 1; each token's weight is multiplied by it,
+            and means are over its sum. Tokens with 0 take no part.
         data_parallel_group: ranks that hold other tokens of the same micro-batch step; the mean
             is over all their valid tokens.
         vocab_size: the true size of the whole vocabulary, where the shards are padded.
         ignore_index: the target of tokens that take no part.
         inplace_backward: write the gradient over the logits. More on these five is in
             `vocab_parallel_statistics`.
+        samples: training samples consumed before this step, and
+        token_input: [...], numbers of your own, both for a weighting that asks for them
+            (`TokenBatch`).
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits), equal on all ranks of both groups. *Averaging*
@@ -91,15 +97,24 @@ def infoentropy_loss(
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
     )
-    return weighted_mean(objective_sums(statistics, config, mask), config, data_parallel_group)
+    batch = token_batch(
+        statistics,
+        mask,
+        target=target,
+        samples=samples,
+        token_input=token_input,
+        data_parallel_group=data_parallel_group,
+    )
+    sums = objective_sums(statistics, batch, config)
+    return weighted_mean(sums, config, data_parallel_group)
 
 
 def objective_sums(
-    statistics: TokenStatistics, config: InfoEntropyConfig, mask: torch.Tensor
+    statistics: TokenStatistics, batch: TokenBatch, config: InfoEntropyConfig
 ) -> TokenSums:
     """Return the sums of one micro-batch on one rank, all its tokens weighted together."""
-    weight = token_weight(statistics, config, mask)
-    return token_sums(token_loss(statistics, config), weight, mask)
+    weight = token_weight(batch, config)
+    return token_sums(token_loss(statistics, config), weight, batch.mask)
 
 
 def weighted_mean(

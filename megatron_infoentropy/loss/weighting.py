@@ -1,65 +1,85 @@
 """A token's loss and its weight, from the statistics of the predicted distribution."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
+from inspect import signature
+from typing import Any
 
 import torch
 
-from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.config import COMPARING, InfoEntropyConfig
 from megatron_infoentropy.loss.statistics import TokenStatistics
+from megatron_infoentropy.loss.token_batch import TokenBatch
 
 LEAST_WEIGHT = 2.0**-100  # a smaller one is not inverted: times a long sequence it overflows fp32
+EAFT_ENTROPY = math.log(20)  # nats; the entropy of the 20 largest logits lies below it
 
 
-def token_weight(
-    statistics: TokenStatistics, config: InfoEntropyConfig, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def token_weight(batch: TokenBatch, config: InfoEntropyConfig) -> torch.Tensor:
     """The weight w >= 0 of every token, in the target's shape, before normalisation.
 
-    infoentropy: (sigma + H)^gamma, the published weight with sigma 1 and gamma 1; focal:
-    (1 - p(target))^gamma; custom: the configuration's own function; then mixed with 1 by
-    config.blend. A constant in the backward pass where `config.detach_weight`.
+    By `config.objective`, with H the entropy, p = e^-ce the target's probability and q the
+    `config.quantile` of the entropies of this rank's tokens:
 
-    mask: in the target's shape, 0 where a token takes no part. The weight is not multiplied by it,
-    but finite there, which a custom function need not be for the cross entropy and entropy of 0
-    that such tokens have.
+        infoentropy   (sigma + H)^gamma    published: sigma 1, gamma 1
+        focal         (1 - p)^gamma        lin_focal: the same, differentiated
+        eaft          (H / ln 20)^gamma    published (arXiv 2601.02151): H of the 20 largest logits
+        dft           p^gamma              published (arXiv 2508.05629): gamma 1
+        eslm          1 if H >= q else 0   published (arXiv 2505.19893)
+        entrodrop     1 if H >= q, else 0 with probability gamma (after arXiv 2512.23422)
+        custom        the configuration's own function
+
+    then mixed with 1 by config.blend. A constant in the backward pass where
+    `config.detach_weight`. The weight is not multiplied by the mask, but finite where that is 0.
 
     Raises:
         ValueError: a custom function cannot be loaded, returns another shape or, on a CPU, a
             negative weight (on a GPU, where a look would stall the device, that weight is NaN).
     """
-    ce, entropy = statistics.cross_entropy, statistics.entropy
     if not config.is_weighted:
-        return torch.ones_like(ce, requires_grad=False)
-    if config.detach_weight:
-        ce, entropy = ce.detach(), entropy.detach()
-    if config.objective == "custom":
-        weight = _custom_weight(ce, entropy, config, mask)
+        return torch.ones_like(batch.cross_entropy, requires_grad=False)
+    if config.objective in COMPARING:
+        shown = batch.prepared(config.detach_weight)
+        weight = _comparing_weight(shown, config)
     else:
+        ce, entropy = batch.cross_entropy, batch.entropy
+        if config.detach_weight:
+            ce, entropy = ce.detach(), entropy.detach()
         weight = _power(ce, entropy, config)
     return torch.lerp(weight, torch.ones_like(weight), config.blend) if config.blend else weight
 
 
 def _power(ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
-    # 1 - e^-ce by expm1, so that it keeps its digits for confident tokens.
-    base = entropy + config.sigma if config.objective == "infoentropy" else -torch.expm1(-ce)
+    if config.objective == "dft":
+        return torch.exp(-config.gamma * ce)
+    if config.objective == "infoentropy":
+        base = entropy + config.sigma
+    elif config.objective == "eaft":
+        base = entropy / EAFT_ENTROPY
+    else:  # 1 - e^-ce by expm1, so that it keeps its digits for confident tokens
+        base = -torch.expm1(-ce)
     if config.gamma < 1 and not config.detach_weight:
         # The power's slope is infinite at 0; such a token's weight is held constant.
         base = base.clamp_min(LEAST_WEIGHT)
     return base**config.gamma
 
 
-def _custom_weight(
-    ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig, mask: torch.Tensor | None
-) -> torch.Tensor:
-    if mask is None:
-        weight = _call_function(ce, entropy, config.weighting)
-    else:
-        # Chosen on both sides: a gradient through either alone would be 0 * inf at times.
-        counts = mask != 0
-        ce, entropy = (torch.where(counts, values, 1) for values in (ce, entropy))
-        weight = torch.where(counts, _call_function(ce, entropy, config.weighting), 0)
+def _comparing_weight(batch: TokenBatch, config: InfoEntropyConfig) -> torch.Tensor:
+    """The weight where it depends on other tokens than the own; 0 where the mask is."""
+    valid = batch.mask != 0
+    if config.objective == "custom":
+        return _checked(torch.where(valid, _call_function(batch, config.weighting), 0), config)
+    keeps = batch.entropy >= batch.quantile(batch.entropy, config.quantile)
+    if config.objective == "entrodrop":
+        keeps = keeps | (batch.uniform() >= config.gamma)
+    # A NaN must not vanish as a token that is left out.
+    weight = torch.where(batch.entropy.isnan(), batch.entropy, keeps.to(batch.entropy.dtype))
+    return torch.where(valid, weight, 0)
+
+
+def _checked(weight: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
     negative = weight < 0
     if torch.compiler.is_compiling() or weight.device.type != "cpu":
         return weight.masked_fill(negative, torch.nan)
@@ -71,14 +91,15 @@ def _custom_weight(
     return weight
 
 
-def _call_function(ce: torch.Tensor, entropy: torch.Tensor, path: str) -> torch.Tensor:
-    weight = _load_function(path)(ce, entropy)
-    if not isinstance(weight, torch.Tensor) or weight.shape != ce.shape:
+def _call_function(batch: TokenBatch, path: str) -> torch.Tensor:
+    weight = _load_function(path)(batch)
+    shape = batch.cross_entropy.shape
+    if not isinstance(weight, torch.Tensor) or weight.shape != shape:
         raise ValueError(
-            f"weighting {path!r} must return a tensor of shape {list(ce.shape)}, one weight a "
+            f"weighting {path!r} must return a tensor of shape {list(shape)}, one weight a "
             f"token, got {getattr(weight, 'shape', type(weight).__name__)}"
         )
-    return weight.to(ce.dtype)
+    return weight.to(batch.cross_entropy.dtype)
 
 
 def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu") -> None:
@@ -98,9 +119,17 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
         torch.tensor(values, device=device, requires_grad=attached)
         for values in ([[0.0, 1.0], [9.0, 11.0]], [[0.0, 2.0], [0.1, 11.0]])
     )
+    batch = TokenBatch(
+        cross_entropy=ce,
+        entropy=entropy,
+        logsumexp=torch.full_like(ce, 11.0, requires_grad=False),
+        is_top=ce.detach() == 0,
+        mask=torch.ones_like(ce, requires_grad=False),
+        target=torch.zeros_like(ce, dtype=torch.int64, requires_grad=False),
+    )
     name, where = config.weighting, f"for ce={ce.tolist()} and entropy={entropy.tolist()}"
     with torch.enable_grad():
-        weight = _call_function(ce, entropy, name)
+        weight = _call_function(batch, name)
     if not (weight.isfinite() & (weight >= 0)).all():
         raise ValueError(
             f"weighting {name!r} must return finite weights >= 0, got {weight.tolist()} {where}; "
@@ -121,11 +150,11 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
             )
 
 
-def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _load_function(path: str) -> Callable[[TokenBatch], torch.Tensor]:
     """The function that "package.module:function" names.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function, or it does not take one argument.
     """
     module, _, name = path.partition(":")
     try:
@@ -139,7 +168,24 @@ def _load_function(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Te
         ) from error
     if not callable(function):
         raise ValueError(f"weighting {path!r} is a {type(function).__name__}, not a function")
+    if not torch.compiler.is_compiling():
+        _require_one_argument(function, path)
     return function  # type: ignore[no-any-return]
+
+
+def _require_one_argument(function: Callable[..., Any], path: str) -> None:
+    try:
+        parameters = signature(function)
+    except ValueError:  # one that is written in C tells nothing
+        return
+    try:
+        parameters.bind(None)
+    except TypeError:
+        raise ValueError(
+            f"weighting {path!r} must take one argument, a TokenBatch with the fields "
+            "cross_entropy, entropy, target, mask, ..., and return weights, got "
+            f"{function.__name__}{parameters}"
+        ) from None
 
 
 def token_loss(statistics: TokenStatistics, config: InfoEntropyConfig) -> torch.Tensor:

@@ -30,7 +30,7 @@ SETTINGS = [
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Writes a run with a loss; the module `own` is there to be imported."""
-    own = SimpleNamespace(weigh=lambda ce, entropy: ce**2 + entropy)
+    own = SimpleNamespace(weigh=lambda tokens: tokens.cross_entropy**2 + tokens.entropy)
     monkeypatch.setitem(sys.modules, "own", own)
 
     def write_one(loss):

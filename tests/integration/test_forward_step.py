@@ -1,5 +1,6 @@
 """The forward step of one rank: what it calls the model with, and which loss it answers with."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -50,9 +51,13 @@ def forward_step(monkeypatch):
     """Of gamma 2, in a world without Megatron's globals."""
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)
-    monkeypatch.setattr(step, "get_args", lambda: SimpleNamespace(consumed_train_samples=0))
+    args = SimpleNamespace(consumed_train_samples=96, calculate_per_token_loss=False)
+    args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
+    monkeypatch.setattr(step, "get_args", lambda: args)
+    monkeypatch.setattr(step, "get_rerun_state_machine", lambda: None)
     monkeypatch.setattr(step, "get_batch", lambda *_, **__: make_batch())
-    monkeypatch.setattr(step.mpu, "get_tensor_model_parallel_group", lambda: None)
+    for group in ("tensor_model", "context", "data"):
+        monkeypatch.setattr(step.mpu, f"get_{group}_parallel_group", lambda: None)
     return InfoEntropyForwardStep(InfoEntropyConfig(gamma=2.0), V, None, None)
 
 
@@ -81,8 +86,8 @@ def test_validation_is_plain_cross_entropy_whatever_the_objective(forward_step):
     assert_within(report["cross entropy"], torch.stack([expected, count]), rtol=1e-6)
 
 
-def inverse_entropy(_ce, entropy):
-    return 1 / entropy
+def inverse_entropy(tokens):
+    return 1 / tokens.entropy
 
 
 @pytest.mark.parametrize("normalization", ["paper", "global"])
@@ -95,10 +100,62 @@ def test_a_weight_that_is_infinite_where_masked_spoils_nothing(normalization):
         normalization=normalization,
         detach_weight=False,
     )
-    loss, _, report = training_loss(mask, masked, config, Groups(None, None))
+    loss, _, report, _ = training_loss(mask, masked, config, Groups(None, None))
     loss.backward()
     ce, weight = output[0][mask > 0].double(), 1 / output[1][mask > 0].double()
     alpha = mask.sum() / weight.sum() if normalization == "paper" else 1
     assert_within(loss.detach(), alpha * (weight * ce).sum(), rtol=1e-6)
     assert_within(report["weight"][0], weight.sum(), rtol=1e-6)
     assert masked.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("normalization", ["paper", "none", "global"])
+def test_a_mask_of_fractions_is_divided_by_its_own_sum(
+    forward_step, monkeypatch, normalization, per_token
+):
+    """Megatron divides by a whole number of tokens, at once or over the whole batch."""
+    mask = torch.linspace(0, 1, B * S).view(B, S)
+    monkeypatch.setattr(step, "get_batch", lambda *_, **__: make_batch() | {"loss_mask": mask})
+    step.get_args().calculate_per_token_loss = per_token or normalization == "global"
+    model, batch_weight = Model(), step.GlobalBatchWeight()
+    config = InfoEntropyConfig(normalization=normalization)
+    observer = SimpleNamespace(add=lambda *_: None)
+    forward = InfoEntropyForwardStep(config, V, batch_weight, observer)
+    output, loss_function = forward(None, model)
+    loss, count, _ = loss_function(output)
+    assert count.dtype == torch.int32
+    assert count == math.ceil(mask.sum())
+    divided = loss / count
+    if step.get_args().calculate_per_token_loss:
+        received = []
+        finalize = lambda model, tokens=None, **_: received.append(tokens)  # noqa: E731
+        monkeypatch.setattr(step, "finalize_model_grads", finalize)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+        chunk = SimpleNamespace(scale_gradients=received.append)
+        if normalization == "global":
+            groups = SimpleNamespace(pp=None, dp_cp=None)
+            batch_weight.finalize_model_grads([chunk], count, pg_collection=groups)
+            divided = loss * received[-1]
+        else:
+            batch_weight.finalize_per_token([chunk], count)
+            divided = loss / received[0]
+    ce, weight = model.output[0].double(), 1 + model.output[1].double()
+    whole = mask.sum() if normalization == "none" else (mask * weight).sum()
+    assert_within(divided, (mask * weight * ce).sum() / whole, rtol=1e-6)
+
+
+def what_it_sees(tokens):
+    assert torch.equal(tokens.target, make_batch()["labels"])
+    assert tokens.samples == 96
+    return torch.ones_like(tokens.entropy)
+
+
+def test_a_weighting_in_the_trainer_sees_labels_and_samples(forward_step):
+    forward_step.config = InfoEntropyConfig(
+        objective="custom", weighting=f"{__name__}:{what_it_sees.__name__}"
+    )
+    forward_step.batch_weight = step.GlobalBatchWeight()
+    forward_step.observer = SimpleNamespace(add=lambda *_: None)
+    output, loss_function = forward_step(None, Model())
+    assert loss_function(output)[0].isfinite()

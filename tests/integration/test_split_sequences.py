@@ -47,7 +47,7 @@ def losses_of(logits, target, mask, normalization, *, tensor_group, groups):
     statistics = vocab_parallel_statistics(logits, target.T.contiguous(), group=tensor_group)
     output = pack(statistics).transpose(1, 2)
     config = InfoEntropyConfig(gamma=GAMMA, normalization=normalization)
-    loss, _, report = training_loss(mask, output, config, groups)
+    loss, _, report, _ = training_loss(mask, output, config, groups)
     return loss, report["objective"][1]
 
 

@@ -49,7 +49,7 @@ def loss_on_rank(layout, settings, certain=None):
     output, mask = make_output(dist.get_rank(), certain)
     output.requires_grad_()
     config = InfoEntropyConfig(**settings)
-    loss, count, report = training_loss(mask, output, config, groups_of(layout))
+    loss, count, report, _ = training_loss(mask, output, config, groups_of(layout))
     loss.backward()
     return loss.detach(), int(count), report, output.grad
 

@@ -23,12 +23,12 @@ def compiler_is_on():
     assert not torch._dynamo.config.disable
 
 
-def surprise(cross_entropy, entropy):
-    return (cross_entropy - entropy).square()
+def surprise(tokens):
+    return (tokens.cross_entropy - tokens.entropy).square()
 
 
-def difference(cross_entropy, entropy):
-    return cross_entropy - entropy
+def difference(tokens):
+    return tokens.cross_entropy - tokens.entropy
 
 
 def random_case(n=33, v=257, dtype=torch.float32):

@@ -1,5 +1,9 @@
 """Weights of one's own, blends and schedules: what a token's loss is multiplied by."""
 
+import dataclasses
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,48 +12,63 @@ from oracle import dense_statistics
 from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
-from megatron_infoentropy.loss.weighting import check_weighting
+from megatron_infoentropy.loss import TokenStatistics
+from megatron_infoentropy.loss.token_batch import token_batch
+from megatron_infoentropy.loss.weighting import check_weighting, token_weight
 
 CUSTOM = {"objective": "custom", "weighting": "test_weighting:surprise"}
 
 
-def surprise(cross_entropy, entropy):
+def surprise(tokens):
     """A weight that depends on both, and on nothing that the package has."""
-    return 0.5 + torch.tanh(cross_entropy - entropy) ** 2
+    return 0.5 + torch.tanh(tokens.cross_entropy - tokens.entropy) ** 2
 
 
-def scalar(cross_entropy, entropy):
-    return entropy.mean()
+def old_signature(cross_entropy, entropy):
+    return cross_entropy
 
 
-def inverse(cross_entropy, entropy):
-    return 1 / entropy
+def curriculum(tokens):
+    """A weight of everything that a weighting is shown."""
+    rare = (tokens.target % 7 == 0) & ~tokens.is_top
+    weight = 1 + rare * tokens.token_input + tokens.samples * 1e-3
+    above = tokens.entropy >= tokens.quantile(tokens.entropy, 0.5)
+    surprise = torch.sigmoid(tokens.logsumexp - tokens.mean(tokens.cross_entropy))
+    return weight * (above + surprise) * (1 + tokens.mask)
 
 
-def singular_at_one(cross_entropy, entropy):
-    return 1 / (entropy - 1).abs()
+def scalar(tokens):
+    return tokens.entropy.mean()
 
 
-def surprise_alone(cross_entropy, entropy):
-    return cross_entropy - entropy
+def inverse(tokens):
+    return 1 / tokens.entropy
 
 
-def root(cross_entropy, entropy):
-    return entropy.sqrt()
+def singular_at_one(tokens):
+    return 1 / (tokens.entropy - 1).abs()
 
 
-def step(cross_entropy, entropy):
-    return (entropy > 1).float()
+def surprise_alone(tokens):
+    return tokens.cross_entropy - tokens.entropy
 
 
-def above_median(cross_entropy, entropy):
+def root(tokens):
+    return tokens.entropy.sqrt()
+
+
+def step(tokens):
+    return (tokens.entropy > 1).float()
+
+
+def above_median(tokens):
     """A weight that compares all tokens with each other."""
-    return (entropy >= entropy.flatten().median()).to(entropy.dtype)
+    return (tokens.entropy >= tokens.entropy.flatten().median()).to(tokens.entropy.dtype)
 
 
-def share_of_sequence(cross_entropy, entropy):
+def share_of_sequence(tokens):
     """A weight that compares the tokens of one row with each other."""
-    return entropy / entropy.mean(-1, keepdim=True)
+    return tokens.entropy / tokens.entropy.mean(-1, keepdim=True)
 
 
 def random_case():
@@ -73,7 +92,7 @@ def test_a_weighting_of_ones_own_gets_gradients_or_not(normalization, detach):
 
     def dense(leaf, target):
         ce, entropy, _ = dense_statistics(leaf, target)
-        weight = surprise(ce, entropy)
+        weight = surprise(SimpleNamespace(cross_entropy=ce, entropy=entropy))
         weight = weight.detach() if detach else weight
         return (weight * ce).mean() / (1 if normalization == "none" else weight.mean())
 
@@ -101,7 +120,7 @@ def test_a_weight_is_not_formed_of_tokens_that_are_left_out(function, fused, det
 
     def dense(leaf, _):
         ce, entropy, _ = dense_statistics(leaf[kept], target[kept])
-        weight = globals()[function](ce, entropy)
+        weight = globals()[function](SimpleNamespace(cross_entropy=ce, entropy=entropy))
         weight = weight.detach() if detach else weight
         return (weight * ce).mean() / weight.mean()
 
@@ -190,6 +209,10 @@ def test_a_blend_mixes_the_weight_with_one(blend):
         ("no_such_module:weight", "cannot be loaded .*No module named 'no_such_module'"),
         ("test_weighting:weigh", "cannot be loaded .*has no attribute 'weigh'"),
         ("test_weighting:CUSTOM", "is a dict, not a function"),
+        (
+            "test_weighting:old_signature",
+            r"take one argument, a TokenBatch .* got old_signature\(cross_entropy, entropy\)",
+        ),
         ("test_weighting:scalar", r"must return a tensor of shape \[19\], one weight a token"),
     ],
 )
@@ -227,3 +250,129 @@ def test_a_weighting_that_can_be_used_passes_the_trial(detach):
         check_weighting(
             InfoEntropyConfig(objective="custom", weighting=f"test_weighting:{function}")
         )
+
+
+def tokens_of(entropy, mask=None, **fields):
+    entropy = torch.as_tensor(entropy, dtype=torch.float64)
+    statistics = TokenStatistics(entropy, entropy, entropy, entropy > 1, None)
+    mask = None if mask is None else torch.tensor(mask)
+    return token_batch(statistics, mask, **fields)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, 1.0), (0.1, 1.0), (0.2, 2.0), (0.5, 3.0), (0.99, 5.0)]
+)
+def test_a_quantile_is_of_the_tokens_that_take_part(share, expected):
+    tokens = tokens_of([[5.0, 1.0, 4.0, 7.0], [3.0, 2.0, 0.0, 9.0]], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert tokens.quantile(tokens.entropy, share) == expected
+    nobody = tokens_of([1.0, 2.0], [0, 0])
+    assert nobody.quantile(nobody.entropy, share).isnan()
+
+
+def curriculum_on_rank():
+    rank, world = dist.get_rank(), dist.group.WORLD
+    hidden, weight, target = compared_case(rank)
+    mask = (torch.rand(12, 3, generator=torch.Generator().manual_seed(rank)) * 4).clamp_max(1)
+    mask[:2] = 0
+    extra = torch.rand(12, 3, generator=torch.Generator().manual_seed(7 + rank))
+    config = InfoEntropyConfig(
+        objective="custom", weighting="test_weighting:curriculum", chunk_tokens=5
+    )
+    more = {"data_parallel_group": world, "samples": 640, "token_input": extra}
+    losses = [
+        infoentropy_loss(hidden @ weight.T, target, config, loss_mask=mask, **more),
+        linear_infoentropy_loss(hidden, weight, target, mask, config, **more),
+    ]
+    return losses, (hidden @ weight.T, target, mask, extra)
+
+
+def test_a_weighting_sees_the_batch_and_sums_over_data_parallel_ranks():
+    """Masks of fractions, samples, an input of one's own and the other rank, in float64."""
+    results = run_ranks(curriculum_on_rank, 2)
+    cases = [case for _, case in results]
+    valid = [mask != 0 for _, _, mask, _ in cases]
+    parts = [dense_statistics(logits, target) for logits, target, _, _ in cases]
+    mean = torch.cat([ce[v] for (ce, _, _), v in zip(parts, valid, strict=True)]).mean()
+    total, tokens, inverse_means = 0.0, 0.0, []
+    for (logits, target, mask, extra), (ce, entropy, lse), v in zip(
+        cases, parts, valid, strict=True
+    ):
+        is_top = logits.argmax(-1) == target
+        ordered = entropy[v].sort().values
+        above = entropy >= ordered[round(len(ordered) / 2)]
+        weight = 1 + ((target % 7 == 0) & ~is_top) * extra + 0.64
+        weight = weight * (above + torch.sigmoid(lse - mean)) * (1 + mask) * mask
+        total += (weight * ce).sum()
+        tokens += mask.sum()
+        inverse_means.append(mask.sum() / weight.sum())
+    expected = total / tokens * sum(inverse_means) / 2
+    for losses, _ in results:
+        for loss in losses:
+            assert_within(loss, expected, rtol=1e-7)
+
+
+def test_an_input_of_another_shape_is_refused():
+    logits, target = random_case()
+    with pytest.raises(ValueError, match=r"token_input in the target's shape \[19\], .* got \[3\]"):
+        infoentropy_loss(logits, target, token_input=torch.ones(3))
+
+
+# The weight of every token from its cross entropy and entropy in float64, as published.
+PRESETS = {
+    "lin_focal": lambda ce, entropy, gamma: (1 - torch.exp(-ce)) ** gamma,
+    "eaft": lambda ce, entropy, gamma: (entropy / math.log(20)) ** gamma,
+    "dft": lambda ce, entropy, gamma: torch.exp(-ce) ** gamma,
+    "eslm": lambda ce, entropy, gamma: (entropy >= entropy.sort().values[6]).double(),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("objective", PRESETS)
+def test_a_preset_is_its_papers_formula(objective, gamma, fused):
+    config = InfoEntropyConfig(objective=objective, gamma=gamma, quantile=0.3, chunk_tokens=7)
+
+    def dense(leaf, target):
+        ce, entropy, _ = dense_statistics(leaf, target)
+        weight = PRESETS[objective](ce, entropy, gamma)
+        weight = weight if objective == "lin_focal" else weight.detach()
+        # ESLM takes the mean over the tokens that it keeps, the others over all.
+        return (weight * ce).sum() / (weight.sum() if objective == "eslm" else len(ce))
+
+    def ours(leaf, target):
+        if fused:
+            return linear_infoentropy_loss(leaf, torch.eye(61).double(), target, None, config)
+        return infoentropy_loss(leaf, target, config)
+
+    for mine, truth in zip(loss_and_gradient(ours), loss_and_gradient(dense), strict=True):
+        assert_within(mine, truth, atol=1e-12)
+
+
+def test_tokens_of_low_entropy_are_dropped_with_probability_gamma():
+    entropy = torch.rand(100, 200, generator=torch.Generator().manual_seed(1)).double()
+    target = torch.randint(0, 50_000, entropy.shape, generator=torch.Generator().manual_seed(2))
+    config = InfoEntropyConfig(objective="entrodrop", quantile=0.4, gamma=0.25)
+    first, again, later = (
+        token_weight(tokens_of(entropy, target=target, samples=samples), config)
+        for samples in (512, 512, 513)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    low = entropy < entropy.flatten().sort().values[8000]
+    assert (first[~low] == 1).all()
+    for weight in (first, later):
+        dropped = (weight[low] == 0).double()
+        assert abs(dropped.mean() - 0.25) < 4 * (0.25 * 0.75 / 8000) ** 0.5
+        rows = dropped[:8000].view(80, 100)  # nor do neighbours fall together
+        assert abs((rows[:, 1:] * rows[:, :-1]).mean() - 0.0625) < 0.012
+    everything = dataclasses.replace(config, gamma=1.0)
+    selected = dataclasses.replace(config, objective="eslm")
+    batch = tokens_of(entropy, target=target)
+    assert torch.equal(token_weight(batch, everything), token_weight(batch, selected))
+
+
+@pytest.mark.parametrize("objective", ["eslm", "entrodrop"])
+def test_a_selection_leaves_nan_where_it_is(objective):
+    batch = tokens_of([1.0, float("nan"), 3.0, 4.0], [1, 1, 1, 0], target=torch.zeros(4).long())
+    weight = token_weight(batch, InfoEntropyConfig(objective=objective, quantile=0.5))
+    assert weight.isnan().tolist() == [False, True, False, False]
