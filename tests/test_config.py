@@ -17,6 +17,11 @@ from megatron_infoentropy import InfoEntropyConfig
             {"normalization": "mean"},
             "normalization must be one of 'auto', 'paper', 'global', 'none'",
         ),
+        ({"quantile": 1.0}, r"quantile must be at least 0 and below 1, got 1.0"),
+        ({"objective": "eslm", "detach_weight": False}, "'eslm' gives weights of 0 and 1"),
+        ({"objective": "entrodrop", "gamma": 1.5}, r"'entrodrop' needs gamma in \[0, 1\], got 1.5"),
+        ({"objective": "dft", "gamma": -1.0}, "predicted as nearly impossible would be infinite"),
+        ({"objective": "eaft", "gamma": -1.0}, "predicted as certain would be infinite"),
         ({"backend": "numpy"}, "backend must be one of"),
         ({"collective": "ring"}, "collective must be one of"),
         ({"gamma": math.nan}, "gamma must be a finite number"),
@@ -103,3 +108,30 @@ def test_gamma_moves_from_its_start_to_its_end_over_the_samples(schedule, values
 def test_a_constant_gamma_stays():
     config = InfoEntropyConfig(gamma=0.7)
     assert config.at(10**9) is config
+
+
+def test_an_objective_is_normalized_as_it_was_published_unless_told_otherwise():
+    chosen = {
+        objective: InfoEntropyConfig(objective=objective).normalization
+        for objective in ("focal", "lin_focal", "eaft", "dft", "eslm", "entrodrop")
+    }
+    assert {name for name, how in chosen.items() if how == "none"} == {"lin_focal", "eaft", "dft"}
+    assert set(chosen.values()) == {"none", "paper"}
+    assert InfoEntropyConfig(objective="dft", normalization="global").normalization == "global"
+    assert not InfoEntropyConfig(objective="lin_focal").detach_weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"objective": "eslm", "gamma": 3.0}, {"objective": "eslm"}),
+        ({"objective": "eslm", "quantile": 0.0}, {"objective": "cross_entropy"}),
+        ({"objective": "entrodrop", "gamma": 0.0}, {"objective": "cross_entropy"}),
+        ({"objective": "dft", "quantile": 0.5, "sigma": 2.0}, {"objective": "dft"}),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_makes_no_other_objective(settings, same):
+    config, other = InfoEntropyConfig(**settings), InfoEntropyConfig(**same)
+    assert config.effective() == other.effective()
+    assert config.is_weighted == (same["objective"] != "cross_entropy")
