@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from megatron_infoentropy.commands.training import (
     TensorParallel,
 )
 from megatron_infoentropy.console import make_console
-
-if TYPE_CHECKING:
-    from megatron_infoentropy.doctor.report import Report
 
 out = make_console()
 
@@ -64,17 +61,13 @@ def doctor(
         if recipe is not None:
             _say_training(recipe, settings, flags, tokenizer)
         raise typer.Exit(0 if is_whole else 1)
-    from megatron_infoentropy.doctor.job import Order, examine_job
-    from megatron_infoentropy.doctor.start import start_ranks
+    from megatron_infoentropy.doctor.smoke import Order, examine_job, start_ranks
 
     if "RANK" not in os.environ:
-        told, code = start_ranks(sys.argv[2:], ranks, sys.stderr.write)
-        out.print(told, end="")
-        raise typer.Exit(code)
+        raise typer.Exit(start_ranks(sys.argv[2:], ranks))
     disk = int(disk_gib * 2**30)
     order = Order(recipe, settings, flags, data, local_data, tokenizer, run, disk, timeout)
-    report = examine_job(order, _say_report)
-    if report.troubles:
+    if examine_job(order, out.print):
         raise typer.Exit(1)
 
 
@@ -98,10 +91,6 @@ def _say_training(
 
     for line in dry_run(recipe, settings, flags, tokenizer=tokenizer).lines():
         out.print(line)
-
-
-def _say_report(report: "Report") -> None:
-    out.print("\n".join(report.lines()))
 
 
 def bench(

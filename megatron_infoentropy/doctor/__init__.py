@@ -1,5 +1,5 @@
 """What a machine offers to training, and whether the ranks of a job can work together."""
 
-from megatron_infoentropy.doctor.machine import Finding, examine, find_apex
+from megatron_infoentropy.doctor.machine import MachineFact, examine, find_apex
 
-__all__ = ["Finding", "examine", "find_apex"]
+__all__ = ["MachineFact", "examine", "find_apex"]

@@ -17,7 +17,7 @@ Verdict = Literal["ok", "optional", "missing"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class MachineFact:
     """One line of the report; `advice` is empty where nothing is to be done."""
 
     subject: str
@@ -26,12 +26,12 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> list[Finding]:
+def examine() -> list[MachineFact]:
     """Look at everything that training depends on, most important first."""
     transformer_engine = _transformer_engine()
     apex = find_apex()
     return [
-        Finding("Python", sys.version.split()[0]),
+        MachineFact("Python", sys.version.split()[0]),
         _package("torch", "needed for everything but preprocessing"),
         _package("megatron-core", "needed for training: pip install 'megatron-core>=0.19,<0.20'"),
         _package("transformers", "needed for conversion and evaluation"),
@@ -39,15 +39,15 @@ def examine() -> list[Finding]:
         _kernels(),
         transformer_engine,
         apex,
-        *_what_megatron_will_use(transformer_engine, apex),
+        *_megatrons_choice(transformer_engine, apex),
     ]
 
 
-def find_apex(search_path: list[str] | None = None) -> Finding:
-    """Whether NVIDIA Apex is there, or the unrelated web library that has its name."""
+def find_apex(search_path: list[str] | None = None) -> MachineFact:
+    """Say whether NVIDIA Apex is there, or the unrelated web library that has its name."""
     spec = PathFinder.find_spec("apex", search_path)
     if spec is None or not spec.submodule_search_locations:
-        return Finding(
+        return MachineFact(
             "NVIDIA Apex",
             "not found",
             "optional",
@@ -56,17 +56,16 @@ def find_apex(search_path: list[str] | None = None) -> Finding:
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not all((folder / part).is_dir() for part in ("optimizers", "normalization")):
-        return Finding(
+        return MachineFact(
             "NVIDIA Apex",
             f"a package called apex that is not NVIDIA's ({folder})",
             "missing",
             "it is an unrelated web library and would be imported in Apex's place: "
             "pip uninstall apex",
         )
-    fused = PathFinder.find_spec("amp_C", search_path) is not None
-    if fused:
-        return Finding("NVIDIA Apex", "found")
-    return Finding(
+    if PathFinder.find_spec("amp_C", search_path) is not None:
+        return MachineFact("NVIDIA Apex", "found")
+    return MachineFact(
         "NVIDIA Apex",
         "found, without its compiled parts (amp_C)",
         "missing",
@@ -74,32 +73,26 @@ def find_apex(search_path: list[str] | None = None) -> Finding:
     )
 
 
-def _package(name: str, purpose: str) -> Finding:
+def _package(name: str, purpose: str) -> MachineFact:
     try:
-        return Finding(name, str(version(name)))
+        return MachineFact(name, str(version(name)))
     except PackageNotFoundError:
-        return Finding(name, "not installed", "missing", purpose)
+        return MachineFact(name, "not installed", "missing", purpose)
 
 
-def _devices() -> list[Finding]:
+def _devices() -> list[MachineFact]:
     import torch
 
     if not torch.cuda.is_available():
-        return [
-            Finding(
-                "GPU",
-                "none: training runs on the CPU, through gloo",
-                "optional",
-                "fine for trying things out and for tests",
-            )
-        ]
+        found = "none: training runs on the CPU, through gloo"
+        return [MachineFact("GPU", found, "optional", "fine for trying things out and for tests")]
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    return [Finding("GPU", ", ".join(names)), Finding("NCCL", nccl)]
+    return [MachineFact("GPU", ", ".join(names)), MachineFact("NCCL", nccl)]
 
 
-def _kernels() -> Finding:
-    """What `--infoentropy-backend auto` chooses here."""
+def _kernels() -> MachineFact:
+    """Name the kernels that `--infoentropy-backend auto` chooses here."""
     import torch
 
     from megatron_infoentropy.kernels import dispatch, native
@@ -109,7 +102,7 @@ def _kernels() -> Finding:
     name = next(name for name, reason in reasons.items() if reason is None)
     if name != "reference":
         instructions = f" ({native.instruction_set()})" if name == "native" else ""
-        return Finding("InfoEntropy kernels", name + instructions)
+        return MachineFact("InfoEntropy kernels", name + instructions)
     compiled = ("native",) if device.type == "cpu" else ("triton", "cuda")
     missing = "; ".join(f"not {each}, since {reasons[each]}" for each in compiled)
     if device.type == "cuda":
@@ -118,29 +111,29 @@ def _kernels() -> Finding:
         advice = "reinstall the package"
     else:
         advice = "install a C++ compiler, then reinstall"
-    return Finding("InfoEntropy kernels", f"PyTorch reference ({missing})", "optional", advice)
+    return MachineFact("InfoEntropy kernels", f"PyTorch reference ({missing})", "optional", advice)
 
 
-def _transformer_engine() -> Finding:
+def _transformer_engine() -> MachineFact:
     if PathFinder.find_spec("transformer_engine") is None:
-        return Finding(
+        return MachineFact(
             "Transformer Engine",
             "not found",
             "optional",
             "on a GPU machine: pip install 'megatron-infoentropy[gpu]'; FP8 needs it",
         )
     try:
-        return Finding("Transformer Engine", str(version("transformer-engine")))
+        return MachineFact("Transformer Engine", str(version("transformer-engine")))
     except PackageNotFoundError:  # built from source
-        return Finding("Transformer Engine", "found, of unknown version")
+        return MachineFact("Transformer Engine", "found, of unknown version")
 
 
-def _what_megatron_will_use(transformer_engine: Finding, apex: Finding) -> list[Finding]:
-    """Megatron looks for Transformer Engine first, for Apex next, and falls back on PyTorch."""
+def _megatrons_choice(transformer_engine: MachineFact, apex: MachineFact) -> list[MachineFact]:
+    """Name what Megatron takes: Transformer Engine first, Apex next, PyTorch at last."""
     if transformer_engine.verdict == "ok":
         adam, norm = "Transformer Engine's FusedAdam", "Transformer Engine's"
     elif apex.verdict == "ok":
         adam, norm = "Apex's FusedAdam", "Apex's fused LayerNorm; PyTorch's RMSNorm"
     else:
         adam, norm = "PyTorch's AdamW", "PyTorch's (sequence parallelism refuses them)"
-    return [Finding("optimizer in training", adam), Finding("norms in training", norm)]
+    return [MachineFact("optimizer in training", adam), MachineFact("norms in training", norm)]

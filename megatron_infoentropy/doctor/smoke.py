@@ -1,0 +1,425 @@
+"""A look at a job's ranks before it trains: `infoentropy doctor --distributed`.
+
+Every rank says in torchrun's store that it is there, and one that does not come is named. Each
+looks at its own host and data, all do the collectives that the recipe needs, and rank 0 prints what
+every rank saw and a sentence for each trouble.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
+from megatron_infoentropy.data.tokenizer import is_tokenizer, tokenizer_digest
+from megatron_infoentropy.files import file_sha256
+from megatron_infoentropy.progress import progress
+
+PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
+SPLITS = ("train", "validation", "test")
+GIB, MIB = 2**30, 2**20
+LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
+STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
+BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
+CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
+ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to look at; `settings` and `flags` change the recipe as they do in a training.
+
+    `disk` are the bytes that must be free, `timeout_s` is how long to wait for a rank; with
+    `local_data` every host has a copy of the data.
+    """
+
+    recipe: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    data: Path | None = None
+    local_data: bool = False
+    tokenizer: Path | None = None
+    run: Path = Path()
+    disk: int = 20 * GIB
+    timeout_s: int = 120
+
+
+class JobRank(NamedTuple):
+    """One of the job's processes, as torchrun numbers them."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+@dataclass
+class Facts:
+    """What one rank sees of its own host; `problems` are sentences about that."""
+
+    rank: int
+    host: str
+    free: int = 0  # bytes of memory that this rank may use
+    same: dict[str, str] = field(default_factory=dict)  # what should be the same on every rank
+    seen: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    made_with: str = ""  # SHA-256 of the data's tokenizer
+    clock_s: float = 0.0  # ahead of rank 0's
+
+
+class Collective(NamedTuple):
+    """One of the training: `size` bytes of every rank, over every `stride`-th rank."""
+
+    name: str
+    size: int
+    ranks: int  # of a group
+    stride: int = 1
+    gathers: bool = False  # else it sums
+
+
+class RankMissing(RuntimeError):
+    """Ranks that did not come, by number and host."""
+
+
+def start_ranks(words: Sequence[str], ranks: int) -> int:
+    """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_infoentropy", "doctor", *words],
+            env={"OMP_NUM_THREADS": "1", **os.environ, "MASTER_ADDR": "localhost"}
+            | {name: str(value) for name, value in world.items()}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    return int(any([process.wait() for process in processes]))
+
+
+def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
+    """Be one rank of the examination, under torchrun; rank 0 tells it, all return the troubles.
+
+    Raises:
+        RankMissing: not all ranks came in time.
+    """
+    import torch
+    import torch.distributed as dist
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    me = JobRank(*(int(os.environ[name]) for name in names))
+    store = _store(me, order.timeout_s)
+    arrive(store, me, order.timeout_s)
+    facts = look(me, order)
+    plan: list[Any] = [_plan(order, facts, me.world) if me.rank == 0 else None]
+    wait_for_all(store, me, LOOKING)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", me.local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+        store=dist.PrefixStore("doctor", store),  # type: ignore[attr-defined]
+        rank=me.rank,
+        world_size=me.world,
+        timeout=timedelta(seconds=order.timeout_s),
+    )
+    dist.broadcast_object_list(plan)
+    collectives, memory, found = plan[0]
+    facts.clock_s = clock_at_once()
+    require_memory(facts, memory)
+    done = [do_collective(each, device) for each in collectives]
+    everyone = gathered(facts)
+    found = [*found, *troubles(everyone), *(trouble for _, wrong in done for trouble in wrong)]
+    if me.rank == 0:
+        end = f"troubles: {len(found)}; mend before the training" if found else "ok  all is well"
+        seen = [line for one in everyone for line in one.seen] + [line for line, _ in done]
+        needs = [f"a rank takes {memory / GIB:.1f} GiB of memory by the recipe"] if memory else []
+        tell("\n".join([*seen, *needs, *(f"!!  {trouble}" for trouble in found), end]))
+    dist.barrier()  # torchrun ends all ranks when one ends with an exit code
+    dist.destroy_process_group()
+    return found
+
+
+def _store(me: JobRank, timeout_s: int) -> Any:
+    """Return torchrun's own store, or one on rank 0 where its agent has none for the ranks."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        me.world,
+        is_master=not agents and me.rank == 0,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+
+
+def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
+    """Say that this rank is there, and wait for all others.
+
+    Raises:
+        RankMissing: names those that did not come, and the hosts of those that did.
+    """
+    from torch.distributed import DistStoreError
+
+    store.set(f"doctor/{me.rank}", socket.gethostname())
+    deadline = time.monotonic() + timeout_s
+    came: dict[int, str] = {}
+    for rank in range(me.world):
+        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
+        try:
+            store.wait([f"doctor/{rank}"], left)
+            came[rank] = store.get(f"doctor/{rank}").decode()
+        except DistStoreError:
+            continue
+    names = []
+    for rank in (rank for rank in range(me.world) if rank not in came):
+        node = rank // me.local_world
+        hosts = {host for at, host in came.items() if at // me.local_world == node}
+        where = f"node {node}" + (f", {hosts.pop()}" if hosts else ", which no rank came from")
+        names.append(f"rank {rank} ({where})")
+    if names:
+        raise RankMissing(
+            f"{', '.join(names)} did not come within {timeout_s:g} s; {len(came)} of {me.world} "
+            f"are there, from {', '.join(sorted(set(came.values())))}: look at what the missing "
+            "ones said last, and whether their host is up"
+        )
+
+
+def wait_for_all(store: Any, me: JobRank, longest: timedelta) -> None:
+    """Wait until every rank has looked: a collective would give up after the time-out of one."""
+    store.set(f"doctor/looked/{me.rank}", "")
+    store.wait([f"doctor/looked/{rank}" for rank in range(me.world)], longest)
+
+
+def look(me: JobRank, order: Order) -> Facts:
+    """Look at this rank's device, disk, versions, data and tokenizer."""
+    device, free = _device(me)
+    folder = order.run.absolute()
+    disk = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    facts = Facts(me.rank, socket.gethostname(), free, {"device": device.partition(",")[0]})
+    facts.same |= {"Python": platform.python_version(), **dict.fromkeys(PACKAGES, "none")}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            facts.same[name] = version(name)
+    facts.seen = [
+        f"rank {me.rank} on {facts.host}: {device}; {free / GIB:.1f} GiB of memory and "
+        f"{disk / GIB:.1f} GiB of disk are free"
+    ]
+    if disk < order.disk:
+        facts.problems.append(
+            f"{disk / GIB:.1f} GiB are free for the run folder, wanted are "
+            f"{order.disk / GIB:.1f}: make room, or name another --run"
+        )
+    if order.data is not None:
+        share = me[2:] if order.local_data else me[:2]
+        look_at_data(facts, order.data, *share)
+    if order.tokenizer is not None:
+        try:
+            ours, theirs = tokenizer_digest(order.tokenizer), facts.made_with
+            if theirs and not is_tokenizer(order.tokenizer, theirs):
+                facts.problems.append(
+                    f"the data were made with another tokenizer (SHA-256 {theirs[:12]}..., here "
+                    f"{ours[:12]}...): name theirs, or preprocess the text again"
+                )
+        except (OSError, ValueError) as error:
+            facts.problems.append(f"the tokenizer cannot be read: {error}")
+    return facts
+
+
+def _device(me: JobRank) -> tuple[str, int]:
+    """Return the device's name and the bytes of memory that are free for this rank."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(me.local_rank)
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        name = torch.cuda.get_device_name(me.local_rank)
+        return f"{name} with CUDA {torch.version.cuda} and NCCL {nccl}", free
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    return f"CPU, {os.cpu_count()} cores", int(available.split()[1]) * 1024 // me.local_world
+
+
+def look_at_data(facts: Facts, data: Path, index: int, of: int) -> None:
+    """Open every dataset below `data`, compare the checksum of every `of`-th file."""
+    digest, sums = hashlib.sha256(), dict[Path, str]()
+    for split in SPLITS:
+        try:
+            manifest = load_manifest(data / split)
+            digest.update((data / split / MANIFEST).read_bytes())
+            facts.made_with = facts.made_with or manifest.tokenizer.sha256  # of the training data
+            for name, domain in manifest.domains.items():
+                prefix = manifest.prefix(name)
+                IndexedReader(prefix)
+                sums |= {bin_path(prefix): domain.bin_sha256, idx_path(prefix): domain.idx_sha256}
+        except (OSError, ValueError) as error:
+            facts.problems.append(str(error))
+    written = [path for path in sums if sums[path]]  # an old version wrote no checksums
+    mine = sorted(written, key=lambda path: -path.stat().st_size)[index::of]
+    size = sum(path.stat().st_size for path in mine)
+    with progress("checksums", size, "bytes") if not index else nullcontext(int) as advance:
+        for path in mine:
+            try:
+                if file_sha256(path) != sums[path]:
+                    facts.problems.append(
+                        f"{path} is not what was written, its checksum differs from the "
+                        "manifest's: look with `infoentropy verify`, or preprocess it again"
+                    )
+            except OSError as error:
+                facts.problems.append(f"{path} cannot be read: {error}")
+            advance(path.stat().st_size)
+    facts.same["data with the manifests"] = digest.hexdigest()[:12]
+    files = f"{len(sums)} data files opened, {len(mine)} checksums compared"
+    facts.seen.append(f"  {files}, of {size / 1e6:.1f} MB")
+
+
+def require_memory(facts: Facts, needed: int) -> None:
+    """Note a problem where less is free than the recipe takes."""
+    if facts.free < needed * ON_TOP:
+        facts.problems.append(
+            f"{facts.free / GIB:.1f} GiB of memory are free, the recipe takes "
+            f"{needed / GIB:.1f} and a tenth on top: end what runs there, or choose a smaller "
+            "micro-batch or more parallelism; `infoentropy train RECIPE --dry-run` counts"
+        )
+
+
+def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int, list[str]]:
+    """Return the collectives, the memory of a rank, 0 for unknown, and why none can train."""
+    anyway = [Collective("all ranks", 16 * MIB, world)]
+    if order.recipe is None:
+        return anyway, 0, []
+    from megatron_infoentropy.launch.dry_run import dry_run
+    from megatron_infoentropy.launch.job import TrainingJob
+    from megatron_infoentropy.runtime.device import find_device
+
+    try:
+        if order.data and order.tokenizer and not facts.problems:  # else told elsewhere
+            places = (order.recipe, order.data, order.tokenizer, order.run)
+            TrainingJob(*places, order.settings, extra_flags=order.flags).flags(find_device())
+        counted = dry_run(
+            order.recipe, order.settings, order.flags, tokenizer=order.tokenizer, ranks=world
+        )
+    except ValueError as error:
+        return anyway, 0, [f"the recipe cannot be trained on {world} ranks: {error}"]
+    shape = counted.shape
+    tensor, tokens = shape.tensor_parallel, shape.micro_batch_size * shape.seq_length
+    bucket = min(BUCKET_BYTES, counted.memory.gradients)
+    collectives = [
+        Collective("gradients", bucket, shape.data_parallel, stride=tensor),
+        Collective("hidden states", shape.hidden_bytes, tensor),
+        Collective("loss", tokens * STATISTICS_BYTES, tensor, gathers=True),
+    ]
+    return [each for each in collectives if each.ranks > 1], counted.memory.total(shape), []
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Return what every rank gives, in the order of the ranks."""
+    import torch.distributed as dist
+
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def clock_at_once(clock: Callable[[], float] = time.time) -> float:
+    """Return by how much this rank's clock is ahead of rank 0's, as all leave a barrier."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    now = clock()
+    return float(now - gathered(now)[0])
+
+
+def do_collective(collective: Collective, device: Any) -> tuple[str, list[str]]:
+    """Do it some times; every rank calls this. Returns a line about it, and what was wrong."""
+    import torch
+    import torch.distributed as dist
+
+    name, size, ranks, stride, gathers = collective
+    groups = members(ranks, stride, dist.get_world_size())
+    group: Any = dist.new_subgroups_by_enumeration(groups)[0]
+    factors, pattern = [rank % 8 + 1 for rank in range(ranks)], small_numbers(size // 4, device)
+    seconds = []
+    for _ in range(3):
+        mine = pattern * factors[dist.get_rank(group)]
+        parts = [torch.empty_like(mine) for _ in factors] if gathers else [mine]
+        dist.barrier(group)
+        start = time.perf_counter()
+        if gathers:
+            dist.all_gather(parts, mine, group=group)
+        else:
+            dist.all_reduce(mine, group=group)
+        parts[0][0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    expected = [pattern * factor for factor in (factors if gathers else [sum(factors)])]
+    results = gathered((min(seconds), all(map(torch.equal, parts, expected))))
+    slowest = max(took for took, _ in results)
+    sent = size * (ranks - 1) * (1 if gathers else 2 / ranks)  # by a rank in a ring
+    line = (
+        f"{name}: {'all-gather' if gathers else 'all-reduce'} of {size / MIB:.3g} MiB over {ranks} "
+        f"ranks: {1e3 * slowest:.1f} ms, {sent / slowest / 1e9:.2f} GB/s"
+    )
+    wrong = ", ".join(str(rank) for rank, (_, right) in enumerate(results) if not right)
+    trouble = f"{name}: wrong results on ranks {wrong}: a network or a GPU is broken there"
+    return line, [f"{trouble}; leave the host out"] if wrong else []
+
+
+def small_numbers(count: int, device: Any = "cpu") -> Any:
+    """Return numbers that float32 adds over thousands of ranks without rounding."""
+    import torch
+
+    return torch.arange(max(1, count), dtype=torch.float32, device=device) % 16
+
+
+def members(ranks: int, stride: int, world: int) -> list[list[int]]:
+    """Return the groups of `ranks` that are `stride` apart: as Megatron cuts its world."""
+    return [
+        [base + first + stride * number for number in range(ranks)]
+        for base in range(0, world, ranks * stride)
+        for first in range(stride)
+    ]
+
+
+def troubles(facts: list[Facts]) -> list[str]:
+    """Return a sentence for whatever would end the job, or spoil it, with the ranks it is about."""
+    found = []
+    for name in dict.fromkeys(name for one in facts for name in one.same):
+        usual, _ = Counter(one.same.get(name, "none") for one in facts).most_common(1)[0]
+        odd = [one for one in facts if one.same.get(name, "none") != usual]
+        for value in sorted({one.same.get(name, "none") for one in odd}):
+            who = _who([one for one in odd if one.same.get(name, "none") == value])
+            found.append(f"{who}: {name} {value}, elsewhere {usual}: every host must have the same")
+    for said in sorted({problem for one in facts for problem in one.problems}):
+        found.append(f"{_who([one for one in facts if said in one.problems])}: {said}")
+    return found + [
+        f"{_who([one])}: its clock is {abs(one.clock_s):.1f} s "
+        f"{'ahead of' if one.clock_s > 0 else 'behind'} rank 0's: synchronise the hosts "
+        "(chrony or ntpd)"
+        for one in facts
+        if abs(one.clock_s) > CLOCK_S
+    ]
+
+
+def _who(facts: list[Facts]) -> str:
+    """Return "rank 3 (host b)" or "ranks 2, 3 (host b)"."""
+    ranks = ", ".join(str(one.rank) for one in facts)
+    hosts = ", ".join(sorted({one.host for one in facts}))
+    return f"rank{'s' if len(facts) > 1 else ''} {ranks} ({hosts})"

@@ -1,0 +1,246 @@
+"""`infoentropy doctor --distributed`: ranks that look at each other, and what each trouble says."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.tokenizer import train_tokenizer
+from megatron_infoentropy.doctor import smoke
+from megatron_infoentropy.doctor.smoke import Collective, Facts, JobRank, Order
+
+RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
+GIB = 2**30
+SAME = {"torch": "2.15.0", "device": "NVIDIA H200", "data with the manifests": "m"}
+HEALTHY = [Facts(rank, f"host{rank}", 80 * GIB, SAME) for rank in range(3)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """data/{train,validation,test}, the tokenizer that made them and another one."""
+    folder = tmp_path_factory.mktemp("doctor")
+    text = "\n".join(json.dumps({"text": f"word{i} " * 40}) for i in range(300)) + "\n"
+    (folder / "t.jsonl").write_text(text)
+    train_tokenizer(folder / "t.jsonl", folder / "tokenizer", vocab_size=270)
+    train_tokenizer(folder / "t.jsonl", folder / "other", vocab_size=265)
+    inputs, options = [folder / "t.jsonl"], Options(split_by=None)
+    preprocess(inputs, folder / "tokenizer", folder / "data" / "train", options=options)
+    for split in ("validation", "test"):
+        shutil.copytree(folder / "data" / "train", folder / "data" / split)
+    return folder
+
+
+@pytest.fixture
+def damaged(places, tmp_path):
+    """The data with a byte of the test split flipped."""
+    data = shutil.copytree(places / "data", tmp_path / "data")
+    path = next((data / "test").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(bytes(content))
+    return data
+
+
+def looks(order, ranks=2):
+    """What each rank of a job says that has a host for every rank."""
+    return [smoke.look(JobRank(rank, ranks, 0, 1), order) for rank in range(ranks)]
+
+
+def test_healthy_ranks_have_no_troubles():
+    assert smoke.troubles(HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"same": SAME | {"torch": "2.14.0"}}, "torch 2.14.0, elsewhere 2.15.0: every host must"),
+        ({"same": SAME | {"device": "NVIDIA A100"}}, "device NVIDIA A100, elsewhere NVIDIA H200"),
+        (
+            {"same": SAME | {"data with the manifests": "n"}},
+            "data with the manifests n, elsewhere m",
+        ),
+        ({"clock_s": -7.5}, "its clock is 7.5 s behind rank 0's: synchronise"),
+        ({"problems": ["no file"]}, "no file"),
+    ],
+)
+def test_every_fault_is_one_sentence_that_names_the_rank(changes, said):
+    found = smoke.troubles([*HEALTHY[:2], replace(HEALTHY[2], **changes)])
+    assert len(found) == 1
+    assert found[0].startswith("rank 2 (host2): ")
+    assert said in found[0]
+
+
+def test_disk_and_memory_that_are_short_are_problems(tmp_path):
+    (one,) = looks(Order(run=tmp_path / "new", disk=2**60), 1)
+    assert "GiB are free for the run folder, wanted are 1073741824.0: make room" in one.problems[0]
+    short = Facts(0, "a", 71 * GIB)
+    smoke.require_memory(short, 64 * GIB)
+    assert not short.problems
+    smoke.require_memory(short, 70 * GIB)
+    assert "71.0 GiB of memory are free, the recipe takes 70.0 and a" in short.problems[0]
+
+
+def two_ranks():
+    rank, (work, broken) = dist.get_rank(), (dist.all_reduce, dist.all_reduce)
+    ahead = smoke.clock_at_once(time.time if rank == 0 else lambda: time.time() + 5)
+    cpu = torch.device("cpu")
+    sums, gathers = Collective("r", 4096, 2), Collective("g", 4096, 2, gathers=True)
+    done = [smoke.do_collective(each, cpu) for each in (sums, gathers)]
+    dist.all_reduce = lambda mine, group: (work(mine, group=group), mine.add_(rank))
+    try:
+        return ahead, *done, smoke.do_collective(sums, cpu)
+    finally:
+        dist.all_reduce = broken
+
+
+def test_two_ranks_see_a_skewed_clock_and_a_wrong_collective():
+    first, second = run_ranks(two_ranks, 2)
+    assert first[0] == 0
+    assert second[0] == pytest.approx(5, abs=0.5)
+    assert first[1:] == second[1:]
+    (line, wrong), (other, none), (_, trouble) = first[1:]
+    assert line.startswith("r: all-reduce of 0.00391 MiB over 2 ranks: ")
+    assert other.startswith("g: all-gather of 0.00391 MiB over 2 ranks: ")
+    assert wrong == none == []
+    assert trouble[0].startswith("r: wrong results on ranks 1: ")
+
+
+def test_sums_over_thousands_of_ranks_are_exact_in_float32():
+    pattern, total = smoke.small_numbers(3000), torch.zeros(3000)
+    for rank in range(4096):
+        total += pattern * (rank % 8 + 1)
+    assert torch.equal(total.double(), pattern.double() * sum(range(1, 9)) * 512)
+
+
+def test_groups_are_those_that_megatron_makes_of_its_world():
+    assert smoke.members(2, 1, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]  # tensor parallel 2
+    assert smoke.members(2, 2, 8) == [[0, 2], [1, 3], [4, 6], [5, 7]]  # its data parallel, 2 stages
+
+
+def store_of(world, seconds):
+    wait = timedelta(seconds=seconds)
+    return dist.TCPStore("127.0.0.1", 0, world, True, wait, wait_for_workers=False)
+
+
+def test_a_rank_with_little_to_read_waits_for_one_with_much():
+    store, long = store_of(2, 0.1), timedelta(seconds=60)
+    first, second = JobRank(0, 2, 0, 2), JobRank(1, 2, 1, 2)
+    with pytest.raises(dist.DistStoreError):
+        smoke.wait_for_all(store, first, timedelta(seconds=0.2))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(smoke.wait_for_all, store, first, long)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)  # longer than the store's own patience
+        other = dist.TCPStore("127.0.0.1", store.port, 2, False, wait_for_workers=False)
+        smoke.wait_for_all(other, second, long)
+        waiting.result(timeout=60)
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_host():
+    store = store_of(4, 5)
+    store.set("doctor/2", "b")
+    with pytest.raises(smoke.RankMissing) as missing:
+        smoke.arrive(store, JobRank(0, 4, 0, 2), 0.3)
+    said = str(missing.value)
+    assert "rank 1 (node 0, " in said
+    assert "rank 3 (node 1, b) did not come within 0.3 s; 2 of 4 are there" in said
+
+
+def test_the_ranks_share_the_checksums_or_each_host_reads_its_own_copy(places, damaged, tmp_path):
+    ours = Order(data=places / "data", tokenizer=places / "tokenizer", run=tmp_path, disk=0)
+    whole = looks(ours)
+    assert [one.problems for one in whole] == [[], []]
+    assert whole[0].seen[1].startswith("  6 data files opened, 3 checksums compared, of ")
+    theirs = looks(replace(ours, data=damaged))
+    assert sorted(len(one.problems) for one in theirs) == [0, 1]
+    own = looks(replace(ours, data=damaged, local_data=True))
+    assert own[1].seen[1].startswith("  6 data files opened, 6 checksums compared, of ")
+    for one in own:
+        assert "its checksum differs from the manifest's" in one.problems[0]
+
+
+def test_data_and_tokenizer_that_cannot_be_used_are_problems(places, tmp_path):
+    shutil.copytree(places / "data" / "train", tmp_path / "data" / "train")
+    data, other = tmp_path / "data", places / "other"
+    (one,) = looks(Order(data=data, tokenizer=other, run=tmp_path, disk=0), 1)
+    for said, split in zip(one.problems[:2], ("validation", "test"), strict=True):
+        assert said.startswith(f"{data}/{split} is no token dataset")
+    assert one.problems[2].startswith("the data were made with another tokenizer (SHA-256 ")
+    next(data.glob("train/*.idx")).unlink()
+    (one,) = looks(Order(data=data, tokenizer=tmp_path, run=tmp_path, disk=0), 1)
+    assert len(one.problems) == 4
+    assert "no such dataset file" in one.problems[0]
+    assert one.problems[3].startswith("the tokenizer cannot be read: ")
+
+
+def doctor(*words):
+    command = [sys.executable, "-m", "megatron_infoentropy", "doctor", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_two_ranks_from_the_command_line_tell_every_trouble_and_end_with_1(
+    places, damaged, tmp_path
+):
+    """The recipe does not fit two ranks, the disk is too small, and more."""
+    done = doctor(
+        *(RECIPE, "--distributed", "--ranks", 2, "--data", damaged, "--disk-gib", 1e6),
+        *("--tokenizer", places / "other", "--run", tmp_path / "new"),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "checksums: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("rank 0 on ")
+    for said in (
+        "!!  the recipe cannot be trained on 2 ranks: a global batch of 8 cannot be shared by 2",
+        "GiB are free for the run folder, wanted are 1000000.0: make room",
+        ".bin is not what was written, its checksum differs from the manifest's: ",
+        "the data were made with another tokenizer (SHA-256 ",
+        "all ranks: all-reduce of 16 MiB over 2 ranks: ",
+        "troubles: 4; mend before the training",
+    ):
+        assert said in done.stdout
+
+
+@pytest.mark.slow
+def test_four_ranks_under_torchrun_measure_the_recipe_and_end_well(places, tmp_path):
+    words = [RECIPE, "--distributed", "--data", places / "data", "--run", tmp_path / "new"]
+    words += ["--tokenizer", places / "tokenizer", "--disk-gib", 0.001, "--tensor-parallel", 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", 4, "-m", "--", "megatron_infoentropy", "doctor", *words]
+    torchrun += ["--", "--micro-batch-size", "4"]
+    done = subprocess.run(list(map(str, torchrun)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for said in ("gradients: ", "hidden states: ", "loss: ", "by the recipe", "ok  all is well"):
+        assert said in done.stdout
+    assert done.stdout.count("over 2 ranks: ") == 3
+
+
+def test_a_recipe_is_counted_after_what_was_found_on_the_machine(monkeypatch):
+    counted = []
+
+    def count(recipe, settings, flags, *, tokenizer):
+        counted.append((recipe, settings["tensor-model-parallel-size"], flags, tokenizer))
+        return SimpleNamespace(lines=lambda: ["parameters 7"])
+
+    monkeypatch.setattr("megatron_infoentropy.launch.dry_run.dry_run", count)
+    words = ["doctor", str(RECIPE), "--tensor-parallel", "2", "--tokenizer", "tok", "--", "--lr"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert counted == [(RECIPE, 2, ("--lr",), Path("tok"))]
+    assert "megatron-core" in result.output
+    assert result.output.endswith("parameters 7\n")
