@@ -19,8 +19,12 @@ from typing import Any
 
 from megatron_infoentropy.bench.results import provenance
 from megatron_infoentropy.evaluate.runlog import Values, read_log
-from megatron_infoentropy.launch.machine import machine_environment, machine_flags
-from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.launch.recipe import (
+    load_recipe,
+    machine_environment,
+    machine_flags,
+    to_command_line,
+)
 from megatron_infoentropy.runtime.device import find_device
 
 RECIPE = Path(__file__).parents[1] / "examples" / "paper" / "6.7b.yaml"

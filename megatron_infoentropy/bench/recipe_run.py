@@ -18,10 +18,15 @@ from megatron_infoentropy.bench.recipe_rows import RankResult, RecipeRow, rows_o
 from megatron_infoentropy.bench.results import file_name, provenance, write_csv
 from megatron_infoentropy.bench.table import number, range_of, table_of
 from megatron_infoentropy.launch.dry_run import stand_ins
-from megatron_infoentropy.launch.flags import chosen_flags, read_facts, useful_ranks
 from megatron_infoentropy.launch.job import reading_flags, require_layout
-from megatron_infoentropy.launch.machine import machine_environment
-from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.launch.recipe import (
+    chosen_flags,
+    load_recipe,
+    machine_environment,
+    read_facts,
+    to_command_line,
+    useful_ranks,
+)
 from megatron_infoentropy.launch.train import follow
 from megatron_infoentropy.runtime.device import Device, find_device
 

@@ -45,7 +45,7 @@ def training_settings(
     pipeline_parallel: int | None,
 ) -> dict[str, Any]:
     """Options that are Megatron's flags or ours, by the flag's name."""
-    from megatron_infoentropy.launch.flags import loss_flags
+    from megatron_infoentropy.launch.recipe import loss_flags
 
     loss = {"objective": objective, "gamma": gamma, "sigma": sigma, "normalization": normalization}
     return loss_flags(loss) | {
@@ -57,7 +57,7 @@ def training_settings(
 
 def warn(words: list[str]) -> None:
     """Say on stderr what of a training's command line is hardly ever meant."""
-    from megatron_infoentropy.launch.flags import warnings
+    from megatron_infoentropy.launch.recipe import warnings
 
     for warning in warnings(words):
         typer.echo(warning, err=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from megatron_infoentropy.launch.flags import ranks_of_a_model, useful_ranks
 from megatron_infoentropy.launch.job import require_layout
+from megatron_infoentropy.launch.recipe import ranks_of_a_model, useful_ranks
 from megatron_infoentropy.runtime.device import Device, find_device
 
 Engine = Literal["pyxis", "apptainer"]

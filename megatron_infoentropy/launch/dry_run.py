@@ -22,15 +22,18 @@ from megatron_infoentropy.launch.estimate import (
     traffic,
 )
 from megatron_infoentropy.launch.failures import refusal
-from megatron_infoentropy.launch.flags import (
+from megatron_infoentropy.launch.job import require_layout, require_tokenizer
+from megatron_infoentropy.launch.recipe import (
+    RecipeError,
     chosen_flags,
     last_value,
+    load_plan,
+    load_recipe,
+    machine_environment,
     read_facts,
+    to_command_line,
     useful_ranks,
 )
-from megatron_infoentropy.launch.job import require_layout, require_tokenizer
-from megatron_infoentropy.launch.machine import machine_environment
-from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 from megatron_infoentropy.runtime.device import Device, find_device
 
 MEMORY_UNITS = {"GiB": 2**30, "MiB": 2**20}

@@ -10,16 +10,14 @@ from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer, tokenizer_digest
-from megatron_infoentropy.launch.flags import (
-    chosen_flags,
-    last_value,
-    ranks_of_a_model,
-    read_facts,
-)
 from megatron_infoentropy.launch.recipe import (
     RecipeError,
+    chosen_flags,
+    last_value,
     load_plan,
     load_recipe,
+    ranks_of_a_model,
+    read_facts,
     to_command_line,
 )
 from megatron_infoentropy.runtime.device import Device

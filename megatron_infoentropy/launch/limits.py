@@ -4,7 +4,6 @@ Megatron checks some of them by assertions without a word, others by dividing by
 seeds only when all ranks have met. Here each is refused in a sentence before anything starts.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,20 +12,22 @@ INT32, FP32 = 2**31 - 1, 3.4e38
 
 
 @dataclass(frozen=True)
-class Limit:
-    """Numbers of one kind: what they may be, in words and as a test, and the flags they are of."""
+class FlagLimit:
+    """What the numbers of some flags may be, in words and as a test."""
 
     words: str
     kind: type[int] | type[float]
     allows: Callable[[float], bool]
-    flags: str  # with white space between
 
 
-LIMITS = (
-    Limit(
-        f"a whole number from 1 to {INT32}",
-        int,
-        lambda n: 1 <= n <= INT32,
+def _limits(
+    flags: str, words: str, kind: type[int] | type[float], allows: Callable[[float], bool]
+) -> dict[str, FlagLimit]:
+    return dict.fromkeys(flags.split(), FlagLimit(words, kind, allows))
+
+
+LIMITS = {
+    **_limits(
         """
         num-layers hidden-size num-attention-heads num-query-groups kv-channels
         seq-length max-position-embeddings rotary-base rotary-seq-len-interpolation-factor
@@ -41,63 +42,48 @@ LIMITS = (
         distributed-timeout-minutes distributed-timeout-seconds-after-init
         infoentropy-keep-last seed
         """,
+        *(f"a whole number from 1 to {INT32}", int, lambda n: 1 <= n <= INT32),
     ),
-    Limit(
-        f"a whole number from 2 to {INT32}",
-        int,
-        lambda n: 2 <= n <= INT32,
+    **_limits(
         "vocab-size padded-vocab-size ffn-hidden-size",
+        *(f"a whole number from 2 to {INT32}", int, lambda n: 2 <= n <= INT32),
     ),
-    Limit(
-        f"a whole number from 0 to {INT32}",
-        int,
-        lambda n: 0 <= n <= INT32,
+    **_limits(
         """
         eval-iters start-eval-at-iter lr-warmup-iters lr-wsd-decay-iters num-workers exit-interval
         exit-duration-in-mins manual-gc-interval infoentropy-histogram-interval
         """,
+        *(f"a whole number from 0 to {INT32}", int, lambda n: 0 <= n <= INT32),
     ),
-    Limit(
-        "a whole number from 1 to 10^15",
-        int,
-        lambda n: 1 <= n <= 10**15,
+    **_limits(
         "train-samples lr-decay-samples",
+        *("a whole number from 1 to 10^15", int, lambda n: 1 <= n <= 10**15),
     ),
-    Limit(
-        "a whole number from 0 to 10^15",
-        int,
-        lambda n: 0 <= n <= 10**15,
+    **_limits(
         "lr-warmup-samples lr-wsd-decay-samples",
+        *("a whole number from 0 to 10^15", int, lambda n: 0 <= n <= 10**15),
     ),
-    Limit(
-        f"a number from 0 to {FP32:g}",
-        float,
-        lambda x: 0 <= x <= FP32,
+    **_limits(
         """
         lr min-lr lr-warmup-init decoupled-lr decoupled-min-lr weight-decay start-weight-decay
         end-weight-decay clip-grad init-method-std embedding-init-method-std norm-epsilon
         """,
+        *(f"a number from 0 to {FP32:g}", float, lambda x: 0 <= x <= FP32),
     ),
-    Limit(
-        f"a number above 0, up to {FP32:g}",
-        float,
-        lambda x: 0 < x <= FP32,
+    **_limits(
         "adam-eps rope-scaling-factor loss-scale initial-loss-scale min-loss-scale",
+        *(f"a number above 0, up to {FP32:g}", float, lambda x: 0 < x <= FP32),
     ),
-    Limit(
-        "a number from 0 to 1",
-        float,
-        lambda x: 0 <= x <= 1,
+    **_limits(
         "hidden-dropout attention-dropout",
+        *("a number from 0 to 1", float, lambda x: 0 <= x <= 1),
     ),
-    Limit(
-        "a number of at least 0 and below 1",
-        float,
-        lambda x: 0 <= x < 1,
+    **_limits(
         "adam-beta1 adam-beta2 sgd-momentum lr-warmup-fraction",
+        *("a number of at least 0 and below 1", float, lambda x: 0 <= x < 1),
     ),
-    Limit("a number above 0 and at most 1", float, lambda x: 0 < x <= 1, "rotary-percent"),
-)
+    **_limits("rotary-percent", "a number above 0 and at most 1", float, lambda x: 0 < x <= 1),
+}
 # What a number that elsewhere means "never" was meant to say.
 INSTEAD = {
     "eval-interval": "for no validation give --eval-iters 0",
@@ -106,70 +92,43 @@ INSTEAD = {
     "seed": "Megatron takes no other",
 }
 
-
-@dataclass(frozen=True)
-class Relation:
-    """Two flags whose numbers must fit; it counts where `given` is given and none of `without`."""
-
-    flag: str
-    other: str
-    words: str
-    holds: Callable[[float, float], bool]
-    given: str = ""
-    without: tuple[str, ...] = ()
-
-
-def _is_multiple(number: float, of: float) -> bool:
-    return number % of == 0
-
-
-TENSOR, PIPELINE = "tensor-model-parallel-size", "pipeline-model-parallel-size"
-A_MULTIPLE, AT_MOST, BELOW = "must be a multiple of", "must be at most", "must be below"
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "must be a multiple of": lambda number, of: number % of == 0,
+    "must be a multiple of 2 x": lambda number, of: number % (2 * of) == 0,
+    "must be at most": lambda number, other: number <= other,
+    "must be below": lambda number, other: number < other,
+    "must be below 2 divided by": lambda number, other: number * other < 2,
+}
 UNEVEN = (
-    *("pipeline-model-parallel-layout", "decoder-first-pipeline-num-layers"),
-    *("decoder-last-pipeline-num-layers", "account-for-embedding-in-pipeline-split"),
-    "account-for-loss-in-pipeline-split",
+    "pipeline-model-parallel-layout decoder-first-pipeline-num-layers "
+    "decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split "
+    "account-for-loss-in-pipeline-split"
 )
-RELATIONS = (
-    Relation("global-batch-size", "micro-batch-size", A_MULTIPLE, _is_multiple),
-    Relation(
-        "hidden-size", "num-attention-heads", A_MULTIPLE, _is_multiple, without=("kv-channels",)
-    ),
-    Relation(
-        *("num-attention-heads", "num-query-groups", A_MULTIPLE, _is_multiple),
-        given="group-query-attention",
-    ),
-    Relation("num-attention-heads", TENSOR, A_MULTIPLE, _is_multiple),
-    Relation("ffn-hidden-size", TENSOR, A_MULTIPLE, _is_multiple),
+# (flag, relation, other flag): of numbers that must fit. A fourth word is a flag with which alone
+# it counts; one that begins with "not " names flags with which it does not.
+FITTING = (
+    ("global-batch-size", "must be a multiple of", "micro-batch-size", ""),
+    ("hidden-size", "must be a multiple of", "num-attention-heads", "not kv-channels"),
+    ("num-attention-heads", "must be a multiple of", "num-query-groups", "group-query-attention"),
+    ("num-attention-heads", "must be a multiple of", "tensor-model-parallel-size", ""),
+    ("ffn-hidden-size", "must be a multiple of", "tensor-model-parallel-size", ""),
     # Megatron warms its fused SwiGLU up with half of the width.
-    Relation(
-        *(
-            "ffn-hidden-size",
-            TENSOR,
-            f"{A_MULTIPLE} 2 x",
-            lambda width, ranks: not width % (2 * ranks),
-        ),
-        given="swiglu",
-    ),
-    Relation("num-layers", PIPELINE, A_MULTIPLE, _is_multiple, without=UNEVEN),
-    Relation("seq-length", TENSOR, A_MULTIPLE, _is_multiple, given="sequence-parallel"),
-    Relation("seq-length", "max-position-embeddings", AT_MOST, operator.le),
-    Relation("vocab-size", "padded-vocab-size", AT_MOST, operator.le),
-    Relation("min-lr", "lr", AT_MOST, operator.le),
-    Relation("lr-warmup-init", "lr", AT_MOST, operator.le),
+    ("ffn-hidden-size", "must be a multiple of 2 x", "tensor-model-parallel-size", "swiglu"),
+    ("num-layers", "must be a multiple of", "pipeline-model-parallel-size", f"not {UNEVEN}"),
+    ("seq-length", "must be a multiple of", "tensor-model-parallel-size", "sequence-parallel"),
+    ("seq-length", "must be at most", "max-position-embeddings", ""),
+    ("vocab-size", "must be at most", "padded-vocab-size", ""),
+    ("min-lr", "must be at most", "lr", ""),
+    ("lr-warmup-init", "must be at most", "lr", ""),
     # A step multiplies weights by 1 - lr x decay.
-    *(
-        Relation(decay, "lr", f"{BELOW} 2 divided by", lambda decay, lr: decay * lr < 2)
-        for decay in ("weight-decay", "end-weight-decay")
-    ),
-    Relation("lr-warmup-iters", "lr-decay-iters", BELOW, operator.lt),
-    Relation("lr-warmup-iters", "train-iters", BELOW, operator.lt, without=("lr-decay-iters",)),
-    Relation("lr-warmup-samples", "lr-decay-samples", BELOW, operator.lt),
-    Relation(
-        "lr-warmup-samples", "train-samples", BELOW, operator.lt, without=("lr-decay-samples",)
-    ),
-    Relation("save-retain-interval", "save-interval", A_MULTIPLE, _is_multiple),
-    Relation("log-memory-interval", "log-interval", A_MULTIPLE, _is_multiple),
+    ("weight-decay", "must be below 2 divided by", "lr", ""),
+    ("end-weight-decay", "must be below 2 divided by", "lr", ""),
+    ("lr-warmup-iters", "must be below", "lr-decay-iters", ""),
+    ("lr-warmup-iters", "must be below", "train-iters", "not lr-decay-iters"),
+    ("lr-warmup-samples", "must be below", "lr-decay-samples", ""),
+    ("lr-warmup-samples", "must be below", "train-samples", "not lr-decay-samples"),
+    ("save-retain-interval", "must be a multiple of", "save-interval", ""),
+    ("log-memory-interval", "must be a multiple of", "log-interval", ""),
 )
 
 
@@ -179,19 +138,13 @@ def require_possible(given: Mapping[str, str]) -> None:
     Raises:
         ValueError: one that no training can start with, or two that do not fit.
     """
-    numbers = {
-        flag: _number(flag, given[flag], limit)
-        for limit in LIMITS
-        for flag in limit.flags.split()
-        if flag in given
-    }
-    for one in RELATIONS:
-        counts = (not one.given or one.given in given) and given.keys().isdisjoint(one.without)
-        both = one.flag in numbers and one.other in numbers
-        if counts and both and not one.holds(numbers[one.flag], numbers[one.other]):
-            raise ValueError(
-                f"--{one.flag} {given[one.flag]} {one.words} --{one.other} {given[one.other]}"
-            )
+    numbers = {flag: _number(flag, given[flag], LIMITS[flag]) for flag in LIMITS if flag in given}
+    for flag, relation, other, when in FITTING:
+        without = when.removeprefix("not ").split() if when.startswith("not ") else []
+        counts = given.keys().isdisjoint(without) and (without or not when or when in given)
+        both = flag in numbers and other in numbers
+        if counts and both and not RELATIONS[relation](numbers[flag], numbers[other]):
+            raise ValueError(f"--{flag} {given[flag]} {relation} --{other} {given[other]}")
     if given.get("position-embedding-type") == "rope" and "kv-channels" in numbers:
         rotated = int(numbers["kv-channels"] * numbers.get("rotary-percent", 1))
         if rotated + rotated % 2 > numbers["kv-channels"]:
@@ -201,7 +154,7 @@ def require_possible(given: Mapping[str, str]) -> None:
             )
 
 
-def _number(flag: str, text: str, limit: Limit) -> float:
+def _number(flag: str, text: str, limit: FlagLimit) -> float:
     with suppress(ValueError):
         number = limit.kind(text)
         if limit.allows(number):

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
-from megatron_infoentropy.launch.flags import last_value, read_facts
+from megatron_infoentropy.launch.recipe import last_value, read_facts
 
 FACTS, CHECKPOINTS = "run.json", "checkpoints"
 SHAPE = (

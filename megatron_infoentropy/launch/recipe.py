@@ -11,15 +11,27 @@
 
 The other section names are for the reader. Keys are Megatron's flags (or --infoentropy-*) without
 dashes.
+
+`words` are a command line, read as Megatron's parser will: the last word on a flag counts.
 """
 
+import os
 import reprlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from itertools import zip_longest
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig
+from megatron_infoentropy.evaluate.runs import FIRST_FIELDS
+from megatron_infoentropy.launch.limits import require_possible
+from megatron_infoentropy.runtime.device import Device
+
+PREFIX = "infoentropy"
 LAUNCH = "launch"
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -29,7 +41,7 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchSection:
     """A recipe's `launch` section."""
 
     ranks: int | None = None
@@ -37,7 +49,7 @@ class Plan:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file holds; a key that is given twice is an error.
+    """Return what a file holds; a key that is given twice is an error.
 
     Raises:
         OSError: it cannot be read.
@@ -65,7 +77,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """{flag name: value} of a recipe file, in order, without its `launch` section.
+    """Return {flag name: value} of a recipe file, in order, without its `launch` section.
 
     Raises:
         RecipeError: not YAML, not sections of flags, or a flag named twice.
@@ -86,28 +98,26 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return flags
 
 
-def load_plan(path: Path) -> Plan:
-    """What a recipe's `launch` section says, or would if it had one.
+def load_plan(path: Path) -> LaunchSection:
+    """Return what a recipe's `launch` section says, or would if it had one.
 
     Raises:
         RecipeError: no recipe, or keys other than `ranks`, 1 or more, and `data-weights`, a word.
     """
-    entries = _sections(path).get(LAUNCH, {})
+    where, entries = f"{path}: {LAUNCH}", _sections(path).get(LAUNCH, {})
     kinds: dict[str, type] = {"ranks": int, "data-weights": str}
     for name, value in entries.items():
         if name not in kinds:
             raise RecipeError(
-                f"{path}: {LAUNCH} has no setting {name!r}, only {' and '.join(kinds)}; Megatron's "
-                "flags belong to another section"
+                f"{where} has no setting {name!r}, only {' and '.join(kinds)}; Megatron's flags "
+                "belong to another section"
             )
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise RecipeError(
-                f"{path}: {LAUNCH}: {name} must be of type {kinds[name].__name__}, got "
-                f"{reprlib.repr(value)}"
-            )
+            kind = kinds[name].__name__
+            raise RecipeError(f"{where}: {name} must be of type {kind}, got {reprlib.repr(value)}")
     if entries.get("ranks", 1) < 1:
-        raise RecipeError(f"{path}: {LAUNCH}: ranks must be at least 1, got {entries['ranks']}")
-    return Plan(**{name.replace("-", "_"): value for name, value in entries.items()})
+        raise RecipeError(f"{where}: ranks must be at least 1, got {entries['ranks']}")
+    return LaunchSection(**{name.replace("-", "_"): value for name, value in entries.items()})
 
 
 def _sections(path: Path) -> dict[str, dict[str, Any]]:
@@ -129,12 +139,162 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def to_command_line(flags: dict[str, Any]) -> list[str]:
-    """["--num-layers", "4", "--swiglu", ...]; False and None leave a flag out."""
+    """Return ["--num-layers", "4", "--swiglu", ...]; False and None leave a flag out."""
     words: list[str] = []
     for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
     return words
+
+
+def loss_flags(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of InfoEntropyConfig as flags; a false switch becomes its --no- form."""
+    flags: dict[str, Any] = {}
+    for name, value in settings.items():
+        flag = f"{PREFIX}-{name.replace('_', '-')}"
+        flags[f"no-{flag}" if value is False else flag] = True if value is False else value
+    return flags
+
+
+DEFAULTS: dict[str, Any] = {
+    **loss_flags(asdict(InfoEntropyConfig())),
+    "seed": 1234,
+    "tensor-model-parallel-size": 1,
+    "pipeline-model-parallel-size": 1,
+}
+
+
+def chosen_flags(device: Device, recipe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Return all flags but those that say where things are."""
+    return [*machine_flags(device, recipe), *written_flags(recipe, settings)]
+
+
+def written_flags(recipe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Return the flags that do not depend on the machine."""
+    return [word for flags in (DEFAULTS, recipe, settings) for word in to_command_line(flags)]
+
+
+# With a GPU but without Transformer Engine, Megatron has PyTorch's layers to fall back on.
+PLAIN_GPU_FLAGS = (
+    "--transformer-impl=local",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-masked-softmax-fusion",
+)
+# Without this kernel of Apex, Megatron's output layer raises, whoever makes the other layers.
+FUSION_KERNEL = "fused_weight_gradient_mlp_cuda"
+NO_FUSION_FLAG = "--no-gradient-accumulation-fusion"
+
+
+def machine_flags(device: Device, recipe: dict[str, Any]) -> list[str]:
+    """Return this machine's flags, to be put before a recipe, whose own ones come later and win."""
+    if device.type == "cpu":
+        from megatron_infoentropy.runtime.cpu import CPU_FLAGS  # takes torch's seconds to import
+
+        return list(CPU_FLAGS)
+    has_layers = "transformer-impl" in recipe or find_spec("transformer_engine") is not None
+    flags = [] if has_layers else list(PLAIN_GPU_FLAGS)
+    return flags if find_spec(FUSION_KERNEL) else [*flags, NO_FUSION_FLAG]
+
+
+def machine_environment(device: Device, ranks: int) -> dict[str, str]:
+    """Return environment variables for the ranks; those already set stay as they are."""
+    wanted = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # tensor parallelism relies on the order of launches
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device.type == "cpu":
+        wanted["TORCHDYNAMO_DISABLE"] = "1"  # Megatron compiles small functions; not worth it here
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def read_facts(words: list[str]) -> dict[str, Any]:
+    """Return the objective, seed, layout and sizes that a command line amounts to.
+
+    Every command that starts or counts a training comes by here before it does.
+
+    Raises:
+        ValueError: an objective, or a number, that no training can start with.
+    """
+    given = given_flags(words)
+    require_possible(given)
+    loss = {n: v for n, v in asdict(read_loss(words)).items() if n not in MEANS}
+    numbers = {
+        "seed": "seed",
+        "tensor_parallel": "tensor-model-parallel-size",
+        "pipeline_parallel": "pipeline-model-parallel-size",
+        "context_parallel": "context-parallel-size",
+        "train_iters": "train-iters",
+        "global_batch_size": "global-batch-size",
+        "micro_batch_size": "micro-batch-size",
+        "seq_length": "seq-length",
+    }
+    facts = {name: int(given[flag]) if flag in given else None for name, flag in numbers.items()}
+    facts["context_parallel"] = facts["context_parallel"] or 1
+    return {**{name: loss[name] for name in FIRST_FIELDS}, "loss": loss, **facts}
+
+
+def read_loss(words: list[str]) -> InfoEntropyConfig:
+    """Return the loss that a command line amounts to.
+
+    Raises:
+        ValueError: as InfoEntropyConfig does.
+    """
+    given, settings = given_flags(words), dict[str, Any]()
+    for field in fields(InfoEntropyConfig):
+        flag = f"{PREFIX}-{field.name.replace('_', '-')}"
+        switches = [word for word in words if word in (f"--{flag}", f"--no-{flag}")]
+        if field.type is bool and switches:
+            settings[field.name] = switches[-1] == f"--{flag}"
+        elif given.get(flag) and field.type is not bool:
+            settings[field.name] = _value(flag, given[flag], field.type)
+    return InfoEntropyConfig(**settings)
+
+
+def _value(flag: str, text: str, kind: Any) -> Any:
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        raise ValueError(f"--{flag} must be a number, got {text!r}") from None
+
+
+def warnings(words: list[str]) -> list[str]:
+    """Return sentences about what can be meant, and hardly ever is."""
+    loss = read_loss(words)
+    lowest = min(loss.gamma, loss.gamma_end if loss.gamma_schedule != "constant" else loss.gamma)
+    if loss.is_weighted and lowest < 0:
+        return [
+            f"WARNING: gamma {lowest:g} is negative: tokens of high entropy weigh less, which is "
+            "the opposite of the published loss"
+        ]
+    return []
+
+
+def useful_ranks(facts: dict[str, Any], devices: int) -> int:
+    """Return the most ranks that fit the devices and divide the batch; what one model needs."""
+    model_ranks = ranks_of_a_model(facts)
+    micro_batches = (facts["global_batch_size"] or 1) // (facts["micro_batch_size"] or 1)
+    copies = [n for n in range(1, devices // model_ranks + 1) if micro_batches % n == 0]
+    return model_ranks * max(copies, default=1)
+
+
+def ranks_of_a_model(facts: dict[str, Any]) -> int:
+    """Return how many ranks hold one copy of the model."""
+    return prod(int(facts[f"{axis}_parallel"]) for axis in ("tensor", "pipeline", "context"))
+
+
+def last_value(words: list[str], name: str) -> str | None:
+    """Return the value of a flag, the last time it is given, in either spelling."""
+    return given_flags(words).get(name) or None
+
+
+def given_flags(words: list[str]) -> dict[str, str]:
+    """Return {flag: its first value, "" without one}, of the last time a flag is given."""
+    given: dict[str, str] = {}
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            given[name] = value if has_value or following.startswith("--") else following
+    return given

@@ -16,7 +16,6 @@ from typing import Any
 
 from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.files import commit_of, write_whole
-from megatron_infoentropy.launch.flags import ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.lineage import (
     FACTS,
     lineage,
@@ -25,6 +24,7 @@ from megatron_infoentropy.launch.lineage import (
     saved_step,
     take_back,
 )
+from megatron_infoentropy.launch.recipe import ranks_of_a_model, read_facts
 from megatron_infoentropy.runtime.device import Device
 
 LOG = "train.log"

@@ -26,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.launch.cluster import PORT, Cluster, Container
-from megatron_infoentropy.launch.flags import last_value, ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.run_folder import LOG
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"

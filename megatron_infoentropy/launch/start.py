@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.launch.cluster import Cluster, absolute
-from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.lineage import saved_step
+from megatron_infoentropy.launch.recipe import read_facts
 from megatron_infoentropy.launch.run_folder import LOG, recorded, require_same, write_facts
 from megatron_infoentropy.launch.scripts import (
     ASKED,

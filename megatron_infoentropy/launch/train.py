@@ -16,9 +16,8 @@ from typing import Any
 
 from megatron_infoentropy.evaluate.runlog import TrainingLine, ValidationLine, parse_line
 from megatron_infoentropy.launch.failures import describe
-from megatron_infoentropy.launch.flags import read_facts, useful_ranks
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
-from megatron_infoentropy.launch.machine import machine_environment
+from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
 from megatron_infoentropy.launch.run_folder import (
     LOG,
     STOPPED,

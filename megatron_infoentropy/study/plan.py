@@ -22,8 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.launch.flags import loss_flags, read_facts, written_flags
-from megatron_infoentropy.launch.recipe import load_plan, load_recipe, read_yaml
+from megatron_infoentropy.launch.recipe import (
+    load_plan,
+    load_recipe,
+    loss_flags,
+    read_facts,
+    read_yaml,
+    written_flags,
+)
 
 
 class StudyError(ValueError):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.machine import machine_flags
+from megatron_infoentropy.launch.recipe import machine_flags
 from megatron_infoentropy.runtime.device import find_device
 
 # Sizes in multiples of 128, which FP8 takes without padding.

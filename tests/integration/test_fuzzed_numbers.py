@@ -12,8 +12,8 @@ from launch import TINY_MODEL, run_trainer
 
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.launch.failures import explain, refusal
-from megatron_infoentropy.launch.flags import read_facts
 from megatron_infoentropy.launch.limits import LIMITS
+from megatron_infoentropy.launch.recipe import read_facts
 
 FUZZED = [
     *TINY_MODEL,
@@ -25,7 +25,7 @@ FUZZED = [
 # The made-up data have hundreds of millions of pieces of one token; processes that the tests'
 # server has forked cannot start a loader's workers; Megatron exits by raising.
 LEFT_OUT = ("seq-length", "num-workers", "exit-interval")
-FLAGS = [f for limit in LIMITS for f in limit.flags.split() if f not in LEFT_OUT]
+FLAGS = [flag for flag in LIMITS if flag not in LEFT_OUT]
 VALUES = [-1, 0, 1, 2, 3, 7, 64, 0.0, 0.5, 1.0, "nan", "inf", "-inf", 1e300, 2**31, 2**63]
 RECIPES, TRAINED = 200, 24
 

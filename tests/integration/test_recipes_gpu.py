@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.machine import machine_flags
-from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
+from megatron_infoentropy.launch.recipe import load_recipe, machine_flags, to_command_line
 from megatron_infoentropy.runtime.device import find_device
 
 pytestmark = pytest.mark.gpu

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_infoentropy.launch import machine
-from megatron_infoentropy.launch.machine import FUSION_KERNEL, NO_FUSION_FLAG, machine_flags
+from megatron_infoentropy.launch import recipe
+from megatron_infoentropy.launch.recipe import FUSION_KERNEL, NO_FUSION_FLAG, machine_flags
 from megatron_infoentropy.runtime.device import Device
 
 GPU = Device("cuda", "nccl", 1)
@@ -13,12 +13,12 @@ GPU = Device("cuda", "nccl", 1)
 def installed(monkeypatch):
     """A set of packages, as if only those were there."""
     found = set()
-    monkeypatch.setattr(machine, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: name if name in found else None)
     return found
 
 
 def test_without_anything_the_layers_are_megatrons_own(installed):
-    assert machine_flags(GPU, {}) == [*machine.PLAIN_GPU_FLAGS, NO_FUSION_FLAG]
+    assert machine_flags(GPU, {}) == [*recipe.PLAIN_GPU_FLAGS, NO_FUSION_FLAG]
 
 
 def test_transformer_engine_alone_leaves_the_output_layer_without_its_fusion(installed):

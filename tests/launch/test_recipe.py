@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.launch.recipe import (
-    Plan,
+    LaunchSection,
     RecipeError,
     load_plan,
     load_recipe,
@@ -59,8 +59,8 @@ def test_the_launch_section_is_not_megatrons(tmp_path):
     text = "a:\n  lr: 1\nlaunch:\n  ranks: 16\n  data-weights: paper\n"
     recipe = write(tmp_path, text)
     assert load_recipe(recipe) == {"lr": 1}
-    assert load_plan(recipe) == Plan(ranks=16, data_weights="paper")
-    assert load_plan(write(tmp_path, "a:\n  lr: 1\n")) == Plan(None, "natural")
+    assert load_plan(recipe) == LaunchSection(ranks=16, data_weights="paper")
+    assert load_plan(write(tmp_path, "a:\n  lr: 1\n")) == LaunchSection(None, "natural")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.launch.finish import finish
-from megatron_infoentropy.launch.flags import chosen_flags, warnings
 from megatron_infoentropy.launch.lineage import OtherTrainingError, require_same_training
+from megatron_infoentropy.launch.recipe import chosen_flags, warnings
 from megatron_infoentropy.launch.run_folder import recorded, write_facts
 from megatron_infoentropy.runtime.device import Device
 

@@ -15,8 +15,8 @@ from megatron_infoentropy.files import commit_of
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.dry_run import dry_run
-from megatron_infoentropy.launch.flags import loss_flags, read_facts
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
+from megatron_infoentropy.launch.recipe import loss_flags, read_facts
 from megatron_infoentropy.launch.run_folder import PACKAGE, STOPPED
 from megatron_infoentropy.launch.start import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
