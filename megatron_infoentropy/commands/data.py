@@ -160,7 +160,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Join the shards of a dataset, or datasets of one kind, domain by domain."""
-    from megatron_infoentropy.data.merge import merge as run
+    from megatron_infoentropy.data.rewrite import merge as run
 
     merged = run(datasets, output, allow_duplicates=allow_duplicates, overwrite=overwrite)
     _print_domains(merged)
@@ -179,7 +179,7 @@ def pack(
 
     Train on it with --infoentropy-whole-pieces.
     """
-    from megatron_infoentropy.data.pack import pack as run
+    from megatron_infoentropy.data.rewrite import pack as run
 
     packed = run(dataset, output, length=length, documents=documents, overwrite=overwrite)
     table = Table("domain", "pieces", "tokens", "dropped")

@@ -7,8 +7,6 @@
 
 The rows of the counts are in the order of the manifest's domains, which is that of their names.
 Nothing in it depends on the machine, the day or the number of workers.
-
-Among what it records are the choices that decide which bytes preprocessing writes.
 """
 
 import json
@@ -27,7 +25,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Options:
-    """Megatron's own choices are the defaults.
+    """The choices that decide which bytes preprocessing writes; the defaults are Megatron's own.
 
     Attributes:
         append_eod: end every document that has a token with the end-of-document token.
@@ -75,9 +73,9 @@ class TokenizerFacts:
         object.__setattr__(self, "start_ids", tuple(self.start_ids))  # JSON has lists
 
 
-@dataclass(frozen=True)
+@dataclass
 class DomainFacts:
-    """One domain: `bytes` of UTF-8 text became `tokens` ids (end-of-document ids included).
+    """What one domain has: `bytes` of UTF-8 text became `tokens` ids, end-of-document ids included.
 
     `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
     document and were skipped. The checksums are SHA-256, "" where an older version wrote none.
@@ -93,12 +91,12 @@ class DomainFacts:
     idx_sha256: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputFacts:
-    """One input file: lines = documents + rejected + blank (at the file's end).
+    """What the lines of one input file were: documents, rejected, or blank (at the file's end).
 
-    `sha256` is that of its bytes, `samples` that of some of them (`task.input_of`); both are ""
-    where an older version recorded none.
+    `sha256` is that of its bytes, `samples` that of some of them (`preprocess.input_of`); both are
+    "" where an older version recorded none.
     """
 
     name: str

@@ -33,8 +33,8 @@ from megatron_infoentropy.data.blocks import (
     require_readable,
 )
 from megatron_infoentropy.data.fast_engine import fast_engine
-from megatron_infoentropy.data.indexed import bin_path, idx_path, token_dtype
-from megatron_infoentropy.data.journal import JOURNAL, InputTally, Journal
+from megatron_infoentropy.data.indexed import require_whole, token_dtype
+from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
 from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line, split_key
 from megatron_infoentropy.data.manifest import (
     AUTO,
@@ -49,10 +49,9 @@ from megatron_infoentropy.data.manifest import (
     TokenizerFacts,
     load_manifest,
 )
-from megatron_infoentropy.data.run import Run
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import Settings, encode_blocks
-from megatron_infoentropy.data.writer import Written, finish
+from megatron_infoentropy.data.writer import finish
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
 
@@ -112,22 +111,21 @@ class Task:
 
     def is_done(self) -> bool:
         """Whether `output` is what this would make: of these inputs, tokenizer and options."""
-        if not (self.output / MANIFEST).is_file():
-            return False
         try:
-            found = load_manifest(self.output)
+            made = load_manifest(self.output)
+            for name, facts in made.domains.items():
+                require_whole(made.prefix(name), facts.tokens)
         except ValueError:
             return False
         made_ns = (self.output / MANIFEST).stat().st_mtime_ns
         return (
-            len(found.inputs) == len(self.inputs)
-            and found.tokenizer.sha256 == self.loaded.sha256
-            and found.options == self.options
-            and (found.shard, found.shards_of) == (self.shard, self.shards_of)
-            and all(_is_whole(found, name) for name in found.domains)
+            len(made.inputs) == len(self.inputs)
+            and made.tokenizer.sha256 == self.loaded.sha256
+            and made.options == self.options
+            and (made.shard, made.shards_of) == (self.shard, self.shards_of)
             and all(
                 _is_that_of(facts, each, made_ns)
-                for facts, each in zip(found.inputs, self.inputs, strict=True)
+                for facts, each in zip(made.inputs, self.inputs, strict=True)
             )
         )
 
@@ -148,10 +146,8 @@ class Task:
                 f"{now.bytes}): give the command again when nothing writes to it any more"
             )
 
-    def manifest(
-        self, folder: Path, engine: str, lines: Sequence[int], tallies: Sequence[InputTally]
-    ) -> Manifest:
-        """The manifest of the finished run, still without domains."""
+    def manifest(self, folder: Path, engine: str, inputs: Sequence[InputFacts]) -> Manifest:
+        """Return the manifest of the finished run, still without domains."""
         loaded = self.loaded
         added = loaded.added_around() if self.options.special_tokens else None
         start_ids = tuple(added[0]) if added else ()
@@ -164,10 +160,7 @@ class Task:
             options=self.options,
             versions=self.versions(),
             engine=engine,
-            inputs=tuple(
-                InputFacts(each.path.name, each.bytes, count, **asdict(tally), samples=each.samples)
-                for each, count, tally in zip(self.inputs, lines, tallies, strict=True)
-            ),
+            inputs=tuple(inputs),
             shard=self.shard,
             shards_of=self.shards_of,
         )
@@ -183,13 +176,6 @@ def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
     if not facts.sha256 or facts.samples != file.samples:
         return not facts.sha256
     return file.changed_ns < made_ns or file_sha256(file.path) == facts.sha256
-
-
-def _is_whole(manifest: Manifest, domain: str) -> bool:
-    path, size = bin_path(manifest.prefix(domain)), token_dtype(manifest.tokenizer.vocab_size)
-    expected = manifest.domains[domain].tokens * size.itemsize
-    index = idx_path(manifest.prefix(domain))
-    return path.is_file() and path.stat().st_size == expected and index.is_file()
 
 
 def shard_inputs(inputs: Sequence[Path], shard: tuple[int, int]) -> list[Path]:
@@ -341,34 +327,36 @@ def preprocess(
 
 def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: int) -> Path:
     """Run from the journal's place to the end; returns the finished folder."""
-    size = task.loaded.vocab_size
-    run = Run(work, job=task.job(), vocab_size=size, max_errors=max_errors)
+    run = JournalledRun(
+        work,
+        job=task.job(),
+        inputs=[
+            InputFacts(each.path.name, each.bytes, 0, 0, 0, 0, 0, samples=each.samples)
+            for each in task.inputs
+        ],
+        vocab_size=task.loaded.vocab_size,
+        max_errors=max_errors,
+    )
     with closing(run):
         total = sum(each.bytes for each in task.inputs)
         with progress("preprocess", total, "bytes", run.rates()) as advance:
-            blocks = _read(task, run.journal, advance)
+            blocks = _read(task, run, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)
                 if not block.lines:
-                    task.require_unchanged(run.journal.file - 1, block.sha256)
-        if not run.journal.rejected:
+                    task.require_unchanged(run.state.file - 1, block.sha256)
+        if not run.rejected:
             (run.dataset / REJECTED).unlink()
-        journal = run.journal
-        written = {
-            name: Written(run.writers[name], tally, run.counts[name])
-            for name, tally in journal.domains.items()
-        }
-        manifest = task.manifest(run.dataset, settings.engine, journal.lines, journal.inputs)
-        finish(manifest, written)
-        for number, facts in enumerate(manifest.inputs):
+        finish(task.manifest(run.dataset, settings.engine, run.state.inputs), run.writers)
+        for number, facts in enumerate(run.state.inputs):
             task.require_unchanged(number, facts.sha256)
     return run.dataset
 
 
-def _read(task: Task, journal: Journal, advance: Callable[[int], None]) -> Iterator[Block]:
-    advance(sum(each.bytes for each in task.inputs[: journal.file]))
-    start = journal.position
-    for each in task.inputs[journal.file :]:
+def _read(task: Task, run: JournalledRun, advance: Callable[[int], None]) -> Iterator[Block]:
+    file, start = run.state.file, run.position
+    advance(sum(each.bytes for each in task.inputs[:file]))
+    for each in task.inputs[file:]:
         yield from read_blocks(each.path, advance, start)
         start = Position()
 

@@ -13,10 +13,10 @@ The last step of a dataset folder is `finish`: indexes, token counts, checksums,
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,35 +33,20 @@ from megatron_infoentropy.data.indexed import (
     idx_path,
     token_dtype,
 )
-from megatron_infoentropy.data.journal import Counts, DomainTally
 from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest
-from megatron_infoentropy.files import file_sha256
+from megatron_infoentropy.files import file_sha256, write_atomically
 
 LENGTHS_AT_ONCE = 1 << 18
-_HASH_BYTES = 1 << 22
-
-
-class Size(NamedTuple):
-    """How far a dataset is written."""
-
-    documents: int = 0
-    tokens: int = 0
-
-
-NOTHING = Size()
-
-
-class Checksums(NamedTuple):
-    """SHA-256 of the two files of a dataset, in hexadecimal."""
-
-    bin: str
-    idx: str
+Counts = npt.NDArray[np.int64]  # [vocab_size], occurrences of every id
 
 
 class DatasetWriter:
-    """Appends to one dataset, new or cut back to `size`, and completes it.
+    """Appends to one dataset, new or cut back to what `facts` and `counts` say, and completes it.
 
     `lengths` is the path of the side file. Memory does not depend on the number of documents.
+
+    Attributes:
+        facts, counts: what is written so far.
     """
 
     def __init__(
@@ -70,18 +55,18 @@ class DatasetWriter:
         *,
         vocab_size: int,
         lengths: Path,
-        size: Size = NOTHING,
+        facts: DomainFacts | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.prefix = prefix
         self.dtype = token_dtype(vocab_size)
-        self.size = size
-        self._vocab_size = vocab_size
+        self.facts = DomainFacts(prefix.name, 0, 0, 0) if facts is None else facts
+        self.counts = np.zeros(vocab_size, dtype=np.int64) if counts is None else counts
         self._lengths_path = lengths
-        self._hash = hashlib.sha256()
-        self._bin = _cut_back(bin_path(prefix), size.tokens * self.dtype.itemsize)
-        self._lengths = _cut_back(lengths, size.documents * 4)
-        for piece in _pieces(bin_path(prefix)):  # a running hash can not be stored
-            self._hash.update(piece)
+        self._bin = _cut_back(bin_path(prefix), self.facts.tokens * self.dtype.itemsize)
+        self._lengths = _cut_back(lengths, self.facts.documents * 4)
+        with bin_path(prefix).open("rb") as file:  # a running hash can not be stored
+            self._hash = hashlib.file_digest(file, "sha256")
 
     def add(self, tokens: Integers, lengths: Integers) -> None:
         """Append documents: `tokens` [sum of lengths], their ids in a row, `lengths` [documents].
@@ -95,7 +80,10 @@ class DatasetWriter:
         write_all(self._bin, raw)
         write_all(self._lengths, lengths.astype("<i4").tobytes())
         self._hash.update(raw)
-        self.size = Size(self.size.documents + lengths.size, self.size.tokens + tokens.size)
+        np.add.at(self.counts, tokens, 1)
+        self.facts.documents += lengths.size
+        self.facts.tokens += tokens.size
+        self.facts.empty += int((lengths == 0).sum())
 
     def _require_valid(self, tokens: Integers, lengths: Integers) -> None:
         if lengths.sum(dtype=np.int64) != tokens.size or (lengths < 0).any():
@@ -108,26 +96,26 @@ class DatasetWriter:
                 f"a document has {lengths.max()} tokens, the format holds {MAX_LENGTH}; split it"
             )
         # A cast to uint16 would silently wrap what does not fit.
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.counts.size):
             raise ValueError(
-                f"token ids must be in 0..{self._vocab_size - 1}, got "
+                f"token ids must be in 0..{self.counts.size - 1}, got "
                 f"{tokens.min()}..{tokens.max()}; is this the tokenizer the vocabulary size is of?"
             )
 
-    def sync(self) -> Size:
-        """Have everything so far on the disk; returns how much that is."""
+    def sync(self) -> None:
+        """Have everything so far on the disk."""
         for file in (self._bin, self._lengths):
             os.fsync(file.fileno())
-        return self.size
 
-    def finish(self) -> Checksums:
-        """Write the index; can be repeated. The side file stays."""
+    def finish(self) -> DomainFacts:
+        """Write the index and add the checksums to the facts; can be repeated."""
         self.sync()
-        index = write_index(idx_path(self.prefix), self._lengths_path, self.dtype)
-        return Checksums(self._hash.hexdigest(), index)
+        self.facts.idx_sha256 = write_index(idx_path(self.prefix), self._lengths_path, self.dtype)
+        self.facts.bin_sha256 = self._hash.hexdigest()
+        return self.facts
 
     def close(self) -> None:
-        """Close the files as they are."""
+        """Close the files as they are; the side file stays."""
         self._bin.close()
         self._lengths.close()
 
@@ -146,7 +134,7 @@ def write_index(path: Path, lengths: Path, dtype: np.dtype[Any]) -> str:
 
 
 def _index(lengths: Path, documents: int, sequences: int, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """The parts of the file in order; a document without a token is a boundary, no sequence."""
+    """Yield the file's parts; a document without a token is a boundary and no sequence."""
     yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, documents + 1)
     for piece in _lengths(lengths):
         yield piece[piece > 0].tobytes()
@@ -177,33 +165,25 @@ def write_all(file: FileIO, data: bytes) -> None:
         left = left[file.write(left) :]
 
 
+def save_array(file: BinaryIO, array: Counts) -> None:
+    """Write the bytes of np.save, whose own error does not say that the disk is full."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(array.data)
+
+
 def _cut_back(path: Path, size: int) -> FileIO:
     file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-    found = path.stat().st_size
-    if found < size:
+    there = path.stat().st_size
+    if there < size:
         file.close()
-        raise ValueError(f"{path} is cut off: expected at least {size} bytes, found {found}")
+        raise ValueError(f"{path} is cut off: expected at least {size} bytes, found {there}")
     file.truncate(size)
     file.seek(size)
     return file
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(_HASH_BYTES):
-            yield piece
-
-
-@dataclass(frozen=True)
-class Written:
-    """One domain whose documents are all appended; `counts` int64 [vocab_size]."""
-
-    writer: DatasetWriter
-    tally: DomainTally
-    counts: Counts
-
-
-def finish(manifest: Manifest, written: Mapping[str, Written]) -> Manifest:
+def finish(manifest: Manifest, writers: Mapping[str, DatasetWriter]) -> Manifest:
     """Complete the domains in the manifest's folder and save it with their facts.
 
     A domain without any token is left out, as Megatron can not open an empty dataset; in a shard it
@@ -214,41 +194,22 @@ def finish(manifest: Manifest, written: Mapping[str, Written]) -> Manifest:
     """
     domains: dict[str, DomainFacts] = {}
     left_out: dict[str, int] = {}
-    for name, domain in sorted(written.items()):
-        if domain.tally.tokens or manifest.shard:
-            domains[name] = _facts(domain)
+    for name, writer in sorted(writers.items()):
+        if writer.facts.tokens or manifest.shard:
+            domains[name] = writer.finish()
         else:
-            left_out[name] = domain.tally.documents
+            left_out[name] = writer.facts.documents
             for path_of in (bin_path, idx_path):
-                path_of(domain.writer.prefix).unlink(missing_ok=True)
+                path_of(writer.prefix).unlink(missing_ok=True)
     if not domains and not manifest.shard:
         raise UnfitDocumentsError("the inputs hold no document with a token; nothing to write")
     shape = (len(domains), manifest.tokenizer.vocab_size)
-    table = np.array([written[name].counts for name in domains], dtype=np.int64).reshape(shape)
-    checksum = _save_counts(manifest.folder / TOKEN_COUNTS, table)
-    done = replace(manifest, domains=domains, left_out=left_out, token_counts_sha256=checksum)
+    table = np.array([writers[name].counts for name in domains], dtype=np.int64).reshape(shape)
+    path = manifest.folder / TOKEN_COUNTS
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        save_array(file, table)
+    done = replace(
+        manifest, domains=domains, left_out=left_out, token_counts_sha256=file_sha256(path)
+    )
     done.save()
     return done
-
-
-def _facts(domain: Written) -> DomainFacts:
-    checksums = domain.writer.finish()
-    tally = domain.tally
-    return DomainFacts(
-        prefix=tally.prefix,
-        documents=tally.documents,
-        tokens=tally.tokens,
-        bytes=tally.bytes,
-        empty=tally.empty,
-        rejected=tally.rejected,
-        bin_sha256=checksums.bin,
-        idx_sha256=checksums.idx,
-    )
-
-
-def _save_counts(path: Path, table: Counts) -> str:
-    with path.open("wb") as file:
-        np.save(file, table)
-        file.flush()
-        os.fsync(file.fileno())
-    return file_sha256(path)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.data import blocks, run, workers, writer
+from megatron_infoentropy.data import blocks, journal, workers, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block
 from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
@@ -66,7 +66,7 @@ def die_at(moment: int) -> None:
 
     sys.addaudithook(hook)
     writer.write_all = write_all  # type: ignore[assignment]
-    run.write_all = write_all  # type: ignore[assignment]
+    journal.write_all = write_all  # type: ignore[assignment]
 
 
 def survives(folder: Path, moment: int) -> bool:
@@ -98,7 +98,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     blocks._READ_BYTES = 1000
     os.fsync = lambda _: None  # a killed process loses nothing that a running system holds
     make(folder, folder / "expected")
-    run.SAVE_EVERY_S = run.SAVE_AFTER_INPUT_S = 0.0
+    journal.SAVE_EVERY_S = journal.SAVE_AFTER_INPUT_S = 0.0
     expected = content(folder / "expected")
     rng = random.Random(seed)
     killed = finished = 0

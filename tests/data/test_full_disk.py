@@ -8,7 +8,7 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, run
+from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data.preprocess import DiskFull, preprocess
 
 
@@ -33,8 +33,8 @@ def test_a_full_disk_is_one_sentence_shows_nothing_and_the_run_goes_on_with_room
     saved: bool,
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0 if saved else 1e9)
-    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", 0.0 if saved else 1e9)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0 if saved else 1e9)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0 if saved else 1e9)
     lines = [line(f"text {i} and {i * i} " * 20, f"domain {i % 3}") for i in range(3000)]
     text = write(tmp_path / "a.jsonl", lines)
     out = small_disk / "out"

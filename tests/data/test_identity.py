@@ -11,7 +11,7 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, run
+from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, UnfitDocumentsError
 from megatron_infoentropy.data.preprocess import preprocess
@@ -29,8 +29,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
-    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", 0.0)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
 @pytest.fixture(params=["a.jsonl", "a.jsonl.zst"])
@@ -157,14 +157,14 @@ def test_a_run_does_not_go_on_with_another_end_token(
 
 def when_reading(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[], object]) -> None:
     """Have something happen when the first lines of the input `name` are taken in."""
-    add = run.Run.add
+    add = journal.JournalledRun.add
 
-    def and_change(self: run.Run, block: Block, encoded: Encoded) -> None:
+    def and_change(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
         if block.path.name == name and block.start.line == 1:
             change()
         add(self, block, encoded)
 
-    monkeypatch.setattr(run.Run, "add", and_change)
+    monkeypatch.setattr(journal.JournalledRun, "add", and_change)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_infoentropy.data import writer as writer_module
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
-from megatron_infoentropy.data.writer import NOTHING, DatasetWriter, Size, write_index
+from megatron_infoentropy.data.manifest import DomainFacts
+from megatron_infoentropy.data.writer import DatasetWriter, write_index
 from megatron_infoentropy.files import file_sha256
 
 Documents = list[list[int]]
@@ -39,18 +41,27 @@ def flat(documents: Documents) -> list[int]:
 def write_ours(prefix: Path, documents: Documents, vocab_size: int, at_once: int = 7) -> None:
     writer = new_writer(prefix, vocab_size)
     add_documents(writer, documents, at_once)
-    checksums = writer.finish()
+    done = writer.finish()
     writer.close()
     side_file(prefix).unlink()
-    assert checksums == (file_sha256(bin_path(prefix)), file_sha256(idx_path(prefix)))
+    assert (done.bin_sha256, done.idx_sha256) == (
+        file_sha256(bin_path(prefix)),
+        file_sha256(idx_path(prefix)),
+    )
+    assert (
+        writer.counts.tolist()
+        == np.bincount(np.array(flat(documents), dtype=np.int64), minlength=vocab_size).tolist()
+    )
+    assert (done.documents, done.tokens) == (len(documents), len(flat(documents)))
+    assert done.empty == documents.count([])
 
 
 def side_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".lengths")
 
 
-def new_writer(prefix: Path, vocab_size: int, size: Size = NOTHING) -> DatasetWriter:
-    return DatasetWriter(prefix, vocab_size=vocab_size, lengths=side_file(prefix), size=size)
+def new_writer(prefix: Path, vocab_size: int, facts: DomainFacts | None = None) -> DatasetWriter:
+    return DatasetWriter(prefix, vocab_size=vocab_size, lengths=side_file(prefix), facts=facts)
 
 
 def add_documents(writer: DatasetWriter, documents: Documents, at_once: int = 7) -> None:
@@ -190,14 +201,15 @@ def test_a_writer_goes_on_from_where_it_was_synced(tmp_path: Path, at: int) -> N
     write_ours(tmp_path / "whole", MANY, SMALL)
     writer = new_writer(tmp_path / "a", SMALL)
     add_documents(writer, MANY[:at])
-    size = writer.sync()
+    writer.sync()
+    facts = replace(writer.facts)
     add_documents(writer, [[1, 2, 3]])
     writer.close()
     with side_file(tmp_path / "a").open("ab") as file:
         file.write(b"x")
-    again = new_writer(tmp_path / "a", SMALL, size)
+    again = new_writer(tmp_path / "a", SMALL, facts)
     add_documents(again, MANY[at:])
-    assert again.finish() == again.finish()
+    assert again.finish() == replace(again.finish())
     again.close()
     assert_same_bytes(tmp_path / "a", tmp_path / "whole")
 
@@ -205,7 +217,7 @@ def test_a_writer_goes_on_from_where_it_was_synced(tmp_path: Path, at: int) -> N
 def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path: Path) -> None:
     new_writer(tmp_path / "a", SMALL).add(np.array([1, 2]), np.array([2]))
     with pytest.raises(ValueError, match=r"a\.bin is cut off: expected at least 6 bytes, found 4"):
-        new_writer(tmp_path / "a", SMALL, Size(1, 3))
+        new_writer(tmp_path / "a", SMALL, DomainFacts("a", 1, 3, 3))
 
 
 def patch(path: Path, offset: int, value: bytes) -> None:

@@ -12,8 +12,8 @@ from text_files import line, write
 
 from megatron_infoentropy.data.blend import blend, data_path
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.merge import merge
 from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.rewrite import merge
 
 SEQUENCE = 32
 

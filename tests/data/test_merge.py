@@ -9,8 +9,8 @@ from golden import assert_same_files
 from text_files import line, write
 
 from megatron_infoentropy.data.manifest import Options, load_manifest
-from megatron_infoentropy.data.merge import merge
 from megatron_infoentropy.data.preprocess import parse_shard, preprocess, shard_inputs
+from megatron_infoentropy.data.rewrite import merge
 
 
 @pytest.fixture

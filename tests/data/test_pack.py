@@ -9,8 +9,8 @@ from text_files import line, write
 from megatron_infoentropy.data import indexed
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import Manifest, load_manifest
-from megatron_infoentropy.data.pack import pack
 from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.rewrite import pack
 from megatron_infoentropy.data.verify import verify
 
 

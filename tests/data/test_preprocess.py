@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from text_files import WriteLines, line, write
 
-from megatron_infoentropy.data import blocks, run
+from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
+from megatron_infoentropy.data.journal import slug
 from megatron_infoentropy.data.manifest import (
     PILE_DOMAIN,
     DomainFacts,
@@ -23,7 +24,6 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.run import slug
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer
 from megatron_infoentropy.data.verify import verify
 
@@ -163,8 +163,8 @@ def test_a_manifest_that_can_not_be_used_is_named(
 @pytest.fixture
 def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run works long enough to have something to go on from, however slow the machine."""
-    monkeypatch.setattr(run, "SAVE_EVERY_S", math.inf)
-    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", math.inf)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", math.inf)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", math.inf)
 
 
 @pytest.mark.usefixtures("unsaved")
@@ -232,8 +232,8 @@ def test_domains_that_can_not_be_written_are_refused(
 ) -> None:
     """Nothing is left, however long it took to find out: there is nothing to go on to."""
     pause = 0 if work == "saved" else math.inf
-    monkeypatch.setattr(run, "SAVE_EVERY_S", pause)
-    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", pause)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", pause)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", pause)
     path = write_lines("a.jsonl", lines)
     with pytest.raises(ValueError, match=message):
         preprocess([path], tokenizer_folder, path.with_name("out"))

@@ -16,7 +16,7 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, run
+from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
 from megatron_infoentropy.data.manifest import Options
@@ -44,8 +44,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
-    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(run, "SAVE_AFTER_INPUT_S", 0.0)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
 def test_killed_at_sixty_random_moments_it_still_ends_with_the_same_bytes(
@@ -65,9 +65,9 @@ def test_killed_at_sixty_random_moments_it_still_ends_with_the_same_bytes(
 def interrupted(inputs: list[Path], tokenizer: Path, output: Path, at: int, **options: int) -> None:
     """A run that ends with an error when it takes in block number `at`."""
     taken = 0
-    add = run.Run.add
+    add = journal.JournalledRun.add
 
-    def stop(self: run.Run, *block: object) -> None:
+    def stop(self: journal.JournalledRun, *block: object) -> None:
         nonlocal taken
         taken += 1
         if taken == at:
@@ -75,7 +75,7 @@ def interrupted(inputs: list[Path], tokenizer: Path, output: Path, at: int, **op
         add(self, *block)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "add", stop)
+        patch.setattr(journal.JournalledRun, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(inputs, tokenizer, output, **options)  # type: ignore[arg-type]
 
@@ -88,8 +88,9 @@ def test_what_is_finished_is_not_read_again(
     out = tmp_path / "out"
     interrupted(inputs, tokenizer_folder, out, 30, max_errors=1)
     assert not out.exists()
-    journal = json.loads((tmp_path / ".out.partial" / "journal.json").read_text())["state"]
-    assert journal["file"] == 1
+    with (tmp_path / ".out.partial" / journal.JOURNAL).open("rb") as file:
+        saved = json.loads(file.readline())["state"]
+    assert saved["file"] == 1
     read: list[tuple[str, int]] = []
 
     def noting(path: Path, *rest: Any) -> object:
@@ -99,8 +100,8 @@ def test_what_is_finished_is_not_read_again(
 
     monkeypatch.setattr(preprocess_module, "read_blocks", noting)
     preprocess(inputs, tokenizer_folder, out, workers=2, max_errors=1)
-    assert read == [("b.jsonl", journal["line"]), ("c.jsonl.zst", 1)]
-    assert journal["line"] > 1
+    assert read == [("b.jsonl", saved["line"]), ("c.jsonl.zst", 1)]
+    assert saved["line"] > 1
     assert_same_files(out, tmp_path / "expected")
     preprocess(inputs, tokenizer_folder, out)
     assert len(read) == 2  # done is done
@@ -144,7 +145,7 @@ def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
             busy = [
                 c for c in children if b"data.workers" in Path(f"/proc/{c}/cmdline").read_bytes()
             ]
-            if busy and (tmp_path / ".out.partial" / "journal.json").exists():
+            if busy and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
                 found.append(int(busy[0]))
                 os.kill(found[0], signal.SIGKILL)
             time.sleep(0.01)
@@ -191,7 +192,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_with_room(
 ) -> None:
     """A limit on the size of files stands in for the disk's: the same error at the same place."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))
     try:
         with pytest.raises(
             DiskFull, match=r"no room .* MB are free\): make room and give the same"
@@ -200,7 +201,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_with_room(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.partial" / "journal.json").exists()
+    assert (tmp_path / ".out.partial" / journal.JOURNAL).exists()
     preprocess(inputs, tokenizer_folder, tmp_path / "out", max_errors=1)
     preprocess(inputs, tokenizer_folder, tmp_path / "expected", max_errors=1)
     assert_same_files(tmp_path / "out", tmp_path / "expected")
