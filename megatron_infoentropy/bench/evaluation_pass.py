@@ -26,12 +26,15 @@ import torch
 
 from megatron_infoentropy.bench.clock import Clock, clock_for
 from megatron_infoentropy.bench.results import provenance
-from megatron_infoentropy.evaluate.chunks import Scoring, chunk_batches, score_chunk
-from megatron_infoentropy.evaluate.dataset import Domain, TokenDataset
-from megatron_infoentropy.evaluate.journal import Journal
+from megatron_infoentropy.evaluate.dataset import Domain, Selection, TokenDataset
 from megatron_infoentropy.evaluate.model import DTYPES, ScoringModel
-from megatron_infoentropy.evaluate.selection import Selection
-from megatron_infoentropy.evaluate.windows import IGNORED
+from megatron_infoentropy.evaluate.scoring import (
+    IGNORED,
+    ChunkJournal,
+    Scoring,
+    chunk_batches,
+    score_chunk,
+)
 from megatron_infoentropy.files import write_atomically
 from megatron_infoentropy.progress import progress
 
@@ -85,7 +88,7 @@ def _passes(shape: Shape, device: torch.device, folder: Path) -> dict[str, Calla
     scoring = Scoring(shape.context, shape.context, False, shape.batch_tokens, (0,), False)
     rows = slice(0, len(selection))
     bands = (np.arange(shape.vocabulary) % 20).astype(np.int8)
-    journal = Journal(folder, shape.vocabulary)
+    journal = ChunkJournal(folder, shape.vocabulary)
     journal.folder.mkdir()
     tokens = np.concatenate([dataset.domains[0].read(d, 0, 1 << 40) for d in selection.document])
     batches = [

@@ -60,21 +60,17 @@ def evaluate(
     Memory: the model, batch tokens x vocabulary x 4 bytes (bfloat16: 2) for logits, 900 bytes a
     document and 0.8 GB, however much text there is; docs/evaluate.md has the rest.
     """
-    from megatron_infoentropy.evaluate.perplexity import evaluate_model
+    from megatron_infoentropy.evaluate.perplexity import ScoringOptions, evaluate_model
 
+    options = ScoringOptions(
+        context_length, stride, packed, batch_tokens, max_tokens, domain_weights, dtype, device
+    )
     result = evaluate_model(
         _source(model, tokenizer, iteration),
         data,
+        options,
         token_counts=token_counts,
         output=output,
-        context_length=context_length,
-        stride=stride,
-        packed=packed,
-        batch_tokens=batch_tokens,
-        max_tokens=max_tokens,
-        domain_weights=domain_weights,
-        dtype=dtype,
-        device=device,
         token_scores=token_scores,
         restart=restart,
         overwrite=overwrite,

@@ -1,9 +1,8 @@
 """Scoring models, comparing them and reporting what runs show.
 
-perplexity   a model and a token dataset -> Evaluation. Its steps: model, dataset, selection and
-             domain_weights; chunks (windows, scores) written into a journal by ranks; tally,
-             buckets and passage; evaluation holds the result and its files
-compare      folders -> differences. Its steps: comparison, inference; runs reads run folders
+perplexity   a model and a token dataset -> Evaluation. Its steps: model, dataset; scoring of chunks
+             into a journal; tally and buckets; evaluation holds the result and its files
+compare      run folders -> differences. Its steps: runs, groups, comparison, inference
 runlog       Megatron's console log -> numbers by iteration (light: standard library only)
-report       run folders -> one HTML page and the JSON behind it
+report       run folders -> one HTML page and the JSON behind it: report_data, verdict, plots
 """

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.errors import TokenCountsError, VocabularyMismatchError
-
 BANDS = 20
 BUCKETS = ("high", "medium", "low")
 DECILES = tuple(str(number) for number in range(1, 11))
@@ -73,18 +71,17 @@ def read_token_counts(path: Path, vocab_size: int) -> NDArray[np.int64]:
         Occurrences of every token id, int64 [domains, vocab_size].
 
     Raises:
-        TokenCountsError: there is no table.
-        VocabularyMismatchError: a table of another width than the vocabulary.
+        ValueError: there is no table, or one of another width than the vocabulary.
     """
     advice = "give the token_counts.npy that `infoentropy preprocess` wrote with the training data"
     try:
         table = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
-        raise TokenCountsError(f"no token counts in {path}: {advice}") from error
+        raise ValueError(f"no token counts in {path}: {advice}") from error
     except (OSError, ValueError, EOFError) as error:
-        raise TokenCountsError(f"{path} holds no token counts ({error}): {advice}") from error
+        raise ValueError(f"{path} holds no token counts ({error}): {advice}") from error
     if table.ndim not in (1, 2) or table.shape[-1] != vocab_size:
-        raise VocabularyMismatchError(
+        raise ValueError(
             f"{path} holds token counts of shape {table.shape}, expected [domains, {vocab_size}] "
             "as the vocabulary: give the table of training data written with the same tokenizer"
         )
@@ -95,7 +92,7 @@ def read_token_counts(path: Path, vocab_size: int) -> NDArray[np.int64]:
 def describe_bands(
     names: Iterable[str], counts: NDArray[np.int64], band_of_token: NDArray[np.int8]
 ) -> dict[str, dict[str, Any]]:
-    """Size of every bucket or decile: its token ids and the share of occurrences they cover."""
+    """Return every bucket's or decile's size: its token ids, and the share they cover."""
     total = int(counts.sum())
     sizes = {}
     for name in names:

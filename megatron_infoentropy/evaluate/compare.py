@@ -13,8 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.evaluate.comparison import Comparison, Row, compare_pairs
-from megatron_infoentropy.evaluate.errors import RunFolderError
+from megatron_infoentropy.evaluate.comparison import Comparison, Difference, compare_pairs
 from megatron_infoentropy.evaluate.evaluation import load_evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
@@ -42,7 +41,7 @@ def compare_folders(
     """
     groups = _groups(names)
     if len(groups) < 2:
-        raise RunFolderError(
+        raise ValueError(
             f"expected folders of at least two settings, got {len(groups)}: "
             f"{', '.join(group.label for group in groups)}"
         )
@@ -99,7 +98,7 @@ def _groups(names: list[str]) -> list[Group]:
     groups: dict[str, Group] = {}
     for name, folders in parts.items():
         if not folders:
-            raise RunFolderError(f"{name!r} names no folder: expected FOLDER or FOLDER,FOLDER")
+            raise ValueError(f"{name!r} names no folder: expected FOLDER or FOLDER,FOLDER")
         if len(folders) == 1 and _is_run(folders[0]):
             alone.append(_evaluated(folders[0]))
         else:
@@ -113,7 +112,7 @@ def _require_distinct(folders: list[Path]) -> None:
     seen: set[Path] = set()
     for folder in folders:
         if folder.resolve() in seen:
-            raise RunFolderError(f"{folder} is named twice: one evaluation counts once")
+            raise ValueError(f"{folder} is named twice: one evaluation counts once")
         seen.add(folder.resolve())
 
 
@@ -124,7 +123,7 @@ def _is_run(folder: Path) -> bool:
 def _evaluated(folder: Path) -> Run:
     run = load_run(folder)
     if run.evaluation is None:
-        raise RunFolderError(
+        raise ValueError(
             f"{folder} has not been evaluated: run `infoentropy evaluate` on its model with "
             f"--output {folder}"
         )
@@ -135,7 +134,7 @@ def _joined(name: str, folders: list[Path]) -> Group:
     """The setting whose seeds are in `folders`.
 
     Raises:
-        RunFolderError: runs of different objectives or set-ups, or two of one seed.
+        ValueError: runs of different objectives or set-ups, or two of one seed.
     """
     known = [_evaluated(folder) for folder in folders if _is_run(folder)]
     _require_one_setting(group_runs(known))
@@ -152,13 +151,13 @@ def _require_one_setting(groups: list[Group]) -> None:
     if len(groups) > 1:
         names = " and ".join(group.runs[0].name for group in groups[:2])
         labels = "; ".join(group.label for group in groups[:2])
-        raise RunFolderError(
+        raise ValueError(
             f"{names} are not seeds of one setting: {labels}. Join only what differs in nothing "
             "but the seed"
         )
     for again in (run for group in groups for run in group.repeated):
         one = next(run.name for run in groups[0].runs if run.seed == again.seed)
-        raise RunFolderError(
+        raise ValueError(
             f"{one} and {again.name} have the same seed {again.seed}: join one run of each seed"
         )
 
@@ -173,10 +172,10 @@ def _write(comparisons: list[Comparison], output: Path) -> None:
     with write_atomically(output / "comparison.json") as temporary:
         text = json.dumps(content, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(Difference)]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    # `group` is a column of Row, its nats; the settings' names come first.
+    # `group` is a column of Difference, its nats; the settings' names come first.
     writer.writerow(["setting", "against", *names])
     for comparison in comparisons:
         for row in comparison.rows:

@@ -16,13 +16,12 @@ model outside the comparison. The thirds are as equal in tokens as bins of 0.004
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS, DECILES
-from megatron_infoentropy.evaluate.errors import DifferentDataError
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.groups import (
     Group,
@@ -43,130 +42,18 @@ from megatron_infoentropy.evaluate.tally import DIFFICULTY
 
 Kind = Literal["total", "bucket", "decile", "difficulty", "domain"]
 Place = tuple[Kind, str]
+Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
+Scores = NDArray[np.float16]
 
-
-_SETTINGS = ("context_length", "stride", "mode")
-
-
-def require_same_tokens(evaluations: list[Evaluation]) -> None:
-    """Raises DifferentDataError where tokens or the way they were scored differ."""
-    if len({evaluation.fingerprint for evaluation in evaluations}) > 1:
-        raise DifferentDataError("the runs were evaluated on different tokens")
-    for setting in _SETTINGS:
-        found = {evaluation.summary["scoring"][setting] for evaluation in evaluations}
-        if len(found) > 1:
-            words = setting.replace("_", " ").replace("stride", "stride of windows")
-            raise DifferentDataError(
-                f"the runs were evaluated with a different {words}: "
-                f"{' and '.join(sorted(map(str, found)))}"
-            )
-
-
-def way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
-    """Equal for evaluations that `require_same_tokens` lets be compared."""
-    scoring = evaluation.summary["scoring"]
-    return evaluation.fingerprint, *(str(scoring[setting]) for setting in _SETTINGS)
-
-
-def statistics(
-    evaluations: list[Evaluation], references: list[list[Evaluation]]
-) -> tuple[list[Place], Sums]:
-    """Every statistic that is compared, and its sums per document."""
-    documents = evaluations[0].documents
-    every = [documents.tokens.astype(np.float64), *(e.documents.ce for e in evaluations)]
-    by_band = np.stack(every)
-    in_domain = documents.domain[:, None] == np.arange(len(evaluations[0].domains))
-    total = by_band.sum(axis=2, keepdims=True)
-    parts = [total]
-    parts += [by_band[:, :, BANDS_OF[n]].sum(axis=2, keepdims=True) for n in (*BUCKETS, *DECILES)]
-    places: list[Place] = [("total", "all tokens"), *(("bucket", name) for name in BUCKETS)]
-    places += [("decile", name) for name in DECILES]
-    by_difficulty = difficulty_sums(evaluations, references)
-    if by_difficulty is not None:
-        parts.append(np.concatenate([by_difficulty[0][None], by_difficulty[1]]))
-        places += [("difficulty", name) for name in DIFFICULTY]
-    parts.append(total * in_domain)
-    places += [("domain", name) for name in evaluations[0].domains]
-    table = np.concatenate(parts, axis=2)
-    return places, Sums(table[0], table[1:])
-
-
-def seed_noise(
-    same_objective: list[list[Evaluation]], references: list[list[Evaluation]]
-) -> dict[Place, float]:
-    """The largest gap between two evaluations of one objective, where there are two."""
-    noise: dict[Place, float] = {}
-    for evaluations in same_objective:
-        places, sums = statistics(evaluations, references)
-        for one, other in combinations(sums.nats(), 2):
-            for place, gap in zip(places, np.abs(one - other), strict=True):
-                noise[place] = max(noise.get(place, 0.0), float(gap))
-    return noise
-
-
+_NOT_EVALUATED = "no run of it has been evaluated"
+_SETTINGS = {"context_length": "context length", "stride": "stride of windows", "mode": "mode"}
 _BLOCK = 1 << 22  # tokens that are in memory at once
 _BINS = 4096
 _LARGEST = 16.0  # nats; ln of nine million
 
-Scores = NDArray[np.float16]
-
-
-def difficulty_sums(
-    evaluations: list[Evaluation], references: list[list[Evaluation]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Per document and third: tokens [D, 3], and every evaluation's cross entropies [E, D, 3].
-
-    references: the settings whose mean entropy is the difficulty, each a list of evaluations.
-    None where an evaluation keeps no scores of its tokens. All must have scored the same tokens.
-    """
-    scores = [e.token_scores for e in evaluations if e.token_scores is not None]
-    guides = [[e.token_scores for e in s if e.token_scores is not None] for s in references]
-    kept, given = ([len(setting) for setting in sides] for sides in (guides, references))
-    if not guides or len(scores) < len(evaluations) or kept != given:
-        return None
-    scored = len(scores[0])
-    lengths = evaluations[0].documents.tokens.sum(axis=1)
-    counts = np.zeros(_BINS)
-    for tokens in _blocks(scored):
-        counts += np.bincount(_bins(guides, tokens), minlength=_BINS)
-    third_of_bin = np.minimum(3 * (np.cumsum(counts) - counts / 2) // counts.sum(), 2).astype(int)
-    ends = np.cumsum(lengths)
-    cells = len(lengths) * len(DIFFICULTY)
-    tokens_sum, ce = np.zeros(cells), np.zeros((len(scores), cells))
-    for tokens in _blocks(scored):
-        document = np.searchsorted(ends, np.arange(tokens.start, tokens.stop), side="right")
-        cell = document * len(DIFFICULTY) + third_of_bin[_bins(guides, tokens)]
-        tokens_sum += np.bincount(cell, minlength=cells)
-        for total, part in zip(ce, scores, strict=True):
-            total += np.bincount(cell, weights=part[tokens, 0], minlength=cells)
-    shape = len(lengths), len(DIFFICULTY)
-    return tokens_sum.reshape(shape), ce.reshape(-1, *shape)
-
-
-def _blocks(tokens: int) -> Iterator[slice]:
-    for first in range(0, tokens, _BLOCK):
-        yield slice(first, min(first + _BLOCK, tokens))
-
-
-def _bins(guides: list[list[Scores]], tokens: slice) -> NDArray[np.int64]:
-    """Of the mean over settings of the entropies' mean over a setting's evaluations."""
-    entropy = np.zeros(tokens.stop - tokens.start)
-    for setting in guides:
-        total = np.zeros_like(entropy)
-        for guide in setting:
-            total += guide[tokens, 1]
-        entropy += total / len(setting)
-    scale = _BINS / _LARGEST / len(guides)
-    return np.clip((entropy * scale).astype(np.int64), 0, _BINS - 1)
-
-
-_NOT_EVALUATED = "no run of it has been evaluated"
-
-Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
-
 
 @dataclass(frozen=True)
-class Row:
+class Difference:
     """One statistic of two groups, in nats per token; means over the seeds compared.
 
     `difference` is group minus baseline. `low` and `high` bound its 95 % interval, over documents
@@ -202,7 +89,7 @@ class Comparison:
     baseline: str
     seeds: list[int]  # that were compared, of either side
     noise_seeds: dict[str, list[int]]  # seeds of each label that the noise was taken from
-    rows: list[Row]
+    rows: list[Difference]
     refusal: str | None = None
     pairing: Pairing = "seed"
     compared: list[list[str]] = field(default_factory=list)  # names of runs, the group's first
@@ -215,7 +102,7 @@ class Comparison:
 
     @property
     def is_identical(self) -> bool:
-        """Whether there is nothing to compare: all pairs have the same scores."""
+        """Say whether there is nothing to compare: all pairs have the same scores."""
         return bool(self.rows) and len(self.identical) == len(self.compared[0])
 
 
@@ -244,127 +131,230 @@ def compare_pairs(
         made = [_compare(*pair, _scored_alike(pair[0], every)) for pair in pairs]
     else:
         made = [_compare(*pair, [references]) for pair in pairs]
-    rows = _rows([drafts for _, drafts in made])
-    return [replace(made[0], rows=own) for made, own in zip(made, rows, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A row whose p-value has not been adjusted yet."""
-
-    place: Place
-    estimate: Estimate
-    baseline: float
-    group: float
-    seed_noise: float | None
-    several_seeds: bool
+    return _corrected(made)
 
 
 def _compare(
     group: Group, baseline: Group | None, references: list[list[Evaluation]]
-) -> tuple[Comparison, list[_Draft]]:
+) -> tuple[Comparison, list[Estimate]]:
+    """Return a comparison whose p-values are not adjusted yet, and the estimates of its rows."""
     if baseline is None:
         reason = "there is no cross-entropy run of the same size, steps, batch and sequence length"
         reason = reason if group.evaluated else _NOT_EVALUATED
         return Comparison(group.label, "", [], {}, [], reason), []
-    found = match(group, baseline)
+    matched = match(group, baseline)
     known = group.seeds_known and baseline.seeds_known
     noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
     made = Comparison(
         group.label,
         baseline.label,
-        sorted({run.seed for run in (*found.ours, *found.theirs)}) if known else [],
+        sorted({run.seed for run in (*matched.ours, *matched.theirs)}) if known else [],
         {g.label: sorted(run.seed for run in g.evaluated) for g in noisy},
         rows=[],
-        refusal=_refusal(group, baseline, found, references),
-        pairing=found.pairing,
-        compared=[[run.name for run in side] for side in (found.ours, found.theirs)],
-        left_out=found.left_out,
+        refusal=_refusal(group, baseline, matched, references),
+        pairing=matched.pairing,
+        compared=[[run.name for run in side] for side in (matched.ours, matched.theirs)],
+        left_out=matched.left_out,
     )
     if made.refusal:
         return replace(made, noise_seeds={}), []
-    pairs = [] if found.pairing == "unpaired" else zip(found.ours, found.theirs, strict=True)
-    identical = [[one.name, other.name] for one, other in pairs if are_identical(one, other)]
-    return replace(made, identical=identical), _drafts(found, noisy, references)
+    paired = zip(matched.ours, matched.theirs, strict=True) if made.pairing != "unpaired" else ()
+    identical = [[one.name, other.name] for one, other in paired if are_identical(one, other)]
+    rows, estimates = _rows(matched, noisy, references)
+    return replace(made, identical=identical, rows=rows), estimates
 
 
 def _refusal(
-    group: Group, baseline: Group, found: Match, references: list[list[Evaluation]]
+    group: Group, baseline: Group, matched: Match, references: list[list[Evaluation]]
 ) -> str | None:
-    """Why two settings cannot be compared, if so."""
+    """Return why two settings cannot be compared, if so."""
     if not group.evaluated:
         return _NOT_EVALUATED
-    try:
-        require_same_tokens([*group.evaluations, *baseline.evaluations, *chain(*references)])
-    except DifferentDataError as error:
-        return str(error)
-    if twice := one_model_twice(group) or one_model_twice(baseline):
-        return twice
-    return None if found.ours else "no seed was trained and evaluated with both objectives"
+    scored = [*group.evaluations, *baseline.evaluations, *chain(*references)]
+    return (
+        _scored_differently(scored)
+        or one_model_twice(group)
+        or one_model_twice(baseline)
+        or (None if matched.ours else "no seed was trained and evaluated with both objectives")
+    )
 
 
-def _drafts(found: Match, noisy: list[Group], references: list[list[Evaluation]]) -> list[_Draft]:
-    runs = [*found.ours, *found.theirs]
-    compared = [run.evaluation for run in runs if run.evaluation]
-    places, sums = statistics(compared, references)
-    ours = len(found.ours)
-    sides = list(range(ours)), list(range(ours, len(compared)))
-    estimates = estimate_differences(sums, *sides, paired=found.pairing != "unpaired")
-    noise = seed_noise([group.evaluations for group in noisy], references)
-    nats = [sums.nats()[side].mean(axis=0) for side in sides]
-    several = min(map(len, sides)) > 1
-    return [
-        _Draft(place, one, float(nats[1][c]), float(nats[0][c]), noise.get(place), several)
-        for c, (place, one) in enumerate(zip(places, estimates, strict=True))
-        if one.difference is not None
-    ]
+def _way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return what is equal for evaluations that can be compared: the tokens, and the windows."""
+    scoring = evaluation.summary["scoring"]
+    return evaluation.fingerprint, *(str(scoring[setting]) for setting in _SETTINGS)
+
+
+def _scored_differently(evaluations: list[Evaluation]) -> str | None:
+    ways = map(_way_of_scoring, evaluations)
+    tokens, *settings = (set(values) for values in zip(*ways, strict=True))
+    if len(tokens) > 1:
+        return "the runs were evaluated on different tokens"
+    for words, values in zip(_SETTINGS.values(), settings, strict=True):
+        if len(values) > 1:
+            values_in_words = " and ".join(sorted(values))
+            return f"the runs were evaluated with a different {words}: {values_in_words}"
+    return None
 
 
 def _scored_alike(group: Group, every: list[list[Evaluation]]) -> list[list[Evaluation]]:
-    """Those that can guide the group's comparison: a page may show models scored otherwise too."""
-    own = {way_of_scoring(evaluation) for evaluation in group.evaluations}
+    """Return those that can guide the group's comparison: a page may show others too."""
+    own = {_way_of_scoring(evaluation) for evaluation in group.evaluations}
     kept = [
-        [e for e in evaluations if way_of_scoring(e) in own and e.token_scores is not None]
+        [e for e in evaluations if _way_of_scoring(e) in own and e.token_scores is not None]
         for evaluations in every
     ]
     return [evaluations for evaluations in kept if evaluations]
 
 
-def _rows(drafts: list[list[_Draft]]) -> list[list[Row]]:
-    """Rows of every comparison, p-values adjusted over all of one kind."""
-    families: dict[Kind, list[_Draft]] = {}
-    for draft in (draft for own in drafts for draft in own):
-        families.setdefault(draft.place[0], []).append(draft)
-    finished: dict[int, Row] = {}
-    for family in families.values():
-        adjusted = holm([draft.estimate.p for draft in family])
-        tests = sum(p is not None for p in adjusted)
-        for draft, p in zip(family, adjusted, strict=True):
-            finished[id(draft)] = _finished(draft, p, max(tests, 1))
-    return [[finished[id(draft)] for draft in own] for own in drafts]
+def _rows(
+    matched: Match, noisy: list[Group], references: list[list[Evaluation]]
+) -> tuple[list[Difference], list[Estimate]]:
+    """Return the difference of every statistic that occurs, and its estimate."""
+    compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
+    places, sums = statistics(compared, references)
+    ours = len(matched.ours)
+    sides = list(range(ours)), list(range(ours, len(compared)))
+    estimates = estimate_differences(sums, *sides, paired=matched.pairing != "unpaired")
+    noise = seed_noise([group.evaluations for group in noisy], references)
+    group, baseline = (sums.nats()[side].mean(axis=0).tolist() for side in sides)
+    rows = [
+        Difference(
+            kind=place[0],
+            name=place[1],
+            baseline=baseline[column],
+            group=group[column],
+            difference=one.difference,
+            low=one.low,
+            high=one.high,
+            documents=one.documents,
+            seed_noise=noise.get(place),
+            reading="no difference shown",
+            standard_error=one.standard_error,
+            p=one.p,
+            p_adjusted=None,
+            tests=1,
+            detectable=None,
+        )
+        for column, (place, one) in enumerate(zip(places, estimates, strict=True))
+        if one.difference is not None
+    ]
+    return rows, [one for one in estimates if one.difference is not None]
 
 
-def _finished(draft: _Draft, adjusted: float | None, tests: int) -> Row:
-    estimate = draft.estimate
-    assert estimate.difference is not None
+def _corrected(made: list[tuple[Comparison, list[Estimate]]]) -> list[Comparison]:
+    """Adjust the p-values over all rows of one kind, and read what they show."""
+    adjusted: dict[Kind, Iterator[float | None]] = {}
+    tests: dict[Kind, int] = {}
+    for kind in get_args(Kind):
+        p_values = [row.p for comparison, _ in made for row in comparison.rows if row.kind == kind]
+        adjusted[kind] = iter(holm(p_values))
+        tests[kind] = max(sum(p is not None for p in p_values), 1)
+    return [
+        replace(
+            comparison,
+            rows=[
+                _read(
+                    replace(row, p_adjusted=next(adjusted[row.kind]), tests=tests[row.kind]),
+                    estimate if comparison.has_several_seeds else None,
+                )
+                for row, estimate in zip(comparison.rows, estimates, strict=True)
+            ],
+        )
+        for comparison, estimates in made
+    ]
+
+
+def _read(row: Difference, estimate: Estimate | None) -> Difference:
+    """Say what a corrected difference shows; `estimate` is None where seeds had no part in it."""
     reading: Reading = "no difference shown"
-    if adjusted is not None and adjusted < 1 - CONFIDENCE:
-        better: Reading = "better" if estimate.difference < 0 else "worse"
-        reading = better if draft.several_seeds else "seed noise unknown"
-    return Row(
-        kind=draft.place[0],
-        name=draft.place[1],
-        baseline=draft.baseline,
-        group=draft.group,
-        difference=estimate.difference,
-        low=estimate.low,
-        high=estimate.high,
-        documents=estimate.documents,
-        seed_noise=draft.seed_noise,
-        reading=reading,
-        standard_error=estimate.standard_error,
-        p=estimate.p,
-        p_adjusted=adjusted,
-        tests=tests,
-        detectable=estimate.detectable(tests) if draft.several_seeds else None,
-    )
+    if row.p_adjusted is not None and row.p_adjusted < 1 - CONFIDENCE:
+        reading = "better" if row.difference < 0 else "worse"
+        reading = reading if estimate else "seed noise unknown"
+    detectable = estimate.detectable(row.tests) if estimate else None
+    return replace(row, reading=reading, detectable=detectable)
+
+
+def statistics(
+    evaluations: list[Evaluation], references: list[list[Evaluation]]
+) -> tuple[list[Place], Sums]:
+    """Return every statistic that is compared, and its sums per document."""
+    documents = evaluations[0].documents
+    every = [documents.tokens.astype(np.float64), *(e.documents.ce for e in evaluations)]
+    by_band = np.stack(every)
+    in_domain = documents.domain[:, None] == np.arange(len(evaluations[0].domains))
+    total = by_band.sum(axis=2, keepdims=True)
+    parts = [total]
+    parts += [by_band[:, :, BANDS_OF[n]].sum(axis=2, keepdims=True) for n in (*BUCKETS, *DECILES)]
+    places: list[Place] = [("total", "all tokens"), *(("bucket", name) for name in BUCKETS)]
+    places += [("decile", name) for name in DECILES]
+    by_difficulty = difficulty_sums(evaluations, references)
+    if by_difficulty is not None:
+        parts.append(np.concatenate([by_difficulty[0][None], by_difficulty[1]]))
+        places += [("difficulty", name) for name in DIFFICULTY]
+    parts.append(total * in_domain)
+    places += [("domain", name) for name in evaluations[0].domains]
+    table = np.concatenate(parts, axis=2)
+    return places, Sums(table[0], table[1:])
+
+
+def seed_noise(
+    same_objective: list[list[Evaluation]], references: list[list[Evaluation]]
+) -> dict[Place, float]:
+    """Return the largest gap between two evaluations of one objective, where there are two."""
+    noise: dict[Place, float] = {}
+    for evaluations in same_objective:
+        places, sums = statistics(evaluations, references)
+        for one, other in combinations(sums.nats(), 2):
+            for place, gap in zip(places, np.abs(one - other), strict=True):
+                noise[place] = max(noise.get(place, 0.0), float(gap))
+    return noise
+
+
+def difficulty_sums(
+    evaluations: list[Evaluation], references: list[list[Evaluation]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return tokens [D, 3] per document and third, and each evaluation's cross entropies [E, D, 3].
+
+    references: the settings whose mean entropy is the difficulty, each a list of evaluations.
+    None where an evaluation keeps no scores of its tokens. All must have scored the same tokens.
+    """
+    scores = [e.token_scores for e in evaluations if e.token_scores is not None]
+    guides = [[e.token_scores for e in s if e.token_scores is not None] for s in references]
+    kept, given = ([len(setting) for setting in sides] for sides in (guides, references))
+    if not guides or len(scores) < len(evaluations) or kept != given:
+        return None
+    scored = len(scores[0])
+    lengths = evaluations[0].documents.tokens.sum(axis=1)
+    counts = np.zeros(_BINS)
+    for tokens in _blocks(scored):
+        counts += np.bincount(_bins(guides, tokens), minlength=_BINS)
+    third_of_bin = np.minimum(3 * (np.cumsum(counts) - counts / 2) // counts.sum(), 2).astype(int)
+    ends = np.cumsum(lengths)
+    cells = len(lengths) * len(DIFFICULTY)
+    tokens_sum, ce = np.zeros(cells), np.zeros((len(scores), cells))
+    for tokens in _blocks(scored):
+        document = np.searchsorted(ends, np.arange(tokens.start, tokens.stop), side="right")
+        cell = document * len(DIFFICULTY) + third_of_bin[_bins(guides, tokens)]
+        tokens_sum += np.bincount(cell, minlength=cells)
+        for total, part in zip(ce, scores, strict=True):
+            total += np.bincount(cell, weights=part[tokens, 0], minlength=cells)
+    shape = len(lengths), len(DIFFICULTY)
+    return tokens_sum.reshape(shape), ce.reshape(-1, *shape)
+
+
+def _blocks(tokens: int) -> Iterator[slice]:
+    for first in range(0, tokens, _BLOCK):
+        yield slice(first, min(first + _BLOCK, tokens))
+
+
+def _bins(guides: list[list[Scores]], tokens: slice) -> NDArray[np.int64]:
+    """Return the bins of the tokens' difficulties: means over settings, each of its evaluations."""
+    entropy = np.zeros(tokens.stop - tokens.start)
+    for setting in guides:
+        total = np.zeros_like(entropy)
+        for guide in setting:
+            total += guide[tokens, 1]
+        entropy += total / len(setting)
+    scale = _BINS / _LARGEST / len(guides)
+    return np.clip((entropy * scale).astype(np.int64), 0, _BINS - 1)

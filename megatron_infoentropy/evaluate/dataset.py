@@ -1,12 +1,24 @@
-"""A preprocessed token dataset as the evaluation sees it: domains of documents of token ids."""
+"""A preprocessed token dataset as the evaluation sees it: which documents are scored, how weighed.
+
+A dataset is domains of documents of token ids; a selection of these is scored. In what shares the
+domains enter the weighted average:
+
+    auto        the training data's tokens, where the counts' folder tells them; else as scored
+    scored      the scored tokens: the weighted average is that over all tokens
+    paper       the sampling rates published with the paper's code
+    FILE.json   {"domain": weight, ...}, any scale
+"""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_infoentropy.data.blend import PAPER_WEIGHTS, shares_of
 from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 
@@ -25,7 +37,7 @@ class Domain:
     skipped: int = 0
 
     def read(self, document: int, start: int, stop: int) -> Integers:
-        """Token ids `start` to `stop` (excluded) of one document."""
+        """Return token ids `start` to `stop` (excluded) of one document."""
         return self.reader[document][self.skipped + start : self.skipped + stop]
 
 
@@ -77,3 +89,133 @@ def open_dataset(folder: Path, *, packed: bool = False) -> TokenDataset:
     return TokenDataset(
         domains, tokenizer.sha256, tokenizer.vocab_size, context, state.hexdigest(), empty
     )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The documents to score, in the order of their domain and index; int64 arrays [documents].
+
+    `domain` and `document` name the document in the dataset, `length` the tokens scored of it,
+    counted from its start, at least one. `complete[i]` says whether all of domain i is selected.
+    """
+
+    domain: NDArray[np.int64]
+    document: NDArray[np.int64]
+    length: NDArray[np.int64]
+    complete: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.domain)
+
+    def read(self, dataset: TokenDataset, rows: slice) -> list[NDArray[np.int64]]:
+        """Return the scored tokens of the documents `rows`, which are of one domain."""
+        domain = dataset.domains[self.domain[rows.start]]
+        places = zip(self.document[rows], self.length[rows], strict=True)
+        return [domain.read(int(n), 0, int(length)).astype(np.int64) for n, length in places]
+
+
+def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Selection:
+    """Select every document, or with `max_tokens` a sample of that many tokens.
+
+    The sample takes from each domain its share of the dataset, in a fixed shuffled order of
+    documents, and cuts the last one short. It is the same for every model. Documents without a
+    token (preprocessing keeps them, as Megatron does) have nothing to score and are left out.
+
+    Raises:
+        ValueError: max_tokens is too small to take one token of each domain, or a domain has none.
+    """
+    sizes = [int(domain.lengths.sum()) for domain in dataset.domains]
+    if max_tokens is not None and max_tokens < len(dataset.domains):
+        raise ValueError(
+            f"max_tokens must be at least one token for each of the {len(dataset.domains)} "
+            f"domains, got {max_tokens}"
+        )
+    parts, complete = [], []
+    for index, (domain, size) in enumerate(zip(dataset.domains, sizes, strict=True)):
+        if not size:
+            raise ValueError(
+                f"domain {domain.name!r} has {len(domain.lengths)} documents and no token, so it "
+                "has no perplexity: leave it out when preprocessing"
+            )
+        budget = size
+        if max_tokens is not None and max_tokens < sum(sizes):
+            budget = max(1, size * max_tokens // sum(sizes))
+        documents, lengths = _within(domain.lengths, budget)
+        parts.append((np.full(len(documents), index, dtype=np.int64), documents, lengths))
+        complete.append(int(lengths.sum()) == size)
+    domains, numbers, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Selection(domains, numbers, lengths, complete)
+
+
+def _within(lengths: NDArray[np.int64], budget: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return documents and the tokens taken of each, `budget` in all, in ascending order."""
+    order = np.arange(len(lengths))
+    if budget < lengths.sum():
+        order = np.random.default_rng(0).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    taken = np.clip(budget - before, 0, lengths[order])
+    chosen = np.flatnonzero(taken)
+    chosen = chosen[np.argsort(order[chosen])]
+    return order[chosen], taken[chosen]
+
+
+def places_sha256(
+    dataset: TokenDataset, selection: Selection, band_of_token: NDArray[np.int8]
+) -> str:
+    """Return the SHA-256 of the domains' names, of what is scored, and of every token id's band."""
+    digest = hashlib.sha256(band_of_token.tobytes())
+    for domain in dataset.domains:
+        digest.update(f"{len(domain.name)}:{domain.name}".encode())
+    for place in (selection.domain, selection.document, selection.length):
+        digest.update(place.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def document_sha256(tokens: NDArray[np.int64]) -> bytes:
+    """Return 32 bytes that stand for a document's tokens, however these are stored."""
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()
+
+
+def domain_weights(
+    kind: str, scored: Mapping[str, int], token_counts: Path
+) -> tuple[dict[str, float], str]:
+    """Return the scored domains' weights, of a finite sum, and what they are in words.
+
+    Args:
+        kind: see the module's text.
+        scored: the domains and their scored tokens.
+        token_counts: the training data's counts, beside which its manifest may lie.
+
+    Raises:
+        ValueError: weights of no known kind, negative, all 0, or that lack a domain.
+    """
+    as_scored = {name: float(tokens) for name, tokens in scored.items()}
+    if kind == "scored":
+        return as_scored, "the scored tokens"
+    if kind == "auto":
+        trained: dict[str, float] = {}
+        if (token_counts.parent / MANIFEST).is_file():
+            domains = load_manifest(token_counts.parent).domains
+            trained = {name: float(facts.tokens) for name, facts in domains.items()}
+        if scored.keys() <= trained.keys():
+            return _checked(trained, scored, kind), "tokens of the training data"
+        return as_scored, "the scored tokens (the training data's domains are not known)"
+    if kind == "paper":
+        return _checked(PAPER_WEIGHTS, scored, kind), "sampling rates of the paper's code"
+    if not kind.endswith(".json"):
+        raise ValueError(
+            f"domain weights must be auto, scored, paper or a .json file, got {kind!r}"
+        )
+    try:
+        given = json.loads(Path(kind).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no readable domain weights in {kind}: {error}") from error
+    return _checked(given, scored, kind), Path(kind).name
+
+
+def _checked(given: object, scored: Mapping[str, int], kind: str) -> dict[str, float]:
+    if not isinstance(given, Mapping) or any(name not in given for name in scored):
+        raise ValueError(
+            f"the weights of {kind!r} must be an object with a number for each of {sorted(scored)}"
+        )
+    return shares_of({name: given[name] for name in scored})

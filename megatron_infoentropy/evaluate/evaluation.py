@@ -42,7 +42,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.errors import EvaluationFormatError, UnfinishedEvaluationError
 from megatron_infoentropy.files import file_sha256, write_atomically, write_whole
 
 FORMAT = 2
@@ -50,6 +49,10 @@ SUMMARY_FILE = "evaluation.json"
 DOCUMENTS_FILE = "evaluation.npz"
 TOKENS_FILE = "token_scores.npy"
 UNFINISHED = "evaluation.unfinished"  # a folder: what an interrupted evaluation has done
+
+
+class UnfinishedEvaluationError(ValueError):
+    """An evaluation that was interrupted, or one of other inputs that lies in the way."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Evaluation:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the scored tokens and their bands: equal for evaluations that can be paired."""
+        """Return the hash of the scored tokens and bands: equal where evaluations can be paired."""
         return str(self.summary["data"]["fingerprint"])
 
     @property
@@ -92,7 +95,7 @@ class Evaluation:
         return list(self.summary["domains"])
 
     def save(self, folder: Path) -> Path:
-        """Write the files into a folder; returns the path of evaluation.json, written last."""
+        """Write the files into a folder; return the path of evaluation.json, written last."""
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier one: no longer whole
         with write_atomically(folder / DOCUMENTS_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **vars(self.documents))
@@ -114,7 +117,7 @@ def load_evaluation(folder: Path) -> Evaluation:
 
     Raises:
         UnfinishedEvaluationError: an evaluation was interrupted here and has no result yet.
-        EvaluationFormatError: a file is missing or damaged, of another format, or the files
+        ValueError: a file is missing or damaged, of another format, or the files
             are not of one evaluation.
     """
     advice = "run `infoentropy evaluate` again"
@@ -134,14 +137,12 @@ def load_evaluation(folder: Path) -> Evaluation:
             documents = DocumentSums(**{f.name: arrays[f.name] for f in fields(DocumentSums)})
         token_scores = _load_token_scores(folder, summary, documents)
     except (OSError, ValueError, KeyError) as error:
-        raise EvaluationFormatError(
-            f"no readable evaluation in {folder}: {error}; {advice}"
-        ) from error
+        raise ValueError(f"no readable evaluation in {folder}: {error}; {advice}") from error
     return Evaluation(summary, documents, token_scores)
 
 
 def _save_token_scores(scores: NDArray[np.float16], path: Path) -> None:
-    """As .npy; a file that is one already is copied, as its pages would count as memory."""
+    """Write .npy; a file that is one already is copied, as its pages would count as memory."""
     with path.open("wb") as file:
         if isinstance(scores, np.memmap) and scores.filename:
             source = Path(scores.filename)

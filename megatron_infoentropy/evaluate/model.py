@@ -1,21 +1,58 @@
-"""The model that is scored: where it comes from, whether it fits the data, and its logits."""
+"""The model that is scored: where it comes from, its processes, whether it fits, its logits."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
-from megatron_infoentropy.evaluate.errors import (
-    ContextOverflowError,
-    ModelFolderError,
-    TokenizerMismatchError,
-    VocabularyMismatchError,
-)
+
+# The others may have much more to do; one that died ends all of them, which is torchrun's work.
+_TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number and how many there are."""
+
+    rank: int
+    size: int
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the processes of torchrun over gloo while the block runs."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(0, 1)
+        return
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return a device; of "auto" this process's own GPU where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +82,7 @@ class ScoringModel:
     dtype: torch.dtype
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token logits [rows, positions, vocabulary] of int64 tokens [rows, positions].
+        """Return next-token logits [rows, positions, vocabulary] of int64 [rows, positions].
 
         No attention mask: padding stands to the right, where a causal model cannot see it.
         """
@@ -73,7 +110,7 @@ class ScoringModel:
         }
 
     def weights_sha256(self) -> str:
-        """SHA-256 over every parameter's name, shape and numbers, as they are computed with."""
+        """Return the SHA-256 of every parameter's name, shape and numbers, as computed with."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
@@ -83,13 +120,13 @@ class ScoringModel:
 
 
 def hugging_face(folder: Path) -> ModelSource:
-    """The model of a Hugging Face folder; nothing is fetched and no code in it is run.
+    """Return the model of a Hugging Face folder; nothing is fetched, no code in it is run.
 
     Raises:
-        ModelFolderError: there is no config.json (the name would be looked for on the network).
+        ValueError: there is no config.json (the name would be looked for on the network).
     """
     if not (folder / "config.json").is_file():
-        raise ModelFolderError(
+        raise ValueError(
             f"expected {folder} to be a Hugging Face model folder or a Megatron checkpoint; it "
             "holds no config.json, and neither latest_checkpointed_iteration.txt nor .metadata"
         )
@@ -119,7 +156,7 @@ def load_model(source: ModelSource, device: torch.device, dtype: str) -> Scoring
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Loading draws a bar of its own between ours."""
+    """Keep transformers from drawing a bar of its own between ours."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -135,24 +172,23 @@ def require_same_tokenizer(source: ModelSource, sha256: str) -> None:
     """Refuse a model whose tokenizer is not the one the data was written with.
 
     Raises:
-        TokenizerMismatchError: the tokenizer is missing, or not that of the data or of the training
+        ValueError: the tokenizer is missing, damaged, or not that of the data or of the training
             data.
-        ValueError: one of the tokenizer's files is damaged.
     """
     folder = source.tokenizer
     if not (folder / TOKENIZER).is_file():
-        raise TokenizerMismatchError(
+        raise ValueError(
             f"{folder} holds no {TOKENIZER}, so nothing tells whether the data's token ids mean "
             "the same to this model: copy the model's tokenizer there"
         )
     if not is_tokenizer(folder, sha256):
-        raise TokenizerMismatchError(
+        raise ValueError(
             f"the tokenizer in {folder} is not the one the data was written with: token ids would "
             "not mean the same; preprocess the data with this tokenizer, or evaluate the model "
             "that belongs to it"
         )
     if source.trained_on is not None and not is_tokenizer(folder, source.trained_on):
-        raise TokenizerMismatchError(
+        raise ValueError(
             f"the model was trained on data of another tokenizer than the one in {folder}: name "
             "the tokenizer of the training data, and preprocess this data with it"
         )
@@ -165,25 +201,24 @@ def require_same_vocabulary(model: ScoringModel, vocab_size: int) -> None:
     softmax, as in the model's own training.
 
     Raises:
-        VocabularyMismatchError: naming both sizes.
+        ValueError: naming both sizes.
     """
     if model.vocab_size < vocab_size:
-        raise VocabularyMismatchError(
+        raise ValueError(
             f"the model predicts {model.vocab_size} tokens, the data's tokenizer has {vocab_size}: "
             "preprocess the data with the model's tokenizer"
         )
 
 
 def context_length_of(model: ScoringModel, wanted: int | None) -> int:
-    """The context length to score with: what is wanted, else all the positions the model has.
+    """Return the context length to score with: what is wanted, else all the model's positions.
 
     Raises:
-        ContextOverflowError: more than the model has positions for.
-        ModelFolderError: a model that does not say how many it has.
+        ValueError: more than the model has positions for, or a model that does not say how many.
     """
     positions = getattr(model.network.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        raise ModelFolderError(
+        raise ValueError(
             f"the model's configuration states no max_position_embeddings (got {positions!r}); "
             "add the context length it was trained with"
         )
@@ -192,7 +227,7 @@ def context_length_of(model: ScoringModel, wanted: int | None) -> int:
     if wanted < 1:
         raise ValueError(f"context_length must be at least 1, got {wanted}")
     if wanted > positions:
-        raise ContextOverflowError(
+        raise ValueError(
             f"a context of {wanted} tokens was asked for, the model has {positions} positions: "
             f"choose at most {positions}, or leave it out"
         )

@@ -10,12 +10,15 @@ import hashlib
 import tempfile
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from megatron_infoentropy.data.tokenizer import TOKENIZER
 from megatron_infoentropy.evaluate.buckets import (
     BANDS,
     BUCKETS,
@@ -25,10 +28,14 @@ from megatron_infoentropy.evaluate.buckets import (
     frequency_bands,
     read_token_counts,
 )
-from megatron_infoentropy.evaluate.chunks import Scoring, cut_chunks, score_chunk
-from megatron_infoentropy.evaluate.dataset import TokenDataset, open_dataset
-from megatron_infoentropy.evaluate.domain_weights import domain_weights
-from megatron_infoentropy.evaluate.errors import FinishedEvaluationError
+from megatron_infoentropy.evaluate.dataset import (
+    Selection,
+    TokenDataset,
+    domain_weights,
+    open_dataset,
+    places_sha256,
+    select_documents,
+)
 from megatron_infoentropy.evaluate.evaluation import (
     FORMAT,
     SUMMARY_FILE,
@@ -37,19 +44,19 @@ from megatron_infoentropy.evaluate.evaluation import (
     Evaluation,
     load_evaluation,
 )
-from megatron_infoentropy.evaluate.journal import Journal
 from megatron_infoentropy.evaluate.model import (
     ModelSource,
+    Ranks,
     ScoringModel,
+    choose_device,
     context_length_of,
     hugging_face,
+    joined_ranks,
     load_model,
     require_same_tokenizer,
     require_same_vocabulary,
 )
-from megatron_infoentropy.evaluate.passage import passage
-from megatron_infoentropy.evaluate.ranks import Ranks, choose_device, joined_ranks
-from megatron_infoentropy.evaluate.selection import Selection, places_sha256, select_documents
+from megatron_infoentropy.evaluate.scoring import ChunkJournal, Scoring, cut_chunks, score_chunk
 from megatron_infoentropy.evaluate.tally import (
     Tally,
     bits_per_byte,
@@ -58,10 +65,23 @@ from megatron_infoentropy.evaluate.tally import (
 )
 from megatron_infoentropy.progress import progress
 
+_PASSAGE_TOKENS = 256
+
 
 @dataclass(frozen=True)
-class Options:
-    """How to score; the fields are explained by `perplexity.evaluate_model`."""
+class ScoringOptions:
+    """How a model is scored.
+
+    Attributes:
+        context_length: tokens that a window reads; None: the model's positions.
+        stride: tokens that a window scores; None: the context length.
+        packed: let documents of a domain follow one another in a window, as in training.
+        batch_tokens: tokens read at once; the logits of a batch take 4 bytes x this x vocabulary.
+        max_tokens: score a fixed sample of about this many tokens instead of everything.
+        domain_weights: of the weighted average, see `dataset.domain_weights`.
+        dtype: of weights and activations; scores are fp32 in any case.
+        device: torch device, or "auto" for the first GPU, else the CPU.
+    """
 
     context_length: int | None = None
     stride: int | None = None
@@ -87,8 +107,9 @@ class Job:
     weights: dict[str, float]  # of the domains, any scale
     weights_are: str
 
+    @cached_property
     def plan(self) -> dict[str, Any]:
-        """What must be the same for an interrupted evaluation to go on."""
+        """Return what must be the same for an interrupted evaluation to go on."""
         return {
             "format": FORMAT,
             "scoring": asdict(self.scoring) | {"context": list(self.scoring.context)},  # as JSON
@@ -97,12 +118,73 @@ class Job:
             "documents": places_sha256(self.dataset, self.selection, self.band_of_token),
         }
 
+    @cached_property
+    def chunks(self) -> list[slice]:
+        return cut_chunks(self.selection, self.scoring.batch_tokens)
 
-def open_job(source: ModelSource, data: Path, token_counts: Path, options: Options) -> Job:
+
+def evaluate_model(
+    model: Path | ModelSource,
+    data: Path,
+    options: ScoringOptions | None = None,
+    *,
+    token_counts: Path,
+    output: Path | None = None,
+    token_scores: bool = True,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> Evaluation:
+    """Score a model on a token dataset; started by torchrun, all its processes take part.
+
+    Args:
+        model: a Hugging Face folder, or where else a model comes from; nothing is fetched.
+        data: folder with manifest.json and one .bin/.idx a domain.
+        options: how.
+        token_counts: token_counts.npy of the *training* data, which defines the buckets.
+        output: folder to write the evaluation into, which an interrupted one resumes from; several
+            processes need one that they share.
+        token_scores: keep every token's cross entropy and entropy, 4 bytes a token: `compare` needs
+            them to set hard tokens against easy ones.
+        restart: discard what an interrupted evaluation has left in `output`.
+        overwrite: replace a finished evaluation in `output`, once the new one is whole.
+
+    Returns:
+        The evaluation, the same on every process; what it holds is said in `evaluation`.
+
+    Raises:
+        UnfinishedEvaluationError: another evaluation was interrupted in `output`, or a part of this
+            one is damaged.
+        ValueError: what does not fit, such as another tokenizer or a longer context.
+    """
+    if output is not None and (output / SUMMARY_FILE).exists() and not overwrite:
+        raise ValueError(
+            f"{output} holds a finished evaluation: name another --output, or --overwrite to "
+            "replace it"
+        )
+    source = hugging_face(model) if isinstance(model, Path) else model
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined_ranks())
+        if output is None and ranks.size > 1:
+            raise ValueError("several processes need an output folder that they share; name one")
+        job = open_job(source, data, token_counts, options or ScoringOptions())
+        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        journal = ChunkJournal(folder, job.model.vocab_size)
+        _score(job, ranks, journal, restart=restart)
+        if ranks.rank == 0:
+            assemble(job, journal, token_scores=token_scores).save(folder)
+            journal.finish()
+        ranks.wait()
+        evaluation = load_evaluation(folder)
+        if output is None and evaluation.token_scores is not None:
+            evaluation = replace(evaluation, token_scores=np.array(evaluation.token_scores))
+    return evaluation
+
+
+def open_job(source: ModelSource, data: Path, token_counts: Path, options: ScoringOptions) -> Job:
     """Open model and data, cheap checks first.
 
     Raises:
-        ValueError: one of the named errors of `evaluate.errors`, saying what does not fit.
+        ValueError: what does not fit.
     """
     if options.batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {options.batch_tokens}")
@@ -118,30 +200,49 @@ def open_job(source: ModelSource, data: Path, token_counts: Path, options: Optio
     weights, weights_are = domain_weights(options.domain_weights, scored, token_counts)
     model = load_model(source, choose_device(options.device), options.dtype)
     require_same_vocabulary(model, dataset.vocab_size)
-    length = context_length_of(model, options.context_length)
-    stride = _stride(options.stride, length)
-    behind_start = any(domain.skipped for domain in dataset.domains)
-    scoring = Scoring(
-        length, stride, options.packed, options.batch_tokens, dataset.context, behind_start
-    )
+    scoring = _scoring(dataset, context_length_of(model, options.context_length), options)
     return Job(
         model, source, dataset, selection, scoring, counts, band_of_token, weights, weights_are
     )
 
 
-def _stride(stride: int | None, context_length: int) -> int:
-    if stride is None:
-        return context_length
+def _scoring(dataset: TokenDataset, context_length: int, options: ScoringOptions) -> Scoring:
+    stride = context_length if options.stride is None else options.stride
     if not 1 <= stride <= context_length:
         raise ValueError(
             f"stride must be between 1 and the context length {context_length}, got {stride}: "
             "with a larger one tokens would be left out"
         )
-    return stride
+    return Scoring(
+        context_length,
+        stride,
+        options.packed,
+        options.batch_tokens,
+        dataset.context,
+        behind_start=any(domain.skipped for domain in dataset.domains),
+    )
 
 
-def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
-    """The evaluation whose chunks are all in the journal.
+def _score(job: Job, ranks: Ranks, journal: ChunkJournal, *, restart: bool) -> None:
+    """Score this rank's chunks that are not in the journal yet; return when all ranks have."""
+    if ranks.rank == 0:
+        journal.start(job.plan, restart=restart)
+    ranks.wait()
+    mine = [n for n in range(ranks.rank, len(job.chunks), ranks.size) if not journal.has(n)]
+    tokens = sum(int(job.selection.length[job.chunks[number]].sum()) for number in mine)
+    silent = nullcontext(lambda work: None)
+    with progress("scoring", tokens, "tokens") if ranks.rank == 0 else silent as advance:
+        for number in mine:
+            scores = score_chunk(
+                job.model, job.dataset, job.selection, job.chunks[number], job.band_of_token,
+                job.scoring, advance,
+            )  # fmt: skip
+            journal.write(number, scores)
+    ranks.wait()
+
+
+def assemble(job: Job, journal: ChunkJournal, *, token_scores: bool) -> Evaluation:
+    """Return the evaluation whose chunks are all in the journal.
 
     Raises:
         UnfinishedEvaluationError: one is missing or damaged.
@@ -150,12 +251,12 @@ def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
     shape = len(selection), BANDS
     tokens, ce, entropy = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
     tally = Tally(job.model.vocab_size)
-    names = places_sha256(job.dataset, selection, job.band_of_token)
-    fingerprint = hashlib.sha256(names.encode())
+    fingerprint = hashlib.sha256(job.plan["documents"].encode())
     path = journal.folder / TOKENS_FILE
+    header = {"descr": "<f2", "fortran_order": False, "shape": (int(selection.length.sum()), 2)}
     with path.open("wb") as file:
-        _write_header(file, int(selection.length.sum()))
-        for number, rows in enumerate(cut_chunks(selection, job.scoring.batch_tokens)):
+        np.lib.format.write_array_header_1_0(file, header)
+        for number, rows in enumerate(job.chunks):
             chunk = journal.read(number)
             tokens[rows], ce[rows], entropy[rows] = chunk.tokens, chunk.ce, chunk.entropy
             file.write(chunk.scores.tobytes())
@@ -164,57 +265,45 @@ def assemble(job: Job, journal: Journal, *, token_scores: bool) -> Evaluation:
     scores: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
     documents = DocumentSums(selection.domain, selection.document, tokens, ce, entropy)
     summary = {
-        "format": FORMAT,
-        "scoring": _describe_scoring(job),
-        "model": _describe_model(job, journal),
-        "data": _describe_data(job, fingerprint.hexdigest()),
-        "bucket_rule": RULE,
-        "bucket_sizes": describe_bands(BUCKETS, job.counts, job.band_of_token),
-        "decile_sizes": describe_bands(DECILES, job.counts, job.band_of_token),
+        **_description(job, fingerprint.hexdigest()),
         **_numbers(job, documents),
         "difficulty": tally.difficulty(),
         "entropy_histogram": tally.histogram(),
         "calibration": tally.calibration(),
-        "passage": passage(job.dataset, selection, scores, job.source.tokenizer),
+        "passage": _passage(job, scores),
     }
     return Evaluation(summary, documents, scores if token_scores else None)
 
 
-def _write_header(file: BinaryIO, tokens: int) -> None:
-    """Of the .npy file of float16 [tokens, 2]."""
-    header = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _describe_scoring(job: Job) -> dict[str, Any]:
+def _description(job: Job, fingerprint: str) -> dict[str, Any]:
+    """Describe what was scored, with what, and how."""
     scoring = job.scoring
     return {
-        "rule": scoring.rule,
-        "mode": "packed" if scoring.packed else "sliding",
-        "context_length": scoring.context_length,
-        "stride": scoring.stride,
-        "batch_tokens": scoring.batch_tokens,
-    }
-
-
-def _describe_model(job: Job, journal: Journal) -> dict[str, Any]:
-    described: dict[str, Any] = journal.plan()["model"]
-    return {"kind": job.source.kind, **job.source.facts, **described}
-
-
-def _describe_data(job: Job, fingerprint: str) -> dict[str, Any]:
-    return {
-        "fingerprint": fingerprint,
-        "tokenizer_sha256": job.dataset.tokenizer_sha256,
-        "complete": all(job.selection.complete),
-        "documents": len(job.selection),
-        "empty_documents": job.dataset.empty_documents,
-        "one_token_documents": int((job.selection.length == 1).sum()),
+        "format": FORMAT,
+        "scoring": {
+            "rule": scoring.rule,
+            "mode": "packed" if scoring.packed else "sliding",
+            "context_length": scoring.context_length,
+            "stride": scoring.stride,
+            "batch_tokens": scoring.batch_tokens,
+        },
+        "model": {"kind": job.source.kind, **job.source.facts, **job.plan["model"]},
+        "data": {
+            "fingerprint": fingerprint,
+            "tokenizer_sha256": job.dataset.tokenizer_sha256,
+            "complete": all(job.selection.complete),
+            "documents": len(job.selection),
+            "empty_documents": job.dataset.empty_documents,
+            "one_token_documents": int((job.selection.length == 1).sum()),
+        },
+        "bucket_rule": RULE,
+        "bucket_sizes": describe_bands(BUCKETS, job.counts, job.band_of_token),
+        "decile_sizes": describe_bands(DECILES, job.counts, job.band_of_token),
     }
 
 
 def _numbers(job: Job, documents: DocumentSums) -> dict[str, Any]:
-    """Scores in total, by band and by domain, and the averages over domains.
+    """Return scores in total, by band and by domain, and the averages over domains.
 
     Bits per byte only where a whole domain was scored: its bytes are known only as a whole.
     """
@@ -231,96 +320,35 @@ def _numbers(job: Job, documents: DocumentSums) -> dict[str, Any]:
     return numbers | {"weighted_average": average}
 
 
-def evaluate_model(
-    model: Path | ModelSource,
-    data: Path,
-    *,
-    token_counts: Path,
-    output: Path | None = None,
-    context_length: int | None = None,
-    stride: int | None = None,
-    packed: bool = False,
-    batch_tokens: int = 4096,
-    max_tokens: int | None = None,
-    domain_weights: str = "auto",
-    dtype: str = "float32",
-    device: str = "auto",
-    token_scores: bool = True,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> Evaluation:
-    """Score a model on a token dataset; started by torchrun, all its processes take part.
+def _passage(job: Job, scores: NDArray[np.float16]) -> dict[str, Any]:
+    """Return the start of the first document of 256 tokens, or of the longest, with its scores.
 
-    Args:
-        model: a Hugging Face folder, or where else a model comes from; nothing is fetched.
-        data: folder with manifest.json and one .bin/.idx a domain.
-        token_counts: token_counts.npy of the *training* data, which defines the buckets.
-        output: folder to write the evaluation into, which an interrupted one resumes from; several
-            processes need one that they share.
-        context_length: tokens that a window reads; default: the model's positions.
-        stride: tokens that a window scores; default: the context length.
-        packed: let documents of a domain follow one another in a window, as in training.
-        batch_tokens: tokens read at once; the logits of a batch take 4 bytes x this x vocabulary.
-        max_tokens: score a fixed sample of about this many tokens instead of everything.
-        domain_weights: of the weighted average, see `domain_weights`.
-        dtype: of weights and activations; scores are fp32 in any case.
-        device: torch device, or "auto" for the first GPU, else the CPU.
-        token_scores: keep every token's cross entropy and entropy, 4 bytes a token: `compare` needs
-            them to set hard tokens against easy ones.
-        restart: discard what an interrupted evaluation has left in `output`.
-        overwrite: replace a finished evaluation in `output`, once the new one is whole.
-
-    Returns:
-        The evaluation, the same on every process; what it holds is said in `evaluation`.
-
-    Raises:
-        ValueError: one of the named errors of `evaluate.errors`, saying what does not fit.
+    So it is the same for every model that scores the data.
     """
-    if output is not None and (output / SUMMARY_FILE).exists() and not overwrite:
-        raise FinishedEvaluationError(
-            f"{output} holds a finished evaluation: name another --output, or --overwrite to "
-            "replace it"
-        )
-    options = Options(
-        context_length, stride, packed, batch_tokens, max_tokens, domain_weights, dtype, device
-    )
-    source = hugging_face(model) if isinstance(model, Path) else model
-    with ExitStack() as stack:
-        ranks = stack.enter_context(joined_ranks())
-        if output is None and ranks.size > 1:
-            raise ValueError("several processes need an output folder that they share; name one")
-        job = open_job(source, data, token_counts, options)
-        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        journal = Journal(folder, job.model.vocab_size)
-        _score(job, ranks, journal, restart=restart)
-        if ranks.rank == 0:
-            assemble(job, journal, token_scores=token_scores).save(folder)
-            journal.finish()
-        ranks.wait()
-        evaluation = load_evaluation(folder)
-        if output is None and evaluation.token_scores is not None:
-            evaluation = replace(evaluation, token_scores=np.array(evaluation.token_scores))
-    return evaluation
+    selection = job.selection
+    row = int(np.argmax(np.minimum(selection.length, _PASSAGE_TOKENS)))
+    length = min(int(selection.length[row]), _PASSAGE_TOKENS)
+    first = int(selection.length[:row].sum())
+    domain = job.dataset.domains[selection.domain[row]]
+    tokens = domain.read(int(selection.document[row]), 0, length).tolist()
+    ce, entropy = np.round(scores[first : first + length].astype(np.float64), 4).T
+    return {
+        "domain": domain.name,
+        "document": int(selection.document[row]),
+        "start": 0,
+        "text": _pieces(Tokenizer.from_file(str(job.source.tokenizer / TOKENIZER)), tokens),
+        "ce": ce.tolist(),
+        "entropy": entropy.tolist(),
+    }
 
 
-def _score(job: Job, ranks: Ranks, journal: Journal, *, restart: bool) -> None:
-    """Score this rank's chunks that are not in the journal yet; return when all ranks have."""
-    if ranks.rank == 0:
-        journal.start(job.plan(), restart=restart)
-    ranks.wait()
-    chunks = cut_chunks(job.selection, job.scoring.batch_tokens)
-    mine = [n for n in range(ranks.rank, len(chunks), ranks.size) if not journal.has(n)]
-    tokens = sum(int(job.selection.length[chunks[number]].sum()) for number in mine)
-    shown = progress("scoring", tokens, "tokens") if ranks.rank == 0 else nullcontext(_silent)
-    with shown as advance:
-        for number in mine:
-            scores = score_chunk(
-                job.model, job.dataset, job.selection, chunks[number], job.band_of_token,
-                job.scoring, advance,
-            )  # fmt: skip
-            journal.write(number, scores)
-    ranks.wait()
-
-
-def _silent(work: int) -> None:
-    pass
+def _pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    """Return what each token adds to the text: nothing yet where it ends inside a character."""
+    pieces: list[str] = []
+    shown = ""
+    for count in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:count], skip_special_tokens=False)
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
+        shown = whole if whole.startswith(shown) else shown
+    return pieces

@@ -9,16 +9,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.buckets import BUCKETS
-from megatron_infoentropy.evaluate.figure import Cell, Figure
-from megatron_infoentropy.evaluate.plot_parts import (
+from megatron_infoentropy.evaluate.figure import (
+    FILL,
+    INK,
+    MUTED,
+    Cell,
     Data,
+    Figure,
     color_of,
+    draw,
     evaluated_groups,
     legend,
     named,
     short,
 )
-from megatron_infoentropy.evaluate.svg import FILL, INK, MUTED, draw
 from megatron_infoentropy.evaluate.wording import perplexity
 
 _ALL = "all tokens"

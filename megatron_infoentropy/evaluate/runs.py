@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.config import COMMON, InfoEntropyConfig
-from megatron_infoentropy.evaluate.errors import RunFolderError
-from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, Evaluation, load_evaluation
+from megatron_infoentropy.evaluate.evaluation import (
+    SUMMARY_FILE,
+    Evaluation,
+    load_evaluation,
+)
 from megatron_infoentropy.evaluate.runlog import TrainingLog, read_log
 from megatron_infoentropy.tasks.results import TaskResult, load_results
 
@@ -143,20 +146,20 @@ def load_run(folder: Path) -> Run:
     """Read a run folder; the training log and the evaluation may be missing.
 
     Raises:
-        RunFolderError: run.json is missing, unreadable or lacks a field.
-        EvaluationFormatError, TaskResultError: a result is there but cannot be read.
+        ValueError: run.json is missing, unreadable or lacks a field.
+        ValueError, TaskResultError: a result is there but cannot be read.
     """
     path = folder / "run.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunFolderError(
+        raise ValueError(
             f"{path} is not a readable run description ({error}): expected a folder that "
             "`infoentropy train` wrote"
         ) from error
     missing = [field for field in (*_REQUIRED, *SETUP_FIELDS) if info.get(field) is None]
     if missing:
-        raise RunFolderError(
+        raise ValueError(
             f"{path} does not say {', '.join(missing)}: train the run again, or add them"
         )
     log = folder / "train.log"
@@ -170,5 +173,5 @@ def load_run(folder: Path) -> Run:
     try:
         _ = run.loss, [(stage.loss, stage.facts["seed"]) for stage in run.stages]
     except (KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path} describes no loss of this version: {error}") from error
+        raise ValueError(f"{path} describes no loss of this version: {error}") from error
     return run

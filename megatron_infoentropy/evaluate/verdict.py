@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_infoentropy.evaluate.comparison import Comparison, Row
+from megatron_infoentropy.evaluate.comparison import Comparison, Difference
 from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.wording import PERCENT, compact, nats, plural, signed
@@ -116,11 +116,11 @@ def chances(comparisons: list[Comparison]) -> str | None:
     )
 
 
-def _subject(row: Row) -> str:
+def _subject(row: Difference) -> str:
     return "All tokens" if row.kind == "total" else f"{row.name.capitalize()}-frequency tokens"
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row: Difference) -> str:
     interval = "too few documents for an interval"
     if row.low is not None and row.high is not None:
         interval = f"95{PERCENT} (single) {signed(row.low)} to {signed(row.high)}"
@@ -207,9 +207,9 @@ def _seeds_sentence(groups: list[Group]) -> str:
     return f"Seeds: {'; '.join(counts)}.{doubt}"
 
 
-def _of_kind(comparison: Comparison, kind: str) -> list[Row]:
+def _of_kind(comparison: Comparison, kind: str) -> list[Difference]:
     return [row for row in comparison.rows if row.kind == kind]
 
 
-def _is_shown(row: Row) -> bool:
+def _is_shown(row: Difference) -> bool:
     return row.reading in ("better", "worse")

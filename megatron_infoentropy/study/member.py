@@ -94,18 +94,17 @@ def _export(where: Places, folder: Path) -> None:
 
 
 def _evaluate(study: Study, where: Places, folder: Path) -> None:
-    from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
-    from megatron_infoentropy.evaluate.evaluation import UNFINISHED
-    from megatron_infoentropy.evaluate.perplexity import evaluate_model
+    from megatron_infoentropy.evaluate.evaluation import UNFINISHED, UnfinishedEvaluationError
+    from megatron_infoentropy.evaluate.perplexity import ScoringOptions, evaluate_model
 
+    options = ScoringOptions(max_tokens=study.scoring.max_tokens, device=study.scoring.device)
     evaluate = partial(
         evaluate_model,
         folder / "hf",
         where.tokens / study.scoring.split,
+        options,
         token_counts=where.tokens / "train" / "token_counts.npy",
         output=folder,
-        max_tokens=study.scoring.max_tokens,
-        device=study.scoring.device,
         overwrite=True,  # of inputs that have changed, or the step would count as done
     )
     leftovers = sorted((folder / UNFINISHED).glob("*"))

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.report import report_data
 from megatron_infoentropy.evaluate.runs import load_run
 
@@ -127,5 +126,5 @@ def test_columns_say_which_numbers_are_corrected(compared):
 def test_joined_runs_need_their_evaluations(compared, tmp_path):
     bare = write_run(tmp_path / "bare", seed=5, evaluated=False)
     assert "has not been evaluated" in compared(f"ce-1,{bare}", "ie-1,ie-2")
-    with pytest.raises(RunFolderError, match="names no folder"):
+    with pytest.raises(ValueError, match="names no folder"):
         compare_folders([",", "x"])

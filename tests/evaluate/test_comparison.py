@@ -14,7 +14,6 @@ from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
 from megatron_infoentropy.evaluate.comparison import Comparison, compare_groups, difficulty_sums
-from megatron_infoentropy.evaluate.errors import RunFolderError
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs, match
 from megatron_infoentropy.evaluate.runlog import TrainingLog
@@ -164,10 +163,10 @@ def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
 
 
 def test_what_cannot_be_compared_says_why(folders, tmp_path):
-    with pytest.raises(RunFolderError, match="at least two settings, got 1: cross entropy"):
+    with pytest.raises(ValueError, match="at least two settings, got 1: cross entropy"):
         compare_folders(folders["base"])
     empty = str(write_run(tmp_path / "empty", seed=9, evaluated=False))
-    with pytest.raises(RunFolderError, match="has not been evaluated: run `infoentropy evaluate`"):
+    with pytest.raises(ValueError, match="has not been evaluated: run `infoentropy evaluate`"):
         compare_folders([folders["base"][0], empty])
     other = write_run(tmp_path / "other", objective="focal", fingerprint="e" * 64)
     with pytest.raises(

@@ -7,26 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_llama import CONTEXT, write_model
+from tiny_llama import CONTEXT, score, write_model
 from token_folder import EOD, VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
 from megatron_infoentropy.evaluate.buckets import BANDS, frequency_bands
 from megatron_infoentropy.evaluate.evaluation import Evaluation
-from megatron_infoentropy.evaluate.perplexity import evaluate_model
 
 LN2 = math.log(2)
 
 
-def evaluate(model: Path, dataset: Path, **options) -> Evaluation:
-    return evaluate_model(
-        model, dataset, token_counts=dataset / "token_counts.npy", device="cpu", **options
-    )
-
-
 @pytest.fixture(scope="module")
 def whole(model, dataset) -> Evaluation:
-    return evaluate(model, dataset)
+    return score(model, dataset)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +88,7 @@ def expected_scores(network, dataset: Path, context: int, stride: int, packed: b
 def test_scores_equal_an_independent_float64_computation(model, network, dataset, options):
     if options.get("packed"):
         options = options | {"batch_tokens": 4096}  # a chunk, in which packing happens, a domain
-    evaluation = evaluate(model, dataset, **options)
+    evaluation = score(model, dataset, **options)
     context = options.get("context_length", CONTEXT)
     stride = options.get("stride", context)
     expected = expected_scores(network, dataset, context, stride, options.get("packed", False))
@@ -196,8 +189,8 @@ def test_the_passage_is_readable_and_scored(whole, dataset):
 def test_a_sample_takes_the_same_tokens_each_time_and_claims_no_bits_per_byte(
     model, dataset, whole
 ):
-    first = evaluate(model, dataset, max_tokens=100)
-    again = evaluate(model, dataset, max_tokens=100, token_scores=False)
+    first = score(model, dataset, max_tokens=100)
+    again = score(model, dataset, max_tokens=100, token_scores=False)
     assert again.token_scores is None
     assert 98 <= first.summary["total"]["tokens"] <= 100
     assert first.fingerprint == again.fingerprint != whole.fingerprint
@@ -211,11 +204,11 @@ def test_a_sample_takes_the_same_tokens_each_time_and_claims_no_bits_per_byte(
 
 
 def test_the_fingerprint_is_of_the_tokens_not_of_how_they_were_batched(model, dataset, whole):
-    assert evaluate(model, dataset, batch_tokens=20).fingerprint == whole.fingerprint
+    assert score(model, dataset, batch_tokens=20).fingerprint == whole.fingerprint
 
 
 def test_lower_precision_is_scored_in_fp32_and_says_so(model, dataset, whole):
-    low = evaluate(model, dataset, dtype="bfloat16")
+    low = score(model, dataset, dtype="bfloat16")
     assert low.summary["model"]["dtype"] == "bfloat16"
     nats = whole.summary["total"]["nats_per_token"]
     assert low.summary["total"]["nats_per_token"] == pytest.approx(nats, rel=2e-2)
@@ -227,7 +220,7 @@ def test_documents_without_tokens_are_left_out_and_shift_nothing(model, tmp_path
     empty = np.zeros(0, dtype=int)
     hollow = write_token_folder(tmp_path / "hollow", {"Web": [empty, first, empty, second, empty]})
     plain = write_token_folder(tmp_path / "plain", {"Web": [first, second]})
-    with_empty, without = evaluate(model, hollow), evaluate(model, plain)
+    with_empty, without = score(model, hollow), score(model, plain)
     assert with_empty.documents.document.tolist() == [1, 3]
     np.testing.assert_array_equal(with_empty.documents.ce, without.documents.ce)
     data = with_empty.summary["data"]
@@ -257,7 +250,7 @@ def test_a_start_token_is_context_and_is_not_scored(model, network, tmp_path, st
     texts = [d.tolist() for d in random_documents(8, [3, 14, 16, 17, 40, 1])]
     written = [np.array([*start, *text]) for text in [*texts, []]]
     data = write_token_folder(tmp_path / "data", {"Web": written}, start_ids=start)
-    found = evaluate(model, data, stride=stride)
+    found = score(model, data, stride=stride)
     expected = [log_p_behind(network, text, start, stride) for text in texts]
     total = found.summary["total"]
     assert total["tokens"] == sum(map(len, texts))
@@ -265,7 +258,7 @@ def test_a_start_token_is_context_and_is_not_scored(model, network, tmp_path, st
     nats = found.documents.ce.sum(axis=1)
     np.testing.assert_allclose(nats, [-sum(scores) for scores in expected], rtol=1e-5)
     assert "behind its start token, which is not scored" in found.summary["scoring"]["rule"]
-    packed = evaluate(model, data, packed=True)  # as in training: behind the document before
+    packed = score(model, data, packed=True)  # as in training: behind the document before
     assert packed.summary["total"]["tokens"] == sum(map(len, written))
 
 
@@ -274,7 +267,7 @@ def test_a_model_with_more_rows_than_tokens_is_scored_over_all_of_them(dataset, 
     folder = write_model(tmp_path / "model", seed=1, vocab_size=VOCAB + 30)
     network = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     expected = expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
-    summary = evaluate(folder, dataset).summary
+    summary = score(folder, dataset).summary
     assert summary["total"]["nats_per_token"] == pytest.approx(expected[:, 3].mean(), abs=1e-6)
     assert summary["model"]["vocab_size"] == VOCAB + 30
     assert summary["entropy_histogram"]["edges"][-1] == pytest.approx(math.log(VOCAB + 30))

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_llama import score
 
 from megatron_infoentropy.evaluate import perplexity
-from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
-from megatron_infoentropy.evaluate.evaluation import DOCUMENTS_FILE, SUMMARY_FILE, load_evaluation
+from megatron_infoentropy.evaluate.evaluation import (
+    DOCUMENTS_FILE,
+    SUMMARY_FILE,
+    UnfinishedEvaluationError,
+    load_evaluation,
+)
 
 SMALL = {"batch_tokens": 2}  # chunks of about 32 tokens: nine of them
 PARTS = "evaluation.unfinished"
 
 
 def evaluate(model: Path, dataset: Path, output: Path, **options):
-    counts = dataset / "token_counts.npy"
-    return perplexity.evaluate_model(
-        model, dataset, token_counts=counts, output=output, device="cpu", **SMALL | options
-    )
+    return score(model, dataset, output=output, **SMALL | options)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> list[slice]:

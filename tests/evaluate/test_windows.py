@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from token_folder import EOD
 
-from megatron_infoentropy.evaluate.windows import (
+from megatron_infoentropy.evaluate.scoring import (
     IGNORED,
     batches_of_similar_length,
     cut_windows,

@@ -1,10 +1,14 @@
-"""A tiny random Llama as a Hugging Face folder."""
+"""A tiny random Llama as a Hugging Face folder, and how it is scored."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from token_folder import TOKENIZER, VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.perplexity import ScoringOptions, evaluate_model
 
 CONTEXT = 16
 
@@ -23,3 +27,16 @@ def write_model(folder: Path, seed: int, vocab_size: int = VOCAB) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     return folder
+
+
+def score(model: Path, dataset: Path, *, token_counts: Path | None = None, **options) -> Evaluation:
+    """Evaluate on the CPU; `options` are those of `evaluate_model` and of `ScoringOptions`."""
+    names = {field.name for field in fields(ScoringOptions)}
+    how = {name: value for name, value in options.items() if name in names}
+    return evaluate_model(
+        model,
+        dataset,
+        ScoringOptions(device="cpu", **how),
+        token_counts=token_counts or dataset / "token_counts.npy",
+        **{name: value for name, value in options.items() if name not in names},
+    )

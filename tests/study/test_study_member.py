@@ -1,13 +1,14 @@
 """What a run's own steps make of leftovers, and what its answers depend on."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from small_study import write_study
 
 from megatron_infoentropy.evaluate import perplexity
-from megatron_infoentropy.evaluate.errors import UnfinishedEvaluationError
-from megatron_infoentropy.evaluate.journal import Journal
+from megatron_infoentropy.evaluate.evaluation import UnfinishedEvaluationError
+from megatron_infoentropy.evaluate.scoring import ChunkJournal
 from megatron_infoentropy.study import member
 from megatron_infoentropy.study.data import places
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
@@ -22,9 +23,9 @@ def evaluate(tmp_path, monkeypatch):
     def run(plan: str) -> list[bool]:
         tried = []
 
-        def evaluate_model(model, data, *, output, restart=False, **options):
+        def evaluate_model(model, data, how, *, output, restart=False, **options):
             tried.append(restart)
-            journal = Journal(output, vocab_size=8)
+            journal = ChunkJournal(output, vocab_size=8)
             for part in range(journal.start({"scoring": plan}, restart=restart)):
                 journal.read(part)
 
@@ -39,7 +40,8 @@ def test_leftovers_of_another_evaluation_are_discarded(evaluate, tmp_path):
     assert evaluate("one") == [False]
     assert evaluate("one") == [False]
     assert evaluate("another") == [False, True]
-    assert Journal(tmp_path, vocab_size=8).plan() == {"scoring": "another"}
+    plan = json.loads((tmp_path / "evaluation.unfinished" / "plan.json").read_text())
+    assert plan == {"scoring": "another"}
 
 
 def test_a_damaged_part_does_not_discard_the_others(evaluate, tmp_path):

@@ -1,0 +1,413 @@
+"""Everything that the report's page shows, as one plain structure: what report.json holds.
+
+Scores of a setting are means over its seeds, with how far other documents would move them; task
+results are a row a task and metric, a cell a setting. The weights of tokens, over entropy and token
+by token in a passage, are those of the code that trains, `loss.weighting`.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_infoentropy import __version__
+from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.evaluate import verdict
+from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS
+from megatron_infoentropy.evaluate.comparison import compare_groups
+from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.figure import SERIES
+from megatron_infoentropy.evaluate.groups import Group, group_runs
+from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS
+from megatron_infoentropy.evaluate.runlog import Values
+from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run, objective_in_words
+from megatron_infoentropy.evaluate.tally import perplexity
+from megatron_infoentropy.tasks.results import Metric, TaskResult
+
+FORMAT = 3
+AVERAGES = ("weighted_average", "uniform_average", "worst_case")
+_MOST_PASSAGES = 3
+_STANDARD_ERRORS = 1.96  # to either side of 95 % of a normal distribution
+# Drawn beside the gamma in use, to show what a larger or smaller one would do.
+OTHER_GAMMAS = (0.5, 2.0)
+LEVELS = 6  # of colour
+_POINTS = 121
+_LEAST_SPAN = 0.25  # of the mean weight, that the colours span: smaller differences stay pale
+
+
+def report_data(
+    runs: list[Run], notes: Sequence[str] = (), weightings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything the page shows, as JSON values; numbers that are not finite become None."""
+    groups = group_runs(runs)
+    comparisons = compare_groups(groups)
+    first_color = 0 if groups[0].is_baseline else 1  # the first is cross entropy's, always
+    position = {id(run): index for index, run in enumerate(runs)}
+    group_of = {
+        id(run): index
+        for index, group in enumerate(groups)
+        for run in (*group.runs, *group.repeated)
+    }
+    data = {
+        "format": FORMAT,
+        "version": __version__,
+        "verdict": {
+            "headline": verdict.headline(runs, comparisons),
+            "smallest_effects": verdict.smallest_effects(comparisons),
+            "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
+            "matched": [verdict.how_matched(c) for c in comparisons],
+            "chances": verdict.chances(comparisons),
+            "limits": [
+                *notes,
+                *verdict.limits(runs, groups, comparisons),
+                *_weights_not_drawn(groups, weightings),
+            ],
+        },
+        "groups": [
+            _describe_group(group, place, place + first_color, position)
+            for place, group in enumerate(groups)
+        ],
+        "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "weights": weight_curves(runs, weightings),
+        "passages": _passages(groups, weightings),
+        "tasks": task_table([group.runs for group in groups]),
+    }
+    finite = _finite(data)
+    assert isinstance(finite, dict)
+    return finite
+
+
+def _describe_group(
+    group: Group, place: int, color: int, position: dict[int, int]
+) -> dict[str, Any]:
+    """A group by its runs' places in the report; `color` counts the figures' series from 1."""
+    evaluations = [run.evaluation for run in group.evaluated if run.evaluation]
+    return {
+        "label": group.label,
+        "letter": ascii_uppercase[place % 26] * (place // 26 + 1),
+        "is_baseline": group.is_baseline,
+        "color": color % len(SERIES) + 1,
+        "runs": [position[id(run)] for run in group.runs],
+        "evaluated": [position[id(run)] for run in group.evaluated],
+        "repeated": [position[id(run)] for run in group.repeated],
+        "scores": mean_scores(evaluations),
+        "intervals": intervals_over_documents(evaluations) if evaluations else {},
+    }
+
+
+def _describe_run(run: Run, group: int) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "group": group,
+        "objective_label": run.objective_label,
+        "stages": [
+            {"from_step": stage.from_step, "loss": asdict(stage.loss), "seed": stage.seed}
+            for stage in run.stages
+        ],
+        "info": run.info | {"command": _portable(run)},
+        "last_iteration": run.log.last_iteration,
+        "tokens_seen": run.tokens_seen,
+        "training": _series(run.log.training),
+        "validation": _series(run.log.validation),
+        "observed": _series(run.log.observed),
+        "evaluation": run.evaluation.summary if run.evaluation else None,
+    }
+
+
+def _portable(run: Run) -> list[str]:
+    """The command with paths as seen from here, or from beside the run: a page gets around."""
+    words = []
+    for word in map(str, run.info["command"]):
+        path = Path(word)
+        roots = [r for r in (Path.cwd(), run.folder.resolve().parent) if path.is_relative_to(r)]
+        if path.is_absolute() and path.name.startswith("python"):
+            words.append("python")
+        else:
+            words.append(str(path.relative_to(roots[0])) if roots else word)
+    return words
+
+
+def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
+    """Every number of a log as iterations and values, those that are not finite left out."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for iteration, values in sorted(logged.items()):
+        for name, value in values.items():
+            if math.isfinite(value):
+                series = result.setdefault(name, {"iterations": [], "values": []})
+                series["iterations"].append(float(iteration))
+                series["values"].append(value)
+    return result
+
+
+def _finite(value: object) -> object:
+    """The same structure with None for what JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
+    """A sentence for every setting whose weighting would have to be imported."""
+    losses = {group.label: final_loss(group.runs[0]) for group in groups}
+    return [
+        f"The weights of {label} are not drawn, as that takes its code: name it with --weighting."
+        for label, loss in losses.items()
+        if not may_draw(loss, weightings)
+    ]
+
+
+def _passages(groups: list[Group], weightings: Sequence[str]) -> list[dict[str, Any]]:
+    """One for each weighted objective, by its first evaluated run."""
+    first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
+    found = [weigh_passage(label, run, weightings) for label, run in first]
+    return [passage for passage in found if passage][:_MOST_PASSAGES]
+
+
+def intervals_over_documents(evaluations: list[Evaluation]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of nats per token over documents, of all tokens and of the buckets.
+
+    By the variance of a ratio of sums over documents, the sums being means over the evaluations.
+    Far wider than those of paired differences: what makes a document hard does not cancel.
+    """
+    if len({evaluation.fingerprint for evaluation in evaluations}) != 1:
+        return {}
+    every_token = evaluations[0].documents.tokens
+    every_ce = np.mean([evaluation.documents.ce for evaluation in evaluations], axis=0)
+    found = {}
+    for name in ("all tokens", *BUCKETS):
+        bands = BANDS_OF.get(name, slice(None))
+        tokens, ce = every_token[:, bands].sum(axis=1), every_ce[:, bands].sum(axis=1)
+        documents = int((tokens > 0).sum())
+        if documents < FEWEST_DOCUMENTS:
+            continue
+        nats = ce.sum() / tokens.sum()
+        squares = float(((ce - nats * tokens) ** 2).sum()) * documents / (documents - 1)
+        reach = _STANDARD_ERRORS * math.sqrt(squares) / float(tokens.sum())
+        found[name] = (float(nats) - reach, float(nats) + reach)
+    return found
+
+
+def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """Means over evaluations of one setting: {"domains": {name: scores}, average: scores}.
+
+    Scores are nats_per_token, perplexity (of the mean nats) and bits_per_byte, None where unknown.
+    """
+    if not evaluations:
+        return {"domains": {}, **dict.fromkeys(AVERAGES)}
+    summaries = [evaluation.summary for evaluation in evaluations]
+    domains = {name: None for summary in summaries for name in summary["domains"]}
+    return {
+        "domains": {
+            name: _mean([s["domains"][name] for s in summaries if name in s["domains"]])
+            for name in domains
+        },
+        **{name: _mean([s[name] for s in summaries if name in s]) for name in AVERAGES},
+    }
+
+
+def _mean(scores: list[dict[str, Any]]) -> dict[str, Any] | None:
+    nats = [score["nats_per_token"] for score in scores if score["nats_per_token"] is not None]
+    if not nats:
+        return None
+    mean = sum(nats) / len(nats)
+    bits = [score.get("bits_per_byte") for score in scores]
+    known = [one for one in bits if one is not None]
+    return {
+        "nats_per_token": mean,
+        "perplexity": perplexity(mean),
+        "bits_per_byte": sum(known) / len(known) if known and len(known) == len(bits) else None,
+        "documents": scores[0].get("documents"),
+        "tokens": scores[0].get("tokens"),
+        "domain": scores[0].get("domain"),
+    }
+
+
+def task_table(groups: list[list[Run]]) -> list[dict[str, Any]]:
+    """Rows in the order of the tasks' names; `groups` are the runs of every setting.
+
+    Returns:
+        task, metric, samples, limit, and cells, one a group: None, or the mean over runs, the
+        standard error over questions of one run (root mean square), the smallest and the largest
+        run, and how many there are.
+    """
+    results = [[run.tasks for run in runs] for runs in groups]
+    first: dict[tuple[str, str], TaskResult] = {}
+    for run in (run for runs in results for run in runs):
+        for name, result in run.items():
+            for metric in result.metrics:
+                first.setdefault((name, metric), result)
+    return [
+        {
+            "task": name,
+            "metric": metric,
+            "samples": result.samples,
+            "limit": result.limit,
+            "cells": [_cell([run[name].metrics.get(metric) for run in runs if name in run])
+                      for runs in results],
+        }
+        for (name, metric), result in sorted(first.items(), key=lambda item: item[0])
+    ]  # fmt: skip
+
+
+def _cell(metrics: list[Metric | None]) -> dict[str, Any] | None:
+    known = [metric for metric in metrics if metric is not None]
+    if not known:
+        return None
+    values = [metric.value for metric in known]
+    errors = [metric.stderr for metric in known if metric.stderr is not None]
+    mean_square = sum(error**2 for error in errors) / len(errors) if errors else None
+    return {
+        "mean": sum(values) / len(values),
+        "stderr": None if mean_square is None else math.sqrt(mean_square),
+        "low": min(values),
+        "high": max(values),
+        "runs": len(values),
+    }
+
+
+def weight_curves(runs: list[Run], weightings: Collection[str] = ()) -> dict[str, Any] | None:
+    """Weights over entropy H at the end of each training, of mean 1 over the scored tokens.
+
+    The tokens are those of the first evaluated InfoEntropy run, or of the first evaluated run
+    where there is none; without any evaluation there is nothing to scale by and None is returned.
+    Where weights depend on cross entropy too, it is the mean one of the tokens of entropy H.
+
+    Args:
+        runs: the report's runs.
+        weightings: the custom weightings that may be imported and called.
+
+    Returns:
+        run: the name of that run; entropy: H in nats; curves: per curve its label, objective,
+        gamma, sigma, run (the first that was trained so, by its place, or None) and the weights at
+        H; histogram: as the evaluation holds it.
+    """
+    evaluated = [run for run in runs if run.evaluation is not None]
+    if not evaluated:
+        return None
+    used: dict[InfoEntropyConfig, int] = {}
+    for place, run in enumerate(runs):
+        loss = final_loss(run)
+        if loss.is_weighted and may_draw(loss, weightings):
+            used.setdefault(_weight_alone(loss), place)
+    drawn = [loss for loss in used if loss.objective == "infoentropy"] or [InfoEntropyConfig()]
+    sigma = min(drawn, key=_order).sigma
+    others = [InfoEntropyConfig(gamma=gamma, sigma=sigma) for gamma in OTHER_GAMMAS]
+    losses = sorted({*used, *drawn, *others}, key=_order)
+    weighted = [run for run in evaluated if final_loss(run).objective == "infoentropy"]
+    source = (weighted or evaluated)[0]
+    assert source.evaluation is not None
+    histogram = source.evaluation.summary["entropy_histogram"]
+    entropy = np.linspace(0.0, histogram["edges"][-1], _POINTS)
+    return {
+        "run": source.name,
+        "entropy": entropy.tolist(),
+        "curves": [_curve(loss, used.get(loss), entropy, histogram) for loss in losses],
+        "histogram": histogram,
+    }
+
+
+def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dict[str, Any] | None:
+    """The passage of a run's evaluation with the weight of every token, of mean 1 over them.
+
+    Returns:
+        label, run, domain, document, and tokens, each with text, weight, entropy, ce and a level of
+        colour from 0 to 5; None without weights, without an evaluation, and for a custom weighting
+        that may not be called.
+    """
+    loss = final_loss(run)
+    if run.evaluation is None or not loss.is_weighted or not may_draw(loss, weightings):
+        return None
+    passage = run.evaluation.summary["passage"]
+    weight = weigh(loss, passage["ce"], passage["entropy"])
+    weight /= weight.mean() or 1.0
+    span = max(float(np.ptp(weight)), _LEAST_SPAN)
+    level = np.minimum(LEVELS * (weight - weight.min()) / span, LEVELS - 1).astype(int)
+    columns = {
+        "text": passage["text"],
+        "weight": weight.tolist(),
+        "entropy": passage["entropy"],
+        "ce": passage["ce"],
+        "level": level.tolist(),
+    }
+    tokens = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    place = {name: passage[name] for name in ("domain", "document")}
+    return {"label": label, "run": run.name, **place, "tokens": tokens}
+
+
+def final_loss(run: Run) -> InfoEntropyConfig:
+    """The loss of a run's last step: a schedule of gamma has come so far."""
+    steps = run.log.last_iteration or int(run.info["train_iters"])
+    return run.loss.at(steps * int(run.info["global_batch_size"])).effective()
+
+
+def may_draw(loss: InfoEntropyConfig, weightings: Collection[str]) -> bool:
+    """Whether weights can be had without code that a file names and the user does not."""
+    if loss.objective in ("eslm", "entrodrop"):
+        return False  # those compare the tokens of a micro-batch, which is not at hand
+    return loss.objective != "custom" or loss.weighting in weightings
+
+
+def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]:
+    """The weight that a training gives to tokens of these statistics, before normalisation."""
+    import torch
+
+    from megatron_infoentropy.loss.statistics import TokenStatistics
+    from megatron_infoentropy.loss.token_batch import token_batch
+    from megatron_infoentropy.loss.weighting import token_weight
+
+    known = [torch.tensor(np.maximum(each, 0.0), dtype=torch.float64) for each in (ce, entropy)]
+    unused = torch.zeros_like(known[0])  # by any weight
+    statistics = TokenStatistics(known[0], known[1], unused, unused.bool())
+    with torch.no_grad():
+        weight = token_weight(token_batch(statistics), replace(loss, detach_weight=True))
+    return np.asarray(weight.numpy(), dtype=np.float64)
+
+
+def _weight_alone(loss: InfoEntropyConfig) -> InfoEntropyConfig:
+    """The same weights, with everything else at its default."""
+    names = ("objective", "gamma", "sigma", "blend", "weighting")
+    return InfoEntropyConfig(**{name: getattr(loss, name) for name in names})
+
+
+def _order(loss: InfoEntropyConfig) -> tuple[Any, ...]:
+    return loss.objective != "infoentropy", loss.objective, loss.gamma, loss.sigma, loss.blend
+
+
+def _curve(
+    loss: InfoEntropyConfig,
+    place: int | None,
+    entropy: NDArray[np.float64],
+    histogram: dict[str, Any],
+) -> dict[str, Any]:
+    filled = [i for i, tokens in enumerate(histogram["tokens"]) if tokens]
+    tokens, occurring, mean_ce = (
+        np.array([histogram[name][i] for i in filled], dtype=float)
+        for name in ("tokens", "mean_entropy", "mean_ce")
+    )
+    # At once: a weighting of one's own may look at all tokens.
+    ce = np.interp(entropy, occurring, mean_ce)
+    weight = weigh(loss, np.append(mean_ce, ce), np.append(occurring, entropy))
+    mean = float((weight[: len(tokens)] * tokens).sum() / tokens.sum())
+    label = f"{GAMMA} = {loss.gamma:g}" + (f", {SIGMA} = {loss.sigma:g}" if loss.sigma != 1 else "")
+    return {
+        "label": label if loss == _plain(loss) else objective_in_words(loss.effective()),
+        "objective": loss.objective,
+        "gamma": loss.gamma,
+        "sigma": loss.sigma,
+        "run": place,
+        "weight": (weight[len(tokens) :] / (mean or 1.0)).tolist(),
+    }
+
+
+def _plain(loss: InfoEntropyConfig) -> InfoEntropyConfig:
+    return InfoEntropyConfig(gamma=loss.gamma, sigma=loss.sigma)

@@ -1,0 +1,390 @@
+"""An evaluation in chunks: documents cut into windows, scored, and written down one by one.
+
+**Windows.** A text of n tokens x_0 ... x_(n-1) is prefixed with a context: the start token that its
+tokenizer puts there, else the end-of-document token. The first window predicts up to L tokens, L
+being the context length (fewer where the context has more tokens than one); every further window
+predicts the next S <= L, the stride, and sees the L - S + 1 tokens before them. With S = L windows
+share no predicted token and only one token of context; the smaller S, the more context, at L / S
+times the work.
+
+    L = 4, S = 4                            L = 4, S = 2
+    eod x0 x1 x2 | x3 x4 ...    inputs      eod x0 x1 x2 | x1 x2 x3 x4 | x3 ...
+    x0  x1 x2 x3 | x4 x5 ...    targets     x0  x1 x2 x3 | .. .. x4 x5 | .. .. x6 x7
+
+**Chunks.** A chunk is a run of documents of one domain: what is read at once, what one rank does,
+and what an interrupted evaluation does not repeat. Which documents form a chunk depends on the
+selection and the batch size alone, and inside a chunk every sum runs over the tokens in their
+order: numbers depend neither on how many ranks there are nor on where an evaluation was
+interrupted.
+
+**The journal** holds the chunks that are done, beside the result:
+
+    FOLDER/evaluation.unfinished/plan.json      what is scored, with what, and how
+    FOLDER/evaluation.unfinished/000017.npz     the scores of one chunk, whole or not there
+
+An evaluation of the same plan takes what is there; one of another plan is refused. The folder goes
+when the result has been written.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_infoentropy import kernels
+from megatron_infoentropy.evaluate.buckets import BANDS
+from megatron_infoentropy.evaluate.dataset import Selection, TokenDataset, document_sha256
+from megatron_infoentropy.evaluate.evaluation import UNFINISHED, UnfinishedEvaluationError
+from megatron_infoentropy.evaluate.model import ScoringModel
+from megatron_infoentropy.evaluate.tally import Tally
+from megatron_infoentropy.files import write_atomically, write_whole
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
+from megatron_infoentropy.loss.collective import merge_shards
+from megatron_infoentropy.loss.layout import as_rows
+from megatron_infoentropy.loss.statistics import token_results
+from megatron_infoentropy.progress import Advance
+
+IGNORED = -100  # a target that is not scored
+_BATCHES = 16  # about, in a chunk
+_PLAN = "plan.json"
+_TALLY = ("by_entropy", "by_confidence")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All windows of a set of texts; four int64 arrays of one length.
+
+    `text` counts through the texts given, `start` is the position of the first predicted token in
+    its text, `length` the number of predicted tokens, `context` how many tokens are seen before
+    the first predicted one, those in front of the text included.
+    """
+
+    text: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    context: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Return how many tokens the model reads of every window."""
+        return self.context + self.length - 1
+
+
+def cut_windows(
+    text_lengths: NDArray[np.int64], context_length: int, stride: int, in_front: int = 1
+) -> Windows:
+    """Cut texts of the given lengths (tokens, all > 0); 1 <= stride <= context_length.
+
+    in_front: tokens of context in front of every text, 1 to context_length.
+    """
+    longest_first = context_length - in_front + 1
+    later = -(-np.maximum(text_lengths - longest_first, 0) // stride)
+    text = np.repeat(np.arange(len(text_lengths)), 1 + later)
+    first = np.cumsum(1 + later) - (1 + later)
+    number = np.arange(len(text)) - first[text]
+    start = np.where(number == 0, 0, longest_first + (number - 1) * stride)
+    longest = np.where(number == 0, longest_first, stride)
+    length = np.minimum(text_lengths[text] - start, longest)
+    context = np.where(number == 0, in_front, context_length - stride + 1)
+    return Windows(text, start, length, context)
+
+
+def batches_of_similar_length(windows: Windows, batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Group windows so that little is padded; the longest first, so that memory runs out early.
+
+    Yields:
+        Indices of the windows of one batch: at most `batch_tokens` positions after padding to the
+        longest of them, and at least one window.
+    """
+    order = np.argsort(-windows.positions, kind="stable")
+    first = 0
+    while first < len(order):
+        rows = max(1, batch_tokens // int(windows.positions[order[first]]))
+        yield order[first : first + rows]
+        first += rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model reads and what it shall predict, int64 [windows, longest].
+
+    Padding is to the right, where a causal model cannot see it. Targets that are only context or
+    padding are `IGNORED`; `place` [scored tokens] are the others' positions in the stream of
+    tokens that the windows were cut from, in the order of the targets.
+    """
+
+    inputs: NDArray[np.int64]
+    target: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+
+def make_batch(
+    tokens: NDArray[np.int64],
+    text_starts: NDArray[np.int64],
+    windows: Windows,
+    chosen: NDArray[np.int64],
+    in_front: Sequence[int],
+) -> Batch:
+    """Make one batch of windows of the texts that start at `text_starts` in `tokens`.
+
+    Args:
+        tokens: the texts one after the other, int64.
+        text_starts: where each starts, int64 [texts].
+        windows: all windows of the texts.
+        chosen: which of them make the batch.
+        in_front: ids in front of every text; the last one is the padding too. Never scored.
+    """
+    shape = len(chosen), int(windows.positions[chosen].max())
+    inputs = np.full(shape, in_front[-1], dtype=np.int64)
+    target = np.full(shape, IGNORED, dtype=np.int64)
+    places = []
+    for row, window in enumerate(chosen):
+        begin = int(text_starts[windows.text[window]])
+        first = begin + int(windows.start[window])
+        last = first + int(windows.length[window])
+        context = int(windows.context[window])
+        read = tokens[max(first - context, begin) : last - 1]
+        positions = context + last - first - 1
+        missing = positions - len(read)  # of the context, where the text begins after it
+        inputs[row, :missing] = in_front[len(in_front) - missing :]
+        inputs[row, missing:positions] = read
+        target[row, context - 1 : positions] = tokens[first:last]
+        places.append(np.arange(first, last))
+    return Batch(inputs, target, np.concatenate(places))
+
+
+def token_scores(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Score logits [..., vocabulary] of any floating dtype against targets [...], in fp32.
+
+    Rows whose target is `IGNORED` are not read. The public loss function gives all of this but the
+    confidence, 1 / sum e^(x - max), which the same read of the logits knows.
+
+    Returns:
+        Of the scored tokens, in the order of the targets: cross entropy and entropy in nats, the
+        probability of the most probable token, and 1 where no token is more probable than the
+        target; fp32 on the CPU, [4, scored].
+    """
+    rows = as_rows(logits, target.to(logits.device))
+    vocabulary = logits.shape[-1]
+    backend = kernels.select("auto", logits.device, logits.dtype)
+    shard = Shard(0, vocabulary, IGNORED)
+    statistics = backend.shard_statistics(rows.logits_NV, rows.target_N, shard, PLAIN)
+    row = merge_shards(statistics[None], [vocabulary])
+    results, saved = token_results(row, rows.target_N, vocabulary, IGNORED, PLAIN)
+    columns = (results.cross_entropy, results.entropy, 1 / saved.z, results.is_top)
+    every = torch.stack([rows.restore(column, target) for column in columns]).cpu()
+    return every[:, target.cpu() != IGNORED]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How tokens are scored; `packed`: documents follow one another in a window.
+
+    The ids `context` stand in front of every text; `behind_start`: they are its start token.
+    """
+
+    context_length: int
+    stride: int
+    packed: bool
+    batch_tokens: int
+    context: tuple[int, ...]
+    behind_start: bool
+
+    @property
+    def rule(self) -> str:
+        """Return how tokens are scored, in a sentence."""
+        what = "every document separately, with the end-of-document token as its first context"
+        if self.behind_start:
+            what = "every document separately, behind its start token, which is not scored"
+        if self.packed:
+            what = "documents of a domain one after the other, in pieces of whole documents"
+        return (
+            f"{what}; windows of {self.context_length} tokens, each scoring the next "
+            f"{self.stride} and seeing the {self.context_length - self.stride + 1} before them; "
+            "every token scored exactly once, an end-of-document token that closes a document "
+            "included; plain cross entropy in fp32, summed in fp64"
+        )
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """The scores of one chunk's documents: sums [documents, bands], and two numbers a token."""
+
+    tokens: NDArray[np.int64]
+    ce: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    sha256: NDArray[np.uint8]  # [documents, 32]
+    scores: NDArray[np.float16]  # [tokens, 2]
+    tally: Tally
+
+
+_ARRAYS = tuple(field.name for field in fields(ChunkScores) if field.name != "tally")
+
+
+def cut_chunks(selection: Selection, batch_tokens: int) -> list[slice]:
+    """Return the documents of every chunk, in order: of one domain, about 16 batches of tokens."""
+    chunks, first, filled = [], 0, 0
+    for row in range(len(selection)):
+        new_domain = selection.domain[row] != selection.domain[first]
+        if row > first and (new_domain or filled >= _BATCHES * batch_tokens):
+            chunks.append(slice(first, row))
+            first, filled = row, 0
+        filled += int(selection.length[row])
+    return [*chunks, slice(first, len(selection))]
+
+
+def chunk_batches(
+    tokens: NDArray[np.int64], lengths: NDArray[np.int64], scoring: Scoring
+) -> Iterator[Batch]:
+    """Yield the batches of one chunk's tokens, which are documents of these lengths."""
+    texts = np.array([len(tokens)]) if scoring.packed else lengths
+    starts = np.cumsum(texts) - texts
+    context = scoring.context[-scoring.context_length :]
+    windows = cut_windows(texts, scoring.context_length, scoring.stride, len(context))
+    for chosen in batches_of_similar_length(windows, scoring.batch_tokens):
+        yield make_batch(tokens, starts, windows, chosen, context)
+
+
+def score_chunk(
+    model: ScoringModel,
+    dataset: TokenDataset,
+    selection: Selection,
+    rows: slice,
+    band_of_token: NDArray[np.int8],
+    scoring: Scoring,
+    advance: Advance,
+) -> ChunkScores:
+    """Score the documents `rows` of a selection.
+
+    Raises:
+        ValueError: a NaN or infinite score, naming the first document with one.
+    """
+    lengths = selection.length[rows]
+    documents = selection.read(dataset, rows)
+    tokens = np.concatenate(documents)
+    per_token = np.empty((4, len(tokens)), dtype=np.float32)
+    with torch.inference_mode():
+        for batch in chunk_batches(tokens, lengths, scoring):
+            inputs, target = torch.from_numpy(batch.inputs), torch.from_numpy(batch.target)
+            # Without a name the logits go before the next batch has its own.
+            per_token[:, batch.place] = token_scores(model.logits(inputs), target)
+            advance(len(batch.place))
+    _require_finite(per_token, dataset, selection, rows)
+    ce, entropy = per_token[:2]
+    tally = Tally(model.vocab_size)
+    tally.add(*per_token)
+    cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + band_of_token[tokens]
+    shape = len(lengths), BANDS
+
+    def by_band(values: NDArray[np.float32] | None) -> NDArray[Any]:
+        return np.bincount(cell, weights=values, minlength=len(lengths) * BANDS).reshape(shape)
+
+    digests = b"".join(document_sha256(document) for document in documents)
+    return ChunkScores(
+        by_band(None),
+        by_band(ce),
+        by_band(entropy),
+        np.frombuffer(digests, np.uint8).reshape(-1, 32),
+        per_token[:2].T.astype(np.float16),
+        tally,
+    )
+
+
+def _require_finite(
+    per_token: NDArray[np.float32], dataset: TokenDataset, selection: Selection, rows: slice
+) -> None:
+    bad = np.flatnonzero(~np.isfinite(per_token[:2]).all(axis=0))
+    if not bad.size:
+        return
+    ends = np.cumsum(selection.length[rows])
+    row = rows.start + int(np.searchsorted(ends, bad[0], side="right"))
+    position = int(bad[0] - (ends[row - rows.start] - selection.length[row]))
+    name = dataset.domains[selection.domain[row]].name
+    raise ValueError(
+        f"{bad.size} of {per_token.shape[1]} tokens have no finite score, first token {position} "
+        f"of document {selection.document[row]} of domain {name!r}: cross entropy "
+        f"{per_token[0, bad[0]]}, entropy {per_token[1, bad[0]]}; the weights or the activations "
+        "hold NaN or infinity: check the checkpoint and its export, or score in float32"
+    )
+
+
+class ChunkJournal:
+    """The chunks that are done, below the folder of an evaluation's result.
+
+    Args:
+        folder: where the result will be written; several ranks share it.
+        vocab_size: of the tally.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder / UNFINISHED
+        self._vocab_size = vocab_size
+
+    def start(self, plan: dict[str, Any], *, restart: bool) -> int:
+        """Begin, or go on with what is there; one rank does it for all.
+
+        Returns:
+            How many chunks are done already.
+
+        Raises:
+            UnfinishedEvaluationError: something else was interrupted here.
+        """
+        path = self.folder / _PLAN
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in plan if before.get(name) != plan[name]]
+            if different:
+                raise UnfinishedEvaluationError(
+                    f"{self.folder} holds an interrupted evaluation with another "
+                    f"{' and '.join(different)}: name another --output, or --restart to discard it"
+                )
+        else:
+            write_whole(path, json.dumps(plan, indent=2) + "\n")
+        return len(list(self.folder.glob("[0-9]*.npz")))
+
+    def has(self, chunk: int) -> bool:
+        return self._path(chunk).is_file()
+
+    def write(self, chunk: int, done: ChunkScores) -> None:
+        arrays = {name: getattr(done, name) for name in _ARRAYS}
+        arrays |= {name: getattr(done.tally, name) for name in _TALLY}
+        with write_atomically(self._path(chunk)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def read(self, chunk: int) -> ChunkScores:
+        """Read a chunk's scores.
+
+        Raises:
+            UnfinishedEvaluationError: the chunk is missing or damaged.
+        """
+        try:
+            with np.load(self._path(chunk), allow_pickle=False) as arrays:
+                tally = Tally(self._vocab_size)
+                for name in _TALLY:
+                    getattr(tally, name)[:] = arrays[name]
+                return ChunkScores(**{name: arrays[name] for name in _ARRAYS}, tally=tally)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            self._path(chunk).unlink(missing_ok=True)
+            raise UnfinishedEvaluationError(
+                f"part {chunk} of the evaluation in {self.folder} cannot be read ({error}) and was "
+                "removed: repeat the command, which scores it again; several ranks need one folder"
+            ) from error
+
+    def finish(self) -> None:
+        """Remove it: the result has been written."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.npz"
