@@ -32,7 +32,6 @@ PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "t
 SPLITS = ("train", "validation", "test")
 GIB, MIB = 2**30, 2**20
 LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
-STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
@@ -306,7 +305,7 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int
     anyway = [Collective("all ranks", 16 * MIB, world)]
     if order.recipe is None:
         return anyway, 0, []
-    from megatron_infoentropy.launch.dry_run import dry_run
+    from megatron_infoentropy.launch.dry_run import STATISTICS_BYTES, dry_run, hidden_bytes
     from megatron_infoentropy.launch.job import TrainingJob
     from megatron_infoentropy.runtime.device import find_device
 
@@ -319,15 +318,15 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int
         )
     except ValueError as error:
         return anyway, 0, [f"the recipe cannot be trained on {world} ranks: {error}"]
-    shape = counted.shape
-    tensor, tokens = shape.tensor_parallel, shape.micro_batch_size * shape.seq_length
+    args = counted.arguments
+    tensor, tokens = args.tensor_model_parallel_size, args.micro_batch_size * args.seq_length
     bucket = min(BUCKET_BYTES, counted.memory.gradients)
     collectives = [
-        Collective("gradients", bucket, shape.data_parallel, stride=tensor),
-        Collective("hidden states", shape.hidden_bytes, tensor),
+        Collective("gradients", bucket, args.data_parallel_size, stride=tensor),
+        Collective("hidden states", hidden_bytes(args), tensor),
         Collective("loss", tokens * STATISTICS_BYTES, tensor, gathers=True),
     ]
-    return [each for each in collectives if each.ranks > 1], counted.memory.total(shape), []
+    return [each for each in collectives if each.ranks > 1], counted.memory.total, []
 
 
 def gathered(mine: Any) -> list[Any]:

@@ -1,26 +1,22 @@
 """What a training would be and take, at any number of ranks, without starting one.
 
-Megatron parses and checks the flags in a process of its own, as rank 0 of a world that is not
-there; `launch.estimate` does the arithmetic.
+Megatron parses and checks the flags in a process of its own (`launch.parsed`), as rank 0 of a world
+that is not there. The arithmetic reads its arguments, by the names that Megatron gives them: for a
+dense GPT, its layers spread evenly over pipeline stages. Memory is in bytes of one rank, traffic in
+bytes that one rank sends in one step, collectives as rings: an all-reduce of n bytes over k ranks
+sends 2 n (k-1)/k, a reduce-scatter or an all-gather half of that.
 """
 
 import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.launch.estimate import (
-    Memory,
-    Shape,
-    Traffic,
-    memory,
-    parameters,
-    stages,
-    traffic,
-)
 from megatron_infoentropy.launch.failures import refusal
 from megatron_infoentropy.launch.job import require_layout, require_tokenizer
 from megatron_infoentropy.launch.recipe import (
@@ -38,6 +34,7 @@ from megatron_infoentropy.runtime.device import Device, find_device
 
 MEMORY_UNITS = {"GiB": 2**30, "MiB": 2**20}
 TRAFFIC_UNITS = {"GB": 10**9, "MB": 10**6}
+STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
 
 
 class FlagsRefused(ValueError):
@@ -45,17 +42,52 @@ class FlagsRefused(ValueError):
 
 
 @dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one pipeline stage: cut by tensor parallelism, and whole on each of its ranks.
+
+    `linear` of the cut ones are matrices of layers, which FP8 quantises.
+    """
+
+    cut: int
+    whole: int
+    linear: int
+
+    def on_a_rank(self, tensor_parallel: int) -> int:
+        return self.cut // tensor_parallel + self.whole
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank, by what holds them, and with the other choice of a flag."""
+
+    weights: int
+    fp8_weights: int
+    gradients: int
+    optimizer: int
+    optimizer_otherwise: int  # with --use-distributed-optimizer, or without it
+    activations: int
+    logits: int  # of one micro-batch, gradient in place
+    logits_otherwise: int  # with --infoentropy-fused-linear, or without it
+
+    @property
+    def total(self) -> int:
+        """Of what the training's flags choose."""
+        kept = self.weights + self.fp8_weights + self.gradients + self.optimizer
+        return kept + self.activations + self.logits
+
+
+@dataclass(frozen=True)
 class DryRun:
     """A training that Megatron would accept, and what it takes."""
 
     ranks: int
-    shape: Shape
+    arguments: Namespace  # `launch.parsed.plain_arguments`
     parameters: int
     memory: Memory
-    traffic: Traffic
+    traffic: dict[str, int]
 
     def lines(self) -> list[str]:
-        """For a reader, one fact a line."""
+        """Return one fact a line, for a reader."""
         return [*_training_lines(self), *_memory_lines(self), *_traffic_lines(self)]
 
 
@@ -83,12 +115,12 @@ def dry_run(
     on_machine = useful_ranks(facts, device.count if device.type == "cuda" else 1)
     ranks = ranks or load_plan(recipe).ranks or on_machine
     require_layout(ranks, facts)
-    shape = parse(words, ranks, device)
-    return DryRun(ranks, shape, parameters(shape), memory(shape), traffic(shape))
+    args = parse(words, ranks, device)
+    return DryRun(ranks, args, parameters(args), memory(args), traffic(args))
 
 
 def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[str]:
-    """Flags for a tokenizer, if there is none yet, and for data, which nobody will read.
+    """Return flags for a tokenizer, if there is none yet, and for data, which nobody will read.
 
     Raises:
         ValueError: no such tokenizer, or without one `words` do not say how large the vocabulary
@@ -103,8 +135,8 @@ def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[st
     return to_command_line(named)
 
 
-def parse(words: list[str], ranks: int, device: Device) -> Shape:
-    """The shape of the training that a command line describes, from Megatron's own parser.
+def parse(words: list[str], ranks: int, device: Device) -> Namespace:
+    """Return what Megatron's own parser makes of a command line: `launch.parsed.plain_arguments`.
 
     Raises:
         FlagsRefused: with the reason.
@@ -120,79 +152,214 @@ def parse(words: list[str], ranks: int, device: Device) -> Shape:
     if done.returncode != 0:
         said = f"Megatron refuses the flags: {_last_words(done.stderr)}"
         raise FlagsRefused(refusal(done.stderr) or said)
-    return Shape(**json.loads(done.stdout))
+    return Namespace(**json.loads(done.stdout))
 
 
 def _last_words(errors: str) -> str:
-    """What a process said last before it failed: argparse's line, an exception's, or its assert."""
+    """Return what a process said last: argparse's line, an exception's, or its assert."""
     lines = [line.strip() for line in errors.splitlines() if line.strip(" ^~")]
     if not lines:
         return "without a word"
     return f"{lines[-2]} (AssertionError)" if lines[-1] == "AssertionError" else lines[-1]
 
 
+def parameters(args: Namespace) -> int:
+    """Return the whole model's parameters; an embedding table that is tied counts once."""
+    tied_twice = (
+        not args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size > 1
+    )
+    total = sum(stage.cut + stage.whole for stage in stages(args))
+    return total - (args.padded_vocab_size * args.hidden_size if tied_twice else 0)
+
+
+def stages(args: Namespace) -> list[StageParameters]:
+    """Return the parameters of every pipeline stage, first to last."""
+    count = args.pipeline_model_parallel_size
+    return [_stage(args, index == 0, index == count - 1) for index in range(count)]
+
+
+def _stage(args: Namespace, is_first: bool, is_last: bool) -> StageParameters:
+    layers = args.num_layers // args.pipeline_model_parallel_size
+    linear, biases, whole = _layer(args)
+    two = args.untie_embeddings_and_output_weights or args.pipeline_model_parallel_size > 1
+    tables = is_first + is_last if two else 1
+    final_norm = _norm_vectors(args) * args.hidden_size if is_last else 0
+    learned = is_first and args.position_embedding_type == "learned_absolute"
+    return StageParameters(
+        cut=layers * (linear + biases) + tables * args.padded_vocab_size * args.hidden_size,
+        whole=layers * whole
+        + final_norm
+        + (args.max_position_embeddings * args.hidden_size if learned else 0),
+        linear=layers * linear,
+    )
+
+
+def _layer(args: Namespace) -> tuple[int, int, int]:
+    """Return one layer's matrices, biases that are cut, and what every tensor-parallel rank has."""
+    hidden, ffn = args.hidden_size, args.ffn_hidden_size * (2 if args.swiglu else 1)
+    query = args.num_attention_heads * args.kv_channels
+    qkv = query + 2 * args.num_query_groups * args.kv_channels
+    linear = hidden * (qkv + query) + hidden * (ffn + args.ffn_hidden_size)
+    qkv_bias = args.add_bias_linear or args.add_qkv_bias
+    norms = 2 * hidden + 2 * args.kv_channels * bool(args.qk_layernorm)
+    whole = _norm_vectors(args) * norms + 2 * hidden * args.add_bias_linear
+    return linear, qkv * qkv_bias + ffn * args.add_bias_linear, whole
+
+
+def _norm_vectors(args: Namespace) -> int:
+    return 1 if args.normalization == "RMSNorm" else 2
+
+
+def _fullest(args: Namespace) -> StageParameters:
+    tensor = args.tensor_model_parallel_size
+    return max(stages(args), key=lambda stage: stage.on_a_rank(tensor))
+
+
+def micro_batches(args: Namespace) -> int:
+    """Return how many every rank accumulates in a step."""
+    return int(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
+
+
+def hidden_bytes(args: Namespace) -> int:
+    """Return the size of one micro-batch's hidden states, whole."""
+    return int(args.micro_batch_size * args.seq_length * args.hidden_size * args.weight_bytes)
+
+
+def memory(args: Namespace) -> Memory:
+    """Count the rank that holds most; fragmentation, workspaces and NCCL's buffers come on top."""
+    tensor, fullest = args.tensor_model_parallel_size, _fullest(args)
+    count = fullest.on_a_rank(tensor)
+    tokens = args.micro_batch_size * args.seq_length
+    columns = args.padded_vocab_size // tensor * args.weight_bytes
+    whole = count * args.optimizer_bytes
+    optimizer = whole, ceil(whole / args.data_parallel_size)
+    # Two chunks while their statistics are gathered, and never more than there are tokens.
+    logits = tokens * columns, min(2 * args.infoentropy_chunk_tokens, tokens) * columns
+    return Memory(
+        weights=count * args.weight_bytes,
+        # Transformer Engine keeps each matrix in FP8 twice: as it is, and transposed.
+        fp8_weights=0 if args.fp8 is None else 2 * fullest.linear // tensor,
+        gradients=count * args.gradient_bytes,
+        optimizer=optimizer[args.use_distributed_optimizer],
+        optimizer_otherwise=optimizer[not args.use_distributed_optimizer],
+        activations=_activations(args),
+        logits=logits[args.infoentropy_fused_linear],
+        logits_otherwise=logits[not args.infoentropy_fused_linear],
+    )
+
+
+def _recomputed(args: Namespace) -> tuple[str, int]:
+    """Return the method of full recomputation, "" without, and its number of layers."""
+    method = (args.recompute_method or "") if args.recompute_granularity == "full" else ""
+    return method, args.recompute_num_layers or 1
+
+
+def _handed_on(args: Namespace) -> int:
+    """Return the bytes of a micro-batch's hidden states that one rank keeps, or hands on."""
+    ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return hidden_bytes(args) // int(ranks)
+
+
+def _activations(args: Namespace) -> int:
+    """Count those of the first stage, which has most micro-batches on their way."""
+    stages, one = args.pipeline_model_parallel_size, args.layer_activations
+    layers, virtual = args.num_layers / stages, args.virtual_pipeline_model_parallel_size or 1
+    in_flight = stages + (stages - 1) / virtual if virtual > 1 else min(micro_batches(args), stages)
+    method, at_once = _recomputed(args)
+    if method == "uniform":  # an input every so many layers; these once in full
+        kept, whole = ceil(layers / at_once) * _handed_on(args), at_once
+    else:
+        redone = min(at_once, layers) if method else 0
+        kept, whole = ceil(redone * _handed_on(args) + (layers - redone) * one), bool(method)
+    return int(ceil(in_flight * kept) + whole * one)
+
+
+def traffic(args: Namespace) -> dict[str, int]:
+    """Count what the busiest rank sends: gradients and parameters, hidden states, statistics."""
+    data = args.data_parallel_size
+    count = _fullest(args).on_a_rank(args.tensor_model_parallel_size)
+    gradients = count * args.gradient_bytes
+    returned = count * args.weight_bytes if args.use_distributed_optimizer else gradients
+    return {
+        "tensor parallel": micro_batches(args) * _tensor_parallel(args),
+        "pipeline parallel": micro_batches(args) * _pipeline_parallel(args),
+        "data parallel": ceil((gradients + returned) * (data - 1) / data),
+    }
+
+
+def _tensor_parallel(args: Namespace) -> int:
+    """Count one micro-batch, on a rank of the stage that has the output layer."""
+    ranks, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    half = hidden_bytes(args) * (ranks - 1) / ranks  # a reduce-scatter or an all-gather
+    layers = args.num_layers / stages
+    method, at_once = _recomputed(args)
+    redone = {"": 0.0, "uniform": layers, "block": min(at_once, layers)}[method]
+    # Attention and MLP: one all-reduce each way; a recomputed layer does the forward ones again.
+    # With sequence parallelism their inputs are gathered once more for the weights' gradients.
+    halves = layers * 8 + redone * 4 + layers * 2 * args.sequence_parallel
+    embedding = 2 if stages == 1 else 0
+    output_layer = 3 if args.sequence_parallel else 2
+    statistics = args.micro_batch_size * args.seq_length * STATISTICS_BYTES * (ranks - 1)
+    sent: int = ceil((halves + embedding + output_layer) * half + statistics)
+    return sent
+
+
+def _pipeline_parallel(args: Namespace) -> int:
+    """Count one micro-batch on the busiest stage: hidden states onwards, their gradients back."""
+    stages = args.pipeline_model_parallel_size
+    virtual = int(args.virtual_pipeline_model_parallel_size or 1)
+    # The first stage has nobody to send gradients to, unless its next chunk of layers follows on.
+    both_ways = 2 if stages > 2 or virtual > 1 else 1
+    return both_ways * virtual * _handed_on(args) if stages > 1 else 0
+
+
 def _training_lines(run: DryRun) -> list[str]:
-    shape, tokens = run.shape, run.shape.global_batch_size * run.shape.seq_length
-    layout = f"tensor {shape.tensor_parallel} x pipeline {shape.pipeline_parallel}"
-    fullest = max(stage.on_a_rank(shape.tensor_parallel) for stage in stages(shape))
+    args = run.arguments
+    tokens, tensor = args.global_batch_size * args.seq_length, args.tensor_model_parallel_size
+    layout = f"tensor {tensor} x pipeline {args.pipeline_model_parallel_size}"
     return [
-        f"parameters         {run.parameters:,}, at most {fullest:,} on a rank",
-        f"layout             {run.ranks} ranks: {layout} x data {shape.data_parallel}",
-        f"step               {tokens:,} tokens: {shape.global_batch_size} sequences of "
-        f"{shape.seq_length}, {shape.micro_batches} micro-batches of {shape.micro_batch_size} "
+        f"parameters         {run.parameters:,}, at most {_fullest(args).on_a_rank(tensor):,} "
+        "on a rank",
+        f"layout             {run.ranks} ranks: {layout} x data {args.data_parallel_size}",
+        f"step               {tokens:,} tokens: {args.global_batch_size} sequences of "
+        f"{args.seq_length}, {micro_batches(args)} micro-batches of {args.micro_batch_size} "
         "on every rank",
-        f"training           {shape.train_iters:,} steps, {tokens * shape.train_iters:,} tokens",
+        f"training           {args.train_iters:,} steps, {tokens * args.train_iters:,} tokens",
     ]
 
 
 def _memory_lines(run: DryRun) -> list[str]:
-    shape, held = run.shape, run.memory
-    optimizer = _chosen(
-        shape.distributed_optimizer,
-        (held.optimizer_sharded, held.optimizer_whole),
-        "--use-distributed-optimizer",
-    )
-    logits = _chosen(
-        shape.fused_linear, (held.logits_fused, held.logits_whole), "--infoentropy-fused-linear"
-    )
+    args, held = run.arguments, run.memory
+
+    def otherwise(is_on: bool, size: int, flag: str) -> str:
+        return f"{_in(MEMORY_UNITS, size)} {'without' if is_on else 'with'} {flag}"
+
+    is_sharded, is_fused = args.use_distributed_optimizer, args.infoentropy_fused_linear
+    sharded = otherwise(is_sharded, held.optimizer_otherwise, "--use-distributed-optimizer")
+    fused = otherwise(is_fused, held.logits_otherwise, "--infoentropy-fused-linear")
     rows = [
         ("weights", held.weights, ""),
         ("FP8 copies", held.fp8_weights, "at most"),
         ("gradients", held.gradients, ""),
-        ("optimizer", *optimizer),
+        ("optimizer", held.optimizer, sharded),
         ("activations", held.activations, "Megatron's formula"),
-        ("logits", *logits),
-        ("together", held.total(shape), "workspaces and communication buffers come on top"),
+        ("logits", held.logits, fused),
+        ("together", held.total, "workspaces and communication buffers come on top"),
     ]
     return ["memory of the fullest rank"] + [
-        f"  {name:16} {_memory_size(size):>12}   {note}".rstrip()
+        f"  {name:16} {_in(MEMORY_UNITS, size):>12}   {note}".rstrip()
         for name, size, note in rows
         if size
     ]
 
 
-def _chosen(is_on: bool, sizes: tuple[int, int], flag: str) -> tuple[int, str]:
-    """(what the training takes, what it would with the flag turned); sizes: with and without."""
-    chosen, other = sizes if is_on else reversed(sizes)
-    return chosen, f"{_memory_size(other)} {'without' if is_on else 'with'} {flag}"
-
-
 def _traffic_lines(run: DryRun) -> list[str]:
-    rows = [
-        ("tensor parallel", run.traffic.tensor_parallel),
-        ("pipeline parallel", run.traffic.pipeline_parallel),
-        ("data parallel", run.traffic.data_parallel),
-    ]
     return ["sent by the busiest rank in a step"] + [
-        f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in rows
+        f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in run.traffic.items()
     ]
-
-
-def _memory_size(size: int) -> str:
-    return _in(MEMORY_UNITS, size)
 
 
 def _in(units: dict[str, int], size: int) -> str:
-    """In the largest unit of which there is one, or the smallest."""
+    """Write a size in the largest unit of which there is one, or the smallest."""
     unit = next((unit for unit, of in units.items() if size >= of), list(units)[-1])
     return f"{size / units[unit]:.2f} {unit}"

@@ -1,24 +1,24 @@
 """A command line as Megatron itself understands it, for more ranks than there are.
 
 `python -m megatron_infoentropy.launch.parsed FLAGS` is one process that says it is rank 0 of
-WORLD_SIZE. It goes through all that a training checks before it builds anything, then prints a
-`Shape` as JSON. --fake-process-group, which it adds, lets no rank wait for another.
+WORLD_SIZE. It goes through all that a training checks before it builds anything, then prints the
+arguments as JSON. --fake-process-group, which it adds, lets no rank wait for another. A module of
+its own, since it imports Megatron.
 """
 
 import argparse
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from megatron_infoentropy import pretrain
-from megatron_infoentropy.launch.estimate import Shape
 from megatron_infoentropy.runtime import cpu
 
-# What the arithmetic of `launch.estimate` says nothing of, by the name Megatron's parser gives it.
+# What the arithmetic of `launch.dry_run` says nothing of, by the name Megatron's parser gives it.
 UNCOUNTED = {
     "num_experts": "experts",
     "multi_latent_attention": "latent attention",
@@ -41,7 +41,7 @@ LEAVE_NOTHING_BEHIND = ("--tensorboard-dir=", "--wandb-project=")
 
 
 def main() -> None:
-    """Print the shape of the training that the command line describes; the rest goes to stderr."""
+    """Print the arguments that the command line amounts to; the rest goes to stderr."""
     with redirect_stdout(sys.stderr):
         cpu.install()  # before megatron is imported
 
@@ -51,93 +51,51 @@ def main() -> None:
             _accept_precision_aware_optimizer()
         sys.argv += ["--fake-process-group", *LEAVE_NOTHING_BEHIND]
         pretrain.prepare()
-        shape = shape_of(get_args())
-    json.dump(asdict(shape), sys.stdout)
+        arguments = plain_arguments(get_args())
+    json.dump(arguments, sys.stdout)
 
 
 def _accept_precision_aware_optimizer() -> None:
-    """Have its flags checked without Transformer Engine, which only a machine that trains needs."""
+    """Have its flags checked without Transformer Engine, which only a machine that trains needs.
+
+    Elsewhere Megatron goes by what can be imported, so its stand-in is there for the check alone.
+    """
     from megatron.core.optimizer import OptimizerConfig
 
-    package = "transformer_engine"
-    modules = {name: ModuleType(name) for name in (package, f"{package}.pytorch")}
-    optimizers = ModuleType(f"{package}.pytorch.optimizers")
-    optimizers.FusedAdam = _FusedAdam  # type: ignore[attr-defined]
-    modules[optimizers.__name__] = optimizers
+    def fused_adam(
+        master_weight_dtype: Any, exp_avg_dtype: Any, exp_avg_sq_dtype: Any, use_decoupled_grad: Any
+    ) -> None: ...
+
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    modules = {name: ModuleType(name) for name in (*names, f"{names[1]}.optimizers")}
+    modules[f"{names[1]}.optimizers"].FusedAdam = fused_adam  # type: ignore[attr-defined]
     check = OptimizerConfig.__post_init__
 
     def check_with_optimizer(config: OptimizerConfig) -> None:
-        sys.modules.update(modules)
-        try:
+        with mock.patch.dict(sys.modules, modules):
             check(config)
-        finally:  # elsewhere Megatron goes by what can be imported
-            for name in modules:
-                del sys.modules[name]
 
     OptimizerConfig.__post_init__ = check_with_optimizer
 
 
-class _FusedAdam:
-    """Has the arguments that Megatron looks for."""
-
-    def __init__(
-        self,
-        master_weight_dtype: Any,
-        exp_avg_dtype: Any,
-        exp_avg_sq_dtype: Any,
-        use_decoupled_grad: Any,
-    ) -> None: ...
-
-
-def shape_of(args: argparse.Namespace) -> Shape:
-    """What the estimates need of Megatron's validated arguments.
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return Megatron's validated arguments that JSON holds, and what a parameter and a layer take.
 
     Raises:
-        ValueError: a kind of model, pipeline or optimizer that they do not cover.
+        ValueError: a kind of model, pipeline or optimizer that the dry run does not cover.
     """
     _require_counted(args)
-    model_ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    return Shape(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=(
-            args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        ),
-        kv_channels=args.kv_channels,
-        gated=args.swiglu,
-        linear_bias=args.add_bias_linear,
-        qkv_bias=args.add_qkv_bias,
-        norm_vectors=1 if args.normalization == "RMSNorm" else 2,
-        qk_layernorm=bool(args.qk_layernorm),
-        position_table=(
-            args.max_position_embeddings
-            if args.position_embedding_type == "learned_absolute"
-            else 0
-        ),
-        untied=args.untie_embeddings_and_output_weights,
-        vocab_size=args.padded_vocab_size,
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        virtual_stages=args.virtual_pipeline_model_parallel_size or 1,
-        data_parallel=args.world_size // model_ranks,
-        sequence_parallel=args.sequence_parallel,
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
-        seq_length=args.seq_length,
-        train_iters=args.train_iters or args.train_samples // args.global_batch_size,
-        weight_bytes=args.params_dtype.itemsize,
-        gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize,
-        optimizer_bytes=optimizer_bytes(args),
-        distributed_optimizer=args.use_distributed_optimizer,
-        fp8=args.fp8 is not None,
-        fused_linear=args.infoentropy_fused_linear,
-        chunk_tokens=args.infoentropy_chunk_tokens,
-        layer_activations=_layer_activations(args),
-        recompute=args.recompute_method or "" if args.recompute_granularity == "full" else "",
-        recompute_layers=args.recompute_num_layers or 1,
-    )
+    plain = {n: v for n, v in vars(args).items() if isinstance(v, bool | int | float | str | None)}
+    weight_bytes = args.params_dtype.itemsize
+    grouped = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return plain | {
+        "num_query_groups": grouped,
+        "train_iters": args.train_iters or args.train_samples // args.global_batch_size,
+        "weight_bytes": weight_bytes,  # of one parameter in the forward pass
+        "gradient_bytes": 4 if args.accumulate_allreduce_grads_in_fp32 else weight_bytes,
+        "optimizer_bytes": optimizer_bytes(args),
+        "layer_activations": _layer_activations(args),
+    }
 
 
 def _require_counted(args: argparse.Namespace) -> None:
@@ -154,7 +112,7 @@ def _require_counted(args: argparse.Namespace) -> None:
 
 
 def optimizer_bytes(args: argparse.Namespace) -> int:
-    """Of one parameter: Adam's two moments and the copy that is updated.
+    """Return the bytes of one parameter: Adam's two moments and the copy that is updated.
 
     A precision-aware optimizer chooses their types. An fp32 copy that Transformer Engine keeps, not
     Megatron, is stored as the 16 bits that the parameter lacks.
@@ -170,7 +128,9 @@ def optimizer_bytes(args: argparse.Namespace) -> int:
 
 
 def _layer_activations(args: argparse.Namespace) -> int:
-    """By Megatron's formula with sequence parallelism where it holds, else by its other one.
+    """Return the bytes that one layer keeps of one micro-batch, by Megatron's formulas.
+
+    The one with sequence parallelism where it holds, else the other one.
 
     Without tensor parallelism both describe the same training, and the first one knows the FFN's
     width. Neither keeps attention scores: they take a fused attention kernel for granted.

@@ -1,7 +1,6 @@
 """What test_recipes.py lets a forked process do: parse a recipe for a world that is not there,
 build its model without memory, on the meta device, and tell what came of it."""
 
-import dataclasses
 import json
 import os
 
@@ -16,7 +15,7 @@ def parse(world, output, ranks=(), *, on_local_layers=True):
     from megatron.training import get_args
 
     from megatron_infoentropy import pretrain
-    from megatron_infoentropy.launch.parsed import shape_of
+    from megatron_infoentropy.launch.parsed import plain_arguments
 
     container, _ = pretrain.prepare()
     if on_local_layers:
@@ -25,7 +24,7 @@ def parse(world, output, ranks=(), *, on_local_layers=True):
         container.model.transformer.sequence_parallel = False  # the local norms refuse it
     args = get_args()
     found = {
-        "shape": dataclasses.asdict(shape_of(args)),
+        "shape": plain_arguments(args),
         "arguments": {name: repr(value) for name, value in vars(args).items()},
         "built": {rank: _parameters(container, rank, world) for rank in ranks},
     }
@@ -113,9 +112,9 @@ def count_traffic(world, output):
     from megatron.training import get_args
 
     from megatron_infoentropy import pretrain
-    from megatron_infoentropy.launch.parsed import shape_of
+    from megatron_infoentropy.launch.parsed import plain_arguments
 
     with Sent() as sent:
         pretrain.main()
-    found = {"shape": dataclasses.asdict(shape_of(get_args())), "sent": sent.calls}
+    found = {"shape": plain_arguments(get_args()), "sent": sent.calls}
     output.write_text(json.dumps(found))

@@ -2,6 +2,7 @@
 training that runs, narrow and shallow, on a CPU."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from probe_recipes import count_traffic, parse, train
 
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch import parsed
-from megatron_infoentropy.launch.dry_run import FlagsRefused, dry_run
-from megatron_infoentropy.launch.estimate import Shape, memory, parameters, stages, traffic
+from megatron_infoentropy.launch.dry_run import (
+    FlagsRefused,
+    dry_run,
+    memory,
+    micro_batches,
+    parameters,
+    stages,
+    traffic,
+)
 from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_command_line
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +49,7 @@ def probe(tmp_path, world, flags, ranks=()):
     output = tmp_path / "found.json"
     run_trainer(1, parse, (world, output, ranks), [*flags, *PLAIN], tmp_path)
     found = json.loads(output.read_text())
-    return Shape(**found["shape"]), found["arguments"], found["built"]
+    return Namespace(**found["shape"]), found["arguments"], found["built"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -51,10 +59,10 @@ def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_mod
     flags = [*words(name), "--fake-process-group"]
     shape, arguments, built = probe(tmp_path, ranks, flags, ranks=[0])
     assert parameters(shape) == built["0"] == count
-    assert shape.data_parallel == ranks
+    assert shape.data_parallel_size == ranks
     assert shape.global_batch_size * shape.seq_length == tokens
     assert (shape.train_iters, shape.micro_batch_size) == (steps, micro_batch)
-    assert shape.micro_batches == accumulation
+    assert micro_batches(shape) == accumulation
     assert int(arguments["lr_warmup_iters"]) == warmup
     assert arguments["fp8"] == ("'hybrid'" if name == "6.7b" else "None")
     assert arguments["params_dtype"] == "torch.bfloat16"
@@ -64,9 +72,9 @@ def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_mod
 def documented_row(name, ranks, shape):
     """The line of the table in docs/recipes.md that tells of a model's memory and traffic."""
     held = memory(shape)
-    sizes = (held.weights, held.gradients, held.optimizer_sharded, held.activations)
-    in_gib = [f"{size / 2**30:.2f}" for size in (*sizes, held.logits_whole, held.total(shape))]
-    sent = f"{traffic(shape).data_parallel / 1e9:.2f}"
+    sizes = (held.weights, held.gradients, held.optimizer, held.activations)
+    in_gib = [f"{size / 2**30:.2f}" for size in (*sizes, held.logits, held.total)]
+    sent = f"{traffic(shape)['data parallel'] / 1e9:.2f}"
     return f"| {' | '.join([name.upper(), str(ranks), *in_gib, sent])} |"
 
 
@@ -130,24 +138,24 @@ def sent_in_a_step(tmp_path, layout):
     flags += ["--vocab-size=256", "--bf16", "--use-distributed-optimizer", "--fake-process-group"]
     run_trainer(1, count_traffic, (8, output), flags, tmp_path)
     found = json.loads(output.read_text())
-    return Shape(**found["shape"]), found["sent"]
+    return Namespace(**found["shape"]), found["sent"]
 
 
 def test_counted_traffic_is_what_megatron_sends_over_tensor_and_data_parallel_groups(tmp_path):
     shape, sent = sent_in_a_step(tmp_path, ["--tensor-model-parallel-size=2"])
     counted = traffic(shape)
     activations = [size for _, ranks, axes, size in sent if ranks == 2 and len(axes) > 1]
-    assert counted.tensor_parallel == sum(activations)
+    assert counted["tensor parallel"] == sum(activations)
     buffers = [size for name, ranks, _, size in sent if ranks == 4 and "coalesced" in name]
     assert len(buffers) == 2  # gradients scattered, parameters gathered; padded by Megatron
-    assert counted.data_parallel == pytest.approx(sum(buffers), rel=0.02)
+    assert counted["data parallel"] == pytest.approx(sum(buffers), rel=0.02)
 
 
 def test_counted_traffic_is_what_megatron_sends_along_a_pipeline(tmp_path):
     shape, sent = sent_in_a_step(tmp_path, ["--pipeline-model-parallel-size=2"])
-    assert shape.micro_batches == 2
+    assert micro_batches(shape) == 2
     handed_on = [size for name, *_, size in sent if name == "send"]
-    assert traffic(shape).pipeline_parallel == sum(handed_on)
+    assert traffic(shape)["pipeline parallel"] == sum(handed_on)
 
 
 def test_a_dry_run_counts_another_layout_at_another_size():
@@ -155,9 +163,9 @@ def test_a_dry_run_counts_another_layout_at_another_size():
     extra += ("--use-precision-aware-optimizer", "--exp-avg-dtype=bf16", "--exp-avg-sq-dtype=bf16")
     run = dry_run(PAPER / "6.7b.yaml", {"infoentropy-objective": "focal"}, extra, ranks=64)
     assert run.parameters == 6_738_415_616
-    assert (run.shape.data_parallel, run.shape.micro_batches) == (32, 16)
-    assert run.shape.sequence_parallel
-    assert run.shape.optimizer_bytes == 2 + 2 + 4  # also without Transformer Engine
+    assert (run.arguments.data_parallel_size, micro_batches(run.arguments)) == (32, 16)
+    assert run.arguments.sequence_parallel
+    assert run.arguments.optimizer_bytes == 2 + 2 + 4  # also without Transformer Engine
     assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(run.lines())
 
 
@@ -169,5 +177,5 @@ def test_a_dry_run_refuses_what_a_training_would_in_its_words():
 def test_parsing_leaves_nothing_behind_even_as_the_only_rank(tmp_path):
     writers = [f"--tensorboard-dir={tmp_path / 'events'}", "--wandb-project=p", "--save=nowhere"]
     log = run_trainer(1, parsed.main, (), [*words("468m"), *PLAIN, *writers], tmp_path)
-    assert parameters(Shape(**json.loads(log.splitlines()[-1]))) == 468_239_360
+    assert parameters(Namespace(**json.loads(log.splitlines()[-1]))) == 468_239_360
     assert [path.name for path in tmp_path.iterdir()] == ["rank0.log"]

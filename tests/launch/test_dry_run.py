@@ -1,16 +1,40 @@
-"""What a dry run says, and which ranks and stand-ins it takes, without Megatron."""
+"""What a dry run says, its arithmetic against sums done by hand, without Megatron."""
 
+import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from small_shape import PLAIN
+import torch
 
 from megatron_infoentropy.launch import dry_run as dry
+from megatron_infoentropy.launch.dry_run import memory, parameters, stages, traffic
+from megatron_infoentropy.launch.parsed import optimizer_bytes
 from megatron_infoentropy.runtime.device import Device
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = Device("cpu", "gloo", 1)
+# 4 layers of hidden 8, 2 heads of 4, SwiGLU of 16, vocabulary 32, untied: small enough for paper.
+PLAIN = Namespace(
+    **{"num_layers": 4, "hidden_size": 8, "ffn_hidden_size": 16, "padded_vocab_size": 32},
+    **{"num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 4, "swiglu": True},
+    **{"add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": False},
+    **{"normalization": "RMSNorm", "position_embedding_type": "rope"},
+    **{"untie_embeddings_and_output_weights": True, "virtual_pipeline_model_parallel_size": None},
+    **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+    **{"data_parallel_size": 2, "sequence_parallel": False, "train_iters": 7},
+    **{"micro_batch_size": 3, "global_batch_size": 12, "seq_length": 10},
+    **{"weight_bytes": 2, "gradient_bytes": 4, "optimizer_bytes": 12, "layer_activations": 1000},
+    **{"use_distributed_optimizer": True, "fp8": None, "infoentropy_fused_linear": False},
+    **{"infoentropy_chunk_tokens": 5, "recompute_granularity": None, "recompute_method": None},
+    recompute_num_layers=None,
+)
+FULL = {"recompute_granularity": "full"}
+
+
+def replace(args, **changes):
+    return Namespace(**vars(args) | changes)
 
 
 @pytest.fixture
@@ -95,11 +119,155 @@ def test_sizes_come_in_units_that_fit(size, text):
 def test_a_refusal_gives_the_reason_alone(monkeypatch, tmp_path, code, reason):
     script = tmp_path / "refuses.py"
     script.write_text(code + "\n")
-    run = dry.subprocess.run
+    run = subprocess.run
 
     def refuse(words, **options):
         return run([sys.executable, str(script)], **options)
 
-    monkeypatch.setattr(dry.subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(dry.FlagsRefused, match=f"refuses the flags: {reason}$"):
         dry.parse([], 2, CPU)
+
+
+LINEAR = 4 * 8 * 8 + 3 * 8 * 16  # of one layer: q, k, v, out; gate, up, down
+TOTAL = 4 * (LINEAR + 16) + 8 + 2 * 32 * 8
+HIDDEN = 3 * 10 * 8 * 2  # bytes of one micro-batch's hidden states
+# As published: the count of each shape.
+PAPER = [
+    (468_239_360, {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 24}, 16, 64),
+    (1_204_881_408, {"hidden_size": 2048, "ffn_hidden_size": 8192, "num_layers": 16}, 8, 256),
+    (6_738_415_616, {"hidden_size": 4096, "ffn_hidden_size": 11008, "num_layers": 32}, 32, 128),
+]
+
+
+@pytest.mark.parametrize(("count", "sizes", "heads", "channels"), PAPER)
+def test_the_papers_models_have_the_parameters_of_their_shapes(count, sizes, heads, channels):
+    attention = {"num_attention_heads": heads, "num_query_groups": heads, "kv_channels": channels}
+    assert parameters(replace(PLAIN, **sizes, **attention, padded_vocab_size=32000)) == count
+
+
+def test_a_tied_table_counts_once_but_is_held_by_both_ends_of_a_pipeline():
+    tied = replace(PLAIN, untie_embeddings_and_output_weights=False)
+    assert parameters(PLAIN) == TOTAL
+    assert (
+        parameters(tied)
+        == parameters(replace(tied, pipeline_model_parallel_size=2))
+        == TOTAL - 32 * 8
+    )
+    held = stages(replace(tied, pipeline_model_parallel_size=4))
+    layer = LINEAR + 16
+    assert [stage.cut + stage.whole for stage in held] == [
+        *(layer + 32 * 8, layer, layer, layer + 8 + 32 * 8),
+    ]
+
+
+def test_memory_without_any_cut():
+    held = memory(PLAIN)
+    assert (held.weights, held.gradients) == (2 * TOTAL, 4 * TOTAL)
+    assert (held.optimizer_otherwise, held.optimizer) == (12 * TOTAL, 6 * TOTAL)
+    assert held.activations == 4 * 1000
+    assert (held.logits, held.logits_otherwise) == (30 * 32 * 2, 2 * 5 * 32 * 2)
+    assert held.total == 12 * TOTAL + 4000 + 30 * 32 * 2
+    plain = replace(PLAIN, use_distributed_optimizer=False, infoentropy_fused_linear=True)
+    assert memory(plain).total == 18 * TOTAL + 4000 + 10 * 32 * 2
+
+
+def test_tensor_parallel_ranks_share_matrices_and_logits_but_not_norms():
+    held = memory(replace(PLAIN, tensor_model_parallel_size=2))
+    assert held.weights == 2 * (4 * (LINEAR // 2 + 16) + 8 + 32 * 8)
+    assert held.logits == 30 * 16 * 2
+
+
+def test_an_optimizer_of_fewer_bytes_is_sharded_like_any_other():
+    held = memory(replace(PLAIN, optimizer_bytes=8))
+    assert (held.optimizer_otherwise, held.optimizer) == (8 * TOTAL, 4 * TOTAL)
+
+
+def test_fp8_copies_are_of_layers_only():
+    assert memory(PLAIN).fp8_weights == 0
+    assert memory(replace(PLAIN, fp8="hybrid")).fp8_weights == 2 * 4 * LINEAR
+
+
+def test_a_fused_chunk_is_never_more_than_there_are_tokens():
+    held = memory(replace(PLAIN, infoentropy_chunk_tokens=4096))
+    assert held.logits_otherwise == held.logits
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_kept"),
+    [
+        ({**FULL, "recompute_method": "uniform"}, 4 * HIDDEN + 1000),
+        ({**FULL, "recompute_method": "uniform", "recompute_num_layers": 3}, 2 * HIDDEN + 3 * 1000),
+        (
+            {**FULL, "recompute_method": "block", "recompute_num_layers": 3},
+            3 * HIDDEN + 1000 + 1000,
+        ),
+        ({**FULL, "recompute_method": "block", "recompute_num_layers": 9}, 4 * HIDDEN + 1000),
+        (
+            {
+                **FULL,
+                "recompute_method": "uniform",
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            4 * HIDDEN // 2 + 1000,
+        ),
+        # Two micro-batches on their way through two stages of two layers, or one if there is one.
+        ({"pipeline_model_parallel_size": 2}, 4 * 1000),
+        ({"pipeline_model_parallel_size": 2, "global_batch_size": 6}, 2 * 1000),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 5 * 1000),
+    ],
+)
+def test_activations_by_recomputation_and_pipeline(changes, bytes_kept):
+    assert memory(replace(PLAIN, **changes)).activations == bytes_kept
+
+
+def test_gradients_travel_once_a_step_as_a_ring_sends_them():
+    reduced, gathered = 4 * TOTAL // 2, 2 * TOTAL // 2
+    assert traffic(PLAIN)["data parallel"] == reduced + gathered
+    assert traffic(replace(PLAIN, use_distributed_optimizer=False))["data parallel"] == 2 * reduced
+    assert traffic(replace(PLAIN, data_parallel_size=1))["data parallel"] == 0
+
+
+def test_hidden_states_travel_between_stages_with_every_micro_batch():
+    assert traffic(PLAIN)["pipeline parallel"] == 0
+    assert (
+        traffic(replace(PLAIN, pipeline_model_parallel_size=2))["pipeline parallel"] == 2 * HIDDEN
+    )
+    middle = replace(PLAIN, pipeline_model_parallel_size=4)
+    assert traffic(middle)["pipeline parallel"] == 2 * 2 * HIDDEN
+    assert (
+        traffic(replace(middle, tensor_model_parallel_size=2))["pipeline parallel"]
+        == 2 * 2 * HIDDEN
+    )
+    scattered = replace(middle, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert traffic(scattered)["pipeline parallel"] == 2 * HIDDEN
+
+
+TYPES = {
+    "use_precision_aware_optimizer": False,
+    "params_dtype": torch.bfloat16,
+    "exp_avg_dtype": torch.float32,
+    "exp_avg_sq_dtype": torch.float32,
+    "main_params_dtype": torch.float32,
+    "fp8_recipe": "delayed",  # Megatron's default, also without FP8
+}
+AWARE = {"use_precision_aware_optimizer": True}
+HALVED = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, 4 + 4 + 4),
+        ({"params_dtype": torch.float32}, 4 + 4),
+        (AWARE, 4 + 4 + 2),  # the copy as the bits that bf16 lacks
+        (AWARE | {"fp8_recipe": "tensorwise"}, 4 + 4 + 4),  # Megatron keeps the copy, whole
+        (AWARE | HALVED | {"fp8_recipe": "tensorwise"}, 2 + 2 + 4),
+        (AWARE | {"fp8_recipe": "tensorwise", "main_params_dtype": torch.float16}, 4 + 4 + 2),
+        (AWARE | {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.float16}, 1 + 2 + 2),
+        (AWARE | {"params_dtype": torch.float32}, 4 + 4),
+    ],
+)
+def test_bytes_follow_the_types_of_moments_and_of_the_copy(chosen, expected):
+    assert optimizer_bytes(Namespace(**TYPES | chosen)) == expected
