@@ -117,16 +117,13 @@ setup(
         Pybind11Extension(
             "megatron_infoentropy._C",
             [
-                *("csrc/bindings.cpp", "csrc/bindings_roofline.cpp"),
-                *("csrc/instruction_sets.cpp", "csrc/roofline.cpp", "csrc/shard_ops_cpu.cpp"),
-                "csrc/threads.cpp",
+                *("csrc/bindings.cpp", "csrc/instruction_sets.cpp"),
+                *("csrc/shard_ops_cpu.cpp", "csrc/threads.cpp"),
             ],
             depends=[
                 "csrc/shard_ops.h",
                 "csrc/instruction_sets.h",
                 "csrc/meanings.inl",
-                "csrc/roofline.h",
-                "csrc/roofline.inl",
                 "csrc/shard_kernels.inl",
                 "csrc/vectors.inl",
                 "csrc/parallel_for.h",

@@ -64,7 +64,6 @@ void bind_shard_ops(py::module_& module) {
 
 }  // namespace
 
-void bind_roofline(py::module_& module);  // bindings_roofline.cpp
 #if INFOENTROPY_CUDA
 void bind_cuda(py::module_& module);  // bindings_cuda.cpp
 #endif
@@ -72,7 +71,6 @@ void bind_cuda(py::module_& module);  // bindings_cuda.cpp
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The kernels of megatron_infoentropy.kernels.contract, over raw addresses.";
   bind_shard_ops(module);
-  bind_roofline(module);
 #if INFOENTROPY_CUDA
   bind_cuda(module);
 #endif

@@ -36,7 +36,6 @@ constexpr int kLanes = 4;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
-#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace baseline
 
@@ -53,7 +52,6 @@ constexpr int kLanes = 8;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
-#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace avx2
 #if defined(__clang__)
@@ -71,7 +69,6 @@ constexpr int kLanes = 16;
 #include "vectors.inl"
 #include "meanings.inl"
 #include "shard_kernels.inl"
-#include "roofline.inl"
 #undef INFOENTROPY_ISA
 }  // namespace avx512
 #if defined(__clang__)
@@ -100,15 +97,14 @@ struct InstructionSet {
   const char* name;
   bool (*available)();
   const Kernels* kernels;
-  const Limits* limits;
 };
 
 constexpr InstructionSet kInstructionSets[] = {  // best first
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::kKernels, &avx512::kLimits},
-    {"avx2", has_avx2, &avx2::kKernels, &avx2::kLimits},
+    {"avx512", has_avx512, &avx512::kKernels},
+    {"avx2", has_avx2, &avx2::kKernels},
 #endif
-    {"baseline", [] { return true; }, &baseline::kKernels, &baseline::kLimits},
+    {"baseline", [] { return true; }, &baseline::kKernels},
 };
 
 const InstructionSet* best() {
@@ -122,8 +118,6 @@ std::atomic<const InstructionSet*> in_use{best()};
 }  // namespace
 
 const Kernels& kernels() { return *in_use.load()->kernels; }
-
-const Limits& limits() { return *in_use.load()->limits; }
 
 void finish_streams() {
 #if defined(__x86_64__)

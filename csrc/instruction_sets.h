@@ -24,16 +24,8 @@ struct Kernels {
   GradientOfRow gradient[3][3];
 };
 
-struct Limits {  // see roofline.inl
-  std::uint32_t (*read)(const char* from, std::int64_t bytes);
-  void (*copy)(const char* from, char* to, std::int64_t bytes);
-  void (*change)(char* data, std::int64_t bytes);
-  float (*exponentials[3])(const void* row, std::int64_t count, std::int64_t rounds);  // [Dtype]
-};
-
 // Of the instruction set in use.
 const Kernels& kernels();
-const Limits& limits();
 
 void finish_streams();
 

@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "study": {"config", "convert", "data", "evaluate", "files", "launch", "runtime", "tasks"},
     "tasks": {"files", "progress"},
     "bench": {
-        *("config", "evaluate", "files", "integration", "kernels", "launch", "loss", "pretrain"),
-        *("progress", "runtime"),
+        *("config", "files", "integration", "kernels", "launch", "loss", "pretrain", "progress"),
+        "runtime",
     },
     "doctor": {"data", "files", "kernels", "launch", "progress", "runtime"},
     "commands": {
@@ -63,11 +63,11 @@ PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong t
 # third-party package -> the only rooms that may import it
 OWNERS = {
     "megatron": {"integration", "pretrain", "bench", "launch", "convert"},
-    "transformers": {"bench", "convert", "data", "evaluate"},  # data: ids are those it gives
+    "transformers": {"convert", "data", "evaluate"},  # data: ids are those it gives
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert", "evaluate"},
     "zstandard": {"data"},
-    "matplotlib": {"evaluate", "bench"},
+    "matplotlib": {"evaluate"},
     "jinja2": {"evaluate"},
     "lm_eval": {"tasks"},
     "yaml": {"launch", "convert", "study", "tasks"},

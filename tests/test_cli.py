@@ -27,7 +27,6 @@ COMMANDS = {
     "evaluate": "Perplexity",
     "compare": "first setting",
     "report": "page",
-    "bench-evaluation": "bare forward",
     "tasks": "lm-evaluation-harness",
     "study": "grid",
     "doctor": "missing",
@@ -144,7 +143,7 @@ def test_bench_prints_ratios():
     assert done.returncode == 0, done.stderr
     for provider in ("native in place", "reference", "torch", "megatron unfused", "paper eager"):
         assert re.search(rf"^ *{provider}  .* \d+\.\d\d ", done.stdout, flags=re.M), provider
-    assert "% of limit" in done.stdout
+    assert "of copy" in done.stdout
     assert "not measured: torch compiled" in done.stdout
 
 

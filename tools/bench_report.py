@@ -2,13 +2,15 @@
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import bench_targets
+from bench_plot import plot
+from rich.table import Table
 
-from megatron_infoentropy.bench.plot import plot
 from megatron_infoentropy.bench.results import Row, read_csv
-from megatron_infoentropy.bench.table import more_than_ours, not_measured, number
+from megatron_infoentropy.bench.table import number, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
@@ -65,82 +67,22 @@ def everything(folder: Path) -> str:
         text += f"![{_alternative(rows)}]({_link(picture_of(path), folder)})\n\n"
         if targets := list(bench_targets.lines(rows)):
             text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *targets])}\n"
+        text += f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}.\n\n"
         for case in dict.fromkeys(row.case for row in rows):
-            of_case = [row for row in rows if row.case == case]
-            text += f"{_heading(of_case, facts)}.\n\n{_losses(of_case)}\n{_kernels(of_case)}"
-            text += _linear(of_case) + _steps(of_case)
-            text += "".join(f"{_sentence(words)}\n" for words in not_measured(of_case)) + "\n"
+            for part in tables([row for row in rows if row.case == case]):
+                text += f"{_sentence(part)}\n" if isinstance(part, str) else _markdown(part)
+            text += "\n"
     return text
 
 
-def _heading(rows: list[Row], facts: dict[str, str]) -> str:
-    row = rows[0]
-    return (
-        f"Forward and backward of {row.case} logits, {facts['device']}, {row.threads} threads, "
-        f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}"
-    )
+def _markdown(table: Table) -> str:
+    heads = [str(column.header) for column in table.columns]
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    title = f"{_sentence(str(table.title)).strip()}\n\n" if table.title else ""
+    return f"{title}{_table([heads, ['---'] * len(heads), *zip(*columns, strict=True)])}\n"
 
 
-def _losses(rows: list[Row]) -> str:
-    whole = [row for row in rows if row.kind == "loss" and row.step == "both"]
-    ms = {(row.provider, row.step): row.median_ms for row in rows if row.kind == "loss"}
-    sends = any(row.collectives for row in whole)
-    heads = ["", "computes", "forward ms", "backward ms", "both ms (p20-p80)", "x in place"]
-    heads += ["MiB beside the logits", *(["collectives, bytes a token"] if sends else [])]
-    lines = [heads, ["---"] * len(heads)]
-    for row in whole:
-        steps = [number(ms.get((row.provider, step))) for step in ("forward", "backward")]
-        both = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
-        name = f"**{row.provider}**" if row.by == "ours" else row.provider
-        cells = [name, row.computes, *steps, both, number(row.times_in_place), number(row.peak_mib)]
-        if sends:
-            cells.append(f"{row.collectives}, {(row.collective_bytes or 0) / row.tokens:.0f}")
-        lines.append(cells)
-    return _table(lines) if whole else ""
-
-
-def _kernels(rows: list[Row]) -> str:
-    alone = [row for row in rows if row.kind in ("kernel", "limit")]
-    counted = any(row.dram_read_bytes for row in alone)
-    heads = ["alone", "", "ms (p20-p80)", "GB/s", "% of", *(["bytes moved"] if counted else [])]
-    lines = [heads, ["---"] * len(heads)]
-    for row in alone:
-        share = f"{number(row.percent_of_limit)} of {row.limit}" if row.limit else ""
-        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
-        cells = [row.provider, row.step, time, number(row.gb_per_s), share]
-        if counted:
-            moved = (row.dram_read_bytes or 0) + (row.dram_write_bytes or 0)
-            cells.append(f"{moved / row.bytes:.3f} of least" if moved and row.bytes else "")
-        lines.append(cells)
-    return _table(lines) + "\n" if alone else ""
-
-
-def _linear(rows: list[Row]) -> str:
-    found = [row for row in rows if row.kind == "linear"]
-    lines = [["output layer and loss", "ms (p20-p80)", "MiB beside the inputs"], ["---"] * 3]
-    for row in found:
-        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
-        lines.append([row.provider, time, number(row.peak_mib)])
-    return f"Alone: {found[0].computes}.\n\n{_table(lines)}\n" if found else ""
-
-
-def _steps(rows: list[Row]) -> str:
-    found = [row for row in rows if row.kind == "step"]
-    heads = ["training step", "computes", "ms (p20-p80)", "ms more than ours (95 %)"]
-    lines = [[*heads, "loss, % of step", "MiB beside the weights"], ["---"] * 6]
-    for row in found:
-        computes = row.computes.partition("; ")[0]
-        time = f"{number(row.median_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
-        middle, interval = more_than_ours(row)
-        more = f"{middle} ({interval})" if middle else ""
-        name = f"**{row.provider}**" if row.by == "ours" else row.provider
-        share = number(row.percent_of_step)
-        lines.append([name, computes, time, more, share, number(row.peak_mib)])
-    model = found[0].computes.partition("; ")[2] if found else ""
-    return f"In training: Megatron GPT, {model}.\n\n{_table(lines)}\n" if found else ""
-
-
-def _table(lines: list[list[str]]) -> str:
+def _table(lines: list[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

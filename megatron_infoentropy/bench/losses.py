@@ -7,8 +7,7 @@ dispatcher. A provider that fails there is listed with the reason instead of tim
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_infoentropy.bench.clock import peak_mib
-from megatron_infoentropy.bench.passes import Experiment, ratio, spread, time_in_turn
 from megatron_infoentropy.bench.providers import (
     LABEL_SMOOTHING,
     SOFTCAP,
@@ -32,7 +29,8 @@ from megatron_infoentropy.bench.providers import (
     peers,
 )
 from megatron_infoentropy.bench.results import Row
-from megatron_infoentropy.progress import Advance, progress
+from megatron_infoentropy.bench.timing import Experiment, peak_mib, ratio, spread, time_in_turn
+from megatron_infoentropy.progress import progress
 
 CHUNK_BYTES = 1 << 27  # of one float64 temporary
 PROBED_ROWS = 16
@@ -40,8 +38,7 @@ LOSS_TOLERANCE = 0.02  # of the loss: bf16 losses and the published clamp pass, 
 GRADIENT_TOLERANCE = 0.05  # of the largest entry
 
 
-@dataclass(frozen=True)
-class Errors:
+class Errors(NamedTuple):
     """Errors of a provider's loss (nats) and of its gradient, relative to the largest entry."""
 
     loss: float
@@ -116,14 +113,9 @@ def _per_token(
 
 # operator -> position of what this rank contributes; each counted once however it is spelled
 _CONTRIBUTED = {
-    "c10d::allreduce_": 0,
-    "c10d::allreduce_coalesced_": 0,
-    "c10d::allgather_": 1,
-    "c10d::_allgather_base_": 1,
-    "c10d::reduce_scatter_": 1,
-    "c10d::_reduce_scatter_base_": 1,
-    "c10d::alltoall_base_": 1,
-    "c10d::broadcast_": 0,
+    **dict.fromkeys(("c10d::allreduce_", "c10d::allreduce_coalesced_", "c10d::broadcast_"), 0),
+    **dict.fromkeys(("c10d::allgather_", "c10d::_allgather_base_", "c10d::alltoall_base_"), 1),
+    **dict.fromkeys(("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"), 1),
     "_c10d_functional::all_reduce": 0,
     "_c10d_functional::all_reduce_": 0,
     "_c10d_functional::all_gather_into_tensor": 0,
@@ -135,8 +127,11 @@ _CONTRIBUTED = {
 class Traffic(NamedTuple):
     """Collectives, and the bytes that this rank contributed to them."""
 
-    collectives: int
-    bytes: int
+    collectives: int = 0
+    bytes: int = 0
+
+    def plus(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.collectives + other.collectives, self.bytes + other.bytes)
 
 
 class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -144,33 +139,30 @@ class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.traffic = Traffic(0, 0)
+        self.traffic = Traffic()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         position = _CONTRIBUTED.get(func._schema.name)
         if position is not None:
-            count, size = self.traffic
-            self.traffic = Traffic(count + 1, size + _bytes(args[position]))
+            self.traffic = self.traffic.plus(Traffic(1, _bytes(args[position])))
         return func(*args, **(kwargs or {}))
 
 
 def _bytes(tensors: Any) -> int:
     if isinstance(tensors, torch.Tensor):
-        return tensors.numel() * tensors.element_size()
+        return tensors.nbytes
     return sum(_bytes(tensor) for tensor in tensors)
 
 
-@dataclass(frozen=True)
-class Rehearsed:
+class Rehearsed(NamedTuple):
     """A provider that can be timed, and what its untimed passes showed."""
 
     provider: Provider
     loss: Loss
-    errors: Errors
-    peak_mib: float
-    traffic: tuple[Traffic, Traffic] | None  # forward, backward; None on one rank
+    columns: dict[str, float]  # memory and errors of the whole pass
+    traffic: dict[str, Traffic]  # by step; nothing on one rank
 
 
 def rehearse(provider: Provider, experiment: Experiment, truth: Truth) -> Rehearsed:
@@ -194,9 +186,8 @@ def rehearse(provider: Provider, experiment: Experiment, truth: Truth) -> Rehear
 
 
 def _rehearse(provider: Provider, loss: Loss, experiment: Experiment, truth: Truth) -> Rehearsed:
-    target = experiment.target
     leaf = _leaf(experiment)
-    value = loss(leaf, target)
+    value = loss(leaf, experiment.target)
     _backward(value)
     assert leaf.grad is not None
     errors = truth.errors(provider.computes, value.detach(), leaf.grad)
@@ -207,18 +198,21 @@ def _rehearse(provider: Provider, loss: Loss, experiment: Experiment, truth: Tru
         )
     del value
     leaf = _leaf(experiment)
-    peak = peak_mib(lambda: _backward(loss(leaf, target)), leaf.device)
-    traffic = _count(loss, experiment) if experiment.setting.case.tensor_parallel > 1 else None
-    return Rehearsed(provider, loss, errors, peak, traffic)
+    peak = peak_mib(lambda: _backward(loss(leaf, experiment.target)), leaf.device)
+    columns = {"peak_mib": peak, "loss_error": errors.loss, "gradient_error": errors.gradient}
+    return Rehearsed(provider, loss, columns, _traffic(loss, experiment))
 
 
-def _count(loss: Loss, experiment: Experiment) -> tuple[Traffic, Traffic]:
+def _traffic(loss: Loss, experiment: Experiment) -> dict[str, Traffic]:
+    if experiment.ranks is None:
+        return {}
     leaf = _leaf(experiment)
     with CountCollectives() as forward:
         value = loss(leaf, experiment.target)
     with CountCollectives() as backward:
         _backward(value)
-    return forward.traffic, backward.traffic
+    both = forward.traffic.plus(backward.traffic)
+    return {"forward": forward.traffic, "backward": backward.traffic, "both": both}
 
 
 def _leaf(experiment: Experiment) -> torch.Tensor:
@@ -242,47 +236,31 @@ Times = dict[str, dict[str, list[float]]]  # {provider: {step: [repeat] ms}}
 
 def measure_losses(experiment: Experiment) -> list[Row]:
     """Rows of every provider: three of one that runs, one with a reason of one that does not."""
-    every = ours(experiment.setting) + peers()
-    turns = (experiment.repeats + 1) * len(every)
-    with _progress_of_first_rank(experiment, turns) as advance:
-        rehearsed, refused = _rehearse_all(every, experiment, advance)
-        passes = {one.provider.name: partial(_one_pass, one.loss, experiment) for one in rehearsed}
-        measured = time_in_turn(passes, experiment, advance)
-    times = {name: _by_step(values) for name, values in measured.items()}
-    rows = [row for one in rehearsed for row in _rows(one, times, experiment)]
-    return rows + [_unavailable(provider, why, experiment) for provider, why in refused]
-
-
-@contextmanager
-def _progress_of_first_rank(experiment: Experiment, turns: int) -> Iterator[Advance]:
-    if experiment.setting.group.rank() > 0:
-        yield lambda work: None
-        return
-    with progress(str(experiment.setting.case), turns, "passes") as advance:
-        yield advance
-
-
-def _rehearse_all(
-    every: list[Provider], experiment: Experiment, advance: Advance
-) -> tuple[list[Rehearsed], list[tuple[Provider, str]]]:
-    truth = Truth(experiment.logits, experiment.target, experiment.setting.group)
+    setting, repeats = experiment.setting, experiment.repeats
+    every = ours(setting) + peers()
+    truth = Truth(experiment.logits, experiment.target, setting.group)
     rehearsed, refused = [], []
-    for provider in every:
-        try:
-            rehearsed.append(rehearse(provider, experiment, truth))
-        except Unavailable as error:
-            refused.append((provider, str(error)))
-            advance(experiment.repeats)  # the turns it will not take
-        advance(1)
-    return rehearsed, refused
+    shown = progress(str(setting.case), (repeats + 1) * len(every), "passes")
+    with shown if setting.group.rank() == 0 else nullcontext(lambda work: None) as advance:
+        for provider in every:
+            try:
+                rehearsed.append(rehearse(provider, experiment, truth))
+            except Unavailable as error:
+                refused.append(_unavailable(provider, str(error), experiment))
+                advance(repeats)  # the turns it will not take
+            advance(1)
+        passes = {one.provider.name: partial(_one_pass, one.loss, experiment) for one in rehearsed}
+        measured = time_in_turn(passes, experiment.clock, repeats, experiment.ranks, advance)
+    times = {name: _by_step(values) for name, values in measured.items()}
+    return [row for one in rehearsed for row in _rows(one, times, experiment)] + refused
 
 
 def _one_pass(loss: Loss, experiment: Experiment) -> Iterator[None]:
-    leaf = experiment.logits.clone().requires_grad_()  # some providers overwrite what they get
+    leaf = _leaf(experiment)
     yield
     value = loss(leaf, experiment.target)
     yield
-    value.backward()  # type: ignore[no-untyped-call]
+    _backward(value)
     yield
 
 
@@ -296,20 +274,21 @@ def _rows(one: Rehearsed, times: Times, experiment: Experiment) -> Iterator[Row]
     moves = GRADIENT_IN_FORWARD if provider.gradient_in_forward else MOVES
     for step, values in times[provider.name].items():
         taken, (moved, words) = spread(values), moves[step]
+        size = moved * experiment.logits.nbytes
+        traffic = one.traffic.get(step)
         yield experiment.row(
             kind="loss",
             step=step,
             **_names(provider),
             repeats=len(values),
-            median_ms=taken.median,
-            p20_ms=taken.p20,
-            p80_ms=taken.p80,
+            **taken.columns(),
             **_ratios(values, step, times, experiment),
-            bytes=moved * experiment.logits_bytes or None,
+            bytes=size or None,
             bytes_are=words,
-            gb_per_s=moved * experiment.logits_bytes / taken.median / 1e6 or None,
-            **(_whole_pass(one) if step == "both" else {}),
-            **_traffic(one, step),
+            gb_per_s=size / taken.median / 1e6 or None,
+            **(one.columns if step == "both" else {}),
+            collectives=traffic.collectives if traffic else None,
+            collective_bytes=traffic.bytes if traffic else None,
         )
 
 
@@ -322,32 +301,12 @@ def _ratios(
     values: list[float], step: str, times: Times, experiment: Experiment
 ) -> dict[str, float]:
     """How many times as long as the best of ours, into new memory and over the logits."""
+    best = best_backend(experiment.setting)
     columns: dict[str, float] = {}
-    ours_best = best_backend(experiment.setting)
-    for column, name in (("times_ours", ours_best), ("times_in_place", in_place(ours_best))):
+    for column, name in (("times_ours", best), ("times_in_place", in_place(best))):
         if name in times:
-            times_as_long = ratio(values, times[name][step])
-            columns[column] = times_as_long.median
-            columns[f"{column}_p20"] = times_as_long.p20
-            columns[f"{column}_p80"] = times_as_long.p80
+            columns |= ratio(values, times[name][step]).columns(column)
     return columns
-
-
-def _whole_pass(one: Rehearsed) -> dict[str, float]:
-    return {
-        "peak_mib": one.peak_mib,
-        "loss_error": one.errors.loss,
-        "gradient_error": one.errors.gradient,
-    }
-
-
-def _traffic(one: Rehearsed, step: str) -> dict[str, int]:
-    if one.traffic is None:
-        return {}
-    forward, backward = one.traffic
-    both = Traffic(forward.collectives + backward.collectives, forward.bytes + backward.bytes)
-    counted = {"forward": forward, "backward": backward, "both": both}[step]
-    return {"collectives": counted.collectives, "collective_bytes": counted.bytes}
 
 
 def _unavailable(provider: Provider, reason: str, experiment: Experiment) -> Row:

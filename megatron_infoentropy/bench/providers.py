@@ -9,6 +9,8 @@ its users get it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -54,6 +56,11 @@ class Setting:
         """For providers that need whole rows."""
         if self.case.tensor_parallel > 1:
             raise Unavailable("it has no tensor parallelism")
+
+    def refuse_uncompiled(self) -> None:
+        """For providers that torch compiles."""
+        if not self.case.compiled:
+            raise Unavailable("compiled providers were left out of this case, to save time")
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,6 @@ def _ours(
 ) -> Provider:
     def make(setting: Setting) -> Loss:
         config = InfoEntropyConfig(**settings)  # type: ignore[arg-type]
-
         table = torch.empty(0, requires_grad=True)
 
         def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -154,44 +160,36 @@ def _ours(
 def peers() -> list[Provider]:
     """All of them, whether or not they are installed."""
     return [
-        Provider("torch", _torch),
-        Provider("torch compiled", _torch_compiled),
+        Provider("torch", _whole_rows(F.cross_entropy)),
+        Provider("torch compiled", _whole_rows(_cross_entropy, compiled=True)),
         Provider("megatron unfused", _megatron_unfused),
         Provider("megatron fused", _megatron_fused),
         Provider("transformer engine", _transformer_engine),
-        Provider("transformer engine in place", _transformer_engine_in_place),
+        Provider("transformer engine in place", partial(_transformer_engine, overwrite=True)),
         Provider("liger", _liger, gradient_in_forward=True),
         Provider("liger vocab-parallel", _liger_vocab_parallel),
         Provider("flash-attn", _flash_attention),
         Provider("quack", _quack),
         Provider("trl", _trl, "infoentropy"),
-        Provider("paper eager", _paper, "infoentropy"),
-        Provider("paper compiled", _paper_compiled, "infoentropy"),
+        Provider("paper eager", _whole_rows(paper_loss), "infoentropy"),
+        Provider("paper compiled", _whole_rows(paper_loss, compiled=True), "infoentropy"),
     ]
 
 
-def _torch(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    return F.cross_entropy
+def _whole_rows(loss: Loss, *, compiled: bool = False) -> Callable[[Setting], Loss]:
+    def make(setting: Setting) -> Loss:
+        setting.refuse_shards()
+        if not compiled:
+            return loss
+        setting.refuse_uncompiled()
+        made: Loss = torch.compile(loss, dynamic=False)
+        return made
 
-
-def _torch_compiled(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    return _compiled(setting, _cross_entropy)
+    return make
 
 
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, target)
-
-
-def _paper(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    return paper_loss
-
-
-def _paper_compiled(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    return _compiled(setting, paper_loss)
 
 
 def paper_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -202,142 +200,98 @@ def paper_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (ce * weight / weight.mean()).mean()
 
 
-def _compiled(setting: Setting, loss: Loss) -> Loss:
-    _refuse_uncompiled(setting)
-    compiled: Loss = torch.compile(loss, dynamic=False)
-    return compiled
-
-
-def _refuse_uncompiled(setting: Setting) -> None:
-    if not setting.case.compiled:
-        raise Unavailable("compiled providers were left out of this case, to save time")
-
-
 def _megatron_unfused(setting: Setting) -> Loss:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        # Overwrites fp32 logits by their softmax and that by the gradient, as in its trainer.
-        return _mean(vocab_parallel_cross_entropy(logits, target, tp_group=setting.group))
-
-    return loss
+    # Overwrites fp32 logits by their softmax and that by the gradient, as in its trainer.
+    return lambda logits, target: _mean(
+        vocab_parallel_cross_entropy(logits, target, tp_group=setting.group)
+    )
 
 
 def _megatron_fused(setting: Setting) -> Loss:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
-    _refuse_uncompiled(setting)
+    setting.refuse_uncompiled()
+    return lambda logits, target: _mean(
+        fused_vocab_parallel_cross_entropy(logits, target, setting.group)
+    )
 
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _mean(fused_vocab_parallel_cross_entropy(logits, target, setting.group))
 
-    return loss
+def _from_gpu_package(module: str, name: str, setting: Setting) -> Any:
+    """What a package for GPUs has by this name.
+
+    Raises:
+        Unavailable: there is no GPU, or no such package, or it cannot be imported.
+    """
+    if setting.device.type != "cuda":
+        raise Unavailable("its kernels need a GPU")
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise Unavailable("it is not installed") from None
+        raise Unavailable(f"it cannot be imported ({error})") from None
 
 
 def _transformer_engine(setting: Setting, *, overwrite: bool = False) -> Loss:
-    _refuse_cpu(setting)
-    try:
-        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-    except ImportError as error:
-        raise Unavailable(_not_installed("transformer_engine", error)) from None
+    path = "transformer_engine.pytorch.cross_entropy"
+    per_token = _from_gpu_package(path, "parallel_cross_entropy", setting)
     # Told of the overwriting only where wanted: releases before it do not know the word.
-    words: dict[str, Any] = {"overwrite_input": True} if overwrite else {}
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        rows, targets = logits.unsqueeze(1), target.unsqueeze(1)  # [sequence, batch, V]
-        return _mean(
-            parallel_cross_entropy(rows, targets, dist_process_group=setting.group, **words)
+    words = {"overwrite_input": True} if overwrite else {}
+    return lambda logits, target: _mean(  # [sequence, batch, V]
+        per_token(
+            logits.unsqueeze(1), target.unsqueeze(1), dist_process_group=setting.group, **words
         )
-
-    return loss
-
-
-def _transformer_engine_in_place(setting: Setting) -> Loss:
-    return _transformer_engine(setting, overwrite=True)
+    )
 
 
 def _liger(setting: Setting) -> Loss:
     setting.refuse_shards()
-    _refuse_cpu(setting)
-    try:
-        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(_not_installed("liger_kernel", error)) from None
-    loss: Loss = LigerCrossEntropyLoss()
+    path = "liger_kernel.transformers.cross_entropy"
+    loss: Loss = _from_gpu_package(path, "LigerCrossEntropyLoss", setting)()
     return loss
 
 
 def _liger_vocab_parallel(setting: Setting) -> Loss:
-    _refuse_cpu(setting)
-    try:
-        from liger_kernel.megatron.cross_entropy import LigerMegatronCrossEntropy  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(_not_installed("liger_kernel.megatron", error)) from None
-    per_token = LigerMegatronCrossEntropy()
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _mean(per_token(logits.unsqueeze(1), target.unsqueeze(1), setting.group))
-
-    return loss
+    path = "liger_kernel.megatron.cross_entropy"
+    per_token = _from_gpu_package(path, "LigerMegatronCrossEntropy", setting)()
+    return lambda logits, target: _mean(
+        per_token(logits.unsqueeze(1), target.unsqueeze(1), setting.group)
+    )
 
 
 def _flash_attention(setting: Setting) -> Loss:
-    _refuse_cpu(setting)
-    try:
-        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(_not_installed("flash_attn", error)) from None
-    group = setting.group if setting.case.tensor_parallel > 1 else None
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        losses, _ = cross_entropy_loss(logits, target, inplace_backward=True, process_group=group)
-        return _mean(losses)
-
-    return loss
+    path = "flash_attn.ops.triton.cross_entropy"
+    losses_and_z = _from_gpu_package(path, "cross_entropy_loss", setting)
+    words = {"process_group": setting.group if setting.case.tensor_parallel > 1 else None}
+    return lambda logits, target: _mean(
+        losses_and_z(logits, target, inplace_backward=True, **words)[0]
+    )
 
 
 def _quack(setting: Setting) -> Loss:
     setting.refuse_shards()
-    _refuse_cpu(setting)
-    try:
-        from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(_not_installed("quack", error)) from None
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _mean(cross_entropy(logits, target, reduction="none", inplace_backward=True))
-
-    return loss
+    per_token = _from_gpu_package("quack.cross_entropy", "cross_entropy", setting)
+    return lambda logits, target: _mean(
+        per_token(logits, target, reduction="none", inplace_backward=True)
+    )
 
 
 def _trl(setting: Setting) -> Loss:
     """TRL's one pass for log-probability and entropy, weighted as the paper does."""
     setting.refuse_shards()
-    _refuse_cpu(setting)
-    try:
-        from trl.kernels.logprob_entropy import (  # type: ignore[import-not-found]
-            selective_log_softmax_and_entropy,
-        )
-    except ImportError as error:
-        raise Unavailable(_not_installed("trl", error)) from None
+    path = "trl.kernels.logprob_entropy"
+    one_pass = _from_gpu_package(path, "selective_log_softmax_and_entropy", setting)
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        log_p, entropy = selective_log_softmax_and_entropy(logits, target)
+        log_p, entropy = one_pass(logits, target)
         weight: torch.Tensor = 1 + entropy.detach()
         weighted: torch.Tensor = -(weight * log_p).sum() / weight.sum()
         return weighted
 
     return loss
-
-
-def _refuse_cpu(setting: Setting) -> None:
-    if setting.device.type != "cuda":
-        raise Unavailable("its kernels need a GPU")
-
-
-def _not_installed(package: str, error: ImportError) -> str:
-    missing = isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]
-    return "it is not installed" if missing else f"it cannot be imported ({error})"
 
 
 def _mean(losses: torch.Tensor) -> torch.Tensor:

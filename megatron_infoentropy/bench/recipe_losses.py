@@ -1,17 +1,27 @@
-"""The losses that take turns in one training: ours as the recipe says, ours otherwise, Megatron's.
+"""On every rank of a training that `infoentropy bench-recipe` measures: its losses take turns, ours
+as the recipe says, ours otherwise, and Megatron's.
 
-Each is a forward step and a `finalize_model_grads_func` of Megatron's trainer.
+Each takes a training step at a time, and the parts of every step are timed, by a clock that is
+marked where one part gives way to the next (on a GPU by CUDA events among the kernels: a part is
+what the device did between two of them, its idling for the host included):
 
-They take turns, a training step each, and the parts of every step are timed. A step goes from its
-first micro-batch's forward pass to that of the next step: the optimizer, the log line and the
-fetching of data are in it. Its parts begin where Megatron calls us. A loss that is fused with the
-output layer has no moments of its own; all of it counts as forward.
+    forward     a micro-batch's forward pass begins
+    loss        the output layer has given the logits
+    backward    their gradient is complete
+    gradients   they are reduced over ranks, and reported on
+    optimizer   what is left: the optimizer, the log line, the fetching of data
+
+A step goes from its first micro-batch's forward pass to that of the next step. A loss that is fused
+with the output layer has no moments of its own; all of it counts as forward.
 """
 
+import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,121 +29,26 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.common.language_module import language_module
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
+from megatron.training.training import num_floating_point_operations
 
-from megatron_infoentropy.bench.clock import Clock, PeakMeter
-from megatron_infoentropy.bench.parts import PartTimes
-from megatron_infoentropy.config import InfoEntropyConfig
+from megatron_infoentropy.bench.recipe_run import PARTS, RankResult
+from megatron_infoentropy.bench.timing import Clock, PeakMeter, clock_for
+from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.integration.arguments import check_megatron_args
 from megatron_infoentropy.integration.batch import get_batch
+from megatron_infoentropy.integration.observe import peak_tflops
 from megatron_infoentropy.integration.step import (
     InfoEntropyForwardStep,
     LossResult,
     reject_bad_loss,
 )
+from megatron_infoentropy.pretrain import prepare, run
 from megatron_infoentropy.runtime import cpu
+from megatron_infoentropy.runtime.device import find_device
 
 WARM_UPS = 2  # of every loss: the first builds the optimizer's state, the second finds it there
-
-
-@dataclass
-class Measured:
-    """The times and memory of one loss on this rank."""
-
-    times: list[float] = field(default_factory=list)  # ms of a step, a round each
-    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    peak_mib: float = 0.0  # the worst step's, beside what lives between steps
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One training step: whose it is and what it is for."""
-
-    contender: "Contender"
-    purpose: str  # "warm up", "weigh" or "time"
-
-
-def turns(contenders: list["Contender"], rounds: int) -> list[Turn]:
-    """Every loss warmed up and weighed, then rounds in which each takes a step, in an order that
-    turns from round to round."""
-    planned = [Turn(each, "warm up") for each in contenders for _ in range(WARM_UPS)]
-    planned += [Turn(each, "weigh") for each in contenders]
-    for number in range(rounds):
-        first = number % len(contenders)
-        planned += [Turn(each, "time") for each in contenders[first:] + contenders[:first]]
-    return planned
-
-
-class TurnTakingStep:
-    """Megatron's forward step and `finalize_model_grads_func` of a training that is measured."""
-
-    def __init__(
-        self,
-        planned: list[Turn],
-        clock: Clock,
-        meter: PeakMeter,
-        iteration: Callable[[], int],
-        finish: Callable[[dict[str, Measured]], None],
-    ) -> None:
-        """iteration: number of the step under way; finish: takes the results after every round, so
-        that a training that is stopped early leaves those it has. The last is known in one step
-        more."""
-        self.measured = {turn.contender.name: Measured() for turn in planned}
-        self._planned = planned
-        self._times = PartTimes(clock)
-        self._meter = meter
-        self._iteration = iteration
-        self._finish = finish
-        self._turn = -1
-        self._at: int | None = None
-
-    def __call__(self, data_iterator: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        if self._iteration() != self._at:
-            self._next_turn()
-        self._watch(model)
-        self._times.enter("forward")
-        return self._contender.forward_step(data_iterator, model, *arguments, **options)
-
-    def finalize_model_grads(self, *arguments: Any, **options: Any) -> None:
-        self._times.enter("gradients")
-        self._contender.finalize(*arguments, **options)
-        self._times.enter("optimizer")
-
-    @property
-    def _contender(self) -> "Contender":
-        return self._planned[min(self._turn, len(self._planned) - 1)].contender
-
-    def _next_turn(self) -> None:
-        if self._at is not None and self._turn < len(self._planned):
-            self._close(self._planned[self._turn])
-        self._at = self._iteration()
-        self._turn += 1
-        if self._turn < len(self._planned) and self._planned[self._turn].purpose == "weigh":
-            self._meter.start()
-        self._times.start()
-
-    def _close(self, turn: Turn) -> None:
-        spent = self._times.stop()
-        measured = self.measured[turn.contender.name]
-        if turn.purpose == "weigh":
-            measured.peak_mib = self._meter.stop()
-        if turn.purpose == "time":
-            measured.times.append(sum(spent.values()))
-            for part, span in spent.items():
-                measured.parts[part].append(span)
-            if len({len(each.times) for each in self.measured.values()}) == 1:
-                self._finish(self.measured)
-
-    def _watch(self, model: Any) -> None:
-        """Learn of a pipeline chunk's logits and of their gradient."""
-        while hasattr(model, "module"):  # wrappers for data parallelism and 16-bit floats
-            model = model.module
-        output_layer = getattr(model, "output_layer", None)
-        if output_layer is not None:
-            self._times.watch(output_layer)
-
-
-Finalize = Callable[..., None]
-
+MATRIX = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrix product to compare with
+MATRIX_TURNS = 10
 # Megatron's own: name -> (cross_entropy_loss_fusion, cross_entropy_fusion_impl)
 FUSIONS = {
     "megatron unfused": (False, "native"),
@@ -142,79 +57,146 @@ FUSIONS = {
 }
 
 
-class Contender(NamedTuple):
-    """One loss of the training."""
+def measure(folder: Path, rounds: int, names: list[str]) -> None:
+    """Train for as many steps as are to be measured, and one in which the results are written.
+
+    The command line is the training's. After every round rank-N.json in the folder is written anew.
+    """
+    container, ours = prepare()
+    transformer = container.model.transformer
+    asked = choose(names, recipe_losses(ours, transformer.finalize_model_grads_func))
+    measured = [loss for loss in asked if not loss.reason]
+    left_out = [(loss.name, loss.reason) for loss in asked if loss.reason]
+    planned = turns(measured, rounds)
+    _shorten(get_args(), len(planned) + 1)
+
+    def write(results: dict[str, "Measured"]) -> None:
+        losses = [
+            {
+                "name": loss.name,
+                "by": loss.by,
+                "calls_output_layer": loss.calls_output_layer,
+                **asdict(results[loss.name]),
+            }
+            for loss in measured
+        ]
+        result = RankResult(losses, left_out, _facts(get_args()))
+        path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
+        write_whole(path, json.dumps(asdict(result)))
+
+    device = torch.device(find_device().type)
+    clock, meter = clock_for(device, flush=False), PeakMeter(device)
+    step = TurnTakingStep(planned, clock, meter, lambda: int(get_args().curr_iteration), write)
+    transformer.finalize_model_grads_func = step.finalize_model_grads
+    run(container, step)
+
+
+def _shorten(args: Any, steps: int) -> None:
+    """The learning rate stays that of the recipe's first steps."""
+    if args.train_iters is None:
+        raise ValueError("bench-recipe needs a recipe with train-iters, not train-samples")
+    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
+    args.train_iters = steps
+
+
+def _facts(args: Any) -> dict[str, Any]:
+    layout = (
+        f"tensor {args.tensor_model_parallel_size}",
+        f"pipeline {args.pipeline_model_parallel_size}",
+        f"data {args.data_parallel_size}",
+    )
+    is_gpu = find_device().type == "cuda"
+    return {
+        "layers": args.num_layers,
+        "hidden_size": args.hidden_size,
+        "vocabulary": args.padded_vocab_size,
+        "precision": _precision(args),
+        "layout": " x ".join(layout),
+        "ranks": args.world_size,
+        "tokens": args.global_batch_size * args.seq_length,
+        "micro_batch_tokens": args.micro_batch_size * args.seq_length,
+        "flops_per_token": num_floating_point_operations(args, 1) / args.seq_length,
+        "peak_tflops": peak_tflops(),
+        "matmul_tflops": _matmul_tflops(args.params_dtype),
+        # The most that PyTorch's allocator took of a GPU, what it caches included.
+        "held_gib": torch.cuda.max_memory_reserved() / 2**30 if is_gpu else None,
+    }
+
+
+def _precision(args: Any) -> str:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    words: str = name[args.params_dtype]
+    return f"FP8 {args.fp8} {args.fp8_recipe}, else {words}" if args.fp8 else words
+
+
+@cache
+def _matmul_tflops(dtype: torch.dtype) -> float:
+    """What this device's matrix product reaches, in the same run: the best of some."""
+    device = torch.device(find_device().type)
+    size = MATRIX[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, size, size, device=device, generator=generator)
+    left, right = draw().to(dtype), draw().to(dtype)
+    clock = clock_for(device, flush=False)
+    clock.start()
+    for _ in range(MATRIX_TURNS):
+        torch.matmul(left, right)
+        clock.mark()
+    return 2 * size**3 / min(clock.read()) / 1e9
+
+
+Finalize = Callable[..., None]
+
+
+class RecipeLoss(NamedTuple):
+    """One loss of the training, or one that cannot take part and why."""
 
     name: str
     by: str  # "ours" or "peer"
     forward_step: Callable[..., Any]
     finalize: Finalize
     calls_output_layer: bool = True
+    reason: str = ""
 
 
-class LeftOut(NamedTuple):
-    """A loss that cannot take part, and why."""
-
-    name: str
-    reason: str
-
-
-def contenders(
-    ours: InfoEntropyForwardStep, finalize: Finalize
-) -> tuple[list[Contender], list[LeftOut]]:
-    """(the losses, first the recipe's own; those that cannot take part).
+def recipe_losses(ours: InfoEntropyForwardStep, finalize: Finalize) -> list[RecipeLoss]:
+    """Return every loss, first the recipe's own.
 
     finalize: of the recipe's own training, its reports included.
     """
-    found, left_out = [], []
-    for name, config in _ours(ours.config).items():
+    losses = []
+    unweighted = replace(ours.config.at(0), objective="cross_entropy", weighting="")
+    other_way = replace(ours.config, fused_linear=not ours.config.fused_linear)
+    for config in dict.fromkeys((ours.config, unweighted, other_way)):
+        own = InfoEntropyForwardStep(config, ours.vocab_size, ours.batch_weight, ours.observer)
+        name, reason = config.objective.replace("_", " "), ""
         try:
             check_megatron_args(get_args(), config)
         except ValueError as error:
-            left_out.append(LeftOut(name, str(error)))
-            continue
-        own = InfoEntropyForwardStep(config, ours.vocab_size, ours.batch_weight, ours.observer)
-        found.append(Contender(name, "ours", own, finalize, not config.fused_linear))
+            reason = str(error)
+        name = f"{name}, fused linear" if config.fused_linear else name
+        losses.append(RecipeLoss(name, "ours", own, finalize, not config.fused_linear, reason))
     for name, fusion in FUSIONS.items():
-        reason = _why_not(*fusion)
-        if reason:
-            left_out.append(LeftOut(name, reason))
-        else:
-            found.append(
-                Contender(name, "peer", MegatronForwardStep(*fusion), finalize_model_grads)
-            )
-    return found, left_out
+        theirs = MegatronForwardStep(*fusion)
+        losses.append(
+            RecipeLoss(name, "peer", theirs, finalize_model_grads, reason=_why_not(*fusion))
+        )
+    return losses
 
 
-def choose(
-    names: list[str], every: list[Contender], left_out: list[LeftOut]
-) -> tuple[list[Contender], list[LeftOut]]:
-    """The losses of these names, of all where there are none.
+def choose(names: list[str], every: list[RecipeLoss]) -> list[RecipeLoss]:
+    """Return the losses of these names, all of them where there are none.
 
     Raises:
         ValueError: no loss has such a name, or none that can take part was named.
     """
-    if not names:
-        return every, left_out
-    known = [each.name for each in every] + [each.name for each in left_out]
+    known = [each.name for each in every]
     unknown = [name for name in names if name not in known]
-    chosen = [each for each in every if each.name in names]
-    if unknown or not chosen:
+    chosen = [each for each in every if each.name in (names or known)]
+    if unknown or all(each.reason for each in chosen):
         asked = ", ".join(unknown or names)
         raise ValueError(f"no loss can be measured by the name {asked}; these: {', '.join(known)}")
-    return chosen, [each for each in left_out if each.name in names]
-
-
-def _ours(config: InfoEntropyConfig) -> dict[str, InfoEntropyConfig]:
-    """The recipe's first; its other objective and its other way through the output layer."""
-    unweighted = replace(config.at(0), objective="cross_entropy", weighting="")
-    other_way = replace(config, fused_linear=not config.fused_linear)
-    return {_name(each): each for each in (config, unweighted, other_way)}
-
-
-def _name(config: InfoEntropyConfig) -> str:
-    objective = config.objective.replace("_", " ")
-    return f"{objective}, fused linear" if config.fused_linear else objective
+    return chosen
 
 
 def _why_not(fused: bool, implementation: str) -> str:
@@ -257,3 +239,116 @@ def _summed(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossResult:
     count = loss_mask.sum()
     reject_bad_loss(loss)
     return loss, count.to(torch.int), {"lm loss": torch.stack([loss.detach(), count])}
+
+
+@dataclass
+class Measured:
+    """The times and memory of one loss on this rank."""
+
+    times: list[float] = field(default_factory=list)  # ms of a step, a round each
+    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    peak_mib: float = 0.0  # the worst step's, beside what lives between steps
+
+
+class Turn(NamedTuple):
+    """One training step: whose it is and what it is for."""
+
+    loss: RecipeLoss
+    purpose: str  # "warm up", "weigh" or "time"
+
+
+def turns(losses: list[RecipeLoss], rounds: int) -> list[Turn]:
+    """Every loss warmed up and weighed, then rounds in which each takes a step, in an order that
+    turns from round to round."""
+    planned = [Turn(each, "warm up") for each in losses for _ in range(WARM_UPS)]
+    planned += [Turn(each, "weigh") for each in losses]
+    for number in range(rounds):
+        first = number % len(losses)
+        planned += [Turn(each, "time") for each in losses[first:] + losses[:first]]
+    return planned
+
+
+class TurnTakingStep:
+    """Megatron's forward step and `finalize_model_grads_func` of a training that is measured."""
+
+    def __init__(
+        self,
+        planned: list[Turn],
+        clock: Clock,
+        meter: PeakMeter,
+        iteration: Callable[[], int],
+        finish: Callable[[dict[str, Measured]], None],
+    ) -> None:
+        """iteration: number of the step under way; finish: takes the results after every round, so
+        that a training that is stopped early leaves those it has. The last is known in one step
+        more."""
+        self.measured = {turn.loss.name: Measured() for turn in planned}
+        self._planned = planned
+        self._clock = clock
+        self._meter = meter
+        self._iteration = iteration
+        self._finish = finish
+        self._turn = -1
+        self._at: int | None = None
+        self._begun: list[str] = []  # parts of this step, in their order
+        self._watched: set[Any] = set()
+
+    def __call__(self, data_iterator: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if self._iteration() != self._at:
+            self._next_turn()
+        self._watch(model)
+        self._enter("forward")
+        return self._loss.forward_step(data_iterator, model, *arguments, **options)
+
+    def finalize_model_grads(self, *arguments: Any, **options: Any) -> None:
+        self._enter("gradients")
+        self._loss.finalize(*arguments, **options)
+        self._enter("optimizer")
+
+    @property
+    def _loss(self) -> RecipeLoss:
+        return self._planned[min(self._turn, len(self._planned) - 1)].loss
+
+    def _next_turn(self) -> None:
+        if self._at is not None and self._turn < len(self._planned):
+            self._close(self._planned[self._turn])
+        self._at = self._iteration()
+        self._turn += 1
+        if self._turn < len(self._planned) and self._planned[self._turn].purpose == "weigh":
+            self._meter.start()
+        self._begun = [PARTS[0]]
+        self._clock.start()
+
+    def _enter(self, part: str) -> None:
+        """A part begins, unless it is under way."""
+        if part != self._begun[-1]:
+            self._clock.mark()
+            self._begun.append(part)
+
+    def _close(self, turn: Turn) -> None:
+        self._clock.mark()
+        spans = self._clock.read()
+        measured = self.measured[turn.loss.name]
+        if turn.purpose == "weigh":
+            measured.peak_mib = self._meter.stop()
+        if turn.purpose == "time":
+            measured.times.append(sum(spans))
+            begun = list(zip(self._begun, spans, strict=True))
+            for part in PARTS:  # 0 of those that the step did not pass through
+                measured.parts[part].append(sum(span for name, span in begun if name == part))
+            if len({len(each.times) for each in self.measured.values()}) == 1:
+                self._finish(self.measured)
+
+    def _watch(self, model: Any) -> None:
+        """Learn from a pipeline chunk's output layer where the loss begins and ends."""
+        while hasattr(model, "module"):  # wrappers for data parallelism and 16-bit floats
+            model = model.module
+        output_layer = getattr(model, "output_layer", None)
+        if output_layer is not None and output_layer not in self._watched:
+            self._watched.add(output_layer)
+            output_layer.register_forward_hook(self._logits_are_there)
+
+    def _logits_are_there(self, layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: self._enter("backward"))  # type: ignore[no-untyped-call]
+        self._enter("loss")

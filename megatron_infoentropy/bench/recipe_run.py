@@ -2,21 +2,25 @@
 
 Megatron's trainer runs the recipe for some dozens of steps on this machine. Several losses take
 turns in it, a step each (`bench.recipe_losses`), on one model, one optimizer, one stream of data.
+
+`torchrun -m megatron_infoentropy.bench.recipe_run FOLDER ROUNDS LOSSES FLAGS` is one rank of it: it
+leaves rank-N.json in the folder, a `RankResult`. LOSSES are names with commas between them, or
+nothing for all. FLAGS are those of `megatron_infoentropy.pretrain`.
 """
 
 import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_infoentropy.bench.parts import PARTS
-from megatron_infoentropy.bench.recipe_rows import RankResult, RecipeRow, rows_of
 from megatron_infoentropy.bench.results import file_name, provenance, write_csv
-from megatron_infoentropy.bench.table import number, range_of, table_of
+from megatron_infoentropy.bench.table import number, table_of, with_range
+from megatron_infoentropy.bench.timing import median_difference, spread
 from megatron_infoentropy.launch.dry_run import stand_ins
 from megatron_infoentropy.launch.job import reading_flags, require_layout
 from megatron_infoentropy.launch.recipe import (
@@ -28,67 +32,58 @@ from megatron_infoentropy.launch.recipe import (
     useful_ranks,
 )
 from megatron_infoentropy.launch.train import follow
+from megatron_infoentropy.runtime import cpu, orphans
 from megatron_infoentropy.runtime.device import Device, find_device
 
-
-def recipe_tables(rows: list[RecipeRow]) -> list[Table | str]:
-    """The training in words, its losses, the parts of their steps, and what was left out."""
-    timed = [row for row in rows if row.rounds]
-    return [_words(rows[0]), _losses(timed), _parts(timed), *_left_out(rows)]
-
-
-def _words(row: RecipeRow) -> str:
-    size = f"{row.parameters:,} parameters" if row.parameters else f"{row.layers} layers"
-    held = f", {row.held_gib:.1f} GiB held on a GPU" if row.held_gib else ""
-    return (
-        f"{row.recipe}: {size}, {row.precision}, {row.layout}, {row.tokens:,} tokens a step in "
-        f"micro-batches of {row.micro_batch_tokens:,}{held}; a matrix product reaches "
-        f"{row.matmul_tflops:.3g} TFLOP/s"
-    )
-
-
-def _losses(rows: list[RecipeRow]) -> Table:
-    heads = ["loss", "by", "ms a step", "p20-p80", "ms more than the first", "95 %", "% more"]
-    heads += ["tokens/s", "TFLOP/s", "% of the product", "% of peak", "peak MiB"]
-    table = table_of(f"training steps, {rows[0].rounds} rounds", heads)
-    for row in rows:
-        cells = [row.loss, row.by, number(row.median_ms), range_of(row.p20_ms, row.p80_ms)]
-        cells += [*_more(row, rows[0]), number(row.tokens_per_s), f"{row.tflops:.3g}"]
-        cells += [_percent(row.tflops, whole) for whole in (row.matmul_tflops, row.peak_tflops)]
-        cells += [number(row.peak_mib)]
-        table.add_row(*cells)
-    return table
-
-
-def _more(row: RecipeRow, first: RecipeRow) -> tuple[str, str, str]:
-    """(paired difference, its interval, its share of the first loss's step), signed."""
-    middle, low, high = row.minus_first_ms, row.minus_first_low_ms, row.minus_first_high_ms
-    if middle is None or low is None or high is None or not first.median_ms:
-        return "", "", ""
-    share = 100 * middle / first.median_ms
-    return f"{middle:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{share:+.2f}"
-
-
-def _percent(part: float | None, whole: float | None) -> str:
-    return number(100 * part / whole) if part and whole else ""
-
-
-def _parts(rows: list[RecipeRow]) -> Table:
-    table = table_of("median ms of a step's parts", ["loss", "", *PARTS, "loss, % of step"])
-    for row in rows:
-        spent = [getattr(row, f"{part}_ms") for part in PARTS]
-        share = _percent(row.loss_ms, row.median_ms)
-        table.add_row(row.loss, row.by, *map(number, spent), share)
-    return table
-
-
-def _left_out(rows: list[RecipeRow]) -> list[str]:
-    return [f"not measured: {row.loss}: {row.reason}" for row in rows if row.reason]
-
-
-RANK = "megatron_infoentropy.bench.recipe_rank"
+PARTS = ("forward", "loss", "backward", "gradients", "optimizer")  # of a step, in order
 # Every step pays for a report, ours and Megatron's: more than a training that logs now and then.
 NOTHING_ELSE = ("--log-interval=1", "--eval-iters=0", "--eval-interval=1000000")
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank saw; times in ms, a number a round."""
+
+    losses: list[dict[str, Any]]  # name, by, calls_output_layer, times, parts, peak_mib
+    left_out: list[tuple[str, str]]  # name, reason
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """One loss of a recipe; what does not apply is None, and empty in the file."""
+
+    recipe: str
+    parameters: int | None
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    precision: str
+    layout: str
+    ranks: int
+    tokens: int  # a step, over all ranks
+    micro_batch_tokens: int
+    loss: str
+    by: str  # "ours" or "peer"
+    rounds: int | None = None
+    median_ms: float | None = None  # of a step
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    minus_first_ms: float | None = None  # median of the paired differences from the recipe's loss
+    minus_first_low_ms: float | None = None  # its 95 % interval
+    minus_first_high_ms: float | None = None
+    tokens_per_s: float | None = None  # over all ranks
+    tflops: float | None = None  # of the model, a rank, recomputation not counted
+    peak_tflops: float | None = None  # dense bf16, as the card's maker states it
+    matmul_tflops: float | None = None  # a large matrix product in the training's own type
+    forward_ms: float | None = None  # medians; they need not add up to the step's
+    loss_ms: float | None = None
+    backward_ms: float | None = None
+    gradients_ms: float | None = None
+    optimizer_ms: float | None = None
+    peak_mib: float | None = None  # of the fullest rank's step, beside what lives between steps
+    held_gib: float | None = None  # the most that the allocator took of a GPU, over all losses
+    reason: str = ""  # why there is no time
 
 
 def bench_recipe(
@@ -124,7 +119,7 @@ def bench_recipe(
     folder = Path(tempfile.mkdtemp(prefix="bench-recipe-"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     asked = (str(folder), str(rounds), ",".join(losses))
-    entry = ("--nproc-per-node", str(ranks), "-m", RANK, *asked)
+    entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.bench.recipe_run", *asked)
     environment = machine_environment(device, ranks)
     said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
     answers = [_answer(folder, rank) for rank in range(ranks)]
@@ -161,3 +156,124 @@ def _flags(
         raise ValueError("--data needs the --tokenizer it was made with")
     places = reading_flags(recipe, [*words, *extra_flags], data, tokenizer)
     return [*words, *to_command_line(places), *extra_flags]
+
+
+def rows_of(recipe: str, parameters: int | None, ranks: list[RankResult]) -> list[RecipeRow]:
+    """Times are those of the last rank, which has the loss; memory is the fullest rank's."""
+    last = ranks[-1]
+    facts = dict(last.facts)
+    per_token = facts.pop("flops_per_token")
+    held = [rank.facts["held_gib"] for rank in ranks]
+    facts["held_gib"] = None if None in held else max(held)
+    rates = {name: facts.pop(name) for name in ("peak_tflops", "matmul_tflops", "held_gib")}
+    same = {"recipe": recipe, "parameters": parameters, **facts}
+    rows = []
+    for index, seen in enumerate(last.losses):
+        taken = spread(seen["times"])
+        tokens_per_s = facts["tokens"] / taken.median * 1e3
+        rows.append(
+            RecipeRow(
+                **same,
+                **rates,
+                loss=seen["name"],
+                by=seen["by"],
+                rounds=len(seen["times"]),
+                **taken.columns(),
+                tokens_per_s=tokens_per_s,
+                tflops=tokens_per_s * per_token / facts["ranks"] / 1e12,
+                peak_mib=max(rank.losses[index]["peak_mib"] for rank in ranks),
+                **_differences(seen, last.losses[0]),
+                **_median_parts(seen),
+            )
+        )
+    return rows + [
+        RecipeRow(**same, loss=name, by="", reason=reason) for name, reason in last.left_out
+    ]
+
+
+def _differences(seen: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    if seen is first:
+        return {}
+    low, median, high = median_difference(seen["times"], first["times"])
+    names = ("minus_first_low_ms", "minus_first_ms", "minus_first_high_ms")
+    return dict(zip(names, (low, median, high), strict=True))
+
+
+def _median_parts(seen: dict[str, Any]) -> dict[str, Any]:
+    """Unknown where the output layer and the loss are one: there is no moment between them."""
+    if not seen["calls_output_layer"]:
+        return {}
+    return {f"{part}_ms": spread(seen["parts"][part]).median for part in PARTS}
+
+
+def recipe_tables(rows: list[RecipeRow]) -> list[Table | str]:
+    """The training in words, its losses, the parts of their steps, and what was left out."""
+    timed = [row for row in rows if row.rounds]
+    return [_words(rows[0]), _losses(timed), _parts(timed), *_left_out(rows)]
+
+
+def _words(row: RecipeRow) -> str:
+    size = f"{row.parameters:,} parameters" if row.parameters else f"{row.layers} layers"
+    held = f", {row.held_gib:.1f} GiB held on a GPU" if row.held_gib else ""
+    return (
+        f"{row.recipe}: {size}, {row.precision}, {row.layout}, {row.tokens:,} tokens a step in "
+        f"micro-batches of {row.micro_batch_tokens:,}{held}; a matrix product reaches "
+        f"{row.matmul_tflops:.3g} TFLOP/s"
+    )
+
+
+def _losses(rows: list[RecipeRow]) -> Table:
+    heads = ["loss", "by", "ms a step (p20-p80)", "ms more than the first (95 %)", "% more"]
+    heads += ["tokens/s", "TFLOP/s", "% of the product", "% of peak", "peak MiB"]
+    table = table_of(f"training steps, {rows[0].rounds} rounds", heads)
+    for row in rows:
+        cells = [row.loss, row.by, with_range(row.median_ms, row.p20_ms, row.p80_ms)]
+        cells += [*_more(row, rows[0]), number(row.tokens_per_s), f"{row.tflops:.3g}"]
+        cells += [_percent(row.tflops, whole) for whole in (row.matmul_tflops, row.peak_tflops)]
+        cells += [number(row.peak_mib)]
+        table.add_row(*cells)
+    return table
+
+
+def _more(row: RecipeRow, first: RecipeRow) -> tuple[str, str]:
+    """(paired difference and its interval, its share of the first loss's step), signed."""
+    middle, low, high = row.minus_first_ms, row.minus_first_low_ms, row.minus_first_high_ms
+    if middle is None or low is None or high is None or not first.median_ms:
+        return "", ""
+    share = 100 * middle / first.median_ms
+    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})", f"{share:+.2f}"
+
+
+def _percent(part: float | None, whole: float | None) -> str:
+    return number(100 * part / whole) if part and whole else ""
+
+
+def _parts(rows: list[RecipeRow]) -> Table:
+    table = table_of("median ms of a step's parts", ["loss", "", *PARTS, "loss, % of step"])
+    for row in rows:
+        spent = [getattr(row, f"{part}_ms") for part in PARTS]
+        share = _percent(row.loss_ms, row.median_ms)
+        table.add_row(row.loss, row.by, *map(number, spent), share)
+    return table
+
+
+def _left_out(rows: list[RecipeRow]) -> list[str]:
+    return [f"not measured: {row.loss}: {row.reason}" for row in rows if row.reason]
+
+
+def main() -> None:
+    """Measure on this rank."""
+    folder, rounds, names = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
+    orphans.leave_none()
+    cpu.install()  # before megatron is imported; does nothing where there is a GPU
+
+    from megatron_infoentropy.integration.compat import prepare_megatron
+
+    prepare_megatron()
+    from megatron_infoentropy.bench.recipe_losses import measure
+
+    measure(folder, rounds, names.split(",") if names else [])
+
+
+if __name__ == "__main__":
+    main()

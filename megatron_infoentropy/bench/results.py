@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 
@@ -32,6 +32,7 @@ PACKAGES = (
     "quack-kernels",
     "trl",
 )
+FACTS = ("device", *(package.replace("-", "_") for package in PACKAGES), "commit", "date")
 
 
 def provenance() -> dict[str, str]:
@@ -97,7 +98,7 @@ def _version(package: str) -> str:
         return ""
 
 
-Kind = Literal["loss", "linear", "step", "kernel", "limit", "unavailable"]
+Kind = Literal["loss", "linear", "kernel", "limit", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,12 @@ class Row:
     limit: str = ""  # what bounds a kernel here, measured in the same run
     limit_gb_per_s: float | None = None
     percent_of_limit: float | None = None
-    dram_read_bytes: int | None = None  # by hardware counters
-    dram_write_bytes: int | None = None
     peak_mib: float | None = None  # beside the logits
     collectives: int | None = None
     collective_bytes: int | None = None  # that one rank contributes
     loss_error: float | None = None  # against float64, nats
     gradient_error: float | None = None  # against float64, relative to the largest entry
     reason: str = ""  # why there is no time
-    percent_of_step: float | None = None  # the loss's, of a training step
-    minus_ours_ms: float | None = None  # median of the paired differences of training steps
-    minus_ours_low_ms: float | None = None  # its 95 % interval
-    minus_ours_high_ms: float | None = None
 
     @property
     def case(self) -> Case:
@@ -157,16 +152,18 @@ class Row:
         )
 
 
+NUMBERS = {  # column -> what its text is a number of
+    name: float if hint in (float, float | None) else int
+    for name, hint in get_type_hints(Row).items()
+    if hint in (int, float, int | None, float | None)
+}
+
+
 def row_of_case(case: Case, **fields: Any) -> Row:
-    """A row with the case's columns filled in."""
-    return Row(
-        tokens=case.tokens,
-        vocabulary=case.vocabulary,
-        dtype=case.dtype,
-        tensor_parallel=case.tensor_parallel,
-        shard_of=case.shard_of,
-        **fields,
-    )
+    """Return a row with the case's columns filled in."""
+    shape = dataclasses.asdict(case)
+    del shape["compiled"]
+    return Row(**shape, **fields)
 
 
 def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: Path) -> None:
@@ -187,16 +184,22 @@ def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: 
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """(rows, facts) of a result file; columns that are newer than the file are empty."""
-    types = get_type_hints(Row)
-    needed = {f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING}
+    """(rows, facts) of a result file, also of an older one: columns that it lacks are empty, and
+    training steps, which are no longer measured, are left out.
+    """
+    fields = dataclasses.fields(Row)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     if not lines or not needed <= set(lines[0]):
         raise ValueError(f"{path} is not a result file of `infoentropy bench`; write it anew")
-    types = {name: hint for name, hint in types.items() if name in lines[0]}
-    rows = [Row(**{name: _value(line[name], types[name]) for name in types}) for line in lines]
-    return rows, {name: text for name, text in lines[0].items() if name not in types}
+    names = [field.name for field in fields if field.name in lines[0]]
+    rows = [
+        Row(**{name: _value(line[name], NUMBERS.get(name)) for name in names})
+        for line in lines
+        if line["step"] != "training step"
+    ]
+    return rows, {fact: lines[0][fact] for fact in FACTS if fact in lines[0]}
 
 
 def _text(value: object) -> str:
@@ -205,11 +208,7 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _value(text: str, hint: Any) -> Any:
-    kinds = get_args(hint) or (hint,)
-    if type(None) in kinds and text == "":
-        return None
-    for kind in (int, float):
-        if kind in kinds:
-            return kind(text)
-    return text
+def _value(text: str, number: type[int] | type[float] | None) -> Any:
+    if number is None:
+        return text
+    return number(text) if text else None

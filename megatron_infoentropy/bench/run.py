@@ -17,13 +17,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.bench.alone import measure_kernels, measure_output_layer
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.counters import dram_bytes
-from megatron_infoentropy.bench.fused_linear import compare_fused_linear
-from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.losses import measure_losses
-from megatron_infoentropy.bench.passes import prepare
-from megatron_infoentropy.bench.providers import Setting, Unavailable, failure
+from megatron_infoentropy.bench.providers import Setting, failure
 from megatron_infoentropy.bench.results import (
     Row,
     file_name,
@@ -32,10 +29,9 @@ from megatron_infoentropy.bench.results import (
     row_of_case,
     write_csv,
 )
-from megatron_infoentropy.bench.step_rows import compare_steps
+from megatron_infoentropy.bench.timing import prepare
 from megatron_infoentropy.runtime.device import Device, find_device
 
-STEP_HIDDEN = 256  # of the model that takes training steps, where no size is given
 ALL = "every provider"
 OVER = "the minutes given were over"
 TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails instead of hanging
@@ -46,15 +42,12 @@ def bench(
     *,
     repeats: int,
     hidden: int | None = None,
-    steps: int | None = None,
-    counters: bool = False,
     output: Path | None = None,
     minutes: float | None = None,
 ) -> list[Row]:
-    """Measure every case; at the first one's shape also, with `hidden`, the output layer of that
-    size fused and unfused, with `steps` so many rounds of training steps, and with `counters` the
-    bytes that the kernels moved. Write the rows where `output` is given, anew after every case: a
-    file, or a folder in which the file is named by device and month.
+    """Measure every case; with `hidden` also, at the first one's shape, the output layer of that
+    size, fused and unfused. Write the rows where `output` is given, anew after every case: a file,
+    or a folder in which the file is named by device and month.
 
     With `minutes` no case begins later than that, and what the file has already of this device
     and commit is kept: called again, it goes on.
@@ -72,9 +65,8 @@ def bench(
             is_over = time.monotonic() > end
             run = partial(_measure, case, device, repeats)
             rows += [_left_out(case, ALL, OVER)] if is_over else _measured(case, ALL, run)
-        if case is cases[0]:
-            rows += _beside(case, rows, hidden, steps)
-            rows = _with_dram_bytes(rows, device) if counters else rows
+        if hidden and case is cases[0] and "linear" not in {row.kind for row in rows}:
+            rows += _measured(case, "output layer", partial(_output_layer, case, hidden))
         if path:
             write_csv(rows, facts, path)
     return rows
@@ -101,27 +93,9 @@ def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[R
         torch.cuda.empty_cache()  # for what follows in another process
 
 
-def _beside(case: Case, rows: list[Row], hidden: int | None, steps: int | None) -> list[Row]:
-    """The output layer and the training steps, unless the rows have them."""
-    found, known = [], {row.kind for row in rows}
-    if hidden and "linear" not in known:
-        found += _measured(case, "output layer", lambda: _fused_linear(case, hidden))
-    if steps and "step" not in known:
-        size = hidden or STEP_HIDDEN
-        run = partial(compare_steps, case, hidden=size, rounds=steps)
-        found += _measured(case, "training steps", run)
-    return found
-
-
-def _fused_linear(case: Case, hidden: int) -> list[Row]:
+def _output_layer(case: Case, hidden: int) -> list[Row]:
     chunk_tokens = max(1, min(InfoEntropyConfig().chunk_tokens, case.tokens // 2))
-    return compare_fused_linear(
-        tokens=case.tokens,
-        hidden=hidden,
-        vocabulary=case.vocabulary,
-        dtype=case.dtype,
-        chunk_tokens=chunk_tokens,
-    )
+    return measure_output_layer(case, hidden=hidden, chunk_tokens=chunk_tokens)
 
 
 def _measure(case: Case, device: Device, repeats: int) -> list[Row]:
@@ -174,29 +148,6 @@ def _group(rank: int, case: Case, device: Device, folder: str) -> Iterator[dist.
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
-
-
-def _with_dram_bytes(rows: list[Row], device: Device) -> list[Row]:
-    """The rows, those of our kernels at the first case with what they moved; or with the reason why
-    that is not known."""
-    counted = []
-    try:
-        for row in rows:
-            if row.case == rows[0].case and row.kind == "kernel" and _is_counted(row):
-                if device.type != "cuda":
-                    raise Unavailable("there is no GPU whose counters could be read")
-                moved = dram_bytes(row.provider, row.step, row.case)
-                row = replace(row, dram_read_bytes=moved.read, dram_write_bytes=moved.write)
-            counted.append(row)
-    except Unavailable as error:
-        return [*rows, _left_out(rows[0].case, "bytes by hardware counters", str(error))]
-    return counted
-
-
-def _is_counted(row: Row) -> bool:
-    """Whether the hardware is still to be asked for it."""
-    ours = row.provider != "reference" and row.step in ("statistics", "gradient")
-    return ours and row.dram_read_bytes is None
 
 
 def _left_out(case: Case, what: str, reason: str) -> Row:

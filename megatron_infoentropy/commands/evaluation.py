@@ -209,28 +209,4 @@ def report(
         webbrowser.open(page.resolve().as_uri())  # without a screen it might open in a terminal
 
 
-def bench_evaluation(
-    vocabulary: Annotated[int, typer.Option(help="of the random Llama")] = 32000,
-    hidden: Annotated[int, typer.Option(help="its hidden size")] = 512,
-    layers: Annotated[int, typer.Option(help="its layers")] = 8,
-    context: Annotated[int, typer.Option(help="its positions")] = 512,
-    tokens: Annotated[int, typer.Option(help="scored in a round")] = 1024,
-    batch_tokens: Annotated[int, typer.Option(help="read at once")] = 1024,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    rounds: Annotated[int, typer.Option(min=2, help="timed passes of each kind")] = 15,
-    output: Annotated[
-        Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
-    ] = None,
-) -> None:
-    """Time of an evaluation beside the bare forward passes it needs, as a ratio."""
-    from megatron_infoentropy.bench.evaluation_pass import Shape, bench_evaluation
-
-    shape = Shape(vocabulary, hidden, layers, context, tokens, batch_tokens, dtype)
-    for row in bench_evaluation(shape, rounds=rounds, output=output):
-        out.print(
-            f"{row.name:12} {row.median_ms:9.1f} ms  {row.times_forward:.3f} times the forward "
-            f"(95 % {row.times_forward_low:.3f} to {row.times_forward_high:.3f})"
-        )
-
-
-COMMANDS = (evaluate, compare, report, bench_evaluation)
+COMMANDS = (evaluate, compare, report)

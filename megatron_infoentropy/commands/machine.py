@@ -111,15 +111,6 @@ def bench(
     hidden: Annotated[
         int | None, typer.Option(help="also an output layer of this size, fused and unfused")
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="also training steps of a Megatron GPT, with ours and with its own loss"
-        ),
-    ] = None,
-    counters: Annotated[
-        bool, typer.Option("--counters", help="also count the bytes moved, by ncu (GPU)")
-    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
     ] = None,
@@ -137,8 +128,7 @@ def bench(
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
     wide = make_console(width=max(out.width, WIDTH))
-    more = {"hidden": hidden, "steps": steps, "counters": counters, "minutes": minutes}
-    rows = run(chosen, repeats=repeats, output=output, **more)  # type: ignore[arg-type]
+    rows = run(chosen, repeats=repeats, hidden=hidden, output=output, minutes=minutes)
     for part in tables(rows):
         wide.print(part)
 

@@ -91,24 +91,4 @@ def shard_gradient(
     )
 
 
-def read_pass(data: torch.Tensor, threads: int) -> None:
-    """Reads all bytes of a contiguous tensor, as fast as this instruction set can."""
-    _C.roofline_read(source=data.data_ptr(), bytes=data.nbytes, threads=threads)
-
-
-def copy_pass(data: torch.Tensor, out: torch.Tensor, threads: int) -> None:
-    """Copies a contiguous tensor around the caches (but for up to two pages at the ends)."""
-    _C.roofline_copy(source=data.data_ptr(), out=out.data_ptr(), bytes=data.nbytes, threads=threads)
-
-
-def change_pass(data: torch.Tensor, threads: int) -> None:
-    """Reads and writes back all bytes of a contiguous tensor."""
-    _C.roofline_change(data=data.data_ptr(), bytes=data.nbytes, threads=threads)
-
-
-def exponentials_pass(dtype: torch.dtype, count: int, threads: int) -> int:
-    """About `count` exponentials of cached logits of this dtype; returns how many it were."""
-    return int(_C.roofline_exponentials(dtype=DTYPES[dtype], count=count, threads=threads))
-
-
 KERNELS = Kernels("native", shard_statistics, shard_gradient)

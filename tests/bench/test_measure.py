@@ -1,6 +1,5 @@
 """One small case measured whole: nobody is missing, and counts are what the algorithms say."""
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,12 +7,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_infoentropy.bench import kernel_rows, losses, run
+from megatron_infoentropy.bench import losses, run
+from megatron_infoentropy.bench.alone import measure_kernels, measure_output_layer
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.clock import clock_for, peak_mib
-from megatron_infoentropy.bench.kernel_rows import measure_kernels
 from megatron_infoentropy.bench.losses import Truth, rehearse
-from megatron_infoentropy.bench.passes import prepare, ratio, spread, time_in_turn
 from megatron_infoentropy.bench.providers import (
     Provider,
     Setting,
@@ -21,6 +18,15 @@ from megatron_infoentropy.bench.providers import (
     in_place,
     ours,
     peers,
+)
+from megatron_infoentropy.bench.timing import (
+    clock_for,
+    median_difference,
+    peak_mib,
+    prepare,
+    ratio,
+    spread,
+    time_in_turn,
 )
 from megatron_infoentropy.runtime.device import Device
 
@@ -59,31 +65,34 @@ def test_bytes_are_those_the_problem_must_move(experiment):
     assert rows["both"].times_ours == 1
 
 
-def test_kernels_are_held_against_what_bounds_them(experiment):
-    rows = measure_kernels(replace(experiment, repeats=1))
-    limits = {row.step: row for row in rows if row.provider == "this CPU"}
-    assert set(limits) == {"read", "copy", "change", "exponentials"}
-    kernels = {(row.provider, row.step): row for row in rows if row.kind == "kernel"}
-    assert len(kernels) == 2 * 3
-    for (_, step), row in kernels.items():
-        assert row.bytes == (1 if step == "statistics" else 2) * LOGITS_BYTES
-        # One repeat is both the median and the best.
-        assert row.percent_of_limit == pytest.approx(100 * row.gb_per_s / row.limit_gb_per_s)
-        slowest = {"statistics": "read", "gradient": "copy", "gradient in place": "change"}[step]
-        exponentials = limits["exponentials"].gb_per_s * row.bytes / LOGITS_BYTES
-        assert row.limit_gb_per_s == pytest.approx(min(limits[slowest].gb_per_s, exponentials))
+def test_kernels_are_held_against_a_copy_of_the_same_logits(experiment):
+    copy, *kernels = measure_kernels(experiment)
+    assert (copy.kind, copy.step, copy.bytes) == ("limit", "copy", 2 * LOGITS_BYTES)
+    assert [(row.provider, row.step) for row in kernels] == [
+        (backend, step)
+        for backend in ("native", "reference")
+        for step in ("statistics", "gradient", "gradient in place")
+    ]
+    for row in kernels:
+        assert (row.kind, row.limit) == ("kernel", "copy")
+        assert row.bytes == (1 if row.step == "statistics" else 2) * LOGITS_BYTES
+        assert row.limit_gb_per_s == pytest.approx(copy.gb_per_s)
+        assert row.percent_of_limit == pytest.approx(100 * row.gb_per_s / copy.gb_per_s)
 
 
-def test_without_the_roofline_a_copy_of_the_same_logits_is_the_limit(experiment, monkeypatch):
-    monkeypatch.setattr(kernel_rows.native, "why_unavailable", lambda device, dtype: "not built")
-    found, rows = kernel_rows.limits_of(experiment, [3.0, 4.0, 8.0])
-    assert rows == []
-    assert {step: (limit.name, limit.ms) for step, limit in found.items()} == {
-        "copy": ("copy", 4.0),
-        "statistics": ("copy", 2.0),
-        "gradient": ("copy", 4.0),
-        "gradient in place": ("copy", 4.0),
-    }
+def test_the_output_layer_needs_the_predicted_memory():
+    tokens, hidden, vocabulary, chunk = 512, 32, 4096, 64
+    case = Case(tokens, vocabulary)
+    rows = measure_output_layer(case, hidden=hidden, chunk_tokens=chunk, repeats=1)
+    assert [row.provider.split(",")[0] for row in rows] == [
+        *("unfused", "fused statistics", "fused loss")
+    ]
+    gradients = (tokens + vocabulary) * hidden * 4
+    for row, rows_of_logits in zip(rows, (tokens, chunk, chunk), strict=True):
+        predicted = (rows_of_logits * vocabulary * 4 + gradients) / 2**20
+        slack = 200 * tokens / 2**20  # statistics, coefficients and their temporaries
+        assert predicted <= row.peak_mib <= predicted + slack, row.provider
+        assert row.median_ms > 0
 
 
 class CountingClock:
@@ -104,7 +113,7 @@ class CountingClock:
         return [self.next_ms.pop(0) for _ in range(self.marks)]
 
 
-def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run(experiment):
+def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run():
     order = []
 
     def steps(name):
@@ -114,14 +123,21 @@ def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run(experiment)
 
     clock = CountingClock()
     clock.next_ms = [10, 1, 20, 4, 30, 2]
-    experiment = replace(experiment, clock=clock, repeats=3)
     passes = {"slow": lambda: steps("slow"), "fast": lambda: steps("fast")}
-    times = time_in_turn(passes, experiment, lambda work: None)
+    times = time_in_turn(passes, clock, 3)
     assert order == ["slow", "fast"] * 3
     slow, fast = ([repeat[0] for repeat in times[name]] for name in passes)
     assert (slow, fast) == ([10, 20, 30], [1, 4, 2])
     assert ratio(slow, fast) == (20 / 2, 5, 15)  # the repeats' own ratios: 10, 5, 15
     assert spread([5, 1, 2, 4, 3, 6]) == (3.5, 2, 5)
+
+
+def test_an_interval_is_of_the_pairs_not_of_the_times():
+    ours = [10.0, 200.0, 30.0, 47.0, 500.0]  # the machine had other things to do
+    assert median_difference([time + 5 for time in ours], ours) == (5.0, 5.0, 5.0)
+    low, middle, high = median_difference([11.0, 198.0, 33.0, 51.0, 505.0], ours)
+    assert middle == 3.0
+    assert low < 3.0 < high
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,18 @@
 """Turns, parts of a step and rows of `infoentropy bench-recipe`, without Megatron."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from megatron_infoentropy.bench.parts import PARTS
-from megatron_infoentropy.bench.recipe_losses import TurnTakingStep, turns
-from megatron_infoentropy.bench.recipe_rows import RankResult, rows_of
-from megatron_infoentropy.bench.recipe_run import bench_recipe, recipe_tables
-
-
-class Loss(NamedTuple):
-    name: str
-    forward_step: object
-    finalize: object
+from megatron_infoentropy.bench.recipe_losses import RecipeLoss, TurnTakingStep, choose, turns
+from megatron_infoentropy.bench.recipe_run import (
+    PARTS,
+    RankResult,
+    bench_recipe,
+    recipe_tables,
+    rows_of,
+)
 
 
 class CountingClock:
@@ -51,7 +48,7 @@ class Meter:
 
 def test_every_loss_is_warmed_up_and_weighed_and_no_round_starts_with_the_same_one():
     planned = turns(["a", "b", "c"], 4)
-    assert [turn.contender for turn in planned] == [
+    assert [turn.loss for turn in planned] == [
         *"aabbcc",
         *"abc",
         *"abc",
@@ -72,7 +69,8 @@ class Training:
         layer.forward = lambda x: (torch.nn.functional.linear(x, layer.weight), None)
         self.model = SimpleNamespace(module=SimpleNamespace(output_layer=layer))
         losses = [
-            Loss(name, self.forward(name, ms), self.finalize) for name, ms in (("a", 5), ("b", 9))
+            RecipeLoss(name, "ours", self.forward(name, ms), self.finalize)
+            for name, ms in (("a", 5), ("b", 9))
         ]
         planned = turns(losses, rounds)
         self.steps = len(planned) + 1
@@ -185,7 +183,8 @@ def test_tables_name_what_was_not_measured(rows):
     words, losses, parts, missing = recipe_tables(rows)
     assert words.startswith("r: 123 parameters, bf16, tensor 1 x pipeline 2 x data 1, 1,000 tokens")
     assert (losses.row_count, parts.row_count) == (2, 2)
-    assert list(losses.columns[6].cells) == ["", "+30.00"]
+    assert list(losses.columns[3].cells) == ["", "+3.00 (+3.00 to +4.00)"]
+    assert list(losses.columns[4].cells) == ["", "+30.00"]
     assert missing == "not measured: c: it cannot"
 
 
@@ -194,3 +193,18 @@ def test_data_without_their_tokenizer_are_refused(tmp_path):
     recipe.write_text("model:\n  num-layers: 1\nbatch:\n  train-iters: 1\n")
     with pytest.raises(ValueError, match="--data needs the --tokenizer it was made with"):
         bench_recipe(recipe, {}, data=tmp_path)
+
+
+def test_losses_are_chosen_by_their_names():
+    every = [
+        RecipeLoss(name, "", None, None, reason=reason)
+        for name, reason in (
+            *(("infoentropy", ""), ("megatron unfused", "")),
+            *(("megatron fused", "no GPU"), ("te", "not installed")),
+        )
+    ]
+    assert choose([], every) == every
+    assert choose(["megatron fused", "megatron unfused"], every) == every[1:3]
+    for wrong in (["megatron fused"], ["infoentropy", "megatron"]):
+        with pytest.raises(ValueError, match="these: infoentropy, megatron unfused, megatron f"):
+            choose(wrong, every)

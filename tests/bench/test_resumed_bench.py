@@ -67,11 +67,11 @@ def test_a_case_that_fails_is_a_row_with_the_reason(measured):
     assert [row.reason for row in rows] == ["", "it failed: MemoryError: 17 GiB", ""]
 
 
-def test_training_steps_that_fail_leave_the_shapes_alone(measured, monkeypatch, tmp_path):
-    def fail(case, *, hidden, rounds):
+def test_an_output_layer_that_fails_leaves_the_shapes_alone(measured, monkeypatch, tmp_path):
+    def fail(case, hidden):
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr(run, "compare_steps", fail)
-    rows = run.bench(CASES, repeats=1, steps=3, output=tmp_path / "bench.csv")
-    assert [row.provider for row in rows] == ["native", "training steps", "native", "native"]
+    monkeypatch.setattr(run, "_output_layer", fail)
+    rows = run.bench(CASES, repeats=1, hidden=3, output=tmp_path / "bench.csv")
+    assert [row.provider for row in rows] == ["native", "output layer", "native", "native"]
     assert "no such layer" in rows[1].reason

@@ -1,12 +1,11 @@
 """Megatron's trainer with losses that take turns, as `infoentropy bench-recipe` measures them."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from launch import TINY_MODEL, run_trainer
 
-from megatron_infoentropy.bench.recipe_rows import RankResult, rows_of
+from megatron_infoentropy.bench.recipe_run import RankResult, rows_of
 from megatron_infoentropy.evaluate.runlog import read_log
 
 ROUNDS = 3
@@ -19,9 +18,9 @@ FLAGS = [
 
 def measure(folder):
     """On a forked rank, which has Megatron ready."""
-    from megatron_infoentropy.bench import recipe_rank
+    from megatron_infoentropy.bench import recipe_losses
 
-    recipe_rank.measure(folder, ROUNDS, [])
+    recipe_losses.measure(folder, ROUNDS, [])
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,10 @@ def results(folder):
 
 def test_every_loss_gets_its_steps(results):
     for result in results:
-        assert [seen["name"] for seen in result.contenders] == [
+        assert [seen["name"] for seen in result.losses] == [
             *("infoentropy", "cross entropy", "infoentropy, fused linear", "megatron unfused")
         ]
-        assert [len(seen["times"]) for seen in result.contenders] == [ROUNDS] * 4
+        assert [len(seen["times"]) for seen in result.losses] == [ROUNDS] * 4
         assert [name for name, _ in result.left_out] == [
             *("megatron fused", "megatron fused by Transformer Engine")
         ]
@@ -49,11 +48,11 @@ def test_every_loss_gets_its_steps(results):
 
 def test_parts_add_up_to_the_step_and_the_loss_is_on_the_last_stage(results):
     for result in results:
-        for seen in result.contenders:
+        for seen in result.losses:
             for number, spent in enumerate(seen["times"]):
                 parts = [spans[number] for spans in seen["parts"].values()]
                 assert sum(parts) == pytest.approx(spent)
-    first, last = (result.contenders[0]["parts"] for result in results)
+    first, last = (result.losses[0]["parts"] for result in results)
     assert max(first["loss"]) == 0
     assert min(last["loss"]) > 0
     assert min(last["backward"]) > 0
@@ -82,16 +81,3 @@ def test_rows_have_rates_and_no_checkpoint_is_left(folder, results):
     assert sorted(path.name for path in folder.iterdir()) == [
         *("rank-0.json", "rank-1.json", "rank0.log", "rank1.log")
     ]
-
-
-def test_losses_are_chosen_by_their_names():
-    from megatron_infoentropy.bench.recipe_losses import LeftOut, choose
-
-    every = [SimpleNamespace(name=name) for name in ("infoentropy", "megatron unfused")]
-    left_out = [LeftOut("megatron fused", "no GPU"), LeftOut("te", "not installed")]
-    assert choose([], every, left_out) == (every, left_out)
-    names = ["megatron fused", "megatron unfused"]
-    assert choose(names, every, left_out) == (every[1:], left_out[:1])
-    for wrong in (["megatron fused"], ["infoentropy", "megatron"]):
-        with pytest.raises(ValueError, match="these: infoentropy, megatron unfused, megatron f"):
-            choose(wrong, every, left_out)
