@@ -38,7 +38,7 @@ def tasks(
 
     Ended by whatever, the same command goes on with the next task.
     """
-    from megatron_infoentropy.tasks.run import run_tasks
+    from megatron_infoentropy.tasks.ask import run_tasks
 
     results = run_tasks(
         model,

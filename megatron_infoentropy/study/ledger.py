@@ -9,8 +9,8 @@ FOLDER/study.json, for every step that was begun:
 and below "given" the same of the files that the first step builds upon, by their folder.
 
 A step is finished if its key is the wanted one and every file still has its hash. A file whose
-size and time of change are as recorded is not read again. So a change of
-the study redoes what depends on it and nothing else, and nothing half-written is taken for whole.
+size and time of change are as recorded is not read again. So a change of the study redoes what
+depends on it and nothing else, and nothing half-written is taken for whole.
 
 A record of a file is [size in bytes, mtime in ns, sha256], as `study.json` holds it.
 """
@@ -28,15 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.study.plan import StudyError
+
+FILE = "study.json"
+_LOCK = ".study.lock"
+_FORMAT = 2
+_THREADS = 8  # hashing lets them run side by side
 
 Record = tuple[int, int, str]
 Records = dict[str, Record]  # by path below a folder
-_THREADS = 8  # hashing lets them run side by side
+Entry = dict[str, Any]
+Given = dict[str, Records]  # by folder
 
 
 def hash_files(folder: Path, names: tuple[str, ...], known: Mapping[str, Record]) -> Records:
-    """Records of files, and of all files in folders; `known` is what was recorded of them."""
+    """Return records of files, and of all files in folders; `known` is what was recorded."""
     files: dict[str, Path] = {}
     for name in names:
         path = folder / name
@@ -49,26 +56,17 @@ def hash_files(folder: Path, names: tuple[str, ...], known: Mapping[str, Record]
 
 
 def hashes_of(records: Mapping[str, Record]) -> dict[str, str]:
-    """{path: sha256}: what counts, whenever the files were written."""
+    """Return {path: sha256}: what counts, whenever the files were written."""
     return {name: digest for name, (_, _, digest) in records.items()}
 
 
 def _record(path: Path, known: Record | None) -> Record:
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())  # before reading: what changes meanwhile is read again
-        if known is not None and known[:2] == (found.st_size, found.st_mtime_ns):
+        status = os.fstat(file.fileno())  # before reading: what changes meanwhile is read again
+        if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
             return known
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return found.st_size, found.st_mtime_ns, digest
-
-
-FILE = "study.json"
-_LOCK = ".study.lock"
-_FORMAT = 2
-_UNKNOWN_TIME = -1
-
-Entry = dict[str, Any]
-Given = dict[str, Records]  # by folder
+    return status.st_size, status.st_mtime_ns, digest
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ class Progress:
 
 
 def read_progress(folder: Path, steps: list[Step], after: str) -> Progress:
-    """Which of the steps are finished, counted from the first; `after` is the digest of what they
-    build upon."""
+    """Return which steps are finished, from the first; `after`: what they build upon, a digest."""
     entries, digest, seconds = _read(folder)[0], after, 0.0
     done: list[str] = []
     for step in steps:
@@ -110,12 +107,12 @@ def read_progress(folder: Path, steps: list[Step], after: str) -> Progress:
 
 
 def read_given(folder: Path) -> Given:
-    """What was given to `run_steps`; empty if it was never called."""
+    """Return what was given to `run_steps`; empty if it was never called."""
     return _read(folder)[1]
 
 
 def run_steps(folder: Path, steps: list[Step], after: str, given: Given | None = None) -> str:
-    """Do what is not finished; returns the digest of all that the steps wrote.
+    """Do what is not finished; return the digest of all that the steps wrote.
 
     `given` is remembered for `read_given`; `after` is what it means for the steps.
 
@@ -142,7 +139,7 @@ def run_steps(folder: Path, steps: list[Step], after: str, given: Given | None =
 
 
 def digest_of(value: object) -> str:
-    """Hash of a JSON value."""
+    """Return the hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -162,13 +159,13 @@ def _digest_of(entry: Entry) -> str:
 
 
 def _find_outputs(folder: Path, step: Step, entry: Entry, key: str) -> Records | None:
-    """What a finished step wrote, as it lies there now; None if it is not finished."""
+    """Return what a finished step wrote, as it lies there now; None if it is not finished."""
     if entry.get("key") != key or "outputs" not in entry:
         return None
     if not all((folder / name).exists() for name in step.outputs):
         return None
-    found = hash_files(folder, step.outputs, entry["outputs"])
-    return found if hashes_of(found) == hashes_of(entry["outputs"]) else None
+    outputs = hash_files(folder, step.outputs, entry["outputs"])
+    return outputs if hashes_of(outputs) == hashes_of(entry["outputs"]) else None
 
 
 def _claim(folder: Path) -> None:
@@ -208,8 +205,7 @@ def _read(folder: Path) -> tuple[dict[str, Entry], Given]:
         for entry in entries.values():
             if "outputs" in entry:
                 entry["outputs"] = _records(entry["outputs"])
-        given = {name: _records(found) for name, found in content.get("given", {}).items()}
-        return entries, given
+        return entries, {name: _records(each) for name, each in content.get("given", {}).items()}
     except FileNotFoundError:
         return {}, {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -218,19 +214,14 @@ def _read(folder: Path) -> tuple[dict[str, Entry], Given]:
         ) from error
 
 
-def _records(found: dict[str, Any]) -> Records:
-    return {name: _as_record(record) for name, record in found.items()}
-
-
-def _as_record(found: Any) -> Record:
-    if isinstance(found, str):  # format 1 had the sha256 alone
-        return 0, _UNKNOWN_TIME, found
-    size, mtime, digest = found
-    return int(size), int(mtime), str(digest)
+def _records(content: dict[str, Any]) -> Records:
+    records = {}
+    for name, record in content.items():  # format 1 had the sha256 alone
+        size, mtime, digest = (0, -1, record) if isinstance(record, str) else record
+        records[name] = int(size), int(mtime), str(digest)
+    return records
 
 
 def _write(folder: Path, entries: dict[str, Entry], given: Given) -> None:
-    temporary = folder / f".{FILE}.{os.getpid()}.tmp"
     content = {"format": _FORMAT, "given": given, "steps": entries}
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps(content, indent=1) + "\n")

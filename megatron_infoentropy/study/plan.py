@@ -31,62 +31,14 @@ from megatron_infoentropy.launch.recipe import (
     written_flags,
 )
 
-
-class StudyError(ValueError):
-    """A study that cannot be done as it is written, or a folder that belongs to something else."""
-
-
-def section(
-    name: str, content: object, known: Collection[str], required: Collection[str] = ()
-) -> dict[str, Any]:
-    """A mapping with known keys only, and with all required ones.
-
-    Raises:
-        StudyError: it is no mapping, has another key, or lacks one.
-    """
-    if not isinstance(content, dict):
-        raise StudyError(f"{name}: expected `key: value` lines, got {content!r}")
-    unknown = [str(key) for key in content if key not in known]
-    if unknown:
-        raise StudyError(f"{name} has no key {', '.join(unknown)}; it has {', '.join(known)}")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise StudyError(f"{name} does not say {', '.join(missing)}")
-    return content
-
-
-def one_of_type(name: str, value: object, kind: type) -> Any:
-    """The value, an int where a float is wanted made one.
-
-    Raises:
-        StudyError: it is of another type.
-    """
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if kind is float and is_number:
-        return float(value)  # type: ignore[arg-type]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise StudyError(f"{name}: expected {_WORDS[kind]}, got {value!r}")
-    return value
-
-
-def positive(name: str, value: object, kind: type) -> Any:
-    """The value, a finite number above 0.
-
-    Raises:
-        StudyError: it is no such number.
-    """
-    number = one_of_type(name, value, kind)
-    if not 0 < number < inf:
-        raise StudyError(f"{name}: expected {_WORDS[kind]} above 0, got {value!r}")
-    return number
-
-
-_WORDS: dict[type, str] = {str: "a word", int: "a whole number", float: "a number"}
-
-
 SPLITS = ("train", "validation", "test")
 _LOSS = {"objective": str, "gamma": float, "sigma": float, "normalization": str}
 _PARTS = ("recipe", "flags", "seeds", "grid", "data", "evaluate", "tasks")
+_WORDS: dict[type, str] = {str: "a word", int: "a whole number", float: "a number"}
+
+
+class StudyError(ValueError):
+    """A study that cannot be done as it is written, or a folder that belongs to something else."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +53,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoringPlan:
     """How models are scored."""
 
     split: str = "test"
@@ -137,7 +89,7 @@ class Study:
     flags: dict[str, Any]
     members: tuple[Member, ...]
     data: Data
-    scoring: Scoring
+    scoring: ScoringPlan
     tasks: Tasks | None = None
 
     @property
@@ -145,11 +97,11 @@ class Study:
         return self.path.stem
 
     def settings(self, member: Member) -> dict[str, Any]:
-        """The flags of a run beside the recipe's."""
+        """Return the flags of a run beside the recipe's."""
         return {**self.flags, **loss_flags(member.loss), "seed": member.seed}
 
     def member(self, name: str) -> Member:
-        """The run of that name.
+        """Return the run of that name.
 
         Raises:
             StudyError: the grid has none.
@@ -178,7 +130,7 @@ def load_study(path: Path) -> Study:
     except ValueError as error:
         raise StudyError(str(error)) from error
     try:
-        study = _study(path, section("the study", content, _PARTS, required=("recipe", "grid")))
+        study = _study(path, _section("the study", content, _PARTS, required=("recipe", "grid")))
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
     load_plan(study.recipe)
@@ -192,7 +144,7 @@ def load_study(path: Path) -> Study:
 
 
 def _study(path: Path, content: dict[str, Any]) -> Study:
-    recipe = path.parent / one_of_type("recipe", content["recipe"], str)
+    recipe = path.parent / _checked("recipe", content["recipe"], str)
     if not recipe.is_file():
         raise StudyError(f"recipe: there is no file {recipe}")
     flags = content.get("flags") or {}
@@ -210,9 +162,9 @@ def _study(path: Path, content: dict[str, Any]) -> Study:
 
 
 def _members(content: dict[str, Any]) -> tuple[Member, ...]:
-    """Every setting with the first seed, then every setting with the next: so that a study that
-    ends early has compared something."""
-    seeds = [one_of_type("seeds", seed, int) for seed in _listed(content.get("seeds", [1234]))]
+    """Return every setting with the first seed, then with the next: so that a study that ends
+    early has compared something."""
+    seeds = [_checked("seeds", seed, int) for seed in _listed(content.get("seeds", [1234]))]
     grid = content["grid"]
     if not isinstance(grid, list) or not grid or not seeds:
         raise StudyError("grid and seeds: expected lists with at least one entry")
@@ -226,13 +178,13 @@ def _members(content: dict[str, Any]) -> tuple[Member, ...]:
 
 
 def _settings(entry: object) -> list[dict[str, Any]]:
-    """The settings that one entry of the grid crosses."""
-    found = section("grid", entry, tuple(_LOSS), required=("objective",))
+    """Return the settings that one entry of the grid crosses."""
+    given = _section("grid", entry, tuple(_LOSS), required=("objective",))
     axes = [
-        [one_of_type(f"grid: {name}", value, _LOSS[name]) for value in _listed(values)]
-        for name, values in found.items()
+        [_checked(f"grid: {name}", value, _LOSS[name]) for value in _listed(values)]
+        for name, values in given.items()
     ]
-    settings = [dict(zip(found, values, strict=True)) for values in product(*axes)]
+    settings = [dict(zip(given, values, strict=True)) for values in product(*axes)]
     for setting in settings:
         try:
             InfoEntropyConfig(**setting)
@@ -253,45 +205,73 @@ def _name(loss: dict[str, Any], seed: int) -> str:
 
 def _data(folder: Path, content: object) -> Data:
     names = ("tokens", "text", "corpus-megabytes", "tokenizer", "vocab-size")
-    found = section("data", content, names)
-    if sum(name in found for name in ("tokens", "text", "corpus-megabytes")) != 1:
+    given = _section("data", content, names)
+    if sum(name in given for name in ("tokens", "text", "corpus-megabytes")) != 1:
         raise StudyError("data: expected one of tokens, text and corpus-megabytes")
-    if ("tokenizer" in found) == ("vocab-size" in found):
+    if ("tokenizer" in given) == ("vocab-size" in given):
         raise StudyError("data: expected a tokenizer, or the vocab-size of one to train")
-    if "tokens" in found and "tokenizer" not in found:
+    if "tokens" in given and "tokenizer" not in given:
         raise StudyError("data: tokens belong to a tokenizer; name its folder")
     numbers = {"corpus-megabytes": float, "vocab-size": int}
     values = {
-        name.replace("-", "_"): positive(f"data: {name}", value, numbers[name])
-        if name in numbers
-        else one_of_type(f"data: {name}", value, str)
-        for name, value in found.items()
+        name.replace("-", "_"): _checked(
+            f"data: {name}", value, numbers.get(name, str), positive=name in numbers
+        )
+        for name, value in given.items()
     }
     paths = {k: folder / v for k, v in values.items() if k in ("tokens", "text", "tokenizer")}
     return Data(**{**values, **paths})
 
 
-def _scoring(content: object) -> Scoring:
-    found = section("evaluate", content or {}, ("split", "max-tokens", "device"))
-    split = found.get("split", "test")
+def _scoring(content: object) -> ScoringPlan:
+    given = _section("evaluate", content or {}, ("split", "max-tokens", "device"))
+    split = given.get("split", "test")
     if split not in SPLITS[1:]:
         raise StudyError(f"evaluate: split must be validation or test, got {split!r}")
-    limit = found.get("max-tokens")
-    limit = None if limit is None else positive("evaluate: max-tokens", limit, int)
-    return Scoring(split, limit, one_of_type("evaluate: device", found.get("device", "auto"), str))
+    limit = given.get("max-tokens")
+    if limit is not None:
+        _checked("evaluate: max-tokens", limit, int, positive=True)
+    return ScoringPlan(split, limit, _checked("evaluate: device", given.get("device", "auto"), str))
 
 
 def _tasks(base: Path, content: object) -> Tasks:
-    found = section("tasks", content, ("suites", "names", "folder", "limit"))
+    given = _section("tasks", content, ("suites", "names", "folder", "limit"))
     words = {
-        part: tuple(one_of_type(f"tasks: {part}", v, str) for v in _listed(found.get(part, [])))
+        part: tuple(_checked(f"tasks: {part}", v, str) for v in _listed(given.get(part, [])))
         for part in ("suites", "names")
     }
     if not any(words.values()):
         raise StudyError("tasks: expected suites or names")
-    folder = one_of_type("tasks: folder", found["folder"], str) if "folder" in found else None
-    limit = positive("tasks: limit", found["limit"], int) if "limit" in found else None
+    folder = _checked("tasks: folder", given["folder"], str) if "folder" in given else None
+    limit = given.get("limit")
+    if "limit" in given:
+        _checked("tasks: limit", limit, int, positive=True)
     return Tasks(**words, folder=None if folder is None else base / folder, limit=limit)
+
+
+def _section(
+    name: str, content: object, known: Collection[str], required: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return a mapping, checked to have known keys only, and all required ones."""
+    if not isinstance(content, dict):
+        raise StudyError(f"{name}: expected `key: value` lines, got {content!r}")
+    unknown = [str(key) for key in content if key not in known]
+    if unknown:
+        raise StudyError(f"{name} has no key {', '.join(unknown)}; it has {', '.join(known)}")
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise StudyError(f"{name} does not say {', '.join(missing)}")
+    return content
+
+
+def _checked(name: str, value: object, kind: type, *, positive: bool = False) -> Any:
+    """Return a value of this type; an int where a float is wanted is made one."""
+    number = float(value) if kind is float and type(value) is int else value
+    is_one = isinstance(number, kind) and not isinstance(number, bool)
+    if not is_one or (positive and not 0 < number < inf):  # type: ignore[operator]
+        wanted = f"{_WORDS[kind]} above 0" if is_one else _WORDS[kind]
+        raise StudyError(f"{name}: expected {wanted}, got {value!r}")
+    return number
 
 
 def _listed(value: object) -> list[Any]:

@@ -22,7 +22,6 @@ from typing import NoReturn
 
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.runtime.device import find_device
-from megatron_infoentropy.study.data import find_digest
 from megatron_infoentropy.study.plan import Study
 from megatron_infoentropy.study.states import (
     DATA,
@@ -32,6 +31,7 @@ from megatron_infoentropy.study.states import (
     find_states,
     report,
 )
+from megatron_infoentropy.study.steps import find_digest
 
 Worker = subprocess.Popen[str]
 

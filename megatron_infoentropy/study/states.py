@@ -7,10 +7,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infoentropy.study.data import find_digest, prepare
-from megatron_infoentropy.study.ledger import Progress, read_progress
-from megatron_infoentropy.study.member import do_member, member_steps
+from megatron_infoentropy.study.ledger import Progress, read_progress, run_steps
 from megatron_infoentropy.study.plan import Member, Study
+from megatron_infoentropy.study.steps import find_digest, member_steps, prepare
 
 DATA, REPORT = "data", "report"
 
@@ -41,21 +40,21 @@ class State:
 
 
 def find_states(study: Study, output: Path) -> list[State]:
-    """What is finished of every run; reads what is not as recorded, starts nothing."""
+    """Return what is finished of every run; reads what is not as recorded, starts nothing."""
     digest = find_digest(study, output)
     states = []
     for number, member in enumerate(study.members, start=1):
         steps = member_steps(study, member, output)
-        found = Progress((), 0.0, "")
+        progress = Progress((), 0.0, "")
         if digest is not None:
-            found = read_progress(output / member.name, steps, digest)
+            progress = read_progress(output / member.name, steps, digest)
         names = tuple(step.name for step in steps)
-        states.append(State(number, member, names, found.done, found.seconds))
+        states.append(State(number, member, names, progress.done, progress.seconds))
     return states
 
 
 def do_part(study: Study, output: Path, part: str) -> Path | None:
-    """One part of a study in this process: "data", the name of a run, or "report".
+    """Do one part of a study in this process: "data", the name of a run, or "report".
 
     Returns:
         The page, if it was the report.
@@ -68,7 +67,7 @@ def do_part(study: Study, output: Path, part: str) -> Path | None:
     member = None if part == DATA else study.member(part)
     digest = prepare(study, output)
     if member is not None:
-        do_member(study, member, output, digest)
+        run_steps(output / member.name, member_steps(study, member, output), digest)
     return None
 
 
@@ -94,7 +93,7 @@ def _write(runs: list[Path], output: Path, notes: list[str]) -> Path:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`."""
+    """Return a time as `45 s`, `12 min` or `3 h 05 min`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

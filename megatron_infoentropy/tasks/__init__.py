@@ -1,7 +1,6 @@
 """Questions to a model, asked by lm-evaluation-harness: named suites, results that are kept.
 
-suites    the paper's families by name: which tasks, with how many examples in the prompt
-run       asks what has not been answered yet, task by task
+ask       the paper's families by name, and what has not been answered yet, task by task
 harness   the only module that knows lm_eval
 results   one file a task, light to read
 """

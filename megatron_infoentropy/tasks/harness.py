@@ -13,14 +13,11 @@ from lm_eval import simple_evaluate  # type: ignore[import-untyped]
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
+from megatron_infoentropy.files import file_sha256
+from megatron_infoentropy.tasks.ask import Question
 from megatron_infoentropy.tasks.results import Metric, Metrics, TaskResult
-from megatron_infoentropy.tasks.suites import Question
 
 _BOOTSTRAP = 1000  # draws for the standard errors of what is no mean
-
-
-class UnknownTaskError(ValueError):
-    """No task of that name."""
 
 
 class TaskDataError(ValueError):
@@ -31,7 +28,7 @@ class Harness:
     """Tasks of lm_eval, and before them those of a folder, put to one model.
 
     Raises:
-        UnknownTaskError: before a model is loaded, with names that are like it.
+        ValueError: there is no such task; before a model is loaded, with names that are like it.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Harness:
         self._hashes = [_hash_of(self._model), _hash_of(self._folder) if self._folder else ""]
 
     def key(self, question: Question) -> str:
-        """Hash of the model's weights, the local tasks, the question and the harness."""
+        """Return the hash of the model's weights, local tasks, question and harness."""
         parts = [*self._hashes, question.name, str(self._limit), version("lm_eval")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -74,8 +71,7 @@ class Harness:
             )
         numbers = results["results"] | results.get("groups", {})
         samples = sum(n["effective"] for n in results["n-samples"].values())
-        named = {"lm_eval", "torch", "transformers"}
-        versions = {name: version(name) for name in sorted(named)}
+        versions = {name: version(name) for name in ("lm_eval", "torch", "transformers")}
         task_version = results["versions"].get(question.task)
         return TaskResult(
             question.task,
@@ -115,7 +111,7 @@ class Harness:
 
 
 def _find(folder: Path | None, names: set[str]) -> TaskManager:
-    """The tasks of the folder if it has all the names: it takes seconds to read lm_eval's own."""
+    """Return the folder's tasks if it has all the names: to read lm_eval's own takes seconds."""
     if folder is not None:
         own = TaskManager(include_path=str(folder), include_defaults=False)
         if names <= set(own.all_tasks):
@@ -123,7 +119,7 @@ def _find(folder: Path | None, names: set[str]) -> TaskManager:
     every = TaskManager(include_path=None if folder is None else str(folder))
     for name in sorted(names - set(every.all_tasks)):
         like = difflib.get_close_matches(name, every.all_tasks)
-        raise UnknownTaskError(
+        raise ValueError(
             f"lm_eval {version('lm_eval')} has no task {name!r}"
             + (f"; do you mean {' or '.join(like)}?" if like else "")
         )
@@ -131,8 +127,8 @@ def _find(folder: Path | None, names: set[str]) -> TaskManager:
 
 
 def _metrics(numbers: dict[str, Any]) -> Metrics:
-    """lm_eval's {"acc,none": 0.5, "acc_stderr,none": 0.02, "alias": ...} by metric."""
-    found = {}
+    """Return lm_eval's {"acc,none": 0.5, "acc_stderr,none": 0.02, "alias": ...} by metric."""
+    metrics = {}
     for key, value in numbers.items():
         name, comma, chosen = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
@@ -140,18 +136,16 @@ def _metrics(numbers: dict[str, Any]) -> Metrics:
         error = numbers.get(f"{name}_stderr,{chosen}")  # "N/A" where there is none
         stderr = float(error) if isinstance(error, int | float) else math.nan
         label = name if chosen == "none" else f"{name} ({chosen})"
-        found[label] = Metric(float(value), stderr if math.isfinite(stderr) else None)
-    return found
+        metrics[label] = Metric(float(value), stderr if math.isfinite(stderr) else None)
+    return metrics
 
 
 def _hash_of(folder: Path) -> str:
-    """Of the contents of all files, by their names."""
+    """Return the hash of the contents of all files, by their names."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(folder)} {content}\n".encode())
+            total.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
     return total.hexdigest()
 
 

@@ -73,7 +73,7 @@ def load_result(path: Path) -> TaskResult:
 
 
 def load_results(run: Path) -> dict[str, TaskResult]:
-    """{question: result} of all that a run has been asked; empty where nothing was.
+    """Return {question: result} of all that a run was asked; empty where nothing was.
 
     Raises:
         TaskResultError: a file cannot be read.

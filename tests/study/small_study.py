@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from textwrap import dedent
 
-from megatron_infoentropy.study import member, states
+from megatron_infoentropy.study import states, steps
 from megatron_infoentropy.study.plan import Study, load_study
 
 TEXT = """
@@ -69,7 +69,7 @@ def fake_steps() -> None:
         page.write_text("\n".join([*(run.name for run in runs), *notes]))
         return page
 
-    member._train, member._export, member._evaluate = train, export, evaluate
+    steps._train, steps._export, steps._evaluate = train, export, evaluate
     states._write = write
 
 

@@ -7,8 +7,8 @@ import pytest
 from small_study import write_study
 
 from megatron_infoentropy.study import ledger
-from megatron_infoentropy.study.data import find_digest, prepare
 from megatron_infoentropy.study.ledger import Step, hash_files, hashes_of, read_progress, run_steps
+from megatron_infoentropy.study.steps import find_digest, prepare
 
 TEXT_STUDY = """
     recipe: recipe.yaml
@@ -76,7 +76,7 @@ def test_text_is_read_once_and_again_after_it_changed(tmp_path, read, monkeypatc
         output.mkdir(parents=True, exist_ok=True)
         (output / "manifest.json").write_text((text / f"{split}.jsonl").read_text())
 
-    monkeypatch.setattr("megatron_infoentropy.study.data._tokens", tokens)
+    monkeypatch.setattr("megatron_infoentropy.study.steps._tokens", tokens)
     study, output = write_study(tmp_path, TEXT_STUDY), tmp_path / "out"
     first = prepare(study, output)
     read.clear()

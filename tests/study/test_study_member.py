@@ -9,10 +9,10 @@ from small_study import write_study
 from megatron_infoentropy.evaluate import perplexity
 from megatron_infoentropy.evaluate.evaluation import UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.scoring import ChunkJournal
-from megatron_infoentropy.study import member
-from megatron_infoentropy.study.data import places
+from megatron_infoentropy.study import steps
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
 from megatron_infoentropy.study.plan import Tasks
+from megatron_infoentropy.study.steps import places
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def evaluate(tmp_path, monkeypatch):
                 journal.read(part)
 
         monkeypatch.setattr(perplexity, "evaluate_model", evaluate_model)
-        member._evaluate(study, places(study, tmp_path), tmp_path)
+        steps._evaluate(study, places(study, tmp_path), tmp_path)
         return tried
 
     return run
@@ -62,7 +62,7 @@ def test_an_edited_task_is_asked_again(tmp_path, monkeypatch):
     one = study.members[0]
 
     def ask() -> Step:
-        (step,) = [s for s in member.member_steps(study, one, output) if s.name == "tasks"]
+        (step,) = [s for s in steps.member_steps(study, one, output) if s.name == "tasks"]
         return replace(step, do=lambda: (output / one.name / "tasks").mkdir())
 
     run_steps(output / one.name, [ask()], "")

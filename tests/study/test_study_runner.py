@@ -10,7 +10,7 @@ import pytest
 import small_study
 from small_study import did, fake_steps, write_study
 
-from megatron_infoentropy.study import member, runner, states
+from megatron_infoentropy.study import runner, states, steps
 from megatron_infoentropy.study.runner import terminated_as_interrupted
 from megatron_infoentropy.study.states import StudyFailed, duration, find_states
 
@@ -22,7 +22,7 @@ STEPS = ["train", "export", "evaluate"]
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     for module, names in (
-        (member, ("_train", "_export", "_evaluate")),
+        (steps, ("_train", "_export", "_evaluate")),
         (states, ("_write",)),
         (runner, ("start_worker",)),
     ):

@@ -14,9 +14,8 @@ from local_tasks import COLOURS, write_answering_model, write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_infoentropy.tasks import harness
+from megatron_infoentropy.tasks.ask import SUITES, TasksFailed, questions_of, run_tasks
 from megatron_infoentropy.tasks.results import TaskResultError, load_results
-from megatron_infoentropy.tasks.run import TasksFailed, run_tasks
-from megatron_infoentropy.tasks.suites import SUITES, questions_of
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, tmp_pa
         run_tasks(tmp_path, tmp_path, tasks=("boolq",))
     words = {"tasks": ("colour",), "task_folder": folder / "mine", "device": "cpu"}
     monkeypatch.setattr(harness, "TaskManager", without_lm_evals_own)
-    with pytest.raises(harness.UnknownTaskError, match=r"no task 'colour'; do you mean colours\?"):
+    with pytest.raises(ValueError, match=r"no task 'colour'; do you mean colours\?"):
         run_tasks(folder / "hf", tmp_path, **words)
 
 
