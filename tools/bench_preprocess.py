@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 
 MODELLED_WORKERS = 64
@@ -162,7 +162,7 @@ def model(texts: dict[str, Path], tokenizer: Path, engine: str, folder: Path) ->
 def _costs(text: Path, tokenizer: Path, engine: str, out: Path) -> tuple[float, float, float, int]:
     """CPU seconds of the reading process and of its worker, megabytes, tokens."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time()
-    made = preprocess([text], tokenizer, out, options=Options(split_by=None), engine=engine)
+    made = preprocess([text], tokenizer, out, options=DataOptions(split_by=None), engine=engine)
     reader, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     worker = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (facts,) = made.domains.values()

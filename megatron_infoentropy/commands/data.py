@@ -96,13 +96,13 @@ def preprocess(
     Killed or failed, the same command goes on where it was.
     """
     from megatron_infoentropy.data.jsonl import WHOLE
-    from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, Options
+    from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, DataOptions
     from megatron_infoentropy.data.preprocess import decide_split, parse_shard
     from megatron_infoentropy.data.preprocess import preprocess as run
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
-    options = Options(append_eod, special_tokens, text_key, split_by or None)
+    options = DataOptions(append_eod, special_tokens, text_key, split_by or None)
     inputs = _matching(input)
     if split_by == AUTO and decide_split(options, inputs).split_by is None:
         err.print(

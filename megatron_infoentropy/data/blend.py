@@ -1,4 +1,4 @@
-"""How much of each domain a training run sees: Megatron's list of weights and prefixes.
+"""Blends say how much of each domain a training run sees: Megatron's list for --data-path.
 
     natural          every token once: weight in proportion to the domain's tokens
     temperature:T    in proportion to tokens^(1/T); T > 1 raises the small domains
@@ -56,12 +56,12 @@ class Share:
     tokens: int
 
     def epochs(self, run_tokens: float) -> float:
-        """How often a run of so many tokens goes through the domain."""
+        """Return how often a run of so many tokens goes through the domain."""
         return run_tokens * self.weight / self.tokens
 
 
 def blend(dataset: Path, weights: str = "natural") -> list[Share]:
-    """The shares of a preprocessed dataset's domains, largest first; their weights sum to 1.
+    """Return the shares of a preprocessed dataset's domains, largest first; their weights sum to 1.
 
     Raises:
         ValueError: weights of no known kind, of which no shares can be made, or that name other
@@ -113,7 +113,7 @@ def shares_of(weights: Mapping[str, object]) -> dict[str, float]:
 
 
 def data_path(shares: list[Share]) -> str:
-    """The value of Megatron's --data-path, one domain a line; a file for --data-args-path.
+    """Return the value of Megatron's --data-path, one domain a line; a file for --data-args-path.
 
     Raises:
         ValueError: a path with white space, at which Megatron would split.
@@ -140,7 +140,7 @@ def _weights(kind: str, sizes: dict[str, int]) -> Mapping[str, Any]:
 
 
 def _tempered(text: str, sizes: dict[str, int]) -> dict[str, float]:
-    """Sizes to the power of 1 / temperature, as fractions of the largest, which may be infinite."""
+    """Return sizes to the power of 1 / temperature, as fractions of the largest."""
     try:
         temperature = float(text)
     except ValueError:

@@ -178,7 +178,7 @@ class Block:
 
     @property
     def lines(self) -> int:
-        """How many lines there are."""
+        """Count the lines."""
         return self.end.line - self.start.line
 
 

@@ -48,7 +48,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def source_names(root: Path) -> list[str]:
-    """The library's own source files below `root`, as sorted `email/message.py` names."""
+    """List the library's own source files below `root`, as sorted `email/message.py` names."""
     names = []
     for folder, folders, files in root.walk():
         folders[:] = [name for name in folders if not _is_skipped_folder(name)]
@@ -60,12 +60,12 @@ def source_names(root: Path) -> list[str]:
 
 
 def is_test(name: str) -> bool:
-    """Whether a source file belongs to the library's tests."""
+    """Say whether a source file belongs to the library's tests."""
     return not _TEST_FOLDERS.isdisjoint(name.split("/"))
 
 
 def read_source(root: Path, name: str) -> str | None:
-    """The file's text, or None where it is not UTF-8 (some test data is not, on purpose)."""
+    """Return the file's text, or None where it is not UTF-8 (some test data is not, on purpose)."""
     try:
         return (root / name).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -73,7 +73,7 @@ def read_source(root: Path, name: str) -> str | None:
 
 
 def help_topics(root: Path) -> dict[str, str]:
-    """The texts behind `help("topic")`, by topic; empty where they are not installed.
+    """Return the texts behind `help("topic")`, by topic; empty where they are not installed.
 
     Many topics are also sections of a larger one ("with" of "compound"); those are left out, or the
     same text would be trained and tested on.
@@ -101,7 +101,7 @@ def _without_sections(topics: dict[str, str]) -> dict[str, str]:
 
 
 def documentation(name: str, source: str) -> str:
-    """All docstrings of one file under their qualified names; empty where it has none.
+    """Return all docstrings of one file under their qualified names; empty where it has none.
 
     A file that is not Python of this version (the tests have such) has none.
     """
@@ -148,7 +148,7 @@ class Document(NamedTuple):
     text: str
 
 
-class Size(NamedTuple):
+class DomainSize(NamedTuple):
     """Documents and UTF-8 bytes of their texts."""
 
     documents: int
@@ -160,7 +160,7 @@ class CorpusSummary:
     """The files by split, and what each holds by (split, domain)."""
 
     files: dict[str, Path]
-    sizes: dict[tuple[str, str], Size]
+    sizes: dict[tuple[str, str], DomainSize]
 
     @property
     def bytes(self) -> int:
@@ -170,7 +170,7 @@ class CorpusSummary:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What must stay together in one split."""
+    """Documents that must stay together in one split."""
 
     name: str
     documents: list[Document]
@@ -199,10 +199,10 @@ def build_corpus(
     names = tuple(f"{split}.jsonl.zst" for split in SPLITS)
     with new_folder(output, replaceable=names, overwrite=overwrite) as folder:
         units = _collect(root, int(megabytes * 1e6))
-        found = sum(unit.bytes for unit in units)
-        if found < megabytes * 1e6 / 4:
+        size = sum(unit.bytes for unit in units)
+        if size < megabytes * 1e6 / 4:
             raise ValueError(
-                f"expected about {megabytes:g} MB of text in {root}, found {found / 1e6:.1f} MB; "
+                f"expected about {megabytes:g} MB of text in {root}, found {size / 1e6:.1f} MB; "
                 "this Python comes without most of its library's sources: install them or use "
                 "another Python"
             )
@@ -220,7 +220,7 @@ def build_corpus(
 
 
 def _collect(root: Path, limit: int) -> list[_Unit]:
-    """Units in the order of their hashes, each text once, the tests last and only up to `limit`."""
+    """Return units in the order of their hashes, each text once, tests up to `limit` bytes."""
     units = []
     seen: set[bytes] = set()
     left = limit
@@ -299,9 +299,9 @@ def _write(path: Path, documents: list[Document]) -> None:
     path.write_bytes(compressor.compress("".join(lines).encode()))
 
 
-def _size(documents: list[Document], domain: str) -> Size:
+def _size(documents: list[Document], domain: str) -> DomainSize:
     sizes = [len(text.encode()) for name, text in documents if name == domain]
-    return Size(len(sizes), sum(sizes))
+    return DomainSize(len(sizes), sum(sizes))
 
 
 def _digest(text: str) -> bytes:

@@ -44,7 +44,7 @@ _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow with what comes
 
 @dataclass
 class RunState:
-    """Where a run is: in input number `file`, at a place between two of its lines."""
+    """The place of a run: in input number `file`, at a place between two of its lines."""
 
     inputs: list[InputFacts]
     domains: dict[str, DomainFacts] = field(default_factory=dict)
@@ -108,12 +108,12 @@ class JournalledRun:
 
     @property
     def position(self) -> Position:
-        """Where in the input reading goes on."""
+        """Return the place in the input at which reading goes on."""
         return Position(self.state.offset, self.state.line)
 
     @property
     def rejected(self) -> int:
-        """How many lines were skipped."""
+        """Count the lines that were skipped."""
         return sum(facts.rejected for facts in self.state.inputs)
 
     def add(self, block: Block, encoded: Encoded) -> None:

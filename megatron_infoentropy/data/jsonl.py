@@ -71,25 +71,25 @@ def read_jsonl(
 
 
 def lines_of(data: bytes) -> list[bytes]:
-    """The lines without newlines. Nothing else separates: JSON may hold U+2028 and the like."""
+    """Return the lines; only newlines separate, as JSON may hold U+2028 and the like."""
     lines = data.split(b"\n")
     return lines if lines[-1] else lines[:-1]
 
 
 def is_blank(raw: bytes) -> bool:
-    """Whether a line holds nothing but white space."""
+    """Say whether a line holds nothing but white space."""
     return not raw or raw.isspace()
 
 
 def split_key(key: str | None) -> list[str] | None:
-    """`meta.pile_set_name` to the keys that lead there; None stays None."""
+    """Return the keys that lead to `meta.pile_set_name`; None for None."""
     return None if key is None else key.split(".")
 
 
 def parse_line(
     raw: bytes, text_key: str, domain_keys: list[str] | None, *, named: bool | None = True
 ) -> Record:
-    """The document that a line holds, which must name a domain, must not, or (None) may.
+    """Return the document that a line holds, which must name a domain, must not, or (None) may.
 
     Raises:
         BrokenRecordError: it holds none.

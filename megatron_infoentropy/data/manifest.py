@@ -24,7 +24,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Options:
+class DataOptions:
     """The choices that decide which bytes preprocessing writes; the defaults are Megatron's own.
 
     Attributes:
@@ -47,7 +47,7 @@ class Options:
     piece_documents: int = 0
 
 
-DEFAULT_OPTIONS = Options()
+DEFAULT_OPTIONS = DataOptions()
 
 
 FORMAT = 2
@@ -59,7 +59,7 @@ OUTPUT_FILES = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS, REJECTED)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Which tokenizer the ids belong to; `sha256` is the digest that `is_tokenizer` compares.
+    """The tokenizer that the ids belong to; `sha256` is the digest that `is_tokenizer` compares.
 
     `start_ids` begin every document, where the tokenizer puts a start token before a text.
     """
@@ -124,7 +124,7 @@ class Manifest:
     dtype: str
     append_eod: bool
     domains: dict[str, DomainFacts]
-    options: Options = field(default_factory=Options)
+    options: DataOptions = field(default_factory=DataOptions)
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = "hf"
     inputs: tuple[InputFacts, ...] = ()
@@ -134,11 +134,11 @@ class Manifest:
     token_counts_sha256: str = ""
 
     def prefix(self, domain: str) -> Path:
-        """The domain's dataset without `.bin` or `.idx`, as Megatron's `--data-path` wants it."""
+        """Return a dataset's path without suffix, as Megatron's `--data-path` wants it."""
         return self.folder / self.domains[domain].prefix
 
     def token_counts(self) -> npt.NDArray[np.int64]:
-        """Occurrences of every id, int64 [domains in the order of `domains`, vocab_size]."""
+        """Read the occurrences of every id, int64 [domains in the manifest's order, vocab_size]."""
         counts: npt.NDArray[np.int64] = np.load(self.folder / TOKEN_COUNTS)
         return counts
 
@@ -198,7 +198,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         dtype=content["dtype"],
         append_eod=content["append_eod"],
         domains={name: DomainFacts(**facts) for name, facts in content["domains"].items()},
-        options=Options(**content.get("options", {"split_by": PILE_DOMAIN})),
+        options=DataOptions(**content.get("options", {"split_by": PILE_DOMAIN})),
         versions=content.get("versions", {}),
         engine=content.get("engine", "hf"),
         inputs=tuple(InputFacts(**facts) for facts in content.get("inputs", ())),

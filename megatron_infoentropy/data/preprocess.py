@@ -43,9 +43,9 @@ from megatron_infoentropy.data.manifest import (
     OUTPUT_FILES,
     PILE_DOMAIN,
     REJECTED,
+    DataOptions,
     InputFacts,
     Manifest,
-    Options,
     TokenizerFacts,
     load_manifest,
 )
@@ -87,12 +87,12 @@ class Task:
     inputs: Sequence[Input]
     output: Path
     loaded: LoadedTokenizer
-    options: Options
+    options: DataOptions
     shard: tuple[int, int] | None
     shards_of: str
 
     def job(self) -> dict[str, Any]:
-        """What must be the same for a run to go on where another ended; plain JSON."""
+        """Return what must be the same for a run to go on where another ended; plain JSON."""
         return {
             "inputs": [
                 [str(each.path.resolve()), each.bytes, each.modified_ns, each.samples]
@@ -105,12 +105,12 @@ class Task:
         }
 
     def versions(self) -> dict[str, str]:
-        """What the ids depend on."""
+        """Return the versions that the ids depend on."""
         packages = ("tokenizers", "transformers")
         return {"megatron-infoentropy": __version__} | {name: version(name) for name in packages}
 
     def is_done(self) -> bool:
-        """Whether `output` is what this would make: of these inputs, tokenizer and options."""
+        """Say whether `output` is what this would make: of these inputs, tokenizer and options."""
         try:
             made = load_manifest(self.output)
             for name, facts in made.domains.items():
@@ -167,7 +167,7 @@ class Task:
 
 
 def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
-    """Whether a file is the one that a manifest tells of; if it changed since then, by all of it.
+    """Say whether a file is the one in a manifest; all of it is read if it changed since then.
 
     Where an older version recorded no content, name and size decide.
     """
@@ -179,7 +179,7 @@ def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
 
 
 def shard_inputs(inputs: Sequence[Path], shard: tuple[int, int]) -> list[Path]:
-    """The inputs of shard (i, n), i from 0; may be none where one file is larger than a part.
+    """Return the inputs of shard (i, n), i from 0; none where a file is larger than a part.
 
     Raises:
         ValueError: i is not in 0..n-1, or there are fewer files than shards.
@@ -210,12 +210,12 @@ def shards_digest(inputs: Sequence[Path]) -> str:
 
 
 def shard_name(shard: tuple[int, int]) -> str:
-    """The folder of one shard; names sort in order."""
+    """Name the folder of one shard; names sort in order."""
     return f"shard-{shard[0]:05d}-of-{shard[1]:05d}"
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`3/10` to (3, 10).
+    """Return (3, 10) for `3/10`.
 
     Raises:
         ValueError: it is not two numbers with a slash between.
@@ -226,8 +226,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
-def decide_split(options: Options, inputs: Sequence[Path]) -> Options:
-    """The options with AUTO replaced by what the first documents of the inputs call for.
+def decide_split(options: DataOptions, inputs: Sequence[Path]) -> DataOptions:
+    """Return the options with AUTO replaced by what the first documents of the inputs call for.
 
     Those are the ones of the first block of the first file that has any. Without any, PILE_DOMAIN.
     """
@@ -241,17 +241,20 @@ def decide_split(options: Options, inputs: Sequence[Path]) -> Options:
 
 
 def _named(path: Path, text_key: str) -> list[bool]:
-    """Of each document in a file's first block; broken lines are for the run to report."""
+    """Say of each document in a file's first block whether it names a domain.
+
+    Broken lines are for the run to report.
+    """
     keys = split_key(PILE_DOMAIN)
     try:
         lines = lines_of(next(read_blocks(path)).data)
     except BrokenLineError:
         return []
-    found = []
+    named = []
     for line in lines:
         with suppress(BrokenRecordError):
-            found.append(parse_line(line, text_key, keys, named=None).domain is not None)
-    return found
+            named.append(parse_line(line, text_key, keys, named=None).domain is not None)
+    return named
 
 
 ENGINES = ("hf", "gigatoken")
@@ -267,7 +270,7 @@ def preprocess(
     tokenizer: Path,
     output: Path,
     *,
-    options: Options = DEFAULT_OPTIONS,
+    options: DataOptions = DEFAULT_OPTIONS,
     workers: int = 1,
     engine: str = "hf",
     max_errors: int = 0,

@@ -147,7 +147,7 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
 
 
 def _require_distinct(parts: Sequence[Manifest]) -> None:
-    """Documents that are there twice count twice, in training and in every test over documents."""
+    """Refuse to count documents twice, in training and in every test over documents."""
     seen: dict[Hashable, Manifest] = {}
     for part in parts:
         for key, what in _identities(part):

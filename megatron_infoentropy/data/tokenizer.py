@@ -122,10 +122,10 @@ def train_tokenizer(
         total = sum(path.stat().st_size for path in paths)
         with progress("train tokenizer", total, "bytes") as advance:
             tokenizer.train_from_iterator(_texts(paths, text_key, advance), _trainer(vocab_size))
-        found = tokenizer.get_vocab_size()
-        if found != vocab_size:
+        size = tokenizer.get_vocab_size()
+        if size != vocab_size:
             raise ValueError(
-                f"the corpus supports a vocabulary of {found} tokens, asked were {vocab_size}; "
+                f"the corpus supports a vocabulary of {size} tokens, asked were {vocab_size}; "
                 "use more text or a smaller vocabulary"
             )
         tokenizer.save(str(folder / TOKENIZER))

@@ -1,4 +1,4 @@
-"""Is a dataset what it should be, by every byte, and what does it hold: documents and lengths."""
+"""Checks every byte of a dataset, and shows what it holds: lengths and documents."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class Lengths:
     bars: tuple[tuple[int, int, int], ...]
 
     def picture(self) -> str:
-        """The histogram as lines of text."""
+        """Draw the histogram as lines of text."""
         most = max((number for *_, number in self.bars), default=1)
         return "".join(
             f"{low:>9} - {high:<9} {'#' * (_BAR * number // most):<{_BAR}} {number}\n"
@@ -60,7 +60,7 @@ class Sample:
 
 
 def datasets(target: Path) -> dict[str, Path]:
-    """Prefixes by domain of a folder, or the one of a prefix.
+    """Return the prefixes by domain of a folder, or the one of a prefix.
 
     Raises:
         ValueError: there is neither.
@@ -73,20 +73,20 @@ def datasets(target: Path) -> dict[str, Path]:
 
 
 def lengths(prefix: Path) -> Lengths:
-    """Documents of one dataset by length.
+    """Count the documents of one dataset by length.
 
     Raises:
         ValueError: the dataset is damaged.
     """
-    found = IndexedReader(prefix).lengths
-    filled = found[found > 0]
+    all_lengths = IndexedReader(prefix).lengths
+    filled = all_lengths[all_lengths > 0]
     powers = np.bincount(np.log2(np.maximum(filled, 1)).astype(np.int64))
     return Lengths(
-        documents=found.size,
-        tokens=int(found.sum()),
-        empty=found.size - filled.size,
-        median=int(np.median(found)) if found.size else 0,
-        longest=int(found.max(initial=0)),
+        documents=all_lengths.size,
+        tokens=int(all_lengths.sum()),
+        empty=all_lengths.size - filled.size,
+        median=int(np.median(all_lengths)) if all_lengths.size else 0,
+        longest=int(all_lengths.max(initial=0)),
         bars=tuple(
             (1 << power, (2 << power) - 1, int(number))
             for power, number in enumerate(powers)
@@ -96,7 +96,7 @@ def lengths(prefix: Path) -> Lengths:
 
 
 def samples(prefix: Path, documents: Sequence[int], tokenizer: Path | None = None) -> list[Sample]:
-    """Some documents, by number (from the end if negative).
+    """Show some documents, by number (from the end if negative).
 
     Raises:
         ValueError: the dataset is damaged, or has no such document.
@@ -115,7 +115,7 @@ def samples(prefix: Path, documents: Sequence[int], tokenizer: Path | None = Non
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """Something wrong with a file."""
 
     path: Path
@@ -127,7 +127,7 @@ def verify(
     *,
     tokenizer: Path | None = None,
     inputs: Sequence[Path] = (),
-) -> list[Finding]:
+) -> list[Fault]:
     """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
 
     With `tokenizer`, a folder, the ids must be of its vocabulary and its documents end with its
@@ -145,21 +145,21 @@ def verify(
             raise ValueError(f"{target} is one dataset: only the manifest of its folder has inputs")
         return list(_check(target, vocab, None, None))
     manifest = load_manifest(target)
-    found = []
+    faults = []
     if tokenizer is not None and not is_tokenizer(tokenizer, manifest.tokenizer.sha256):
         problem = f"was made with another tokenizer than {tokenizer}"
-        found.append(Finding(target / MANIFEST, problem))
+        faults.append(Fault(target / MANIFEST, problem))
     if inputs:
-        found += _check_inputs(manifest, inputs)
+        faults += _check_inputs(manifest, inputs)
     with progress("verify", len(manifest.domains), "domains") as advance:
         for name, facts in manifest.domains.items():
-            found += _check_domain(manifest, name, facts)
+            faults += _check_domain(manifest, name, facts)
             advance(1)
-    return [*found, *_check_counts(manifest)]
+    return [*faults, *_check_counts(manifest)]
 
 
-def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Finding]:
-    """Files of one name are told apart by their content."""
+def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Fault]:
+    """Compare inputs by name and content."""
     contents: dict[str, list[str]] = defaultdict(list)
     for facts in manifest.inputs:
         contents[facts.name].append(facts.sha256)
@@ -171,23 +171,23 @@ def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Findin
             if checksum in contents[path.name]:
                 contents[path.name].remove(checksum)
             else:
-                yield Finding(path, "is not what the dataset was made of")
+                yield Fault(path, "is not what the dataset was made of")
             advance(path.stat().st_size)
     for name, missing in contents.items():
         if missing:
             problem = f"was made of {len(missing)} file(s) {name} of other content than those given"
-            yield Finding(manifest.folder / MANIFEST, problem)
+            yield Fault(manifest.folder / MANIFEST, problem)
 
 
-def _check_domain(manifest: Manifest, name: str, facts: DomainFacts) -> Iterator[Finding]:
+def _check_domain(manifest: Manifest, name: str, facts: DomainFacts) -> Iterator[Fault]:
     eod = manifest.tokenizer.eod_id if manifest.append_eod else None
     return _check(manifest.prefix(name), manifest.tokenizer.vocab_size, eod, facts)
 
 
 def _check(
     prefix: Path, vocab_size: int | None, eod: int | None, facts: DomainFacts | None
-) -> Iterator[Finding]:
-    """All that one dataset shows; what can not be opened shows only that."""
+) -> Iterator[Fault]:
+    """Yield all that is wrong with one dataset; if it can not be opened, only that."""
     try:
         reader = IndexedReader(prefix)
     except ValueError as error:
@@ -195,7 +195,7 @@ def _check(
         return
     disorder = reader.disorder()
     if disorder:
-        yield Finding(idx_path(prefix), disorder)
+        yield Fault(idx_path(prefix), disorder)
     else:
         yield from _check_tokens(reader, vocab_size, eod)
     if facts is None:
@@ -203,31 +203,31 @@ def _check(
     size = (len(reader), reader.tokens.size)
     if size != (facts.documents, facts.tokens):
         problem = f"has {size[0]} documents and {size[1]} tokens, the manifest says "
-        yield Finding(idx_path(prefix), f"{problem}{facts.documents} and {facts.tokens}")
+        yield Fault(idx_path(prefix), f"{problem}{facts.documents} and {facts.tokens}")
     for path, expected in (
         (bin_path(prefix), facts.bin_sha256),
         (idx_path(prefix), facts.idx_sha256),
     ):
         if expected and file_sha256(path) != expected:
-            yield Finding(path, "does not have the checksum that the manifest says")
+            yield Fault(path, "does not have the checksum that the manifest says")
 
 
-def _unreadable(prefix: Path, problem: str) -> Finding:
+def _unreadable(prefix: Path, problem: str) -> Fault:
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
-            return Finding(path, "is missing")
+            return Fault(path, "is missing")
         if problem.startswith(f"{path} "):
-            return Finding(path, problem.removeprefix(f"{path} "))
-    return Finding(idx_path(prefix), problem)
+            return Fault(path, problem.removeprefix(f"{path} "))
+    return Fault(idx_path(prefix), problem)
 
 
 def _check_tokens(
     reader: IndexedReader, vocab_size: int | None, eod: int | None
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     path = bin_path(reader.prefix)
     if vocab_size is not None and reader.dtype != token_dtype(vocab_size):
         wanted = token_dtype(vocab_size).name
-        yield Finding(
+        yield Fault(
             idx_path(reader.prefix),
             f"says {reader.dtype.name}, ids of a vocabulary of {vocab_size} are {wanted}",
         )
@@ -246,15 +246,15 @@ def _check_tokens(
                 example = first + int(wrong[0])
         first += lengths.size
     if vocab_size is not None and (largest >= vocab_size or smallest < 0):
-        yield Finding(path, f"has ids {smallest}..{largest}, the vocabulary is {vocab_size}")
+        yield Fault(path, f"has ids {smallest}..{largest}, the vocabulary is {vocab_size}")
     if unended:
-        yield Finding(path, f"{unended} documents lack the end token {eod}, the first is {example}")
+        yield Fault(path, f"{unended} documents lack the end token {eod}, the first is {example}")
 
 
-def _check_counts(manifest: Manifest) -> Iterator[Finding]:
+def _check_counts(manifest: Manifest) -> Iterator[Fault]:
     path = manifest.folder / TOKEN_COUNTS
     expected = manifest.token_counts_sha256
     if not path.is_file():
-        yield Finding(path, "is missing")
+        yield Fault(path, "is missing")
     elif expected and file_sha256(path) != expected:
-        yield Finding(path, "does not have the checksum that the manifest says")
+        yield Fault(path, "does not have the checksum that the manifest says")

@@ -30,16 +30,16 @@ from megatron_infoentropy.data import jsonl
 from megatron_infoentropy.data.blocks import Block, BrokenLineError
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, end_documents, hf_engine
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker is told at its start."""
+    """The message that a worker gets at its start."""
 
     loaded: LoadedTokenizer
-    options: Options
+    options: DataOptions
     engine: str = "hf"  # or "gigatoken"
     named: bool = True  # else no document may name a domain, as the first ones do not
 
@@ -236,7 +236,7 @@ class _Worker:
             send(self.process.stdin, block.data)
             answer = receive(self.process.stdout)
         except (EOFError, BrokenPipeError) as error:
-            raise WorkerDied(self._obituary(block)) from error
+            raise WorkerDied(self._why_it_ended(block)) from error
         if isinstance(answer, Exception):
             where = f"{block.path}:{block.start.line}-{block.end.line - 1}"
             kind = ValueError if isinstance(answer, ValueError) else RuntimeError
@@ -244,7 +244,7 @@ class _Worker:
         assert isinstance(answer, Encoded)
         return answer
 
-    def _obituary(self, block: Block) -> str:
+    def _why_it_ended(self, block: Block) -> str:
         code = self.process.wait(_WAIT_S)
         how = f"ended with exit code {code}"
         if code < 0:

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_infoentropy.data import blocks, journal, workers, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.workers import Encoded, Encoder, Settings
@@ -92,7 +92,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def main(folder: Path, kills: int, seed: int) -> None:
     loaded = load_tokenizer(folder / "tokenizer")
     preprocess_module.load_tokenizer = lambda _: loaded  # which opens files that are only read
-    EncoderHere.encoder = Encoder(Settings(loaded, Options(split_by=PILE_DOMAIN)))
+    EncoderHere.encoder = Encoder(Settings(loaded, DataOptions(split_by=PILE_DOMAIN)))
     workers._Worker = EncoderHere  # type: ignore[assignment, misc]
     blocks.BLOCK_BYTES = 2000
     blocks._READ_BYTES = 1000

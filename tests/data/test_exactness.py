@@ -9,7 +9,7 @@ from text_files import line, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from megatron_infoentropy.data import blocks
-from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import END_OF_TEXT
 
@@ -91,7 +91,7 @@ def test_every_domain_is_byte_identical_to_megatrons_tool(
         return  # it adds none: the same as with them
     choices = {"append_eod": append_eod, "special_tokens": special_tokens}
     expected = write_goldens(tmp_path / "expected", tokenizer, **choices)
-    preprocess(inputs, tokenizer, tmp_path / "out", options=Options(**choices))
+    preprocess(inputs, tokenizer, tmp_path / "out", options=DataOptions(**choices))
     assert_same_files(tmp_path / "out", expected)
 
 
@@ -123,7 +123,7 @@ def test_ids_at_the_end_of_a_vocabulary_keep_megatrons_dtype(
     (tmp_path / "expected").mkdir()
     write_golden(tmp_path / "expected" / "all", TEXTS[:12], folder)
     text = write(tmp_path / "a.jsonl", LINES[:12])
-    found = preprocess([text], folder, tmp_path / "out", options=Options(split_by=None))
+    found = preprocess([text], folder, tmp_path / "out", options=DataOptions(split_by=None))
     assert found.dtype == ("uint16" if vocab_size < 65_500 else "int32")
     assert_same_files(tmp_path / "out", tmp_path / "expected")
 

@@ -15,7 +15,7 @@ from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, UnfitDocumentsError
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.verify import Finding, verify
+from megatron_infoentropy.data.verify import Fault, verify
 from megatron_infoentropy.data.workers import Encoded
 
 LINES = [line(f"text {i} " * (i % 50), "AB"[i % 2]) for i in range(300)]
@@ -64,8 +64,8 @@ def test_another_file_of_the_same_name_and_size_is_another_input(
         preprocess([text], tokenizer_folder, out)
     problem = f"was made of 1 file(s) {text.name} of other content than those given"
     assert verify(out, inputs=[text]) == [
-        Finding(text, "is not what the dataset was made of"),
-        Finding(out / "manifest.json", problem),
+        Fault(text, "is not what the dataset was made of"),
+        Fault(out / "manifest.json", problem),
     ]
     preprocess([text], tokenizer_folder, out, overwrite=True)
     preprocess([text], tokenizer_folder, tmp_path / "expected")
@@ -112,7 +112,7 @@ def test_inputs_are_verified_by_name_and_content(tokenizer_folder: Path, tmp_pat
     ]
     other = write(tmp_path / "3.jsonl", LINES)
     assert verify(tmp_path / "out", inputs=[*texts, other]) == [
-        Finding(other, "is not what the dataset was made of")
+        Fault(other, "is not what the dataset was made of")
     ]
     path = tmp_path / "out" / "manifest.json"
     content = json.loads(path.read_text())

@@ -15,7 +15,7 @@ from tokenizer_kinds import KINDS, write_tokenizer
 from tokenizers import Tokenizer
 
 from megatron_infoentropy.data import tokenizer as module
-from megatron_infoentropy.data.manifest import Options, load_manifest
+from megatron_infoentropy.data.manifest import DataOptions, load_manifest
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import hf_engine, load_tokenizer
 
@@ -65,7 +65,9 @@ def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path: Pat
 def test_worker_processes_have_the_same_rules(tmp_path: Path, kind: str) -> None:
     folder = write_tokenizer(tmp_path / "tokenizer", kind)
     text = write(tmp_path / "a.jsonl", [line(text) for text in TEXTS])
-    out = preprocess([text], folder, tmp_path / "out", workers=2, options=Options(split_by=None))
+    out = preprocess(
+        [text], folder, tmp_path / "out", workers=2, options=DataOptions(split_by=None)
+    )
     megatron = HuggingFaceTokenizer(str(folder))
     documents = [[*ids, megatron.eod] for text in TEXTS if (ids := megatron.text_to_ids(text))]
     found = np.fromfile(tmp_path / "out" / "all.bin", out.dtype).tolist()
@@ -78,7 +80,7 @@ def test_the_manifest_says_which_ids_begin_every_document(
 ) -> None:
     folder = write_tokenizer(tmp_path / "tokenizer", "Llama 2")
     text = write(tmp_path / "a.jsonl", [line("cat")])
-    options = Options(split_by=None, special_tokens=special_tokens)
+    options = DataOptions(split_by=None, special_tokens=special_tokens)
     made = preprocess([text], folder, tmp_path / "out", options=options)
     assert made.tokenizer.start_ids == start_ids
     assert load_manifest(tmp_path / "out") == made
@@ -203,10 +205,10 @@ def test_a_worker_imports_no_transformers(tmp_path: Path) -> None:
     program = f"""
 import pickle, sys
 from pathlib import Path
-from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.workers import Encoder, Settings
 loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
-encoder = Encoder(Settings(loaded, Options(split_by=None)))
+encoder = Encoder(Settings(loaded, DataOptions(split_by=None)))
 assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size
 heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
 assert not heavy, heavy

@@ -8,7 +8,7 @@ import zstandard
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data.manifest import Options, load_manifest
+from megatron_infoentropy.data.manifest import DataOptions, load_manifest
 from megatron_infoentropy.data.preprocess import parse_shard, preprocess, shard_inputs
 from megatron_infoentropy.data.rewrite import merge
 
@@ -71,7 +71,7 @@ def test_a_missing_shard_and_a_stranger_are_named(
         preprocess(inputs, tokenizer_folder, tmp_path / "s", shard=shard, max_errors=5)
     with pytest.raises(ValueError, match=r"the 3 shards .* missing: 1"):
         merge([tmp_path / "s"], tmp_path / "out")
-    options = Options(append_eod=False)
+    options = DataOptions(append_eod=False)
     other = tmp_path / "other"
     preprocess(inputs, tokenizer_folder, other, options=options, max_errors=5)
     plain = tmp_path / "plain"

@@ -9,7 +9,7 @@ from text_files import line, write
 from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, Options
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 
 PLAIN = [json.dumps({"text": f"plain {number}"}) for number in range(40)]
@@ -30,7 +30,9 @@ def test_text_without_domains_becomes_one_dataset(
     done = preprocess([path], tokenizer_folder, tmp_path / "out")
     assert {name: facts.documents for name, facts in done.domains.items()} == {"all": 40}
     assert done.options.split_by is None
-    asked = preprocess([path], tokenizer_folder, tmp_path / "asked", options=Options(split_by=None))
+    asked = preprocess(
+        [path], tokenizer_folder, tmp_path / "asked", options=DataOptions(split_by=None)
+    )
     assert asked.domains == done.domains
     again = preprocess([path], tokenizer_folder, tmp_path / "out")  # is done already
     assert again == done
@@ -65,7 +67,9 @@ def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
     with pytest.raises(BrokenLineError, match=f":{at}: {reason}.*--split-by ''"):
         preprocess([path], tokenizer_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]
-    whole = preprocess([path], tokenizer_folder, tmp_path / "one", options=Options(split_by=None))
+    whole = preprocess(
+        [path], tokenizer_folder, tmp_path / "one", options=DataOptions(split_by=None)
+    )
     assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 41}
 
 
@@ -73,7 +77,9 @@ def test_a_key_asked_for_by_name_must_be_there(tokenizer_folder: Path, tmp_path:
     path = write(tmp_path / "a.jsonl", PLAIN)
     for key in (PILE_DOMAIN, "lang"):
         with pytest.raises(BrokenLineError, match=f":1: no domain: .* at {key}"):
-            preprocess([path], tokenizer_folder, tmp_path / "out", options=Options(split_by=key))
+            preprocess(
+                [path], tokenizer_folder, tmp_path / "out", options=DataOptions(split_by=key)
+            )
 
 
 def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(

@@ -18,9 +18,9 @@ from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.journal import slug
 from megatron_infoentropy.data.manifest import (
     PILE_DOMAIN,
+    DataOptions,
     DomainFacts,
     InputFacts,
-    Options,
     load_manifest,
 )
 from megatron_infoentropy.data.preprocess import preprocess
@@ -261,16 +261,16 @@ def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
     write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     path = write_lines("a.jsonl", ['{"text": "a", "lang": "en"}', '{"text": "b", "lang": "de"}'])
-    options = Options(split_by=None)
+    options = DataOptions(split_by=None)
     whole = preprocess([path], tokenizer_folder, tmp_path / "whole", options=options)
     facts = whole.domains["all"]
     assert facts == DomainFacts("all", 2, 4, 2, 0, 0, facts.bin_sha256, facts.idx_sha256)
-    options = Options(split_by="lang")
+    options = DataOptions(split_by="lang")
     split = preprocess([path], tokenizer_folder, tmp_path / "split", options=options)
     assert list(split.domains) == ["de", "en"]
-    options = Options(split_by=None, text_key="lang")
+    options = DataOptions(split_by=None, text_key="lang")
     assert preprocess([path], tokenizer_folder, tmp_path / "key", options=options).inputs[0].lines
-    options = Options(split_by=PILE_DOMAIN)
+    options = DataOptions(split_by=PILE_DOMAIN)
     with pytest.raises(BrokenLineError, match=r"a\.jsonl:1: no domain: .* meta\.pile_set_name"):
         preprocess([path], tokenizer_folder, tmp_path / "out", options=options)
 

@@ -19,7 +19,7 @@ from text_files import line, write
 from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
-from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import DiskFull, preprocess
 from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.files import work_folder
@@ -112,7 +112,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_one(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     interrupted(inputs, tokenizer_folder, tmp_path / "out", 30, max_errors=1)
-    options = Options(append_eod=False)
+    options = DataOptions(append_eod=False)
     with pytest.raises(ValueError, match=r"an unfinished run with other options.*--restart"):
         preprocess(inputs, tokenizer_folder, tmp_path / "out", options=options, max_errors=1)
     with pytest.raises(ValueError, match="an unfinished run with other inputs"):

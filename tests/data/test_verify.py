@@ -11,7 +11,7 @@ from golden import assert_same_files
 from text_files import line, write
 
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.verify import Finding, datasets, lengths, samples, verify
+from megatron_infoentropy.data.verify import Fault, datasets, lengths, samples, verify
 
 LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
 
@@ -112,7 +112,7 @@ def test_another_tokenizer_is_noticed(
     text = text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}')
     (other / "tokenizer.json").write_text(text)
     problem = f"was made with another tokenizer than {other}"
-    assert verify(dataset, tokenizer=other) == [Finding(dataset / "manifest.json", problem)]
+    assert verify(dataset, tokenizer=other) == [Fault(dataset / "manifest.json", problem)]
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
