@@ -97,7 +97,7 @@ def convert_from_hf(
 
 
 def _require_readable(verify: bool | None, text: Path | None, data: Path | None) -> None:
-    from megatron_infoentropy.convert.texts import require_readable
+    from megatron_infoentropy.convert.verify import require_readable
 
     if verify is False and (text or data):
         raise ValueError("--text and --data are what is compared on: leave out --no-verify")
@@ -112,13 +112,14 @@ def _prove(
     data: Path | None,
     **options: Any,
 ) -> None:
-    from megatron_infoentropy.convert import look_at_files, prove, why_not_now
+    from megatron_infoentropy.convert import prove, require_same_ids, why_not_now
 
     reason = why_not_now(folder) if verify is None else None
     if reason:
         out.print(f"not verified: {reason}; --verify insists")
     if reason or verify is False:
-        look_at_files(checkpoint, folder, **options)
+        if not options.get("imported"):
+            require_same_ids(folder)
         return
     result = prove(checkpoint, folder, text=text, data=data, **options)
     out.print(str(result))

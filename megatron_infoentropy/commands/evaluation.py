@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,20 +82,22 @@ def evaluate(
 
 def _source(model: Path, tokenizer: Path | None, iteration: int | None) -> "ModelSource":
     """Where the model comes from: this is where evaluation and conversion meet."""
-    from megatron_infoentropy.convert.in_memory import is_checkpoint, open_checkpoint
+    from megatron_infoentropy.convert import hf_model
+    from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
     from megatron_infoentropy.evaluate.model import ModelSource, hugging_face
 
-    if not is_checkpoint(model):
+    if not hf_model.is_checkpoint(model):
         if tokenizer or iteration is not None:
             raise ValueError(f"--tokenizer and --iteration are for checkpoints; {model} is none")
         return hugging_face(model)
-    opened = open_checkpoint(model, iteration=iteration, tokenizer=tokenizer)
+    opened = MegatronCheckpoint(model, iteration)
+    folder = tokenizer or hf_model.tokenizer_of(opened)
     return ModelSource(
         kind="megatron",
-        tokenizer=opened.tokenizer,
-        load=opened.network,
+        tokenizer=folder,
+        load=partial(hf_model.network_of, opened, folder),
         facts={"iteration": opened.iteration},
-        trained_on=opened.tokenizer_sha256,
+        trained_on=hf_model.training_tokenizer_sha256(opened),
     )
 
 

@@ -3,10 +3,9 @@
 reading    checkpoint (distcp, torch_file, raw_numbers, unpickle): any parallel layout, by layers
 what it is architecture: which family computes the same, or refused; hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
-writing    to_hf (weights_file, tokenizer_files, model_card), output_folder
+writing    to_hf (weights_file, tokenizer, model_card), output_folder
            from_hf (hf_weights, distcp_writer)
-proof      reference_model and config_check, which share nothing with the mapping; texts, verify,
-           streamed_model, tokenizer_check
+proof      verify: megatron_model or reference_model, by layers, beside hf_model; tokenizer
 """
 
 from megatron_infoentropy.convert.errors import (
@@ -24,8 +23,8 @@ from megatron_infoentropy.convert.to_hf import (
 )
 from megatron_infoentropy.convert.verify import (
     Verification,
-    look_at_files,
     prove,
+    require_same_ids,
     verify_conversion,
     why_not_now,
 )
@@ -41,8 +40,8 @@ __all__ = [
     "Verification",
     "convert_checkpoint",
     "convert_from_hf",
-    "look_at_files",
     "prove",
+    "require_same_ids",
     "verify_conversion",
     "why_not_exported",
     "why_not_now",

@@ -41,7 +41,7 @@ from megatron_infoentropy.convert.output_folder import (
     require_space,
 )
 from megatron_infoentropy.convert.to_hf import require_finite
-from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
+from megatron_infoentropy.convert.tokenizer import read_tokenizer
 from megatron_infoentropy.data.tokenizer import TOKENIZER
 from megatron_infoentropy.progress import progress
 

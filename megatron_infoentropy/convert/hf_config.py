@@ -1,7 +1,7 @@
 """config.json of every family: written for transformers 4 and 5, and read back.
 
 `_FIELDS` says which field holds which property, `_CONSTANTS` what else must be so for the family to
-compute what Megatron computes. Both directions use the same tables; `config_check` does not.
+compute what Megatron computes. Both directions use the same tables; the tests have others.
 """
 
 import math

@@ -9,10 +9,9 @@ import argparse
 import logging
 import warnings
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,20 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPERTS, architecture_of
-from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.reference_model import (
-    Routes,
-    StoredLayer,
-    StoredParameters,
-    has_tanh_gelu,
-)
+from megatron_infoentropy.convert.layers import Place, StoredModel, read_when_run
+from megatron_infoentropy.convert.reference_model import has_tanh_gelu
 
 _STORED_NAMES = {  # of the local layers' norms, as Transformer Engine has them and files do
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-_EXPERTS = "mlp.experts."  # of a layer
 
 
 def why_not_megatron() -> str:
@@ -46,59 +38,32 @@ def why_not_megatron() -> str:
     return "this process is a rank of a job" if dist.is_initialized() else ""
 
 
-class MegatronModel:
-    """The model of a checkpoint; parameters rounded to `dtype` and then computed with in fp32."""
-
-    def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> None:
-        self.args: Namespace = checkpoint.args
-        self.routes: Routes = defaultdict(list)
-        self._stored = StoredParameters(checkpoint, dtype)
+class MegatronModel(StoredModel):
+    """The forward pass of Megatron's model of a checkpoint."""
 
     @torch.no_grad()
-    def logits(
-        self, sequences: Sequence[Tensor], done: Callable[[int], None] = lambda layers: None
-    ) -> Iterator[Tensor]:
-        """Yield [length, padded vocabulary] for each sequence of token ids [length].
+    def logits(self, tokens: Tensor, advance: Callable[[int], None]) -> Tensor:
+        """Return logits [length, padded vocabulary] of token ids [length]."""
+        with one_cpu_rank():
+            logits: Tensor = self._build(advance)(tokens[None], *one_rank_inputs(len(tokens)))[0]
+        return logits
 
-        `done` is called with the number of layers that have been computed for a sequence.
-        """
-        for tokens in sequences:
-            with one_cpu_rank():
-                model = self._build(done)
-                logits: Tensor = model(tokens[None], *one_rank_inputs(len(tokens)))[0]
-            yield logits
-
-    def _build(self, done: Callable[[int], None]) -> Any:
+    def _build(self, advance: Callable[[int], None]) -> Any:
         """Return a GPTModel that reads each layer, or expert, when it is run; then forgets it."""
         model = gpt_model(self.args)
-        self._load(model, self._stored.layer(None), without="decoder.layers.")
-
-        def count(*_: Any) -> None:
-            done(1)
-
+        outside = self._state(model, (), without="decoder.layers.")
+        model.load_state_dict(outside, strict=False, assign=True)
         for number, layer in enumerate(model.decoder.layers):
-            stored = partial(self._stored.layer, number)
-            self._load_when_run(layer, stored, without=_EXPERTS)
-            layer.register_forward_hook(count)
+            read_when_run(layer, partial(self._state, layer, (number,), without="mlp.experts."))
+            layer.register_forward_hook(lambda *_: advance(1))
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.router.register_forward_hook(partial(_record, self.routes[number]))
                 for expert, module in enumerate(layer.mlp.experts.local_experts):
-                    self._load_when_run(module, partial(_expert, stored, expert))
+                    read_when_run(module, partial(self._state, module, (number, expert)))
         return model.eval()
 
-    def _load_when_run(
-        self, module: nn.Module, stored: Callable[[], StoredLayer], without: str = " "
-    ) -> None:
-        def load(module: nn.Module, _: Any) -> None:
-            self._load(module, stored(), without)
-
-        def forget(module: nn.Module, *_: Any) -> None:
-            module.to_empty(device="meta")
-
-        module.register_forward_pre_hook(load)
-        module.register_forward_hook(forget)
-
-    def _load(self, module: nn.Module, stored: StoredLayer, without: str = " ") -> None:
+    def _state(self, module: nn.Module, place: Place, without: str = " ") -> dict[str, Tensor]:
+        """Return {name in the module: parameter at a place}, without those of one submodule."""
         state = {}
         norms_are_shifted = self.args.layernorm_zero_centered_gamma
         for name, _ in module.named_parameters():
@@ -106,19 +71,15 @@ class MegatronModel:
                 alias = name
                 for local, other in _STORED_NAMES.items():
                     alias = alias.replace(local, other)
-                tensor = stored.find(alias, name)
+                tensor = self.read(place, alias, name)
                 is_shifted = norms_are_shifted and name.endswith("norm.weight")
                 state[name] = tensor + 1 if is_shifted else tensor
-        module.load_state_dict(state, strict=False, assign=True)
+        return state
 
 
 def _record(routes: list[Tensor], router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
     chosen = output[1]  # [length, experts]
     routes.append(chosen.nonzero()[:, 1].view(len(chosen), -1))
-
-
-def _expert(layer: Callable[[], StoredLayer], number: int) -> StoredLayer:
-    return layer().expert(number)
 
 
 def gpt_model(saved: Namespace) -> Any:
@@ -152,14 +113,21 @@ def arguments_read(saved: Namespace) -> set[str]:
     return recorder.names
 
 
-def _model_arguments(saved: Namespace) -> Namespace:
-    """Return Megatron's defaults with what describes the model, for one CPU rank and fp32."""
+@cache
+def _default_arguments() -> Namespace:
+    """Return Megatron's defaults on a CPU; its parser takes long to be made."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args: Namespace = parser.parse_args(list(CPU_FLAGS))
+    return args
+
+
+def _model_arguments(saved: Namespace) -> Namespace:
+    """Return Megatron's defaults with what describes the model, for one CPU rank and fp32."""
+    args = Namespace(**vars(_default_arguments()))
     neutral = NEUTRAL.keys() | NEUTRAL_FOR_EXPERTS.keys()
     for name in (arguments_read(saved) & vars(saved).keys()) - neutral:
         setattr(args, name, getattr(saved, name))

@@ -27,8 +27,12 @@ from megatron_infoentropy.convert.output_folder import (
     require_place,
     require_space,
 )
-from megatron_infoentropy.convert.tokenizer_check import class_to_name, cuts_as_qwen2
-from megatron_infoentropy.convert.tokenizer_files import copy_tokenizer, read_tokenizer
+from megatron_infoentropy.convert.tokenizer import (
+    class_to_name,
+    copy_tokenizer,
+    cuts_as_qwen2,
+    read_tokenizer,
+)
 from megatron_infoentropy.convert.weights_file import NAMES, Shape, size_of, write_weights
 from megatron_infoentropy.progress import Advance, progress
 

@@ -1,48 +1,50 @@
 """Whether a Hugging Face folder computes what a Megatron checkpoint computes.
 
-Three things are compared, because each misses what the others see: the logits of both models,
-Megatron's own wherever it can be run, in fp32 on given tokens (a wrong constant such as the norm's
-epsilon may leave every next-token choice as it was, and still moves the largest logit difference a
-hundredfold), and so their loss; the configuration, as transformers understands it, with the
-training arguments (a wrong maximal length moves no logit); and the tokenizer, id by id and by the
-text it cuts.
+The logits of both models are compared, Megatron's own wherever it can be run, in fp32 on texts of
+full length, and so their loss: a wrong constant such as the norm's epsilon may leave every
+next-token choice as it was, and still moves the largest logit difference a hundredfold. Compared
+beside them is the tokenizer, id by id and by the text it cuts.
 """
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from megatron_infoentropy.convert.architecture import OF_EXPERTS
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.config_check import config_differences, file_differences
 from megatron_infoentropy.convert.errors import UnprovenConversionError
 from megatron_infoentropy.convert.hf_config import read_config
+from megatron_infoentropy.convert.hf_model import streamed_model, whole_model
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
+from megatron_infoentropy.convert.layers import Routes, StoredModel
 from megatron_infoentropy.convert.megatron_model import MegatronModel, why_not_megatron
-from megatron_infoentropy.convert.reference_model import ReferenceModel, Routes
-from megatron_infoentropy.convert.streamed_model import streamed_model
-from megatron_infoentropy.convert.texts import length_for, sequences_for
-from megatron_infoentropy.convert.tokenizer_check import tokenizer_differences
-from megatron_infoentropy.convert.tokenizer_files import read_tokenizer
+from megatron_infoentropy.convert.reference_model import ReferenceModel
+from megatron_infoentropy.convert.tokenizer import tokenizer_differences
+from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.progress import progress
 
 TOLERANCE = 1e-5
 """The largest difference between two fp32 logits that rounding explains, of the largest logit."""
 LOSS_TOLERANCE = 1e-4
 """The largest difference between two mean cross entropies, in nats a token."""
+SEQUENCES = 3
+LONGEST = 4096
+"""Beyond this a sequence costs more than it tells."""
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What both models make of the same tokens."""
+class Verification:
+    """What both models make of the same tokens; `passed` is the verdict."""
 
     tokens: int
     max_difference: float  # largest |logit - logit|
@@ -51,46 +53,33 @@ class Outputs:
     megatron_loss: float  # mean cross entropy of the next token, in nats
     hf_loss: float
     not_megatron: str = ""  # why the first side is not Megatron's own forward pass
+    differences: tuple[str, ...] = ()  # besides: of the vocabulary and the tokenizer
 
     @property
-    def same(self) -> bool:
+    def same_outputs(self) -> bool:
         close = self.max_difference <= TOLERANCE * self.max_logit  # NaN is not
         same_loss = abs(self.megatron_loss - self.hf_loss) <= LOSS_TOLERANCE
         return close and same_loss and self.top1_agreement == 1.0
 
-    def __str__(self) -> str:
-        ratio = self.max_difference / self.max_logit if self.max_logit else math.inf
-        return (
-            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.1e}, "
-            f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
-            f"token {self.top1_agreement:.2%}\n"
-            f"loss of these tokens: {self.megatron_loss:.6f} nats in Megatron, {self.hf_loss:.6f} "
-            f"in transformers (at most {LOSS_TOLERANCE:.0e} apart)\n"
-            + (
-                "Megatron's side is a plain PyTorch forward pass of its parameters and arguments: "
-                + self.not_megatron
-                if self.not_megatron
-                else "Megatron's side is its own forward pass"
-            )
-        )
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of a comparison; `passed` is the verdict."""
-
-    outputs: Outputs
-    config_differences: tuple[str, ...]
-    tokenizer_differences: tuple[str, ...] = ()
-
     @property
     def passed(self) -> bool:
-        same_facts = not self.config_differences and not self.tokenizer_differences
-        return self.outputs.same and same_facts
+        return self.same_outputs and not self.differences
 
     def __str__(self) -> str:
-        differences = _lines(self.config_differences, self.tokenizer_differences)
-        return "\n".join([str(self.outputs), *differences])
+        ratio = self.max_difference / self.max_logit if self.max_logit else math.inf
+        lines = (
+            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.1e}, "
+            f"{ratio:.1e} of the largest logit (at most {TOLERANCE:.0e} is rounding); same top "
+            f"token {self.top1_agreement:.2%}",
+            f"loss of these tokens: {self.megatron_loss:.6f} nats in Megatron, {self.hf_loss:.6f} "
+            f"in transformers (at most {LOSS_TOLERANCE:.0e} apart)",
+            "Megatron's side is a plain PyTorch forward pass of its parameters and arguments: "
+            + self.not_megatron
+            if self.not_megatron
+            else "Megatron's side is its own forward pass",
+            *self.differences,
+        )
+        return "\n".join(lines)
 
 
 def prove(
@@ -117,9 +106,8 @@ def prove(
     Raises:
         UnprovenConversionError: they do not compute the same, with all that differs.
     """
-    sequences = sequences_for(folder, text, data)
     result = verify_conversion(
-        *(checkpoint, folder, sequences),
+        *(checkpoint, folder, sequences_for(folder, text, data)),
         iteration=iteration,
         imported=imported,
         rope_scaling_factor=rope_scaling_factor,
@@ -129,45 +117,19 @@ def prove(
     return result
 
 
-def look_at_files(
-    checkpoint: Path,
-    folder: Path,
-    *,
-    iteration: int | None = None,
-    rope_scaling_factor: float | None = None,
-    imported: bool = False,
-) -> None:
-    """Compare what takes no memory, the configuration and the tokenizer, and insist.
-
-    Args:
-        checkpoint, folder, iteration, rope_scaling_factor, imported: as for `prove`, of which
-            this is a part.
+def require_same_ids(folder: Path) -> None:
+    """Compare the tokenizer alone, which takes no memory, and insist.
 
     Raises:
-        UnprovenConversionError: they do not describe the same, with all that differs.
+        UnprovenConversionError: transformers makes other ids of it in the Hugging Face folder.
     """
-    opened = MegatronCheckpoint(checkpoint, iteration, rope_scaling_factor=rope_scaling_factor)
-    if lines := _lines(*_file_differences(opened, folder, read_config(folder), imported)):
-        raise UnprovenConversionError(f"the two sides are not the same; {'\n'.join(lines)}")
+    if differences := tokenizer_differences(folder):
+        raise UnprovenConversionError(f"the two sides are not the same; {'\n'.join(differences)}")
 
 
 def why_not_now(folder: Path) -> str | None:
     """Say why this machine cannot compare the models; None if it can."""
     return _too_much(memory_needed(folder, length_for(folder), streamed=True)) or None
-
-
-def _why_no_memory(folder: Path, length: int, *, streamed: bool) -> str:
-    """Say why Megatron's attention, which keeps all scores of a layer, does not fit; "" if so."""
-    config = read_config(folder)
-    scores = 4 * 4 * config.num_attention_heads * length**2
-    return _too_much(memory_needed(folder, length, streamed=streamed) + scores)
-
-
-def _too_much(needed: int) -> str:
-    free = _free_memory()
-    if needed <= free:
-        return ""
-    return f"comparing the models takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
 
 
 def verify_conversion(
@@ -189,7 +151,7 @@ def verify_conversion(
         folder: the Hugging Face side.
         sequences: token ids to run both models on; real text, of the full length, tells most.
         iteration, rope_scaling_factor: as for `convert_checkpoint`.
-        imported: the checkpoint was made of the folder, which need not suit transformers 4.
+        imported: the checkpoint was made of the folder, whose tokenizer nobody copied.
 
     Raises:
         ValueError: no two tokens in a sequence, or ids outside the vocabulary.
@@ -199,28 +161,24 @@ def verify_conversion(
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
     length = max(map(len, sequences))
     streamed = memory_needed(folder, length) > _free_memory()
-    why_not = why_not_megatron() or _why_no_memory(folder, length, streamed=streamed)
+    scores = 4 * 4 * config.num_attention_heads * length**2  # Megatron keeps all of a layer
+    not_megatron = why_not_megatron() or _too_much(
+        memory_needed(folder, length, streamed=streamed) + scores
+    )
     dtype = HuggingFaceWeights(folder).dtype
-    side = ReferenceModel(opened, dtype) if why_not else MegatronModel(opened, dtype)
-    model = streamed_model(folder, config) if streamed else _whole_model(folder)
+    side = ReferenceModel(opened, dtype) if not_megatron else MegatronModel(opened, dtype)
+    model = streamed_model(folder, config) if streamed else whole_model(folder)
     if config.model_type in OF_EXPERTS:
         _break_ties_alike(model, side.routes)
-    outputs = replace(_compare_outputs(side, model, sequences), not_megatron=why_not)
-    return Verification(outputs, *_file_differences(opened, folder, config, imported))
-
-
-def _file_differences(
-    opened: MegatronCheckpoint, folder: Path, config: Any, imported: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what differs in the configuration, and between the tokenizer's files."""
-    if imported:
-        return tuple(config_differences(config, opened.args, None)), ()
-    fields = config_differences(config, opened.args, _vocab_size(folder))
-    return (*fields, *file_differences(folder)), tuple(tokenizer_differences(folder))
-
-
-def _lines(fields: tuple[str, ...], tokenizer: tuple[str, ...]) -> list[str]:
-    return [f"configuration: {line}" for line in fields] + [f"tokenizer: {x}" for x in tokenizer]
+    differences = [] if imported else tokenizer_differences(folder)
+    trained = getattr(opened.args, "vocab_size", None)
+    if trained not in (None, config.vocab_size):
+        differences.append(f"vocabulary: {config.vocab_size} rows, trained with {trained}")
+    return Verification(
+        **_compare_outputs(side, model, sequences),
+        not_megatron=not_megatron,
+        differences=tuple(differences),
+    )
 
 
 def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
@@ -243,21 +201,15 @@ def memory_needed(folder: Path, length: int, *, streamed: bool = False) -> int:
     return int(4 * (of_transformers + tables + layers + logits)) + 500_000_000
 
 
+def _too_much(needed: int) -> str:
+    free = _free_memory()
+    if needed <= free:
+        return ""
+    return f"comparing the models takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+
+
 def _free_memory() -> int:
     return int(psutil.virtual_memory().available)
-
-
-def _whole_model(folder: Path) -> Any:
-    """Load transformers' model by its own means."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-    ).eval()
 
 
 def _break_ties_alike(model: Any, routes: Routes) -> None:
@@ -291,14 +243,16 @@ def _take_tied_routes(routes: list[Tensor], gate: Any, _: Any, output: Any) -> A
 
 @torch.no_grad()
 def _compare_outputs(
-    side: MegatronModel | ReferenceModel, model: Any, sequences: Sequence[Sequence[int]]
-) -> Outputs:
+    side: StoredModel, model: Any, sequences: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return a Verification's numbers."""
     tokens = [torch.tensor(sequence) for sequence in sequences if len(sequence)]
     difference, largest, agree, total = 0.0, 0.0, 0, sum(map(len, tokens))
     losses = torch.zeros(2, dtype=torch.float64)
     layers = int(side.args.num_layers)
     with progress("verify", 2 * layers * len(tokens), "layers") as advance:
-        for ids, expected in zip(tokens, side.logits(tokens, advance), strict=True):
+        for ids in tokens:
+            expected = side.logits(ids, advance)
             actual = model(ids[None], use_cache=False).logits[0]
             expected = expected[:, : actual.shape[-1]]
             gaps = (actual - expected).abs().max()
@@ -309,12 +263,14 @@ def _compare_outputs(
                 losses[at] += cross_entropy(logits[:-1], ids[1:], reduction="none").double().sum()
             advance(layers)
     megatron_loss, hf_loss = (losses / (total - len(tokens))).tolist()
-    return Outputs(total, difference, largest, agree / total, megatron_loss, hf_loss)
-
-
-def _vocab_size(folder: Path) -> int | None:
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    return read_tokenizer(folder).vocab_size if has_tokenizer else None
+    return {
+        "tokens": total,
+        "max_difference": difference,
+        "max_logit": largest,
+        "top1_agreement": agree / total,
+        "megatron_loss": megatron_loss,
+        "hf_loss": hf_loss,
+    }
 
 
 def _require_tokens(sequences: Sequence[Sequence[int]], vocab_size: int, max_length: int) -> None:
@@ -326,3 +282,72 @@ def _require_tokens(sequences: Sequence[Sequence[int]], vocab_size: int, max_len
                 f"expected sequences of at most {max_length} ids below {vocab_size}, got one of "
                 f"{len(sequence)} with ids up to {max(sequence)}"
             )
+
+
+def sequences_for(
+    folder: Path, text: Path | None = None, data: Path | None = None
+) -> list[list[int]]:
+    """Return three sequences of full length, from the start, middle and end of a text.
+
+    Args:
+        folder: a Hugging Face folder; without a tokenizer in it the ids are drawn at random.
+        text: any UTF-8 file; by default the reference texts that come with Python.
+        data: instead of a text the prefix of an indexed dataset (its path without .bin), whose
+            documents are read one after another, as Megatron does.
+
+    Raises:
+        ValueError: less than two tokens in the text or the dataset, or both are given.
+    """
+    require_readable(text, data)
+    length = length_for(folder)
+    if data is not None:
+        tokens = _open(data).tokens
+        last = max(0, len(tokens) - length)
+        return [tokens[at : at + length].tolist() for at in sorted({0, last // 2, last})]
+    if not (folder / "tokenizer.json").is_file():
+        draw = random.Random(0)
+        vocab_size = read_config(folder).vocab_size
+        return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(SEQUENCES)]
+    raw = _python_reference() if text is None else text.read_bytes()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # A token is rarely longer than 16 bytes: enough text, without encoding all of a large file.
+    starts = {0, max(0, len(raw) // 2), max(0, len(raw) - 16 * length)}
+    sequences = [
+        tokenizer.encode(raw[start : start + 16 * length].decode("utf-8", "ignore")).ids[:length]
+        for start in sorted(starts)
+    ]
+    long_enough = [sequence for sequence in sequences if len(sequence) > 1]
+    if not long_enough:
+        raise ValueError(f"expected text to verify on in {text}, got less than two tokens")
+    return long_enough
+
+
+def require_readable(text: Path | None, data: Path | None) -> None:
+    """Look whether there is something to verify on, before a conversion that may take hours.
+
+    Raises:
+        ValueError: no such text or dataset, less than two tokens in it, or both are given.
+    """
+    if text is not None and data is not None:
+        raise ValueError("expected a text or a dataset to verify on, got both")
+    if text is not None and not text.is_file():
+        raise ValueError(f"expected a text to verify on, found no file {text}")
+    if text is not None and not text.stat().st_size:
+        raise ValueError(f"expected a text to verify on, {text} is empty")
+    if data is not None and len(_open(data).tokens) < 2:
+        raise ValueError(f"expected a dataset to verify on in {data}, got less than two tokens")
+
+
+def length_for(folder: Path) -> int:
+    """Return the model's full length as transformers understands config.json, or LONGEST."""
+    return min(LONGEST, int(read_config(folder).max_position_embeddings))
+
+
+def _open(data: Path) -> IndexedReader:
+    return IndexedReader(data.with_suffix("") if data.suffix in (".bin", ".idx") else data)
+
+
+def _python_reference() -> bytes:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values()).encode()

@@ -44,6 +44,8 @@ def main() -> None:
         vocab_size=words.vocabulary,
         padded_vocab_size=words.vocabulary,
         initializer_range=0.02,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         untied=True,
         linear_bias=False,
         qkv_bias=False,

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
 from megatron_infoentropy.convert.from_hf import flags_of
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
-from megatron_infoentropy.convert.texts import length_for
+from megatron_infoentropy.convert.verify import length_for
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},

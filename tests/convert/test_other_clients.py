@@ -8,7 +8,7 @@ from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
 from tiny_tokenizer import write_gpt2_tokenizer
 
 from megatron_infoentropy.convert import convert_checkpoint
-from megatron_infoentropy.convert.tokenizer_check import tokenizer_differences
+from megatron_infoentropy.convert.tokenizer import tokenizer_differences
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -62,7 +62,7 @@ def test_the_check_passes_for_real_checkpoints(trained: Path, tmp_path: Path, ca
     tokens = torch.load(trained / case / "golden.pt")["tokens"]
     verification = verify_conversion(trained / case / "save", tmp_path / "hf", tokens)
     assert verification.passed, verification
-    assert verification.outputs.max_difference <= 1e-5 * verification.outputs.max_logit
+    assert verification.max_difference <= 1e-5 * verification.max_logit
 
 
 def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_every_convention_is_undone(tmp_path: Path, variant: str, layers: str) -
     convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.passed, verification
-    assert verification.outputs.tokens == 96
+    assert verification.tokens == 96
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Pa
     change = tmp_path / "hf" / "tokenizer.json"  # another tokenizer than the one it was cut for
     change.write_bytes((write_tokenizer(tmp_path / "other", 62) / "tokenizer.json").read_bytes())
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", [[60, 1, 2]])
-    assert verification.config_differences == ("vocab_size is 61, expected 62",)
+    assert verification.differences == ("tokenizer: it has 62 tokens, the model 61 rows",)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from config_check import config_differences
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
 from torch import Tensor
 
-from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
+from megatron_infoentropy.convert import (
+    convert_checkpoint,
+    convert_from_hf,
+    verify,
+    verify_conversion,
+)
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.naming import LayoutName
@@ -74,21 +80,39 @@ def test_a_wrong_layout_fails_the_check(
     mistake: Callable[[Tensor, Architecture], tuple[Tensor, ...]],
     changes: dict[str, Any],
 ) -> None:
-    args = tiny_args(**changes)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
     monkeypatch.setitem(LAYOUTS, layout, LAYOUTS[layout]._replace(to_hf=mistake))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert not verification.passed
-    assert verification.outputs.max_difference > 0.1
+    assert verification.max_difference > 0.1
 
 
-@pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
-    return tmp_path
+def export(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """Write a checkpoint `save` of a family and its export `hf`; return their folder."""
+    args = tiny_args(**FAMILIES[family] | changes)
+    write_checkpoint(folder / "save", args, tiny_tensors(args))
+    convert_checkpoint(folder / "save", folder / "hf")
+    return folder
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"add_bias_linear": True}),
+    ("llama", {"use_rope_scaling": True, "rotary_base": 500000}),
+    ("llama", {"kv_channels": 16, "untie_embeddings_and_output_weights": False}),
+    ("qwen2", {"kv_channels": 16}),  # is a Llama with biases
+    ("gpt_neox", {"bias_gelu_fusion": True, "rotary_percent": 0.25}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_every_field_of_a_configuration_is_that_of_the_training(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    export(tmp_path, family, **changes, layernorm_epsilon=1e-3)
+    assert config_differences(tmp_path / "save", tmp_path / "hf") == []
+    convert_from_hf(tmp_path / "hf", tmp_path / "start")
+    assert config_differences(tmp_path / "start", tmp_path / "hf") == []
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -100,28 +124,11 @@ ROPE = {"rope_type": "default", "rope_theta": 10001.0}
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "logits_differ"),
-    [
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps", True),
-        ({"rope_parameters": ROPE}, "rope_theta", True),
-        ({"max_position_embeddings": 65}, "max_position_embeddings", False),
-        ({"hidden_act": "gelu"}, "hidden_act", True),
-    ],
-)
-def test_a_wrong_configuration_fails_the_check_and_is_named(
-    exported: Path, changes: dict[str, Any], field: str, logits_differ: bool
-) -> None:
-    change_config(exported, **changes)
-    verification = verify_conversion(exported / "save", exported / "hf", TOKENS)
-    assert not verification.passed
-    assert any(line.startswith(field) for line in verification.config_differences)
-    close = verification.outputs.max_difference <= TOLERANCE * verification.outputs.max_logit
-    assert close != logits_differ, verification
-
-
-@pytest.mark.parametrize(
     ("family", "changes", "field"),
     [
+        ("llama", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ("llama", {"rope_parameters": ROPE}, "rope_theta"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("gpt_neox", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
         ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}, "partial_rotary"),
@@ -131,55 +138,67 @@ def test_a_wrong_configuration_fails_the_check_and_is_named(
         ("qwen3", {"rope_parameters": ROPE}, "rope_theta"),
     ],
 )
-def test_a_wrong_configuration_of_another_family_fails_the_check(
+def test_a_wrong_configuration_fails_the_check(
     tmp_path: Path, family: str, changes: dict[str, Any], field: str
 ) -> None:
-    args = tiny_args(**FAMILIES[family])
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export(tmp_path, family)
     change_config(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
-    assert any(line.startswith(field) for line in verification.config_differences)
-    assert verification.outputs.max_difference > TOLERANCE * verification.outputs.max_logit, (
-        "and logits show it"
-    )
+    assert verification.max_difference > TOLERANCE * verification.max_logit
+    assert not verification.passed
+    lines = config_differences(tmp_path / "save", tmp_path / "hf")
+    assert any(line.startswith(field) for line in lines), "the tests' own check names it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"max_position_embeddings": 65}, "max_position_embeddings is 65, expected 64"),
+        ({"rope_theta": 9000.0}, "rope_theta is 9000.0 for transformers 4, 10000.0 for 5"),
+    ],
+)
+def test_the_tests_own_check_sees_what_no_logit_shows(
+    tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    export(tmp_path)
+    change_config(tmp_path, **changes)
+    assert config_differences(tmp_path / "save", tmp_path / "hf") == [line]
 
 
 def test_a_vocabulary_cut_off_by_one_fails_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
     with monkeypatch.context() as wrong:
         wrong.setattr("megatron_infoentropy.convert.architecture._true_vocab_size", lambda *_: 59)
-        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+        export(tmp_path)
     tokens = [[token for token in sequence if token < 59] for sequence in TOKENS]
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", tokens)
-    assert verification.config_differences == ("vocab_size is 59, expected 60",)
+    assert verification.differences == ("vocabulary: 59 rows, trained with 60",)
     assert not verification.passed
 
 
-def test_a_single_wrong_weight_fails_the_check(exported: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = exported / "hf" / "model.safetensors"
+@pytest.mark.parametrize("more", [0.01, float("nan")])
+def test_a_single_wrong_weight_fails_the_check(tmp_path: Path, more: float) -> None:
+    path = export(tmp_path) / "hf" / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.norm.weight"][3] += 0.01
+    tensors["model.norm.weight"][3] += more
     save_file(tensors, path, {"format": "pt"})
-    assert not verify_conversion(exported / "save", exported / "hf", TOKENS).passed
+    assert not verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
 
 
-@pytest.mark.parametrize("tokens", [[], [[]], [[60]], [[-1]], [[1] * 65]])
-def test_tokens_the_model_has_not_are_an_error(exported: Path, tokens: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        verify_conversion(exported / "save", exported / "hf", tokens)
+def test_tokens_the_model_has_not_are_an_error(tmp_path: Path) -> None:
+    export(tmp_path)
+    tokens: list[list[list[int]]] = [[], [[]], [[60]], [[-1]], [[1] * 65]]
+    for sequences in tokens:
+        with pytest.raises(ValueError, match="expected"):
+            verify_conversion(tmp_path / "save", tmp_path / "hf", sequences)
 
 
 def test_the_check_does_not_look_at_the_conversion_for_the_truth() -> None:
-    path = Path(verify_conversion.__code__.co_filename).with_name("reference_model.py")
-    imports = [line for line in path.read_text().splitlines() if "megatron_infoentropy" in line]
-    assert imports == ["from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint"]
-    assert torch.get_default_dtype() == torch.float32
+    for name, of in (("reference_model", "layers"), ("layers", "checkpoint")):
+        path = Path(verify.__file__).with_name(f"{name}.py")
+        lines = [line for line in path.read_text().splitlines() if "megatron_infoentropy" in line]
+        assert [line.split()[1].rpartition(".")[2] for line in lines] == [of]
 
 
 def nearly_equal_experts(folder: Path, family: str, difference: float) -> None:
@@ -211,8 +230,8 @@ def test_only_rounding_may_send_a_token_to_other_experts(
 
     monkeypatch.setattr(verify, "why_not_megatron", lambda: "the other form can be changed here")
     monkeypatch.setattr(ReferenceModel, "_route", swapped)
-    outputs = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).outputs
-    assert outputs.same == same, str(outputs)
+    result = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
+    assert result.passed == same, str(result)
 
 
 def test_the_routes_of_megatrons_own_model_are_followed(
@@ -228,6 +247,6 @@ def test_the_routes_of_megatrons_own_model_are_followed(
         return choose(logits[:, SWAPPED], *others, **named)
 
     monkeypatch.setattr(router, "topk_routing_with_score_function", swapped)
-    outputs = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).outputs
-    assert outputs.same, str(outputs)
-    assert not outputs.not_megatron
+    result = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
+    assert result.passed, str(result)
+    assert not result.not_megatron

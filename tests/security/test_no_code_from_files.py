@@ -18,7 +18,7 @@ REFUSED = {
 # What is read back from this package's own processes, the unpickler that runs nothing, and a class
 # of transformers that is given tensors, not a folder.
 OWN = {
-    ("convert/in_memory.py", "family.from_pretrained without trust_remote_code=False"),
+    ("convert/hf_model.py", "family.from_pretrained without trust_remote_code=False"),
     ("data/tokenizer.py", "pickle.loads"),
     ("data/workers.py", "pickle.load"),
     ("bench/run.py", "pickle.loads"),

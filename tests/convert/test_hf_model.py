@@ -1,5 +1,6 @@
-"""transformers' model, layer by layer: the same numbers, and the memory of one layer."""
+"""Models of transformers: layer by layer with the memory of one, and of a checkpoint itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_infoentropy.convert import (
@@ -16,8 +18,15 @@ from megatron_infoentropy.convert import (
     verify_conversion,
 )
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.hf_model import (
+    is_checkpoint,
+    network_of,
+    streamed_model,
+    tokenizer_of,
+    training_tokenizer_sha256,
+    whole_model,
+)
 from megatron_infoentropy.convert.megatron_model import MegatronModel
-from megatron_infoentropy.convert.streamed_model import streamed_model
 
 CASES = FAMILIES | {
     "tied": {"untie_embeddings_and_output_weights": False},
@@ -26,22 +35,38 @@ CASES = FAMILIES | {
 
 
 def export(folder: Path, case: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    args = tiny_args(**CASES[case] | {"num_layers": 3, "rotary_base": 500000})
+    tokenizer = write_tokenizer(folder / "tokenizer", 60)
+    args = tiny_args(
+        **CASES[case] | {"num_layers": 3, "rotary_base": 500000, "tokenizer_model": str(tokenizer)}
+    )
     write_checkpoint(folder / "save", args, tiny_tensors(args, dtype))
-    convert_checkpoint(folder / "save", folder / "hf", shard_bytes=60_000)
+    # With this tokenizer a model with biases of q, k and v alone would be exported as Llama.
+    family = "qwen2" if case == "qwen2" else "auto"
+    convert_checkpoint(
+        folder / "save", folder / "hf", tokenizer=tokenizer, family=family, shard_bytes=60_000
+    )
     return folder / "hf"
 
 
+def streamed(hf: Path) -> Any:
+    return streamed_model(hf, AutoConfig.from_pretrained(hf))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_it_computes_the_same_to_the_bit(tmp_path: Path, case: str) -> None:
+def test_all_forms_compute_the_same_to_the_bit(tmp_path: Path, case: str) -> None:
     hf = export(tmp_path, case, torch.bfloat16)
-    whole = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    streamed = streamed_model(hf, AutoConfig.from_pretrained(hf))
+    whole = whole_model(hf)
+    opened = MegatronCheckpoint(tmp_path / "save")
+    assert tokenizer_of(opened) == tmp_path / "tokenizer"
+    network = network_of(opened, tmp_path / "tokenizer", torch.float32)
+    assert type(network) is type(whole)
     with torch.no_grad():
         for tokens in TOKENS:
             ids = torch.tensor([tokens])
             expected = whole(ids, use_cache=False).logits
-            assert torch.equal(streamed(ids, use_cache=False).logits, expected)
+            assert expected.shape[-1] == 60
+            assert torch.equal(streamed(hf)(ids, use_cache=False).logits, expected)
+            assert torch.equal(network(ids, use_cache=False).logits, expected)
 
 
 def one_file(hf: Path) -> dict[str, torch.Tensor]:
@@ -61,11 +86,11 @@ def test_the_names_of_old_exports_are_known(tmp_path: Path) -> None:
         old = {name.removeprefix("transformer."): t for name, t in one_file(hf).items()}
         old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(3)}
         save_file(old, hf / "model.safetensors", {"format": "pt"})
-        assert torch.equal(streamed_model(hf, AutoConfig.from_pretrained(hf))(ids).logits, expected)
+        assert torch.equal(streamed(hf)(ids).logits, expected)
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    model = streamed_model(export(tmp_path), AutoConfig.from_pretrained(tmp_path / "hf"))
+    model = streamed(export(tmp_path))
     layers = model.model.layers
     seen = []
 
@@ -80,7 +105,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = streamed_model(export(tmp_path, "mixtral"), AutoConfig.from_pretrained(tmp_path / "hf"))
+    model = streamed(export(tmp_path, "mixtral"))
     assert not [name for name, _ in model.named_parameters() if ".experts." in name]
     build, seen = MegatronModel._build, []
 
@@ -99,7 +124,7 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(MegatronModel, "_build", built)
     side = MegatronModel(MegatronCheckpoint(tmp_path / "save"), torch.float32)
-    list(side.logits([torch.tensor(TOKENS[0])]))
+    side.logits(torch.tensor(TOKENS[0]), lambda layers: None)
     assert seen == [1] * 3 * 4
 
 
@@ -120,23 +145,51 @@ def test_the_proof_streams_where_the_model_does_not_fit(
 
     monkeypatch.setattr(verify, "streamed_model", noted)
     monkeypatch.setattr(verify, "_free_memory", lambda: whole - 1)
-    streamed = verify_conversion(tmp_path / "save", hf, TOKENS)
+    result = verify_conversion(tmp_path / "save", hf, TOKENS)
     assert used
-    assert streamed.passed
-    assert streamed.outputs.hf_loss == expected.outputs.hf_loss
-    assert "GB of memory" in streamed.outputs.not_megatron, "the scores of its attention"
+    assert result.passed
+    assert result.hf_loss == expected.hf_loss
+    assert "GB of memory" in result.not_megatron, "the scores of its attention"
     assert expected.passed
 
 
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
-)
-def test_a_tensor_that_is_not_there_or_not_known_is_named(tmp_path: Path, name: str) -> None:
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     hf = export(tmp_path)
     weights = one_file(hf)
-    tensor = weights.pop(name)
-    last = name.rsplit(".", maxsplit=2)[-2]
-    for state in (weights, weights | {name: tensor, f"{name}_2": tensor.clone()}):
-        save_file(state, hf / "model.safetensors", {"format": "pt"})
-        with pytest.raises(IncompleteCheckpointError, match=last), torch.no_grad():
-            streamed_model(hf, AutoConfig.from_pretrained(hf))(torch.tensor([TOKENS[0]]))
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensor = weights[name]
+        without = {n: t for n, t in weights.items() if n != name}
+        for state in (without, weights | {f"{name}_2": tensor}, without | {name: tensor[:-1]}):
+            copies = {n: t.clone() for n, t in state.items()}
+            save_file(copies, hf / "model.safetensors", {"format": "pt"})
+            with pytest.raises(IncompleteCheckpointError, match=name.rsplit(".", maxsplit=2)[-2]):
+                streamed(hf)
+
+
+def test_an_expert_that_is_not_there_is_named(tmp_path: Path) -> None:
+    hf = export(tmp_path, "mixtral")
+    weights = one_file(hf)
+    del weights["model.layers.2.block_sparse_moe.experts.3.w3.weight"]
+    save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompleteCheckpointError, match=r"layers\.2.*experts\.3\.up_proj"):
+        streamed(hf)
+
+
+def test_a_checkpoint_whose_tokenizer_is_gone_asks_for_it(tmp_path: Path) -> None:
+    args = tiny_args(tokenizer_model="elsewhere/tokenizer")
+    save = write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    with pytest.raises(ValueError, match="'elsewhere/tokenizer', where there is no tokenizer"):
+        tokenizer_of(MegatronCheckpoint(save))
+
+
+def test_the_training_data_says_with_which_tokenizer_it_was_written(tmp_path: Path) -> None:
+    data = tmp_path / "data" / "train"
+    args = tiny_args(train_data_path=["0.4", str(data / "web"), "0.6", str(data / "code")])
+    save = write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    opened = MegatronCheckpoint(save)
+    assert is_checkpoint(save)
+    assert not is_checkpoint(tmp_path)
+    assert training_tokenizer_sha256(opened) is None
+    data.mkdir(parents=True)
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": "abc"}}))
+    assert training_tokenizer_sha256(opened) == "abc"

@@ -1,8 +1,6 @@
-"""config.json against the saved training arguments, field by field.
+"""config.json against the saved training arguments, field by field: what no logit shows too.
 
-A wrong epsilon or rotary base leaves every next token as it was on short texts, so no comparison
-of outputs replaces this one. Shares with `hf_config` no table but that
-of the names of equal activations.
+It shares with `hf_config` no table but that of the names of equal activations.
 """
 
 import json
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.reference_model import has_tanh_gelu
 
 _LLAMA_3 = {
@@ -21,13 +21,12 @@ _LLAMA_3 = {
 _MISSING = "missing"
 
 
-def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> list[str]:
-    """Compare a configuration, as transformers loaded it, with the training arguments.
+def config_differences(checkpoint: Path, folder: Path) -> list[str]:
+    """Compare a folder's configuration, as transformers loads it, with the training arguments.
 
-    `vocab_size` is that of the tokenizer, if there is one; arguments may not hold the true size, or
-    say that the model has more rows than the tokenizer has tokens.
-    Returns one line for every field that differs.
+    Returns one line for every field that differs, between transformers 4 and 5 too.
     """
+    config, args = read_config(folder), MegatronCheckpoint(checkpoint).args
     expected = {
         "num_hidden_layers": args.num_layers,
         "hidden_size": args.hidden_size,
@@ -40,20 +39,17 @@ def config_differences(config: Any, args: Namespace, vocab_size: int | None) -> 
     if args.position_embedding_type == "rope":
         for name, value in _rope_fields(args).items():
             expected[name], actual[name] = value, config.rope_parameters.get(name, _MISSING)
-    rows = vocab_size if args.vocab_size is None else args.vocab_size
-    if rows is not None:
-        expected["vocab_size"], actual["vocab_size"] = rows, config.vocab_size
+    if args.vocab_size is not None:
+        expected["vocab_size"], actual["vocab_size"] = args.vocab_size, config.vocab_size
     lines = [
         f"{name} is {actual[name]!r}, expected {value!r}"
         for name, value in expected.items()
         if actual[name] != value
     ]
-    if vocab_size is not None and rows is not None and rows < vocab_size:
-        lines.append(f"vocab_size is {rows}, expected at least {vocab_size}")
-    return lines
+    return lines + _file_differences(folder)
 
 
-def file_differences(folder: Path) -> list[str]:
+def _file_differences(folder: Path) -> list[str]:
     """Compare what transformers 4 reads of config.json with what transformers 5 does."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "rope_parameters" not in config:
