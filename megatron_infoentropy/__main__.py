@@ -10,7 +10,7 @@ EXTRA_OF = {  # command -> the extra that installs what it needs
     **dict.fromkeys(("blend", "inspect", "verify"), "data"),
     **dict.fromkeys(("train", "launch", "doctor", "bench", "bench-recipe"), "megatron"),
     **dict.fromkeys(("convert", "convert-from-hf"), "convert"),
-    **dict.fromkeys(("evaluate", "compare", "report", "bench-evaluation"), "evaluate"),
+    **dict.fromkeys(("evaluate", "compare", "report"), "evaluate"),
     "tasks": "tasks",
     "study": "all",
 }

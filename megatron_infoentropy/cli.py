@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.commands import (
-    convert,
-    data,
-    evaluation,
-    launch,
-    machine,
-    recipe_bench,
-    study,
-    tasks,
-    training,
-)
+from megatron_infoentropy.commands import convert, data, evaluation, machine, training
 from megatron_infoentropy.console import make_console
 
 app = typer.Typer(
@@ -62,10 +52,15 @@ def about(
         raise typer.Exit
 
 
-# In the order of the work, as --help lists them.
-for _room in (data, training, launch, convert, evaluation, tasks, study, machine, recipe_bench):
-    for _command in _room.COMMANDS:
-        _takes_flags = (training.train, launch.launch, recipe_bench.bench_recipe)
-        # Megatron's own flags follow these after a --.
-        _extra = {"ignore_unknown_options": _command in _takes_flags}
-        app.command(context_settings=_extra)(_command)
+_TAKE_FLAGS = (training.train, training.launch, machine.bench_recipe)  # Megatron's, after a --
+_COMMANDS = (  # in the order of the work, as --help lists them
+    *(data.corpus, data.tokenizer, data.preprocess, data.merge, data.pack, data.blend),
+    *(data.inspect, data.verify),
+    *(training.train, training.launch),
+    *(convert.convert, convert.convert_from_hf),
+    *(evaluation.evaluate, evaluation.compare, evaluation.report),
+    *(evaluation.tasks, evaluation.study),
+    *(machine.doctor, machine.bench, machine.bench_recipe),
+)
+for _command in _COMMANDS:
+    app.command(context_settings={"ignore_unknown_options": _command in _TAKE_FLAGS})(_command)

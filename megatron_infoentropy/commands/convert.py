@@ -5,11 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_infoentropy.console import make_console
+from megatron_infoentropy.commands import Overwrite, out
 
-out = make_console()
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 Verify = Annotated[
     bool | None,
     typer.Option(
@@ -123,6 +120,3 @@ def _prove(
         return
     result = prove(checkpoint, folder, text=text, data=data, **options)
     out.print(str(result))
-
-
-COMMANDS = (convert, convert_from_hf)

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from megatron_infoentropy.console import make_console
+from megatron_infoentropy.commands import Overwrite, err, out
 
 if TYPE_CHECKING:
     from megatron_infoentropy.data.manifest import Manifest
-
-out = make_console()
-err = make_console(stderr=True)
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 TextKey = Annotated[str, typer.Option(help="key that holds the text")]
 
 
@@ -290,6 +285,3 @@ def _verify_checkpoints(folders: list[Path]) -> None:
     damaged = sum(map(bool, problems.values()))
     if damaged:
         raise ValueError(f"{damaged} of {len(folders)} checkpoints are damaged: copy them again")
-
-
-COMMANDS = (corpus, tokenizer, preprocess, merge, pack, blend, inspect, verify)

@@ -1,4 +1,4 @@
-"""Commands that score models and compare runs."""
+"""Commands that score models, put tasks to them, compare runs, and do a whole study."""
 
 import math
 import os
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_infoentropy.console import make_console
+from megatron_infoentropy.commands import out
 
 if TYPE_CHECKING:
     from megatron_infoentropy.evaluate.comparison import Comparison
     from megatron_infoentropy.evaluate.model import ModelSource
 
-out = make_console()
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda")]
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
         str, typer.Option(help="of the weighted average: auto, scored, paper or a .json file")
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    device: Device = "auto",
     tokenizer: Annotated[
         Path | None, typer.Option(help="of a checkpoint, where it has moved since the training")
     ] = None,
@@ -212,4 +212,88 @@ def report(
         webbrowser.open(page.resolve().as_uri())  # without a screen it might open in a terminal
 
 
-COMMANDS = (evaluate, compare, report)
+def tasks(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder")],
+    output: Annotated[Path, typer.Option(help="run folder: results go to tasks/ in it")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="commonsense, commonsense-5shot, closed-book, mmlu or mmlu-texts; repeatable"
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="a task or group of lm_eval by name; repeatable")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="examples in the prompt of --task; default: its own")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="task descriptions (YAML) of your own, on local data")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="questions of each task: to try it out")
+    ] = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts at a time")] = 8,
+) -> None:
+    """Put tasks of lm-evaluation-harness to an exported model; the report shows the results.
+
+    Ended by whatever, the same command goes on with the next task.
+    """
+    from megatron_infoentropy.tasks.ask import run_tasks
+
+    results = run_tasks(
+        model,
+        output,
+        suites=tuple(suite or ()),
+        tasks=tuple(task or ()),
+        shots=shots,
+        task_folder=task_folder,
+        limit=limit,
+        device=device,
+        batch_size=batch_size,
+    )
+    for name, result in results.items():
+        for metric, number in result.metrics.items():
+            error = "" if number.stderr is None else f" +- {number.stderr:.4f}"
+            line = f"{name:28} {metric:28} {number.value:8.4f}{error}  ({result.samples} questions)"
+            out.print(line)
+
+
+def study(
+    study: Annotated[Path, typer.Argument(help="YAML file; see examples/studies/")],
+    output: Annotated[Path, typer.Option(help="folder for data, runs and report")],
+    jobs: Annotated[
+        int, typer.Option(min=1, help="runs side by side, which share cores and GPUs")
+    ] = 1,
+    only: Annotated[
+        str | None, typer.Option(help="data, report or the name of a run: do this part alone")
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="write a job array script instead of running")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the runs and what is done already")
+    ] = False,
+) -> None:
+    """Train a grid of objectives and seeds, export, evaluate and compare: one page at the end.
+
+    Ended by whatever, the same command goes on where it was.
+    """
+    from megatron_infoentropy.study import runner, states
+    from megatron_infoentropy.study.plan import load_study
+
+    plan, output = load_study(study), output.resolve()
+    if dry_run:
+        for state in states.find_states(plan, output):
+            out.print(f"{state.number:3}  {state.member.name:36}  {state}")
+    elif slurm:
+        out.print(f"{states.write_script(plan, output, jobs)}: see there how to submit it")
+    else:
+        with runner.terminated_as_interrupted():
+            if only is not None:
+                page = states.do_part(plan, output, only)
+            else:
+                page = runner.run_study(plan, output, jobs=jobs, say=lambda line: out.print(line))
+        if page is not None:
+            out.print(f"report: {page.as_uri()}")

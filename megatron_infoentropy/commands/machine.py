@@ -1,4 +1,4 @@
-"""Commands about the machine: what it offers, how fast the loss is on it."""
+"""Commands about the machine: what it offers, how fast the loss and a recipe's steps are on it."""
 
 import os
 import sys
@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from megatron_infoentropy.commands import out
 from megatron_infoentropy.commands.training import (
+    Data,
     MegatronFlags,
     PipelineParallel,
+    Recipe,
     TensorParallel,
+    Tokenizer,
+    parallel_settings,
 )
 from megatron_infoentropy.console import make_console
 
-out = make_console()
+CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a folder to name it in")]
 
 
 def doctor(
@@ -51,10 +57,7 @@ def doctor(
     --ranks here, or is one rank under torchrun: torchrun ... -m -- megatron_infoentropy doctor
     --distributed ... (its -- keeps --run from torchrun, which has an option that begins so).
     """
-    settings = {
-        "tensor-model-parallel-size": tensor_parallel,
-        "pipeline-model-parallel-size": pipeline_parallel,
-    }
+    settings = parallel_settings(tensor_parallel, pipeline_parallel)
     flags = tuple(megatron_flags or ())
     if not distributed:
         is_whole = _say_findings()
@@ -111,9 +114,7 @@ def bench(
     hidden: Annotated[
         int | None, typer.Option(help="also an output layer of this size, fused and unfused")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="CSV file to write, or a folder to name it in")
-    ] = None,
+    output: CsvFile = None,
     minutes: Annotated[
         float | None,
         typer.Option(help="begin no shape later, and go on with what the output has already"),
@@ -122,15 +123,60 @@ def bench(
     """Time and memory of the loss beside its peers, in one run, as ratios."""
     from megatron_infoentropy.bench import cases
     from megatron_infoentropy.bench.run import bench as run
-    from megatron_infoentropy.bench.table import WIDTH, tables
+    from megatron_infoentropy.bench.table import tables
 
     shape = (tokens, vocabulary, dtype, tensor_parallel)
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
-    wide = make_console(width=max(out.width, WIDTH))
     rows = run(chosen, repeats=repeats, hidden=hidden, output=output, minutes=minutes)
-    for part in tables(rows):
+    _print_wide(tables(rows))
+
+
+def bench_recipe(
+    recipe: Recipe,
+    megatron_flags: MegatronFlags = None,
+    *,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes; default: what the GPUs and the batch allow"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="timed steps of every loss")] = 20,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="only this loss, by its name in the table; repeatable")
+    ] = None,
+    output: CsvFile = None,
+) -> None:
+    """Time and memory of a recipe's training steps, with our losses and with Megatron's own.
+
+    Megatron's trainer runs the recipe; the losses take turns in it, a step each, in rounds, so that
+    what else the machine does falls on all of them. Nothing is loaded or saved. Without --data the
+    tokens are made up.
+    """
+    from megatron_infoentropy.bench.recipe_run import bench_recipe as run
+    from megatron_infoentropy.bench.recipe_run import recipe_tables
+
+    rows = run(
+        recipe,
+        parallel_settings(tensor_parallel, pipeline_parallel),
+        tuple(megatron_flags or ()),
+        data=data,
+        tokenizer=tokenizer,
+        ranks=ranks,
+        rounds=rounds,
+        losses=tuple(loss or ()),
+        output=output,
+    )
+    _print_wide(recipe_tables(rows))
+
+
+def _print_wide(parts: list[Table | str]) -> None:
+    """Print tables in the width they need, also where the output is a file."""
+    from megatron_infoentropy.bench.table import WIDTH
+
+    wide = make_console(width=max(out.width, WIDTH))
+    for part in parts:
         wide.print(part)
-
-
-COMMANDS = (doctor, bench)
