@@ -15,33 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from encoder_here import EncoderHere
+
 from megatron_infoentropy.data import blocks, journal, workers, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
-from megatron_infoentropy.data.blocks import Block
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer
-from megatron_infoentropy.data.workers import Encoded, Encoder, Settings
 
 MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
-
-
-class EncoderHere:
-    """In place of a worker process."""
-
-    encoder: Encoder
-
-    def __init__(self, settings: Settings) -> None:
-        pass
-
-    def encode(self, block: Block) -> Encoded:
-        return self.encoder(block.data)
-
-    def __enter__(self) -> "EncoderHere":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def die_at(moment: int) -> None:
@@ -92,7 +73,6 @@ def content(folder: Path) -> dict[str, bytes]:
 def main(folder: Path, kills: int, seed: int) -> None:
     loaded = load_tokenizer(folder / "tokenizer")
     preprocess_module.load_tokenizer = lambda _: loaded  # which opens files that are only read
-    EncoderHere.encoder = Encoder(Settings(loaded, DataOptions(split_by=PILE_DOMAIN)))
     workers._Worker = EncoderHere  # type: ignore[assignment, misc]
     blocks.BLOCK_BYTES = 2000
     blocks._READ_BYTES = 1000

@@ -43,11 +43,6 @@ def test_two_percent_of_each_domain_are_held_out_twice(corpus: CorpusSummary) ->
             assert 0.015 < corpus.sizes[split, domain].bytes / total <= 0.02
 
 
-def test_no_document_is_there_twice(texts: dict[str, list[tuple[str, str]]]) -> None:
-    everything = [text for split in SPLITS for _, text in texts[split]]
-    assert len(set(everything)) == len(everything)
-
-
 def test_the_docstrings_of_a_file_are_in_the_split_of_the_file(
     texts: dict[str, list[tuple[str, str]]],
 ) -> None:

@@ -75,9 +75,15 @@ def write_goldens(folder: Path, tokenizer_folder: Path, **options: bool) -> Path
     return folder
 
 
-@pytest.mark.parametrize("special_tokens", [True, False])
-@pytest.mark.parametrize("append_eod", [True, False])
-@pytest.mark.parametrize("kind", ["tokenizer_folder", "starting"])
+@pytest.mark.parametrize(
+    ("kind", "append_eod", "special_tokens"),
+    [
+        ("tokenizer_folder", True, True),
+        ("starting", True, True),
+        ("starting", False, True),
+        ("starting", True, False),
+    ],
+)
 def test_every_domain_is_byte_identical_to_megatrons_tool(
     inputs: list[Path],
     request: pytest.FixtureRequest,
@@ -87,14 +93,13 @@ def test_every_domain_is_byte_identical_to_megatrons_tool(
     special_tokens: bool,
 ) -> None:
     tokenizer: Path = request.getfixturevalue(kind)
-    if kind == "tokenizer_folder" and not special_tokens:
-        return  # it adds none: the same as with them
     choices = {"append_eod": append_eod, "special_tokens": special_tokens}
     expected = write_goldens(tmp_path / "expected", tokenizer, **choices)
     preprocess(inputs, tokenizer, tmp_path / "out", options=DataOptions(**choices))
     assert_same_files(tmp_path / "out", expected)
 
 
+@pytest.mark.usefixtures("worker_processes")
 def test_the_number_of_workers_does_not_change_a_byte(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -104,7 +109,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
         assert_same_files(tmp_path / f"out{workers}", tmp_path / "out1")
 
 
-@pytest.mark.parametrize("vocab_size", [65_499, 65_500, 65_536])
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
 def test_ids_at_the_end_of_a_vocabulary_keep_megatrons_dtype(
     tmp_path: Path, vocab_size: int
 ) -> None:
@@ -128,14 +133,11 @@ def test_ids_at_the_end_of_a_vocabulary_keep_megatrons_dtype(
     assert_same_files(tmp_path / "out", tmp_path / "expected")
 
 
-def test_a_document_of_a_million_tokens_is_whole(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    texts = ["before", "0 1 z 2 q\n" * 126_000, "after"]
+def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = ["before", "0 1 z 2 q\n" * 20_000, "after"]
     (tmp_path / "expected").mkdir()
     write_golden(tmp_path / "expected" / "a", texts, tokenizer_folder)
     text = write(tmp_path / "a.jsonl.zst", [line(text) for text in texts])
     found = preprocess([text], tokenizer_folder, tmp_path / "out")
-    assert found.domains["A"].tokens > 1_000_000
+    assert found.domains["A"].tokens > 150_000
     assert_same_files(tmp_path / "out", tmp_path / "expected")

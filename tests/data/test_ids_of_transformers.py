@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 from text_files import line, write
@@ -59,19 +58,6 @@ def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path: Pat
         *("no class", "GPT-2's class", "a start token asked for", "Llama 2, generic class"),
         *("rules for added tokens", "the end token elsewhere", "a separator for an end token"),
     ]
-
-
-@pytest.mark.parametrize("kind", ["Llama 2", "special tokens are text"])
-def test_worker_processes_have_the_same_rules(tmp_path: Path, kind: str) -> None:
-    folder = write_tokenizer(tmp_path / "tokenizer", kind)
-    text = write(tmp_path / "a.jsonl", [line(text) for text in TEXTS])
-    out = preprocess(
-        [text], folder, tmp_path / "out", workers=2, options=DataOptions(split_by=None)
-    )
-    megatron = HuggingFaceTokenizer(str(folder))
-    documents = [[*ids, megatron.eod] for text in TEXTS if (ids := megatron.text_to_ids(text))]
-    found = np.fromfile(tmp_path / "out" / "all.bin", out.dtype).tolist()
-    assert found == [token for document in documents for token in document]
 
 
 @pytest.mark.parametrize(("special_tokens", "start_ids"), [(True, (1,)), (False, ())])

@@ -32,12 +32,6 @@ def test_documents_come_in_order_with_domain_and_size(write_lines: WriteLines, n
     assert read(path) == [Record("one", 3, "A"), Record("zw\u00f6lf", 6, "B")]
 
 
-def test_a_document_far_longer_than_a_chunk_arrives_whole(write_lines: WriteLines) -> None:
-    texts = ["abc\n" * 200_000, "short", "\u20ac" * 150_000]
-    for name in ("a.jsonl", "a.jsonl.zst"):
-        assert [r.text for r in read(write_lines(name, [line(text) for text in texts]))] == texts
-
-
 def test_only_newlines_separate_documents(tmp_path: Path) -> None:
     text = "a\u2028b\u2029c\x85d\x0be"
     path = tmp_path / "a.jsonl"
@@ -92,14 +86,6 @@ def test_reading_goes_on_from_the_start_of_any_block(
         assert sum(steps) == path.stat().st_size
 
 
-def test_progress_adds_up_to_the_size_of_the_file(write_lines: WriteLines) -> None:
-    for name in ("a.jsonl", "a.jsonl.zst"):
-        path = write_lines(name, [line("abc" * 100_000)] * 3)
-        steps: list[int] = []
-        list(read_jsonl(path, domain_key=None, advance=steps.append))
-        assert sum(steps) == path.stat().st_size
-
-
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -128,22 +114,6 @@ def test_a_broken_line_is_named_by_file_number_and_reason(
         error = broken(write_lines(name, [line("a"), line("b"), bad, line("c")]))
         assert error.line == 3
         assert reason in error.reason
-
-
-def test_the_documents_before_a_broken_line_are_read_first(write_lines: WriteLines) -> None:
-    documents = read_jsonl(write_lines("a.jsonl", [line("a"), "{", line("c")]), domain_key=KEY)
-    assert next(documents).text == "a"
-    with pytest.raises(BrokenLineError, match=r"a\.jsonl:2: not JSON"):
-        next(documents)
-
-
-def test_blank_lines_at_the_end_are_harmless(write_lines: WriteLines) -> None:
-    assert len(read(write_lines("a.jsonl", [line("a"), "", "  ", ""]))) == 1
-
-
-def test_without_a_domain_key_no_domain_is_needed(write_lines: WriteLines) -> None:
-    records = read(write_lines("a.jsonl", ['{"text": "a"}']), None)
-    assert records == [Record("a", 1, None)]
 
 
 @pytest.mark.parametrize("kept", [0, 3, 0.5, -1])

@@ -36,8 +36,7 @@ def expected_pieces(reader: IndexedReader, length: int, documents: int) -> list[
     return pieces
 
 
-@pytest.mark.parametrize("documents", [1, 4, 25, 1000])
-@pytest.mark.parametrize("length", [1, 7, 64])
+@pytest.mark.parametrize(("documents", "length"), [(1, 7), (4, 1), (4, 64), (25, 7), (1000, 64)])
 @pytest.mark.parametrize("at_once", [(2048, 1 << 23), (3, 20)])  # documents, tokens per read
 def test_pieces_are_those_of_the_published_procedure(
     dataset, tmp_path, monkeypatch, documents, length, at_once

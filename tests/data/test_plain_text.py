@@ -9,7 +9,7 @@ from text_files import line, write
 from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 
 PLAIN = [json.dumps({"text": f"plain {number}"}) for number in range(40)]
@@ -73,15 +73,6 @@ def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
     assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 41}
 
 
-def test_a_key_asked_for_by_name_must_be_there(tokenizer_folder: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", PLAIN)
-    for key in (PILE_DOMAIN, "lang"):
-        with pytest.raises(BrokenLineError, match=f":1: no domain: .* at {key}"):
-            preprocess(
-                [path], tokenizer_folder, tmp_path / "out", options=DataOptions(split_by=key)
-            )
-
-
 def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -93,10 +84,3 @@ def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(
     assert (
         IndexedReader(marked.prefix("A")).tokens == IndexedReader(clean.prefix("A")).tokens
     ).all()
-
-
-def test_another_encoding_is_named_with_a_cure(tokenizer_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes("\n".join(PILE).encode("utf-16"))
-    with pytest.raises(BrokenLineError, match=r":1: not UTF-8 at byte 0 .*; convert the file"):
-        preprocess([path], tokenizer_folder, tmp_path / "out")

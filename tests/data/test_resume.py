@@ -48,17 +48,17 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
-def test_killed_at_sixty_random_moments_it_still_ends_with_the_same_bytes(
+def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), tmp_path, "60", "0"]
+    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), tmp_path, "30", "0"]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
     killed, finished = map(int, done.stdout.split())
-    assert killed >= 60
+    assert killed >= 30
     assert finished >= 1
 
 
@@ -132,6 +132,7 @@ def test_two_runs_do_not_write_the_same_output(
         assert (tmp_path / ".out.partial" / "lock").exists()
 
 
+@pytest.mark.usefixtures("worker_processes")
 def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:

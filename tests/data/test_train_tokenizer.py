@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from text_files import WriteLines, line
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_infoentropy.data.blocks import BrokenLineError
@@ -39,22 +39,6 @@ def reference(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         return AutoTokenizer.from_pretrained(tokenizer_folder)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_those_of_transformers_and_decode_to_the_text(
-    tokenizer: LoadedTokenizer, reference: PreTrainedTokenizerBase, text: str
-) -> None:
-    ids = tokenizer.tokenizer.encode_batch_fast([text])[0].ids
-    assert ids == reference(text).input_ids
-    assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert reference.decode(ids) == text
-
-
-def test_an_end_of_text_in_the_text_is_the_special_token(tokenizer: LoadedTokenizer) -> None:
-    ids = tokenizer.tokenizer.encode_batch_fast([f"a{END_OF_TEXT}b", "ab"])
-    assert ids[0].ids.count(tokenizer.eod_id) == 1
-    assert tokenizer.eod_id not in ids[1].ids
 
 
 def test_transformers_and_megatron_find_what_they_need(
@@ -141,20 +125,3 @@ def test_the_end_of_document_token_is_found_in_both_spellings(
     assert (loaded.eod_id, loaded.vocab_size) == (600, 601)
     with pytest.raises(ValueError, match="is no tokenizer folder"):
         load_tokenizer(tmp_path)
-
-
-def test_special_tokens_a_tokenizer_adds_itself_are_added_as_in_transformers(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    """Llama tokenizers put a start token before every text, and Megatron keeps it."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 600)]
-    )
-    folder = save(tokenizer, tmp_path / "starting", {"eos_token": END_OF_TEXT})
-    reference = AutoTokenizer.from_pretrained(folder)
-    for text in ("", "some text"):
-        ids = load_tokenizer(folder).tokenizer.encode_batch_fast([text])[0].ids
-        assert ids == reference(text).input_ids
-        assert ids[0] == 600
