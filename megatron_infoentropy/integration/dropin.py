@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.compat import check_drop_in
+from megatron_infoentropy.integration.output import check_sharding
 from megatron_infoentropy.loss.collective import Group, world_and_rank
 from megatron_infoentropy.loss.layout import as_ids
 from megatron_infoentropy.loss.objective import (
@@ -36,6 +37,9 @@ from megatron_infoentropy.loss.statistics import TokenStatistics
 from megatron_infoentropy.loss.token_batch import token_batch
 from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "infoentropy_loss"  # of the model: the BoundLoss
 # Fusions of Megatron's loss that replace the method's body, and with it give way to ours. Others
 # (a fused output layer and loss) would never call it.
 FUSIONS_OF_THE_METHOD = ("native", "te")
@@ -120,27 +124,6 @@ def shard_columns(module: Any) -> int | None:
         ranks, _ = world_and_rank(tensor_group(module))
         columns = size // ranks
     return columns
-
-
-def check_shard(module: Any, columns: int) -> None:
-    """Gathered logits, taken for a shard, would give a loss that is off by ln(TP) and look fine.
-
-    Raises:
-        ValueError: `columns` is not the module's share of the vocabulary.
-    """
-    expected = shard_columns(module)
-    if expected is not None and columns != expected:
-        ranks, _ = world_and_rank(tensor_group(module))
-        raise ValueError(
-            f"expected vocabulary-sharded logits with {expected} columns ({ranks} tensor-parallel "
-            f"ranks), got {columns}; build the model with parallel_output=True and call it without "
-            "runtime_gather_output"
-        )
-
-
-logger = logging.getLogger(__name__)
-
-ATTRIBUTE = "infoentropy_loss"  # of the model: the BoundLoss
 
 
 def use_infoentropy_loss(
@@ -248,7 +231,8 @@ class BoundLoss:
 
     def __call__(self, module: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [batch, sequence], logits [sequence, batch, V/TP] -> [batch, sequence]."""
-        check_shard(module, logits.shape[-1])
+        group = tensor_group(module)
+        check_sharding(logits.shape[-1], shard_columns(module), group)
         self._has_run = True
         labels = as_ids(labels)
         if module.training and self._loss_mask is not None:
@@ -260,7 +244,7 @@ class BoundLoss:
             logits,
             target,
             self.config,
-            group=tensor_group(module),
+            group=group,
             vocab_size=self.vocab_size,
             ignore_index=self.ignore_index,
             inplace_backward=self.inplace_backward and logits.requires_grad and not logits.is_leaf,

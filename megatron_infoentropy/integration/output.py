@@ -13,9 +13,9 @@ import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss import TokenStatistics
-from megatron_infoentropy.loss.collective import world_and_rank
-from megatron_infoentropy.loss.layout import as_ids
-from megatron_infoentropy.loss.linear import configured_linear_statistics
+from megatron_infoentropy.loss.collective import Group, world_and_rank
+from megatron_infoentropy.loss.layout import arguments_of, as_ids
+from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
 from megatron_infoentropy.loss.objective import configured_statistics
 
 IGNORED = -100
@@ -26,7 +26,7 @@ class OutputSettings:
     """What the processor needs to know besides what Megatron hands it."""
 
     config: InfoEntropyConfig
-    group: Any  # tensor-parallel process group
+    group: Group | None  # tensor-parallel
     vocab_size: int | None  # true size: padding of the table stays out of the softmax
 
 
@@ -60,7 +60,8 @@ def statistics_processor(
         return pack(statistics).transpose(1, 2).contiguous()
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = scale_logits(logits)
-    check_sharding(logits, output_layer, context.group)
+    expected = getattr(output_layer, "output_size_per_partition", None)
+    check_sharding(logits.shape[-1], expected, context.group)
     statistics = configured_statistics(
         logits,
         target,
@@ -92,16 +93,20 @@ def _fused_statistics(
     # Here --overlap-param-gather waits for the weight to arrive, and nothing else would.
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, (hidden_states,))
-    return configured_linear_statistics(
-        hidden_states,
-        output_layer.weight if output_weight is None else output_weight,
-        target,
+    arguments = arguments_of(
         context.config,
         group=context.group,
         vocab_size=context.vocab_size,
         ignore_index=IGNORED,
+    )
+    return linear_vocab_parallel_statistics(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        target,
+        chunk_tokens=context.config.chunk_tokens,
         sequence_parallel=output_layer.sequence_parallel,
         into_main_grad=output_layer.gradient_accumulation_fusion,
+        **arguments,
     )
 
 
@@ -116,17 +121,18 @@ def unpack(output: torch.Tensor) -> TokenStatistics:
     return TokenStatistics(*output.float().unbind(0))
 
 
-def check_sharding(logits: torch.Tensor, output_layer: Any, group: Any) -> None:
+def check_sharding(columns: int, expected: int | None, group: Group | None) -> None:
     """Gathered logits, taken for a shard, would give a loss that is off by ln(TP) and look fine.
 
+    expected: columns of the output layer's share of the vocabulary; None where it is not known.
+
     Raises:
-        ValueError: the last dimension is not the output layer's share of the vocabulary.
+        ValueError: the logits have another number of columns.
     """
-    expected = getattr(output_layer, "output_size_per_partition", None)
-    if expected is not None and logits.shape[-1] != expected:
+    if expected is not None and columns != expected:
         ranks, _ = world_and_rank(group)
         raise ValueError(
-            f"expected vocabulary-sharded logits with {expected} columns "
-            f"({output_layer.output_size} over {ranks} tensor-parallel ranks), got "
-            f"{logits.shape[-1]}; build the model with parallel_output=True"
+            f"expected vocabulary-sharded logits with {expected} columns ({ranks} tensor-parallel "
+            f"ranks), got {columns}; build the model with parallel_output=True and call it without "
+            "runtime_gather_output"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+from megatron_infoentropy.kernels.native import DTYPES, arguments
 
 _C: Any = None
 try:
@@ -20,7 +21,6 @@ try:
 except ImportError as error:  # installed without a compiler
     _BUILD_ERROR = str(error)
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 OLDEST = (8, 0)  # compute capability
 COLUMNS_OF_A_SPLIT = 8192  # at least: what a block reads at once in 16-bit logits
 
@@ -60,17 +60,7 @@ def shard_statistics(
     workspace = statistics_RN.new_empty(size)
     with torch.cuda.device(device):
         _C.cuda_shard_statistics(
-            logits=logits_NV.data_ptr(),
-            dtype=DTYPES[logits_NV.dtype],
-            row_stride=logits_NV.stride(0),
-            tokens=n,
-            target=target_N.data_ptr(),
-            vocab_start=shard.start,
-            columns=shard.columns,
-            ignore_index=shard.ignore_index,
-            softcap=options.softcap,
-            temperature=options.temperature,
-            distance=options.distance,
+            **arguments(logits_NV, target_N, shard, options),
             statistics=statistics_RN.data_ptr(),
             splits=share,
             workspace=workspace.data_ptr(),
@@ -92,18 +82,8 @@ def shard_gradient(
     device = logits_NV.device
     with torch.cuda.device(device):
         _C.cuda_shard_gradient(
-            logits=logits_NV.data_ptr(),
-            dtype=DTYPES[logits_NV.dtype],
-            row_stride=logits_NV.stride(0),
-            tokens=logits_NV.shape[0],
+            **arguments(logits_NV, target_N, shard, options),
             width=logits_NV.shape[1],
-            target=target_N.data_ptr(),
-            vocab_start=shard.start,
-            columns=shard.columns,
-            ignore_index=shard.ignore_index,
-            softcap=options.softcap,
-            temperature=options.temperature,
-            distance=options.distance,
             coefficients=coefficients_RN.data_ptr(),
             out=out_NV.data_ptr(),
             out_row_stride=out_NV.stride(0),

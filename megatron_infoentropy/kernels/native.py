@@ -39,23 +39,32 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
+def arguments(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+) -> dict[str, Any]:
+    """Return what every function of the extension takes, by name."""
+    return {
+        "logits": logits_NV.data_ptr(),
+        "dtype": DTYPES[logits_NV.dtype],
+        "row_stride": logits_NV.stride(0),
+        "tokens": logits_NV.shape[0],
+        "target": target_N.data_ptr(),
+        "vocab_start": shard.start,
+        "columns": shard.columns,
+        "ignore_index": shard.ignore_index,
+        "softcap": options.softcap,
+        "temperature": options.temperature,
+        "distance": options.distance,
+    }
+
+
 def shard_statistics(
     logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     statistics_RN = logits_NV.new_empty((options.rows, logits_NV.shape[0]), dtype=torch.float32)
     _C.shard_statistics(
-        logits=logits_NV.data_ptr(),
-        dtype=DTYPES[logits_NV.dtype],
-        row_stride=logits_NV.stride(0),
-        tokens=logits_NV.shape[0],
-        target=target_N.data_ptr(),
-        vocab_start=shard.start,
-        columns=shard.columns,
-        ignore_index=shard.ignore_index,
-        softcap=options.softcap,
-        temperature=options.temperature,
-        distance=options.distance,
+        **arguments(logits_NV, target_N, shard, options),
         statistics=statistics_RN.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -72,18 +81,8 @@ def shard_gradient(
 ) -> None:
     """See `kernels.contract`."""
     _C.shard_gradient(
-        logits=logits_NV.data_ptr(),
-        dtype=DTYPES[logits_NV.dtype],
-        row_stride=logits_NV.stride(0),
-        tokens=logits_NV.shape[0],
+        **arguments(logits_NV, target_N, shard, options),
         width=logits_NV.shape[1],
-        target=target_N.data_ptr(),
-        vocab_start=shard.start,
-        columns=shard.columns,
-        ignore_index=shard.ignore_index,
-        softcap=options.softcap,
-        temperature=options.temperature,
-        distance=options.distance,
         coefficients=coefficients_RN.data_ptr(),
         out=out_NV.data_ptr(),
         out_row_stride=out_NV.stride(0),

@@ -5,76 +5,56 @@ nodes with known shapes; everything on [tokens] between them is fused by the com
 compiled region the functions are called directly, which saves the dispatcher's time.
 """
 
+from typing import Any
+
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard, statistics_dtype
 from megatron_infoentropy.kernels.dispatch import by_name
 
+# Every operator's last arguments: those of `Shard`, those of `Options`, the backend's name.
+_SETTINGS = (
+    "int start, int columns, int ignore_index, float softcap, float temperature, bool distance, "
+    "str backend"
+)
 
-@torch.library.custom_op("infoentropy::shard_statistics", mutates_args=())
-def statistics_operator(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    start: int,
-    columns: int,
-    ignore_index: int,
-    softcap: float,
-    temperature: float,
-    distance: bool,
-    backend: str,
-) -> torch.Tensor:
-    shard, options = Shard(start, columns, ignore_index), Options(softcap, temperature, distance)
-    return by_name(backend).shard_statistics(logits, target, shard, options)
+
+def _settings(*values: Any) -> tuple[Shard, Options, Kernels]:
+    return Shard(*values[:3]), Options(*values[3:6]), by_name(values[6])
+
+
+@torch.library.custom_op(
+    "infoentropy::shard_statistics",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, {_SETTINGS}) -> Tensor",
+)
+def statistics_operator(logits: torch.Tensor, target: torch.Tensor, *values: Any) -> torch.Tensor:
+    shard, options, kernels = _settings(*values)
+    return kernels.shard_statistics(logits, target, shard, options)
 
 
 @statistics_operator.register_fake
-def _(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    start: int,
-    columns: int,
-    ignore_index: int,
-    softcap: float,
-    temperature: float,
-    distance: bool,
-    backend: str,
-) -> torch.Tensor:
-    rows = Options(softcap, temperature, distance).rows
+def _(logits: torch.Tensor, target: torch.Tensor, *values: Any) -> torch.Tensor:
+    rows = _settings(*values)[1].rows
     return logits.new_empty((rows, logits.shape[0]), dtype=statistics_dtype(logits))
 
 
-@torch.library.custom_op("infoentropy::shard_gradient", mutates_args=())
+@torch.library.custom_op(
+    "infoentropy::shard_gradient",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, Tensor coefficients, {_SETTINGS}) -> Tensor",
+)
 def gradient_operator(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    coefficients: torch.Tensor,
-    start: int,
-    columns: int,
-    ignore_index: int,
-    softcap: float,
-    temperature: float,
-    distance: bool,
-    backend: str,
+    logits: torch.Tensor, target: torch.Tensor, coefficients: torch.Tensor, *values: Any
 ) -> torch.Tensor:
-    shard, options = Shard(start, columns, ignore_index), Options(softcap, temperature, distance)
+    shard, options, kernels = _settings(*values)
     out = logits.new_empty(logits.shape)
-    by_name(backend).shard_gradient(logits, target, shard, options, coefficients, out)
+    kernels.shard_gradient(logits, target, shard, options, coefficients, out)
     return out
 
 
 @gradient_operator.register_fake
-def _(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    coefficients: torch.Tensor,
-    start: int,
-    columns: int,
-    ignore_index: int,
-    softcap: float,
-    temperature: float,
-    distance: bool,
-    backend: str,
-) -> torch.Tensor:
+def _(logits: torch.Tensor, *others: Any) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -145,7 +125,7 @@ def shard_statistics(
     """See `kernels.contract`."""
     if torch.compiler.is_compiling():
         result: torch.Tensor = statistics_operator(
-            logits_NV, target_N, *shard, *options, backend=kernels.name
+            logits_NV, target_N, *shard, *options, kernels.name
         )
         return result
     require_plain(logits=logits_NV, target=target_N)
@@ -168,7 +148,7 @@ def shard_gradient(
     """
     if torch.compiler.is_compiling():
         result: torch.Tensor = gradient_operator(
-            logits_NV, target_N, coefficients_RN, *shard, *options, backend=kernels.name
+            logits_NV, target_N, coefficients_RN, *shard, *options, kernels.name
         )
         return result
     require_plain(logits=logits_NV, coefficients=coefficients_RN)

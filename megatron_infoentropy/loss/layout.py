@@ -2,13 +2,15 @@
 
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 
+from megatron_infoentropy import kernels
+from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
-from megatron_infoentropy.kernels.contract import Options, Shard
+from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 from megatron_infoentropy.loss.collective import Group, warn_of_gathered, world_and_rank
 
 
@@ -18,6 +20,55 @@ class Vocabulary(NamedTuple):
     size: int
     shard: Shard  # of this rank
     columns: tuple[int, ...]  # that take part, of every rank's shard
+
+
+class Cut(NamedTuple):
+    """The tokens in chunks of one size, the last perhaps shorter.
+
+    With sequence parallelism a chunk is the same rows of every rank's slice, in rank order. So it
+    is gathered, and its gradient scattered, chunk by chunk: no rank ever holds the hidden states,
+    or their gradient, of all tokens.
+    """
+
+    slices: int  # ranks that hold a slice of the tokens; 1 without sequence parallelism
+    rows: int  # L, of one slice
+    chunk_rows: int  # of one slice
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest chunk."""
+        return self.slices * self.chunk_rows
+
+    def chunks(self) -> list[slice]:
+        """Rows of a slice, chunk by chunk."""
+        step = max(1, self.chunk_rows)
+        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def take(self, whole: torch.Tensor, rows: slice) -> torch.Tensor:
+        """[..., C] of [..., N], contiguous."""
+        part = self._by_slice(whole)[..., rows]
+        return part.reshape(*whole.shape[:-1], -1).contiguous()
+
+    def put(self, whole: torch.Tensor, rows: slice, part: torch.Tensor) -> None:
+        """Write [..., C] to its place in [..., N]."""
+        place = self._by_slice(whole)[..., rows]
+        place.copy_(part.view(place.shape))
+
+    def _by_slice(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.view(*whole.shape[:-1], self.slices, self.rows)
+
+
+def cut_tokens(rows: int, slices: int, chunk_tokens: int) -> Cut:
+    """Chunks of at most `chunk_tokens` tokens, of nearly equal size: a chunk of one token would
+    cost a pass over the whole weight.
+
+    Raises:
+        ValueError: chunk_tokens below 1.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 4096 is usual")
+    count = -(-rows // max(1, chunk_tokens // slices))
+    return Cut(slices, rows, -(-rows // count) if count else 0)
 
 
 class Rows(NamedTuple):
@@ -117,6 +168,68 @@ def make_options(softcap: float | None, temperature: float, distance: bool) -> O
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return Options(float(softcap or 0), float(temperature), distance)
+
+
+class StatisticsArguments(TypedDict):
+    """The arguments of `vocab_parallel_statistics` that its fused form takes too."""
+
+    group: Group | None
+    vocab_size: int | None
+    ignore_index: int
+    softcap: float | None
+    temperature: float
+    uniform_cross_entropy: bool
+    backend: Backend
+    collective: Collective
+
+
+def arguments_of(
+    config: InfoEntropyConfig,
+    *,
+    group: Group | None,
+    vocab_size: int | None,
+    ignore_index: int,
+) -> StatisticsArguments:
+    """Return what a configuration asks of the statistics."""
+    config.require_constant_gamma()
+    return {
+        "group": group,
+        "vocab_size": vocab_size,
+        "ignore_index": ignore_index,
+        "softcap": config.softcap or None,
+        "temperature": config.temperature,
+        "uniform_cross_entropy": config.label_smoothing > 0,
+        "backend": config.backend,
+        "collective": config.collective,
+    }
+
+
+class Settings(NamedTuple):
+    """Everything but tensors that the autograd functions need, checked."""
+
+    vocabulary: Vocabulary
+    options: Options
+    group: Group | None
+    kernels: Kernels
+    collective: Collective
+    inplace_backward: bool = False  # over the logits
+    cut: Cut = Cut(1, 0, 0)  # of the fused output layer, as is what follows
+    into_main_grad: bool = False
+
+
+def make_settings(x: torch.Tensor, width: int, arguments: StatisticsArguments) -> Settings:
+    """Return the settings for logits of the dtype and device of `x`, `width` columns a rank.
+
+    Raises:
+        ValueError: sizes or options that cannot be.
+        RuntimeError: the named backend cannot run on such logits.
+    """
+    group = arguments["group"]
+    distance = arguments["uniform_cross_entropy"]
+    options = make_options(arguments["softcap"], arguments["temperature"], distance)
+    vocabulary = split_vocabulary(arguments["vocab_size"], width, group, arguments["ignore_index"])
+    chosen = kernels.select(arguments["backend"], x.device, x.dtype)
+    return Settings(vocabulary, options, group, chosen, arguments["collective"])
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:

@@ -20,28 +20,28 @@ at a time. The statistics are gathered once, after the last chunk: hiding a gath
 leave the last one in sight all the same. Shapes: as in `linear_chunks`; R rows of statistics.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
-from megatron_infoentropy.kernels.contract import Options, statistics_dtype
+from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
 from megatron_infoentropy.loss.layout import (
+    Settings,
+    StatisticsArguments,
+    arguments_of,
     as_ids,
     check_targets,
     check_tensors,
+    cut_tokens,
     leave_out_masked,
     local_shard,
-    make_options,
-    split_vocabulary,
+    make_settings,
 )
 from megatron_infoentropy.loss.linear_chunks import (
     LinearGradients,
-    LinearSettings,
-    cut_tokens,
     deliver_weight_gradient,
     hidden_chunks,
     logits_of,
@@ -53,7 +53,7 @@ from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.objective import (
     PUBLISHED,
     TokenSums,
-    objective_sums,
+    objective_of,
     weighted_mean,
 )
 from megatron_infoentropy.loss.statistics import (
@@ -66,50 +66,33 @@ from megatron_infoentropy.loss.statistics import (
 from megatron_infoentropy.loss.token_batch import token_batch
 
 
-class LinearRequest(NamedTuple):
-    """What the caller of a fused function asks for, besides its tensors."""
-
-    vocab_size: int | None
-    ignore_index: int
-    options: Options
-    group: Group | None
-    backend: Backend
-    collective: Collective
-    chunk_tokens: int
-    sequence_parallel: bool
-    into_main_grad: bool
-
-
 def prepare_linear(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, request: LinearRequest
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LinearSettings]:
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    arguments: StatisticsArguments,
+    *,
+    chunk_tokens: int,
+    sequence_parallel: bool,
+    into_main_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Settings]:
     """(hidden [L, H], this rank's weight, target [N], settings), checked.
 
     Raises:
         ValueError: shapes, dtypes, targets or sizes that do not fit.
         RuntimeError: the named backend cannot run here.
     """
-    group = request.group
+    group = arguments["group"]
     weight = local_shard(weight, 0, group)
     check_tensors(hidden=hidden, weight=weight, target=target)
-    slices = world_and_rank(group)[0] if request.sequence_parallel else 1
+    slices = world_and_rank(group)[0] if sequence_parallel else 1
     _check_shapes(hidden, weight, target, slices)
-    vocabulary = split_vocabulary(request.vocab_size, len(weight), group, request.ignore_index)
+    settings = make_settings(hidden, len(weight), arguments)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     target_N = as_ids(target).reshape(-1).contiguous()
-    check_targets(target_N, vocabulary.size, vocabulary.shard.ignore_index)
-    chosen = kernels.select(request.backend, hidden.device, hidden.dtype)
-    cut = cut_tokens(len(hidden_LH), slices, request.chunk_tokens)
-    settings = LinearSettings(
-        vocabulary,
-        request.options,
-        group,
-        chosen,
-        request.collective,
-        cut,
-        request.into_main_grad,
-    )
-    return hidden_LH, weight, target_N, settings
+    check_targets(target_N, settings.vocabulary.size, settings.vocabulary.shard.ignore_index)
+    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
+    return hidden_LH, weight, target_N, settings._replace(cut=cut, into_main_grad=into_main_grad)
 
 
 def _check_shapes(
@@ -137,7 +120,7 @@ def _check_shapes(
 
 
 class LinearStatistics(torch.autograd.Function):
-    """(hidden [L, H], weight [V, H], target [N], settings) -> the `TokenResults`, each [N]."""
+    """(hidden [L, H], weight [V, H], target [N], settings) -> the `TokenStatistics`, each [N]."""
 
     @staticmethod
     def forward(
@@ -145,7 +128,7 @@ class LinearStatistics(torch.autograd.Function):
         hidden_LH: torch.Tensor,
         weight_VH: torch.Tensor,
         target_N: torch.Tensor,
-        settings: LinearSettings,
+        settings: Settings,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
@@ -153,7 +136,7 @@ class LinearStatistics(torch.autograd.Function):
         row = join_shards(statistics_RN, settings.group, settings.collective, columns)
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(hidden_LH, weight_VH, target_N, *saved)
-        ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings)
+        ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings.into_main_grad)
         ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
         return tuple(result for result in results if result is not None)
@@ -162,7 +145,7 @@ class LinearStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden_LH, weight_VH, target_N, *kept = ctx.saved_tensors
-        settings: LinearSettings = ctx.settings
+        settings: Settings = ctx.settings
         g_ce, g_entropy, g_lse, _, *g_uniform = gradients
         upstream = Upstream(g_ce, g_entropy, g_lse, *(g_uniform or [None]))
         size = settings.vocabulary.size
@@ -188,7 +171,7 @@ def _shard_statistics(
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
     target_N: torch.Tensor,
-    settings: LinearSettings,
+    settings: Settings,
 ) -> torch.Tensor:
     """[R, N], of this rank's columns."""
     cut, options = settings.cut, settings.options
@@ -214,7 +197,7 @@ def _add_gradients(
     weight_VH: torch.Tensor,
     target_N: torch.Tensor,
     coefficients_RN: torch.Tensor,
-    settings: LinearSettings,
+    settings: Settings,
 ) -> None:
     cut = settings.cut
     buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
@@ -292,52 +275,27 @@ def linear_vocab_parallel_statistics(
             `vocab_parallel_statistics`.
         RuntimeError: the named backend cannot run on such logits.
     """
-    request = LinearRequest(
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        options=make_options(softcap, temperature, uniform_cross_entropy),
-        group=group,
-        backend=backend,
-        collective=collective,
+    arguments: StatisticsArguments = {
+        "group": group,
+        "vocab_size": vocab_size,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "temperature": temperature,
+        "uniform_cross_entropy": uniform_cross_entropy,
+        "backend": backend,
+        "collective": collective,
+    }
+    hidden_LH, weight, target_N, settings = prepare_linear(
+        hidden,
+        weight,
+        target,
+        arguments,
         chunk_tokens=chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
-    hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
     results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
     return TokenStatistics(*(result.view(target.shape) for result in results))
-
-
-def configured_linear_statistics(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    config: InfoEntropyConfig,
-    *,
-    group: Group | None,
-    vocab_size: int | None,
-    ignore_index: int,
-    sequence_parallel: bool,
-    into_main_grad: bool,
-) -> TokenStatistics:
-    """`linear_vocab_parallel_statistics` with what a configuration asks of it."""
-    config.require_constant_gamma()
-    return linear_vocab_parallel_statistics(
-        hidden,
-        weight,
-        target,
-        group=group,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        softcap=config.softcap or None,
-        temperature=config.temperature,
-        uniform_cross_entropy=config.label_smoothing > 0,
-        backend=config.backend,
-        collective=config.collective,
-        chunk_tokens=config.chunk_tokens,
-        sequence_parallel=sequence_parallel,
-        into_main_grad=into_main_grad,
-    )
 
 
 def linear_infoentropy_loss(
@@ -387,41 +345,32 @@ def linear_infoentropy_loss(
         ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
     """
     config = PUBLISHED if config is None else config
-    config.require_constant_gamma()
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
-    request = LinearRequest(
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        options=make_options(
-            config.softcap or None, config.temperature, config.label_smoothing > 0
-        ),
-        group=group,
-        backend=config.backend,
-        collective=config.collective,
+    hidden_LH, weight, target_N, settings = prepare_linear(
+        hidden,
+        weight,
+        target,
+        arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index),
         chunk_tokens=config.chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
-    hidden_LH, weight, target_N, settings = prepare_linear(hidden, weight, target, request)
     # Weights that compare tokens are formed of all of them at once, as without chunks.
     by_chunk = config.detach_weight and not config.compares_tokens
     if by_chunk or not config.is_weighted:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
         tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
-        sums = TokenSums(
-            *LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
-        )
-    else:
-        results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-        statistics = TokenStatistics(*(result.view(target.shape) for result in results))
-        batch = token_batch(
-            statistics,
-            mask,
-            target=target,
-            samples=samples,
-            token_input=token_input,
-            data_parallel_group=data_parallel_group,
-        )
-        sums = objective_sums(statistics, batch, config)
-    return weighted_mean(sums, config, data_parallel_group)
+        sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
+        return weighted_mean(TokenSums(*sums), config, data_parallel_group)
+    results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
+    statistics = TokenStatistics(*(result.view(target.shape) for result in results))
+    batch = token_batch(
+        statistics,
+        mask,
+        target=target,
+        samples=samples,
+        token_input=token_input,
+        data_parallel_group=data_parallel_group,
+    )
+    return objective_of(statistics, batch, config)

@@ -7,13 +7,12 @@ collectives in the same order, whatever their data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import Kernels, Options, statistics_dtype
+from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import (
     Group,
     RowStatistics,
@@ -22,68 +21,7 @@ from megatron_infoentropy.loss.collective import (
     shards_are_compared,
     world_and_rank,
 )
-from megatron_infoentropy.loss.layout import Vocabulary
-
-
-class Cut(NamedTuple):
-    """The tokens in chunks of one size, the last perhaps shorter.
-
-    With sequence parallelism a chunk is the same rows of every rank's slice, in rank order. So it
-    is gathered, and its gradient scattered, chunk by chunk: no rank ever holds the hidden states,
-    or their gradient, of all tokens.
-    """
-
-    slices: int  # ranks that hold a slice of the tokens; 1 without sequence parallelism
-    rows: int  # L, of one slice
-    chunk_rows: int  # of one slice
-
-    @property
-    def tokens(self) -> int:
-        """Of the largest chunk."""
-        return self.slices * self.chunk_rows
-
-    def chunks(self) -> list[slice]:
-        """Rows of a slice, chunk by chunk."""
-        step = max(1, self.chunk_rows)
-        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
-
-    def take(self, whole: torch.Tensor, rows: slice) -> torch.Tensor:
-        """[..., C] of [..., N], contiguous."""
-        part = self._by_slice(whole)[..., rows]
-        return part.reshape(*whole.shape[:-1], -1).contiguous()
-
-    def put(self, whole: torch.Tensor, rows: slice, part: torch.Tensor) -> None:
-        """Write [..., C] to its place in [..., N]."""
-        place = self._by_slice(whole)[..., rows]
-        place.copy_(part.view(place.shape))
-
-    def _by_slice(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.view(*whole.shape[:-1], self.slices, self.rows)
-
-
-class LinearSettings(NamedTuple):
-    """Everything but tensors that the fused functions need."""
-
-    vocabulary: Vocabulary
-    options: Options
-    group: Group | None
-    kernels: Kernels
-    collective: Collective
-    cut: Cut
-    into_main_grad: bool
-
-
-def cut_tokens(rows: int, slices: int, chunk_tokens: int) -> Cut:
-    """Chunks of at most `chunk_tokens` tokens, of nearly equal size: a chunk of one token would
-    cost a pass over the whole weight.
-
-    Raises:
-        ValueError: chunk_tokens below 1.
-    """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 4096 is usual")
-    count = -(-rows // max(1, chunk_tokens // slices))
-    return Cut(slices, rows, -(-rows // count) if count else 0)
+from megatron_infoentropy.loss.layout import Cut
 
 
 def hidden_chunks(
@@ -220,10 +158,9 @@ def refuse_second_derivative() -> None:
         )
 
 
-def main_grad_of(weight_VH: torch.Tensor, settings: LinearSettings) -> torch.Tensor | None:
+def main_grad_of(weight_VH: torch.Tensor, is_asked_for: bool) -> torch.Tensor | None:
     """Where a data-parallel wrapper keeps the weight's gradient, if it does and it is asked for."""
-    found: torch.Tensor | None = getattr(weight_VH, "main_grad", None)
-    return found if settings.into_main_grad else None
+    return getattr(weight_VH, "main_grad", None) if is_asked_for else None
 
 
 def new_weight_total(weight_VH: torch.Tensor) -> torch.Tensor:

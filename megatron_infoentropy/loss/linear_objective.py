@@ -21,9 +21,9 @@ from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import RowStatistics, world_and_rank
+from megatron_infoentropy.loss.layout import Settings
 from megatron_infoentropy.loss.linear_chunks import (
     LinearGradients,
-    LinearSettings,
     deliver_weight_gradient,
     hidden_chunks,
     logits_of,
@@ -34,7 +34,6 @@ from megatron_infoentropy.loss.linear_chunks import (
 )
 from megatron_infoentropy.loss.objective import TokenSums, token_sums
 from megatron_infoentropy.loss.statistics import (
-    TokenResults,
     TokenStatistics,
     Upstream,
     coefficients,
@@ -63,7 +62,7 @@ class LinearSums(torch.autograd.Function):
         hidden_LH: torch.Tensor,
         weight_VH: torch.Tensor,
         tokens: Tokens,
-        settings: LinearSettings,
+        settings: Settings,
         config: InfoEntropyConfig,
         with_gradients: bool,
     ) -> tuple[torch.Tensor, ...]:
@@ -77,7 +76,7 @@ class LinearSums(torch.autograd.Function):
         one_pass = _Pass(weight_VH, tokens, settings, config, gradients)
         sums = one_pass.run(hidden_LH)
         ctx.save_for_backward(*gradients.finish())
-        ctx.weight, ctx.main_grad = weight_VH, main_grad_of(weight_VH, settings)
+        ctx.weight, ctx.main_grad = weight_VH, main_grad_of(weight_VH, settings.into_main_grad)
         ctx.cut, ctx.handed_out = settings.cut, False
         ctx.mark_non_differentiable(sums.weight, sums.tokens)
         return tuple(sums)
@@ -120,7 +119,7 @@ class _Pass:
         self,
         weight_VH: torch.Tensor,
         tokens: Tokens,
-        settings: LinearSettings,
+        settings: Settings,
         config: InfoEntropyConfig,
         gradients: LinearGradients,
     ) -> None:
@@ -179,7 +178,7 @@ class _Pass:
 
 
 def _token_terms(
-    results: TokenResults, mask_C: torch.Tensor, config: InfoEntropyConfig, differentiate: bool
+    results: TokenStatistics, mask_C: torch.Tensor, config: InfoEntropyConfig, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor, Upstream | None]:
     """Return each token's loss and weight; if asked, their masked sum's gradient by each result."""
     leaves = {
@@ -188,7 +187,7 @@ def _token_terms(
         if name in Upstream._fields and result is not None
     }
     with torch.set_grad_enabled(differentiate):
-        statistics = TokenStatistics(**{"is_top": results.is_top, **leaves})
+        statistics = results._replace(**leaves)
         loss = token_loss(statistics, config)
         weight = token_weight(token_batch(statistics, mask_C), config)
         if not differentiate:

@@ -18,7 +18,7 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig, Normalization
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, sum_over_group
-from megatron_infoentropy.loss.layout import leave_out_masked
+from megatron_infoentropy.loss.layout import arguments_of, leave_out_masked
 from megatron_infoentropy.loss.statistics import TokenStatistics, vocab_parallel_statistics
 from megatron_infoentropy.loss.token_batch import TokenBatch, token_batch
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
@@ -105,16 +105,16 @@ def infoentropy_loss(
         token_input=token_input,
         data_parallel_group=data_parallel_group,
     )
-    sums = objective_sums(statistics, batch, config)
-    return weighted_mean(sums, config, data_parallel_group)
+    return objective_of(statistics, batch, config)
 
 
-def objective_sums(
+def objective_of(
     statistics: TokenStatistics, batch: TokenBatch, config: InfoEntropyConfig
-) -> TokenSums:
-    """Return the sums of one micro-batch on one rank, all its tokens weighted together."""
-    weight = token_weight(batch, config)
-    return token_sums(token_loss(statistics, config), weight, batch.mask)
+) -> torch.Tensor:
+    """Return the scalar objective of a micro-batch, all its tokens weighted together."""
+    loss, weight = token_loss(statistics, config), token_weight(batch, config)
+    sums = token_sums(loss, weight, batch.mask)
+    return weighted_mean(sums, config, batch.data_parallel_group)
 
 
 def weighted_mean(
@@ -137,25 +137,13 @@ def configured_statistics(
     inplace_backward: bool = False,
 ) -> TokenStatistics:
     """`vocab_parallel_statistics` with what a configuration asks of it."""
-    config.require_constant_gamma()
     if config.fused_linear:
         raise ValueError(
             "fused_linear needs the hidden states and the output weight, not logits: use "
             "linear_infoentropy_loss, or the trainer (--infoentropy-fused-linear)"
         )
-    return vocab_parallel_statistics(
-        logits,
-        target,
-        group=group,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        softcap=config.softcap or None,
-        temperature=config.temperature,
-        uniform_cross_entropy=config.label_smoothing > 0,
-        backend=config.backend,
-        collective=config.collective,
-        inplace_backward=inplace_backward,
-    )
+    arguments = arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index)
+    return vocab_parallel_statistics(logits, target, inplace_backward=inplace_backward, **arguments)
 
 
 def token_sums(loss: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:

@@ -18,30 +18,32 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels import ops
-from megatron_infoentropy.kernels.contract import Kernels, Options
+from megatron_infoentropy.kernels.contract import Options
 from megatron_infoentropy.loss.collective import Group, RowStatistics, join_shards
 from megatron_infoentropy.loss.layout import (
-    Vocabulary,
+    Settings,
+    StatisticsArguments,
     as_rows,
     check_logits,
     check_targets,
     local_shard,
-    make_options,
-    split_vocabulary,
+    make_settings,
 )
 
 
-class TokenResults(NamedTuple):
-    """Of the predicted distribution of every token; nats; ignored tokens have 0. Each [N]."""
+class TokenStatistics(NamedTuple):
+    """Of the predicted distribution of every token; fp32, nats, in the target's shape.
 
-    cross_entropy: torch.Tensor
-    entropy: torch.Tensor
-    logsumexp: torch.Tensor
-    is_top: torch.Tensor  # bool: no logit is above the target's
-    uniform_cross_entropy: torch.Tensor | None  # with options.distance
+    All but `is_top` are differentiable. Ignored tokens have 0.
+    """
+
+    cross_entropy: torch.Tensor  # -ln p(target) >= 0
+    entropy: torch.Tensor  # -sum p ln p, in [0, ln vocab_size]
+    logsumexp: torch.Tensor  # ln sum e^logit
+    is_top: torch.Tensor  # bool: no logit is above the target's; its mean is top-1 accuracy
+    uniform_cross_entropy: torch.Tensor | None = None  # -mean ln p over the vocabulary, if asked
 
 
 class Saved(NamedTuple):
@@ -69,7 +71,7 @@ def token_results(
     vocabulary: int,
     ignore_index: int,
     options: Options,
-) -> tuple[TokenResults, Saved]:
+) -> tuple[TokenStatistics, Saved]:
     """The results, and what to keep for `coefficients`."""
     ignored = target_N == ignore_index
     z = (1 + row.tail).masked_fill(ignored, 1)
@@ -85,7 +87,7 @@ def token_results(
     if row.distance is not None:
         uniform = (row.distance / vocabulary + log_z).masked_fill(ignored, 0)
     return (
-        TokenResults(ce, entropy, lse, is_top, uniform),
+        TokenStatistics(ce, entropy, lse, is_top, uniform),
         Saved(row.maximum, z, mean_distance, ce, entropy),
     )
 
@@ -122,30 +124,6 @@ def coefficients(
     if options.temperature != 1:
         rows[1:] = [row / options.temperature for row in rows[1:]]
     return torch.stack(rows)
-
-
-class TokenStatistics(NamedTuple):
-    """Of the predicted distribution of every token; fp32, nats, in the target's shape.
-
-    All but `is_top` are differentiable.
-    """
-
-    cross_entropy: torch.Tensor  # -ln p(target) >= 0
-    entropy: torch.Tensor  # -sum p ln p, in [0, ln vocab_size]
-    logsumexp: torch.Tensor  # ln sum e^logit
-    is_top: torch.Tensor  # bool: no logit is above the target's; its mean is top-1 accuracy
-    uniform_cross_entropy: torch.Tensor | None = None  # -mean ln p over the vocabulary, if asked
-
-
-class _Settings(NamedTuple):
-    """Everything but tensors."""
-
-    vocabulary: Vocabulary
-    options: Options
-    group: Group | None
-    kernels: Kernels
-    collective: Collective
-    inplace_backward: bool
 
 
 def vocab_parallel_statistics(
@@ -195,12 +173,20 @@ def vocab_parallel_statistics(
     """
     logits = local_shard(logits, -1, group)
     check_logits(logits, target, inplace_backward)
-    options = make_options(softcap, temperature, uniform_cross_entropy)
-    vocabulary = split_vocabulary(vocab_size, logits.shape[-1], group, ignore_index)
+    arguments: StatisticsArguments = {
+        "group": group,
+        "vocab_size": vocab_size,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "temperature": temperature,
+        "uniform_cross_entropy": uniform_cross_entropy,
+        "backend": backend,
+        "collective": collective,
+    }
+    settings = make_settings(logits, logits.shape[-1], arguments)
+    settings = settings._replace(inplace_backward=inplace_backward)
     rows = as_rows(logits, target)
-    check_targets(rows.target_N, vocabulary.size, ignore_index)
-    chosen = kernels.select(backend, logits.device, logits.dtype)
-    settings = _Settings(vocabulary, options, group, chosen, collective, inplace_backward)
+    check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
     results: Any = _Statistics.apply(rows.logits_NV, rows.target_N, settings)
     return TokenStatistics(*(rows.restore(result, target) for result in results))
 
@@ -208,7 +194,7 @@ def vocab_parallel_statistics(
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, settings: _Settings
+        ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, settings: Settings
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
@@ -234,7 +220,7 @@ class _Statistics(torch.autograd.Function):
                 "pass; pass inplace_backward=False to run backward more than once"
             )
         logits_NV, target_N, *kept = ctx.saved_tensors
-        settings: _Settings = ctx.settings
+        settings: Settings = ctx.settings
         g_ce, g_entropy, g_lse, _, *rest = gradients
         g_uniform = rest[0] if rest else None
         upstream, saved = Upstream(g_ce, g_entropy, g_lse, g_uniform), Saved(*kept)
