@@ -1,6 +1,5 @@
 """The command line as a newcomer meets it: help, errors, each command (training: end_to_end)."""
 
-import json
 import re
 import subprocess
 import sys
@@ -110,6 +109,10 @@ def test_the_version_is_the_packages(call):
             ],
             "sigma must be at least 0",
         ),
+        (
+            ["train", RECIPE, "--data", "nowhere", "--tokenizer", "t", "--run", "r"],
+            "nowhere",
+        ),
         (["bench", "--dtype", "int8"], "dtype must be float32 or bfloat16"),
         (["tokenizer", "no.jsonl", "--output", "t"], "no.jsonl"),
     ],
@@ -124,22 +127,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(call, tmp_path, words, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_preprocess_writes_a_dataset_a_domain(tmp_path):
-    lines = [{"text": f"text {i}", "meta": {"pile_set_name": "AB"[i % 2]}} for i in range(8)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run("tokenizer", "a.jsonl", "--output", "t", "--vocab-size", 260, cwd=tmp_path).stdout
-    done = run(
-        "preprocess", "--input", "*.jsonl", "--tokenizer", "t", "--output", "o", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [re.findall(r"\w+", line)[:2] for line in done.stdout.splitlines()]
-    assert ["A", "4"] in rows
-    assert ["B", "4"] in rows
-    assert (tmp_path / "o" / "a.bin").exists()
-
-
-def test_bench_prints_ratios():
-    done = run("bench", "--tokens", 64, "--vocabulary", 1000, "--repeats", 1, "--no-compiled")
+def test_bench_prints_ratios(call):
+    done = call("bench", "--tokens", 64, "--vocabulary", 1000, "--repeats", 1, "--no-compiled")
     assert done.returncode == 0, done.stderr
     for provider in ("native in place", "reference", "torch", "megatron unfused", "paper eager"):
         assert re.search(rf"^ *{provider}  .* \d+\.\d\d ", done.stdout, flags=re.M), provider
@@ -154,8 +143,8 @@ def test_a_mistake_looks_the_same_to_the_shell(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_doctor_names_what_matters():
-    done = run("doctor")
+def test_doctor_names_what_matters(call):
+    done = call("doctor")
     assert "InfoEntropy kernels" in done.stdout
     assert "NVIDIA Apex" in done.stdout
     assert done.returncode == 0
