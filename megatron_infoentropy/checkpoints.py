@@ -19,7 +19,6 @@ Megatron alone has saved: `infoentropy_checkpoints.json` tells them apart. Check
 every byte, so they are compared only where that was asked for (`infoentropy verify`, `convert`).
 """
 
-import hashlib
 import json
 import os
 import re
@@ -290,15 +289,10 @@ def _read(path: Path) -> dict[str, tuple[int, str | None]]:
 def _difference(path: Path, expected: tuple[int, str | None], checksums: bool) -> str:
     size, digest = expected
     try:
-        if not checksums or digest is None:
-            actual = path.stat().st_size
-            return f"{path} has {actual} bytes, not {size}" if actual != size else ""
-        with path.open("rb") as file:
-            actual = os.fstat(file.fileno()).st_size
-            if actual != size:
-                return f"{path} has {actual} bytes, not {size}"
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{path} has another SHA-256 than when it was saved"
+        if (actual := path.stat().st_size) != size:
+            return f"{path} has {actual} bytes, not {size}"
+        if checksums and digest is not None and file_sha256(path) != digest:
+            return f"{path} has another SHA-256 than when it was saved"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return ""

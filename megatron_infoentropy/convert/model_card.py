@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy import __version__
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture
-from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, read_object
 from megatron_infoentropy.files import commit_of
 
 BASE = "hf_model"  # in the arguments of a checkpoint that was converted: the model's name
@@ -20,10 +20,10 @@ _MASKING = {"ignore_target": None, "whole_pieces": False}
 
 def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: int) -> str:
     """Return Markdown with the objective, data, sizes, versions and commits that are known."""
-    run = _run_facts(checkpoint.folder)
     args = vars(checkpoint.args)
-    facts = {
-        **{name: run.get(name, args.get(_PREFIX + name)) for name in _OBJECTIVE},
+    run = _run_facts(checkpoint.folder)
+    versions = run.get("versions") or {}
+    facts = {name: run.get(name, args.get(_PREFIX + name)) for name in _OBJECTIVE} | {
         "other settings of the loss": _other_settings(args),
         "data": _data(args),
         "iterations": checkpoint.iteration,
@@ -31,12 +31,12 @@ def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: 
         "sequence length": args.get("seq_length"),
         "seed": run.get("seed", args.get("seed")),
         "trained in": args.get("params_dtype"),
-        "versions at training": run.get("versions"),
-        "commit at training": run.get("versions", {}).get("commit"),
-        "exported by": f"megatron_infoentropy {_version()}",
+        "versions at training": _listed(versions),
+        "commit at training": versions.get("commit"),
+        "exported by": f"megatron_infoentropy {__version__}",
         "commit at export": commit_of(Path(__file__).parents[2]),
     }
-    rows = "\n".join(f"| {name} | {_text(value)} |" for name, value in facts.items())
+    rows = "\n".join(f"| {k} | {'not recorded' if v is None else v} |" for k, v in facts.items())
     base = _base_model(args)
     of_base = f"base_model: {json.dumps(base)}\nbase_model_relation: finetune\n" if base else ""
     return (
@@ -75,41 +75,26 @@ def _base_model(args: dict[str, Any]) -> str | None:
 
 
 def _run_facts(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder, RUN/checkpoints/iter_..., if the checkpoint is in one."""
-    path = folder.parent.parent / "run.json"
+    """Return run.json of a run folder, RUN/checkpoints/iter_..., if the checkpoint is in one."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(folder.parent.parent / "run.json")
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
-def _other_settings(args: dict[str, Any]) -> dict[str, Any]:
+def _other_settings(args: dict[str, Any]) -> str | None:
     """Return what changes the loss and has another value than by default."""
     usual = {field.name: field.default for field in dataclasses.fields(InfoEntropyConfig)}
     usual |= _MASKING
     given = {name: args.get(_PREFIX + name) for name in usual if name not in (*_OBJECTIVE, *MEANS)}
-    return {k: v for k, v in given.items() if v is not None and v != usual[k]}
+    return _listed({k: v for k, v in given.items() if v is not None and v != usual[k]})
 
 
 def _data(args: dict[str, Any]) -> str | None:
-    """Names of the datasets, without the folders of the machine they were on."""
+    """Return the datasets' names, without the folders of the machine they were on."""
     paths = args.get("train_data_path") or args.get("data_path")
-    if not isinstance(paths, list):
-        return None
-    return " ".join(Path(str(path)).name for path in paths)
+    return " ".join(Path(str(path)).name for path in paths) if isinstance(paths, list) else None
 
 
-def _text(value: object) -> str:
-    if value is None or value == {}:
-        return "not recorded"
-    if isinstance(value, dict) and value:
-        return ", ".join(f"{name} {item}" for name, item in value.items())
-    return str(value)
-
-
-def _version() -> str:
-    try:
-        return version("megatron-infoentropy")
-    except PackageNotFoundError:
-        return "not installed"
+def _listed(values: dict[str, Any]) -> str | None:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or None

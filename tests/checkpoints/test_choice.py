@@ -210,7 +210,7 @@ def test_ranks_that_choose_at_once_come_to_the_same(tmp_path, complete, left):
     """Some look before another one has set the tracker, some after."""
     ours(tmp_path, *complete)
     save(tmp_path, 30, complete=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # which imports nothing again
     barrier = context.Barrier(4)
     ranks = [
         context.Process(target=choose_as_rank, args=(tmp_path, barrier, rank)) for rank in range(4)

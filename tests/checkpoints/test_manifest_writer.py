@@ -92,7 +92,7 @@ def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, 
 
 def test_one_is_complete_before_its_checksums_are_made(tmp_path, said, monkeypatch):
     ours(tmp_path, 10)
-    monkeypatch.setattr(checkpoints.hashlib, "file_digest", full)  # as if killed at the first
+    monkeypatch.setattr(checkpoints, "file_sha256", full)  # as if killed at the first
     train(tmp_path, (20,), 1, said)
     assert with_manifest(tmp_path) == [10, 20]
     assert "holds sizes without checksums: [Errno 28]" in said[0]
