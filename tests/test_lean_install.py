@@ -132,7 +132,7 @@ def test_every_command_has_an_extra_that_there_is():
     [
         (("corpus", "corpus"), "zstandard"),
         (("tokenizer", "a.jsonl", "--output", "bpe"), "tokenizers"),
-        (("train", str(ROOT / "examples" / "tiny.yaml"), "--dry-run"), "yaml"),
+        (("train", str(ROOT / "examples" / "tiny.yaml"), "--dry-run"), "tokenizers"),
         (("study", "a.yaml", "--output", "study"), "yaml"),
     ],
 )
