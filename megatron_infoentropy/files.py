@@ -1,14 +1,13 @@
 """Files and folders that appear whole or not at all, their checksums, and a checkout's commit.
 
 A folder is written into a hidden sibling, which takes the final name with one rename. A run that
-fails leaves nothing; a run that is killed leaves only the hidden one. `work_folder` has a name that
-the next run finds, so that long work can go on where it was; `new_folder` has a random one.
+fails leaves nothing; a run that is killed leaves only the hidden one, which the next run finds:
+`new_folder` starts anew, in a `work_folder` long work can go on where it was.
 """
 
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -25,18 +24,23 @@ def new_folder(output: Path, *, replaceable: Sequence[str], overwrite: bool) -> 
     nothing else.
 
     Raises:
-        ValueError: `output` is a file, or a non-empty folder that may not be replaced.
+        ValueError: `output` is a file, or a non-empty folder that may not be replaced; or another
+            run is writing it.
     """
-    output = output.resolve()
     require_free(output, replaceable, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        publish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with work_folder(output) as work:
+        partial = work / "new"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            publish(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if [path.name for path in work.iterdir()] == [
+                "lock"
+            ]:  # and nothing of longer work on the same output
+                shutil.rmtree(work)
 
 
 @contextmanager

@@ -39,6 +39,30 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "new").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "new" / "half.bin").touch()
+    make(tmp_path / "out", "new")
+    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / "out") == ["a.bin"]
+
+
+def test_what_longer_work_left_stays(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "journal").touch()
+    make(tmp_path / "out", "new")
+    assert entries(tmp_path / ".out.partial") == ["journal", "lock"]
+
+
+def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
+    with (
+        new_folder(tmp_path / "out", replaceable=(), overwrite=False),
+        pytest.raises(ValueError, match=r"another run is writing .*out"),
+    ):
+        make(tmp_path / "out", "new")
+    assert entries(tmp_path) == ["out"]
+
+
 def test_an_empty_folder_is_used_and_a_full_one_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     make(tmp_path / "out", "first")

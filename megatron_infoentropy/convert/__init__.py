@@ -1,10 +1,9 @@
 """From a Megatron checkpoint to a Hugging Face folder and back, in one process without Megatron.
 
-reading    checkpoint (distcp, torch_file, raw_numbers, unpickle): any parallel layout, by layers
+reading    checkpoint (distcp, unpickle): any parallel layout, by layers; hf_weights
 what it is architecture: which family computes the same, or refused; hf_config
 mapping    naming (the table), matching, layout (the arrangement of numbers)
-writing    to_hf (weights_file, tokenizer, model_card), output_folder
-           from_hf (hf_weights, distcp_writer)
+writing    to_hf (tokenizer, model_card), from_hf
 proof      verify: megatron_model or reference_model, by layers, beside hf_model; tokenizer
 """
 

@@ -22,17 +22,12 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.checkpoints import find_damage, has_manifest
-from megatron_infoentropy.convert.distcp import (
-    StoredTensor,
-    TensorReader,
-    read_index,
-    require_complete,
-)
+from megatron_infoentropy.convert.distcp import DistcpReader
 from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     UnreadableCheckpointError,
 )
-from megatron_infoentropy.convert.torch_file import load_object
+from megatron_infoentropy.convert.unpickle import load_object
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -82,7 +77,7 @@ class MegatronCheckpoint:
     folder: Path
     iteration: int
     args: argparse.Namespace  # the training arguments; unknown classes are stand-ins
-    tensors: dict[str, StoredTensor]  # the parameters, by Megatron's names
+    tensors: dict[str, torch.Tensor]  # the parameters, by Megatron's names, without their numbers
 
     def __init__(
         self,
@@ -95,15 +90,14 @@ class MegatronCheckpoint:
         self.folder = find_iteration(checkpoint, iteration)
         _require_undamaged(self.folder, checksums)
         _require_known_format(self.folder)
-        index = read_index(self.folder)
-        self._objects = index.objects
-        self._reader = TensorReader(self.folder)
-        self.tensors = {
-            _WRAPPERS.sub("", name, count=1): tensor
-            for name, tensor in index.tensors.items()
+        self._reader = DistcpReader(self.folder)
+        self._stored = {  # the parameters: the names that they are stored under
+            _WRAPPERS.sub("", name, count=1): name
+            for name in self._reader.tensors
             if not _NOT_PARAMETERS.match(name)
         }
-        require_complete(self.folder, self.tensors)
+        self.tensors = {name: self._reader.tensors[at] for name, at in self._stored.items()}
+        self._reader.require_complete(self._stored.values())
         self.args, self.iteration = self._arguments()
         for old, new in _RENAMED.items():
             if hasattr(self.args, old) and not hasattr(self.args, new):
@@ -112,27 +106,26 @@ class MegatronCheckpoint:
             self.args.rope_scaling_factor = rope_scaling_factor
             self.args.infoentropy_rope_scaling_factor = rope_scaling_factor
 
-    def read(
-        self, name: str, index: tuple[int, ...] = (), into: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, index: tuple[int, ...] = ()) -> torch.Tensor:
         """Return one parameter, joined from its pieces, in the dtype it was saved in.
 
         Of a stacked one `index` says which, along its first axes.
-        With `into`, some bytes to put it in, nothing is allocated, and it is gone when they are
-        given again: new memory costs as much time as reading.
         """
-        return self._reader.part(self.tensors[name], index, into)
+        return self._reader.read(self._stored[name], index)
 
     def _arguments(self) -> tuple[argparse.Namespace, int]:
         legacy = self.folder / "common.pt"
         state: Any
-        if "args" in self._objects:
-            state = {name: self._object(name) for name in ("args", "iteration")}
+        objects = self._reader.objects
+        if "args" in objects:
+            names = [name for name in ("args", "iteration") if name in objects]
+            state = {name: self._reader.read_object(name) for name in names}
         elif legacy.is_file():
-            state = load_object(legacy.read_bytes(), str(legacy))
+            with legacy.open("rb") as file:
+                state = load_object(file, str(legacy))
         else:
-            names = [name for name in self._objects if name.startswith("common_state/")]
-            state = self._object(names[0]) if names else None
+            name = next((name for name in objects if name.startswith("common_state/")), None)
+            state = None if name is None else self._reader.read_object(name)
         if isinstance(state, list) and len(state) == 1:
             (state,) = state
         if not isinstance(state, dict) or not isinstance(state.get("args"), argparse.Namespace):
@@ -141,15 +134,6 @@ class MegatronCheckpoint:
                 "is made; expected them as common.pt, or as the entry common_state or args"
             )
         return state["args"], int(state.get("iteration") or 0)
-
-    def _object(self, name: str) -> Any:
-        file, start, length = self._objects[name]
-        path = self.folder / file
-        if not path.is_file():
-            raise UnreadableCheckpointError(f"{path} is missing; {name} is in it")
-        with path.open("rb") as opened:
-            opened.seek(start)
-            return load_object(opened.read(length), f"{path} ({name})")
 
 
 def find_iteration(checkpoint: Path, iteration: int | None) -> Path:

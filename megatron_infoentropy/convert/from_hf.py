@@ -9,6 +9,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megatron_infoentropy.convert.architecture import (
     Architecture,
 )
 from megatron_infoentropy.convert.checkpoint import LATEST
-from megatron_infoentropy.convert.distcp_writer import FILE_BYTES, CheckpointWriter
+from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
@@ -34,16 +35,11 @@ from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import counts, places, rows_of, shape_of
 from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import EMBEDDING, TABLES, Row
-from megatron_infoentropy.convert.output_folder import (
-    files_stand,
-    new_folder,
-    require_place,
-    require_space,
-)
-from megatron_infoentropy.convert.to_hf import require_finite
+from megatron_infoentropy.convert.to_hf import require_finite, require_place
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
 from megatron_infoentropy.data.tokenizer import TOKENIZER
-from megatron_infoentropy.progress import progress
+from megatron_infoentropy.files import new_folder, require_space
+from megatron_infoentropy.progress import Advance, progress
 
 _SEQUENCE = 4096
 """Tokens a training sequence, unless the model has fewer positions or the user says otherwise."""
@@ -143,7 +139,7 @@ _EXTRA_STATES = (
     "self_attention.core_attention",
 )
 _MLP_STATES = ("linear_fc1", "linear_fc2")
-_JOURNAL = ".pieces"
+_FILES = (LATEST, "release", "model.yaml")  # of an import: what --overwrite may replace
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,6 @@ def convert_from_hf(
     output: Path,
     *,
     overwrite: bool = False,
-    file_bytes: int = FILE_BYTES,
     check: Callable[[Path], None] = lambda checkpoint: None,
 ) -> ImportSummary:
     """Write a Hugging Face model as a Megatron checkpoint, to continue its training.
@@ -172,7 +167,6 @@ def convert_from_hf(
         folder: the Hugging Face folder, with safetensors files.
         output: the folder to make; give it to Megatron as `--pretrained-checkpoint`.
         overwrite: replace an existing output.
-        file_bytes: about how large a file of the checkpoint may be.
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
@@ -182,7 +176,7 @@ def convert_from_hf(
         ValueError: too little space, an existing output, or a tokenizer in the folder that is
             damaged or has more tokens than the model has rows.
     """
-    require_place(output, overwrite=overwrite, source=folder)
+    require_place(output, _FILES, overwrite=overwrite, source=folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
     model = architecture_from_config(read_config(folder))
@@ -194,19 +188,19 @@ def convert_from_hf(
     parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
     require_space(output, parameters * dtype.itemsize)
     flags = flags_of(model)
-    with new_folder(output, _fingerprint(weights, model, dtype, file_bytes)) as new:
-        (new / "release").mkdir(exist_ok=True)
-        writer = CheckpointWriter(new / "release", journal=new / _JOURNAL, file_bytes=file_bytes)
-        _write(writer, weights, names, model, dtype, _objects(model, tokens, _name(folder)))
+    with new_folder(output, replaceable=_FILES, overwrite=overwrite) as new:
+        release = new / "release"
+        with progress("import", len(names), "tensors") as advance:
+            parts = _parts(weights, names, model, dtype, advance)
+            write_distcp(release, dtype, parts, _objects(model, tokens, _name(folder)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (new / "release" / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
-        write_manifest(new / "release")
+        (release / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+        write_manifest(release)
         (new / LATEST).write_text("release", encoding="utf-8")
         (new / "model.yaml").write_text(
             yaml.safe_dump({"model": flags}, sort_keys=False), encoding="utf-8"
         )
         check(new)
-        (new / _JOURNAL).unlink()
     name = str(dtype).removeprefix("torch.")
     return ImportSummary(output, model.family, parameters, name, model.vocab_size, flags)
 
@@ -298,48 +292,27 @@ def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
     return LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
 
 
-def _fingerprint(
-    weights: HuggingFaceWeights, model: Architecture, dtype: torch.dtype, file_bytes: int
-) -> str:
-    files = files_stand({stored.path for stored in weights.tensors.values()})
-    return json.dumps([files, repr(model), str(dtype), file_bytes])
-
-
-def _write(
-    writer: CheckpointWriter,
+def _parts(
     weights: HuggingFaceWeights,
     names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
-    objects: dict[str, Any],
-) -> None:
-    with progress("import", len(names), "tensors") as advance:
-        for row, place in _rows(model):
-            stacked = row.megatron.replace("*.", "")
-            if not writer.has(stacked, place):  # from an attempt that was interrupted
-                tensor = _read(row, place, weights, names, model, dtype)
-                writer.tensor(stacked, tensor, index=place, of=counts(model)[: len(place)])
-            advance(len(row.hf))
-    for name, content in objects.items():
-        if not writer.has(name):
-            writer.object(name, content)
-    writer.finish()
+    advance: Advance,
+) -> Iterator[Part]:
+    """Yield what to write: every parameter at every place, with what reads it."""
 
+    def read(row: Row, place: tuple[int, ...]) -> torch.Tensor:
+        parts = []
+        for name in row.names(place):
+            part = weights.read(names[name])
+            require_finite(name, part)
+            parts.append(part.to(dtype))
+            advance(1)
+        return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
 
-def _read(
-    row: Row,
-    place: tuple[int, ...],
-    weights: HuggingFaceWeights,
-    names: dict[str, str],
-    model: Architecture,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    parts = []
-    for name in row.names(place):
-        part = weights.read(names[name])
-        require_finite(name, part)
-        parts.append(part.to(dtype))
-    return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
+    for row, place in _rows(model):
+        whole = (*counts(model)[: len(place)], *shape_of(row, model))
+        yield row.megatron.replace("*.", ""), whole, place, partial(read, row, place)
 
 
 def _name(folder: Path) -> str:

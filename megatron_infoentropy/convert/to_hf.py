@@ -5,168 +5,43 @@
 3. Only now write, layer by layer and file by file, into a hidden folder; rename it at the end.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
 
 from megatron_infoentropy.convert.architecture import Architecture, architecture_of, as_family
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import InvalidWeightsError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import hf_config
+from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.matching import Source, Step, match_names, require_shape, steps_of
 from megatron_infoentropy.convert.model_card import model_card
-from megatron_infoentropy.convert.output_folder import (
-    files_stand,
-    new_folder,
-    require_place,
-    require_space,
-)
 from megatron_infoentropy.convert.tokenizer import (
     class_to_name,
     copy_tokenizer,
     cuts_as_qwen2,
     read_tokenizer,
 )
-from megatron_infoentropy.convert.weights_file import NAMES, Shape, size_of, write_weights
-from megatron_infoentropy.progress import Advance, progress
+from megatron_infoentropy.files import new_folder, require_free, require_space
+from megatron_infoentropy.progress import progress
 
-SHARD_BYTES = 2_000_000_000
-INDEX = "model.safetensors.index.json"
-
-
-@dataclass
-class Shard:
-    """One file: what is converted into it, and the tensors that this gives."""
-
-    name: str = ""
-    steps: list[Step] = field(default_factory=list)
-    shapes: dict[str, Shape] = field(default_factory=dict)
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        return size_of(self.shapes, dtype)
-
-
-def plan_shards(
-    checkpoint: MegatronCheckpoint,
-    sources: Iterable[Source],
-    model: Architecture,
-    dtype: torch.dtype,
-    limit: int,
-) -> list[Shard]:
-    """Cut the model into files of at most `limit` bytes, or one stored tensor where that is more.
-
-    The layouts run on tensors without numbers (device "meta"): this finds wrong shapes, and says
-    how large every tensor of the new files is, before anything is written.
-
-    Raises:
-        ValueError: a stored tensor has another shape than follows from the training arguments.
-    """
-    sources = list(sources)
-    for source in sources:
-        require_shape(source, checkpoint.tensors[source.name].shape, model)
-    shards = [Shard()]
-    filled = 0
-    for step in steps_of(sources, model):
-        shape = checkpoint.tensors[step.source.name].shape
-        shape = shape[len(step.part) :]
-        shapes = {
-            name: tuple(part.shape)
-            for name, part in _converted(step, torch.empty(shape, device="meta"), model)
-        }
-        size = sum(torch.Size(part).numel() for part in shapes.values()) * dtype.itemsize
-        if shards[-1].steps and filled + size > limit:
-            shards.append(Shard())
-            filled = 0
-        shards[-1].steps.append(step)
-        shards[-1].shapes.update(shapes)
-        filled += size
-    for number, shard in enumerate(shards, 1):
-        whole = len(shards) == 1
-        of = "" if whole else f"-{number:05d}-of-{len(shards):05d}"
-        shard.name = f"model{of}.safetensors"
-    return shards
-
-
-def index_of(shards: list[Shard], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the content of model.safetensors.index.json."""
-    numbers = sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values())
-    return {
-        "metadata": {"total_size": numbers * dtype.itemsize},
-        "weight_map": {name: shard.name for shard in shards for name in shard.shapes},
-    }
-
-
-def convert_steps(
-    checkpoint: MegatronCheckpoint,
-    steps: Sequence[Step],
-    model: Architecture,
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time.
-
-    A tensor lasts until the next step is read.
-
-    Raises:
-        InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
-    """
-    memory = torch.empty(max(_stored_bytes(checkpoint, step) for step in steps), dtype=torch.uint8)
-    for step in steps:
-        stored = checkpoint.read(step.source.name, step.part, memory)
-        for name, tensor in _converted(step, stored, model):
-            yield name, _rounded(str(step), tensor, dtype)
-
-
-def _stored_bytes(checkpoint: MegatronCheckpoint, step: Step) -> int:
-    tensor = checkpoint.tensors[step.source.name]
-    return torch.Size(tensor.shape[len(step.part) :]).numel() * tensor.dtype.itemsize
-
-
-def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert to the dtype that is written, and look at what that gives."""
-    rounded = tensor.to(dtype)
-    try:
-        require_finite(where, rounded)
-    except InvalidWeightsError:
-        require_finite(where, tensor)
-        name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
-        raise InvalidWeightsError(
-            f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
-            f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
-            "bfloat16 or float32)"
-        ) from None
-    return rounded
-
-
-def require_finite(where: str, tensor: torch.Tensor) -> None:
-    """Look for NaN and infinity: both show in the extremes, which is the quickest way to see them.
-
-    Raises:
-        InvalidWeightsError: naming the tensor and how many there are.
-    """
-    if not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    raise InvalidWeightsError(
-        f"{where} holds {bad} numbers that are NaN or infinite, of {tensor.numel()}: the training "
-        "had diverged when this was saved; take an earlier iteration"
-    )
-
-
-def _converted(
-    step: Step, stored: torch.Tensor, model: Architecture
-) -> Iterator[tuple[str, torch.Tensor]]:
-    parts = LAYOUTS[step.source.row.layout].to_hf(stored, model)
-    yield from zip(step.hf, parts, strict=True)
-
-
+SHARD_BYTES = 1_000_000_000
+"""How large a file of weights is at most, by default; one is in memory at a time."""
+CONFIG = "config.json"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_FILES = (  # of an export: what --overwrite may replace
+    *("*.json", "*.safetensors", "README.md", "*.jinja", "*.model", "*.txt"),
+    "additional_chat_templates",
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +99,7 @@ def convert_checkpoint(
         InvalidWeightsError: NaN or infinity in the weights.
         ValueError: a tokenizer that does not fit, too little space, or an existing output.
     """
-    require_place(output, overwrite=overwrite, source=checkpoint)
+    require_place(output, _FILES, overwrite=overwrite, source=checkpoint)
     _require_known(dtype)
     opened = MegatronCheckpoint(
         checkpoint, iteration, checksums=checksums, rope_scaling_factor=rope_scaling_factor
@@ -235,21 +110,31 @@ def convert_checkpoint(
     named = None if tokenizer is None else class_to_name(tokenizer, model.family)
     sources = match_names(opened.tensors, model)
     torch_dtype = _choose_dtype(dtype, opened)
-    shards = plan_shards(opened, sources, model, torch_dtype, shard_bytes)
-    require_space(output, sum(shard.bytes(torch_dtype) for shard in shards))
-    fingerprint = _fingerprint(opened, model, torch_dtype, shard_bytes)
-    with new_folder(output, fingerprint) as folder:
-        _write_shards(folder, shards, opened, model, torch_dtype)
+    numbers = _numbers(opened, sources, model)
+    parameters = sum(numbers.values())
+    require_space(output, parameters * torch_dtype.itemsize)
+    with new_folder(output, replaceable=_FILES, overwrite=overwrite) as folder:
         config = hf_config(model, torch_dtype, facts.ids if facts else {})
-        _write_json(folder / "config.json", config)
+        _write_json(folder / CONFIG, config)
+        files = _write_weights(folder, numbers, opened, model, torch_dtype, shard_bytes)
         _write_json(folder / "generation_config.json", facts.generation if facts else {})
-        (folder / "README.md").write_text(
-            model_card(opened, model, _parameters(shards)), encoding="utf-8"
-        )
+        (folder / "README.md").write_text(model_card(opened, model, parameters), encoding="utf-8")
         if facts is not None:
             copy_tokenizer(facts, folder, named)
         check(folder)
-    return _summary(output, opened, model, torch_dtype, shards, not_qwen2)
+    return ConversionSummary(
+        output=output,
+        checkpoint=opened.folder,
+        iteration=opened.iteration,
+        family=model.family,
+        parameters=parameters,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        files=files,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        tied_embeddings=not model.untied,
+        not_qwen2=not_qwen2,
+    )
 
 
 def why_not_exported(checkpoint: Path) -> str | None:
@@ -276,30 +161,17 @@ def _choose_family(
     return model, ""
 
 
-def _write_shards(
-    folder: Path,
-    shards: list[Shard],
-    checkpoint: MegatronCheckpoint,
-    model: Architecture,
-    dtype: torch.dtype,
+def require_place(
+    output: Path, replaceable: tuple[str, ...], *, overwrite: bool, source: Path
 ) -> None:
-    total = sum(shard.bytes(dtype) for shard in shards)
-    with progress("export", total, "bytes") as advance:
-        for shard in shards:
-            path = folder / shard.name
-            if path.exists():  # whole, from an attempt that was interrupted
-                advance(shard.bytes(dtype))
-                continue
-            tensors = convert_steps(checkpoint, shard.steps, model, dtype)
-            write_weights(path, shard.shapes, dtype, _counted(tensors, dtype, advance))
-    if len(shards) > 1:
-        _write_json(folder / INDEX, index_of(shards, dtype))
+    """Look whether a folder may be made there, before anything is read.
 
-
-def _counted(tensors: Any, dtype: torch.dtype, advance: Advance) -> Any:
-    for name, tensor in tensors:
-        yield name, tensor
-        advance(tensor.numel() * dtype.itemsize)
+    Raises:
+        ValueError: something is there and must not be overwritten, or it is what is read.
+    """
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{output} would take the place of {source}; name another output")
+    require_free(output, replaceable, overwrite)
 
 
 def _require_known(dtype: str) -> None:
@@ -309,7 +181,7 @@ def _require_known(dtype: str) -> None:
 
 def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype not in NAMES:
+        if tensor.dtype not in DTYPES.values():
             raise UnsupportedModelError(
                 f"expected parameters in fp32, bf16 or fp16, got {name} in {tensor.dtype}; save "
                 "the model in a floating-point type without quantisation"
@@ -320,40 +192,109 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     return stored.pop() if len(stored) == 1 else torch.float32
 
 
-def _fingerprint(
-    checkpoint: MegatronCheckpoint, model: Architecture, dtype: torch.dtype, shard_bytes: int
-) -> str:
-    index = hashlib.sha256((checkpoint.folder / ".metadata").read_bytes()).hexdigest()
-    files = files_stand(checkpoint.folder.glob("*.distcp"))
-    return json.dumps([index, files, repr(model), str(dtype), shard_bytes])
+def _numbers(
+    checkpoint: MegatronCheckpoint, sources: Iterable[Source], model: Architecture
+) -> dict[Step, int]:
+    """Return how many numbers each step makes, in the order of the model.
+
+    The layouts run on tensors without numbers (device "meta"), before anything is written.
+
+    Raises:
+        ValueError: a stored tensor has another shape than follows from the training arguments.
+    """
+    sources = list(sources)
+    for source in sources:
+        require_shape(source, checkpoint.tensors[source.name].shape, model)
+    numbers = {}
+    for step in steps_of(sources, model):
+        shape = checkpoint.tensors[step.source.name].shape[len(step.part) :]
+        made = LAYOUTS[step.source.row.layout].to_hf(torch.empty(shape, device="meta"), model)
+        numbers[step] = sum(tensor.numel() for tensor in made)
+    return numbers
 
 
-def _parameters(shards: list[Shard]) -> int:
-    return sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values())
+def _write_weights(
+    folder: Path,
+    numbers: dict[Step, int],
+    checkpoint: MegatronCheckpoint,
+    model: Architecture,
+    dtype: torch.dtype,
+    limit: int,
+) -> int:
+    """Write files of at most `limit` bytes, or one step's where that is more; return how many."""
+    steps_by_name = {str(step): step for step in numbers}
+    split = split_state_dict_into_shards_factory(
+        {str(step): count * dtype.itemsize for step, count in numbers.items()},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    weight_map: dict[str, str] = {}
+    total = sum(numbers.values()) * dtype.itemsize
+    with progress("export", total, "bytes") as advance:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}  # and those of the file before are gone
+            steps = [steps_by_name[name] for name in names]
+            for name, tensor in convert_steps(checkpoint, steps, model, dtype):
+                tensors[name] = tensor.contiguous()
+                advance(tensor.nbytes)
+            save_file(tensors, folder / file, {"format": "pt"})
+            shutil.copymode(folder / CONFIG, folder / file)  # safetensors leaves it to its owner
+            weight_map |= dict.fromkeys(tensors, file)
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
+    return len(split.filename_to_tensors)
+
+
+def convert_steps(
+    checkpoint: MegatronCheckpoint,
+    steps: Iterable[Step],
+    model: Architecture,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time.
+
+    Raises:
+        InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
+    """
+    for step in steps:
+        stored = checkpoint.read(step.source.name, step.part)
+        made = LAYOUTS[step.source.row.layout].to_hf(stored, model)
+        for name, tensor in zip(step.hf, made, strict=True):
+            yield name, _rounded(str(step), tensor, dtype)
+
+
+def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert to the dtype that is written, and look at what that gives."""
+    rounded = tensor.to(dtype)
+    try:
+        require_finite(where, rounded)
+    except InvalidWeightsError:
+        require_finite(where, tensor)
+        name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        raise InvalidWeightsError(
+            f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
+            f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
+            "bfloat16 or float32)"
+        ) from None
+    return rounded
+
+
+def require_finite(where: str, tensor: torch.Tensor) -> None:
+    """Look for NaN and infinity: both show in the extremes, which is the quickest way to see them.
+
+    Raises:
+        InvalidWeightsError: naming the tensor and how many there are.
+    """
+    if not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise InvalidWeightsError(
+        f"{where} holds {bad} numbers that are NaN or infinite, of {tensor.numel()}: the training "
+        "had diverged when this was saved; take an earlier iteration"
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _summary(
-    output: Path,
-    opened: MegatronCheckpoint,
-    model: Architecture,
-    dtype: torch.dtype,
-    shards: list[Shard],
-    not_qwen2: str,
-) -> ConversionSummary:
-    return ConversionSummary(
-        output=output,
-        checkpoint=opened.folder,
-        iteration=opened.iteration,
-        family=model.family,
-        parameters=_parameters(shards),
-        dtype=str(dtype).removeprefix("torch."),
-        files=len(shards),
-        vocab_size=model.vocab_size,
-        padded_vocab_size=model.padded_vocab_size,
-        tied_embeddings=not model.untied,
-        not_qwen2=not_qwen2,
-    )

@@ -16,11 +16,17 @@ import collections
 import io
 import pickle
 import pickletools
+import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
+
+import torch
 
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 
+DTYPES: dict[tuple[str, str], Any] = {
+    ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
 _PLACES = ("PUT", "BINPUT", "LONG_BINPUT")
 _RECALLS = ("GET", "BINGET", "LONG_BINGET")
 _GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what lies below
@@ -146,3 +152,35 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) 
         raise UnreadableCheckpointError(
             f"expected a pickle of plain data, got one that fails: {error}"
         ) from error
+
+
+def load_object(file: IO[bytes], where: str) -> Any:
+    """Load what torch.save wrote, without the numbers of its tensors and without running it.
+
+    Raises:
+        UnreadableCheckpointError: it is not the archive that torch.save writes.
+    """
+    return unpickle(pickle_of(file, where), DTYPES)
+
+
+def pickle_of(file: IO[bytes], where: str) -> bytes:
+    """Return the pickle in the archive that torch.save writes, when it is known to be bounded.
+
+    Raises:
+        UnreadableCheckpointError: it is no such archive.
+    """
+    try:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError("it begins otherwise")
+        archive = zipfile.ZipFile(file)
+        member = next(m for m in archive.infolist() if m.filename.endswith("/data.pkl"))
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ValueError("data.pkl is compressed, which torch.save never does")
+        content = archive.read(member)
+        require_bounded(content)
+    except Exception as error:  # damage ends in errors of every kind
+        raise UnreadableCheckpointError(
+            f"{where}: expected the archive that torch.save writes, got something else; the file "
+            f"is damaged or was cut off, copy it again ({type(error).__name__}: {error})"
+        ) from error
+    return content

@@ -1,6 +1,7 @@
-"""What lets a model be larger than memory, and a conversion be interrupted."""
+"""Models larger than memory: files of a size, layer by layer; and conversions that do not end."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, write_checkpoint
 
-from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
-from megatron_infoentropy.convert.distcp import TensorReader
-from megatron_infoentropy.convert.output_folder import new_folder
+from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf, verify_conversion
+from megatron_infoentropy.convert.distcp import DistcpReader
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 
 LIMIT = 20_000
 
@@ -52,72 +53,46 @@ def test_no_more_than_a_layer_of_a_stacked_parameter_is_read_at_a_time(
     save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    part = TensorReader.part
+    read = DistcpReader.read
 
     def counted(*arguments: Any) -> torch.Tensor:
-        tensor = part(*arguments)
+        tensor = read(*arguments)
         sizes.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(TensorReader, "part", counted)
+    monkeypatch.setattr(DistcpReader, "read", counted)
     convert_checkpoint(save, tmp_path / "hf")
     assert len(sizes) == 6 * 4 + 3
     assert max(sizes) == 2 * 48 * 32  # gate and up of one layer
 
 
-def test_an_interrupted_export_is_taken_up_again(
-    save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("of", "convert", "source"),
+    [
+        (DistcpReader, partial(convert_checkpoint, shard_bytes=LIMIT), "save"),
+        (HuggingFaceWeights, convert_from_hf, "hf"),
+    ],
+)
+def test_an_interrupted_conversion_leaves_nothing(
+    save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: Any, convert: Any, source: str
 ) -> None:
-    part, left = TensorReader.part, [12]
+    convert_checkpoint(save, tmp_path / "hf")
+    read, left = of.read, [12]
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return part(*arguments)
+        tensor: torch.Tensor = read(*arguments)
+        return tensor
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TensorReader, "part", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(save, tmp_path / "hf", shard_bytes=LIMIT)
-    assert not (tmp_path / "hf").exists()
-    ready = {
-        path.name: path.stat().st_mtime_ns
-        for path in (tmp_path / ".hf.partial").glob("*.safetensors")
-    }
-    assert ready
-    convert_checkpoint(save, tmp_path / "hf", shard_bytes=LIMIT)
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
-    assert ready.items() <= times.items(), "what was ready is not written again"
-    assert not list((tmp_path / "hf").glob("*.part"))
-    assert not list((tmp_path / "hf").glob(".*"))
-    convert_checkpoint(save, tmp_path / "fresh", shard_bytes=LIMIT)
-    for path in (tmp_path / "fresh").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "hf" / path.name).read_bytes()
+    monkeypatch.setattr(of, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"save", "hf"}
 
 
-def interrupted(output: Path, fingerprint: str, expected: str | None) -> None:
-    with new_folder(output, fingerprint) as folder:
-        file = folder / "file"
-        assert (file.read_text() if file.exists() else None) == expected
-        file.write_text(fingerprint)
-        raise OSError("full")
-
-
-def test_what_is_left_of_another_export_is_not_used(tmp_path: Path) -> None:
-    output = tmp_path / "hf"
-    for fingerprint, expected in (("one", None), ("one", "one"), ("two", None)):
-        with pytest.raises(OSError, match="full"):
-            interrupted(output, fingerprint, expected)
-    with new_folder(output, "three") as folder:
-        assert not (folder / "file").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_two_processes_do_not_make_the_same_folder(tmp_path: Path) -> None:
-    with (
-        new_folder(tmp_path / "hf", "one"),
-        pytest.raises(ValueError, match=r"another process is writing .*hf"),
-        new_folder(tmp_path / "hf", "one"),
-    ):
-        pass
+def test_exported_files_may_be_read_by_whom_the_folder_is_for(save: Path, tmp_path: Path) -> None:
+    convert_checkpoint(save, tmp_path / "hf")
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 1, "safetensors makes its file for its owner alone"

@@ -25,7 +25,8 @@ def test_parameters_and_arguments_are_found_in_both_places_of_the_arguments(
     assert opened.iteration == 7
     assert set(opened.tensors) == set(tensors)  # no optimizer, no extra state
     for name, tensor in tensors.items():
-        assert opened.tensors[name][:2] == (tuple(tensor.shape), torch.bfloat16)
+        stored = opened.tensors[name]
+        assert (stored.shape, stored.dtype) == (tensor.shape, torch.bfloat16)
         assert torch.equal(opened.read(name), tensor)
 
 

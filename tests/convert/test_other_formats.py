@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tiny_checkpoint import (
     unstacked,
     write_checkpoint,
 )
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
 
 from megatron_infoentropy.convert import (
     UnsupportedModelError,
@@ -23,7 +25,7 @@ from megatron_infoentropy.convert import (
     verify_conversion,
 )
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.distcp_writer import CheckpointWriter
+from megatron_infoentropy.convert.distcp import DistcpReader, Part, write_distcp
 
 
 def write_fsdp(folder: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -96,26 +98,25 @@ def test_scales_of_quantised_parameters_are_refused_by_name(tmp_path: Path, name
 def test_every_way_of_cutting_a_tensor_gives_the_same_parts(tmp_path: Path) -> None:
     """Pieces by layer, by layer and row, and of whole tensors, read whole and in parts."""
     tensor = torch.arange(4 * 6 * 10, dtype=torch.float32).view(4, 6, 10)
-    args = argparse.Namespace()
-    writer = CheckpointWriter(tmp_path, file_bytes=500)
-    writer.object("common_state/shard_0_1", {"args": args, "iteration": 1})
-    writer.tensor("whole", tensor)
-    for layer in range(4):
-        writer.tensor("layers", tensor[layer], index=(layer,), of=(4,))
-        for row in range(6):
-            writer.tensor("rows", tensor[layer, row], index=(layer, row), of=(4, 6))
-    writer.finish()
-    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    names = {"whole": 0, "layers": 1, "rows": 2}  # how many axes are cut
+    parts: list[Part] = [
+        (name, (4, 6, 10), place, partial(tensor.__getitem__, place))
+        for name, axes in names.items()
+        for place in product(*map(range, (4, 6)[:axes]))
+    ]
+    common = {"args": argparse.Namespace(), "iteration": 1}
+    write_distcp(tmp_path, torch.float32, parts, {"common_state/shard_0_1": common})
     opened = MegatronCheckpoint(tmp_path)
-    names = ("whole", "layers", "rows")
     for name in names:
         assert torch.equal(opened.read(name), tensor)
         for layer in range(4):
             assert torch.equal(opened.read(name, (layer,)), tensor[layer])
             for row in range(6):
                 assert torch.equal(opened.read(name, (layer, row)), tensor[layer, row])
-    by_torch = {name: torch.empty(4, 6, 10) for name in names}
-    dcp.load(by_torch, checkpoint_id=tmp_path, no_dist=True)
-    assert all(torch.equal(loaded, tensor) for loaded in by_torch.values())
+    for reader in (FileSystemReader(tmp_path), DistcpReader(tmp_path)):
+        by_torch = {name: torch.empty(4, 6, 10) for name in names}
+        dcp.load(by_torch, storage_reader=reader, no_dist=True)
+        assert all(torch.equal(loaded, tensor) for loaded in by_torch.values())
     index = pickle.loads((tmp_path / ".metadata").read_bytes())
     assert index.state_dict_metadata["layers"].size == torch.Size([4, 6, 10])
+    assert len(index.state_dict_metadata["rows"].chunks) == 24

@@ -252,19 +252,22 @@ def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
     write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
     output = tmp_path / "hf"
     output.mkdir()
-    (output / "old").write_text("old")
-    with pytest.raises(ValueError, match="exists"):
+    (output / "old.json").write_text("old")
+    with pytest.raises(ValueError, match="not empty"):
         convert_checkpoint(tmp_path / "save", output)
     with monkeypatch.context() as broken:
         broken.setattr("megatron_infoentropy.convert.to_hf.hf_config", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert_checkpoint(tmp_path / "save", output, overwrite=True)
-    assert [path.name for path in output.iterdir()] == ["old"]
+    assert [path.name for path in output.iterdir()] == ["old.json"]
     assert {path.name for path in tmp_path.iterdir()} == {"save", "hf"}, "nothing is left behind"
     convert_checkpoint(tmp_path / "save", output, overwrite=True)
-    assert not (output / "old").exists()
+    assert not (output / "old.json").exists()
     assert (output / "model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"save", "hf"}
+    (output / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"refusing to replace .*notes\.md"):
+        convert_checkpoint(tmp_path / "save", output, overwrite=True)
 
 
 def test_conversion_needs_neither_megatron_nor_transformers(trained: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ import torch
 
 from megatron_infoentropy.convert import distcp
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
-from megatron_infoentropy.convert.torch_file import load_object
-from megatron_infoentropy.convert.unpickle import StandIn, unpickle
+from megatron_infoentropy.convert.unpickle import StandIn, load_object, unpickle
 
 
 class Harmful:
@@ -83,7 +82,8 @@ def test_an_allowed_class_is_real() -> None:
 def test_a_file_of_torch_save_is_read_without_its_numbers() -> None:
     file = BytesIO()
     torch.save({"iteration": 3, "step": torch.ones(2)}, file)
-    loaded = load_object(file.getvalue(), "a file")
+    file.seek(0)
+    loaded = load_object(file, "a file")
     assert loaded["iteration"] == 3
     assert isinstance(loaded["step"], StandIn)
 
@@ -96,7 +96,7 @@ def test_a_broken_pickle_is_an_error(data: bytes) -> None:
 
 def test_something_else_than_a_file_of_torch_save_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"torch\.save"):
-        load_object(b"PK but not a zip file", "a file")
+        load_object(BytesIO(b"PK but not a zip file"), "a file")
 
 
 def nested(levels: int, kind: type) -> Any:

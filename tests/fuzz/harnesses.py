@@ -3,18 +3,19 @@
 Any other exception is a finding. `folder` is where a reader finds its file, in memory at best.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_infoentropy.checkpoints import MANIFEST, find_damage
-from megatron_infoentropy.convert.distcp import TensorReader, read_index, require_complete
+from megatron_infoentropy.convert.distcp import DistcpReader
 from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
     UnreadableCheckpointError,
     UnsupportedModelError,
 )
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
-from megatron_infoentropy.convert.torch_file import load_object
+from megatron_infoentropy.convert.unpickle import load_object
 from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.jsonl import read_jsonl
@@ -59,17 +60,16 @@ def metadata(data: bytes, folder: Path) -> None:
     """A checkpoint's .metadata; of its pieces there are 4096 zeros."""
     (folder / ".metadata").write_bytes(data)
     (folder / "__0_0.distcp").write_bytes(bytes(4096))
-    tensors = read_index(folder).tensors
-    require_complete(folder, tensors)
-    reader = TensorReader(folder)
-    for tensor in tensors.values():
+    reader = DistcpReader(folder)
+    reader.require_complete(reader.tensors)
+    for name, tensor in reader.tensors.items():
         if tensor.shape and tensor.shape[0]:
-            reader.part(tensor, (0,))
+            reader.read(name, (0,))
 
 
 def arguments(data: bytes, folder: Path) -> None:
     """What torch.save wrote: a checkpoint's training arguments."""
-    load_object(data, "common.pt")
+    load_object(io.BytesIO(data), "common.pt")
 
 
 def weights(data: bytes, folder: Path) -> None:
