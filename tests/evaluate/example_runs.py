@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_infoentropy.evaluate.buckets import BANDS, BUCKETS, DECILES, RULE
 from megatron_infoentropy.evaluate.evaluation import FORMAT, DocumentSums, Evaluation
-from megatron_infoentropy.evaluate.tally import summarise_documents, weighted_average
+from megatron_infoentropy.evaluate.tally import Tally, summarise_documents, weighted_average
 
 VOCAB = 8192
 DOMAINS = {"Python documentation": 90, "Python source code": 160}
@@ -115,25 +115,20 @@ def example_evaluation(seed: int, shift: float, objective: str, fingerprint: str
     sums = DocumentSums(domain, np.arange(count), tokens, per_token * tokens, entropy)
     scores = np.stack([per_token, 0.96 * per_token], axis=-1)
     scores = np.repeat(scores.reshape(-1, 2), tokens.ravel(), axis=0).astype(np.float16)
-    summary = example_summary(sums, fingerprint)
+    tally = Tally(VOCAB)
+    confidence = np.exp(-scores[:, 0].astype(np.float64) / 2)
+    right = own.random(len(scores)) < confidence
+    tally.add(*scores.T.astype(np.float32), confidence, right.astype(np.float32))
+    summary = example_summary(sums, tally, fingerprint)
     summary["model"]["weights_sha256"] = hashlib.sha256(sums.ce.tobytes()).hexdigest()
     return Evaluation(summary, sums, scores)
 
 
-def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
+def example_summary(sums: DocumentSums, tally: Tally, fingerprint: str) -> dict:
     numbers = summarise_documents(sums, list(DOMAINS))
     for place in (numbers["total"], *numbers["domains"].values()):
         place["bits_per_byte"] = place["nats_per_token"] / math.log(2) / 3.4
     nats = {name: place["nats_per_token"] for name, place in numbers["domains"].items()}
-    total = numbers["total"]["tokens"]
-    thirds = {
-        name: numbers["buckets"][bucket] | {"entropy_from": low, "entropy_to": high}
-        for name, bucket, low, high in (
-            ("easy", "high", 0.0, 3.2),
-            ("medium", "medium", 3.2, 6.5),
-            ("hard", "low", 6.5, 9.0),
-        )
-    }
     return {
         "format": FORMAT,
         "scoring": {
@@ -167,9 +162,9 @@ def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
         **numbers,
         "weighted_average": weighted_average(nats, dict.fromkeys(nats, 1.0))
         | {"weights_are": "equal"},
-        "difficulty": {"rule": "thirds by this model's own entropy", "buckets": thirds},
-        "entropy_histogram": example_histogram(total),
-        "calibration": example_calibration(total),
+        "difficulty": tally.difficulty(),
+        "entropy_histogram": tally.histogram(),
+        "calibration": tally.calibration(),
         "passage": {
             "domain": "Python documentation",
             "document": 0,
@@ -178,36 +173,4 @@ def example_summary(sums: DocumentSums, fingerprint: str) -> dict:
             "ce": [5.1, 6.0, 1.2, 0.4, 0.2, 7.5, 4.0, 0.1],
             "entropy": [6.1, 5.0, 1.5, 0.6, 0.3, 4.5, 4.2, 0.2],
         },
-    }
-
-
-def example_calibration(total: int) -> dict:
-    edges = np.linspace(0, 1, 21)
-    center = (edges[1:] + edges[:-1]) / 2
-    return {
-        "accuracy": 0.31,
-        "mean_confidence": 0.33,
-        "expected_error": 0.021,
-        "edges": edges.tolist(),
-        "tokens": [total // 20] * 20,
-        "accuracy_in_bin": (0.96 * center).tolist(),
-        "confidence_in_bin": center.tolist(),
-        "entropy_error": 0.08,
-    }
-
-
-def example_histogram(total: int) -> dict:
-    edges = np.linspace(0, math.log(VOCAB), 65)
-    center = (edges[1:] + edges[:-1]) / 2
-    share = 0.5 * np.exp(-center / 0.5) + np.exp(-((center - 4.6) ** 2) / 3.2)
-    share[center > 8.6] = 0
-    tokens = (share / share.sum() * total).astype(int)
-    filled = tokens > 0
-    return {
-        "edges": edges.tolist(),
-        "tokens": tokens.tolist(),
-        "mean_ce": [
-            float(c * 1.04 + 0.05) if f else None for c, f in zip(center, filled, strict=True)
-        ],
-        "mean_entropy": [float(c) if f else None for c, f in zip(center, filled, strict=True)],
     }

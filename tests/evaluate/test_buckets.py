@@ -27,20 +27,20 @@ def test_buckets_and_deciles_are_unions_of_all_bands():
         assert covered.tolist() == list(range(BANDS))
 
 
-def test_buckets_cover_80_15_and_5_percent_where_cuts_fall_between_tokens():
-    counts = np.array([50, 30, 10, 5, 5, 0])
-    assert buckets(counts) == [HIGH, HIGH, MEDIUM, MEDIUM, LOW, LOW]
-
-
-def test_the_token_that_crosses_a_cut_belongs_to_the_more_frequent_bucket():
-    counts = np.array([79, 2, 13, 2, 4])  # covered before each, by rank: 0, 79, 92, 96, 98
-    assert buckets(counts) == [HIGH, LOW, HIGH, LOW, MEDIUM]
-
-
-def test_a_token_that_starts_exactly_at_a_cut_belongs_to_the_rarer_bucket():
-    assert buckets(np.array([16, 3, 1])) == [HIGH, MEDIUM, LOW]
-    # 0.8 + 0.15 is not 0.95 in floating point: counts are compared as integers.
-    assert buckets(np.array([160, 30, 10]) * 10**15) == [HIGH, MEDIUM, LOW]
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([50, 30, 10, 5, 5, 0], [HIGH, HIGH, MEDIUM, MEDIUM, LOW, LOW]),
+        # A token that crosses a cut is of the more frequent bucket: 0, 79, 92, 96, 98 before them.
+        ([79, 2, 13, 2, 4], [HIGH, LOW, HIGH, LOW, MEDIUM]),
+        ([16, 3, 1], [HIGH, MEDIUM, LOW]),  # one that starts at a cut is of the rarer one
+        # 0.8 + 0.15 is not 0.95 in floating point: counts are compared as integers.
+        ([160 * 10**15, 30 * 10**15, 10 * 10**15], [HIGH, MEDIUM, LOW]),
+        ([0, 7, 0], [LOW, HIGH, LOW]),  # never seen in training
+    ],
+)
+def test_buckets_cover_80_15_and_5_percent(counts, expected):
+    assert buckets(np.array(counts)) == expected
 
 
 def test_every_token_follows_the_rule_and_equal_counts_go_by_token_id():
@@ -50,10 +50,6 @@ def test_every_token_follows_the_rule_and_equal_counts_go_by_token_id():
         expected[token] = min(before * 20 // total, 19)
         before += int(counts[token])
     assert frequency_bands(counts).tolist() == [expected[token] for token in range(2000)]
-
-
-def test_tokens_never_seen_in_training_are_low_even_if_the_cuts_are_not_reached():
-    assert buckets(np.array([0, 7, 0])) == [LOW, HIGH, LOW]
 
 
 def test_the_share_of_each_bucket_is_near_its_name_on_a_zipf_distribution():

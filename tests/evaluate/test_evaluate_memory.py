@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from tiny_llama import write_model
+from token_folder import VOCAB, tokenizer_json, write_token_folder
+
 MIB = 2**20
 MEASURE = """
-import json, os, resource, sys
+import json, resource, sys
 from pathlib import Path
-import numpy as np
-import token_folder
 
 def status(name):
     return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) * 1024
@@ -19,24 +21,6 @@ def allow(more):
     limit = status("VmPeak") + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
-def prepare(folder, vocab_size, hidden, sizes):
-    '''A model, and data of so many documents.'''
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.set_num_threads(1)
-    tokenizer = json.loads(token_folder.TOKENIZER)
-    words = {f"w{i}": i for i in range(1, vocab_size)}
-    tokenizer["model"]["vocab"] = {"<|endoftext|>": 0} | words
-    token_folder.TOKENIZER, token_folder.VOCAB = json.dumps(tokenizer).encode(), vocab_size
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1,
-        num_attention_heads=1, max_position_embeddings=256)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(token_folder.TOKENIZER)
-    for documents in sizes:
-        ids = np.random.default_rng(0).integers(1, vocab_size, (documents, 2000))
-        token_folder.write_token_folder(folder / str(documents), {"A": list(ids)})
-
 def evaluate(model, documents):
     from megatron_infoentropy.evaluate.perplexity import evaluate_model
     data = model / str(documents)
@@ -44,12 +28,6 @@ def evaluate(model, documents):
     return status("VmHWM")
 
 root = Path(sys.argv[1])
-child = os.fork()
-if not child:  # what this takes is not measured
-    prepare(root / "small", 61, 8, (60, 480))
-    prepare(root / "wide", 12000, 32, (8,))
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
 one = evaluate(root / "small", 60)
 allow(64 * 2**20)
 eight = evaluate(root / "small", 480)
@@ -59,12 +37,24 @@ sys.stdout.write(json.dumps([one, eight, wide]))
 """
 
 
+def prepare(folder: Path, vocab_size: int, hidden: int, sizes: tuple[int, ...]) -> None:
+    """Write a model, and data of so many documents."""
+    model = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": 1}
+    model |= {"num_attention_heads": 1, "max_position_embeddings": 256}
+    write_model(folder, 1, vocab_size, tokenizer=tokenizer_json(vocab_size), **model)
+    for documents in sizes:
+        ids = np.random.default_rng(0).integers(1, vocab_size, (documents, 2000))
+        write_token_folder(folder / str(documents), {"A": list(ids)}, vocab_size=vocab_size)
+
+
 def test_eight_times_the_data_take_no_more_and_logits_are_held_once(tmp_path: Path) -> None:
+    prepare(tmp_path / "small", VOCAB, 8, (60, 480))
+    prepare(tmp_path / "wide", 12000, 32, (8,))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, eight, wide = json.loads(done.stdout)

@@ -7,7 +7,7 @@ import pytest
 from example_runs import write_run
 
 from megatron_infoentropy.evaluate.compare import compare_folders
-from megatron_infoentropy.evaluate.report import report_data, write_report
+from megatron_infoentropy.evaluate.report import report_data
 from megatron_infoentropy.evaluate.runs import load_run
 
 
@@ -38,12 +38,6 @@ def test_it_is_a_setting_of_its_own_that_names_every_stage(folder):
     assert [len(group["runs"]) for group in data["groups"]] == [2, 2, 1]
     assert [stage["from_step"] for stage in data["runs"][4]["stages"]] == [0, 16]
     assert any("mixed was trained in stages" in s for s in data["verdict"]["limits"])
-
-
-def test_the_page_shows_it(folder, tmp_path):
-    page = write_report(sorted(folder.iterdir()), tmp_path).read_text(encoding="utf-8")
-    assert "=1 from step 16" in page
-    assert "mixed was trained in stages: cross entropy then InfoEntropy" in page
 
 
 def test_it_cannot_be_joined_with_runs_of_its_last_objective(folder):

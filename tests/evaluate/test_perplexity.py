@@ -27,6 +27,11 @@ def network(model):
     return LlamaForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
 
 
+@pytest.fixture(scope="module")
+def expected(network, dataset) -> np.ndarray:
+    return expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
+
+
 def read_documents(dataset: Path) -> dict[str, list[np.ndarray]]:
     """The dataset's documents, split at end-of-document: a reader that knows no index."""
     domains = {}
@@ -37,16 +42,15 @@ def read_documents(dataset: Path) -> dict[str, list[np.ndarray]]:
     return domains
 
 
-def float64_log_p(network, text: np.ndarray, context: int, stride: int) -> np.ndarray:
-    """Log-probabilities [tokens, vocabulary] of one text, one window at a time."""
-    shifted = [EOD, *text.tolist()]  # position i predicts token i
-    rows, first = [], 0
+def float64_log_p(network, text, context: int, stride: int, start=(EOD,)) -> np.ndarray:
+    """Log-probabilities [tokens, vocabulary] of a text behind `start`, one window at a time."""
+    tokens, rows, first = [*start, *text], [], 0
     while first < len(text):
-        last = min(first + (stride if first else context), len(text))
-        begin = max(first - (context - stride), 0)
+        last = min(first + (stride if first else context - len(start) + 1), len(text))
+        begin = max(len(start) + first - (context - stride + 1), 0) if first else 0
+        read = torch.tensor([tokens[begin : len(start) + last - 1]])
         with torch.no_grad():
-            logits = network(torch.tensor([shifted[begin:last]])).logits[0]
-        rows.append(torch.log_softmax(logits, dim=-1)[first - begin :])
+            rows.append(torch.log_softmax(network(read).logits[0], dim=-1)[first - last :])
         first = last
     return torch.cat(rows).numpy()
 
@@ -111,9 +115,8 @@ def test_scores_equal_an_independent_float64_computation(model, network, dataset
     assert scoring["mode"] == ("packed" if options.get("packed") else "sliding")
 
 
-def test_the_summary_follows_from_the_scores_of_the_tokens(whole, network, dataset):
-    scores = expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
-    domain, ce, summary = scores[:, 0], scores[:, 3], whole.summary
+def test_the_summary_follows_from_the_scores_of_the_tokens(whole, expected):
+    domain, ce, summary = expected[:, 0], expected[:, 3], whole.summary
     total = summary["total"]
     assert total["nats_per_token"] == pytest.approx(ce.mean(), rel=1e-5)
     assert total["perplexity"] == pytest.approx(math.exp(ce.mean()), rel=1e-5)
@@ -134,9 +137,8 @@ def test_the_summary_follows_from_the_scores_of_the_tokens(whole, network, datas
         assert sum(numbers["tokens"] for numbers in summary[names].values()) == len(ce)
 
 
-def test_calibration_is_that_of_the_most_probable_token(whole, network, dataset):
-    scores = expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
-    confidence, right = scores[:, 5], scores[:, 6]
+def test_calibration_is_that_of_the_most_probable_token(whole, expected):
+    confidence, right = expected[:, 5], expected[:, 6]
     found = whole.summary["calibration"]
     assert found["accuracy"] == pytest.approx(right.mean())
     assert found["mean_confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
@@ -146,33 +148,28 @@ def test_calibration_is_that_of_the_most_probable_token(whole, network, dataset)
     assert sum(found["tokens"]) == len(right)
 
 
-def test_difficulty_cuts_the_tokens_into_thirds_by_the_models_own_entropy(whole, network, dataset):
-    scores = expected_scores(network, dataset, CONTEXT, CONTEXT, packed=False)
-    order = np.argsort(scores[:, 4])
+def test_difficulty_cuts_the_tokens_into_thirds_by_the_models_own_entropy(whole, expected):
+    entropy = expected[:, 4]
+    order = np.argsort(entropy)
     thirds = whole.summary["difficulty"]["buckets"]
     assert list(thirds) == ["easy", "medium", "hard"]
     for numbers, tokens in zip(thirds.values(), np.array_split(order, 3), strict=True):
-        assert numbers["tokens"] == pytest.approx(
-            len(order) / 3, abs=8
-        )  # ties: one window a document
-        assert numbers["mean_entropy"] == pytest.approx(scores[tokens, 4].mean(), abs=0.05)
+        assert numbers["tokens"] == pytest.approx(len(order) / 3, abs=8)  # ties: first windows
+        assert numbers["mean_entropy"] == pytest.approx(entropy[tokens].mean(), abs=0.05)
         assert numbers["entropy_from"] <= numbers["mean_entropy"] <= numbers["entropy_to"]
 
 
-def test_the_entropy_histogram_holds_every_token(whole):
+def test_the_entropy_histogram_has_the_means_of_64_bins_up_to_the_largest_entropy(whole, expected):
     histogram = whole.summary["entropy_histogram"]
-    tokens = np.array(histogram["tokens"])
-    filled = tokens > 0
-    assert tokens.sum() == whole.summary["total"]["tokens"]
-    assert histogram["edges"][0] == 0
-    assert histogram["edges"][-1] == pytest.approx(math.log(VOCAB))
-    for name, total in (("mean_ce", "nats_per_token"), ("mean_entropy", "mean_entropy")):
-        values = np.array(histogram[name], dtype=float)
-        mean = (values[filled] * tokens[filled]).sum() / tokens.sum()
-        assert mean == pytest.approx(whole.summary["total"][total])
-    entropy = np.array(histogram["mean_entropy"], dtype=float)[filled]
-    assert (entropy >= np.array(histogram["edges"])[:-1][filled]).all()
-    assert (entropy <= np.array(histogram["edges"])[1:][filled]).all()
+    edges = np.linspace(0, math.log(VOCAB), 65)
+    assert histogram["edges"] == pytest.approx(edges)
+    place = np.searchsorted(edges[1:-1], expected[:, 4], side="right")
+    assert histogram["tokens"] == np.bincount(place, minlength=64).tolist()
+    for name, column in (("mean_ce", 3), ("mean_entropy", 4)):
+        for bin_, mean in enumerate(histogram[name]):
+            inside = expected[place == bin_, column]
+            mine = pytest.approx(inside.mean(), abs=1e-5) if len(inside) else None
+            assert mean == mine
 
 
 def test_the_passage_is_readable_and_scored(whole, dataset):
@@ -228,21 +225,6 @@ def test_documents_without_tokens_are_left_out_and_shift_nothing(model, tmp_path
     assert (data["documents"], data["empty_documents"], data["one_token_documents"]) == (2, 3, 1)
 
 
-def log_p_behind(network, text: list[int], start: list[int], stride: int) -> list[float]:
-    """Of every token of a text behind its start tokens, one forward pass a token."""
-    tokens, scores = [*start, *text], []
-    first = CONTEXT - len(start) + 1  # tokens that the first window scores
-    for number, token in enumerate(text):
-        window = 0 if number < first else (number - first) // stride + 1
-        begin = 0 if window == 0 else len(start) + first + (window - 1) * stride - (
-            CONTEXT - stride + 1
-        )  # fmt: skip
-        read = torch.tensor([tokens[begin : len(start) + number]])
-        with torch.no_grad():
-            scores.append(network(read).logits[0, -1].log_softmax(-1)[token].item())
-    return scores
-
-
 @pytest.mark.parametrize("start", [[5], [5, 7, 9]])
 @pytest.mark.parametrize("stride", [CONTEXT, 5, 1])
 def test_a_start_token_is_context_and_is_not_scored(model, network, tmp_path, start, stride):
@@ -251,12 +233,14 @@ def test_a_start_token_is_context_and_is_not_scored(model, network, tmp_path, st
     written = [np.array([*start, *text]) for text in [*texts, []]]
     data = write_token_folder(tmp_path / "data", {"Web": written}, start_ids=start)
     found = score(model, data, stride=stride)
-    expected = [log_p_behind(network, text, start, stride) for text in texts]
+    log_p = [float64_log_p(network, text, CONTEXT, stride, start) for text in texts]
+    expected = [
+        -rows[range(len(text)), text].sum() for rows, text in zip(log_p, texts, strict=True)
+    ]
     total = found.summary["total"]
     assert total["tokens"] == sum(map(len, texts))
-    assert total["nats_per_token"] == pytest.approx(-np.mean(np.concatenate(expected)), abs=1e-6)
-    nats = found.documents.ce.sum(axis=1)
-    np.testing.assert_allclose(nats, [-sum(scores) for scores in expected], rtol=1e-5)
+    assert total["nats_per_token"] == pytest.approx(sum(expected) / total["tokens"], abs=1e-6)
+    np.testing.assert_allclose(found.documents.ce.sum(axis=1), expected, rtol=1e-5)
     assert "behind its start token, which is not scored" in found.summary["scoring"]["rule"]
     packed = score(model, data, packed=True)  # as in training: behind the document before
     assert packed.summary["total"]["tokens"] == sum(map(len, written))

@@ -1,8 +1,5 @@
 """Megatron's console log: what is understood, and what is passed over."""
 
-import subprocess
-import sys
-
 import pytest
 
 from megatron_infoentropy.evaluate.runlog import (
@@ -118,14 +115,3 @@ def test_a_file_with_broken_bytes_is_read(tmp_path):
     path = tmp_path / "train.log"
     path.write_bytes(b"\xff\xfe junk\n" + TRAINING.encode() + b"\n\xe9")
     assert read_log(path).series("entropy") == ([10], [8.7])
-
-
-def test_reading_logs_imports_nothing_heavy():
-    code = (
-        "import sys, megatron_infoentropy.evaluate.runlog;"
-        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"

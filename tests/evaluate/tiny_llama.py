@@ -11,21 +11,26 @@ from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.perplexity import ScoringOptions, evaluate_model
 
 CONTEXT = 16
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
 
 
-def write_model(folder: Path, seed: int, vocab_size: int = VOCAB) -> Path:
+def write_model(
+    folder: Path, seed: int, vocab_size: int = VOCAB, *, tokenizer: bytes = TOKENIZER, **sizes: int
+) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
         initializer_range=0.3,  # large, so that the random model is far from uniform
+        **SIZES | sizes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(TOKENIZER)
+    (folder / "tokenizer.json").write_bytes(tokenizer)
     return folder
 
 

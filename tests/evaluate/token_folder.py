@@ -9,18 +9,24 @@ import numpy as np
 
 VOCAB = 61
 EOD = 0
-TOKENIZER = json.dumps(
-    {
+
+
+def tokenizer_json(vocab_size: int) -> bytes:
+    """A tokenizer of whole words, w1, w2, ..."""
+    content = {
         "version": "1.0",
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
                     "use_regex": True},
         "model": {
             "type": "WordLevel",
-            "vocab": {"<|endoftext|>": 0} | {f"\u0120w{i}": i for i in range(1, VOCAB)},
+            "vocab": {"<|endoftext|>": 0} | {f"\u0120w{i}": i for i in range(1, vocab_size)},
             "unk_token": "<|endoftext|>",
         },
-    }
-).encode()  # fmt: skip
+    }  # fmt: skip
+    return json.dumps(content).encode()
+
+
+TOKENIZER = tokenizer_json(VOCAB)
 
 
 def write_token_folder(
@@ -28,14 +34,15 @@ def write_token_folder(
     domains: dict[str, list[np.ndarray]],
     bytes_per_token: int = 3,
     start_ids: list[int] | None = None,
+    vocab_size: int = VOCAB,
 ) -> Path:
     """One .bin/.idx a domain, manifest.json and token_counts.npy; returns the folder."""
     folder.mkdir(parents=True)
     manifest: dict = {
         "format": 1,
         "tokenizer": {
-            "sha256": hashlib.sha256(TOKENIZER).hexdigest(),
-            "vocab_size": VOCAB,
+            "sha256": hashlib.sha256(tokenizer_json(vocab_size)).hexdigest(),
+            "vocab_size": vocab_size,
             "eod_id": EOD,
             **({"start_ids": start_ids} if start_ids else {}),
         },
@@ -44,7 +51,7 @@ def write_token_folder(
         "domains": {},
         "token_counts": "token_counts.npy",
     }
-    counts = np.zeros((len(domains), VOCAB), dtype=np.int64)
+    counts = np.zeros((len(domains), vocab_size), dtype=np.int64)
     for row, (name, documents) in enumerate(domains.items()):
         prefix = f"domain_{row}"
         lengths = np.array([len(document) for document in documents], dtype="<i4")
@@ -55,7 +62,7 @@ def write_token_folder(
         body = lengths.tobytes() + offsets.astype("<i8").tobytes() + index.tobytes()
         (folder / f"{prefix}.idx").write_bytes(header + body)
         (folder / f"{prefix}.bin").write_bytes(tokens.tobytes())
-        counts[row] = np.bincount(tokens, minlength=VOCAB)
+        counts[row] = np.bincount(tokens, minlength=vocab_size)
         manifest["domains"][name] = {
             "prefix": prefix,
             "documents": len(documents),
