@@ -213,7 +213,7 @@ def launch(
     whatever Slurm ends a job with, saves a checkpoint first; the same command goes on from it.
     """
     from megatron_infoentropy.launch import cluster as machines
-    from megatron_infoentropy.launch import start as launching
+    from megatron_infoentropy.launch import scripts as launching
     from megatron_infoentropy.launch.job import TrainingJob, require_places
 
     settings = training_settings(
@@ -242,17 +242,17 @@ def launch(
         python=python or ("python" if container else sys.executable),
     )
     made_by = " ".join(shlex.join(["infoentropy", *sys.argv[1:]]).split())  # one line: a comment
-    prepared = launching.prepare(job, cluster, made_by)
-    warn(list(prepared.plan.flags))
-    paths = launching.write(prepared, overwrite=overwrite)
+    plan = launching.prepare(job, cluster, made_by)
+    warn(list(plan.flags))
+    paths = launching.write(plan, overwrite=overwrite)
     for path in paths:
         out.print(f"== {path}")
         if dry_run:
             out.print(path.read_text(encoding="utf-8"))
-    if dry_run or prepared.by_hand:
-        launching.record(prepared, recipe, is_start=not dry_run)
-        for line in launching.how_to_start(prepared):
+    if dry_run or plan.by_hand:
+        launching.record(plan, recipe, is_start=not dry_run)
+        for line in launching.how_to_start(plan):
             out.print(line)
         return
     on_line = sys.stdout.write if verbose else lambda line: None
-    out.print(launching.start(prepared, recipe, on_line))
+    out.print(launching.start(plan, recipe, on_line))

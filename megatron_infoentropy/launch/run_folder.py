@@ -3,6 +3,14 @@
 RUN/run.json       what was run: objective, seed, sizes, tokenizer, command, versions
 RUN/train.log      everything Megatron printed
 RUN/checkpoints/   Megatron's torch_dist checkpoints
+
+run.json says at its top level what the steps were trained with; where loss or seed changed on the
+way, `lineage` holds every stage, oldest first, and the top level is the last one:
+
+    "lineage": [{"from_step": 0, "objective": "cross_entropy", ..., "seed": 1, "loss": {...}}, ...]
+
+The rule: one folder, one model, one loss, one seed, as long as it holds a checkpoint. A change of
+loss or seed has to be asked for (--switch); learning rate, length, layout and data may change.
 """
 
 import json
@@ -14,24 +22,166 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
+from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
 from megatron_infoentropy.files import commit_of, write_whole
-from megatron_infoentropy.launch.lineage import (
-    FACTS,
-    lineage,
-    load_facts,
-    require_same_training,
-    saved_step,
-    take_back,
-)
-from megatron_infoentropy.launch.recipe import ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.runtime.device import Device
 
+FACTS, CHECKPOINTS = "run.json", "checkpoints"
 LOG = "train.log"
 TRAIN_DATA = "--train-data-path"
 STOPPED = "exiting program after receiving SIGTERM"  # Megatron's words, whatever the signal was
 PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("megatron-infoentropy", "megatron-core", "torch", "transformers")
+SHAPE = (
+    *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
+    "kv-channels",
+)
+
+
+class OtherTrainingError(ValueError):
+    """The run folder holds a training that the command line does not go on with."""
+
+
+def load_facts(run: Path) -> dict[str, Any]:
+    """Return what run.json says, {} where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = run / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): mend it, or remove it") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is no description of a run: mend it, or remove it")
+    return facts
+
+
+def require_same(run: Path, words: list[str], *, switch: bool) -> None:
+    """Check that the run folder's checkpoint, if it has one, was trained as `words` go on.
+
+    switch: loss and seed may be others.
+
+    Raises:
+        OtherTrainingError: names what differs, and what to do.
+        DamagedCheckpointError: the folder has checkpoints, and none that can be loaded.
+    """
+    known, step = load_facts(run), saved_step(run, words)
+    if not step:
+        return
+    if known and _loads_own(run, words):
+        _require_same_model(run, known, words)
+    before, facts = _stages(known, step), read_facts(words)
+    ours = stage_of(facts)
+    if not before or _is_same(before[-1], ours):
+        return
+    theirs, here = _differences(before[-1], ours)
+    differs = f"{run} holds {step:,} steps trained with {theirs}, and this command line says {here}"
+    if not switch:
+        raise OtherTrainingError(
+            f"{differs}: name another --run, or go on from them all the same with --switch"
+        )
+    if (facts["train_iters"] or step + 1) <= step:
+        raise OtherTrainingError(
+            f"{differs}, but has no step to train so: make train-iters larger, or name another "
+            "--run"
+        )
+
+
+def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> None:
+    """
+    Raises:
+        OtherTrainingError: what no switch can change.
+    """
+    old, recorded = [str(word) for word in known.get("command", [])], known.get("tokenizer_sha256")
+    shapes = {name: (last_value(old, name), last_value(words, name)) for name in SHAPE}
+    folder = Path(last_value(words, "tokenizer-model") or "")
+    # An earlier version recorded another digest of the same tokenizer.
+    if not (recorded and (folder / TOKENIZER).is_file() and is_tokenizer(folder, recorded)):
+        shapes["tokenizer"] = (recorded, _tokenizer_sha256(words))
+    for name, (theirs, ours) in shapes.items():
+        if theirs and ours and theirs != ours:
+            raise OtherTrainingError(
+                f"{run} holds a model of {name} {theirs}, this command line makes one of {ours}: "
+                "name another --run"
+            )
+
+
+def lineage(run: Path, words: list[str]) -> list[Stage]:
+    """Return the stages of the training that `words` start or go on with, oldest first."""
+    start, known = saved_step(run, words) or 0, load_facts(run)
+    if not _loads_own(run, words):
+        start, known = _loaded_from(words)
+    before, facts = _stages(known, start), read_facts(words)
+    ours = stage_of(facts, start if before else 0)
+    if before and _is_same(before[-1], ours):
+        return before
+    return [*before, ours]
+
+
+def take_back(facts: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """Return run.json without its last stage where the checkpoint, of `step`, has no step of it."""
+    stages = facts.get("lineage", [])
+    if step is None or not stages or step > stages[-1]["from_step"]:
+        return facts
+    *stages, _ = stages
+    before = {name: value for name, value in stages[-1].items() if name != "from_step"}
+    rest = {name: value for name, value in facts.items() if name != "lineage"}
+    return rest | before | ({"lineage": stages} if len(stages) > 1 else {})
+
+
+def saved_step(run: Path, words: list[str]) -> int | None:
+    """Return the step of the checkpoint that a training would load, None for none."""
+    return _step_in(run / CHECKPOINTS, last_value(words, "ckpt-step"), is_ours=True)
+
+
+def _loaded_from(words: list[str]) -> tuple[int, dict[str, Any]]:
+    """Return step and run.json of another folder's checkpoint; a finetuning counts from 0.
+
+    Raises:
+        DamagedCheckpointError: as `choose` does.
+    """
+    load = last_value(words, "load")
+    if load is None or "://" in load or "--finetune" in words:
+        return 0, {}
+    step = _step_in(Path(load), last_value(words, "ckpt-step"), is_ours=False)
+    return step or 0, load_facts(Path(load).parent)
+
+
+def _step_in(checkpoints: Path, wanted: str | None, *, is_ours: bool) -> int | None:
+    if not checkpoints.is_dir():
+        return None
+    named = choose(checkpoints, int(wanted or 0) or None, is_ours=is_ours).name
+    return None if named is None else 0 if named == RELEASE else int(named)
+
+
+def _loads_own(run: Path, words: list[str]) -> bool:
+    load = last_value(words, "load")
+    return load is None or Path(load).resolve() == (run / CHECKPOINTS).resolve()
+
+
+def _stages(facts: dict[str, Any], step: int) -> list[Stage]:
+    """Return the stages of a run.json that are in its checkpoint of this step."""
+    return [stage for stage in stages_of(facts) if stage.from_step < step] if facts else []
+
+
+def _is_same(one: Stage, other: Stage) -> bool:
+    return (one.seed, one.loss) == (other.seed, other.loss)
+
+
+def _differences(one: Stage, other: Stage) -> tuple[str, str]:
+    """Return what differs, as each of the two says it."""
+    both = [vars(stage.loss) | {"seed": stage.seed} for stage in (one, other)]
+    names = [name for name in both[0] if both[0][name] != both[1][name]]
+    theirs, ours = (", ".join(f"{name} {each[name]}" for name in names) for each in both)
+    return theirs, ours
 
 
 def write_facts(run: Path, recipe: Path, words: list[str], ranks: int, device: str) -> None:
@@ -40,14 +190,11 @@ def write_facts(run: Path, recipe: Path, words: list[str], ranks: int, device: s
     The number of parameters, which only a training says, stays as it is known.
     """
     facts, stages = read_facts(words), lineage(run, words)
+    more = len(stages) > 1
     content = {
         "name": run.name,
         **facts,
-        **(
-            {"lineage": [{"from_step": s.from_step, **s.facts} for s in stages]}
-            if len(stages) > 1
-            else {}
-        ),
+        **({"lineage": [{"from_step": s.from_step, **s.facts} for s in stages]} if more else {}),
         "data_parallel": ranks // ranks_of_a_model(facts),
         "device": device,
         "parameters": load_facts(run).get("parameters"),
@@ -63,7 +210,7 @@ def write_facts(run: Path, recipe: Path, words: list[str], ranks: int, device: s
 
 @contextmanager
 def recorded(run: Path, recipe: Path, words: list[str], ranks: int, device: str) -> Iterator[None]:
-    """Meanwhile run.json says what is trained; afterwards what the newest checkpoint is.
+    """Have run.json say what is trained meanwhile, and afterwards what the newest checkpoint is.
 
     A training that saved no step changes nothing of a run that has a checkpoint.
     """
@@ -78,13 +225,8 @@ def recorded(run: Path, recipe: Path, words: list[str], ranks: int, device: str)
                 _write(run, {**before, "parameters": load_facts(run)["parameters"]})
 
 
-def require_same(run: Path, words: list[str], *, switch: bool) -> None:
-    """Check that the run folder may take this training: `lineage.require_same_training`."""
-    require_same_training(run, words, _tokenizer_sha256(words), switch=switch)
-
-
 def _tokenizer_sha256(words: list[str]) -> str | None:
-    """Of the tokenizer that the training data were made with, if their manifest is there."""
+    """Return the digest of the tokenizer of the training data, if their manifest is there."""
     if TRAIN_DATA not in words:
         return None
     last = len(words) - words[::-1].index(TRAIN_DATA)  # of a flag given twice
@@ -104,7 +246,7 @@ def settle_facts(run: Path) -> None:
 
 
 def parameters_in(log: Path) -> int | None:
-    """What Megatron said when it built the model."""
+    """Return the number that Megatron said when it built the model."""
     if not log.is_file():
         return None
     with log.open(encoding="utf-8", errors="replace") as lines:
@@ -112,7 +254,7 @@ def parameters_in(log: Path) -> int | None:
 
 
 def said_parameters(line: str) -> int | None:
-    """The number in a line of the log, None for another line; ranks may print on one."""
+    """Return the number in a line of the log, None for another line; ranks may print on one."""
     found = re.search(r"model parameters: (\d+)", line)
     return int(found[1]) if found else None
 
@@ -122,7 +264,7 @@ def _write(run: Path, content: dict[str, Any]) -> None:
 
 
 def device_name(device: Device) -> str:
-    """For a reader: of the machine that this process runs on."""
+    """Name what this process runs on, for a reader."""
     if device.type == "cpu":
         return f"CPU, {os.cpu_count()} cores"
     import torch

@@ -19,15 +19,27 @@ sends its ranks SIGTERM then, and everything else ignores it.
 
 import re
 import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from megatron_infoentropy.launch.cluster import PORT, Cluster, Container
+from megatron_infoentropy.files import write_whole
+from megatron_infoentropy.launch.cluster import PORT, Cluster, Container, absolute
+from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
-from megatron_infoentropy.launch.run_folder import LOG
+from megatron_infoentropy.launch.run_folder import (
+    LOG,
+    recorded,
+    require_same,
+    saved_step,
+    write_facts,
+)
+from megatron_infoentropy.launch.train import follow
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
 ASKED = "asked to stop; the ranks save a checkpoint first"  # node.sh says it
@@ -51,6 +63,31 @@ class Plan:
         copies = cluster.ranks // ranks_of_a_model(facts)
         layout = f"tensor {facts['tensor_parallel']} x pipeline {facts['pipeline_parallel']}"
         return f"{cluster.nodes} x {cluster.ranks_per_node} {kind}: {layout} x data {copies}"
+
+    @property
+    def scripts(self) -> dict[str, str]:
+        """The scripts by their name, as text."""
+        scripts = {NODE: node_script(self)}
+        if self.cluster.slurm is not None:
+            scripts[JOB] = job_script(self)
+        elif self.cluster.hosts:
+            scripts[HOSTS] = hosts_script(self)
+        return scripts
+
+    @property
+    def command(self) -> list[str]:
+        """What starts them, all of them unless `by_hand`."""
+        if self.cluster.slurm is not None:
+            return ["sbatch", str(self.run / JOB)]
+        if self.cluster.hosts:
+            return ["bash", str(self.run / HOSTS)]
+        return [*node_command(self.cluster.container).split(), str(self.run / NODE)]
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether every node's user starts it: nothing here reaches the nodes."""
+        reached = self.cluster.hosts or self.cluster.slurm is not None
+        return self.cluster.nodes > 1 and not reached
 
 
 def _script(name: str, head: Iterable[str]) -> str:
@@ -231,3 +268,118 @@ def _srun(container: Container | None) -> str:
         if container.mounts:
             words.append(f"--container-mounts={shlex.quote(','.join(container.mounts))}")
     return " ".join([*words, node_command(container)])
+
+
+# The scripts take each as the order to save and stop.
+ORDERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def prepare(job: TrainingJob, cluster: Cluster, made_by: str) -> Plan:
+    """Check a training and plan its scripts; nothing is written.
+
+    Raises:
+        ValueError: a recipe, dataset, objective or layout that cannot be used, in words.
+    """
+    run = absolute(job.run, cluster)
+    job = replace(
+        job,
+        data=absolute(job.data, cluster),
+        tokenizer=absolute(job.tokenizer, cluster),
+        run=run,
+        extra_flags=(*job.extra_flags, *SAVE_ON_SIGNAL),  # the scripts rely on them
+    )
+    flags = job.flags(cluster.device)
+    require_same(run, flags, switch=job.switch)
+    return Plan(run, tuple(flags), cluster.complete(read_facts(flags)), made_by)
+
+
+def write(plan: Plan, *, overwrite: bool = False) -> list[Path]:
+    """Write the scripts into the run folder; returns their paths.
+
+    Raises:
+        ValueError: one is there that says something else: it may have been edited.
+    """
+    texts = {plan.run / name: text for name, text in plan.scripts.items()}
+    for path, text in texts.items():
+        if overwrite or not path.is_file():
+            continue
+        if _content(path.read_text(encoding="utf-8")) != _content(text):
+            raise ValueError(
+                f"{path} is there and differs from what this command line makes: start it as it "
+                f"is with `{' '.join(plan.command)}`, or replace it with --overwrite"
+            )
+    for path, text in texts.items():
+        write_whole(path, text, executable=True)
+    return list(texts)
+
+
+def _content(script: str) -> str:
+    """Return a script without the command line that made it: another one may make the same."""
+    return re.sub(r"^# Made by: .*$", "", script, count=1, flags=re.MULTILINE)
+
+
+def record(plan: Plan, recipe: Path, *, is_start: bool) -> None:
+    """Write run.json of a training that others start; what has trained stays as it is till then."""
+    if is_start or saved_step(plan.run, list(plan.flags)) is None:
+        write_facts(plan.run, recipe, *_facts_of(plan))
+
+
+def _facts_of(plan: Plan) -> tuple[list[str], int, str]:
+    """Return the command line, ranks and device, for run.json."""
+    cluster = plan.cluster
+    device = f"{cluster.ranks} x {'GPU' if cluster.gpus_per_node else 'CPU rank'}"
+    return [*plan.command, *plan.flags], cluster.ranks, device
+
+
+def how_to_start(plan: Plan) -> list[str]:
+    """Return what to type to start the scripts by hand."""
+    words = shlex.join(plan.command)
+    if not plan.by_hand:
+        return [f"start it with: {words}"]
+    nodes = range(plan.cluster.nodes)
+    return ["start it on every node:", *(f"  NODE={node} {words}" for node in nodes)]
+
+
+def start(plan: Plan, recipe: Path, on_line: Callable[[str], object]) -> str:
+    """Start the scripts: follow them to their end, or leave them to Slurm. Returns what happened.
+
+    Raises:
+        TrainingFailed: the training failed, with the reason where it is known.
+        RuntimeError: sbatch refused the job.
+    """
+    if plan.cluster.slurm is not None:
+        record(plan, recipe, is_start=True)
+        return _submit(plan.command, plan.run / LOG)
+
+    def hear(line: str) -> None:
+        if ASKED in line:
+            with suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(line)
+        on_line(line)
+
+    # nohup and `&` of a script have some ignored, here as in the scripts.
+    orders = tuple(order for order in ORDERS if signal.getsignal(order) != signal.SIG_IGN)
+    with recorded(plan.run, recipe, *_facts_of(plan)):
+        said = follow(plan.run, plan.command, {}, hear, orders)
+    if said.was_stopped:
+        return "stopped after saving a checkpoint; the same command goes on from there"
+    return f"done; the run folder is {plan.run}; {said.outcome()}"
+
+
+def _submit(command: list[str], log: Path) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        raise RuntimeError(
+            "there is no sbatch on this machine: run `infoentropy launch` on a login node of the "
+            f"cluster, or take {command[-1]} there"
+        ) from None
+    if done.returncode != 0:
+        raise RuntimeError(f"sbatch refused {command[-1]}: {done.stderr.strip()}")
+    said = done.stdout.strip()  # also of sites that print more than this
+    number = re.search(r"Submitted batch job (\d+)", said)
+    job = number[1] if number else "JOB"
+    return (
+        f"{said}\nits log is {log}\nto save a checkpoint and stop: scancel --signal=USR1 {job}; "
+        "the same command goes on from there"
+    )

@@ -1,4 +1,8 @@
-"""Runs one training on this machine: builds the torchrun command, follows its log."""
+"""Runs one training on this machine: builds the torchrun command, follows its log.
+
+`python -m megatron_infoentropy.launch.train RUN EXIT_CODE` ends a Slurm job: it completes run.json,
+and says of a training that failed why, if it can.
+"""
 
 import fcntl
 import os
@@ -8,14 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_infoentropy.evaluate.runlog import TrainingLine, ValidationLine, parse_line
-from megatron_infoentropy.launch.failures import describe
+from megatron_infoentropy.launch.failures import describe, explain, refusal, tail
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
 from megatron_infoentropy.launch.run_folder import (
@@ -25,16 +28,16 @@ from megatron_infoentropy.launch.run_folder import (
     recorded,
     require_same,
     said_parameters,
+    settle_facts,
 )
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
 
 # Of integration.arguments, for a checkpoint of which no run.json told before.
 OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
-
-
 LOSS = "cross entropy"
 LOCK = "lock"  # in a run folder; of whoever trains there
+JOB_BEGINS = "== start of job"  # job.slurm says it
 
 
 class TrainingFailed(RuntimeError):
@@ -56,7 +59,7 @@ class Command:
 
 
 def build_command(job: TrainingJob) -> Command:
-    """The command that trains the job on this machine.
+    """Return the command that trains the job on this machine.
 
     Raises:
         ValueError: a recipe, dataset, objective or layout that cannot be used, before anything
@@ -123,8 +126,24 @@ class Said:
     last: TrainingLine | None = None
     validation: ValidationLine | None = None  # the last one
 
+    def hear(self, line: str) -> TrainingLine | None:
+        """Take note of a line of the log; returns the step that it tells of, if it does."""
+        parameters = said_parameters(line)
+        self.parameters = self.parameters if parameters is None else parameters
+        self.was_stopped |= STOPPED in line
+        try:
+            parsed = parse_line(line)
+        except ValueError:  # what two ranks made of their lines
+            return None
+        if isinstance(parsed, ValidationLine):
+            self.validation = parsed
+        if not isinstance(parsed, TrainingLine):
+            return None
+        self.last = parsed
+        return parsed
+
     def outcome(self) -> str:
-        """One sentence on what was trained."""
+        """Return one sentence on what was trained."""
         if self.last is None:
             return (
                 "no step is in the log: the run has had its train-iters, or log-interval is longer"
@@ -158,6 +177,15 @@ def follow(
     log_path, said = run / LOG, Said()
     with log_path.open("a", encoding="utf-8") as log:
         start = log.tell()
+
+        def keep(line: str) -> None:
+            log.write(line)
+            log.flush()
+            on_line(line)
+            if line.startswith(OTHER_OBJECTIVE):
+                with suppress(OSError):  # the terminal may be gone
+                    sys.stderr.write(line)
+
         with _forwarded(forward) as receive:
             process = subprocess.Popen(
                 words,
@@ -170,7 +198,7 @@ def follow(
             assert process.stdout is not None
             receive(process)
             try:
-                _show_progress(run.name, _tee(process.stdout, log, on_line, said), said)
+                _hear(run.name, process.stdout, keep, said)
                 code = process.wait()
             finally:
                 if process.poll() is None:
@@ -179,6 +207,22 @@ def follow(
     if code != 0:
         raise TrainingFailed(describe(code, log_path, start))
     return said
+
+
+def _hear(name: str, lines: Iterable[str], keep: Callable[[str], object], said: Said) -> None:
+    """Keep every line; show progress from the first step on, until the log ends."""
+    advance, done = None, 0
+    with ExitStack() as shown:
+        for line in lines:
+            keep(line)
+            step = said.hear(line)
+            if step is None:
+                continue
+            if advance is None:
+                bar = progress(f"train {name}", step.train_iters, "iterations")
+                advance = shown.enter_context(bar)
+            advance(step.iteration - done)
+            done = step.iteration
 
 
 @contextmanager
@@ -218,45 +262,20 @@ def _forwarded(
             signal.signal(number, handler)
 
 
-def _tee(
-    stream: Iterator[str], log: Any, on_line: Callable[[str], object], said: Said
-) -> Iterator[str]:
-    for line in stream:
-        log.write(line)
-        log.flush()
-        on_line(line)
-        parameters = said_parameters(line)
-        said.parameters = said.parameters if parameters is None else parameters
-        said.was_stopped |= STOPPED in line
-        if line.startswith(OTHER_OBJECTIVE):
-            with suppress(OSError):  # the terminal may be gone
-                sys.stderr.write(line)
-        yield line
+def finish(run: Path, code: int) -> str:
+    """Complete run.json of a Slurm job that ends with `code`; returns one line for the log."""
+    settle_facts(run)
+    _, _, last_job = tail(run / LOG).rpartition(JOB_BEGINS)
+    if STOPPED in last_job:  # whatever the signal made of srun's exit code
+        return "== stopped after saving a checkpoint; the next job goes on from there"
+    if code == 0:
+        return "== the training ended well"
+    reason = explain(last_job) or refusal(last_job) or "look for the first traceback above"
+    return f"== the training ended with exit code {code}: {reason}"
 
 
-def _training_line(line: str, said: Said) -> TrainingLine | None:
-    """None also for what two ranks made of their lines; `said` keeps the last of every kind."""
+if __name__ == "__main__":
     try:
-        parsed = parse_line(line)
-    except ValueError:
-        return None
-    if isinstance(parsed, ValidationLine):
-        said.validation = parsed
-    if not isinstance(parsed, TrainingLine):
-        return None
-    said.last = parsed
-    return parsed
-
-
-def _show_progress(name: str, lines: Iterator[str], said: Said) -> None:
-    """Show progress from the first training line on, until the log ends."""
-    training = (it for line in lines if (it := _training_line(line, said)) is not None)
-    first = next(training, None)
-    if first is None:
-        return
-    with progress(f"train {name}", first.train_iters, "iterations") as advance:
-        done = first.iteration
-        advance(done)
-        for line in training:
-            advance(line.iteration - done)
-            done = line.iteration
+        sys.stdout.write(finish(Path(sys.argv[1]), int(sys.argv[2])) + "\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"run.json could not be completed: {error}")

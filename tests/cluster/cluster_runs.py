@@ -18,7 +18,7 @@ from namespaces import Host
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch.cluster import Address, Cluster
 from megatron_infoentropy.launch.job import TrainingJob
-from megatron_infoentropy.launch.start import prepare, start, write
+from megatron_infoentropy.launch.scripts import prepare, start, write
 from megatron_infoentropy.launch.train import TrainingFailed
 
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -168,7 +168,7 @@ def train_until_cut_off(
 
 def _ask_for_patience(made):
     """Let a file say how long node.sh does without ranks: they start slowly on a busy machine."""
-    run, limit = made.plan.run, '[ "$idle" -ge "$patience" ]'
+    run, limit = made.run, '[ "$idle" -ge "$patience" ]'
     patience, node = run / "patience", run / "node.sh"
     patience.write_text(str(PATIENCE_S))
     text = node.read_text()

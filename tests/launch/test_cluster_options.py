@@ -22,10 +22,16 @@ from megatron_infoentropy.launch.cluster import (
     parse_hosts,
     parse_slurm,
 )
-from megatron_infoentropy.launch.finish import finish
 from megatron_infoentropy.launch.run_folder import write_facts
-from megatron_infoentropy.launch.scripts import Plan, hosts_script, job_script, node_script
-from megatron_infoentropy.launch.start import Prepared, start, write
+from megatron_infoentropy.launch.scripts import (
+    Plan,
+    hosts_script,
+    job_script,
+    node_script,
+    start,
+    write,
+)
+from megatron_infoentropy.launch.train import finish
 from megatron_infoentropy.runtime.device import Device
 
 FLAGS = (
@@ -185,9 +191,7 @@ def test_another_command_line_that_makes_the_same_scripts_may_start_them(tmp_pat
     cluster = Cluster(1, 4, 4, slurm=())
 
     def prepared(made_by, flags=FLAGS):
-        plan = Plan(tmp_path, flags, cluster, made_by)
-        scripts = {"node.sh": node_script(plan), "job.slurm": job_script(plan)}
-        return Prepared(plan, scripts, ["sbatch", "job.slurm"], by_hand=False)
+        return Plan(tmp_path, flags, cluster, made_by)
 
     write(prepared("launch --dry-run"))
     write(prepared("launch"))
@@ -203,7 +207,7 @@ def test_after_submitting_it_says_where_the_log_is_and_how_to_stop(tmp_path, mon
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     plan = Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
-    said = start(Prepared(plan, {}, ["sbatch", "job.slurm"], by_hand=False), Path("r.yaml"), print)
+    said = start(plan, Path("r.yaml"), print)
     assert "Submitted batch job 47" in said
     assert f"its log is {tmp_path}/train.log" in said
     assert "scancel --signal=USR1 47" in said
@@ -218,7 +222,7 @@ def test_a_command_line_of_many_lines_stays_one_comment(tmp_path, monkeypatch):
 
     words = ["launch", "x.yaml", "--data", "d", "--tokenizer", "t", "--run", str(tmp_path),
              "--slurm", "--time=1:00\n  --partition=gpu"]  # fmt: skip
-    monkeypatch.setattr("megatron_infoentropy.launch.start.prepare", prepare)
+    monkeypatch.setattr("megatron_infoentropy.launch.scripts.prepare", prepare)
     monkeypatch.setattr("sys.argv", ["infoentropy", *words])
     CliRunner().invoke(app, words)
     assert made[0].endswith("--slurm '--time=1:00 --partition=gpu'")
@@ -229,7 +233,7 @@ def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_pat
         cluster = Cluster(1, 4, 4, slurm=(), container=container, python="/their/python")
         job = job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
         assert f"\npython={python}\n" in job
-        assert '\n[ $# -gt 0 ] || "$python" -m megatron_infoentropy.launch.finish' in job
+        assert '\n[ $# -gt 0 ] || "$python" -m megatron_infoentropy.launch.train' in job
 
 
 def test_a_number_of_parameters_that_is_known_stays(tmp_path):

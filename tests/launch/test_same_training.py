@@ -8,10 +8,15 @@ import pytest
 
 from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.data.tokenizer import tokenizer_digest
-from megatron_infoentropy.launch.finish import finish
-from megatron_infoentropy.launch.lineage import OtherTrainingError, require_same_training
+from megatron_infoentropy.launch import run_folder
 from megatron_infoentropy.launch.recipe import chosen_flags, warnings
-from megatron_infoentropy.launch.run_folder import recorded, write_facts
+from megatron_infoentropy.launch.run_folder import (
+    OtherTrainingError,
+    recorded,
+    require_same,
+    write_facts,
+)
+from megatron_infoentropy.launch.train import finish
 from megatron_infoentropy.runtime.device import Device
 
 CE = {"infoentropy-objective": "cross_entropy"}
@@ -58,8 +63,8 @@ def stages(run):
     return [(each["from_step"], each["objective"]) for each in facts(run).get("lineage", [])]
 
 
-def require(run, *settings, switch=False, load=None, tokenizer=None):
-    require_same_training(run, words(run, *settings, load=load), tokenizer, switch=switch)
+def require(run, *settings, switch=False, load=None):
+    require_same(run, words(run, *settings, load=load), switch=switch)
 
 
 @pytest.mark.parametrize(
@@ -183,15 +188,16 @@ def test_a_negative_gamma_is_warned_of(tmp_path, settings, warned):
     assert bool(warnings(words(tmp_path, settings))) is warned
 
 
-def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_path):
+def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_path, monkeypatch):
     content = b'{"model": {}}'
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_bytes(content)
     ours = tokenizer_digest(tmp_path / "tok")
+    monkeypatch.setattr(run_folder, "_tokenizer_sha256", lambda words: ours)
     here = {**CE, "tokenizer-model": tmp_path / "tok"}
     train(run, 16, here)
     for digest in (ours, hashlib.sha256(content).hexdigest()):
         (run / "run.json").write_text(json.dumps(facts(run) | {"tokenizer_sha256": digest}))
-        require(run, here, tokenizer=ours)
+        require(run, here)
     with pytest.raises(OtherTrainingError, match="holds a model of tokenizer"):
-        require(run, CE, tokenizer=ours)  # the folder is not known, so nothing shows it
+        require(run, CE)  # the folder is not known, so nothing shows it

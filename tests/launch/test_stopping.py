@@ -311,7 +311,7 @@ def test_a_lost_ssh_connection_saves_on_every_host(run):
 FOLLOWED = """
 import sys
 from pathlib import Path
-from megatron_infoentropy.launch.start import ORDERS
+from megatron_infoentropy.launch.scripts import ORDERS
 from megatron_infoentropy.launch.train import follow
 
 run = Path(sys.argv[1])

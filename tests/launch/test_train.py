@@ -18,7 +18,7 @@ from megatron_infoentropy.launch.dry_run import dry_run
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
 from megatron_infoentropy.launch.recipe import loss_flags, read_facts
 from megatron_infoentropy.launch.run_folder import PACKAGE, STOPPED
-from megatron_infoentropy.launch.start import prepare
+from megatron_infoentropy.launch.scripts import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 from megatron_infoentropy.runtime.device import Device
 
