@@ -41,8 +41,8 @@ def job(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
-    fake_slurm.install(tmp_path)
-    cluster = Cluster(1, 0, 1, slurm=(), save_s=10, python=sys.executable)
+    fake_slurm.install(tmp_path, quick=True)
+    cluster = Cluster(1, 0, 1, slurm=(), save_s=100, python=sys.executable)
     flags = (*FLAGS, "--save", str(run / "checkpoints"))
     (run / "job.slurm").write_text(job_script(Plan(run, flags, cluster, "a test")))
 
@@ -62,12 +62,18 @@ def job(tmp_path):
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 300
-        while wait and not (run / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        if wait:
+            wait_for(run / "started")
+            wait_for(tmp_path / "task")
         return process, run
 
     return start
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def scontrol_words(run):
@@ -144,9 +150,7 @@ def test_the_example_of_preprocessing_requeues_itself_before_its_time_limit(tmp_
         env={**os.environ, **environment, "PATH": path},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path / "started")
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=300) == 0
     os.killpg(process.pid, signal.SIGKILL)  # Slurm would

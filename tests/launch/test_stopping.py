@@ -27,7 +27,7 @@ run = pathlib.Path("{run}")
 def save(number, frame):
     if {code}:
         sys.exit({code})
-    for _ in range(20):
+    for _ in range(5):
         time.sleep(0.05)
         os.write(1, b"saving\\n")
     (run / "saved").touch()
@@ -44,7 +44,7 @@ sys.exit(1)
 NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank} node.sh\n"
 # It takes its time to connect.
 SSH = """#!/usr/bin/env bash
-case "${{@: -1}}" in NODE=*) touch {run}/connecting; sleep 2;; esac
+case "${{@: -1}}" in NODE=*) touch {run}/connecting; /bin/sleep 1;; esac
 exec bash -c "${{@: -1}}"
 """
 TORN_DOWN = """
@@ -55,9 +55,8 @@ def module(name, **content):
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(content)
 
-def stop(*arguments):
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Megatron does
-    END
+def fail():
+    raise ValueError
 
 package = "megatron_infoentropy.integration"
 module("megatron_infoentropy.runtime.cpu", install=None)
@@ -66,13 +65,23 @@ module(package + ".checkpoints", checkpoint_flags=lambda flags: flags,
 from megatron_infoentropy import pretrain
 
 class Late:
-    def __del__(self, kill=os.kill, me=os.getpid(), number=int(signal.SIGTERM), write=os.write):
-        write(1, b"torn down")
-        kill(me, number)
+    def __del__(self, kill=os.kill, me=os.getpid, number=int(signal.SIGTERM), write=os.write):
+        write(1, b"torn down\\n")
+        kill(me(), number)
 
-late = Late()
-pretrain.prepare, pretrain.run = lambda: (None, None), stop
-pretrain.train()
+def rank(end):
+    def run(*arguments):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Megatron does
+        end()
+    pretrain.prepare, pretrain.run = lambda: (None, None), run
+    sys.late = Late()
+    pretrain.train()
+
+for end in (sys.exit, int, fail):
+    if (pid := os.fork()) == 0:
+        rank(end)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -105,11 +114,10 @@ def wait_for(*paths):
         time.sleep(0.05)
 
 
-def started(script, run, **environment):
+def started(script, run):
     """A script of the run folder as a process, in a session of its own."""
     return subprocess.Popen(
         ["bash", run / script],
-        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,9 +127,9 @@ def started(script, run, **environment):
     )
 
 
-def interrupted(script, run, at, **environment):
+def interrupted(script, run, at):
     """Start a script, press Ctrl-C twice once the file `at` is there; (exit code, what it said)."""
-    training = started(script, run, **environment)
+    training = started(script, run)
     wait_for(run / at)
     for _ in range(2):  # the terminal's, to all in the foreground; the second is impatience
         os.killpg(training.pid, signal.SIGINT)
@@ -131,10 +139,13 @@ def interrupted(script, run, at, **environment):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    """A run folder with a rank; the scripts look ten times a second instead of once."""
     run = tmp_path / "run"
     run.mkdir()
     make_rank(run)
+    program(tmp_path / "sleep", "#!/bin/sh\nexec /bin/sleep 0.1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return run
 
 
@@ -149,7 +160,9 @@ def make_node(run):
     rank = run.parent / "rank"
     program(run.parent / "torchrun", TORCHRUN.format(python=sys.executable, rank=rank))
     cluster = Cluster(1, 0, 1, python=str(run.parent / "torchrun"))
-    program(run / "node.sh", node_script(Plan(run, FLAGS, cluster, "a test")))
+    text = node_script(Plan(run, FLAGS, cluster, "a test"))
+    assert "flock -w 5 " in text  # seconds, for a training that is ending
+    program(run / "node.sh", text.replace("flock -w 5 ", "flock -w 0 "))
 
 
 def make_hosts(run, ssh, *names):
@@ -158,15 +171,14 @@ def make_hosts(run, ssh, *names):
     cluster = Cluster(len(hosts), 0, 1, hosts=hosts, python=sys.executable)
     program(run.parent / "ssh", ssh)
     program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
-    return {"PATH": f"{run.parent}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("at", ["connecting", "started"])
 def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
     make_rank(run, order="SIGUSR1")
-    environment = make_hosts(run, SSH.format(run=run), "a")
+    make_hosts(run, SSH.format(run=run), "a")
     program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
-    code, said = interrupted("hosts.sh", run, at, **environment)
+    code, said = interrupted("hosts.sh", run, at)
     assert code == 0, said
     assert (run / "saved").exists()
 
@@ -243,7 +255,7 @@ def test_a_run_folder_takes_one_training_at_a_time(run):
 # a runs what it is told; the others do not.
 ODD_SSH = """#!/usr/bin/env bash
 case "${{@: -2:1}}" in
-  silent) exec sleep 300 ;;
+  silent) exec /bin/sleep 300 ;;
   refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
   bare) exit 1 ;;
 esac
@@ -260,12 +272,12 @@ exec bash -c "${{@: -1}}"
     ],
 )
 def test_a_host_that_cannot_take_part_is_named_before_anything_starts(run, host, why):
-    environment = make_hosts(run, ODD_SSH.format(), "a", host)
+    make_hosts(run, ODD_SSH.format(), "a", host)
     text = (run / "hosts.sh").read_text()
     assert "answer_s=60" in text
     program(run / "hosts.sh", text.replace("answer_s=60", "answer_s=1"))
     program(run / "node.sh", f"touch {run}/started\n")
-    training = started("hosts.sh", run, **environment)
+    training = started("hosts.sh", run)
     said, _ = training.communicate(timeout=300)
     assert training.returncode == 1
     assert f"host {host} cannot take part: {why.format(run=run)}\n" in said
@@ -290,7 +302,7 @@ sys.exit(code if code >= 0 else 255)
 
 
 def test_a_lost_ssh_connection_saves_on_every_host(run):
-    environment = make_hosts(run, BREAKABLE_SSH.format(python=sys.executable, run=run), "a", "b")
+    make_hosts(run, BREAKABLE_SSH.format(python=sys.executable, run=run), "a", "b")
     make_node(run)
     # Two hosts with one file system and one process table: each its own rank's files.
     rank = (run.parent / "rank").read_text()
@@ -298,7 +310,7 @@ def test_a_lost_ssh_connection_saves_on_every_host(run):
     program(
         run.parent / "rank", rank.replace(f'run = pathlib.Path("{run}")\n', own.format(run=run))
     )
-    training = started("hosts.sh", run, **environment)
+    training = started("hosts.sh", run)
     wait_for(run / "0/started", run / "1/started", run / "ssh-b")
     os.kill(int((run / "ssh-b").read_text()), signal.SIGKILL)
     said, _ = training.communicate(timeout=300)
@@ -350,25 +362,20 @@ def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
     """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
     make_node(run)
     program(tmp_path / "torchrun", f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n')
-    environment = make_hosts(run, SSH.format(run=run), "a")
+    make_hosts(run, SSH.format(run=run), "a")
     words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
-    environment = {**os.environ, **environment}
-    subprocess.run(["bash", run / "hosts.sh", *words], env=environment, check=True)
+    subprocess.run(["bash", run / "hosts.sh", *words], check=True)
     said = (run / "words").read_text().splitlines()
     assert said[:2] == ["-m", "torch.distributed.run"]
     assert said[-len(words) :] == words
     assert "megatron_infoentropy.pretrain" not in said
 
 
-@pytest.mark.parametrize(
-    ("end", "code"), [("sys.exit(0)", 0), ("return", 0), ("raise ValueError", -signal.SIGTERM)]
-)
-def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save(end, code):
+def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save():
     """One that has failed does: torchrun ends it before it starts all anew."""
-    text = TORN_DOWN.replace("END", end)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert done.stdout == "torn down"
-    assert done.returncode == code, done.stderr
+    done = subprocess.run([sys.executable, "-c", TORN_DOWN], capture_output=True, text=True)
+    ends = ["torn down", "0", "torn down", "0", "torn down", str(-signal.SIGTERM)]
+    assert done.stdout.split("\n")[:-1] == ends, done.stderr
 
 
 def test_a_process_that_a_rank_has_spawned_outlives_the_order_to_save():
