@@ -18,7 +18,7 @@ from ranks import run_ranks
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data.manifest import Options
+from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import train_tokenizer
 from megatron_infoentropy.doctor import smoke
@@ -38,7 +38,7 @@ def places(tmp_path_factory):
     (folder / "t.jsonl").write_text(text)
     train_tokenizer(folder / "t.jsonl", folder / "tokenizer", vocab_size=270)
     train_tokenizer(folder / "t.jsonl", folder / "other", vocab_size=265)
-    inputs, options = [folder / "t.jsonl"], Options(split_by=None)
+    inputs, options = [folder / "t.jsonl"], DataOptions(split_by=None)
     preprocess(inputs, folder / "tokenizer", folder / "data" / "train", options=options)
     for split in ("validation", "test"):
         shutil.copytree(folder / "data" / "train", folder / "data" / split)
