@@ -44,6 +44,8 @@ COMPARING = ("eslm", "entrodrop", "custom")
 MEANS = ("backend", "collective", "fused_linear", "chunk_tokens")
 # Fields that change every objective alike, plain cross entropy too.
 COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature")
+# Those of them that are a part of the model: no Hugging Face class has them, so no export.
+OF_THE_MODEL = ("softcap", "temperature")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_infoentropy.config import OF_THE_MODEL, InfoEntropyConfig
 from megatron_infoentropy.convert.errors import UnsupportedModelError
 
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
@@ -111,8 +112,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None, 0),
     "use_mup": (False,),
     "spec": (None,),
-    "infoentropy_softcap": (0.0,),
-    "infoentropy_temperature": (1.0,),
+    **{f"infoentropy_{name}": (getattr(InfoEntropyConfig, name),) for name in OF_THE_MODEL},
 }
 # The same of models with experts; a dense model ignores them.
 NEUTRAL_FOR_EXPERTS: dict[str, tuple[Any, ...]] = {

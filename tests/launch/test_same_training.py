@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -170,22 +171,26 @@ def test_facts_of_an_earlier_version_or_none_are_no_reason_to_refuse(run):
 @pytest.mark.parametrize(
     ("settings", "warned"),
     [
-        ({"infoentropy-gamma": -1}, True),
-        ({"infoentropy-gamma": 1}, False),
-        ({"infoentropy-gamma": -1, "infoentropy-objective": "cross_entropy"}, False),
+        ({"infoentropy-gamma": -1}, "gamma -1 is negative"),
+        ({"infoentropy-gamma": 1}, ""),
+        ({"infoentropy-gamma": -1, "infoentropy-objective": "cross_entropy"}, ""),
+        ({"infoentropy-softcap": 30}, "the softcap 30 .* not exported"),
+        ({"infoentropy-temperature": 2}, "the temperature 2 .* not exported"),
         (
             {
                 "infoentropy-gamma-schedule": "linear",
                 "infoentropy-gamma-samples": 9,
                 "infoentropy-gamma-end": -2,
             },
-            True,
+            "gamma -2 is negative",
         ),
     ],
     ids=str,
 )
-def test_a_negative_gamma_is_warned_of(tmp_path, settings, warned):
-    assert bool(warnings(words(tmp_path, settings))) is warned
+def test_what_is_hardly_ever_meant_is_warned_of(tmp_path, settings, warned):
+    said = warnings(words(tmp_path, settings))
+    assert len(said) == bool(warned)
+    assert re.search(warned, "".join(said))
 
 
 def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_path, monkeypatch):
