@@ -217,8 +217,12 @@ class Settings(NamedTuple):
     into_main_grad: bool = False
 
 
-def make_settings(x: torch.Tensor, width: int, arguments: StatisticsArguments) -> Settings:
+def make_settings(
+    x: torch.Tensor, width: int, arguments: StatisticsArguments, **more: Any
+) -> Settings:
     """Return the settings for logits of the dtype and device of `x`, `width` columns a rank.
+
+    more: the fields of `Settings` that have defaults.
 
     Raises:
         ValueError: sizes or options that cannot be.
@@ -229,7 +233,7 @@ def make_settings(x: torch.Tensor, width: int, arguments: StatisticsArguments) -
     options = make_options(arguments["softcap"], arguments["temperature"], distance)
     vocabulary = split_vocabulary(arguments["vocab_size"], width, group, arguments["ignore_index"])
     chosen = kernels.select(arguments["backend"], x.device, x.dtype)
-    return Settings(vocabulary, options, group, chosen, arguments["collective"])
+    return Settings(vocabulary, options, group, chosen, arguments["collective"], **more)
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:

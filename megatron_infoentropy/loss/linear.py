@@ -87,12 +87,12 @@ def prepare_linear(
     check_tensors(hidden=hidden, weight=weight, target=target)
     slices = world_and_rank(group)[0] if sequence_parallel else 1
     _check_shapes(hidden, weight, target, slices)
-    settings = make_settings(hidden, len(weight), arguments)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
+    settings = make_settings(hidden, len(weight), arguments, cut=cut, into_main_grad=into_main_grad)
     target_N = as_ids(target).reshape(-1).contiguous()
     check_targets(target_N, settings.vocabulary.size, settings.vocabulary.shard.ignore_index)
-    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
-    return hidden_LH, weight, target_N, settings._replace(cut=cut, into_main_grad=into_main_grad)
+    return hidden_LH, weight, target_N, settings
 
 
 def _check_shapes(

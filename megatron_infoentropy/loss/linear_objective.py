@@ -187,7 +187,7 @@ def _token_terms(
         if name in Upstream._fields and result is not None
     }
     with torch.set_grad_enabled(differentiate):
-        statistics = results._replace(**leaves)
+        statistics = TokenStatistics(**{"is_top": results.is_top, **leaves})
         loss = token_loss(statistics, config)
         weight = token_weight(token_batch(statistics, mask_C), config)
         if not differentiate:

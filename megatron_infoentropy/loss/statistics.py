@@ -183,8 +183,7 @@ def vocab_parallel_statistics(
         "backend": backend,
         "collective": collective,
     }
-    settings = make_settings(logits, logits.shape[-1], arguments)
-    settings = settings._replace(inplace_backward=inplace_backward)
+    settings = make_settings(logits, logits.shape[-1], arguments, inplace_backward=inplace_backward)
     rows = as_rows(logits, target)
     check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
     results: Any = _Statistics.apply(rows.logits_NV, rows.target_N, settings)
