@@ -5,6 +5,7 @@ one, and one row count above a thread's block.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from oracle import dense_statistics
 from megatron_infoentropy import TokenStatistics, vocab_parallel_statistics
 
 VOCABULARIES = [1, 2, 3, 7, 8, 9, 16, 33, 1023, 1024, 1025, 5000, 50257]
+if os.environ.get("TRITON_INTERPRET") == "1":  # it takes milliseconds a row
+    VOCABULARIES = [1, 9, 33, 1025]
 
 
 def random_case(n, v, dtype=torch.float32, scale=3.0, seed=0):
@@ -33,12 +36,12 @@ def assert_statistics_keep_their_promise(got: TokenStatistics, logits, target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("v", VOCABULARIES)
-def test_statistics_of_random_logits(backend, v, dtype):
-    logits, target = random_case(37, v, dtype)
-    got = vocab_parallel_statistics(logits, target, backend=backend)
-    assert all(part.dtype == torch.float32 for part in got[:3])
-    assert_statistics_keep_their_promise(got, logits, target)
+def test_statistics_of_random_logits(backend, dtype):
+    for v in VOCABULARIES:
+        logits, target = random_case(37, v, dtype)
+        got = vocab_parallel_statistics(logits, target, backend=backend)
+        assert all(part.dtype == torch.float32 for part in got[:3])
+        assert_statistics_keep_their_promise(got, logits, target)
 
 
 @pytest.mark.parametrize("v", VOCABULARIES)
@@ -155,23 +158,26 @@ def test_logits_of_minus_infinity_have_no_mass(backend):
     assert (ours.grad[untouched] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("column", [0, 1500, 4999])
-def test_a_bad_logit_spoils_its_own_row_only(backend, value, column):
-    logits, target = random_case(5, 5000)
-    logits[2, column] = value
+def test_a_bad_logit_spoils_its_own_row_only(backend, value, dtype):
+    logits, target = random_case(8, 5000, dtype)
+    bad = [1, 3, 4, 6]
+    logits[bad, torch.tensor([0, 1, 1500, 4999])] = value
     ours = logits.clone().requires_grad_()
     got = vocab_parallel_statistics(ours, target, backend=backend)
     for part in got[:3]:
-        assert part.isnan().tolist() == [False, False, True, False, False]
+        assert part.isnan().nonzero().flatten().tolist() == bad
     got.cross_entropy.sum().backward()
-    assert ours.grad.isnan().any(-1).tolist() == [False, False, True, False, False]
+    assert ours.grad.isnan().any(-1).nonzero().flatten().tolist() == bad
 
 
-def test_nan_among_minus_infinities_is_not_swallowed(backend):
-    logits = torch.full((1, 3000), -torch.inf)
-    logits[0, 1234] = torch.nan
-    assert vocab_parallel_statistics(logits, torch.tensor([0]), backend=backend).entropy.isnan()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_among_minus_infinities_is_not_swallowed(backend, dtype):
+    logits = torch.full((4, 3000), -torch.inf, dtype=dtype)
+    logits[range(4), torch.tensor([0, 1, 1234, 2999])] = torch.nan
+    got = vocab_parallel_statistics(logits, torch.zeros(4).long(), backend=backend)
+    assert got.entropy.isnan().all()
 
 
 def test_a_row_of_only_minus_infinity_is_nan(backend):

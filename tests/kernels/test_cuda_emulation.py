@@ -10,7 +10,6 @@ import cuda_emulation
 import pytest
 import torch
 from close import assert_within, assert_within_bf16_ulp
-from oracle import dense_statistics
 from test_native_options import assert_a_nan_stays_one
 
 from megatron_infoentropy.kernels import reference
@@ -64,13 +63,12 @@ def assert_statistics(got, logits, target, shard, options):
 
 @every_option
 @every_dtype
-@pytest.mark.parametrize("v", VOCABULARIES)
-def test_statistics_of_any_vocabulary_and_alignment(v, dtype, options):
-    for offset in (0, 3):
-        logits, target = random_case(5, v, dtype, offset=offset)
-        shard = whole(v)
-        got = cuda_emulation.shard_statistics(logits, target, shard, options)
-        assert_statistics(got, logits, target, shard, options)
+def test_statistics_of_any_vocabulary_and_alignment(dtype, options):
+    for v in VOCABULARIES:
+        for offset in (0, 3):
+            logits, target = random_case(3, v, dtype, offset=offset)
+            got = cuda_emulation.shard_statistics(logits, target, whole(v), options)
+            assert_statistics(got, logits, target, whole(v), options)
 
 
 @every_option
@@ -92,19 +90,6 @@ def test_every_column_is_read_once():
     got = cuda_emulation.shard_statistics(logits, torch.arange(v), whole(v), PLAIN)
     assert got[MAX].eq(9).all()
     assert got[TARGET].eq(9).all()
-
-
-def test_the_promise_holds_at_the_largest_vocabulary():
-    """|dH| <= 1e-5, |dCE| <= 2e-6 + 2.4e-7 CE at 262144 columns."""
-    v = 262144
-    generator = torch.Generator().manual_seed(5)
-    rows = [torch.randn(v, generator=generator) * scale for scale in (1.0, 3.0, 6.0)]
-    rows += [rows[0] + 500, rows[0] - 500, torch.zeros(v), rows[0] * 0.01]
-    logits, target = torch.stack(rows), torch.randint(0, v, (7,), generator=generator)
-    m, r, u, x_y = cuda_emulation.shard_statistics(logits, target, whole(v), PLAIN).double()
-    ce, entropy, _ = dense_statistics(logits, target)
-    assert_within((m - x_y) + r.log1p(), ce, atol=2e-6, rtol=2.4e-7)
-    assert_within(r.log1p() + u / (1 + r), entropy, atol=1e-5)
 
 
 @every_dtype
@@ -140,24 +125,6 @@ def test_logits_of_minus_infinity_have_no_mass(dtype, options):
     assert got[:3, 3].tolist() == [-torch.inf, -1, 0]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("column", [0, 1, 9000, 20010])
-def test_a_bad_logit_spoils_its_own_row_only(value, column):
-    logits, target = random_case(3, 20011, torch.bfloat16)
-    logits[1, column] = value
-    got = cuda_emulation.shard_statistics(logits, target, whole(20011), PLAIN)
-    assert got[TAIL].isnan().tolist() == [False, True, False]  # and whatever is made of it
-    assert got[:, [0, 2]].isfinite().all()
-
-
-def test_nan_among_minus_infinities_is_not_swallowed():
-    for column in (0, 1, 5000, 20010):
-        logits = torch.full((1, 20011), -torch.inf, dtype=torch.bfloat16)
-        logits[0, column] = torch.nan
-        got = cuda_emulation.shard_statistics(logits, torch.tensor([0]), whole(20011), PLAIN)
-        assert got[TAIL].isnan().all()
-
-
 def coefficients_for(logits, target, shard, options):
     """Coefficients as the loss makes them, with an entropy term and, where asked for, an offset."""
     truth = reference.shard_statistics(logits.double(), target, shard, options)
@@ -169,9 +136,13 @@ def coefficients_for(logits, target, shard, options):
 
 @pytest.mark.parametrize("options", [OPTIONS[n] for n in ("plain", "softcap")], ids=str)
 @every_dtype
-@pytest.mark.parametrize("v", VOCABULARIES[:-1])
 @pytest.mark.parametrize("place", ["same alignment", "other alignment", "in place"])
-def test_gradient_of_any_vocabulary_and_alignment(v, dtype, options, place):
+def test_gradient_of_any_vocabulary_and_alignment(dtype, options, place):
+    for v in VOCABULARIES[:-1]:
+        assert_gradient(v, dtype, options, place)
+
+
+def assert_gradient(v, dtype, options, place):
     logits, target = random_case(4, v, dtype, offset=3)
     logits[0, 1::5] = -torch.inf
     columns = max(1, v - v // 3)
@@ -215,21 +186,6 @@ def test_a_bf16_gradient_is_rounded_once_down_to_the_smallest_step():
     assert (got == expected.to(torch.bfloat16)).double().mean() >= 0.99
     assert (got[0] != 0).double().mean() > 0.99
     assert got[0].abs().min() < 2.0**-126
-
-
-@every_dtype
-def test_ignored_rows_are_never_read(dtype):
-    logits, target = random_case(3, 9000, dtype)
-    logits[1] = torch.nan
-    target[1] = 5
-    shard = Shard(0, 9000, 5)
-    target[[0, 2]] = 6
-    got = cuda_emulation.shard_statistics(logits, target, shard, OPTIONS["softcap"])
-    assert torch.equal(got[:, 1], torch.zeros(5))
-    assert got[:, [0, 2]].isfinite().all()
-    out = torch.full_like(logits, 7)
-    cuda_emulation.shard_gradient(logits, target, shard, PLAIN, got[:4].contiguous(), out)
-    assert torch.equal(out[1], torch.zeros(9000, dtype=dtype))
 
 
 def test_a_shard_of_padding_alone_is_empty():

@@ -40,7 +40,7 @@ def test_as_many_threads_as_torch_says(monkeypatch):
     assert given == [1, 3]
 
 
-SHARED = """
+SHARED_AND_FORKED = """
 import os, sys, threading
 import torch
 from megatron_infoentropy.kernels import native
@@ -60,15 +60,25 @@ for _ in range(40):
 done.set()
 watcher.join()
 sys.stdout.write(f"{before} threads before, {max(seen)} at most")
-sys.exit(max(seen) > before)
+def run():
+    return float(native.shard_statistics(logits, target, Shard(0, 20000, -100), PLAIN)[1, 0])
+parent = run()
+child = os.fork()  # in which torch's own threads do not live
+if child == 0:
+    os._exit(0 if run() == parent else 3)
+sys.exit(max(seen) > before or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
-def test_the_threads_are_those_that_torch_has():
+def test_the_threads_are_those_that_torch_has_and_a_forked_child_needs_none_of_them():
     """Others would share the cores with torch's, which spin on after each of its operations."""
     done = subprocess.run(
-        [sys.executable, "-c", SHARED], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", SHARED_AND_FORKED],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -100,29 +110,3 @@ def test_torchrun_gives_each_rank_one_thread(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank threads [1]") == 2
-
-
-FORK = """
-import os, sys
-import torch
-from megatron_infoentropy.kernels import native
-from megatron_infoentropy.kernels.contract import PLAIN, Shard
-torch.set_num_threads(2)
-logits = torch.ones(64, 20000)  # made before the fork: torch's own threads do not survive it
-target = torch.zeros(64, dtype=torch.long)
-def run():
-    out = native.shard_statistics(logits, target, Shard(0, 20000, -100), PLAIN)
-    return float(out[1, 0])
-parent = run()
-child = os.fork()
-if child == 0:
-    os._exit(0 if run() == parent else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_forked_child_computes_too():
-    done = subprocess.run(
-        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -101,7 +101,7 @@ def truth_of(case, logits, target, upstream):
 
 
 @settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -35,9 +35,11 @@ DIVISIBLE = ("row_stride", "out_row_stride", "columns", "width")  # by 16, where
 
 
 def variants(arch: int) -> Iterator[dict[str, Any]]:
-    """For sm_90 every dtype, with and without the options; for the others the usual case.
+    """For sm_90 every dtype, aligned or not, with and without the options; else the usual case.
 
-    fp16 differs from bf16 in how a logit is unpacked only: with the options it is left out.
+    How rows are aligned and what the options do is the same code for every dtype: fp16 and fp32,
+    which differ from bf16 in how a logit is unpacked and how many a thread has, get the first and
+    (fp32) the last of these.
     """
     usual = arch != 90
     for kernel, dtype, aligned, options in itertools.product(
@@ -46,7 +48,8 @@ def variants(arch: int) -> Iterator[dict[str, Any]]:
         (True,) if usual else (True, False),
         (False,) if usual else (False, True),
     ):
-        if not (dtype == "fp16" and options):
+        is_plain, is_worst = aligned and not options, options and not aligned
+        if dtype == "bf16" or is_plain or (dtype == "fp32" and is_worst):
             yield {"kernel": kernel, "dtype": dtype, "aligned": aligned, "options": options}
 
 

@@ -5,6 +5,7 @@ import torch
 from close import assert_within
 
 from megatron_infoentropy import vocab_parallel_statistics
+from megatron_infoentropy.bench.timing import peak_mib
 
 
 def statistics_of(logits, target, **options):
@@ -169,27 +170,14 @@ def test_memory_is_the_gradient_and_64_bytes_a_token(transposed):
     leaf = torch.randn(*n, v, requires_grad=True)
     target = torch.zeros(n, dtype=torch.long)
     logits, targets = (x.transpose(0, 1) if transposed else x for x in (leaf, target))
-    peak = peak_bytes(lambda: statistics_of(logits, targets, backend="native"))
+
+    def both_passes():
+        got = statistics_of(logits, targets, backend="native")
+        ((1 + got.entropy.detach()) * got.cross_entropy).sum().backward()
+
+    peak = peak_mib(both_passes, leaf.device) * 2**20
     assert peak <= leaf.numel() * 4 + leaf[..., 0].numel() * 64 + 4096
     assert peak >= leaf.numel() * 4  # the measurement sees the gradient
-
-
-def peak_bytes(forward):
-    """Largest sum of live allocations during forward and backward, from torch's own profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        got = forward()
-        weight = 1 + got.entropy.detach()
-        (weight * got.cross_entropy).sum().backward()
-    events = recorded.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted(
-        (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
-    ):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def test_integer_targets_of_any_width_are_taken():

@@ -128,10 +128,7 @@ def sharded_on_rank():
     """[(value, gradient by this rank's shard)] of a DTensor, then of its plain shard."""
     world, rank = dist.group.WORLD, dist.get_rank()
     results = []
-    for function, name, dim in (
-        (infoentropy_loss, "logits", 1),
-        (linear_infoentropy_loss, "weight", 0),
-    ):
+    for function, name, dim in SHARDED:
         given = arguments_of(function)
         shard = given[name].chunk(2, dim)[rank].contiguous()
         for leaf in (distributed(shard, Shard(dim)), shard.clone().requires_grad_()):
@@ -187,11 +184,7 @@ def test_any_other_dtensor_is_refused_with_what_to_call():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_targets_are_widened_before_tokens_are_left_out(dtype, fused):
     """In uint8 the usual ignore_index is 156, a token like any other."""
     generator = torch.Generator().manual_seed(4)
@@ -215,10 +208,7 @@ def gathered_on_rank(collective, debug):
     if debug:
         dist.set_debug_level(dist.DebugLevel.DETAIL)
     try:
-        for function, name, dim in (
-            (infoentropy_loss, "logits", 1),
-            (linear_infoentropy_loss, "weight", 0),
-        ):
+        for function, name, dim in SHARDED:
             whole = arguments_of(function)
             shard = {**whole, name: whole[name].chunk(2, dim)[dist.get_rank()].contiguous()}
             options = {"config": config, "group": dist.group.WORLD}

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_infoentropy import InfoEntropyConfig, vocab_parallel_statistics
+from megatron_infoentropy.bench.timing import peak_mib
 from megatron_infoentropy.loss import linear_objective
 from megatron_infoentropy.loss.linear import (
     linear_infoentropy_loss,
@@ -48,25 +48,13 @@ def make_case(world=1, tokens=N):
     return hidden, weight, torch.randint(0, V, (tokens,), generator=generator)
 
 
-def peak_bytes(call):
-    """Largest sum of live allocations during a call, from torch's own profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def peak_on_rank(function, chunk):
     group = dist.group.WORLD
     return peak_of(function, make_case(group.size()), chunk_tokens=chunk, group=group)
 
 
 def peak_of(function, case, **options):
-    return peak_bytes(lambda: function(*case, **options).backward())
+    return peak_mib(lambda: function(*case, **options).backward(), case[0].device) * 2**20
 
 
 GRADIENTS = (N + V) * H * 4
