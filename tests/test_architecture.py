@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "progress": {"console"},
     "kernels": {"config"},
     "loss": {"config", "kernels"},
+    "rl": {"config", "loss"},
     "runtime": set(),
     "files": set(),
     "checkpoints": {"files"},
@@ -62,7 +63,7 @@ PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong t
 
 # third-party package -> the only rooms that may import it
 OWNERS = {
-    "megatron": {"integration", "pretrain", "bench", "launch", "convert"},
+    "megatron": {"integration", "pretrain", "bench", "launch", "convert", "rl"},
     "transformers": {"convert", "data", "evaluate"},  # data: ids are those it gives
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert", "evaluate"},

@@ -33,3 +33,11 @@ for pin in 0.17.1 0.18.2; do
     --target "$side" "megatron-core==$pin" ||
     echo "megatron-core $pin could not be fetched: its tests will be skipped, or fail on CI" >&2
 done
+
+# And the stacks whose functions megatron_infoentropy.rl stands for, without what they need.
+for pin in verl-0.9.1 trl-1.16.0 skyrl-0.4.0; do
+  [ -e "$venv/side/rl/$pin.dist-info" ] && continue
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$venv/side/rl" "${pin%-*}==${pin##*-}" ||
+    echo "$pin could not be fetched: its tests will be skipped, or fail on CI" >&2
+done
