@@ -9,8 +9,7 @@ was trained with. In memory are one chunk of tokens, one batch of logits, and 90
 import hashlib
 import tempfile
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ from megatron_infoentropy.evaluate.buckets import (
     read_token_counts,
 )
 from megatron_infoentropy.evaluate.dataset import (
-    Selection,
     TokenDataset,
     domain_weights,
     open_dataset,
-    places_sha256,
     select_documents,
 )
 from megatron_infoentropy.evaluate.evaluation import (
@@ -47,7 +44,6 @@ from megatron_infoentropy.evaluate.evaluation import (
 from megatron_infoentropy.evaluate.model import (
     ModelSource,
     Ranks,
-    ScoringModel,
     choose_device,
     context_length_of,
     hugging_face,
@@ -56,7 +52,7 @@ from megatron_infoentropy.evaluate.model import (
     require_same_tokenizer,
     require_same_vocabulary,
 )
-from megatron_infoentropy.evaluate.scoring import ChunkJournal, Scoring, cut_chunks, score_chunk
+from megatron_infoentropy.evaluate.scoring import ChunkJournal, Scoring, ScoringJob, score_chunk
 from megatron_infoentropy.evaluate.tally import (
     Tally,
     bits_per_byte,
@@ -91,36 +87,6 @@ class ScoringOptions:
     domain_weights: str = "auto"
     dtype: str = "float32"
     device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model, the documents it scores, and how."""
-
-    model: ScoringModel
-    source: ModelSource
-    dataset: TokenDataset
-    selection: Selection
-    scoring: Scoring
-    counts: NDArray[np.int64]  # of every token id in the training data
-    band_of_token: NDArray[np.int8]
-    weights: dict[str, float]  # of the domains, any scale
-    weights_are: str
-
-    @cached_property
-    def plan(self) -> dict[str, Any]:
-        """Return what must be the same for an interrupted evaluation to go on."""
-        return {
-            "format": FORMAT,
-            "scoring": asdict(self.scoring) | {"context": list(self.scoring.context)},  # as JSON
-            "model": self.model.describe() | {"weights_sha256": self.model.weights_sha256()},
-            "data": self.dataset.state,
-            "documents": places_sha256(self.dataset, self.selection, self.band_of_token),
-        }
-
-    @cached_property
-    def chunks(self) -> list[slice]:
-        return cut_chunks(self.selection, self.scoring.batch_tokens)
 
 
 def evaluate_model(
@@ -180,7 +146,9 @@ def evaluate_model(
     return evaluation
 
 
-def open_job(source: ModelSource, data: Path, token_counts: Path, options: ScoringOptions) -> Job:
+def open_job(
+    source: ModelSource, data: Path, token_counts: Path, options: ScoringOptions
+) -> ScoringJob:
     """Open model and data, cheap checks first.
 
     Raises:
@@ -201,7 +169,7 @@ def open_job(source: ModelSource, data: Path, token_counts: Path, options: Scori
     model = load_model(source, choose_device(options.device), options.dtype)
     require_same_vocabulary(model, dataset.vocab_size)
     scoring = _scoring(dataset, context_length_of(model, options.context_length), options)
-    return Job(
+    return ScoringJob(
         model, source, dataset, selection, scoring, counts, band_of_token, weights, weights_are
     )
 
@@ -223,7 +191,7 @@ def _scoring(dataset: TokenDataset, context_length: int, options: ScoringOptions
     )
 
 
-def _score(job: Job, ranks: Ranks, journal: ChunkJournal, *, restart: bool) -> None:
+def _score(job: ScoringJob, ranks: Ranks, journal: ChunkJournal, *, restart: bool) -> None:
     """Score this rank's chunks that are not in the journal yet; return when all ranks have."""
     if ranks.rank == 0:
         journal.start(job.plan, restart=restart)
@@ -233,15 +201,11 @@ def _score(job: Job, ranks: Ranks, journal: ChunkJournal, *, restart: bool) -> N
     silent = nullcontext(lambda work: None)
     with progress("scoring", tokens, "tokens") if ranks.rank == 0 else silent as advance:
         for number in mine:
-            scores = score_chunk(
-                job.model, job.dataset, job.selection, job.chunks[number], job.band_of_token,
-                job.scoring, advance,
-            )  # fmt: skip
-            journal.write(number, scores)
+            journal.write(number, score_chunk(job, job.chunks[number], advance))
     ranks.wait()
 
 
-def assemble(job: Job, journal: ChunkJournal, *, token_scores: bool) -> Evaluation:
+def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> Evaluation:
     """Return the evaluation whose chunks are all in the journal.
 
     Raises:
@@ -275,7 +239,7 @@ def assemble(job: Job, journal: ChunkJournal, *, token_scores: bool) -> Evaluati
     return Evaluation(summary, documents, scores if token_scores else None)
 
 
-def _description(job: Job, fingerprint: str) -> dict[str, Any]:
+def _description(job: ScoringJob, fingerprint: str) -> dict[str, Any]:
     """Describe what was scored, with what, and how."""
     scoring = job.scoring
     return {
@@ -302,7 +266,7 @@ def _description(job: Job, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _numbers(job: Job, documents: DocumentSums) -> dict[str, Any]:
+def _numbers(job: ScoringJob, documents: DocumentSums) -> dict[str, Any]:
     """Return scores in total, by band and by domain, and the averages over domains.
 
     Bits per byte only where a whole domain was scored: its bytes are known only as a whole.
@@ -320,7 +284,7 @@ def _numbers(job: Job, documents: DocumentSums) -> dict[str, Any]:
     return numbers | {"weighted_average": average}
 
 
-def _passage(job: Job, scores: NDArray[np.float16]) -> dict[str, Any]:
+def _passage(job: ScoringJob, scores: NDArray[np.float16]) -> dict[str, Any]:
     """Return the start of the first document of 256 tokens, or of the longest, with its scores.
 
     So it is the same for every model that scores the data.

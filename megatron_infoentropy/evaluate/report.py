@@ -10,6 +10,7 @@ width.
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def render_report(data: dict[str, Any], figures: dict[str, Figure | None], stem:
     )
     for name in wording.__all__:
         environment.filters[name] = getattr(wording, name)
+    environment.filters["quote"] = shlex.quote
     drawn = {
         name: {"name": figure.name, "svg": Markup(figure.svg)} if figure else None
         for name, figure in figures.items()

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Values = dict[str, float]
-Series = tuple[list[int], list[float]]
 
 _TRAINING = re.compile(r"\biteration\s+(?P<iteration>\d+)/\s*(?P<total>\d+)\s*\|(?P<fields>.*)")
 # With several validation sets Megatron writes "validation-NAME loss"; at the end of a run it adds
@@ -76,19 +75,6 @@ class TrainingLog:
     @property
     def last_iteration(self) -> int:
         return max(self.training, default=0)
-
-    def series(self, name: str) -> Series:
-        """Iterations and values of one training number, where it was logged."""
-        return _series(self.training, name)
-
-    def validation_series(self, name: str) -> Series:
-        """Iterations and values of one validation number, where it was logged."""
-        return _series(self.validation, name)
-
-
-def _series(values_at: dict[int, Values], name: str) -> Series:
-    points = [(i, values[name]) for i, values in sorted(values_at.items()) if name in values]
-    return [i for i, _ in points], [value for _, value in points]
 
 
 def parse_line(line: str) -> TrainingLine | ValidationLine | ObservationLine | None:

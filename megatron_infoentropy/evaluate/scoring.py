@@ -30,7 +30,8 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,14 @@ from numpy.typing import NDArray
 
 from megatron_infoentropy import kernels
 from megatron_infoentropy.evaluate.buckets import BANDS
-from megatron_infoentropy.evaluate.dataset import Selection, TokenDataset, document_sha256
-from megatron_infoentropy.evaluate.evaluation import UNFINISHED, UnfinishedEvaluationError
-from megatron_infoentropy.evaluate.model import ScoringModel
+from megatron_infoentropy.evaluate.dataset import (
+    Selection,
+    TokenDataset,
+    document_sha256,
+    places_sha256,
+)
+from megatron_infoentropy.evaluate.evaluation import FORMAT, UNFINISHED, UnfinishedEvaluationError
+from megatron_infoentropy.evaluate.model import ModelSource, ScoringModel
 from megatron_infoentropy.evaluate.tally import Tally
 from megatron_infoentropy.files import write_atomically, write_whole
 from megatron_infoentropy.kernels.contract import PLAIN, Shard
@@ -255,35 +261,57 @@ def chunk_batches(
         yield make_batch(tokens, starts, windows, chosen, context)
 
 
-def score_chunk(
-    model: ScoringModel,
-    dataset: TokenDataset,
-    selection: Selection,
-    rows: slice,
-    band_of_token: NDArray[np.int8],
-    scoring: Scoring,
-    advance: Advance,
-) -> ChunkScores:
-    """Score the documents `rows` of a selection.
+@dataclass(frozen=True)
+class ScoringJob:
+    """A model, the documents it scores, and how."""
+
+    model: ScoringModel
+    source: ModelSource
+    dataset: TokenDataset
+    selection: Selection
+    scoring: Scoring
+    counts: NDArray[np.int64]  # of every token id in the training data
+    band_of_token: NDArray[np.int8]
+    weights: dict[str, float]  # of the domains, any scale
+    weights_are: str
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """Return what must be the same for an interrupted evaluation to go on."""
+        return {
+            "format": FORMAT,
+            "scoring": asdict(self.scoring) | {"context": list(self.scoring.context)},  # as JSON
+            "model": self.model.describe() | {"weights_sha256": self.model.weights_sha256()},
+            "data": self.dataset.state,
+            "documents": places_sha256(self.dataset, self.selection, self.band_of_token),
+        }
+
+    @cached_property
+    def chunks(self) -> list[slice]:
+        return cut_chunks(self.selection, self.scoring.batch_tokens)
+
+
+def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> ChunkScores:
+    """Score the documents `rows` of a job's selection.
 
     Raises:
         ValueError: a NaN or infinite score, naming the first document with one.
     """
-    lengths = selection.length[rows]
-    documents = selection.read(dataset, rows)
+    lengths = job.selection.length[rows]
+    documents = job.selection.read(job.dataset, rows)
     tokens = np.concatenate(documents)
     per_token = np.empty((4, len(tokens)), dtype=np.float32)
     with torch.inference_mode():
-        for batch in chunk_batches(tokens, lengths, scoring):
+        for batch in chunk_batches(tokens, lengths, job.scoring):
             inputs, target = torch.from_numpy(batch.inputs), torch.from_numpy(batch.target)
             # Without a name the logits go before the next batch has its own.
-            per_token[:, batch.place] = token_scores(model.logits(inputs), target)
+            per_token[:, batch.place] = token_scores(job.model.logits(inputs), target)
             advance(len(batch.place))
-    _require_finite(per_token, dataset, selection, rows)
+    _require_finite(per_token, job, rows)
     ce, entropy = per_token[:2]
-    tally = Tally(model.vocab_size)
+    tally = Tally(job.model.vocab_size)
     tally.add(*per_token)
-    cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + band_of_token[tokens]
+    cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + job.band_of_token[tokens]
     shape = len(lengths), BANDS
 
     def by_band(values: NDArray[np.float32] | None) -> NDArray[Any]:
@@ -300,16 +328,15 @@ def score_chunk(
     )
 
 
-def _require_finite(
-    per_token: NDArray[np.float32], dataset: TokenDataset, selection: Selection, rows: slice
-) -> None:
+def _require_finite(per_token: NDArray[np.float32], job: ScoringJob, rows: slice) -> None:
+    selection = job.selection
     bad = np.flatnonzero(~np.isfinite(per_token[:2]).all(axis=0))
     if not bad.size:
         return
     ends = np.cumsum(selection.length[rows])
     row = rows.start + int(np.searchsorted(ends, bad[0], side="right"))
     position = int(bad[0] - (ends[row - rows.start] - selection.length[row]))
-    name = dataset.domains[selection.domain[row]].name
+    name = job.dataset.domains[selection.domain[row]].name
     raise ValueError(
         f"{bad.size} of {per_token.shape[1]} tokens have no finite score, first token {position} "
         f"of document {selection.document[row]} of domain {name!r}: cross entropy "

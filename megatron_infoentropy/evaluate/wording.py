@@ -1,7 +1,6 @@
 """Numbers as the report writes them, in tables, figures and sentences alike."""
 
 import math
-import shlex
 
 __all__ = [
     "compact",
@@ -10,7 +9,6 @@ __all__ = [
     "p_value",
     "perplexity",
     "plural",
-    "quote",
     "relative",
     "sentence",
     "signed",
@@ -73,8 +71,3 @@ def relative(difference: float) -> str:
 def sentence(text: str) -> str:
     """A rule written as a phrase, as a sentence."""
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def quote(word: str) -> str:
-    """A word of a command as it can be pasted into a shell."""
-    return shlex.quote(word)

@@ -32,11 +32,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> list[slice]
     begun: list[slice] = []
     real = perplexity.score_chunk
 
-    def score_chunk(model, dataset, selection, rows, *rest):
+    def score_chunk(job, rows, advance):
         if len(begun) == chunks:
             raise KeyboardInterrupt
         begun.append(rows)
-        return real(model, dataset, selection, rows, *rest)
+        return real(job, rows, advance)
 
     monkeypatch.setattr(perplexity, "score_chunk", score_chunk)
     return begun

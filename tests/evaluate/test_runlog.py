@@ -106,12 +106,12 @@ def test_a_log_is_collected_and_a_resumed_iteration_counts_once():
     log = parse_log(LOG.splitlines())
     assert log.train_iters == 100
     assert log.last_iteration == 20
-    assert log.series("cross entropy") == ([10, 20], [8.9, 7.5])
-    assert log.series("objective") == ([10], [8.912345])
-    assert log.validation_series("cross entropy") == ([50, 100], [7.1, 6.5])
+    assert [values["cross entropy"] for values in log.training.values()] == [8.9, 7.5]
+    assert [i for i, values in log.training.items() if "objective" in values] == [10]
+    assert {i: v["cross entropy"] for i, v in log.validation.items()} == {50: 7.1, 100: 6.5}
 
 
 def test_a_file_with_broken_bytes_is_read(tmp_path):
     path = tmp_path / "train.log"
     path.write_bytes(b"\xff\xfe junk\n" + TRAINING.encode() + b"\n\xe9")
-    assert read_log(path).series("entropy") == ([10], [8.7])
+    assert read_log(path).training[10]["entropy"] == 8.7

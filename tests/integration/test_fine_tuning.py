@@ -75,7 +75,7 @@ def first_loss(job: TrainingJob, folder: Path) -> float:
     flags = words[words.index("megatron_infoentropy.pretrain") + 1 :]
     job.run.mkdir()
     log = parse_log(run_trainer(1, plain_run.main, (), flags, folder).splitlines())
-    _, values = log.series("cross entropy")
+    values = [values["cross entropy"] for values in log.training.values()]
     return values[0]
 
 
