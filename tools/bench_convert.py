@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_infoentropy.checkpoints import TRACKER
 from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf
 from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.checkpoint import LATEST, MegatronCheckpoint
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.from_hf import arguments_of
 from megatron_infoentropy.convert.hf_config import architecture_from_config
@@ -82,7 +83,7 @@ def generate(folder: Path, model: Architecture, stacked: bool) -> None:
     (iteration / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist"}), encoding="utf-8"
     )
-    (folder / LATEST).write_text("1", encoding="utf-8")
+    (folder / TRACKER).write_text("1", encoding="utf-8")
 
 
 def measure(kind: str, source: Path, output: Path) -> tuple[float, float]:

@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 
-from megatron_infoentropy.checkpoints import find_damage, has_manifest
+from megatron_infoentropy.checkpoints import (
+    TRACKER,
+    find_damage,
+    has_manifest,
+    path_of,
+    read_tracker,
+)
 from megatron_infoentropy.convert.distcp import DistcpReader
 from megatron_infoentropy.convert.errors import (
     IncompleteCheckpointError,
@@ -47,7 +53,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-LATEST = "latest_checkpointed_iteration.txt"
 _RENAMED = {  # training arguments of Megatron-Core before 0.19: their names now
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
@@ -144,27 +149,23 @@ def find_iteration(checkpoint: Path, iteration: int | None) -> Path:
     """
     if (checkpoint / ".metadata").is_file() and iteration is None:
         return checkpoint
-    if iteration is not None:
-        return _require_folder(checkpoint / f"iter_{iteration:07d}")
-    latest = checkpoint / LATEST
-    if not latest.is_file():
+    name = read_tracker(checkpoint) if iteration is None else str(iteration)
+    if name is None:
         raise UnreadableCheckpointError(
             f"expected {checkpoint} to be a Megatron checkpoint: the folder given to --save, with "
-            f"{LATEST}, or an iter_... folder, with .metadata; found neither"
+            f"{TRACKER}, or an iter_... folder, with .metadata; got neither"
         )
-    name = latest.read_text(encoding="utf-8").strip()
     if not name:
-        raise UnreadableCheckpointError(f"{latest} is empty: name the iteration (--iteration)")
-    return _require_folder(checkpoint / (f"iter_{int(name):07d}" if name.isdigit() else name))
-
-
-def _require_folder(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    found = sorted(path.name for path in folder.parent.glob("iter_*"))
-    raise UnreadableCheckpointError(
-        f"expected the checkpoint {folder}; in {folder.parent} is {', '.join(found) or 'none'}"
-    )
+        raise UnreadableCheckpointError(
+            f"{checkpoint / TRACKER} is empty or damaged: name the iteration (--iteration)"
+        )
+    folder = path_of(checkpoint, name)
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))) or "none"
+        raise UnreadableCheckpointError(
+            f"expected the checkpoint {folder}; in {checkpoint} is {there}"
+        )
+    return folder
 
 
 def _require_undamaged(folder: Path, checksums: bool) -> None:

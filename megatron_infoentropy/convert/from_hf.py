@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_infoentropy.checkpoints import write_manifest
+from megatron_infoentropy.checkpoints import TRACKER, write_manifest
 from megatron_infoentropy.convert.architecture import (
     CLASSES,
     FAMILIES,
@@ -26,7 +26,6 @@ from megatron_infoentropy.convert.architecture import (
     TOKENS,
     Architecture,
 )
-from megatron_infoentropy.convert.checkpoint import LATEST
 from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
@@ -139,7 +138,7 @@ _EXTRA_STATES = (
     "self_attention.core_attention",
 )
 _MLP_STATES = ("linear_fc1", "linear_fc2")
-_FILES = (LATEST, "release", "model.yaml")  # of an import: what --overwrite may replace
+_FILES = (TRACKER, "release", "model.yaml")  # of an import: what --overwrite may replace
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def convert_from_hf(
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (release / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
         write_manifest(release)
-        (new / LATEST).write_text("release", encoding="utf-8")
+        (new / TRACKER).write_text("release", encoding="utf-8")
         (new / "model.yaml").write_text(
             yaml.safe_dump({"model": flags}, sort_keys=False), encoding="utf-8"
         )

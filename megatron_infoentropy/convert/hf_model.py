@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_infoentropy.checkpoints import TRACKER
 from megatron_infoentropy.convert.architecture import CLASSES, OF_EXPERTS, architecture_of
-from megatron_infoentropy.convert.checkpoint import LATEST, MegatronCheckpoint
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
@@ -151,7 +152,7 @@ def network_of(checkpoint: MegatronCheckpoint, tokenizer: Path, dtype: torch.dty
 
 def is_checkpoint(folder: Path) -> bool:
     """Return whether this is a `--save` folder of Megatron, or one iteration in it."""
-    return any((folder / name).is_file() for name in (LATEST, ".metadata"))
+    return any((folder / name).is_file() for name in (TRACKER, ".metadata"))
 
 
 def tokenizer_of(checkpoint: MegatronCheckpoint) -> Path:

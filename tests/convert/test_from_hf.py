@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
-from train_checkpoints import IMPORTED
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_infoentropy.convert import (
@@ -34,31 +33,6 @@ def same(first: Path, second: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("case", IMPORTED)
-def test_megatrons_trainer_starts_where_the_model_was(trained: Path, case: str) -> None:
-    """Loaded under TP2 or PP2 by the trainer itself: its first loss and its logits are HF's."""
-    golden = torch.load(trained / case / "golden.pt")
-    model = AutoModelForCausalLM.from_pretrained(trained / case / "hf", dtype=torch.float32).eval()
-    batch = golden["batch"]
-    with torch.no_grad():
-        logits = model(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        assert golden["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
-        assert abs(loss.item() - torch.tensor(256.0).log().item()) > 1, "a loss that says something"
-        for tokens, expected in zip(golden["tokens"], golden["logits"], strict=True):
-            actual = model(torch.tensor([tokens])).logits[0]
-            largest = expected.abs().max().item()
-            torch.testing.assert_close(actual, expected, atol=1e-5 * largest, rtol=0)
-
-
-@pytest.mark.parametrize("case", IMPORTED)
-def test_what_the_trainer_saves_again_is_the_same_model_to_the_bit(
-    trained: Path, tmp_path: Path, case: str
-) -> None:
-    convert_checkpoint(trained / case / "save", tmp_path / "hf")
-    assert same(trained / case / "hf", tmp_path / "hf")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_the_same_to_the_bit(
@@ -78,13 +52,6 @@ def test_there_and_back_is_the_same_to_the_bit(
     assert first == second
     verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
     assert verification.passed, verification
-
-
-def test_the_flags_are_a_recipe(trained: Path, tmp_path: Path) -> None:
-    summary = convert_from_hf(trained / "qwen3" / "hf", tmp_path / "megatron")
-    assert load_recipe(tmp_path / "megatron" / "model.yaml") == summary.flags
-    assert summary.flags["qk-layernorm"] is True
-    assert summary.flags["kv-channels"] == 16
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -1,8 +1,6 @@
-"""Exported folders, against what Megatron's own models computed."""
+"""Exported folders: every convention, the dtype, the tokenizer, and what is overwritten."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from tiny_checkpoint import (
     write_checkpoint,
 )
 from tiny_tokenizer import write_tokenizer
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,46 +29,6 @@ from megatron_infoentropy.convert.to_hf import Dtype
 
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.mark.parametrize("case", ["tp1", "tp2", "pp2", "other", "rope32", "experts", "pre_softmax"])
-def test_an_export_computes_what_megatrons_model_computed(
-    trained: Path, tmp_path: Path, case: str
-) -> None:
-    summary = convert_checkpoint(trained / case / "save", tmp_path / "hf")
-    assert (summary.iteration, summary.vocab_size, summary.dtype) == (3, 250, "float32")
-    golden = torch.load(trained / case / "golden.pt")
-    model = load(tmp_path / "hf")
-    with torch.no_grad():
-        for tokens, expected in zip(golden["tokens"], golden["logits"], strict=True):
-            actual = model(torch.tensor([tokens])).logits[0]
-            targets = torch.tensor(tokens[1:])
-            losses = [cross_entropy(z[:-1, :250], targets).item() for z in (actual, expected)]
-            assert losses[0] == pytest.approx(losses[1], abs=1e-5), "nats a token"
-            assert expected.abs().max() > 3, "logits near zero would hide mistakes"
-            torch.testing.assert_close(actual, expected[:, :250], atol=2e-5, rtol=0)
-            assert torch.equal(actual.argmax(-1), expected[:, :250].argmax(-1))
-        prompt = torch.tensor([golden["generated"][:16]])
-        generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert generated[0].tolist() == golden["generated"]
-
-
-@pytest.mark.parametrize("case", ["tp2", "other", "bf16", "experts"])
-def test_the_check_passes_for_real_checkpoints(trained: Path, tmp_path: Path, case: str) -> None:
-    convert_checkpoint(trained / case / "save", tmp_path / "hf")
-    tokens = torch.load(trained / case / "golden.pt")["tokens"]
-    verification = verify_conversion(trained / case / "save", tmp_path / "hf", tokens)
-    assert verification.passed, verification
-    assert verification.max_difference <= 1e-5 * verification.max_logit
-
-
-def test_auto_keeps_the_dtype_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
-    save = trained / "bf16" / "save"
-    assert convert_checkpoint(save, tmp_path / "auto").dtype == "bfloat16"
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "auto").dtype == torch.bfloat16
-    convert_checkpoint(save, tmp_path / "fp32", dtype="float32")
-    pairs = zip(load(tmp_path / "auto").parameters(), load(tmp_path / "fp32").parameters())  # noqa: B905
-    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -103,15 +60,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layers", ["stacked", "one by one"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_convention_is_undone(tmp_path: Path, variant: str, layers: str) -> None:
+def test_every_convention_is_undone(tmp_path: Path, variant: str) -> None:
+    """With layers stacked or one by one, which gives the same."""
     args = tiny_args(**VARIANTS[variant])
     tensors = tiny_tensors(args)
-    write_checkpoint(
-        tmp_path / "save", args, tensors if layers == "stacked" else unstacked(tensors)
-    )
+    write_checkpoint(tmp_path / "save", args, tensors)
+    write_checkpoint(tmp_path / "single", args, unstacked(tensors))
     convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    convert_checkpoint(tmp_path / "single", tmp_path / "same")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.passed, verification
     assert verification.tokens == 96
@@ -268,16 +227,3 @@ def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
     (output / "notes.md").touch()
     with pytest.raises(ValueError, match=r"refusing to replace .*notes\.md"):
         convert_checkpoint(tmp_path / "save", output, overwrite=True)
-
-
-def test_conversion_needs_neither_megatron_nor_transformers(trained: Path, tmp_path: Path) -> None:
-    code = f"""
-import sys
-sys.modules["megatron"] = sys.modules["transformers"] = None  # importing them would fail
-from pathlib import Path
-from megatron_infoentropy.convert import convert_checkpoint
-convert_checkpoint(Path({str(trained / "tp2" / "save")!r}), Path({str(tmp_path / "hf")!r}))
-"""
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
-    assert (tmp_path / "hf" / "config.json").is_file()

@@ -36,7 +36,6 @@ EXPERTS = """
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
 """
 CASES = {  # name: (number of ranks, flags)
-    "tp1": (1, GQA),
     "tp2": (2, GQA + " --tensor-model-parallel-size 2"),
     "pp2": (2, GQA + " --pipeline-model-parallel-size 2"),
     "other": (2, OTHER + " --tensor-model-parallel-size 2"),
