@@ -60,7 +60,7 @@ def compare_folders(
 
 
 def verdict_line(comparison: Comparison) -> str:
-    """What is shown over all tokens, and what could have been, in one or two sentences."""
+    """Say what is shown over all tokens, and what could have been, in one or two sentences."""
     total = comparison.rows[0]
     against = f"{comparison.group} against {comparison.baseline}, all tokens"
     if comparison.is_identical:
@@ -91,7 +91,7 @@ def verdict_line(comparison: Comparison) -> str:
 
 
 def _groups(names: list[str]) -> list[Group]:
-    """Settings in the order of their first folder."""
+    """Return the settings in the order of their first folder."""
     parts = {name: [Path(part) for part in name.split(",") if part] for name in names}
     _require_distinct([folder for name in names for folder in parts[name] or [Path(name)]])
     alone: list[Run] = []
@@ -103,8 +103,8 @@ def _groups(names: list[str]) -> list[Group]:
             alone.append(_evaluated(folders[0]))
         else:
             groups[name] = _joined(name, folders)
-    found = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
-    ordered = [groups[name] if name in groups else found[parts[name][0]] for name in names]
+    of_run = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
+    ordered = [groups[name] if name in groups else of_run[parts[name][0]] for name in names]
     return list({id(group): group for group in ordered}.values())
 
 
@@ -131,7 +131,7 @@ def _evaluated(folder: Path) -> Run:
 
 
 def _joined(name: str, folders: list[Path]) -> Group:
-    """The setting whose seeds are in `folders`.
+    """Return the setting whose seeds are in `folders`.
 
     Raises:
         ValueError: runs of different objectives or set-ups, or two of one seed.

@@ -103,12 +103,20 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> None:
             path.unlink()
 
 
-def draw(name: str, plot: Callable[[Axes], str], *, height: float = 3.5) -> str:
-    """Draw one panel and return it as an SVG element.
+def draw(
+    name: str,
+    plot: Callable[[Axes], str],
+    columns: tuple[str, ...],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    height: float = 3.5,
+) -> Figure:
+    """Draw one panel.
 
     Args:
         name: of the figure; prefixes its ids, so that several figures can share a page.
         plot: draws on the axes it is given and returns what a reader who cannot see it is told.
+        columns, rows: the numbers that are drawn.
         height: inches, at a width of 5.6.
     """
     with mpl.rc_context(_STYLE):
@@ -117,7 +125,7 @@ def draw(name: str, plot: Callable[[Axes], str], *, height: float = 3.5) -> str:
         target = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    return _inline(target.getvalue(), name, alternative)
+    return Figure(name, _inline(target.getvalue(), name, alternative), columns, rows)
 
 
 def standalone(svg: str) -> str:

@@ -82,7 +82,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def match(group: Group, baseline: Group) -> Match:
-    """Which runs of two settings are compared; none where no seed was evaluated in both."""
+    """Return which runs of two settings are compared: none without a seed evaluated in both."""
     first, second = group.evaluated, baseline.evaluated
     if group.seeds_known and baseline.seeds_known:
         ours, theirs, pairing = _by_seed(first, second)
@@ -97,7 +97,7 @@ def match(group: Group, baseline: Group) -> Match:
 
 
 def one_model_twice(group: Group) -> str | None:
-    """Two runs of a setting that are the same model, in words: they say nothing about seeds."""
+    """Name two runs of a setting that are the same model: they say nothing about seeds."""
     for one, other in combinations(group.evaluated, 2):
         if _weights(one) == _weights(other) or are_identical(one, other):
             return f"{one.name} and {other.name} are one model evaluated twice, not two seeds"
@@ -105,14 +105,14 @@ def one_model_twice(group: Group) -> str | None:
 
 
 def are_identical(one: Run, other: Run) -> bool:
-    """Whether every document has the same cross entropy in both, to the bit."""
+    """Say whether every document has the same cross entropy in both, to the bit."""
     assert one.evaluation is not None
     assert other.evaluation is not None
     return np.array_equal(one.evaluation.documents.ce, other.evaluation.documents.ce)
 
 
 def repeats(group: Group) -> list[str]:
-    """The runs of a group that repeat a seed, a clause for each."""
+    """Name the runs of a group that repeat a seed, a clause for each."""
     first = {run.seed: run.name for run in group.runs}
     return [
         f"{run.name}, as it repeats objective, set-up and seed of {first[run.seed]}"

@@ -31,7 +31,7 @@ _FEW_GROUPS = 2  # that leave room for numbers over the bars
 
 
 def bucket_bars(data: Data) -> Figure | None:
-    """Perplexity by frequency bucket: a bar per group with its interval, a point per seed."""
+    """Draw perplexity by frequency bucket: a bar a group with its interval, a point a seed."""
     places = [_ALL, *BUCKETS]
     groups = evaluated_groups(data)
     if not groups:
@@ -63,7 +63,7 @@ def bucket_bars(data: Data) -> Figure | None:
                       float(np.exp(nats))]
                      for end, nats in (("lower", low), ("upper", high))]  # fmt: skip
     columns = ("setting", "run", "bucket", "tokens", "nats_per_token", "perplexity")
-    return Figure("buckets", draw("buckets", plot), columns, rows)
+    return draw("buckets", plot, columns, rows)
 
 
 def _bars(
@@ -95,7 +95,7 @@ def _bars(
 
 
 def differences_by(data: Data, kind: str) -> Figure | None:
-    """Differences to cross entropy by frequency decile, or by difficulty, with intervals."""
+    """Draw differences to cross entropy by frequency decile or difficulty, with intervals."""
     shown = [(c, [row for row in c["rows"] if row["kind"] == kind]) for c in data["comparisons"]]
     shown = [(comparison, rows) for comparison, rows in shown if rows]
     if not shown:
@@ -124,21 +124,20 @@ def differences_by(data: Data, kind: str) -> Figure | None:
         legend(axes)
         return f"Difference to cross entropy by {kind}, with 95 percent intervals."  # fmt: skip
 
-    name = f"differences-by-{kind}"
-    return Figure(name, draw(name, plot), *_row_cells(shown))
+    return draw(f"differences-by-{kind}", plot, *_row_cells(shown))
 
 
 def _row_cells(
     shown: list[tuple[Data, list[Data]]],
 ) -> tuple[tuple[str, ...], list[list[Cell]]]:
-    """Columns and cells of comparison rows."""
+    """Return the columns and cells of comparison rows."""
     columns = tuple(shown[0][1][0])
     cells = [[c["group"], *(row[name] for name in columns)] for c, rows in shown for row in rows]
     return ("setting", *columns), cells
 
 
 def differences(data: Data) -> Figure | None:
-    """Differences to cross entropy with intervals, and the seed noise: all, by bucket, domain."""
+    """Draw differences to cross entropy and the seed noise: all tokens, by bucket, by domain."""
     comparisons = [comparison for comparison in data["comparisons"] if comparison["rows"]]
     if not comparisons:
         return None
@@ -168,7 +167,7 @@ def differences(data: Data) -> Figure | None:
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
     height = 1.2 + (0.26 + 0.12 * len(comparisons)) * len(names)
-    return Figure("differences", draw("differences", plot, height=height), *_row_cells(shown))
+    return draw("differences", plot, *_row_cells(shown), height=height)
 
 
 def _difference(axes: Axes, row: Data, y: float, step: float, color: str) -> None:
@@ -193,7 +192,7 @@ def _scores(evaluation: Data) -> Data:
 
 
 def _nats(data: Data, group: Data, places: Sequence[str]) -> NDArray[np.float64]:
-    """Nats per token of every evaluated run of a group, [runs, places], NaN where no tokens are."""
+    """Return nats per token of a group's evaluated runs, [runs, places]; NaN without tokens."""
     rows = []
     for index in group["evaluated"]:
         scores = _scores(data["runs"][index]["evaluation"])

@@ -35,7 +35,7 @@ _ENOUGH = 30  # tokens in a bin, for a mean
 
 
 def weights_over_entropy(data: Data) -> Figure | None:
-    """Weight of a token by its entropy, over the histogram of the entropies that occur."""
+    """Draw a token's weight by its entropy, over the histogram of the entropies that occur."""
     weights = data["weights"]
     if weights is None:
         return None
@@ -65,26 +65,25 @@ def weights_over_entropy(data: Data) -> Figure | None:
         for curve in weights["curves"]
         for entropy, weight in zip(weights["entropy"], curve["weight"], strict=True)
     ]
-    svg = draw("weights", plot)
-    return Figure("weights", svg, ("curve", "entropy_nats", "weight_mean_1"), rows)
+    return draw("weights", plot, ("curve", "entropy_nats", "weight_mean_1"), rows)
 
 
 def entropy_calibration(data: Data) -> Figure | None:
-    """Mean cross entropy of the tokens in every bin of predicted entropy, first run of a group."""
+    """Draw mean cross entropy in every bin of predicted entropy, first run of a group."""
     groups = evaluated_groups(data)
     if not groups:
         return None
-    found = [(g, first_evaluation(data, g)["entropy_histogram"]) for g in groups]
-    points = [(g, *_filled(h, max(_ENOUGH, sum(h["tokens"]) // 2000))) for g, h in found]
+    histograms = [(g, first_evaluation(data, g)["entropy_histogram"]) for g in groups]
+    points = [(g, *_filled(h, max(_ENOUGH, sum(h["tokens"]) // 2000))) for g, h in histograms]
 
     def plot(axes: Axes) -> str:
-        histogram_behind(axes, found[0][1])
+        histogram_behind(axes, histograms[0][1])
         for group, x, y in points:
             axes.plot(x, y, color=color_of(group), label=named(group))
         top = max([0.0, *(value for _, x, y in points for value in (*x, *y))])
         axes.plot([0, top], [0, top], color=MUTED, linestyle=DASHES[2], label="entropy itself")
         axes.set(xlabel="entropy of the prediction (nats)", ylabel="mean cross entropy (nats)")
-        axes.set_xlim(0, found[0][1]["edges"][-1])
+        axes.set_xlim(0, histograms[0][1]["edges"][-1])
         axes.set_ylim(bottom=0)
         legend(axes, "upper left")
         return "Mean cross entropy against predicted entropy; on the diagonal they are equal."
@@ -95,22 +94,22 @@ def entropy_calibration(data: Data) -> Figure | None:
         for entropy, ce in zip(x, y, strict=True)
     ]
     columns = ("setting", "mean_entropy", "mean_cross_entropy")
-    return Figure("calibration", draw("calibration", plot), columns, rows)
+    return draw("calibration", plot, columns, rows)
 
 
 def confidence_calibration(data: Data) -> Figure | None:
-    """How often the most probable token is right, by its probability, first run of a group."""
+    """Draw how often the most probable token is right, by its probability, first run of a group."""
     groups = evaluated_groups(data)
     if not groups:
         return None
-    found = [(group, first_evaluation(data, group)["calibration"]) for group in groups]
+    calibrations = [(group, first_evaluation(data, group)["calibration"]) for group in groups]
     rows: list[list[Cell]] = []
-    for group, one in found:
+    for group, one in calibrations:
         parts = (one["tokens"], one["confidence_in_bin"], one["accuracy_in_bin"])
         rows += [[group["label"], *bin_] for bin_ in zip(*parts, strict=True)]
 
     def plot(axes: Axes) -> str:
-        for group, one in found:
+        for group, one in calibrations:
             kept = [i for i, tokens in enumerate(one["tokens"]) if tokens >= _ENOUGH]
             x, y = ([one[n][i] for i in kept] for n in ("confidence_in_bin", "accuracy_in_bin"))
             label = f"{named(group)}: off by {100 * one['expected_error']:.1f} %"
@@ -122,11 +121,11 @@ def confidence_calibration(data: Data) -> Figure | None:
         return "Share of right predictions by their probability; on the diagonal they are equal."
 
     columns = ("setting", "tokens", "mean_confidence", "accuracy")
-    return Figure("confidence", draw("confidence", plot), columns, rows)
+    return draw("confidence", plot, columns, rows)
 
 
 def _filled(histogram: Data, enough: int) -> tuple[list[float], list[float]]:
-    """Mean entropy and mean cross entropy of the bins that hold enough tokens for a mean."""
+    """Return mean entropy and cross entropy of the bins with enough tokens for a mean."""
     kept = [i for i, tokens in enumerate(histogram["tokens"]) if tokens >= enough]
     return [histogram["mean_entropy"][i] for i in kept], [histogram["mean_ce"][i] for i in kept]
 
@@ -136,7 +135,7 @@ _FEWEST_TO_CUT = 40  # points of a curve, for its start to be cut off
 
 
 def training_curves(data: Data, series: str, *, validation: bool) -> Figure | None:
-    """One number of the training log of every run; with `validation`, points of the same name.
+    """Draw a number of every run's training log; with `validation`, points of the same name.
 
     Of many runs the thin lines are runs, and a bold one is the mean of a group.
     """
@@ -166,8 +165,6 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
         legend(axes, "upper right")
         return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
 
-    name = f"train-{series.replace(' ', '-')}"
-    svg = draw(name, plot)
     parts = ("training", "validation") if validation else ("training",)
     rows: list[list[Cell]] = [
         [run["name"], data["groups"][run["group"]]["label"], part, step, value]
@@ -176,11 +173,12 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
         if series in run[part]
         for step, value in zip(*run[part][series].values(), strict=True)
     ]
-    return Figure(name, svg, ("run", "setting", "part", "step", "nats_per_token"), rows)
+    columns = ("run", "setting", "part", "step", "nats_per_token")
+    return draw(f"train-{series.replace(' ', '-')}", plot, columns, rows)
 
 
 def entropies_over_training(data: Data) -> Figure | None:
-    """The middle 80 % of the predicted entropies and their median, first run of every group."""
+    """Draw the middle 80 % of the predicted entropies and their median, first run of a group."""
 
     def plot(axes: Axes, color: str, label: str, curves: list[Data]) -> None:
         low, middle, high = map(thin, curves)
@@ -195,7 +193,7 @@ def entropies_over_training(data: Data) -> Figure | None:
 
 
 def weights_over_training(data: Data) -> Figure | None:
-    """Median, 99th percentile and largest weight over the mean, first run of weighted groups."""
+    """Draw median, 99th percentile and largest weight over the mean, first run of a group."""
 
     def plot(axes: Axes, color: str, label: str, curves: list[Data]) -> None:
         for curve, dash in zip(curves, DASHES, strict=False):
@@ -214,7 +212,7 @@ def _distribution(
     plot: Callable[[Axes, str, str, list[Data]], None],
     words: str,
 ) -> Figure | None:
-    """Draws the percentiles `names` of every group that logged them; `plot` draws those of one."""
+    """Draw the percentiles `names` of every group that logged them; `plot` draws those of one."""
     groups = [g for g in data["groups"] if kind == "entropy" or not g["is_baseline"]]
     first = [(group, data["runs"][group["runs"][0]]) for group in groups]
     shown = [(group, run) for group, run in first if names[0] in run["observed"]]
@@ -237,13 +235,12 @@ def _distribution(
         for name, curve in zip(names, every, strict=True)
         for step, value in zip(curve["iterations"], curve["values"], strict=True)
     ]
-    figure = f"train-{kind}-distribution"
     unit = "nats" if kind == "entropy" else "relative_to_mean"
-    return Figure(figure, draw(figure, draw_all), ("run", "percentile", "step", unit), rows)
+    return draw(f"train-{kind}-distribution", draw_all, ("run", "percentile", "step", unit), rows)
 
 
 def _relative(run: Data, name: str, kind: str) -> Data:
-    """An observed series; weights over the mean weight of the same steps."""
+    """Return an observed series; weights over the mean weight of the same steps."""
     series: Data = run["observed"][name]
     if kind == "entropy" or "weight" not in run["training"]:
         return series
@@ -257,7 +254,7 @@ def _relative(run: Data, name: str, kind: str) -> Data:
 
 
 def _means(axes: Axes, data: Data, series: str) -> None:
-    """The mean over a group's runs, at the steps that all of them logged."""
+    """Draw the mean over a group's runs, at the steps that all of them logged."""
     for group in data["groups"]:
         every = [data["runs"][index]["training"].get(series) for index in group["runs"]]
         curves = [dict(zip(*one.values(), strict=True)) for one in every if one]
@@ -270,7 +267,7 @@ def _means(axes: Axes, data: Data, series: str) -> None:
 
 
 def _top_after_start(curves: list[Data]) -> float | None:
-    """Upper end of the axis that cuts the steep start, so that the end can be told apart."""
+    """Return an upper end of the axis that cuts the steep start, so that the end shows."""
     if min(len(curve["values"]) for curve in curves) < _FEWEST_TO_CUT:
         return None
     late = [np.array(curve["values"])[len(curve["values"]) // 20 :] for curve in curves]

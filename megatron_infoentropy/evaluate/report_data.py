@@ -43,7 +43,7 @@ _LEAST_SPAN = 0.25  # of the mean weight, that the colours span: smaller differe
 def report_data(
     runs: list[Run], notes: Sequence[str] = (), weightings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Everything the page shows, as JSON values; numbers that are not finite become None."""
+    """Return everything the page shows, as JSON; numbers that are not finite become None."""
     groups = group_runs(runs)
     comparisons = compare_groups(groups)
     first_color = 0 if groups[0].is_baseline else 1  # the first is cross entropy's, always
@@ -86,7 +86,7 @@ def report_data(
 def _describe_group(
     group: Group, place: int, color: int, position: dict[int, int]
 ) -> dict[str, Any]:
-    """A group by its runs' places in the report; `color` counts the figures' series from 1."""
+    """Describe a group by its runs' places; `color` counts the figures' series from 1."""
     evaluations = [run.evaluation for run in group.evaluated if run.evaluation]
     return {
         "label": group.label,
@@ -121,7 +121,7 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
 
 
 def _portable(run: Run) -> list[str]:
-    """The command with paths as seen from here, or from beside the run: a page gets around."""
+    """Return the command with paths as seen from here, or from beside the run."""
     words = []
     for word in map(str, run.info["command"]):
         path = Path(word)
@@ -134,7 +134,7 @@ def _portable(run: Run) -> list[str]:
 
 
 def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
-    """Every number of a log as iterations and values, those that are not finite left out."""
+    """Return every number of a log as iterations and values, without those not finite."""
     result: dict[str, dict[str, list[float]]] = {}
     for iteration, values in sorted(logged.items()):
         for name, value in values.items():
@@ -146,7 +146,7 @@ def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
 
 
 def _finite(value: object) -> object:
-    """The same structure with None for what JSON has no word for."""
+    """Return the same structure with None for what JSON has no word for."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -157,7 +157,7 @@ def _finite(value: object) -> object:
 
 
 def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
-    """A sentence for every setting whose weighting would have to be imported."""
+    """Return a sentence for every setting whose weighting would have to be imported."""
     losses = {group.label: final_loss(group.runs[0]) for group in groups}
     return [
         f"The weights of {label} are not drawn, as that takes its code: name it with --weighting."
@@ -167,14 +167,14 @@ def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[s
 
 
 def _passages(groups: list[Group], weightings: Sequence[str]) -> list[dict[str, Any]]:
-    """One for each weighted objective, by its first evaluated run."""
+    """Return one for each weighted objective, by its first evaluated run."""
     first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
-    found = [weigh_passage(label, run, weightings) for label, run in first]
-    return [passage for passage in found if passage][:_MOST_PASSAGES]
+    passages = [weigh_passage(label, run, weightings) for label, run in first]
+    return [passage for passage in passages if passage][:_MOST_PASSAGES]
 
 
 def intervals_over_documents(evaluations: list[Evaluation]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of nats per token over documents, of all tokens and of the buckets.
+    """Return 95 % intervals of nats per token over documents, of all tokens and the buckets.
 
     By the variance of a ratio of sums over documents, the sums being means over the evaluations.
     Far wider than those of paired differences: what makes a document hard does not cancel.
@@ -183,7 +183,7 @@ def intervals_over_documents(evaluations: list[Evaluation]) -> dict[str, tuple[f
         return {}
     every_token = evaluations[0].documents.tokens
     every_ce = np.mean([evaluation.documents.ce for evaluation in evaluations], axis=0)
-    found = {}
+    intervals = {}
     for name in ("all tokens", *BUCKETS):
         bands = BANDS_OF.get(name, slice(None))
         tokens, ce = every_token[:, bands].sum(axis=1), every_ce[:, bands].sum(axis=1)
@@ -193,12 +193,12 @@ def intervals_over_documents(evaluations: list[Evaluation]) -> dict[str, tuple[f
         nats = ce.sum() / tokens.sum()
         squares = float(((ce - nats * tokens) ** 2).sum()) * documents / (documents - 1)
         reach = _STANDARD_ERRORS * math.sqrt(squares) / float(tokens.sum())
-        found[name] = (float(nats) - reach, float(nats) + reach)
-    return found
+        intervals[name] = (float(nats) - reach, float(nats) + reach)
+    return intervals
 
 
 def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:
-    """Means over evaluations of one setting: {"domains": {name: scores}, average: scores}.
+    """Return means over evaluations of a setting: {"domains": {name: scores}, average: scores}.
 
     Scores are nats_per_token, perplexity (of the mean nats) and bits_per_byte, None where unknown.
     """
@@ -233,7 +233,7 @@ def _mean(scores: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def task_table(groups: list[list[Run]]) -> list[dict[str, Any]]:
-    """Rows in the order of the tasks' names; `groups` are the runs of every setting.
+    """Return rows in the order of the tasks' names; `groups` are the runs of every setting.
 
     Returns:
         task, metric, samples, limit, and cells, one a group: None, or the mean over runs, the
@@ -276,7 +276,7 @@ def _cell(metrics: list[Metric | None]) -> dict[str, Any] | None:
 
 
 def weight_curves(runs: list[Run], weightings: Collection[str] = ()) -> dict[str, Any] | None:
-    """Weights over entropy H at the end of each training, of mean 1 over the scored tokens.
+    """Return weights over entropy H at the end of trainings, of mean 1 over the scored tokens.
 
     The tokens are those of the first evaluated InfoEntropy run, or of the first evaluated run
     where there is none; without any evaluation there is nothing to scale by and None is returned.
@@ -317,7 +317,7 @@ def weight_curves(runs: list[Run], weightings: Collection[str] = ()) -> dict[str
 
 
 def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dict[str, Any] | None:
-    """The passage of a run's evaluation with the weight of every token, of mean 1 over them.
+    """Return the passage of a run's evaluation with every token's weight, of mean 1.
 
     Returns:
         label, run, domain, document, and tokens, each with text, weight, entropy, ce and a level of
@@ -345,20 +345,20 @@ def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dic
 
 
 def final_loss(run: Run) -> InfoEntropyConfig:
-    """The loss of a run's last step: a schedule of gamma has come so far."""
+    """Return the loss of a run's last step: a schedule of gamma has come so far."""
     steps = run.log.last_iteration or int(run.info["train_iters"])
     return run.loss.at(steps * int(run.info["global_batch_size"])).effective()
 
 
 def may_draw(loss: InfoEntropyConfig, weightings: Collection[str]) -> bool:
-    """Whether weights can be had without code that a file names and the user does not."""
+    """Say whether weights can be had without code that a file names and the user does not."""
     if loss.objective in ("eslm", "entrodrop"):
         return False  # those compare the tokens of a micro-batch, which is not at hand
     return loss.objective != "custom" or loss.weighting in weightings
 
 
 def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]:
-    """The weight that a training gives to tokens of these statistics, before normalisation."""
+    """Return the weights that a training gives to such tokens, before normalisation."""
     import torch
 
     from megatron_infoentropy.loss.statistics import TokenStatistics
@@ -374,7 +374,7 @@ def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]
 
 
 def _weight_alone(loss: InfoEntropyConfig) -> InfoEntropyConfig:
-    """The same weights, with everything else at its default."""
+    """Return the same weights, with everything else at its default."""
     names = ("objective", "gamma", "sigma", "blend", "weighting")
     return InfoEntropyConfig(**{name: getattr(loss, name) for name in names})
 

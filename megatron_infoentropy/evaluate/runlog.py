@@ -126,6 +126,6 @@ def read_log(path: Path) -> TrainingLog:
 
 
 def _fields(text: str) -> Values:
-    """The `name: number` parts of a |-separated line; parts of another form are left out."""
+    """Return the `name: number` parts of a |-separated line, without those of another form."""
     matches = (_FIELD.fullmatch(part) for part in text.split("|"))
     return {match["name"]: float(match["value"]) for match in matches if match}

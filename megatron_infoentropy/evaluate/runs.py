@@ -34,7 +34,7 @@ class Stage:
 
     @property
     def loss(self) -> InfoEntropyConfig:
-        """What was minimised. Fields that an earlier version did not write had their defaults."""
+        """Return what was minimised. Fields that an earlier version left out had their defaults."""
         first = {name: self.facts[name] for name in FIRST_FIELDS if name in self.facts}
         return InfoEntropyConfig(**(first | self.facts.get("loss", {}))).effective()
 
@@ -56,7 +56,7 @@ def stages_of(info: dict[str, Any]) -> list[Stage]:
 
 
 def in_words(stages: list[Stage]) -> str:
-    """`cross entropy`, or `cross entropy then InfoEntropy from step 16`; what changed is named."""
+    """Name the stages: `cross entropy then InfoEntropy from step 16`, and what changed."""
     seeds = len({stage.seed for stage in stages}) > 1
     common = [n for n in COMMON if len({getattr(stage.loss, n) for stage in stages}) > 1]
     words: list[str] = []
@@ -69,7 +69,7 @@ def in_words(stages: list[Stage]) -> str:
 
 
 def objective_in_words(loss: InfoEntropyConfig) -> str:
-    """The objective with every setting that is not the published one; `loss` is effective."""
+    """Name the objective and every setting that is not the published one; `loss` is effective."""
     if loss.objective == "cross_entropy":
         return "cross entropy"
     label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def loss(self) -> InfoEntropyConfig:
-        """What was minimised, of several stages in the last."""
+        """Return what was minimised, of several stages in the last."""
         return stage_of(self.info).loss
 
     @property
@@ -121,23 +121,23 @@ class Run:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the run weighted no token (any objective does, with gamma 0), in one stage."""
+        """Say whether the run weighted no token (any objective may, at gamma 0), in one stage."""
         return len(self.stages) == 1 and self.loss.objective == "cross_entropy"
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens trained on up to the last logged step, padding and masked ones included."""
+        """Return the tokens trained on up to the last logged step, padding and masked ones too."""
         batch, sequence = self.info["global_batch_size"], self.info["seq_length"]
         return int(self.log.last_iteration * batch * sequence)
 
     @property
     def objective_label(self) -> str:
-        """The objective in words, or the objectives of all stages."""
+        """Return the objective in words, or the objectives of all stages."""
         return in_words(self.stages)
 
     @property
     def setup(self) -> tuple[tuple[str, Any], ...]:
-        """What must be equal for two runs to differ in nothing but how tokens are weighted."""
+        """Return what is equal in runs that differ in nothing but how tokens are weighted."""
         common = ((name, getattr(self.loss, name)) for name in COMMON)
         return (*((name, self.info[name]) for name in SETUP_FIELDS), *common)
 

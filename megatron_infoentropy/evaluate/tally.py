@@ -19,7 +19,7 @@ _ALL = slice(None)
 
 
 def measures(tokens: int, ce_sum: float, entropy_sum: float) -> dict[str, Any]:
-    """The numbers reported for any set of tokens; None where the set is empty."""
+    """Return the numbers reported for any set of tokens; None where the set is empty."""
     nats = ce_sum / tokens if tokens else None
     return {
         "tokens": tokens,
@@ -30,12 +30,12 @@ def measures(tokens: int, ce_sum: float, entropy_sum: float) -> dict[str, Any]:
 
 
 def perplexity(nats_per_token: float) -> float | None:
-    """e to that power; None beyond what a number holds (709 nats)."""
+    """Return e to that power; None beyond what a number holds (709 nats)."""
     return math.exp(nats_per_token) if nats_per_token < 709 else None
 
 
 def summarise_documents(documents: DocumentSums, domains: list[str]) -> dict[str, Any]:
-    """total, buckets, deciles, domains (each with its buckets), uniform_average, worst_case."""
+    """Return total, buckets, deciles, domains with their buckets, uniform_average, worst_case."""
     by_domain = {}
     for index, name in enumerate(domains):
         rows = documents.domain == index
@@ -55,7 +55,7 @@ def summarise_documents(documents: DocumentSums, domains: list[str]) -> dict[str
 
 
 def weighted_average(nats: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, Any]:
-    """The mean over domains in shares of `weights` (any scale, 0 or more, not all 0)."""
+    """Return the mean over domains in shares of `weights` (any scale, 0 or more, not all 0)."""
     total = sum(weights[name] for name in nats)
     shares = {name: weights[name] / total for name in nats}
     mean = sum(share * nats[name] for name, share in shares.items())
@@ -63,7 +63,7 @@ def weighted_average(nats: Mapping[str, float], weights: Mapping[str, float]) ->
 
 
 def bits_per_byte(scores: Mapping[str, Any], text_bytes: int) -> float | None:
-    """Cross entropy in bits over the bytes of UTF-8 text that the tokens came from."""
+    """Return cross entropy in bits over the bytes of UTF-8 text that the tokens came from."""
     if not text_bytes:
         return None
     return float(scores["nats_per_token"] * scores["tokens"] / math.log(2) / text_bytes)
@@ -117,7 +117,7 @@ class Tally:
         return self
 
     def histogram(self) -> dict[str, Any]:
-        """Tokens by predicted entropy, with each bin's mean cross entropy and entropy in nats."""
+        """Return tokens by predicted entropy, with each bin's mean cross entropy and entropy."""
         tokens, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)
         return {
             "edges": self.edges[:: FINE_BINS // HISTOGRAM_BINS].tolist(),
@@ -127,7 +127,7 @@ class Tally:
         }
 
     def difficulty(self) -> dict[str, Any]:
-        """The model's own easy, medium and hard third of the tokens."""
+        """Return the model's own easy, medium and hard third of the tokens."""
         tokens = self.by_entropy[0]
         middle = np.cumsum(tokens) - tokens / 2  # a bin goes where most of its tokens belong
         third = np.minimum(3 * middle // max(tokens.sum(), 1), 2)
@@ -144,7 +144,7 @@ class Tally:
         return {"rule": DIFFICULTY_RULE, "buckets": buckets}
 
     def calibration(self) -> dict[str, Any]:
-        """How often the most probable token is right, against how probable the model says it is."""
+        """Return how often the most probable token is right, and how probable it is held to be."""
         tokens, confidence, right = self.by_confidence
         total = tokens.sum()
         fine, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)

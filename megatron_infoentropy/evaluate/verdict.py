@@ -21,7 +21,7 @@ _WORDS = {
 
 
 def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
-    """One or two sentences for the top of the page."""
+    """Return one or two sentences for the top of the page."""
     made = [comparison for comparison in comparisons if not comparison.refusal]
     if not any(run.evaluation for run in runs):
         return "Training curves only: no run has been evaluated, so nothing is compared."
@@ -46,7 +46,7 @@ def _headline_of_several(made: list[Comparison]) -> str:
 
 
 def _headline_of(comparison: Comparison) -> str:
-    """By all tokens alone, so that its chance of being wrong is that of one family of tests."""
+    """Judge by all tokens alone: so it errs no oftener than one family of tests."""
     total = comparison.rows[0]
     names = f"{comparison.group} and {comparison.baseline}"
     if comparison.is_identical:
@@ -66,13 +66,13 @@ def _headline_of(comparison: Comparison) -> str:
 
 
 def seeds_in_words(comparison: Comparison) -> str:
-    """`3 seeds` of both, or `3 and 2 seeds`."""
+    """Return `3 seeds` of both, or `3 and 2 seeds`."""
     ours, theirs = map(len, comparison.compared)
     return plural(ours, "seed") if ours == theirs else f"{ours} and {theirs} seeds"
 
 
 def how_matched(comparison: Comparison) -> str:
-    """Which evaluations were set against which."""
+    """Say which evaluations were set against which."""
     if not comparison.compared:
         return "not compared"
     ours, theirs = map(len, comparison.compared)
@@ -95,7 +95,7 @@ class Finding:
 
 
 def findings(comparison: Comparison) -> list[Finding]:
-    """What matters of a comparison: all tokens, then the frequency buckets."""
+    """Return what matters of a comparison: all tokens, then the frequency buckets."""
     if comparison.refusal:
         return [Finding(comparison.group, f"not compared, because {comparison.refusal}", "")]
     if comparison.is_identical:
@@ -105,7 +105,7 @@ def findings(comparison: Comparison) -> list[Finding]:
 
 
 def chances(comparisons: list[Comparison]) -> str | None:
-    """How likely a false claim is where nothing differs; None where nothing can be claimed."""
+    """Say how likely a false claim is where nothing differs; None without any claim."""
     kinds = {row.kind for c in comparisons if c.has_several_seeds for row in c.rows}
     if not kinds:
         return None
@@ -129,7 +129,7 @@ def _numbers(row: Difference) -> str:
 
 
 def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) -> list[str]:
-    """What a reader must know before believing a difference, or its absence."""
+    """Return what a reader must know before believing a difference, or its absence."""
     sentences = [_size_sentence(runs, comparisons), _seeds_sentence(groups)]
     sentences += _tests_sentences(comparisons)
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):
@@ -152,7 +152,7 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
 
 
 def smallest_effects(comparisons: list[Comparison]) -> list[str]:
-    """The smallest differences that the study could have shown, a sentence a comparison."""
+    """Return the smallest differences that could have been shown, a sentence a comparison."""
     sentences = []
     for comparison in comparisons:
         if not comparison.rows or comparison.is_identical:

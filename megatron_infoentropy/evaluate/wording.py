@@ -20,12 +20,12 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 def nats(value: float | None) -> str:
-    """Nats per token, four decimals."""
+    """Write nats per token with four decimals."""
     return NOTHING if value is None else f"{value:.4f}"
 
 
 def p_value(value: float | None) -> str:
-    """Two digits, as far as they mean something."""
+    """Write two digits, as far as they mean something."""
     if value is None:
         return NOTHING
     if value < 1e-4:
@@ -34,24 +34,24 @@ def p_value(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference in nats with its sign; a true minus, so that columns align."""
+    """Write a difference in nats with its sign; a true minus, so that columns align."""
     return NOTHING if value is None else f"{value:+.4f}".replace("-", MINUS)
 
 
 def perplexity(value: float | None) -> str:
-    """Four digits, or all digits before the point where there are more."""
+    """Write four digits, or all digits before the point where there are more."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
 def count(value: int) -> str:
-    """A whole number with thousands separated."""
+    """Write a whole number with thousands separated."""
     return f"{value:,}"
 
 
 def compact(value: float) -> str:
-    """A count in three digits, as 3.21M."""
+    """Write a count in three digits, as 3.21M."""
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
@@ -59,15 +59,15 @@ def compact(value: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 seed`, `2 seeds`."""
+    """Write `1 seed`, `2 seeds`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def relative(difference: float) -> str:
-    """What a difference in nats means for the perplexity, in percent."""
+    """Write what a difference in nats means for the perplexity, in percent."""
     return f"{100 * math.expm1(difference):+.2f}{PERCENT}".replace("-", MINUS)
 
 
 def sentence(text: str) -> str:
-    """A rule written as a phrase, as a sentence."""
+    """Write a phrase as a sentence."""
     return f"{text[:1].upper()}{text[1:]}."

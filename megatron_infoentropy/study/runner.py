@@ -52,7 +52,7 @@ def start_worker(study: Study, output: Path, part: str, *, slot: int, jobs: int)
 
 
 def _share(slot: int, jobs: int) -> dict[str, str]:
-    """Environment for one of several jobs; what the user has set of threads stays."""
+    """Return the environment for one of several jobs; what the user set of threads stays."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     share = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     share |= {name: os.environ[name] for name in share if name in os.environ}
@@ -212,7 +212,7 @@ class _Runs:
         self.say(f"run {state.number} of {len(self.states)}, {state.member.name}: {text}")
 
     def _left(self) -> str:
-        """The time left for all runs, once one has ended or has begun to train."""
+        """Return the time left for all runs, once one has ended or has begun to train."""
         each = sum(self._took) / len(self._took) if self._took else self._guess()
         if each is None:
             return ""
@@ -221,10 +221,10 @@ class _Runs:
         return f" | {duration(left / self.jobs)} left in all"
 
     def _guess(self) -> float | None:
-        """Seconds of a run, by how far one is with its training."""
+        """Return the seconds of a run, by how far one is with its training."""
         for active in self._active:
             log = self.output / active.state.member.name / "train.log"
-            found = read_log(log) if log.is_file() else None
-            if found and 0 < found.last_iteration < found.train_iters:
-                return active.seconds * found.train_iters / found.last_iteration
+            trained = read_log(log) if log.is_file() else None
+            if trained and 0 < trained.last_iteration < trained.train_iters:
+                return active.seconds * trained.train_iters / trained.last_iteration
         return None

@@ -186,11 +186,10 @@ def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkey
     (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
     tops = []
 
-    def draw(name: str, plot, **_) -> str:
+    def draw(name: str, plot, *_) -> None:
         axes = Figure().add_subplot()
         plot(axes)
         tops.append(axes.get_ylim()[1] - max(line.get_ydata().max() for line in axes.lines))
-        return ""
 
     monkeypatch.setattr(plots_training, "draw", draw)
     plots_training.weights_over_training(report_data([load_run(run) for run in runs]))
