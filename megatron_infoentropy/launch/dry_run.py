@@ -112,7 +112,7 @@ def dry_run(
     words = chosen_flags(device, flags, settings)
     words += [*stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
     facts = read_facts(words)
-    on_machine = useful_ranks(facts, device.count if device.type == "cuda" else 1)
+    on_machine = useful_ranks(facts, device.count)
     ranks = ranks or load_plan(recipe).ranks or on_machine
     require_layout(ranks, facts)
     args = parse(words, ranks, device)

@@ -68,7 +68,7 @@ def build_command(job: TrainingJob) -> Command:
     device = find_device()
     flags = job.flags(device)
     facts = read_facts(flags)
-    ranks = job.ranks or useful_ranks(facts, device.count if device.type == "cuda" else 1)
+    ranks = job.ranks or useful_ranks(facts, device.count)
     require_layout(ranks, facts)
     require_same(job.run, flags, switch=job.switch)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")

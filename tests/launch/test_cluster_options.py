@@ -22,6 +22,7 @@ from megatron_infoentropy.launch.cluster import (
     parse_hosts,
     parse_slurm,
 )
+from megatron_infoentropy.launch.recipe import written_flags
 from megatron_infoentropy.launch.run_folder import write_facts
 from megatron_infoentropy.launch.scripts import (
     Plan,
@@ -34,12 +35,7 @@ from megatron_infoentropy.launch.scripts import (
 from megatron_infoentropy.launch.train import finish
 from megatron_infoentropy.runtime.device import Device
 
-FLAGS = (
-    *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
-    *("--infoentropy-normalization", "paper", "--infoentropy-detach-weight", "--seed", "1"),
-    *("--tensor-model-parallel-size", "1", "--tensor-model-parallel-size", "2"),
-    *("--pipeline-model-parallel-size", "1", "--x", "a b"),
-)
+FLAGS = (*written_flags({}, {"tensor-model-parallel-size": 2}), "--x", "a b")
 
 
 @pytest.mark.parametrize(
@@ -50,11 +46,16 @@ FLAGS = (
         ({"nodes": 2, "hosts": parse_hosts("x@a,y@a")}, "a host twice: x@a, y@a"),
         ({"nodes": 2}, "2 nodes need --slurm, or --hosts, or the --rdzv-endpoint"),
         ({"container": Container("pyxis", "i")}, "a part of Slurm"),
+        ({"address": "a"}, "got 'a': it has no port"),
+        ({"address": "al@a:1"}, "got 'al@a:1': it has a user"),
+        ({"address": "::1:2950"}, "got '::1:2950': it has no port"),
     ],
 )
 def test_what_cannot_be_started_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         Cluster(**settings)
+    with pytest.raises(ValueError, match="must be pyxis or apptainer"):
+        parse_container("docker", "i", [])
 
 
 @pytest.mark.parametrize(
@@ -95,39 +96,35 @@ def test_what_is_no_machine_is_neither_a_host_nor_an_endpoint(text):
             Cluster(address=text)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("a", "has no port"), ("al@a:1", "has a user"), ("::1:2950", "has no port")],
-)
-def test_an_endpoint_is_a_host_and_a_port(text, said):
-    with pytest.raises(ValueError, match=f"got '{text}': it {said}"):
-        Cluster(address=text)
-
-
-def test_options_of_sbatch():
+def test_options_of_sbatch_come_in_both_forms():
     assert parse_slurm("--time 1:00 -p gpu --qos=x") == ("--time=1:00", "-p gpu", "--qos=x")
     assert parse_slurm("--gpus=8 --nodelist=a,b") == ("--gpus=8", "--nodelist=a,b")
-    with pytest.raises(ValueError, match="now is none"):
-        parse_slurm("now")
-    with pytest.raises(ValueError, match="must be pyxis or apptainer"):
-        parse_container("docker", "i", [])
+
+
+SET_BY_THE_SCRIPT = [
+    *(("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n")),
+    *(
+        ("-o x.log", "-o"),
+        ("-ox.log", "-o"),
+        ("--error=x", "--error"),
+        ("--sig=B:USR1", "--signal"),
+    ),
+    *(("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output"), ("-a 0-3", "-a")),
+    *(("--array=0-3", "--array"), ("--arr 0-3", "--array")),
+]
 
 
 @pytest.mark.parametrize(
-    ("option", "name"),
-    [("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n"),
-     ("-o x.log", "-o"), ("-ox.log", "-o"), ("--error=x", "--error"), ("--sig=B:USR1", "--signal"),
-     ("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output"),
-     ("--array=0-3", "--array"), ("-a 0-3", "-a"), ("--arr 0-3", "--array")],
-)  # fmt: skip
-def test_what_the_job_script_sets_is_no_option_of_sbatch(option, name):
-    with pytest.raises(ValueError, match=f"may not hold {name}:"):
+    ("option", "said"),
+    [
+        *((option, f"may not hold {name}:") for option, name in SET_BY_THE_SCRIPT),
+        ("--comment 'a\nb'", "a value of several lines"),
+        ("--time=1:00 now", "now is none"),
+    ],
+)
+def test_what_is_no_option_of_sbatch_or_the_scripts_own_is_refused(option, said):
+    with pytest.raises(ValueError, match=said):
         parse_slurm(f"--time=1:00 {option}")
-
-
-def test_an_option_of_several_lines_is_refused():
-    with pytest.raises(ValueError, match="a value of several lines"):
-        parse_slurm("--comment 'a\nb'")
 
 
 @pytest.mark.parametrize(
@@ -237,17 +234,15 @@ def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_pat
 
 
 def test_a_number_of_parameters_that_is_known_stays(tmp_path):
+    """A job without run.json ends without one."""
+    (tmp_path / "train.log").write_text("model parameters: 8")
+    assert "ended well" in finish(tmp_path, 0)
+    assert not (tmp_path / "run.json").exists()
     for said, kept in (("", None), ("model parameters: 9", 9), ("", 9)):
         write_facts(tmp_path, tmp_path / "r.yaml", list(FLAGS), 2, "CPU")
         (tmp_path / "train.log").write_text(said)
         finish(tmp_path, 0)
         assert json.loads((tmp_path / "run.json").read_text())["parameters"] == kept
-
-
-def test_a_job_without_run_json_ends_without_one(tmp_path):
-    (tmp_path / "train.log").write_text("model parameters: 9")
-    assert "ended well" in finish(tmp_path, 0)
-    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize("engine", ["pyxis", "apptainer"])

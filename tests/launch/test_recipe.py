@@ -1,16 +1,24 @@
 """Recipes: sections of Megatron's flags, strictly read."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from megatron_infoentropy.launch import recipe as recipe_module
 from megatron_infoentropy.launch.recipe import (
+    FUSION_KERNEL,
+    NO_FUSION_FLAG,
     LaunchSection,
     RecipeError,
+    chosen_flags,
     load_plan,
     load_recipe,
+    machine_flags,
+    read_facts,
     to_command_line,
 )
+from megatron_infoentropy.runtime.device import Device
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -83,5 +91,29 @@ RECIPES = sorted({*EXAMPLES.rglob("*.yaml")} - {*EXAMPLES.glob("studies/*")})
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_every_example_is_a_recipe(path):
-    assert load_recipe(path)["num-layers"] > 0
+    assert read_facts(chosen_flags(Device("cpu", "gloo", 1), load_recipe(path), {}))["seq_length"]
     assert load_plan(path).data_weights in ("natural", "paper")
+
+
+TE = "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("installed", "flags", "asked"),
+    [
+        ((), {}, [*recipe_module.PLAIN_GPU_FLAGS, NO_FUSION_FLAG]),
+        ((TE,), {}, [NO_FUSION_FLAG]),  # its layers, not the fusion of the output layer
+        ((), {"transformer-impl": TE}, [NO_FUSION_FLAG]),
+        ((TE, FUSION_KERNEL), {}, []),
+    ],
+)
+def test_a_machine_asks_for_what_its_optional_kernels_lack(monkeypatch, installed, flags, asked):
+    monkeypatch.setattr(recipe_module, "find_spec", lambda name: name in installed or None)
+    assert machine_flags(Device("cuda", "nccl", 1), flags) == asked
+
+
+def test_the_kernel_is_the_one_that_megatron_asks_for():
+    path = find_spec("megatron.core").submodule_search_locations[0]
+    text = (Path(path) / "tensor_parallel" / "layers.py").read_text()
+    assert f"import {FUSION_KERNEL}" in text
+    assert "if config.gradient_accumulation_fusion and not _grad_accum_fusion_available" in text

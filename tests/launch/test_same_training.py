@@ -206,3 +206,22 @@ def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_
         require(run, here)
     with pytest.raises(OtherTrainingError, match="holds a model of tokenizer"):
         require(run, CE)  # the folder is not known, so nothing shows it
+
+
+MANIFEST = {
+    **{"format": 1, "dtype": "uint16", "append_eod": True, "token_counts": "token_counts.npy"},
+    "tokenizer": {"sha256": "ab12", "vocab_size": 300, "eod_id": 0},
+    "domains": {"A": {"prefix": "a", "documents": 1, "tokens": 2, "bytes": 3}},
+}
+
+
+def test_the_recorded_tokenizer_is_that_of_the_data(run, tmp_path):
+    """None where the manifest is not there, or the flags name no data."""
+    data = {"train-data-path": [0.5, tmp_path / "a", 0.5, tmp_path / "b"]}
+    told = []
+    for there, flags in ((False, data), (True, data), (True, {})):
+        if there:
+            (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+        train(run, None, CE, flags)
+        told.append(facts(run)["tokenizer_sha256"])
+    assert told == [None, "ab12", None]

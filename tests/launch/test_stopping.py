@@ -12,14 +12,11 @@ from process_tree import send_to_all
 
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.failures import explain
+from megatron_infoentropy.launch.recipe import written_flags
 from megatron_infoentropy.launch.scripts import ASKED, Plan, hosts_script, node_script
 from megatron_infoentropy.launch.train import TrainingFailed, follow, locked
 
-FLAGS = (
-    *("--infoentropy-objective", "focal", "--infoentropy-gamma", "1", "--infoentropy-sigma", "1"),
-    *("--infoentropy-normalization", "paper", "--infoentropy-detach-weight", "--seed", "1"),
-    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
-)
+FLAGS = tuple(written_flags({}, {}))
 RANK = """#!{python} -IS
 import os, pathlib, signal, sys, time
 run = pathlib.Path("{run}")
