@@ -50,7 +50,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
-from megatron_infoentropy.data.workers import Settings, encode_blocks
+from megatron_infoentropy.data.workers import ENGINES, Settings, encode_blocks
 from megatron_infoentropy.data.writer import finish
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
@@ -59,13 +59,12 @@ _SAMPLES, _SAMPLE_BYTES = 8, 1 << 16
 
 
 class Input(NamedTuple):
-    """A file, and what tells without reading all of it whether it is still the same one."""
+    """A file before any line of it is read, and when it was last written to."""
 
     path: Path
-    bytes: int
+    facts: InputFacts
     modified_ns: int
     changed_ns: int  # also by a rename that keeps the time of modification
-    samples: str  # SHA-256 of some of its bytes
 
 
 def input_of(path: Path) -> Input:
@@ -76,8 +75,8 @@ def input_of(path: Path) -> Input:
         for sample in range(_SAMPLES):
             file.seek(sample * last // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    return Input(path, status.st_size, *times, digest.hexdigest())
+    facts = InputFacts(path.name, status.st_size, 0, 0, 0, 0, 0, samples=digest.hexdigest())
+    return Input(path, facts, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class Task:
         """Return what must be the same for a run to go on where another ended; plain JSON."""
         return {
             "inputs": [
-                [str(each.path.resolve()), each.bytes, each.modified_ns, each.samples]
-                for each in self.inputs
+                [str(path.resolve()), facts.bytes, modified_ns, facts.samples]
+                for path, facts, modified_ns, _ in self.inputs
             ],
             "tokenizer": self.loaded.sha256,
             "list of files": self.shards_of,
@@ -135,14 +134,14 @@ class Task:
         Raises:
             UnfitDocumentsError: it was written to or replaced since the task began.
         """
-        before = self.inputs[number]
-        if before.path.stat().st_ctime_ns == before.changed_ns:
+        path, before, _, changed_ns = self.inputs[number]
+        if path.stat().st_ctime_ns == changed_ns:
             return
-        now = input_of(before.path)
+        now = input_of(path).facts
         same = (now.bytes, now.samples) == (before.bytes, before.samples)
-        if not same or file_sha256(now.path) != sha256:
+        if not same or file_sha256(path) != sha256:
             raise UnfitDocumentsError(
-                f"{now.path} changed while it was read (it had {before.bytes} bytes and has "
+                f"{path} changed while it was read (it had {before.bytes} bytes and has "
                 f"{now.bytes}): give the command again when nothing writes to it any more"
             )
 
@@ -171,9 +170,9 @@ def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
 
     Where an older version recorded no content, name and size decide.
     """
-    if (facts.name, facts.bytes) != (file.path.name, file.bytes):
+    if (facts.name, facts.bytes) != (file.facts.name, file.facts.bytes):
         return False
-    if not facts.sha256 or facts.samples != file.samples:
+    if not facts.sha256 or facts.samples != file.facts.samples:
         return not facts.sha256
     return file.changed_ns < made_ns or file_sha256(file.path) == facts.sha256
 
@@ -257,7 +256,6 @@ def _named(path: Path, text_key: str) -> list[bool]:
     return named
 
 
-ENGINES = ("hf", "gigatoken")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -333,15 +331,12 @@ def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: 
     run = JournalledRun(
         work,
         job=task.job(),
-        inputs=[
-            InputFacts(each.path.name, each.bytes, 0, 0, 0, 0, 0, samples=each.samples)
-            for each in task.inputs
-        ],
+        inputs=[replace(each.facts) for each in task.inputs],
         vocab_size=task.loaded.vocab_size,
         max_errors=max_errors,
     )
     with closing(run):
-        total = sum(each.bytes for each in task.inputs)
+        total = sum(each.facts.bytes for each in task.inputs)
         with progress("preprocess", total, "bytes", run.rates()) as advance:
             blocks = _read(task, run, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
@@ -358,7 +353,7 @@ def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: 
 
 def _read(task: Task, run: JournalledRun, advance: Callable[[int], None]) -> Iterator[Block]:
     file, start = run.state.file, run.position
-    advance(sum(each.bytes for each in task.inputs[:file]))
+    advance(sum(each.facts.bytes for each in task.inputs[:file]))
     for each in task.inputs[file:]:
         yield from read_blocks(each.path, advance, start)
         start = Position()

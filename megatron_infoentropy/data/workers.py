@@ -31,7 +31,9 @@ from megatron_infoentropy.data.blocks import Block, BrokenLineError
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
-from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, end_documents, hf_engine
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, end_documents, hf_engine
+
+ENGINES = {"hf": hf_engine, "gigatoken": fast_engine}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Settings:
 
     loaded: LoadedTokenizer
     options: DataOptions
-    engine: str = "hf"  # or "gigatoken"
+    engine: str = "hf"  # one of ENGINES
     named: bool = True  # else no document may name a domain, as the first ones do not
 
 
@@ -80,7 +82,8 @@ class Encoder:
         self.options = settings.options
         self.loaded = settings.loaded
         self.dtype = token_dtype(self.loaded.vocab_size)
-        self.encode = _engine(settings, self.loaded)
+        engine = ENGINES[settings.engine]
+        self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
         self._named = settings.named
         self._keys = jsonl.split_key(self.options.split_by if self._named else PILE_DOMAIN)
 
@@ -119,13 +122,6 @@ class Encoder:
                 "holes, renumber them"
             )
         return DomainPart(tokens.astype(self.dtype, copy=False), lengths, size)
-
-
-def _engine(settings: Settings, loaded: LoadedTokenizer) -> Engine:
-    special_tokens = settings.options.special_tokens
-    if settings.engine == "gigatoken":
-        return fast_engine(loaded, special_tokens=special_tokens)
-    return hf_engine(loaded, special_tokens=special_tokens)
 
 
 def send(stream: IO[bytes], message: Any) -> None:

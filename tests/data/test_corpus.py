@@ -65,26 +65,6 @@ def test_the_docstrings_of_a_file_are_in_the_split_of_the_file(
         assert found == expected - {""}
 
 
-def test_held_out_topics_are_no_sections_of_training_topics(
-    texts: dict[str, list[tuple[str, str]]],
-) -> None:
-    trained = {line for _, text in texts["train"] for line in text.splitlines()}
-    topics = set(corpus_module.help_topics(Path(sysconfig.get_path("stdlib"))).values())
-    held_out = [t for split in SPLITS[1:] for _, t in texts[split] if t in topics]
-    assert held_out
-    for text in held_out:
-        lines = [line for line in text.splitlines() if len(line) > 30]
-        assert sum(line in trained for line in lines) <= len(lines) / 2
-
-
-def test_nothing_of_this_machine_or_of_installed_packages_is_in_it(
-    texts: dict[str, list[tuple[str, str]]],
-) -> None:
-    everything = "\n".join(text for split in SPLITS for _, text in texts[split])
-    for word in (sysconfig.get_path("stdlib"), "CONFIG_ARGS", "import pip._internal"):
-        assert word not in everything
-
-
 def library(root: Path) -> Path:
     """A standard library in miniature, with everything that must be left out."""
     files = {

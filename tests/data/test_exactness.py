@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from golden import assert_same_files, write_golden
 from text_files import line, write
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 
 from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.manifest import DataOptions
@@ -107,30 +107,6 @@ def test_the_number_of_workers_does_not_change_a_byte(
         preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
         assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
         assert_same_files(tmp_path / f"out{workers}", tmp_path / "out1")
-
-
-@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
-def test_ids_at_the_end_of_a_vocabulary_keep_megatrons_dtype(
-    tmp_path: Path, vocab_size: int
-) -> None:
-    """Where others switch to four bytes at another size, and where two bytes would not do."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first = vocab_size - len(letters) - 1
-    vocab = {f"filler{i}": i for i in range(first)}
-    vocab |= {letter: first + i for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    assert tokenizer.get_vocab_size() == vocab_size
-    (tmp_path / "tokenizer").mkdir()
-    folder = save(tokenizer, tmp_path / "tokenizer")
-    (tmp_path / "expected").mkdir()
-    write_golden(tmp_path / "expected" / "all", TEXTS[:12], folder)
-    text = write(tmp_path / "a.jsonl", LINES[:12])
-    found = preprocess([text], folder, tmp_path / "out", options=DataOptions(split_by=None))
-    assert found.dtype == ("uint16" if vocab_size < 65_500 else "int32")
-    assert_same_files(tmp_path / "out", tmp_path / "expected")
 
 
 def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_infoentropy.data import writer as writer_module
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
@@ -110,17 +110,6 @@ def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
     raw = idx_path(tmp_path / "a").read_bytes()
     starts = np.frombuffer(raw, "<i8", count=4, offset=34 + 4 * 4)
     assert starts.tolist() == [4 * (2**31 - 1) * i for i in range(4)]
-
-
-def test_megatron_reads_our_files(tmp_path: Path) -> None:
-    for vocab_size in (SMALL, LARGE):
-        prefix = tmp_path / f"ours{vocab_size}"
-        write_ours(prefix, MANY, vocab_size)
-        dataset = IndexedDataset(str(prefix))
-        filled = [document for document in MANY if document]
-        assert len(dataset) == len(filled)
-        assert dataset.document_indices.size == len(MANY) + 1
-        assert all(dataset[i].tolist() == document for i, document in enumerate(filled))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 257, 65_499, 65_500, 65_536, 65_537, 128_256])
