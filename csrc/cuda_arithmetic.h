@@ -298,10 +298,26 @@ struct LogitScale {
   float inverse_temperature;
   float exponent;  // log2 e / temperature
 
-  LogitScale(float cap, float temperature)
+  LogitScale(float cap, float inverse_temperature)
       : softcap(cap),
-        inverse_temperature(1 / temperature),
-        exponent(kLog2e / temperature) {}
+        inverse_temperature(inverse_temperature),
+        exponent(kLog2e * inverse_temperature) {}
+
+  // Where every token has its own.
+  INFOENTROPY_DEVICE LogitScale of(const float* inverse_temperatures, std::int64_t token) const {
+    LogitScale scale = *this;
+    if (inverse_temperatures) {
+      scale.inverse_temperature = inverse_temperatures[token];
+      scale.exponent = kLog2e * scale.inverse_temperature;
+    }
+    return scale;
+  }
+};
+
+// Which rows statistics and coefficients have beyond the first four; 0 for those that were not asked
+// for. (Options of shard_ops.h, for a GPU.)
+struct ExtraRows {
+  int count, distance, squares;
 };
 
 // Where the 16-byte vectors of a row lie, for any alignment and any number of columns:

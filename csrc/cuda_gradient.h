@@ -11,7 +11,7 @@ namespace infoentropy::cuda {
 
 // The coefficients of `contract` for one row, with what else dz_i takes.
 struct RowCoefficients {
-  float shift, scale, slope, target_gradient, offset;
+  float shift, scale, slope, target_gradient, offset, quadratic;
   LogitScale logit;
 };
 
@@ -22,7 +22,8 @@ INFOENTROPY_DEVICE float gradient_of(float z, const RowCoefficients& row) {
   const float d = fmaf(x, row.logit.inverse_temperature, -row.shift);
   const float e = exp2_of<true>(d * kLog2e);  // bf16 reaches as far down as fp32
   // d is bounded where e is 0 anyway: 0 * inf must not be. A NaN passes through e.
-  const float dz = fmaf(e, fmaf(row.slope, fmaxf(d, -1e4f), row.scale), row.offset);
+  const float sloped = fmaf(row.slope, fmaxf(d, -1e4f), row.scale);
+  const float dz = fmaf(e, fmaf(row.quadratic, e, sloped), row.offset);
   return kSoftcap ? dz * slope : dz;
 }
 
@@ -51,14 +52,15 @@ INFOENTROPY_DEVICE Vector gradient_of(const Vector& x, const RowCoefficients& ro
   return result;
 }
 
-// `rows` 4 or 5 of [rows, tokens], see `contract`.
-INFOENTROPY_DEVICE RowCoefficients row_coefficients(const float* coefficients, int rows,
-                                                  std::int64_t token, std::int64_t tokens,
-                                                  const LogitScale& scale) {
+// Of [rows, tokens], see `contract`.
+INFOENTROPY_DEVICE RowCoefficients row_coefficients(const float* coefficients,
+                                                  const ExtraRows& extra, std::int64_t token,
+                                                  std::int64_t tokens, const LogitScale& scale) {
   const float* of_token = coefficients + token;
   return {of_token[0],          of_token[tokens],
           of_token[2 * tokens], of_token[3 * tokens],
-          rows > 4 ? of_token[4 * tokens] : 0.0f, scale};
+          extra.distance ? of_token[extra.distance * tokens] : 0.0f,
+          extra.squares ? of_token[extra.squares * tokens] : 0.0f, scale};
 }
 
 // One row: `columns` of logits, `width` >= columns of output; an ignored row has no columns.

@@ -16,14 +16,16 @@
 namespace infoentropy::cuda {
 
 // Of some columns, relative to the maximum m among them. t = (x - m) log2 e / temperature.
-template <bool kDistance>
+template <bool kExtra>
 struct Sums {
   float m = -kInfinity;
   float tops = 0;      // columns whose logit is m, as many as are not in `tail`
   float tail = 0;      // sum of 2^t over all others
   float spread = 0;    // sum of 2^t (-t)
-  float distance = 0;  // where kDistance, sum of m - x, with 0 for m where it is -inf
-  float count = 0;     // where kDistance, columns
+  // Only where kExtra:
+  float distance = 0;  // sum of m - x, with 0 for m where it is -inf
+  float count = 0;     // columns
+  float squares = 0;   // sum of 2^2t over the logits that are in `tail`
 
   INFOENTROPY_DEVICE float shift() const { return m == -kInfinity ? 0 : m; }
 
@@ -32,10 +34,11 @@ struct Sums {
     // Bounded: from -inf, or to +inf, t is -inf, and 0 * inf must not be.
     const float t = fmaxf((m - higher) * exponent, -150.0f), scale = exp2_of(t);
     tail += tops;
+    if (kExtra) squares = (squares + tops) * (scale * scale);
     tops = 0;
     spread = (spread - t * tail) * scale;
     tail *= scale;
-    if (kDistance) distance += (higher - shift()) * count;
+    if (kExtra) distance += (higher - shift()) * count;
     m = higher;
   }
 
@@ -43,14 +46,15 @@ struct Sums {
     tops += other.tops;
     tail += other.tail;
     spread += other.spread;
-    if (kDistance) distance += other.distance;
-    if (kDistance) count += other.count;
+    if (kExtra) distance += other.distance;
+    if (kExtra) count += other.count;
+    if (kExtra) squares += other.squares;
   }
 };
 
-template <bool kDistance>
-INFOENTROPY_DEVICE Sums<kDistance> of_one_logit(float x) {
-  Sums<kDistance> sums;
+template <bool kExtra>
+INFOENTROPY_DEVICE Sums<kExtra> of_one_logit(float x) {
+  Sums<kExtra> sums;
   const bool mask = x == -kInfinity;
   sums.m = x > -kInfinity ? x : -kInfinity;  // -inf for NaN
   sums.tops = fabsf(x) < kInfinity ? 1 : 0;
@@ -60,10 +64,10 @@ INFOENTROPY_DEVICE Sums<kDistance> of_one_logit(float x) {
   return sums;
 }
 
-template <class T, bool kSoftcap, bool kDistance>
+template <class T, bool kSoftcap, bool kExtra>
 struct Lane {
-  static constexpr bool kSoftcapped = kSoftcap, kSumsDistance = kDistance;
-  Sums<kDistance> sums;
+  static constexpr bool kSoftcapped = kSoftcap, kHasExtra = kExtra;
+  Sums<kExtra> sums;
   Vector batch[kInFlight];
   int held;  // vectors of the batch that this lane has; the rest of it are logits of -inf
   float batch_maximum;
@@ -100,7 +104,7 @@ struct Lane {
 
   template <bool kWhole, bool kTops>
   INFOENTROPY_DEVICE void add_batch(const LogitScale& scale) {
-    Sums<kDistance> part[kInFlight];  // short chains of additions are what bounds the rounding
+    Sums<kExtra> part[kInFlight];  // short chains of additions are what bounds the rounding
     INFOENTROPY_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
       if (!kWhole && i >= held) continue;
@@ -117,7 +121,7 @@ struct Lane {
   }
 
   template <bool kTops>
-  INFOENTROPY_DEVICE void add_logit(Sums<kDistance>& part, float z, const LogitScale& scale) const {
+  INFOENTROPY_DEVICE void add_logit(Sums<kExtra>& part, float z, const LogitScale& scale) const {
     const float d = meant(z, scale) - sums.shift();
     const float t = d * scale.exponent;
     const float e = exp2_of(t);
@@ -127,8 +131,9 @@ struct Lane {
       part.tops += 1;
     } else {
       part.tail += e;
+      if (kExtra) part.squares = fmaf(e, e, part.squares);
     }
-    if (kDistance) {
+    if (kExtra) {
       part.distance -= d;
       part.count += 1;
     }
@@ -162,9 +167,10 @@ INFOENTROPY_DEVICE void fold_lanes(Warp& warp, float exponent) {
   warp.sum([](Lane& lane) -> float& { return lane.sums.tops; });
   warp.sum([](Lane& lane) -> float& { return lane.sums.tail; });
   warp.sum([](Lane& lane) -> float& { return lane.sums.spread; });
-  if (Lane::kSumsDistance) {
+  if (Lane::kHasExtra) {
     warp.sum([](Lane& lane) -> float& { return lane.sums.distance; });
     warp.sum([](Lane& lane) -> float& { return lane.sums.count; });
+    warp.sum([](Lane& lane) -> float& { return lane.sums.squares; });
   }
 }
 
@@ -195,7 +201,7 @@ INFOENTROPY_DEVICE void sum_up(Warp& warp, int index, const T* row, int columns,
     warp.each([&](Lane& lane, int i) {
       const int column = i < slicing.head ? i : columns - slicing.tail + (i - slicing.head);
       if (column >= columns) return;
-      auto edge = of_one_logit<Lane::kSumsDistance>(lane.meant(to_float(row[column]), scale));
+      auto edge = of_one_logit<Lane::kHasExtra>(lane.meant(to_float(row[column]), scale));
       const float m = fmaxf(edge.m, lane.sums.m);
       edge.raise_to(m, scale.exponent);
       lane.sums.raise_to(m, scale.exponent);
@@ -211,17 +217,22 @@ INFOENTROPY_DEVICE float target_logit(const T* row, int column, const LogitScale
   return scale.softcap.template meant<kSoftcap>(to_float(row[column])) * scale.inverse_temperature;
 }
 
-// `rows` 4 or 5 of the statistics of `contract`, but for TARGET.
-template <bool kDistance>
-INFOENTROPY_DEVICE void write_statistics(const Sums<kDistance>& sums, const LogitScale& scale,
-                                         float* statistics, int rows, std::int64_t token,
-                                         std::int64_t tokens) {
+// The statistics of `contract`, but for TARGET.
+template <bool kExtra>
+INFOENTROPY_DEVICE void write_statistics(const Sums<kExtra>& sums, const LogitScale& scale,
+                                         float* statistics, const ExtraRows& extra,
+                                         std::int64_t token, std::int64_t tokens) {
   statistics[token] = sums.m * scale.inverse_temperature;
   statistics[tokens + token] = sums.tail + (sums.tops - 1.0f);
   statistics[2 * tokens + token] = sums.spread * kLn2;
-  if (rows < 5) return;
   const bool empty = sums.m == -kInfinity;
-  statistics[4 * tokens + token] = empty ? 0 : sums.distance * scale.inverse_temperature;
+  if (extra.distance) {
+    statistics[extra.distance * tokens + token] =
+        empty ? 0 : sums.distance * scale.inverse_temperature;
+  }
+  if (extra.squares) {
+    statistics[extra.squares * tokens + token] = sums.squares + (sums.tops - 1.0f);
+  }
 }
 
 }  // namespace infoentropy::cuda

@@ -6,10 +6,11 @@
 namespace infoentropy {
 
 struct Coefficients {  // of one row
-  float shift, scale, slope, target, offset;
+  float shift, scale, slope, target, offset, quadratic;
 };
 
-// `own` is the target's column on this shard or -1; row: MAX, TAIL, SPREAD, TARGET, DISTANCE.
+// `own` is the target's column on this shard or -1; row: MAX, TAIL, SPREAD, TARGET, DISTANCE,
+// SQUARES. Of the options a row has its own inverse_temperature.
 using StatisticsOfRow = void (*)(const void* logits, std::int64_t columns, std::int64_t own,
                                  const Options&, float* row);
 

@@ -12,7 +12,7 @@ struct Plain {
 struct Scaled {
   static constexpr bool kFused = false;
   static constexpr bool kCapped = false;
-  explicit Scaled(const Options& options) : factor(1.0f / options.temperature) {}
+  explicit Scaled(const Options& options) : factor(options.inverse_temperature) {}
   ALWAYS_INLINE Vec of(Vec z) const { return rounded(z * factor); }
 
   float factor;
@@ -29,7 +29,7 @@ struct Capped {
     high = static_cast<float>(exact);
     low = static_cast<float>(exact - high);
     limit = 127.0f / high;
-    bound = static_cast<float>(static_cast<double>(options.softcap) / options.temperature);
+    bound = static_cast<float>(static_cast<double>(options.softcap) * options.inverse_temperature);
   }
 
   ALWAYS_INLINE Vec of(Vec z) const {

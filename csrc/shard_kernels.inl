@@ -44,6 +44,7 @@ struct RowSums {
   Vec spread = {};      // sum of 2^t (-t)
   double distance = 0;  // sum of m - x over `columns`; only where it is asked for
   double columns = 0;
+  Vec squares = {};     // sum of 2^2t over the others; only where it is asked for
 
   void raise_maximum_to(float m_new) {
     if (m != -kInfinity) {
@@ -51,11 +52,14 @@ struct RowSums {
       const float s = exp2_of(clamp_exponent(splat(t)))[0];
       if (s > 0) {
         tail[0] += tops;
+        squares[0] += tops;
         spread = (spread - t * tail) * s;
         tail *= s;
+        squares *= s * s;
       } else {  // t may be -inf here
         spread *= 0.0f;
         tail *= 0.0f;
+        squares *= 0.0f;
       }
       distance += columns * (static_cast<double>(m_new) - m);
     }
@@ -112,6 +116,26 @@ struct RowSums {
       sum += (m - meaning.of(pair.a)) + (m - meaning.of(pair.b));
     }
     distance += horizontal_sum(sum);
+  }
+
+  // After `add` of the same columns; a padded logit of -inf adds nothing.
+  template <class T>
+  void add_squares(const T* z, std::int64_t count) {
+    if (m == -kInfinity) return;  // no mass yet
+    Vec sum = {};
+    const Origin<Meaning::kFused> origin(m);
+    for (std::int64_t i = 0; i < count; i += kPair) {
+      const Pair pair = load(z + i);
+      sum += square_of(origin, meaning.of(pair.a)) + square_of(origin, meaning.of(pair.b));
+    }
+    const float correction = static_cast<float>(origin.correction);
+    squares += sum * (correction * correction);
+  }
+
+  template <class Origin>
+  static ALWAYS_INLINE Vec square_of(const Origin& origin, Vec x) {
+    const Vec e = exp2_of(origin.exponent(x));
+    return (Vec)((IVec)(e * e) & ~(x == origin.m));
   }
 
   template <class T>
@@ -202,6 +226,7 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
     if (!add_chunk(sums, from, count)) {
       return row_statistics<T, Scaled>(logits, columns, own, options, row);
     }
+    if (options.squares) sums.add_squares(from, count);
     if (options.distance && rest == 0) sums.add_distance(from, count);
     if (options.distance) {
       for (std::int64_t k = 0; k < rest; ++k) sums.add_distance_of_one(z + i + k);
@@ -214,17 +239,21 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
   row[2] = static_cast<float>(horizontal_sum(sums.spread) * kLn2);
   row[3] = own < 0 ? 0.0f : sums.meaning.of(splat(read_one(z + own)))[0];
   row[4] = sums.m == -kInfinity ? 0.0f : static_cast<float>(sums.distance);
+  row[5] = static_cast<float>(horizontal_sum(sums.squares) + (double(sums.tops) - 1.0));
 }
 
-// dz = (2^t (scale + t slope) + offset) s with s the softcap's slope. Without kSloped, slope and
-// offset are 0, as they are in most trainings.
-template <class T, class Meaning, bool kSloped>
+// dz = (2^t (scale + t slope + 2^t quadratic) + offset) s with s the softcap's slope. Terms that are 0
+// in most trainings are left out.
+enum class Terms { kScale, kSlopeAndOffset, kAll };
+
+template <class T, class Meaning, Terms kTerms>
 struct RowGradient {
   RowGradient(const Coefficients& c, const Options& options)
       : meaning(options), origin(c.shift), offset(c.offset) {
     scale = static_cast<float>(origin.correction *
                                (c.scale - origin.excess * c.slope * 0.6931471805599453));
     slope = static_cast<float>(origin.correction * c.slope * 0.6931471805599453);
+    quadratic = static_cast<float>(origin.correction * origin.correction * c.quadratic);
   }
 
   ALWAYS_INLINE Pair of(Pair z) const { return {of(z.a), of(z.b)}; }
@@ -242,12 +271,14 @@ struct RowGradient {
   ALWAYS_INLINE Vec of_meant(Vec x) const {
     const Vec t = origin.exponent(x);
     const Vec e = exp2_of<std::is_same<T, BFloat16>::value ? 4 : 5>(t);
-    return kSloped ? e * (scale + t * slope) + offset : e * scale;
+    if (kTerms == Terms::kScale) return e * scale;
+    const Vec sloped = scale + t * slope;
+    return e * (kTerms == Terms::kAll ? sloped + e * quadratic : sloped) + offset;
   }
 
   Meaning meaning;
   Origin<Meaning::kFused> origin;
-  float scale, slope, offset;
+  float scale, slope, offset, quadratic;
 };
 
 // Fewer columns than a pair of registers holds.
@@ -293,10 +324,15 @@ static void row_gradient(const void* logits, std::int64_t columns, std::int64_t 
     if (own >= 0) Meaning(options).of(splat(read_one(z + own)), slope);
     own_gradient *= slope[0];
   }
-  if (c.slope == 0 && c.offset == 0) {
-    all_gradients(z, columns, RowGradient<T, Meaning, false>(c, options), out, stream_out);
+  const auto write = [&](const auto& gradient) {
+    all_gradients(z, columns, gradient, out, stream_out);
+  };
+  if (c.quadratic != 0) {
+    write(RowGradient<T, Meaning, Terms::kAll>(c, options));
+  } else if (c.slope != 0 || c.offset != 0) {
+    write(RowGradient<T, Meaning, Terms::kSlopeAndOffset>(c, options));
   } else {
-    all_gradients(z, columns, RowGradient<T, Meaning, true>(c, options), out, stream_out);
+    write(RowGradient<T, Meaning, Terms::kScale>(c, options));
   }
   if (own >= 0) write_one(out + own, own_gradient);
 }

@@ -35,15 +35,20 @@ struct Targets {
 
 struct Options {
   float softcap = 0;  // 0 is none
-  float temperature = 1;
-  bool distance = false;  // five rows of statistics and coefficients instead of four
+  float inverse_temperature = 1;
+  const float* inverse_temperatures = nullptr;  // [tokens], in the place of the one
+  bool distance = false, squares = false;       // one more row of statistics and coefficients each
+
+  int distance_row() const { return distance ? 4 : 0; }  // 0: there is none
+  int squares_row() const { return squares ? 4 + distance : 0; }
+  int rows() const { return 4 + distance + squares; }
 };
 
-// statistics: float [4 or 5, tokens] = MAX, TAIL, SPREAD, TARGET, DISTANCE.
+// statistics: float [4 to 6, tokens] = MAX, TAIL, SPREAD, TARGET, DISTANCE, SQUARES.
 void shard_statistics(const Logits&, const Targets&, const Options&, float* statistics,
                       int threads);
 
-// coefficients: float [4 or 5, tokens] = SHIFT, SCALE, SLOPE, TARGET_GRADIENT, OFFSET.
+// coefficients: float [4 to 6, tokens] = SHIFT, SCALE, SLOPE, TARGET_GRADIENT, OFFSET, QUADRATIC.
 // out: [tokens, width] of the logits' dtype, `out_row_stride` elements between rows; columns in
 // [columns, width) are padding and become 0. May be the logits' own memory.
 void shard_gradient(const Logits&, const Targets&, const Options&, const float* coefficients,

@@ -32,7 +32,15 @@ std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 int meaning_of(const Options& options) {
   return options.softcap != 0 ? kCappedMeaning
-                              : options.temperature != 1 ? kScaledMeaning : kPlainMeaning;
+         : options.inverse_temperatures || options.inverse_temperature != 1 ? kScaledMeaning
+                                                                            : kPlainMeaning;
+}
+
+Options of_row(Options options, std::int64_t row) {
+  if (options.inverse_temperatures) {
+    options.inverse_temperature = options.inverse_temperatures[row];
+  }
+  return options;
 }
 
 // Memory fresh from the system costs one page fault per 4 KiB when first written: for a gradient of
@@ -53,6 +61,10 @@ void prefer_huge_pages(void* data, std::int64_t bytes) {
 // own NaN (0x7fffffff) would round to -0, one whose payload lies in the lower 16 to infinity.
 float with_short_nan(float value) { return value == value ? value : __builtin_nanf(""); }
 
+float optional(const float* coefficients, std::int64_t place) {
+  return place == 0 ? 0.0f : with_short_nan(coefficients[place]);
+}
+
 }  // namespace
 
 Dtype dtype_named(const std::string& name) {
@@ -67,16 +79,18 @@ void shard_statistics(const Logits& logits, const Targets& targets, const Option
   const auto* data = static_cast<const char*>(logits.data);
   const std::int64_t tokens = logits.tokens, columns = logits.columns;
   const std::int64_t row_bytes = logits.row_stride * bytes_of(logits.dtype);
-  const int rows = options.distance ? 5 : 4;
   const StatisticsOfRow statistics_of =
       kernels().statistics[static_cast<int>(logits.dtype)][meaning_of(options)];
   parallel_for(tokens, rows_per_block(columns), threads, [=](std::int64_t i, std::int64_t end) {
     for (; i < end; ++i) {
-      float row[5] = {};
+      float row[6] = {};
       if (!targets.ignored(i)) {
-        statistics_of(data + i * row_bytes, columns, targets.column(i, columns), options, row);
+        statistics_of(data + i * row_bytes, columns, targets.column(i, columns),
+                      of_row(options, i), row);
       }
-      for (int k = 0; k < rows; ++k) out[k * tokens + i] = row[k];
+      for (int k = 0; k < 4; ++k) out[k * tokens + i] = row[k];
+      if (options.distance) out[options.distance_row() * tokens + i] = row[4];
+      if (options.squares) out[options.squares_row() * tokens + i] = row[5];
     }
   });
 }
@@ -108,9 +122,10 @@ void shard_gradient(const Logits& logits, const Targets& targets, const Options&
       const float* c = coefficients + i;
       const Coefficients row{with_short_nan(c[0]), with_short_nan(c[tokens]),
                              with_short_nan(c[2 * tokens]), with_short_nan(c[3 * tokens]),
-                             options.distance ? with_short_nan(c[4 * tokens]) : 0.0f};
-      gradient_of(data + i * row_bytes, columns, targets.column(i, columns), row, options, to,
-                  stream_out);
+                             optional(c, options.distance_row() * tokens),
+                             optional(c, options.squares_row() * tokens)};
+      gradient_of(data + i * row_bytes, columns, targets.column(i, columns), row,
+                  of_row(options, i), to, stream_out);
       std::memset(to + columns * bytes, 0, (width - columns) * bytes);
     }
     finish_streams();

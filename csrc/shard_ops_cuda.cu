@@ -51,70 +51,77 @@ struct Arguments {
   std::int64_t row_stride, tokens;
   int columns;
   DeviceTargets targets;
-  LogitScale scale;
+  LogitScale logit_scale;
+  const float* inverse_temperatures;  // [tokens] or null
+  ExtraRows extra;
+
+  __device__ __forceinline__ LogitScale scale(std::int64_t token) const {
+    return logit_scale.of(inverse_temperatures, token);
+  }
 };
 
 // Block b works on part b % splits of row b / splits.
-template <class T, bool kSoftcap, bool kDistance>
+template <class T, bool kSoftcap, bool kExtra>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    statistics_kernel(const T* logits, Arguments a, int splits, float* statistics, int rows,
-                      Sums<kDistance>* workspace) {
+    statistics_kernel(const T* logits, Arguments a, int splits, float* statistics,
+                      Sums<kExtra>* workspace) {
   const std::int64_t token = blockIdx.x / splits;
   const int split = blockIdx.x % splits;
   if (a.targets.ignored(token)) {
-    if (split == 0 && threadIdx.x < rows) {
+    if (split == 0 && threadIdx.x < a.extra.count + 4) {
       statistics[threadIdx.x * a.tokens + token] = 0;
     }
     return;
   }
   const T* row = logits + token * a.row_stride;
+  const LogitScale scale = a.scale(token);
   if (split == 0 && threadIdx.x == 0) {
     const int column = a.targets.column(token, a.columns);
-    statistics[3 * a.tokens + token] = target_logit<kSoftcap>(row, column, a.scale);
+    statistics[3 * a.tokens + token] = target_logit<kSoftcap>(row, column, scale);
   }
   // Plain memory: no thread may run a constructor over what another warp has written.
-  __shared__ alignas(Vector) unsigned char memory[sizeof(Sums<kDistance>) * (kThreads / kWarp)];
-  auto* of_warps = reinterpret_cast<Sums<kDistance>*>(memory);
+  __shared__ alignas(Vector) unsigned char memory[sizeof(Sums<kExtra>) * (kThreads / kWarp)];
+  auto* of_warps = reinterpret_cast<Sums<kExtra>*>(memory);
   const int index = threadIdx.x / kWarp;
-  Warp<Lane<T, kSoftcap, kDistance>> warp;
-  sum_up(warp, index, row, a.columns, split, splits, a.scale);
+  Warp<Lane<T, kSoftcap, kExtra>> warp;
+  sum_up(warp, index, row, a.columns, split, splits, scale);
   if (threadIdx.x % kWarp == 0) of_warps[index] = warp.self.sums;
   __syncthreads();
   if (index != 0) return;
-  warp.self.sums = threadIdx.x < kThreads / kWarp ? of_warps[threadIdx.x] : Sums<kDistance>{};
-  fold_lanes(warp, a.scale.exponent);
+  warp.self.sums = threadIdx.x < kThreads / kWarp ? of_warps[threadIdx.x] : Sums<kExtra>{};
+  fold_lanes(warp, scale.exponent);
   if (threadIdx.x != 0) return;
   if (splits == 1) {
-    write_statistics(warp.self.sums, a.scale, statistics, rows, token, a.tokens);
+    write_statistics(warp.self.sums, scale, statistics, a.extra, token, a.tokens);
   } else {
     workspace[token * splits + split] = warp.self.sums;
   }
 }
 
 // One warp a row, one lane a part of it.
-template <bool kDistance>
+template <bool kExtra>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const Sums<kDistance>* workspace, Arguments a, int splits, float* statistics,
-                int rows) {
+    fold_kernel(const Sums<kExtra>* workspace, Arguments a, int splits, float* statistics) {
   const std::int64_t token = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   if (token >= a.tokens || a.targets.ignored(token)) return;
-  Warp<Lane<float, false, kDistance>> warp;
+  Warp<Lane<float, false, kExtra>> warp;
   const int lane = threadIdx.x % kWarp;
-  warp.self.sums = lane < splits ? workspace[token * splits + lane] : Sums<kDistance>{};
-  fold_lanes(warp, a.scale.exponent);
-  if (lane == 0) write_statistics(warp.self.sums, a.scale, statistics, rows, token, a.tokens);
+  warp.self.sums = lane < splits ? workspace[token * splits + lane] : Sums<kExtra>{};
+  const LogitScale scale = a.scale(token);
+  fold_lanes(warp, scale.exponent);
+  if (lane == 0) write_statistics(warp.self.sums, scale, statistics, a.extra, token, a.tokens);
 }
 
 // Rows from the last to the first: the statistics read the last ones last, so those are the
 // likeliest to be still in the cache.
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    gradient_kernel(const T* logits, Arguments a, const float* coefficients, int rows, T* out,
+    gradient_kernel(const T* logits, Arguments a, const float* coefficients, T* out,
                     std::int64_t out_row_stride, int width, int blocks) {
   const std::int64_t token = a.tokens - 1 - blockIdx.x / blocks;
   const auto row = gradient_row(logits + token * a.row_stride, out + token * out_row_stride,
                                 a.columns, width, a.targets, token);
-  const auto of_row = row_coefficients(coefficients, rows, token, a.tokens, a.scale);
+  const auto of_row = row_coefficients(coefficients, a.extra, token, a.tokens, a.scale(token));
   write_gradient<T, kSoftcap>(row, of_row, blockIdx.x % blocks, threadIdx.x);
 }
 
@@ -146,7 +153,6 @@ int checked_columns(std::int64_t columns) {
 struct Call {
   const Logits& logits;
   Arguments arguments;
-  int rows;  // of the statistics or coefficients
   bool softcap;
   cudaStream_t stream;
 
@@ -154,34 +160,35 @@ struct Call {
       : logits(x),
         arguments{x.row_stride, x.tokens, checked_columns(x.columns),
                   {y.data, y.vocab_start, y.ignore_index},
-                  LogitScale(options.softcap, options.temperature)},
-        rows(options.distance ? 5 : 4),
+                  LogitScale(options.softcap, options.inverse_temperature),
+                  options.inverse_temperatures,
+                  {options.rows() - 4, options.distance_row(), options.squares_row()}},
         softcap(options.softcap != 0),
         stream(static_cast<cudaStream_t>(launch.stream)) {
     check(cudaSetDevice(launch.device), "choosing the GPU");
   }
 };
 
-template <class T, bool kSoftcap, bool kDistance>
+template <class T, bool kSoftcap, bool kExtra>
 void launch_statistics(const Call& call, float* out, int splits, void* workspace) {
   const Arguments& a = call.arguments;
-  auto* parts = static_cast<Sums<kDistance>*>(workspace);
-  statistics_kernel<T, kSoftcap, kDistance>
+  auto* parts = static_cast<Sums<kExtra>*>(workspace);
+  statistics_kernel<T, kSoftcap, kExtra>
       <<<grid(a.tokens, splits), kThreads, 0, call.stream>>>(
-          static_cast<const T*>(call.logits.data), a, splits, out, call.rows, parts);
+          static_cast<const T*>(call.logits.data), a, splits, out, parts);
   check(cudaGetLastError(), "launching the statistics kernel");
   if (splits == 1) return;
   constexpr int kTokens = kThreads / kWarp;  // of a block
-  fold_kernel<kDistance><<<grid((a.tokens + kTokens - 1) / kTokens, 1), kThreads, 0, call.stream>>>(
-      parts, a, splits, out, call.rows);
+  fold_kernel<kExtra><<<grid((a.tokens + kTokens - 1) / kTokens, 1), kThreads, 0, call.stream>>>(
+      parts, a, splits, out);
   check(cudaGetLastError(), "launching the fold kernel");
 }
 
 template <class T>
 void statistics(const Call& call, float* out, int splits, void* workspace) {
-  if (call.softcap) {  // tanh costs so much more than the distance that one kernel does both
+  if (call.softcap) {  // tanh costs so much more than the extra sums that one kernel does all
     launch_statistics<T, true, true>(call, out, splits, workspace);
-  } else if (call.rows == 5) {
+  } else if (call.arguments.extra.count) {
     launch_statistics<T, false, true>(call, out, splits, workspace);
   } else {
     launch_statistics<T, false, false>(call, out, splits, workspace);
@@ -194,7 +201,7 @@ void gradient(const Call& call, const float* coefficients, T* out, std::int64_t 
   const auto kernel = call.softcap ? gradient_kernel<T, true> : gradient_kernel<T, false>;
   const int blocks = gradient_blocks<T>(width);
   kernel<<<grid(call.arguments.tokens, blocks), kThreads, 0, call.stream>>>(
-      static_cast<const T*>(call.logits.data), call.arguments, coefficients, call.rows, out,
+      static_cast<const T*>(call.logits.data), call.arguments, coefficients, out,
       out_row_stride, width, blocks);
   check(cudaGetLastError(), "launching the gradient kernel");
 }
@@ -204,7 +211,7 @@ void gradient(const Call& call, const float* coefficients, T* out, std::int64_t 
 void shard_statistics(const Logits& x, const Targets& y, const Options& options, float* out,
                       int splits, float* workspace, const Launch& launch) {
   static_assert(sizeof(Sums<true>) == kWorkspaceFloats * sizeof(float), "the workspace holds Sums");
-  static_assert(sizeof(Sums<false>) == sizeof(Sums<true>), "with and without distance");
+  static_assert(sizeof(Sums<false>) == sizeof(Sums<true>), "with and without extra sums");
   if (splits < 1 || splits > kMaxSplits) {
     throw std::invalid_argument("splits must lie in 1.." + std::to_string(kMaxSplits) + ", got " +
                                 std::to_string(splits));

@@ -13,7 +13,7 @@ struct Launch {
 // splits: blocks that share a row; where there are several, workspace holds kWorkspaceFloats floats
 // a split and token. How rows are split decides how sums are rounded.
 constexpr int kMaxSplits = 32;
-constexpr int kWorkspaceFloats = 6;
+constexpr int kWorkspaceFloats = 7;
 void shard_statistics(const Logits&, const Targets&, const Options&, float* statistics, int splits,
                       float* workspace, const Launch&);
 

@@ -15,6 +15,7 @@ Objective = Literal[
     "lin_focal",
     "eaft",
     "dft",
+    "deft",
     "eslm",
     "entrodrop",
     "cross_entropy",
@@ -36,9 +37,11 @@ def _setting(default: Any, help: str) -> Any:
 
 
 # Objectives whose publications take the mean of w ce over all tokens: what "auto" normalizes by.
-UNNORMALIZED = ("lin_focal", "eaft", "dft")
+UNNORMALIZED = ("lin_focal", "eaft", "dft", "deft")
 # Objectives whose weight of a token depends on the other tokens, so that all must be seen at once.
 COMPARING = ("eslm", "entrodrop", "custom")
+# Objectives that have no use for gamma.
+WITHOUT_GAMMA = ("deft", "eslm", "custom")
 
 # Fields that say how the loss is computed, not what it is.
 MEANS = ("backend", "collective", "fused_linear", "chunk_tokens")
@@ -63,9 +66,9 @@ class InfoEntropyConfig:
         "what is minimised, by each token's weight, with H the entropy of the predicted "
         "distribution and p the target's probability: infoentropy (sigma + H)^gamma; focal "
         "(1 - p)^gamma; lin_focal the same, differentiated too; eaft (H / ln 20)^gamma; dft "
-        "p^gamma; eslm 0 for the `quantile` of tokens with the lowest entropy, 1 for the others; "
-        "entrodrop 0 for each of those with probability gamma; cross_entropy 1; custom what "
-        "`weighting` names",
+        "p^gamma; deft p^S with S the sum of all squared probabilities; eslm 0 for the `quantile` "
+        "of tokens with the lowest entropy, 1 for the others; entrodrop 0 for each of those with "
+        "probability gamma; cross_entropy 1; custom what `weighting` names",
     )
     gamma: float = _setting(
         1.0,
@@ -86,8 +89,8 @@ class InfoEntropyConfig:
         "auto",
         "paper: alpha = mean over data-parallel ranks of 1/mean(w), per micro-batch, as published; "
         "global: sum(w ce)/sum(w) over everything, so that it does not depend on how a batch is "
-        "cut; none: alpha = 1; auto: none for lin_focal, eaft and dft, as published, paper for all "
-        "others",
+        "cut; none: alpha = 1; auto: none for lin_focal, eaft, dft and deft, as published, paper "
+        "for all others",
     )
     detach_weight: bool = _setting(
         True, "treat the weight as a constant in the backward pass, as published"
@@ -262,7 +265,7 @@ class InfoEntropyConfig:
             idle.append("quantile")
         if objective != "infoentropy":
             idle.append("sigma")
-        if objective in ("custom", "eslm"):
+        if objective in WITHOUT_GAMMA:
             idle.append("gamma")
         reset = {name: getattr(plain, name) for name in idle}
         return dataclasses.replace(self, **reset, objective=objective)
@@ -274,7 +277,12 @@ class InfoEntropyConfig:
             return False
         if self.objective in ("eslm", "entrodrop") and self.quantile == 0:
             return False
-        return self.objective in ("custom", "eslm") or self.gamma != 0
+        return self.objective in WITHOUT_GAMMA or self.gamma != 0
+
+    @property
+    def needs_sum_p_squared(self) -> bool:
+        """Whether the weight takes sum p^2, which costs 4 bytes a token in the collective."""
+        return self.is_weighted and self.objective == "deft"
 
     @property
     def compares_tokens(self) -> bool:

@@ -116,9 +116,13 @@ def pack(statistics: TokenStatistics) -> torch.Tensor:
     return torch.stack([part.to(parts[0].dtype) for part in parts])
 
 
-def unpack(output: torch.Tensor) -> TokenStatistics:
+def unpack(output: torch.Tensor, config: InfoEntropyConfig) -> TokenStatistics:
     """The reverse of `pack`; `is_top` comes back as 0 and 1."""
-    return TokenStatistics(*output.float().unbind(0))
+    return TokenStatistics.of_present(
+        output.float().unbind(0),
+        uniform=config.label_smoothing > 0,
+        squares=config.needs_sum_p_squared,
+    )
 
 
 def check_sharding(columns: int, expected: int | None, group: Group | None) -> None:

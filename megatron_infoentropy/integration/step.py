@@ -197,7 +197,7 @@ class InfoEntropyForwardStep:
             loss = loss * torch.where(mask_sum > 0, num_tokens / mask_sum, 1)
         is_global = self.config.normalization == "global"
         self.batch_weight.add(report["weight"][0] if is_global else mask_sum)
-        self.observer.add(unpack(output.detach()), weight, loss_mask, report["objective"])
+        self.observer.add(unpack(output.detach(), config), weight, loss_mask, report["objective"])
         if self.config.gamma_schedule != "constant":
             # Filled on the device: a copy from the host would wait for it.
             gamma = torch.full_like(loss.detach(), config.gamma)
@@ -220,7 +220,7 @@ def training_loss(
     samples: consumed before this step. With "global" the sum is of w l: the weight of the whole
     batch is not known yet and divides the gradients in the end.
     """
-    statistics = unpack(output)
+    statistics = unpack(output, config)
     tokens = token_batch(
         statistics,
         loss_mask,

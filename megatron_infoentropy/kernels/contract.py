@@ -4,31 +4,36 @@ Shapes: N tokens, V = columns of this rank's logits. A backend knows no process 
 no mask; `loss` knows no pointers. Source of the formulas: the log-sum-exp identity, with every sum
 taken over non-negative terms so that nothing cancels.
 
-`shard_statistics(logits_NV, target_N, shard, options) -> statistics_RN`, one read of the logits:
+`shard_statistics(logits_NV, target_N, shard, options, inverse_temperature_N) -> statistics_RN`, one
+read of the logits:
 
     row MAX       m   = max x_i
     row TAIL      R   = sum e^(x_i - m) - 1                 the mass beside one maximal logit
     row SPREAD    U   = sum e^(x_i - m) (m - x_i)
     row TARGET    x_y = the target's logit, 0 where another shard owns the target
-    row DISTANCE  D   = sum (m - x_i)                       only where options.distance: R = 5 rows
+    row DISTANCE  D   = sum (m - x_i)                       only where options.distance
+    last row SQUARES  Q = sum e^(2 (x_i - m)) - 1           only where options.squares
 
-from which, once the shards are folded, CE = (m - x_y) + log1p(R), H = log1p(R) + U / (1 + R), and
-D / V + log1p(R) is the cross entropy of the uniform distribution (label smoothing). R is kept
-instead of Z = 1 + R because for a confident token R is far below the rounding of 1.
+from which, once the shards are folded, CE = (m - x_y) + log1p(R), H = log1p(R) + U / (1 + R),
+D / V + log1p(R) is the cross entropy of the uniform distribution (label smoothing), and
+(1 + Q) / (1 + R)^2 = sum p_i^2. R is kept instead of Z = 1 + R because for a confident token R is
+far below the rounding of 1.
 
-`shard_gradient(logits_NV, target_N, shard, options, coefficients_RN, out_NV) -> None`, one read,
-one write:
+`shard_gradient(logits_NV, target_N, shard, options, coefficients_RN, out_NV, inverse_temperature_N)
+-> None`, one read, one write:
 
     row SHIFT   m    the maximum over all shards
-    row SCALE   a    dz_i = (e^(x_i - m) (a + b (x_i - m)) + c) s_i
+    row SCALE   a    dz_i = (e_i (a + b (x_i - m) + q e_i) + c) s_i,  e_i = e^(x_i - m)
     row SLOPE   b
     row TARGET_GRADIENT  g_y  the gradient of the target's own column is g_y s_y
     row OFFSET  c    only where options.distance, else 0
+    last row QUADRATIC  q  only where options.squares, else 0
 
-x_i is the logit as the model means it: with options, softcap tanh(z_i / softcap) / temperature of
-the stored z_i, computed in fp32 and never stored; s_i = 1 - tanh^2(z_i / softcap), 1 without a
-softcap (the factor 1 / temperature is the caller's, folded into the coefficients). s_i is taken
-from z_i without a difference: x_i rounds to the cap where s_i is still 1e-8.
+x_i is the logit as the model means it: with options, softcap tanh(z_i / softcap) / temperature (or,
+where `inverse_temperature_N` is given, times that of the token) of the stored z_i, computed in fp32
+and never stored; s_i = 1 - tanh^2(z_i / softcap), 1 without a softcap (the factor 1 / temperature
+is the caller's, folded into the coefficients). s_i is taken from z_i without a difference: x_i
+rounds to the cap where s_i is still 1e-8.
 
 Conventions that every backend keeps:
   * statistics and coefficients are fp32 (fp64 for fp64 logits); `out_NV` has the logits' dtype, is
@@ -38,10 +43,11 @@ Conventions that every backend keeps:
   * ignored tokens: never read; statistics 0, gradient exactly 0, even where the row holds NaN;
   * a logit of -inf has probability exactly 0 and carries no entropy, also under a softcap, so that
     a mask stays a mask (s = 0, for the target too); a row (or a shard) of only -inf has m = -inf,
-    R = -1 (no mass), U = D = 0; one -inf beside a finite logit makes D = inf; NaN or +inf in a row
-    gives NaN in that row only (under a softcap +inf is the cap);
+    R = Q = -1 (no mass), U = D = 0; one -inf beside a finite logit makes D = inf; NaN or +inf in a
+    row gives NaN in that row only (under a softcap +inf is the cap);
   * of the logits and `out_NV` the last dimension is contiguous, rows may lie any distance apart
-    without overlapping; `target_N` is int64 and, like the coefficients, contiguous.
+    without overlapping; `target_N` is int64 and, like the coefficients, contiguous;
+    `inverse_temperature_N` is None or like the statistics, positive and contiguous.
 """
 
 from dataclasses import dataclass
@@ -68,11 +74,12 @@ class Options(NamedTuple):
     softcap: float = 0.0  # bound on |logit|; 0 is none
     temperature: float = 1.0  # > 0; divides the (capped) logits
     distance: bool = False  # also the rows DISTANCE and OFFSET
+    squares: bool = False  # also, as the last row, SQUARES and QUADRATIC
 
     @property
     def rows(self) -> int:
         """Rows of the statistics and of the coefficients."""
-        return 5 if self.distance else 4
+        return 4 + self.distance + self.squares
 
 
 PLAIN = Options()
@@ -80,7 +87,12 @@ PLAIN = Options()
 
 class ShardStatistics(Protocol):
     def __call__(
-        self, logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+        self,
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        shard: Shard,
+        options: Options,
+        inverse_temperature_N: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -93,6 +105,7 @@ class ShardGradient(Protocol):
         options: Options,
         coefficients_RN: torch.Tensor,
         out_NV: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None = None,
     ) -> None: ...
 
 

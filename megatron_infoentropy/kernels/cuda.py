@@ -49,7 +49,11 @@ def splits(tokens: int, columns: int, multiprocessors: int) -> int:
 
 
 def shard_statistics(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     n, device = logits_NV.shape[0], logits_NV.device
@@ -60,7 +64,7 @@ def shard_statistics(
     workspace = statistics_RN.new_empty(size)
     with torch.cuda.device(device):
         _C.cuda_shard_statistics(
-            **arguments(logits_NV, target_N, shard, options),
+            **arguments(logits_NV, target_N, shard, options, inverse_temperature_N),
             statistics=statistics_RN.data_ptr(),
             splits=share,
             workspace=workspace.data_ptr(),
@@ -77,12 +81,13 @@ def shard_gradient(
     options: Options,
     coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> None:
     """See `kernels.contract`."""
     device = logits_NV.device
     with torch.cuda.device(device):
         _C.cuda_shard_gradient(
-            **arguments(logits_NV, target_N, shard, options),
+            **arguments(logits_NV, target_N, shard, options, inverse_temperature_N),
             width=logits_NV.shape[1],
             coefficients=coefficients_RN.data_ptr(),
             out=out_NV.data_ptr(),

@@ -39,8 +39,17 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
+def address_of(optional: torch.Tensor | None) -> int:
+    """The address of an argument that may be None, which is 0."""
+    return 0 if optional is None else optional.data_ptr()
+
+
 def arguments(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    options: Options,
+    inverse_temperature_N: torch.Tensor | None,
 ) -> dict[str, Any]:
     """Return what every function of the extension takes, by name."""
     return {
@@ -54,17 +63,23 @@ def arguments(
         "ignore_index": shard.ignore_index,
         "softcap": options.softcap,
         "temperature": options.temperature,
+        "inverse_temperatures": address_of(inverse_temperature_N),
         "distance": options.distance,
+        "squares": options.squares,
     }
 
 
 def shard_statistics(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     statistics_RN = logits_NV.new_empty((options.rows, logits_NV.shape[0]), dtype=torch.float32)
     _C.shard_statistics(
-        **arguments(logits_NV, target_N, shard, options),
+        **arguments(logits_NV, target_N, shard, options, inverse_temperature_N),
         statistics=statistics_RN.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -78,10 +93,11 @@ def shard_gradient(
     options: Options,
     coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> None:
     """See `kernels.contract`."""
     _C.shard_gradient(
-        **arguments(logits_NV, target_N, shard, options),
+        **arguments(logits_NV, target_N, shard, options, inverse_temperature_N),
         width=logits_NV.shape[1],
         coefficients=coefficients_RN.data_ptr(),
         out=out_NV.data_ptr(),

@@ -12,15 +12,16 @@ import torch
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard, statistics_dtype
 from megatron_infoentropy.kernels.dispatch import by_name
 
-# Every operator's last arguments: those of `Shard`, those of `Options`, the backend's name.
+# Every operator's last arguments: those of `Shard`, those of `Options`, each token's temperature if
+# they differ, the backend's name.
 _SETTINGS = (
     "int start, int columns, int ignore_index, float softcap, float temperature, bool distance, "
-    "str backend"
+    "bool squares, Tensor? inverse_temperature, str backend"
 )
 
 
-def _settings(*values: Any) -> tuple[Shard, Options, Kernels]:
-    return Shard(*values[:3]), Options(*values[3:6]), by_name(values[6])
+def _settings(*values: Any) -> tuple[Shard, Options, torch.Tensor | None, Kernels]:
+    return Shard(*values[:3]), Options(*values[3:7]), values[7], by_name(values[8])
 
 
 @torch.library.custom_op(
@@ -29,8 +30,8 @@ def _settings(*values: Any) -> tuple[Shard, Options, Kernels]:
     schema=f"(Tensor logits, Tensor target, {_SETTINGS}) -> Tensor",
 )
 def statistics_operator(logits: torch.Tensor, target: torch.Tensor, *values: Any) -> torch.Tensor:
-    shard, options, kernels = _settings(*values)
-    return kernels.shard_statistics(logits, target, shard, options)
+    shard, options, inverse_temperature, kernels = _settings(*values)
+    return kernels.shard_statistics(logits, target, shard, options, inverse_temperature)
 
 
 @statistics_operator.register_fake
@@ -47,9 +48,9 @@ def _(logits: torch.Tensor, target: torch.Tensor, *values: Any) -> torch.Tensor:
 def gradient_operator(
     logits: torch.Tensor, target: torch.Tensor, coefficients: torch.Tensor, *values: Any
 ) -> torch.Tensor:
-    shard, options, kernels = _settings(*values)
+    shard, options, inverse_temperature, kernels = _settings(*values)
     out = logits.new_empty(logits.shape)
-    kernels.shard_gradient(logits, target, shard, options, coefficients, out)
+    kernels.shard_gradient(logits, target, shard, options, coefficients, out, inverse_temperature)
     return out
 
 
@@ -121,15 +122,16 @@ def shard_statistics(
     target_N: torch.Tensor,
     shard: Shard,
     options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     if torch.compiler.is_compiling():
         result: torch.Tensor = statistics_operator(
-            logits_NV, target_N, *shard, *options, kernels.name
+            logits_NV, target_N, *shard, *options, inverse_temperature_N, kernels.name
         )
         return result
     require_plain(logits=logits_NV, target=target_N)
-    return kernels.shard_statistics(logits_NV, target_N, shard, options)
+    return kernels.shard_statistics(logits_NV, target_N, shard, options, inverse_temperature_N)
 
 
 def shard_gradient(
@@ -139,6 +141,7 @@ def shard_gradient(
     shard: Shard,
     options: Options,
     coefficients_RN: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None = None,
     *,
     inplace: bool,
 ) -> torch.Tensor:
@@ -148,10 +151,13 @@ def shard_gradient(
     """
     if torch.compiler.is_compiling():
         result: torch.Tensor = gradient_operator(
-            logits_NV, target_N, coefficients_RN, *shard, *options, kernels.name
+            *(logits_NV, target_N, coefficients_RN, *shard, *options),
+            *(inverse_temperature_N, kernels.name),
         )
         return result
     require_plain(logits=logits_NV, coefficients=coefficients_RN)
     out_NV = logits_NV.detach() if inplace else torch.empty_like(logits_NV)
-    kernels.shard_gradient(logits_NV, target_N, shard, options, coefficients_RN, out_NV)
+    kernels.shard_gradient(
+        logits_NV, target_N, shard, options, coefficients_RN, out_NV, inverse_temperature_N
+    )
     return out_NV

@@ -152,11 +152,14 @@ def statistics_kernel(
     ignore_index,
     scale,  # makes a value the logit that is meant
     rate,  # scale log2 e
+    inverse_temperatures,  # a further factor of every token, with PER_TOKEN
     cap_high,  # 2 log2(e) / softcap, as a sum
     cap_low,
     ALIGNED: tl.constexpr,  # every row starts at a 16-byte boundary
     SOFTCAP: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     DISTANCE: tl.constexpr,
+    SQUARES: tl.constexpr,
     THREADS: tl.constexpr,
     LOADS: tl.constexpr,
 ):
@@ -168,14 +171,17 @@ def statistics_kernel(
     statistics += token
     y = tl.load(target + token)
     if y == ignore_index:
-        for part in tl.static_range(5 if DISTANCE else 4):
+        for part in tl.static_range(4 + DISTANCE + SQUARES):
             tl.store(statistics + part * tokens, 0.0)
         return
+    if PER_TOKEN:
+        scale *= tl.load(inverse_temperatures + token)
+        rate = scale * LOG2E
 
     cap = (cap_high, cap_low)
     row = logits + token * row_stride
     zeros = tl.zeros([THREADS], tl.float32)
-    state = (zeros + float("-inf"), zeros, zeros, zeros, zeros)
+    state = (zeros + float("-inf"), zeros, zeros, zeros, zeros, zeros)
     every = (zeros.to(tl.int32) + 1,) * COUNT
     done = 0
     if ALIGNED:
@@ -188,16 +194,16 @@ def statistics_kernel(
                 start += 4 * THREADS * LOADS
                 following = load_words(start, THREADS, LOADS)
                 z = logits_of(words, LOADS, DTYPE)
-                state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE)
+                state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE, SQUARES)
                 words = following
             z = logits_of(words, LOADS, DTYPE)
-            state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE)
+            state = _add(state, z, every, rate, cap, COUNT, SOFTCAP, DISTANCE, SQUARES)
     for start in tl.range(done, columns, THREADS * COUNT):
         z = load_logits(row, start, columns, VECTOR, THREADS, LOADS)
         exists = exist(start, columns, VECTOR, THREADS, LOADS) if DISTANCE else every
-        state = _add(state, z, exists, rate, cap, COUNT, SOFTCAP, DISTANCE)
+        state = _add(state, z, exists, rate, cap, COUNT, SOFTCAP, DISTANCE, SQUARES)
 
-    m, tail, spread, distance = _fold(state, rate, DISTANCE)
+    m, tail, spread, distance, squares = _fold(state, rate, DISTANCE, SQUARES)
     tl.store(statistics, m * scale)
     tl.store(statistics + tokens, tail)
     tl.store(statistics + 2 * tokens, spread * LN2)
@@ -207,6 +213,8 @@ def statistics_kernel(
     tl.store(statistics + 3 * tokens, x * scale)
     if DISTANCE:
         tl.store(statistics + 4 * tokens, distance * scale)
+    if SQUARES:
+        tl.store(statistics + (4 + DISTANCE) * tokens, squares)
 
 
 @triton.jit
@@ -219,13 +227,15 @@ def _add(
     COUNT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DISTANCE: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
     """The state of every thread after COUNT more logits, those that exist.
 
     The state is the maximum m; the mass beside one maximal logit; the sum of 2^t (-t), with
-    t = log2 e^(x - m); the sum of m - x; and how many logits there were.
+    t = log2 e^(x - m); the sum of m - x; how many logits there were; and the sum of 2^2t beside one
+    maximal logit.
     """
-    m, tail, spread, distance, seen = state
+    m, tail, spread, distance, seen, squares = state
     top = m
     values = ()
     others = ()
@@ -238,6 +248,8 @@ def _add(
     s = tl.exp2(t)
     spread = s * (spread - t * tail)
     tail = s * tail
+    if SQUARES:
+        squares = s * s * squares
     TERMS: tl.constexpr = GROUP if COUNT > GROUP else COUNT
     for group in tl.static_range(0, COUNT, TERMS):
         group_tail = tl.zeros_like(m)
@@ -247,6 +259,8 @@ def _add(
             e = tl.exp2(t)
             group_tail += e
             group_spread -= e * t
+            if SQUARES:
+                squares += e * e
         tail += group_tail
         spread += group_spread
     if DISTANCE:
@@ -255,13 +269,13 @@ def _add(
             # A maximum that drops NaN makes (-inf) - (-inf) no distance.
             distance += tl.where(exists[i] != 0, tl.maximum(top - values[i], 0.0), 0.0)
             seen += exists[i].to(tl.float32)
-    return top, tail, spread, distance, seen
+    return top, tail, spread, distance, seen, squares
 
 
 @triton.jit
-def _fold(state, rate, DISTANCE: tl.constexpr):
-    """m, R, U and D of the row from those of its threads."""
-    m, tail, spread, distance, seen = state
+def _fold(state, rate, DISTANCE: tl.constexpr, SQUARES: tl.constexpr):
+    """m, R, U, D and Q of the row from those of its threads."""
+    m, tail, spread, distance, seen, squares = state
     top = tl.max(m, 0)
     t = tl.maximum((m - top) * rate, FLOOR)
     s = tl.exp2(t)
@@ -272,8 +286,11 @@ def _fold(state, rate, DISTANCE: tl.constexpr):
     tail = tl.sum(tl.where(holds_top, tail, s * (1.0 + tail)), 0) + (tops - 1.0)
     if DISTANCE:
         distance += tl.where((seen == 0) | (top == m), 0.0, seen * (top - m))
+    if SQUARES:
+        squares = tl.where(holds_top, squares, s * s * (1.0 + squares))
     spoilt = (tl.sum((m != m).to(tl.int32), 0) > 0) | (top == float("inf"))
-    return top, tl.where(spoilt, float("nan"), tail), spread, tl.sum(distance, 0)
+    whole = tl.sum(squares, 0) + (tops - 1.0)
+    return top, tl.where(spoilt, float("nan"), tail), spread, tl.sum(distance, 0), whole
 
 
 @triton.jit(do_not_specialize=["tokens", "vocab_start", "ignore_index"])
@@ -290,13 +307,16 @@ def gradient_kernel(
     width,
     ignore_index,
     scale,
+    inverse_temperatures,  # as for the statistics
     cap_high,  # 2 log2(e) / softcap, as a sum
     cap_low,
     blocks,  # a row
     ALIGNED: tl.constexpr,  # every row of both starts at a 16-byte boundary
     TOGETHER: tl.constexpr,  # rows of both lie alike around 16-byte boundaries
     SOFTCAP: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     OFFSET: tl.constexpr,
+    QUADRATIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`contract.shard_gradient` of block program_id(0) % blocks of row program_id(0) // blocks."""
@@ -315,18 +335,25 @@ def gradient_kernel(
     if y == ignore_index:
         tl.store(out_at, 0.0, mask=written, eviction_policy="evict_first")
         return
+    if PER_TOKEN:
+        scale *= tl.load(inverse_temperatures + token)
 
     cap = (cap_high, cap_low)
+    row_coefficients = coefficients + token
     own = y - vocab_start
     own = tl.where((own >= 0) & (own < columns), own - start, BLOCK).to(tl.int32)
     if (start >= 0) & (start + BLOCK <= columns):
         z = tl.load(z_at, eviction_policy="evict_first")
-        dz = _gradient(z, lane == own, coefficients + token, tokens, scale, cap, SOFTCAP, OFFSET)
+        dz = _gradient(
+            z, lane == own, row_coefficients, tokens, scale, cap, SOFTCAP, OFFSET, QUADRATIC
+        )
         tl.store(out_at, dz, eviction_policy="evict_first")
     else:
         read = (start + lane >= 0) & (start + lane < columns)
         z = tl.load(z_at, mask=read, other=0.0, eviction_policy="evict_first")
-        dz = _gradient(z, lane == own, coefficients + token, tokens, scale, cap, SOFTCAP, OFFSET)
+        dz = _gradient(
+            z, lane == own, row_coefficients, tokens, scale, cap, SOFTCAP, OFFSET, QUADRATIC
+        )
         tl.store(out_at, tl.where(read, dz, 0.0), mask=written, eviction_policy="evict_first")
 
 
@@ -340,6 +367,7 @@ def _gradient(
     cap,
     SOFTCAP: tl.constexpr,
     OFFSET: tl.constexpr,
+    QUADRATIC: tl.constexpr,
 ):
     """The gradient of logits z of one row, in fp32."""
     m = tl.load(coefficients)
@@ -347,7 +375,11 @@ def _gradient(
     b = tl.load(coefficients + 2 * tokens) * LN2
     x, slope = meaning(z, cap, SOFTCAP)
     t = tl.maximum((x * scale - m) * LOG2E, FLOOR)
-    dz = tl.exp2(t) * (a + b * t)
+    e = tl.exp2(t)
+    sloped = a + b * t
+    if QUADRATIC:
+        sloped += e * tl.load(coefficients + (4 + OFFSET) * tokens)
+    dz = e * sloped
     if OFFSET:
         dz += tl.load(coefficients + 4 * tokens)
     return tl.where(is_target, tl.load(coefficients + 3 * tokens), dz) * slope

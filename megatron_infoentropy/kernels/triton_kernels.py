@@ -57,7 +57,11 @@ def _is_interpreted() -> bool:
 
 
 def shard_statistics(
-    logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    shard: Shard,
+    options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.contract`."""
     from megatron_infoentropy.kernels.triton_device import statistics_kernel
@@ -66,7 +70,7 @@ def shard_statistics(
     statistics_RN = logits_NV.new_empty((options.rows, n), dtype=torch.float32)
     if n == 0:
         return statistics_RN
-    scale = _scale(options)
+    scale = _scale(options, inverse_temperature_N)
     with torch.cuda.device(logits_NV.get_device()):
         statistics_kernel[(n,)](
             logits_NV,
@@ -79,10 +83,13 @@ def shard_statistics(
             shard.ignore_index,
             scale,
             scale * LOG2E,
+            statistics_RN if inverse_temperature_N is None else inverse_temperature_N,
             *_softcap_rate(options),
             ALIGNED=_is_aligned(logits_NV),
             SOFTCAP=options.softcap != 0,
+            PER_TOKEN=inverse_temperature_N is not None,
             DISTANCE=options.distance,
+            SQUARES=options.squares,
             THREADS=THREADS,
             LOADS=LOADS,
             num_warps=WARPS,
@@ -98,6 +105,7 @@ def shard_gradient(
     options: Options,
     coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> None:
     """See `kernels.contract`."""
     from megatron_infoentropy.kernels.triton_device import gradient_kernel
@@ -123,13 +131,16 @@ def shard_gradient(
             shard.columns,
             width,
             shard.ignore_index,
-            _scale(options),
+            _scale(options, inverse_temperature_N),
+            coefficients_RN if inverse_temperature_N is None else inverse_temperature_N,
             *_softcap_rate(options),
             blocks,
             ALIGNED=aligned,
             TOGETHER=_lie_alike(logits_NV, out_NV),
             SOFTCAP=options.softcap != 0,
+            PER_TOKEN=inverse_temperature_N is not None,
             OFFSET=options.distance,
+            QUADRATIC=options.squares,
             BLOCK=block,
             num_warps=WARPS,
             enable_fp_fusion=True,
@@ -147,9 +158,13 @@ def register_bound(*, aligned: bool, softcap: bool) -> int | None:
     return REGISTERS if softcap == aligned else None
 
 
-def _scale(options: Options) -> float:
-    """What a value between the softcap's -1 and 1, or a plain logit, is multiplied by."""
-    return (options.softcap or 1.0) / options.temperature
+def _scale(options: Options, inverse_temperature_N: torch.Tensor | None) -> float:
+    """What a value between the softcap's -1 and 1, or a plain logit, is multiplied by.
+
+    Where every token has its own temperature, that comes on top.
+    """
+    temperature = options.temperature if inverse_temperature_N is None else 1.0
+    return (options.softcap or 1.0) / temperature
 
 
 def _softcap_rate(options: Options) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 The statistics of T vocabulary shards are folded into those of the whole row. Every rank folds the
 same numbers in the same order, so every rank gets the same bits. Each term is non-negative, so
-nothing cancels. Rows are those of `kernels.contract`, R = 4 or 5 of them.
+nothing cancels. Rows are those of `kernels.contract`, R = 4 to 6 of them.
 """
 
 import math
@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import DISTANCE, MAX, SPREAD, TAIL, TARGET
+from megatron_infoentropy.kernels.contract import (
+    DISTANCE,
+    MAX,
+    PLAIN,
+    SPREAD,
+    TAIL,
+    TARGET,
+    Options,
+)
 
 
 class RowStatistics(NamedTuple):
@@ -25,18 +33,23 @@ class RowStatistics(NamedTuple):
     spread: torch.Tensor  # U = sum e^(x - M) (M - x)
     target_logit: torch.Tensor  # x_y
     distance: torch.Tensor | None  # D = sum (M - x), where it was asked for
+    squares: torch.Tensor | None  # Q = sum e^(2 (x - M)) - 1, where it was asked for
 
 
-def merge_shards(statistics_TRN: torch.Tensor, columns: Sequence[int]) -> RowStatistics:
+def merge_shards(
+    statistics_TRN: torch.Tensor, columns: Sequence[int], options: Options = PLAIN
+) -> RowStatistics:
     """The statistics of all shards, in rank order, folded into one.
 
-    columns: how many columns of each shard take part.
+    columns: how many columns of each shard take part; options: which rows there are.
     """
     m_TN, tail_TN, spread_TN, target_TN = statistics_TRN[:, : TARGET + 1].unbind(1)
-    distance_TN = statistics_TRN[:, DISTANCE] if statistics_TRN.shape[1] > DISTANCE else None
+    distance_TN = statistics_TRN[:, DISTANCE] if options.distance else None
+    squares_TN = statistics_TRN[:, -1] if options.squares else None
     if len(statistics_TRN) == 1:
         distance = None if distance_TN is None else distance_TN[0]
-        return RowStatistics(m_TN[0], tail_TN[0], spread_TN[0], target_TN[0], distance)
+        squares = None if squares_TN is None else squares_TN[0]
+        return RowStatistics(m_TN[0], tail_TN[0], spread_TN[0], target_TN[0], distance, squares)
     maximum, top = m_TN.max(0)
     # Only the first shard that holds the maximum keeps it out of its tail; on every other shard
     # the shard's own maximum is part of the mass beside it.
@@ -50,7 +63,11 @@ def merge_shards(statistics_TRN: torch.Tensor, columns: Sequence[int]) -> RowSta
             for r, count in enumerate(columns)
         ]
         distance = torch.stack(moved).sum(0)
-    return RowStatistics(maximum, tail.sum(0), spread.sum(0), target_TN.sum(0), distance)
+    squares = None
+    if squares_TN is not None:
+        moved_TN = rescale_squares(m_TN, squares_TN, maximum)
+        squares = torch.where(rank == top, squares_TN, moved_TN).sum(0)
+    return RowStatistics(maximum, tail.sum(0), spread.sum(0), target_TN.sum(0), distance, squares)
 
 
 def rescale(
@@ -66,6 +83,12 @@ def rescale(
     return scale * mass, scale * (spread - moved)
 
 
+def rescale_squares(m: torch.Tensor, squares: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """A shard's whole sum of squares, relative to the maximum of all shards."""
+    scale = torch.where(m == -torch.inf, 0, (2 * (m - maximum)).exp())
+    return scale * (1 + squares)
+
+
 def _moved_distance(
     m: torch.Tensor, distance: torch.Tensor, maximum: torch.Tensor, columns: int
 ) -> torch.Tensor:
@@ -73,22 +96,28 @@ def _moved_distance(
     return distance + (maximum - m) * columns if columns else distance
 
 
-def pack_for_sum(statistics_RN: torch.Tensor, maximum: torch.Tensor, columns: int) -> torch.Tensor:
+def pack_for_sum(
+    statistics_RN: torch.Tensor, maximum: torch.Tensor, columns: int, options: Options
+) -> torch.Tensor:
     """What this shard adds to the two-step form, once the MAX over ranks is known: [R, N]."""
     m, tail, spread, target = (statistics_RN[row] for row in (MAX, TAIL, SPREAD, TARGET))
     mass, moved_spread = rescale(m, tail, spread, maximum)
     is_top = m == maximum
     packed = [torch.where(is_top, tail, mass), is_top.to(tail.dtype), moved_spread, target]
-    if len(statistics_RN) > DISTANCE:
+    if options.distance:
         packed.append(_moved_distance(m, statistics_RN[DISTANCE], maximum, columns))
+    if options.squares:
+        squares = statistics_RN[-1]
+        packed.append(torch.where(is_top, squares, rescale_squares(m, squares, maximum)))
     return torch.stack(packed)
 
 
-def unpack_sum(sum_RN: torch.Tensor, maximum: torch.Tensor) -> RowStatistics:
+def unpack_sum(sum_RN: torch.Tensor, maximum: torch.Tensor, options: Options) -> RowStatistics:
     """The whole row's statistics from the sum over ranks of `pack_for_sum`."""
     tail, tops, spread, target = sum_RN[: TARGET + 1].unbind(0)
-    distance = sum_RN[DISTANCE] if len(sum_RN) > DISTANCE else None
-    return RowStatistics(maximum, tail + (tops - 1), spread, target, distance)
+    distance = sum_RN[DISTANCE] if options.distance else None
+    squares = sum_RN[-1] + (tops - 1) if options.squares else None
+    return RowStatistics(maximum, tail + (tops - 1), spread, target, distance, squares)
 
 
 Group = dist.ProcessGroup
@@ -104,17 +133,18 @@ def join_shards(
     group: Group | None,
     collective: Collective,
     columns: Sequence[int],
+    options: Options,
 ) -> RowStatistics:
     """The whole rows' statistics from this rank's shard.
 
-    "gather" is one all-gather of 16 bytes a token (20 with distances), folded in rank order: an
-    all-reduce whose order we own, so that all ranks get the same bits whatever the library
+    "gather" is one all-gather of 16 bytes a token (4 more with each option), folded in rank order:
+    an all-reduce whose order we own, so that all ranks get the same bits whatever the library
     underneath does. "all_reduce" is a MAX of 4 bytes and a packed SUM of 16, without that promise,
     for groups where it is faster. columns: how many take part, of every rank's shard.
     """
     world, rank = world_and_rank(group)
     if world == 1:
-        return merge_shards(statistics_RN.unsqueeze(0), columns)
+        return merge_shards(statistics_RN.unsqueeze(0), columns, options)
     if shards_are_compared():
         _compare_shards(statistics_RN, group, world)
     rows, n = statistics_RN.shape
@@ -122,13 +152,13 @@ def join_shards(
         # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
         every = statistics_RN.new_empty((world * rows, n))
         dist.all_gather_into_tensor(every, statistics_RN, group=group)
-        return merge_shards(every.view(world, rows, n), columns)
+        return merge_shards(every.view(world, rows, n), columns, options)
     if collective == "all_reduce":
         maximum = statistics_RN[MAX].clone()
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        packed = pack_for_sum(statistics_RN, maximum, columns[rank])
+        packed = pack_for_sum(statistics_RN, maximum, columns[rank], options)
         dist.all_reduce(packed, group=group)
-        return unpack_sum(packed, maximum)
+        return unpack_sum(packed, maximum, options)
     raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
 
 

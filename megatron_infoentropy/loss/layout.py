@@ -78,6 +78,10 @@ class Rows(NamedTuple):
     target_N: torch.Tensor
     order: list[int]  # leading dimensions of the logits, outermost in memory first
 
+    def flatten(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] of [...] in the target's shape, in the order of the rows, contiguous."""
+        return values.permute(self.order).reshape(-1).contiguous()
+
     def restore(self, result_N: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """A result of every row in the target's own shape."""
         inverse = [self.order.index(axis) for axis in range(len(self.order))]
@@ -157,17 +161,48 @@ def split_vocabulary(
     return Vocabulary(size, Shard(rank * width, columns[rank], ignore_index), columns)
 
 
-def make_options(softcap: float | None, temperature: float, distance: bool) -> Options:
-    """The kernels' options.
+def make_options(
+    softcap: float | None,
+    temperature: float | torch.Tensor,
+    distance: bool,
+    squares: bool,
+) -> Options:
+    """The kernels' options; of a temperature for each token see `inverse_temperature`.
 
     Raises:
         ValueError: a softcap or a temperature that is not positive.
     """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
+    if isinstance(temperature, torch.Tensor):
+        temperature = 1.0
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return Options(float(softcap or 0), float(temperature), distance)
+    return Options(float(softcap or 0), float(temperature), distance, squares)
+
+
+def inverse_temperature(
+    temperature: float | torch.Tensor, target: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return 1 / temperature in the target's shape, a constant; None where all have the same.
+
+    Raises:
+        ValueError: another shape than the target's, or on a CPU a value that is not positive.
+    """
+    if not isinstance(temperature, torch.Tensor):
+        return None
+    check_tensors(target=target, temperature=temperature)
+    if temperature.shape != target.shape:
+        raise ValueError(
+            f"expected one temperature or one a token, in the target's shape {list(target.shape)}, "
+            f"got {list(temperature.shape)}"
+        )
+    inverse = temperature.detach().to(dtype).reciprocal()
+    is_wrong = ~((temperature > 0) & inverse.isfinite() & (inverse > 0))
+    if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and is_wrong.any():
+        wrong = float(temperature[is_wrong][0])
+        raise ValueError(f"temperatures must be positive, got {wrong} for some token")
+    return inverse.masked_fill(is_wrong, torch.nan)
 
 
 class StatisticsArguments(TypedDict):
@@ -177,8 +212,9 @@ class StatisticsArguments(TypedDict):
     vocab_size: int | None
     ignore_index: int
     softcap: float | None
-    temperature: float
+    temperature: float | torch.Tensor
     uniform_cross_entropy: bool
+    sum_p_squared: bool
     backend: Backend
     collective: Collective
 
@@ -199,6 +235,7 @@ def arguments_of(
         "softcap": config.softcap or None,
         "temperature": config.temperature,
         "uniform_cross_entropy": config.label_smoothing > 0,
+        "sum_p_squared": config.needs_sum_p_squared,
         "backend": config.backend,
         "collective": config.collective,
     }
@@ -229,8 +266,12 @@ def make_settings(
         RuntimeError: the named backend cannot run on such logits.
     """
     group = arguments["group"]
-    distance = arguments["uniform_cross_entropy"]
-    options = make_options(arguments["softcap"], arguments["temperature"], distance)
+    options = make_options(
+        arguments["softcap"],
+        arguments["temperature"],
+        arguments["uniform_cross_entropy"],
+        arguments["sum_p_squared"],
+    )
     vocabulary = split_vocabulary(arguments["vocab_size"], width, group, arguments["ignore_index"])
     chosen = kernels.select(arguments["backend"], x.device, x.dtype)
     return Settings(vocabulary, options, group, chosen, arguments["collective"], **more)

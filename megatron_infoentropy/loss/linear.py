@@ -20,7 +20,7 @@ at a time. The statistics are gathered once, after the last chunk: hiding a gath
 leave the last one in sight all the same. Shapes: as in `linear_chunks`; R rows of statistics.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,7 @@ from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
 from megatron_infoentropy.loss.layout import (
+    Cut,
     Settings,
     StatisticsArguments,
     arguments_of,
@@ -36,6 +37,7 @@ from megatron_infoentropy.loss.layout import (
     check_targets,
     check_tensors,
     cut_tokens,
+    inverse_temperature,
     leave_out_masked,
     local_shard,
     make_settings,
@@ -59,9 +61,9 @@ from megatron_infoentropy.loss.objective import (
 from megatron_infoentropy.loss.statistics import (
     Saved,
     TokenStatistics,
-    Upstream,
     coefficients,
     token_results,
+    upstream_of,
 )
 from megatron_infoentropy.loss.token_batch import token_batch
 
@@ -128,28 +130,34 @@ class LinearStatistics(torch.autograd.Function):
         hidden_LH: torch.Tensor,
         weight_VH: torch.Tensor,
         target_N: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None,
         settings: Settings,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
-        statistics_RN = _shard_statistics(hidden_LH, weight_VH, target_N, settings)
-        row = join_shards(statistics_RN, settings.group, settings.collective, columns)
+        tokens = _Tokens(target_N, inverse_temperature_N)
+        statistics_RN = _shard_statistics(hidden_LH, weight_VH, tokens, settings)
+        row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
-        ctx.save_for_backward(hidden_LH, weight_VH, target_N, *saved)
+        ctx.save_for_backward(hidden_LH, weight_VH, *tokens, *saved)
         ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings.into_main_grad)
         ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
-        return tuple(result for result in results if result is not None)
+        return results.present()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        hidden_LH, weight_VH, target_N, *kept = ctx.saved_tensors
+        hidden_LH, weight_VH, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
-        g_ce, g_entropy, g_lse, _, *g_uniform = gradients
-        upstream = Upstream(g_ce, g_entropy, g_lse, *(g_uniform or [None]))
-        size = settings.vocabulary.size
-        coefficients_RN = coefficients(upstream, Saved(*kept), size, settings.options)
+        tokens, options = _Tokens(target_N, inverse_temperature_N), settings.options
+        coefficients_RN = coefficients(
+            upstream_of(gradients, options),
+            Saved(*kept),
+            settings.vocabulary.size,
+            options,
+            inverse_temperature_N,
+        )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         total_VH = None
         if needs_weight:
@@ -160,32 +168,47 @@ class LinearStatistics(torch.autograd.Function):
             settings.cut,
             settings.group,
         )
-        _add_gradients(sums, hidden_LH, weight_VH, target_N, coefficients_RN, settings)
+        _add_gradients(sums, hidden_LH, weight_VH, tokens, coefficients_RN, settings)
         by_hidden_LH, total_VH = sums.finish()
         if total_VH is not None:
             total_VH = deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
-        return by_hidden_LH, total_VH, None, None
+        return by_hidden_LH, total_VH, None, None, None
+
+
+class _Tokens(NamedTuple):
+    """Of all slices; each [N]."""
+
+    target: torch.Tensor
+    inverse_temperature: torch.Tensor | None
+
+    def of(self, rows: slice, cut: Cut) -> "_Tokens":
+        """Those of one chunk, each [C]."""
+        inverse = self.inverse_temperature
+        return _Tokens(
+            cut.take(self.target, rows), None if inverse is None else cut.take(inverse, rows)
+        )
 
 
 def _shard_statistics(
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
-    target_N: torch.Tensor,
+    tokens: _Tokens,
     settings: Settings,
 ) -> torch.Tensor:
     """[R, N], of this rank's columns."""
     cut, options = settings.cut, settings.options
     dtype = statistics_dtype(hidden_LH)
-    statistics_RN = hidden_LH.new_empty((options.rows, len(target_N)), dtype=dtype)
+    statistics_RN = hidden_LH.new_empty((options.rows, len(tokens.target)), dtype=dtype)
     buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
     for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
-        logits_CV = logits_of(hidden_CH, weight_VH, buffer_CV)
+        chunk = tokens.of(rows, cut)
         part_RC = ops.shard_statistics(
             settings.kernels,
-            logits_CV,
-            cut.take(target_N, rows),
+            logits_of(hidden_CH, weight_VH, buffer_CV),
+            chunk.target,
             settings.vocabulary.shard,
             options,
+            chunk.inverse_temperature,
         )
         cut.put(statistics_RN, rows, part_RC)
     return statistics_RN
@@ -195,20 +218,22 @@ def _add_gradients(
     sums: LinearGradients,
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
-    target_N: torch.Tensor,
+    tokens: _Tokens,
     coefficients_RN: torch.Tensor,
     settings: Settings,
 ) -> None:
     cut = settings.cut
     buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
     for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+        chunk = tokens.of(rows, cut)
         dz_CV = ops.shard_gradient(
             settings.kernels,
             logits_of(hidden_CH, weight_VH, buffer_CV),
-            cut.take(target_N, rows),
+            chunk.target,
             settings.vocabulary.shard,
             settings.options,
             cut.take(coefficients_RN, rows),
+            chunk.inverse_temperature,
             inplace=True,
         )
         sums.add(rows, dz_CV, hidden_CH, weight_VH)
@@ -237,8 +262,9 @@ def linear_vocab_parallel_statistics(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     uniform_cross_entropy: bool = False,
+    sum_p_squared: bool = False,
     backend: Backend = "auto",
     collective: Collective = "gather",
     chunk_tokens: int = 4096,
@@ -256,11 +282,12 @@ def linear_vocab_parallel_statistics(
         vocab_size: the true size of the whole vocabulary, where the shards are padded.
         ignore_index: the target of tokens that take no part.
         softcap: logits become softcap * tanh(z / softcap).
-        temperature: logits are divided by it.
+        temperature: logits are divided by it; a number, or a tensor with one a token.
         uniform_cross_entropy: also return -mean ln p, which label smoothing needs.
+        sum_p_squared: also return sum p^2.
         backend: which kernels run.
         collective: how the shards' statistics are joined; `vocab_parallel_statistics` has more on
-            these seven.
+            these eight.
         chunk_tokens: tokens whose logits are made at a time; results depend on it only as far as
             matrix products round differently.
         sequence_parallel: gather `hidden` over `group`, scatter its gradient.
@@ -282,6 +309,7 @@ def linear_vocab_parallel_statistics(
         "softcap": softcap,
         "temperature": temperature,
         "uniform_cross_entropy": uniform_cross_entropy,
+        "sum_p_squared": sum_p_squared,
         "backend": backend,
         "collective": collective,
     }
@@ -294,8 +322,27 @@ def linear_vocab_parallel_statistics(
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
     )
-    results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-    return TokenStatistics(*(result.view(target.shape) for result in results))
+    inverse = inverse_temperature(temperature, target, statistics_dtype(hidden))
+    inverse_N = None if inverse is None else inverse.reshape(-1).contiguous()
+    return _statistics_of(hidden_LH, weight, target_N, inverse_N, settings, target.shape)
+
+
+def _statistics_of(
+    hidden_LH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_N: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None,
+    settings: Settings,
+    shape: torch.Size,
+) -> TokenStatistics:
+    results: Any = LinearStatistics.apply(
+        hidden_LH, weight_VH, target_N, inverse_temperature_N, settings
+    )
+    return TokenStatistics.of_present(
+        (result.view(shape) for result in results),
+        uniform=settings.options.distance,
+        squares=settings.options.squares,
+    )
 
 
 def linear_infoentropy_loss(
@@ -363,8 +410,7 @@ def linear_infoentropy_loss(
         tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
         sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         return weighted_mean(TokenSums(*sums), config, data_parallel_group)
-    results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, settings)
-    statistics = TokenStatistics(*(result.view(target.shape) for result in results))
+    statistics = _statistics_of(hidden_LH, weight, target_N, None, settings, target.shape)
     batch = token_batch(
         statistics,
         mask,

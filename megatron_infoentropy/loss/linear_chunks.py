@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import statistics_dtype
+from megatron_infoentropy.kernels.contract import Options, statistics_dtype
 from megatron_infoentropy.loss.collective import (
     Group,
     RowStatistics,
@@ -65,6 +65,7 @@ def start_join(
     group: Group | None,
     collective: Collective,
     columns: Sequence[int],
+    options: Options,
 ) -> Callable[[], RowStatistics]:
     """`join_shards` in two halves: what is called between them hides the time of the gather.
 
@@ -72,7 +73,7 @@ def start_join(
     """
     world, _ = world_and_rank(group)
     if world == 1 or collective != "gather" or shards_are_compared():
-        return lambda: join_shards(statistics_RC, group, collective, columns)
+        return lambda: join_shards(statistics_RC, group, collective, columns, options)
     rows, n = statistics_RC.shape
     every = statistics_RC.new_empty((world * rows, n))
     work = dist.all_gather_into_tensor(every, statistics_RC, group=group, async_op=True)
@@ -80,7 +81,7 @@ def start_join(
     def arrived() -> RowStatistics:
         assert work is not None
         work.wait()
-        return merge_shards(every.view(world, rows, n), columns)
+        return merge_shards(every.view(world, rows, n), columns, options)
 
     return arrived
 

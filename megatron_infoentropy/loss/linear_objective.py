@@ -152,7 +152,9 @@ class _Pass:
         statistics_RC = ops.shard_statistics(
             settings.kernels, logits_CV, tokens.target, vocabulary.shard, options
         )
-        arrived = start_join(statistics_RC, settings.group, settings.collective, vocabulary.columns)
+        arrived = start_join(
+            statistics_RC, settings.group, settings.collective, vocabulary.columns, options
+        )
         return _Chunk(rows, hidden_CH, logits_CV, tokens, arrived)
 
     def _finish(self, chunk: _Chunk) -> None:

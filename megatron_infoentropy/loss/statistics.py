@@ -1,26 +1,27 @@
 """Cross entropy, entropy and log-sum-exp of every token, from logits whose vocabulary is sharded.
 
-    logits [N, V/T] --shard kernel--> [R, N] --one all-gather, fold in rank order--> ce, H, lse, u
+    logits [N, V/T] --shard kernel--> [R, N] --one all-gather, fold by rank--> ce, H, lse, u, S
 
-Each result is exactly differentiable. With upstream gradients g_ce, g_H, g_lse, g_u of a token, p
-the softmax, d = x - M and Ubar = U / Z:
+Each result is exactly differentiable. With upstream gradients g_ce, g_H, g_lse, g_u, g_S of a
+token, p the softmax, S = sum p^2, d = x - M and Ubar = U / Z:
 
-    dz_i = p_i (A + B d_i) + C - g_ce [i = y]
-    A = g_ce + g_lse + g_u - g_H Ubar,    B = -g_H,    C = -g_u / V
+    dz_i = p_i (A + B d_i + E p_i) + C - g_ce [i = y]
+    A = g_ce + g_lse + g_u - g_H Ubar - 2 g_S S,    B = -g_H,    C = -g_u / V,    E = 2 g_S
 
 so one kernel serves every loss made of them, and a new weighting needs no new kernel. The backward
-pass has no collective. Shapes: N tokens, V vocabulary, T ranks, R = 4 rows of statistics (5 where u
-is asked for). Statistics are fp32 (fp64 for fp64 logits). Source: chain rule; checked against
-float64 in tests/loss.
+pass has no collective. Shapes: N tokens, V vocabulary, T ranks, R = 4 rows of statistics (one more
+each where u and S are asked for). Statistics are fp32 (fp64 for fp64 logits). Source: chain rule;
+checked against float64 in tests/loss.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels import ops
-from megatron_infoentropy.kernels.contract import Options
+from megatron_infoentropy.kernels.contract import Options, statistics_dtype
 from megatron_infoentropy.loss.collective import Group, RowStatistics, join_shards
 from megatron_infoentropy.loss.layout import (
     Settings,
@@ -28,6 +29,7 @@ from megatron_infoentropy.loss.layout import (
     as_rows,
     check_logits,
     check_targets,
+    inverse_temperature,
     local_shard,
     make_settings,
 )
@@ -44,6 +46,20 @@ class TokenStatistics(NamedTuple):
     logsumexp: torch.Tensor  # ln sum e^logit
     is_top: torch.Tensor  # bool: no logit is above the target's; its mean is top-1 accuracy
     uniform_cross_entropy: torch.Tensor | None = None  # -mean ln p over the vocabulary, if asked
+    sum_p_squared: torch.Tensor | None = None  # sum p^2, in [1/V, 1], if asked; -ln of it: Renyi-2
+
+    def present(self) -> tuple[torch.Tensor, ...]:
+        """Those that were asked for: what an autograd function returns."""
+        return tuple(part for part in self if part is not None)
+
+    @classmethod
+    def of_present(
+        cls, parts: Iterable[torch.Tensor], *, uniform: bool, squares: bool
+    ) -> "TokenStatistics":
+        """The reverse of `present`."""
+        ce, entropy, lse, is_top, *optional = parts
+        first = optional.pop(0) if uniform else None
+        return cls(ce, entropy, lse, is_top, first, optional.pop(0) if squares else None)
 
 
 class Saved(NamedTuple):
@@ -54,6 +70,7 @@ class Saved(NamedTuple):
     mean_distance: torch.Tensor  # Ubar = U / Z
     cross_entropy: torch.Tensor
     entropy: torch.Tensor
+    sum_p_squared: torch.Tensor | None
 
 
 class Upstream(NamedTuple):
@@ -63,6 +80,15 @@ class Upstream(NamedTuple):
     entropy: torch.Tensor | None
     logsumexp: torch.Tensor | None
     uniform_cross_entropy: torch.Tensor | None
+    sum_p_squared: torch.Tensor | None
+
+
+def upstream_of(gradients: Sequence[torch.Tensor | None], options: Options) -> Upstream:
+    """What autograd hands back for `TokenStatistics.present`."""
+    g_ce, g_entropy, g_lse, _, *optional = gradients
+    g_uniform = optional.pop(0) if options.distance else None
+    g_squares = optional.pop(0) if options.squares else None
+    return Upstream(g_ce, g_entropy, g_lse, g_uniform, g_squares)
 
 
 def token_results(
@@ -86,22 +112,29 @@ def token_results(
     uniform = None
     if row.distance is not None:
         uniform = (row.distance / vocabulary + log_z).masked_fill(ignored, 0)
+    squares = None
+    if row.squares is not None:
+        squares = ((1 + row.squares) / z.square()).masked_fill(ignored, 0)
     return (
-        TokenStatistics(ce, entropy, lse, is_top, uniform),
-        Saved(row.maximum, z, mean_distance, ce, entropy),
+        TokenStatistics(ce, entropy, lse, is_top, uniform, squares),
+        Saved(row.maximum, z, mean_distance, ce, entropy, squares),
     )
 
 
 def coefficients(
-    upstream: Upstream, saved: Saved, vocabulary: int, options: Options
+    upstream: Upstream,
+    saved: Saved,
+    vocabulary: int,
+    options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[R, N] for the gradient kernel: SHIFT, SCALE, SLOPE, TARGET_GRADIENT and OFFSET if asked for.
+    """[R, N] for the gradient kernel, in the order of the contract.
 
     The target's own column is formed here as g_ce (p_y - 1) = g_ce expm1(-ce), which stays exact
     for confident tokens, where p_y rounds to 1.
     """
-    g_ce, g_entropy, g_lse, g_uniform = upstream
-    scale = slope = own = offset = torch.zeros_like(saved.z)
+    g_ce, g_entropy, g_lse, g_uniform, g_squares = upstream
+    scale = slope = own = offset = quadratic = torch.zeros_like(saved.z)
     p_y = torch.exp(-saved.cross_entropy)
     if g_ce is not None:
         scale = scale + g_ce
@@ -119,11 +152,18 @@ def coefficients(
         scale = scale + g_uniform
         offset = offset - g_uniform / vocabulary
         own = own + g_uniform * (p_y - 1 / vocabulary)
-    scale, slope = scale / saved.z, slope / saved.z
-    rows = [saved.maximum, scale, slope, own, offset][: options.rows]  # in the contract's order
-    if options.temperature != 1:
-        rows[1:] = [row / options.temperature for row in rows[1:]]
-    return torch.stack(rows)
+    if g_squares is not None:
+        assert saved.sum_p_squared is not None
+        scale = scale - 2 * g_squares * saved.sum_p_squared
+        quadratic = 2 * g_squares / saved.z.square()
+        own = own + 2 * g_squares * p_y * (p_y - saved.sum_p_squared)
+    rows = [scale / saved.z, slope / saved.z, own]
+    rows += [offset] * options.distance + [quadratic] * options.squares
+    if inverse_temperature_N is not None:
+        rows = [row * inverse_temperature_N for row in rows]
+    elif options.temperature != 1:
+        rows = [row / options.temperature for row in rows]
+    return torch.stack([saved.maximum, *rows])
 
 
 def vocab_parallel_statistics(
@@ -134,8 +174,9 @@ def vocab_parallel_statistics(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     uniform_cross_entropy: bool = False,
+    sum_p_squared: bool = False,
     backend: Backend = "auto",
     collective: Collective = "gather",
     inplace_backward: bool = False,
@@ -153,9 +194,11 @@ def vocab_parallel_statistics(
         ignore_index: tokens with this target get 0 everywhere and a gradient of exactly 0.
         softcap: replaces a logit z by softcap tanh(z / softcap) before anything else; logits of
             -inf stay masked.
-        temperature: divides the (capped) logits.
+        temperature: divides the (capped) logits; a number, or a tensor [...] in the target's
+            shape with one a token, which gets no gradient.
         uniform_cross_entropy: also give -mean ln p over the true vocabulary, which label smoothing
-            needs: 20 instead of 16 bytes a token are gathered.
+            needs: 4 bytes a token more than 16 are gathered.
+        sum_p_squared: also give sum p^2, for 4 bytes more.
         backend: "auto" or the name of one (`kernels.dispatch`). A named backend never falls back.
         collective: "gather" (one all-gather, bitwise equal on all ranks) or "all_reduce".
         inplace_backward: write the gradient over the logits, which saves one tensor of their size.
@@ -180,30 +223,43 @@ def vocab_parallel_statistics(
         "softcap": softcap,
         "temperature": temperature,
         "uniform_cross_entropy": uniform_cross_entropy,
+        "sum_p_squared": sum_p_squared,
         "backend": backend,
         "collective": collective,
     }
     settings = make_settings(logits, logits.shape[-1], arguments, inplace_backward=inplace_backward)
     rows = as_rows(logits, target)
     check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
-    results: Any = _Statistics.apply(rows.logits_NV, rows.target_N, settings)
-    return TokenStatistics(*(rows.restore(result, target) for result in results))
+    inverse = inverse_temperature(temperature, target, statistics_dtype(logits))
+    inverse_N = None if inverse is None else rows.flatten(inverse)
+    results: Any = _Statistics.apply(rows.logits_NV, rows.target_N, inverse_N, settings)
+    return TokenStatistics.of_present(
+        (rows.restore(result, target) for result in results),
+        uniform=uniform_cross_entropy,
+        squares=sum_p_squared,
+    )
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, settings: Settings
+        ctx: Any,
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None,
+        settings: Settings,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
-        statistics_RN = ops.shard_statistics(settings.kernels, logits_NV, target_N, shard, options)
-        row = join_shards(statistics_RN, settings.group, settings.collective, columns)
+        statistics_RN = ops.shard_statistics(
+            settings.kernels, logits_NV, target_N, shard, options, inverse_temperature_N
+        )
+        row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
-        ctx.save_for_backward(logits_NV, target_N, *saved)
+        ctx.save_for_backward(logits_NV, target_N, inverse_temperature_N, *saved)
         ctx.settings, ctx.overwritten = settings, False
         ctx.mark_non_differentiable(results.is_top)
-        return tuple(result for result in results if result is not None)
+        return results.present()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -218,19 +274,19 @@ class _Statistics(torch.autograd.Function):
                 "the logits of this loss were overwritten by their gradient in an earlier backward "
                 "pass; pass inplace_backward=False to run backward more than once"
             )
-        logits_NV, target_N, *kept = ctx.saved_tensors
+        logits_NV, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
-        g_ce, g_entropy, g_lse, _, *rest = gradients
-        g_uniform = rest[0] if rest else None
-        upstream, saved = Upstream(g_ce, g_entropy, g_lse, g_uniform), Saved(*kept)
+        options, saved = settings.options, Saved(*kept)
+        upstream, size = upstream_of(gradients, options), settings.vocabulary.size
         inplace = settings.inplace_backward and not compiling
         out_NV = ops.shard_gradient(
             settings.kernels,
             logits_NV,
             target_N,
             settings.vocabulary.shard,
-            settings.options,
-            coefficients(upstream, saved, settings.vocabulary.size, settings.options),
+            options,
+            coefficients(upstream, saved, size, options, inverse_temperature_N),
+            inverse_temperature_N,
             inplace=inplace,
         )
         if inplace:
@@ -238,4 +294,4 @@ class _Statistics(torch.autograd.Function):
             # The kernels write through raw pointers, which torch cannot see: say so, so that
             # anything else that saved these logits raises instead of reading a gradient.
             torch.autograd.graph.increment_version(logits_NV)
-        return out_NV, None, None
+        return out_NV, None, None, None

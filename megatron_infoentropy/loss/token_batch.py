@@ -26,6 +26,7 @@ class TokenBatch:
     entropy: torch.Tensor  # nats, of the predicted distribution
     logsumexp: torch.Tensor
     is_top: torch.Tensor  # bool: no logit is above the target's
+    sum_p_squared: torch.Tensor | None  # of the predicted distribution; only for deft
     mask: torch.Tensor  # loss mask, 0 to 1; multiplies the weight afterwards
     target: torch.Tensor | None = None  # int64, ids in the whole vocabulary
     samples: int = 0  # training samples (sequences) consumed before this step, for curricula
@@ -73,19 +74,26 @@ class TokenBatch:
             bits = (bits ^ (bits >> 16)) * _MULTIPLIER
         return ((bits >> 8) & 0xFFFFFF).to(self.cross_entropy.dtype) / 2**24
 
-    def prepared(self, detach: bool) -> "TokenBatch":
-        """Return the batch as a weighting is shown it: see the class."""
-        valid = self.mask != 0
-
-        def shown(values: torch.Tensor) -> torch.Tensor:
-            return torch.where(valid, values.detach() if detach else values, 1)
-
+    def detached(self) -> "TokenBatch":
+        """Return the batch with its statistics as constants."""
+        squares = self.sum_p_squared
         return replace(
             self,
-            cross_entropy=shown(self.cross_entropy),
-            entropy=shown(self.entropy),
-            logsumexp=shown(self.logsumexp),
-            is_top=self.is_top.bool() & valid,
+            cross_entropy=self.cross_entropy.detach(),
+            entropy=self.entropy.detach(),
+            logsumexp=self.logsumexp.detach(),
+            sum_p_squared=None if squares is None else squares.detach(),
+        )
+
+    def prepared(self, detach: bool) -> "TokenBatch":
+        """Return the batch as a weighting is shown it: see the class."""
+        batch, valid = self.detached() if detach else self, self.mask != 0
+        return replace(
+            batch,
+            cross_entropy=torch.where(valid, batch.cross_entropy, 1),
+            entropy=torch.where(valid, batch.entropy, 1),
+            logsumexp=torch.where(valid, batch.logsumexp, 1),
+            is_top=batch.is_top.bool() & valid,
         )
 
 
@@ -118,6 +126,7 @@ def token_batch(
         entropy=statistics.entropy,
         logsumexp=statistics.logsumexp,
         is_top=statistics.is_top,
+        sum_p_squared=statistics.sum_p_squared,
         mask=torch.ones_like(ce, requires_grad=False) if mask is None else mask.to(ce.dtype),
         target=target,
         samples=samples,

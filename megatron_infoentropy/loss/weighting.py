@@ -27,12 +27,15 @@ def token_weight(batch: TokenBatch, config: InfoEntropyConfig) -> torch.Tensor:
         focal         (1 - p)^gamma        lin_focal: the same, differentiated
         eaft          (H / ln 20)^gamma    published (arXiv 2601.02151): H of the 20 largest logits
         dft           p^gamma              published (arXiv 2508.05629): gamma 1
+        deft          p^S, S = sum p_i^2   published (arXiv 2602.11424): by its gradient, below
         eslm          1 if H >= q else 0   published (arXiv 2505.19893)
         entrodrop     1 if H >= q, else 0 with probability gamma (after arXiv 2512.23422)
         custom        the configuration's own function
 
-    then mixed with 1 by config.blend. A constant in the backward pass where
-    `config.detach_weight`. The weight is not multiplied by the mask, but finite where that is 0.
+    deft is published as the loss (1 - p^S) / S with a constant S, whose gradient is that of w ce
+    with the constant w = p^S. Then mixed with 1 by config.blend. A constant in the backward pass
+    where `config.detach_weight`. The weight is not multiplied by the mask, but finite where that is
+    0.
 
     Raises:
         ValueError: a custom function cannot be loaded, returns another shape or, on a CPU, a
@@ -44,14 +47,15 @@ def token_weight(batch: TokenBatch, config: InfoEntropyConfig) -> torch.Tensor:
         shown = batch.prepared(config.detach_weight)
         weight = _comparing_weight(shown, config)
     else:
-        ce, entropy = batch.cross_entropy, batch.entropy
-        if config.detach_weight:
-            ce, entropy = ce.detach(), entropy.detach()
-        weight = _power(ce, entropy, config)
+        weight = _power(batch.detached() if config.detach_weight else batch, config)
     return torch.lerp(weight, torch.ones_like(weight), config.blend) if config.blend else weight
 
 
-def _power(ce: torch.Tensor, entropy: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
+def _power(batch: TokenBatch, config: InfoEntropyConfig) -> torch.Tensor:
+    ce, entropy = batch.cross_entropy, batch.entropy
+    if config.objective == "deft":
+        assert batch.sum_p_squared is not None
+        return torch.exp(-batch.sum_p_squared * ce)
     if config.objective == "dft":
         return torch.exp(-config.gamma * ce)
     if config.objective == "infoentropy":
@@ -124,6 +128,7 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
         entropy=entropy,
         logsumexp=torch.full_like(ce, 11.0, requires_grad=False),
         is_top=ce.detach() == 0,
+        sum_p_squared=None,
         mask=torch.ones_like(ce, requires_grad=False),
         target=torch.zeros_like(ce, dtype=torch.int64, requires_grad=False),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+from megatron_infoentropy.kernels.native import address_of
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "emulate_cuda.cpp"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of its numbers
@@ -45,20 +46,29 @@ def _logits(logits: torch.Tensor, target: torch.Tensor, shard: Shard) -> list[ob
     ]
 
 
+def _options(options: Options, inverse_temperature_N: torch.Tensor | None) -> list[object]:
+    return [
+        ctypes.c_float(options.softcap),
+        ctypes.c_float(options.temperature),
+        ctypes.c_void_p(address_of(inverse_temperature_N) or None),
+        4 if options.distance else 0,
+        options.rows - 1 if options.squares else 0,
+    ]
+
+
 def shard_statistics(
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
     shard: Shard,
     options: Options,
+    inverse_temperature_N: torch.Tensor | None = None,
     splits: int = 1,
 ) -> torch.Tensor:
     """See `kernels.contract`; `splits` is how many blocks share a row."""
     statistics_RN = torch.full((options.rows, logits_NV.shape[0]), 7.0)
     _library().emulate_statistics(
         *_logits(logits_NV, target_N, shard),
-        ctypes.c_float(options.softcap),
-        ctypes.c_float(options.temperature),
-        options.rows,
+        *_options(options, inverse_temperature_N),
         splits,
         ctypes.c_void_p(statistics_RN.data_ptr()),
     )
@@ -72,15 +82,14 @@ def shard_gradient(
     options: Options,
     coefficients_RN: torch.Tensor,
     out_NV: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None = None,
 ) -> None:
     """See `kernels.contract`."""
     assert coefficients_RN.is_contiguous()
     _library().emulate_gradient(
         *_logits(logits_NV, target_N, shard),
-        ctypes.c_float(options.softcap),
-        ctypes.c_float(options.temperature),
+        *_options(options, inverse_temperature_N),
         ctypes.c_void_p(coefficients_RN.data_ptr()),
-        options.rows,
         ctypes.c_void_p(out_NV.data_ptr()),
         ctypes.c_int64(out_NV.stride(0)),
         out_NV.shape[1],

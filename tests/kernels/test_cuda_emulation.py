@@ -10,7 +10,10 @@ import cuda_emulation
 import pytest
 import torch
 from close import assert_within, assert_within_bf16_ulp
-from test_native_options import assert_a_nan_stays_one
+from test_native_options import (
+    assert_a_nan_stays_one,
+    assert_every_token_has_its_own_temperature,
+)
 
 from megatron_infoentropy.kernels import reference
 from megatron_infoentropy.kernels.contract import (
@@ -29,7 +32,8 @@ OPTIONS = {
     "plain": PLAIN,
     "distance": Options(distance=True),
     "temperature": Options(temperature=0.7),
-    "softcap": Options(softcap=30.0, temperature=1.3, distance=True),
+    "squares": Options(squares=True),
+    "softcap": Options(softcap=30.0, temperature=1.3, distance=True, squares=True),
 }
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 every_dtype = pytest.mark.parametrize("dtype", cuda_emulation.DTYPES, ids=str)
@@ -59,6 +63,13 @@ def assert_statistics(got, logits, target, shard, options):
     assert_within(got[SPREAD], truth[SPREAD], rtol=3e-6 + slack, atol=slack)
     if options.distance:
         assert_within(got[DISTANCE], truth[DISTANCE], rtol=1e-6, atol=1e-6 + slack)
+    if options.squares:
+        assert_within(got[-1], truth[-1], rtol=6e-6 + 2 * slack)
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap"])
+def test_every_token_may_have_its_own_temperature(name):
+    assert_every_token_has_its_own_temperature(cuda_emulation, OPTIONS[name])
 
 
 @every_option
@@ -75,7 +86,7 @@ def test_statistics_of_any_vocabulary_and_alignment(dtype, options):
 @pytest.mark.parametrize("splits", [2, 3, 7, 32])
 def test_blocks_that_share_a_row_find_what_one_finds(splits, options):
     logits, target = random_case(3, 50257, torch.bfloat16, offset=5)
-    got = cuda_emulation.shard_statistics(logits, target, whole(50257), options, splits)
+    got = cuda_emulation.shard_statistics(logits, target, whole(50257), options, splits=splits)
     assert_statistics(got, logits, target, whole(50257), options)
 
 
@@ -83,7 +94,9 @@ def test_every_column_is_read_once():
     """With equal logits TAIL counts the columns; with one high logit MAX finds it anywhere."""
     for v in (*range(1, 70), 8192 + 9, 3 * 8192 + 5):
         logits = torch.full((2, v), -3.0, dtype=torch.bfloat16)
-        got = cuda_emulation.shard_statistics(logits, torch.zeros(2).long(), whole(v), PLAIN, 2)
+        got = cuda_emulation.shard_statistics(
+            logits, torch.zeros(2).long(), whole(v), PLAIN, None, 2
+        )
         assert got[TAIL].tolist() == [v - 1, v - 1]
     v = 1021
     logits = torch.eye(v, dtype=torch.bfloat16) * 9
@@ -126,15 +139,16 @@ def test_logits_of_minus_infinity_have_no_mass(dtype, options):
 
 
 def coefficients_for(logits, target, shard, options):
-    """Coefficients as the loss makes them, with an entropy term and, where asked for, an offset."""
+    """Coefficients as the loss makes them, with an entropy term and what else is asked for."""
     truth = reference.shard_statistics(logits.double(), target, shard, options)
     z = 1 + truth[TAIL]
     upstream = torch.linspace(0.5, 2, len(target), dtype=torch.float64, device=target.device)
-    rows = [truth[MAX], upstream / z, -0.3 * upstream / z, -0.9 * upstream, 1e-5 * upstream]
-    return torch.stack(rows[: options.rows]).float()
+    rows = [truth[MAX], upstream / z, -0.3 * upstream / z, -0.9 * upstream]
+    rows += [1e-5 * upstream] * options.distance + [0.4 * upstream / z**2] * options.squares
+    return torch.stack(rows).float()
 
 
-@pytest.mark.parametrize("options", [OPTIONS[n] for n in ("plain", "softcap")], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[n] for n in ("plain", "squares", "softcap")], ids=str)
 @every_dtype
 @pytest.mark.parametrize("place", ["same alignment", "other alignment", "in place"])
 def test_gradient_of_any_vocabulary_and_alignment(dtype, options, place):
@@ -186,6 +200,21 @@ def test_a_bf16_gradient_is_rounded_once_down_to_the_smallest_step():
     assert (got == expected.to(torch.bfloat16)).double().mean() >= 0.99
     assert (got[0] != 0).double().mean() > 0.99
     assert got[0].abs().min() < 2.0**-126
+
+
+@every_dtype
+def test_ignored_rows_are_never_read(dtype):
+    logits, target = random_case(3, 9000, dtype)
+    logits[1] = torch.nan
+    target[1] = 5
+    shard = Shard(0, 9000, 5)
+    target[[0, 2]] = 6
+    got = cuda_emulation.shard_statistics(logits, target, shard, OPTIONS["softcap"])
+    assert torch.equal(got[:, 1], torch.zeros(6))
+    assert got[:, [0, 2]].isfinite().all()
+    out = torch.full_like(logits, 7)
+    cuda_emulation.shard_gradient(logits, target, shard, PLAIN, got[:4].contiguous(), out)
+    assert torch.equal(out[1], torch.zeros(9000, dtype=dtype))
 
 
 def test_a_shard_of_padding_alone_is_empty():

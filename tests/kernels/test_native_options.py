@@ -29,7 +29,8 @@ OPTIONS = {
     "temperature": Options(temperature=0.7),
     "softcap": Options(softcap=30.0),
     "tight softcap": Options(softcap=2.0, temperature=1.5),
-    "all": Options(softcap=5.0, temperature=0.5, distance=True),
+    "squares": Options(squares=True),
+    "all": Options(softcap=5.0, temperature=0.5, distance=True, squares=True),
 }
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -88,6 +89,30 @@ def assert_statistics_equal_the_reference(logits, target, shard, options):
     if options.distance:
         v = shard.columns
         assert_within(got[DISTANCE] / v, want[DISTANCE] / v, atol=2 * rounding, rtol=1e-6)
+    if options.squares:
+        assert_within(got[-1] / mass**2, want[-1] / mass**2, atol=4e-7 + 4 * rounding)
+
+
+def assert_every_token_has_its_own_temperature(kernels, options):
+    """As in calls of one row with that temperature for all."""
+    logits, target, shard = random_case(1100, torch.float32)
+    temperatures = torch.linspace(0.3, 3, len(logits))
+    inverse = temperatures.reciprocal()
+    coefficients = random_coefficients(logits, target, shard, options)
+    together = kernels.shard_statistics(logits, target, shard, options, inverse)
+    dz = torch.full_like(logits, torch.nan)
+    kernels.shard_gradient(logits, target, shard, options, coefficients, dz, inverse)
+    for i, temperature in enumerate(temperatures.tolist()):
+        alone = options._replace(temperature=temperature)
+        row = (logits[i : i + 1], target[i : i + 1], shard, alone)
+        assert_within(together[:, i : i + 1], kernels.shard_statistics(*row).double(), rtol=2e-6)
+        expected = gradient(kernels, *row, coefficients[:, i : i + 1].contiguous())
+        assert_within(dz[i : i + 1], expected.double(), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "all"])
+def test_every_token_may_have_its_own_temperature(instructions, name):
+    assert_every_token_has_its_own_temperature(native, OPTIONS[name])
 
 
 def assert_gradient_equals_the_reference(logits, target, shard, options):
@@ -158,6 +183,8 @@ def test_masked_logits_stay_masked(instructions, options):
     assert_within(got[:, 1:], want[:, 1:], atol=1e-4, rtol=1e-6)
     if options.distance:
         assert got[DISTANCE, :4].tolist() == [0, torch.inf, torch.inf, torch.inf]
+    if options.squares:
+        assert got[-1, [0, 3]].tolist() == [-1, 0]
     coefficients = random_coefficients(logits, target, shard, options)
     dz = gradient(native, logits, target, shard, options, coefficients)[1:4]
     truth = gradient(reference, logits.double(), target, shard, options, coefficients.double())[1:4]

@@ -8,7 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from close import assert_within
-from test_native_options import OPTIONS, gradient, random_case, random_coefficients
+from test_native_options import (
+    OPTIONS,
+    assert_every_token_has_its_own_temperature,
+    gradient,
+    random_case,
+    random_coefficients,
+)
 
 from megatron_infoentropy.kernels import reference, triton_kernels
 from megatron_infoentropy.kernels.contract import (
@@ -50,6 +56,8 @@ def assert_statistics_equal_the_reference(logits, target, shard, options):
     if options.distance:
         v = shard.columns
         assert_within(got[DISTANCE] / v, want[DISTANCE] / v, atol=2 * rounding, rtol=1e-6)
+    if options.squares:
+        assert_within(got[-1] / mass**2, want[-1] / mass**2, atol=4e-7 + 4 * rounding)
 
 
 def assert_gradient_equals_the_reference(logits, target, shard, options):
@@ -81,6 +89,11 @@ def test_every_option_around_a_tile(beside, dtype, options):
     case = random_case(TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
     assert_statistics_equal_the_reference(*case, options)
     assert_gradient_equals_the_reference(*case, options)
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_every_token_may_have_its_own_temperature(name):
+    assert_every_token_has_its_own_temperature(triton_kernels, OPTIONS[name])
 
 
 @EVERY_DTYPE

@@ -30,7 +30,7 @@ NOT_INTEGERS = {
     "cap_low": "fp32",
     "target": "*i64",
 }
-NOT_INTEGERS |= {"statistics": "*fp32", "coefficients": "*fp32"}
+NOT_INTEGERS |= {"statistics": "*fp32", "coefficients": "*fp32", "inverse_temperatures": "*fp32"}
 DIVISIBLE = ("row_stride", "out_row_stride", "columns", "width")  # by 16, where rows are aligned
 
 
@@ -56,15 +56,16 @@ def variants(arch: int) -> Iterator[dict[str, Any]]:
 def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
     """Triton's compiled kernel, with the specialisations of a launch with such logits."""
     aligned, dtype = variant["aligned"], variant["dtype"]
-    constants = {"ALIGNED": aligned, "SOFTCAP": variant["options"]}
+    constants = {"ALIGNED": aligned, "SOFTCAP": variant["options"], "PER_TOKEN": False}
     chosen: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
     if variant["kernel"] == "statistics":
         kernel = statistics_kernel
         constants |= {"DISTANCE": variant["options"], "THREADS": THREADS, "LOADS": LOADS}
+        constants["SQUARES"] = False
     else:
         kernel = gradient_kernel
         constants |= {"OFFSET": variant["options"], "BLOCK": THREADS * LOADS * 16 // SIZES[dtype]}
-        constants["TOGETHER"] = True
+        constants |= {"TOGETHER": True, "QUADRATIC": False}
         chosen["maxnreg"] = register_bound(aligned=aligned, softcap=variant["options"])
     types = NOT_INTEGERS | {"logits": f"*{dtype}", "out": f"*{dtype}"}
     types |= dict.fromkeys(constants, "constexpr")

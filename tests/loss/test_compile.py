@@ -160,7 +160,8 @@ def test_statistics_of_their_own_compile_too():
 )
 def test_the_operators_pass_pytorchs_own_check(dtype, backend, distance):
     logits, target = random_case(dtype=dtype)
-    options = (0, 250, -100, 4.0, 0.8, distance, backend)
+    inverse = torch.linspace(0.5, 2, len(target)) if distance else None
+    options = (0, 250, -100, 4.0, 0.8, distance, distance, inverse, backend)
     torch.library.opcheck(ops.statistics_operator, (logits, target, *options))
-    coefficients = torch.rand(5 if distance else 4, len(target))
+    coefficients = torch.rand(6 if distance else 4, len(target))
     torch.library.opcheck(ops.gradient_operator, (logits, target, coefficients, *options))

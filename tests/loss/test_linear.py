@@ -78,7 +78,7 @@ def statistics_on_rank(chunks, sequence_parallel, collective, options, group):
             **options,
         )
         parts = [part for part in got if part is not None and part.dtype.is_floating_point]
-        gradients = torch.cat([upstream(), upstream()[:1] / 3])[: len(parts)]
+        gradients = torch.cat([upstream(), upstream()[:2] / 3])[: len(parts)]
         (torch.stack(parts) * gradients).sum().backward()
         results.append((torch.stack(parts).detach(), hidden.grad, weight.grad))
     return results
@@ -140,14 +140,15 @@ def test_the_two_step_collective_gives_the_same():
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_softcap_temperature_and_smoothing_reach_the_kernels(world):
-    options = {"softcap": 3.0, "temperature": 1.7, "uniform_cross_entropy": True}
+    options = {"softcap": 3.0, "uniform_cross_entropy": True, "sum_p_squared": True}
+    options["temperature"] = torch.linspace(0.5, 2, S * B, dtype=torch.float64).view(S, B)
     hidden, weight, target, _ = make_case()
     hidden.requires_grad_(), weight.requires_grad_()
     expected = vocab_parallel_statistics(
         hidden @ weight.T, target, vocab_size=TRUE_SIZE, backend="reference", **options
     )
     parts = [part for part in expected if part.dtype.is_floating_point]
-    (torch.stack(parts) * torch.cat([upstream(), upstream()[:1] / 3])).sum().backward()
+    (torch.stack(parts) * torch.cat([upstream(), upstream()[:2] / 3])).sum().backward()
     found = on_ranks(statistics_on_rank, world, (7,), False, "gather", options)
     for ((values, by_hidden, _),) in found:
         assert_within(values, torch.stack(parts), atol=1e-12)

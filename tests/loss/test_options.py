@@ -1,5 +1,7 @@
 """Smoothing, z-loss, entropy bonus, softcap, temperature, accuracy: each against its definition."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -139,17 +141,82 @@ def test_the_weight_is_that_of_the_plain_statistics():
     assert_within(difference, expected, atol=1e-13)
 
 
-def test_four_statistics_are_gathered_unless_a_fifth_is_asked_for():
+def squares_on_rank(collective, backend):
+    """sum p^2 and the gradients of all statistics at a temperature for every token."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logits, target, temperature, upstream = squares_case()
+    shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    got = vocab_parallel_statistics(
+        shard,
+        target,
+        group=dist.group.WORLD,
+        vocab_size=TRUE_SIZE,
+        temperature=temperature,
+        sum_p_squared=True,
+        uniform_cross_entropy=True,
+        collective=collective,
+        backend=backend,
+    )
+    parts = [part for name, part in got._asdict().items() if name != "is_top"]
+    torch.autograd.backward(parts, list(upstream.to(shard.dtype)))
+    return [part.detach() for part in parts], shard.grad
+
+
+def squares_case():
+    logits, target = random_case(dtype=torch.float64)
+    generator = torch.Generator().manual_seed(8)
+    logits[2, int(target[2])] += 25  # p rounds to 1
+    temperature = torch.rand(len(target), generator=generator) * 2 + 0.3
+    target[4] = -100
+    return logits, target, temperature, torch.randn(5, len(target), generator=generator).double()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
+def test_sum_of_squares_and_a_temperature_for_every_token(collective, world):
+    """Against float64, padding left out, in every layout; the fifth token takes no part."""
+    logits, target, temperature, upstream = squares_case()
+    leaf = logits.clone().requires_grad_()
+    kept = leaf[:, :TRUE_SIZE] / temperature.double().unsqueeze(-1)
+    valid = target != -100
+    truth = [*dense_statistics(kept, target), uniform_cross_entropy(kept) * valid]
+    truth.append(kept.softmax(-1).square().sum(-1) * valid)
+    torch.autograd.backward(truth, list(upstream))
+    for rank, (parts, gradient) in enumerate(
+        run_ranks(squares_on_rank, world, collective, "reference")
+    ):
+        for part, expected in zip(parts, truth, strict=True):
+            assert_within(part, expected.detach(), atol=1e-12)
+        assert_within(gradient, leaf.grad.chunk(world, -1)[rank], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        (torch.ones(3), r"one a token, in the target's shape \[23\], got \[3\]"),
+        (torch.zeros(23), "temperatures must be positive, got 0.0"),
+        (torch.full((23,), torch.nan), "temperatures must be positive, got nan"),
+        (-torch.ones(23), "temperatures must be positive, got -1.0"),
+    ],
+    ids=["shape", "zero", "nan", "negative"],
+)
+def test_a_temperature_that_no_token_can_have_is_refused(temperature, message):
+    logits, target = random_case()
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_statistics(logits, target, temperature=temperature)
+
+
+def test_four_statistics_are_gathered_unless_more_are_asked_for():
     for sizes in run_ranks(gathered_bytes, 2):
-        assert sizes == [8 * 16, 8 * 20]
+        assert sizes == [8 * 16, 8 * 20, 8 * 20, 8 * 24]
 
 
 def gathered_bytes():
     from unittest import mock
 
     sizes = []
-    for label_smoothing in (0.0, 0.1):
-        config = InfoEntropyConfig(label_smoothing=label_smoothing)
+    for objective, label_smoothing in product(("infoentropy", "deft"), (0.0, 0.1)):
+        config = InfoEntropyConfig(objective=objective, label_smoothing=label_smoothing)
         wrapped = mock.Mock(wraps=dist.all_gather_into_tensor)
         with mock.patch.object(dist, "all_gather_into_tensor", wrapped):
             infoentropy_loss(torch.zeros(8, 32), torch.arange(8), config, group=dist.group.WORLD)

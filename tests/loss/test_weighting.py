@@ -318,6 +318,12 @@ def test_an_input_of_another_shape_is_refused():
 
 
 # The weight of every token from its cross entropy and entropy in float64, as published.
+def deft(logits, ce):
+    """As published: the loss (1 - p^S) / S with a constant S = sum p^2."""
+    squares = logits.double().softmax(-1).square().sum(-1).detach()
+    return (1 - torch.exp(-squares * ce)) / squares
+
+
 PRESETS = {
     "lin_focal": lambda ce, entropy, gamma: (1 - torch.exp(-ce)) ** gamma,
     "eaft": lambda ce, entropy, gamma: (entropy / math.log(20)) ** gamma,
@@ -346,6 +352,22 @@ def test_a_preset_is_its_papers_formula(objective, gamma, fused):
 
     for mine, truth in zip(loss_and_gradient(ours), loss_and_gradient(dense), strict=True):
         assert_within(mine, truth, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
+def test_deft_has_the_gradient_of_the_published_loss(fused):
+    config = InfoEntropyConfig(objective="deft", chunk_tokens=7)
+
+    def dense(leaf, target):
+        return deft(leaf, dense_statistics(leaf, target)[0]).mean()
+
+    def ours(leaf, target):
+        if fused:
+            return linear_infoentropy_loss(leaf, torch.eye(61).double(), target, None, config)
+        return infoentropy_loss(leaf, target, config)
+
+    (_, mine), (_, truth) = loss_and_gradient(ours), loss_and_gradient(dense)
+    assert_within(mine, truth, atol=1e-12)
 
 
 def test_tokens_of_low_entropy_are_dropped_with_probability_gamma():
