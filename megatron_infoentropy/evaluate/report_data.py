@@ -157,10 +157,12 @@ def _finite(value: object) -> object:
 
 
 def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
-    """Return a sentence for every setting whose weighting would have to be imported."""
+    """Return a sentence for every setting whose weights are not at hand."""
     losses = {group.label: final_loss(group.runs[0]) for group in groups}
+    custom = "as that takes its code: name it with --weighting"
+    comparing = "as they depend on the other tokens of a micro-batch"
     return [
-        f"The weights of {label} are not drawn, as that takes its code: name it with --weighting."
+        f"The weights of {label} are not drawn, {custom if loss.weighting else comparing}."
         for label, loss in losses.items()
         if not may_draw(loss, weightings)
     ]

@@ -5,7 +5,7 @@ first, of {"from_step", "objective", "gamma", "sigma", "normalization", "seed", 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,19 @@ def objective_in_words(loss: InfoEntropyConfig) -> str:
     if loss.objective == "cross_entropy":
         return "cross entropy"
     label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
-    label += f" {loss.weighting}" if loss.weighting else f" {GAMMA}={loss.gamma:g}"
+    if loss.weighting:
+        label += f" {loss.weighting}"
+    elif loss.objective != "eslm":
+        label += f" {GAMMA}={loss.gamma:g}"
+    if loss.objective in ("eslm", "entrodrop"):
+        label += f" quantile {loss.quantile:g}"
     if loss.gamma_schedule != "constant":
         label += f" to {loss.gamma_end:g}, {loss.gamma_schedule} in {loss.gamma_samples:,}"
     if loss.sigma != 1:
         label += f" {SIGMA}={loss.sigma:g}"
     if loss.blend:
         label += f", blended by {loss.blend:g}"
-    if loss.normalization != "paper":
+    if loss.normalization != replace(loss, normalization="auto").normalization:
         label += f", {loss.normalization} normalization"
     return label if loss.detach_weight else f"{label}, weight differentiated"
 

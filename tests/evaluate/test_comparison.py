@@ -232,14 +232,16 @@ def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
         "rising": {"gamma": 0.0, "gamma_schedule": "linear", "gamma_samples": 500},
         "own": {"objective": "custom", "weighting": "mine:weigh"},
         "smoothed": {"label_smoothing": 0.1},
+        "tenth": {"objective": "eslm"},
+        "fifth": {"objective": "eslm", "quantile": 0.2},
     }
     loaded = [
         load_run(write_run(tmp_path / name, objective="infoentropy", seed=1, loss=full | changes))
         for name, changes in several.items()
     ]
     groups = group_runs(loaded)
-    assert [len(group.runs) for group in groups] == [1] * 5
-    assert len({group.label for group in groups}) == 5
+    assert [len(group.runs) for group in groups] == [1] * 7
+    assert len({group.label for group in groups}) == 7
     assert not any(group.is_baseline for group in groups), "a schedule from 0 is not plain"
 
 

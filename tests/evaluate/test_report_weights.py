@@ -71,6 +71,12 @@ def test_a_gamma_that_is_0_at_the_end_weighs_nothing(write):
     assert [curve["run"] for curve in data["weights"]["curves"]] == [None] * 3
 
 
+def test_weights_that_depend_on_a_micro_batch_are_not_drawn_which_the_page_says(write):
+    data = report_data([load_run(write({"objective": "eslm"}))])
+    assert data["passages"] == []
+    assert "other tokens of a micro-batch" in data["verdict"]["limits"][-1]
+
+
 def test_a_run_folder_alone_makes_no_code_run(write, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "own")
     (tmp_path / "own.py").write_text("raise SystemExit('must not be imported')\n")
