@@ -59,6 +59,7 @@ package = "megatron_infoentropy.integration"
 module("megatron_infoentropy.runtime.cpu", install=None)
 module(package + ".checkpoints", checkpoint_flags=lambda flags: flags,
        choose_checkpoint=lambda flags: None, writing_manifests=lambda *both: nullcontext())
+module(package, checkpoints=sys.modules[package + ".checkpoints"])  # no torch, no Megatron
 from megatron_infoentropy import pretrain
 
 class Late:
@@ -378,7 +379,9 @@ def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save():
 def test_a_process_that_a_rank_has_spawned_outlives_the_order_to_save():
     """Megatron's queue of a checkpoint's writers; Slurm sends SIGTERM to every process."""
     code = (
-        "import runpy, signal; runpy.run_module('megatron_infoentropy.pretrain', None, "
+        "import runpy, signal, sys, types; "
+        "sys.modules['megatron_infoentropy.runtime.cpu'] = types.ModuleType('cpu'); "
+        "runpy.run_module('megatron_infoentropy.pretrain', None, "
         "'__mp_main__'); signal.raise_signal(signal.SIGTERM); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
