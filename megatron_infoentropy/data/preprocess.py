@@ -50,7 +50,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
-from megatron_infoentropy.data.workers import ENGINES, Settings, encode_blocks
+from megatron_infoentropy.data.workers import ENGINES, WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
@@ -301,7 +301,7 @@ def preprocess(
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     files = list(map(input_of, inputs))
     task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
-    settings = Settings(task.loaded, options, engine, named)
+    settings = WorkerSettings(task.loaded, options, engine, named)
     if engine == "gigatoken":  # calibrates it, once for all workers, or refuses it
         fast_engine(task.loaded, special_tokens=options.special_tokens)
     if not task.is_done():
@@ -326,7 +326,7 @@ def preprocess(
     return load_manifest(output)
 
 
-def _make(task: Task, settings: Settings, work: Path, workers: int, max_errors: int) -> Path:
+def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_errors: int) -> Path:
     """Run from the journal's place to the end; returns the finished folder."""
     run = JournalledRun(
         work,

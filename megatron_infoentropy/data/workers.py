@@ -37,7 +37,7 @@ ENGINES = {"hf": hf_engine, "gigatoken": fast_engine}
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """The message that a worker gets at its start."""
 
     loaded: LoadedTokenizer
@@ -78,7 +78,7 @@ class Encoded:
 class Encoder:
     """Encodes blocks with one tokenizer; as a class, since its engine takes long to start."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self.options = settings.options
         self.loaded = settings.loaded
         self.dtype = token_dtype(self.loaded.vocab_size)
@@ -169,7 +169,7 @@ class WorkerDied(RuntimeError):
 
 
 def encode_blocks(
-    settings: Settings, blocks: Iterable[Block], *, workers: int
+    settings: WorkerSettings, blocks: Iterable[Block], *, workers: int
 ) -> Iterator[tuple[Block, Encoded]]:
     """Encode in `workers` processes; results in the order of the blocks, few of them in flight.
 

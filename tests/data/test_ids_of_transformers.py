@@ -192,9 +192,9 @@ def test_a_worker_imports_no_transformers(tmp_path: Path) -> None:
 import pickle, sys
 from pathlib import Path
 from megatron_infoentropy.data.manifest import DataOptions
-from megatron_infoentropy.data.workers import Encoder, Settings
+from megatron_infoentropy.data.workers import Encoder, WorkerSettings
 loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
-encoder = Encoder(Settings(loaded, DataOptions(split_by=None)))
+encoder = Encoder(WorkerSettings(loaded, DataOptions(split_by=None)))
 assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size
 heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
 assert not heavy, heavy
