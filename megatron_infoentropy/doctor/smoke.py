@@ -139,20 +139,20 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
         timeout=timedelta(seconds=order.timeout_s),
     )
     dist.broadcast_object_list(plan)
-    collectives, memory, found = plan[0]
+    collectives, memory, refused = plan[0]
     facts.clock_s = clock_at_once()
     require_memory(facts, memory)
     done = [do_collective(each, device) for each in collectives]
     everyone = gathered(facts)
-    found = [*found, *troubles(everyone), *(trouble for _, wrong in done for trouble in wrong)]
+    said = [*refused, *troubles(everyone), *(trouble for _, wrong in done for trouble in wrong)]
     if me.rank == 0:
-        end = f"troubles: {len(found)}; mend before the training" if found else "ok  all is well"
+        end = f"troubles: {len(said)}; mend before the training" if said else "ok  all is well"
         seen = [line for one in everyone for line in one.seen] + [line for line, _ in done]
         needs = [f"a rank takes {memory / GIB:.1f} GiB of memory by the recipe"] if memory else []
-        tell("\n".join([*seen, *needs, *(f"!!  {trouble}" for trouble in found), end]))
+        tell("\n".join([*seen, *needs, *(f"!!  {trouble}" for trouble in said), end]))
     dist.barrier()  # torchrun ends all ranks when one ends with an exit code
     dist.destroy_process_group()
-    return found
+    return said
 
 
 def _store(me: JobRank, timeout_s: int) -> Any:
@@ -399,16 +399,18 @@ def members(ranks: int, stride: int, world: int) -> list[list[int]]:
 
 def troubles(facts: list[Facts]) -> list[str]:
     """Return a sentence for whatever would end the job, or spoil it, with the ranks it is about."""
-    found = []
+    sentences = []
     for name in dict.fromkeys(name for one in facts for name in one.same):
         usual, _ = Counter(one.same.get(name, "none") for one in facts).most_common(1)[0]
         odd = [one for one in facts if one.same.get(name, "none") != usual]
         for value in sorted({one.same.get(name, "none") for one in odd}):
             who = _who([one for one in odd if one.same.get(name, "none") == value])
-            found.append(f"{who}: {name} {value}, elsewhere {usual}: every host must have the same")
+            sentences.append(
+                f"{who}: {name} {value}, elsewhere {usual}: every host must have the same"
+            )
     for said in sorted({problem for one in facts for problem in one.problems}):
-        found.append(f"{_who([one for one in facts if said in one.problems])}: {said}")
-    return found + [
+        sentences.append(f"{_who([one for one in facts if said in one.problems])}: {said}")
+    return sentences + [
         f"{_who([one])}: its clock is {abs(one.clock_s):.1f} s "
         f"{'ahead of' if one.clock_s > 0 else 'behind'} rank 0's: synchronise the hosts "
         "(chrony or ntpd)"

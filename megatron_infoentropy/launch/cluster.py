@@ -70,7 +70,7 @@ class Address:
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     def __str__(self) -> str:
-        """The destination that ssh is given."""
+        """Return the destination that ssh is given."""
         user = f"{self.user}@" if self.user else ""
         if self.port is None:
             return user + self.host
@@ -78,7 +78,7 @@ class Address:
 
 
 def parse_hosts(hosts: str) -> tuple[Address, ...]:
-    """The machines of "HOST,USER@HOST,HOST:PORT,...".
+    """Return the machines of "HOST,USER@HOST,HOST:PORT,...".
 
     Raises:
         ValueError: names what is no machine that ssh could reach.
@@ -155,7 +155,7 @@ class Cluster:
 
     @property
     def device(self) -> Device:
-        """What a node's ranks compute on.
+        """Return what a node's ranks compute on.
 
         Raises:
             ValueError: nobody has said what, and this machine, without a GPU, may be unlike them.
@@ -171,7 +171,7 @@ class Cluster:
         return Device("cuda", "nccl", self.gpus_per_node) if self.gpus_per_node else CPU
 
     def complete(self, facts: dict[str, Any]) -> "Cluster":
-        """The same with the number of GPUs and ranks of a node, which `facts` of the flags decide.
+        """Return the same with a node's numbers of GPUs and ranks, which the flags' `facts` decide.
 
         Raises:
             ValueError: more ranks than GPUs, or a layout that the ranks cannot hold.
@@ -193,13 +193,13 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """Of all nodes; known when complete."""
+        """Return the number of ranks of all nodes; known when complete."""
         assert self.ranks_per_node is not None
         return self.nodes * self.ranks_per_node
 
     @property
     def endpoint(self) -> str:
-        """Where the nodes meet, as far as it is known before they are."""
+        """Return where the nodes meet, as far as it is known before they do."""
         if self.address or self.slurm is not None:
             return self.address
         if self.hosts:
@@ -214,34 +214,35 @@ def _require_endpoint(text: str) -> None:
     """
     try:
         address = Address.parse(text)
-        reason = "it has a user" if address.user else "it has no port"
+        no_port = "it has no port" if address.port is None else ""
+        reason = "it has a user" if address.user else no_port
     except ValueError as error:
-        address, reason = None, str(error)
-    if address is None or address.user or address.port is None:
+        reason = str(error)
+    if reason:
         raise ValueError(
             "--rdzv-endpoint must be HOST:PORT of the first node, an IPv6 address in brackets, "
             f"got {text!r}: {reason}"
         )
 
 
-def parse_slurm(options: str) -> tuple[str, ...]:
+def parse_slurm(text: str) -> tuple[str, ...]:
     """["--time=1:00:00", ...] of "--time 1:00:00 ..."; short options (-p gpu) too.
 
     Raises:
         ValueError: no options, or one that belongs to another option of ours.
     """
-    found: list[str] = []
-    for word in shlex.split(options):
+    options: list[str] = []
+    for word in shlex.split(text):
         if "\n" in word:
             raise ValueError(f"--slurm may not hold a value of several lines: {word!r}")
         if word.startswith("-"):
-            found.append(word)
-        elif not found or "=" in found[-1]:
+            options.append(word)
+        elif not options or "=" in options[-1]:
             raise ValueError(f"--slurm must be options of sbatch, such as '--time=8:00:00'; {word} "
                              "is none")  # fmt: skip
         else:
-            found[-1] += ("=" if found[-1].startswith("--") else " ") + word
-    for option in found:
+            options[-1] += ("=" if options[-1].startswith("--") else " ") + word
+    for option in options:
         name = _set_by_us(option)
         if name in ("--array", "-a"):
             raise ValueError(
@@ -253,11 +254,11 @@ def parse_slurm(options: str) -> tuple[str, ...]:
                 f"--slurm may not hold {name}: the job script sets it, from --nodes, "
                 "--gpus-per-node, --run and --save-seconds; edit the script for more"
             )
-    return tuple(found)
+    return tuple(options)
 
 
 def _set_by_us(option: str) -> str | None:
-    """The option of ours that sbatch takes this one for; it takes the beginning of a name too."""
+    """Return the script's own option that sbatch takes this one for, also by its beginning."""
     if not option.startswith("--"):
         return option[:2] if option[:2] in SET_BY_US else None
     name = option.partition("=")[0]
@@ -267,7 +268,7 @@ def _set_by_us(option: str) -> str | None:
 
 
 def parse_container(engine: str, image: str | None, mounts: list[str]) -> Container | None:
-    """The container that options name, if any.
+    """Return the container that options name, if any.
 
     Raises:
         ValueError: an engine that is not known, or mounts without an image.
@@ -282,7 +283,7 @@ def parse_container(engine: str, image: str | None, mounts: list[str]) -> Contai
 
 
 def absolute(path: Path, cluster: Cluster) -> Path:
-    """A path that every node can use, which works in another folder.
+    """Return a path that every node can use, which works in another folder.
 
     Raises:
         ValueError: the scripts would not survive it.

@@ -71,7 +71,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Of what the training's flags choose."""
+        """Return the sum of what the training's flags choose."""
         kept = self.weights + self.fp8_weights + self.gradients + self.optimizer
         return kept + self.activations + self.logits
 

@@ -168,20 +168,20 @@ def refusal(text: str) -> str | None:
 
 
 def _meant(refused: str, usage: str) -> str:
-    """Of the flags in argparse's usage those that look like the ones it does not know."""
+    """Return the flags of argparse's usage that look like the ones it does not know."""
     if not refused.startswith("unrecognized arguments"):
         return ""
     known = {flag.replace(OURS, "--"): flag for flag in re.findall(r"--[a-z][\w-]+", usage)}
-    found = [
-        known[near]
+    near = [
+        known[name]
         for flag in re.findall(r"--[\w-]+", refused)
-        for near in get_close_matches(flag.replace(OURS, "--"), known, 1)
+        for name in get_close_matches(flag.replace(OURS, "--"), known, 1)
     ]
-    return f"; is {' and '.join(found)} meant?" if found else ""
+    return f"; is {' and '.join(near)} meant?" if near else ""
 
 
 def tail(log: Path, start: int = 0) -> str:
-    """The end of a log, of what was written from byte `start` on."""
+    """Return the end of what was written into a log from byte `start` on."""
     with log.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(start, size - TAIL_BYTES))
@@ -189,7 +189,7 @@ def tail(log: Path, start: int = 0) -> str:
 
 
 def describe(code: int, log: Path, start: int) -> str:
-    """Of what a log says from byte `start` on: what it means, and the first traceback.
+    """Return what a log from byte `start` on means, and its first traceback.
 
     Flags that are refused need none.
     """
@@ -210,17 +210,17 @@ TRACEBACK = re.compile(r"^(\[rank\d+\]: )?Traceback \(most recent call last\):$"
 
 
 def _first_failure(text: str) -> str:
-    """A rank's first traceback, without torchrun's own account of its dead children.
+    """Return a rank's first traceback, without torchrun's own account of its dead children.
 
     Of a deep one the frames in the middle are left out: what was raised stands at its end.
     """
     own = TORCHRUNS_OWN.search(text)
     text = text[: own.start()].rpartition("\n")[0] if own else text
-    found = TRACEBACK.search(text)
-    if found is None:
+    begin = TRACEBACK.search(text)
+    if begin is None:
         return text[-3000:].rstrip()
-    rank = found[1] or ""
-    lines = [line for line in text[found.start() :].splitlines() if line.startswith(rank)]
+    rank = begin[1] or ""
+    lines = [line for line in text[begin.start() :].splitlines() if line.startswith(rank)]
     title, *rest = [line.removeprefix(rank) for line in lines]
     frames = "\n".join([title, *itertools.takewhile(lambda line: line[:1] in " \t", rest)])
     after = rest[frames.count("\n") :]

@@ -44,7 +44,7 @@ class TrainingJob:
     switch: bool = False  # go on from a checkpoint of another loss or seed
 
     def flags(self, device: Device) -> list[str]:
-        """The whole command line of every rank.
+        """Return the whole command line of every rank.
 
         Raises:
             ValueError: a recipe, a setting or a dataset that cannot be used.
@@ -59,7 +59,7 @@ class TrainingJob:
 
 
 def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
-    """Where tokenizer and data are, the latter blended as the recipe plans.
+    """Return the flags of tokenizer and data, the latter blended as the recipe plans.
 
     words: the flags of the training. With --eval-iters 0 only training data are named: Megatron
     fails on others of which it wants no sample.
@@ -136,7 +136,7 @@ def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
 def require_places(
     *, data: Path | None, tokenizer: Path | None, run: Path | None
 ) -> tuple[Path, Path, Path]:
-    """The three folders that a training needs and a dry run does not.
+    """Return the three folders that a training needs and a dry run does not.
 
     Raises:
         ValueError: names those that are missing.
@@ -174,7 +174,7 @@ def require_layout(ranks: int, facts: dict[str, Any]) -> None:
 
 
 def _blend(dataset: Path, weights: str) -> list[Any]:
-    """[weight, prefix, weight, prefix, ...]
+    """Return [weight, prefix, weight, prefix, ...].
 
     Raises:
         ValueError: also for a dataset that was cut off, before any rank stumbles over it.

@@ -255,8 +255,8 @@ def parameters_in(log: Path) -> int | None:
 
 def said_parameters(line: str) -> int | None:
     """Return the number in a line of the log, None for another line; ranks may print on one."""
-    found = re.search(r"model parameters: (\d+)", line)
-    return int(found[1]) if found else None
+    said = re.search(r"model parameters: (\d+)", line)
+    return int(said[1]) if said else None
 
 
 def _write(run: Path, content: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The machines and the layout, for a reader."""
+        """Name the machines and the layout, for a reader."""
         cluster, facts = self.cluster, read_facts(list(self.flags))
         kind = "GPUs" if cluster.gpus_per_node else "CPU ranks"
         copies = cluster.ranks // ranks_of_a_model(facts)
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def scripts(self) -> dict[str, str]:
-        """The scripts by their name, as text."""
+        """Return the scripts' texts, by their names."""
         scripts = {NODE: node_script(self)}
         if self.cluster.slurm is not None:
             scripts[JOB] = job_script(self)
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def command(self) -> list[str]:
-        """What starts them, all of them unless `by_hand`."""
+        """Return what starts them, all of them unless `by_hand`."""
         if self.cluster.slurm is not None:
             return ["sbatch", str(self.run / JOB)]
         if self.cluster.hosts:
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def by_hand(self) -> bool:
-        """Whether every node's user starts it: nothing here reaches the nodes."""
+        """Say whether every node's user starts it, since nothing here reaches the nodes."""
         reached = self.cluster.hosts or self.cluster.slurm is not None
         return self.cluster.nodes > 1 and not reached
 
@@ -160,7 +160,7 @@ def _environment(cluster: Cluster) -> list[str]:
 
 
 def node_command(container: Container | None) -> str:
-    """What a node runs before the path of node.sh; Pyxis is a part of srun itself."""
+    """Return what a node runs before the path of node.sh; Pyxis is a part of srun itself."""
     if container is None or container.engine == "pyxis":
         return "bash"
     binds = [f"--bind {shlex.quote(mount)}" for mount in container.mounts]
@@ -237,7 +237,7 @@ def job_script(plan: Plan) -> str:
 
 
 def _job_name(run: Path) -> str:
-    """The run folder's name, and what tells it from folders of that name elsewhere."""
+    """Return the run folder's name, and what tells it from folders of that name elsewhere."""
     return f"{run.name}-{sha256(str(run).encode()).hexdigest()[:6]}"
 
 
