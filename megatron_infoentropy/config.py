@@ -44,7 +44,7 @@ COMPARING = ("eslm", "entrodrop", "custom")
 WITHOUT_GAMMA = ("deft", "eslm", "custom")
 
 # Fields that say how the loss is computed, not what it is.
-MEANS = ("backend", "collective", "fused_linear", "chunk_tokens")
+MEANS = ("backend", "collective", "fused_linear", "chunk_tokens", "skip_masked")
 # Fields that change every objective alike, plain cross entropy too.
 COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature")
 # Those of them that are a part of the model: no Hugging Face class has them, so no export.
@@ -137,6 +137,11 @@ class InfoEntropyConfig:
         4096,
         "the most tokens whose logits exist at a time with fused_linear; fewer take less memory "
         "and more time",
+    )
+    skip_masked: bool = _setting(
+        True,
+        "with fused_linear: tokens that the loss mask leaves out are not multiplied by the output "
+        "weight; a GPU waits for their number once a micro-batch, and shapes depend on it",
     )
 
     def __post_init__(self) -> None:

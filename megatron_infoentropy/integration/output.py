@@ -106,6 +106,7 @@ def _fused_statistics(
         chunk_tokens=context.config.chunk_tokens,
         sequence_parallel=output_layer.sequence_parallel,
         into_main_grad=output_layer.gradient_accumulation_fusion,
+        skip_masked=context.config.skip_masked,
         **arguments,
     )
 

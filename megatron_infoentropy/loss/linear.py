@@ -44,12 +44,14 @@ from megatron_infoentropy.loss.layout import (
 )
 from megatron_infoentropy.loss.linear_chunks import (
     LinearGradients,
+    Selection,
     deliver_weight_gradient,
     hidden_chunks,
     logits_of,
     main_grad_of,
     new_weight_total,
     refuse_second_derivative,
+    select_tokens,
 )
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.objective import (
@@ -77,8 +79,9 @@ def prepare_linear(
     chunk_tokens: int,
     sequence_parallel: bool,
     into_main_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Settings]:
-    """(hidden [L, H], this rank's weight, target [N], settings), checked.
+    skip_masked: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Selection, Settings]:
+    """(hidden [L, H] and selection of what is multiplied, this rank's weight, settings), checked.
 
     Raises:
         ValueError: shapes, dtypes, targets or sizes that do not fit.
@@ -87,14 +90,17 @@ def prepare_linear(
     group = arguments["group"]
     weight = local_shard(weight, 0, group)
     check_tensors(hidden=hidden, weight=weight, target=target)
-    slices = world_and_rank(group)[0] if sequence_parallel else 1
+    slices, rank = world_and_rank(group) if sequence_parallel else (1, 0)
     _check_shapes(hidden, weight, target, slices)
+    ids, ignored = as_ids(target), arguments["ignore_index"]
+    selection = select_tokens(ids, slices, ignored, skip=skip_masked)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    if selection.index_SK is not None:
+        hidden_LH = hidden_LH.index_select(0, selection.index_SK[rank])
     cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
     settings = make_settings(hidden, len(weight), arguments, cut=cut, into_main_grad=into_main_grad)
-    target_N = as_ids(target).reshape(-1).contiguous()
-    check_targets(target_N, settings.vocabulary.size, settings.vocabulary.shard.ignore_index)
-    return hidden_LH, weight, target_N, settings
+    check_targets(ids, settings.vocabulary.size, ignored)
+    return hidden_LH, weight, selection, settings
 
 
 def _check_shapes(
@@ -270,6 +276,7 @@ def linear_vocab_parallel_statistics(
     chunk_tokens: int = 4096,
     sequence_parallel: bool = False,
     into_main_grad: bool = False,
+    skip_masked: bool = True,
 ) -> TokenStatistics:
     """`vocab_parallel_statistics` of the logits hidden @ weight^T, which never exist in full.
 
@@ -293,6 +300,8 @@ def linear_vocab_parallel_statistics(
         sequence_parallel: gather `hidden` over `group`, scatter its gradient.
         into_main_grad: add the weight's gradient to `weight.main_grad` where that exists, and
             return to autograd what Megatron's gradient accumulation fusion returns.
+        skip_masked: multiply only the tokens that take part, whose number a GPU waits for; off,
+            shapes do not depend on the data.
 
     Returns:
         TokenStatistics in the target's shape, fp32 (fp64 for fp64 hidden states).
@@ -313,7 +322,7 @@ def linear_vocab_parallel_statistics(
         "backend": backend,
         "collective": collective,
     }
-    hidden_LH, weight, target_N, settings = prepare_linear(
+    hidden_LH, weight, selection, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -321,25 +330,25 @@ def linear_vocab_parallel_statistics(
         chunk_tokens=chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
+        skip_masked=skip_masked,
     )
     inverse = inverse_temperature(temperature, target, statistics_dtype(hidden))
-    inverse_N = None if inverse is None else inverse.reshape(-1).contiguous()
-    return _statistics_of(hidden_LH, weight, target_N, inverse_N, settings, target.shape)
+    tokens = _Tokens(
+        selection.take(as_ids(target)), None if inverse is None else selection.take(inverse)
+    )
+    return _statistics_of(hidden_LH, weight, tokens, selection, settings)
 
 
 def _statistics_of(
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
-    target_N: torch.Tensor,
-    inverse_temperature_N: torch.Tensor | None,
+    tokens: _Tokens,
+    selection: Selection,
     settings: Settings,
-    shape: torch.Size,
 ) -> TokenStatistics:
-    results: Any = LinearStatistics.apply(
-        hidden_LH, weight_VH, target_N, inverse_temperature_N, settings
-    )
+    results: Any = LinearStatistics.apply(hidden_LH, weight_VH, *tokens, settings)
     return TokenStatistics.of_present(
-        (result.view(shape) for result in results),
+        (selection.restore(result) for result in results),
         uniform=settings.options.distance,
         squares=settings.options.squares,
     )
@@ -393,7 +402,7 @@ def linear_infoentropy_loss(
     """
     config = PUBLISHED if config is None else config
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
-    hidden_LH, weight, target_N, settings = prepare_linear(
+    hidden_LH, weight, selection, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -401,16 +410,18 @@ def linear_infoentropy_loss(
         chunk_tokens=config.chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,
+        skip_masked=config.skip_masked,
     )
+    target_N = selection.take(target)
     # Weights that compare tokens are formed of all of them at once, as without chunks.
     by_chunk = config.detach_weight and not config.compares_tokens
     if by_chunk or not config.is_weighted:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
-        tokens, differentiate = Tokens(target_N, mask.reshape(-1)), torch.is_grad_enabled()
+        tokens, differentiate = Tokens(target_N, selection.take(mask)), torch.is_grad_enabled()
         sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         return weighted_mean(TokenSums(*sums), config, data_parallel_group)
-    statistics = _statistics_of(hidden_LH, weight, target_N, None, settings, target.shape)
+    statistics = _statistics_of(hidden_LH, weight, _Tokens(target_N, None), selection, settings)
     batch = token_batch(
         statistics,
         mask,

@@ -2,11 +2,12 @@
 
 Shapes: L rows of this rank's hidden states (a slice of the sequence under sequence parallelism, all
 tokens otherwise), N tokens of all slices, C tokens of one chunk, H hidden size, V columns of this
-rank's vocabulary shard. The number of chunks depends on L alone, so that all ranks issue the same
-collectives in the same order, whatever their data.
+rank's vocabulary shard. The number of chunks depends on L, and where masked tokens are skipped on
+the targets, which all ranks hold: so they issue the same collectives in the same order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,43 @@ from megatron_infoentropy.loss.collective import (
     world_and_rank,
 )
 from megatron_infoentropy.loss.layout import Cut
+
+
+class Selection(NamedTuple):
+    """The tokens that are multiplied: of every slice those that take part, as many of each."""
+
+    index_SK: torch.Tensor | None  # places in the slices, [slices, K]; None is all of them
+    shape: torch.Size  # of the target
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] of [...] in the target's shape, contiguous."""
+        if self.index_SK is None:
+            return values.reshape(-1).contiguous()
+        return values.reshape(len(self.index_SK), -1).gather(1, self.index_SK).view(-1)
+
+    def restore(self, result_N: torch.Tensor) -> torch.Tensor:
+        """[...] in the target's shape, 0 for the tokens that were left out."""
+        if self.index_SK is None:
+            return result_N.view(self.shape)
+        slices = len(self.index_SK)
+        whole_SL = result_N.new_zeros((slices, self.shape.numel() // slices))
+        return whole_SL.scatter(1, self.index_SK, result_N.view(slices, -1)).view(self.shape)
+
+
+def select_tokens(target: torch.Tensor, slices: int, ignore_index: int, *, skip: bool) -> Selection:
+    """Return the tokens that take part; all of them unless `skip`, and where a graph is compiled.
+
+    Their number is looked at, which a GPU waits for. Where slices differ in it, the others are
+    filled up with tokens that take no part: all ranks then have as many chunks.
+    """
+    if not skip or torch.compiler.is_compiling() or not target.numel():
+        return Selection(None, target.shape)
+    takes_part_SL = target.reshape(slices, -1) != ignore_index
+    most = int(takes_part_SL.sum(1).max())
+    if most == takes_part_SL.shape[1]:
+        return Selection(None, target.shape)
+    order_SL = takes_part_SL.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return Selection(order_SL[:, :most].contiguous(), target.shape)
 
 
 def hidden_chunks(

@@ -58,6 +58,7 @@ def test_every_field_can_be_set_by_its_flag():
         "temperature": 0.9,
         "fused_linear": True,
         "chunk_tokens": 512,
+        "skip_masked": False,
     }
     assert given.keys() == {field.name for field in dataclasses.fields(InfoEntropyConfig)}
     words = []

@@ -1,5 +1,7 @@
 """The fused linear and loss equal dense float64: values and gradients by both inputs, on ranks."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -303,3 +305,45 @@ def test_ignored_and_masked_tokens_have_a_gradient_of_exactly_zero_even_beside_n
     linear_infoentropy_loss(hidden, weight, target, mask, config).backward()
     assert hidden.grad.isfinite().all()
     assert torch.equal(hidden.grad[3], torch.zeros(B, H, dtype=torch.float64))
+
+
+def masked_on_rank(sequence_parallel, share):
+    """[(results, gradients, rows of logits)] of the fused functions, masked rows skipped or not."""
+    group = dist.group.WORLD
+    results = []
+    for skip in (True, False):
+        hidden, weight, target, _ = make_case(sequence=12)
+        kept = torch.arange(target.numel()).view(target.shape) % 7 < share
+        target = target.masked_fill(~kept, -100)
+        for settings in ({}, {"detach_weight": False}, {"objective": "eslm"}, None):
+            h, w = shard_of(hidden, weight, group, sequence_parallel)
+            options = {"group": group, "vocab_size": TRUE_SIZE}
+            options["sequence_parallel"] = sequence_parallel
+            with mock.patch.object(torch, "mm", wraps=torch.mm) as product:
+                if settings is None:
+                    statistics = linear_vocab_parallel_statistics(
+                        h, w, target, chunk_tokens=4, skip_masked=skip, **options
+                    )
+                    values = torch.stack(statistics[:3])
+                else:
+                    config = InfoEntropyConfig(chunk_tokens=4, skip_masked=skip, **settings)
+                    values = linear_infoentropy_loss(h, w, target, None, config, **options)
+                made = [call.kwargs["out"] for call in product.call_args_list if call.kwargs]
+                rows = sum(len(logits) for logits in made if logits.shape[1] == len(w))
+                values.sum().backward()
+            results.append((values.detach(), h.grad, w.grad, rows))
+    return results
+
+
+@pytest.mark.parametrize("share", [0, 1, 6])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_masked_tokens_are_not_multiplied_and_change_nothing(sequence_parallel, share):
+    """share: of 7 tokens; they lie unevenly in the two slices of the sequence."""
+    for results in run_ranks(masked_on_rank, 2, sequence_parallel, share):
+        half = len(results) // 2
+        for skipped, whole in zip(results[:half], results[half:], strict=True):
+            for one, other in zip(skipped[:3], whole[:3], strict=True):
+                assert_within(one, other, atol=1e-12)
+            tokens = 12 * B
+            assert whole[3] == tokens
+            assert skipped[3] <= tokens * share / 7 + 2 * (1 + sequence_parallel)
