@@ -32,7 +32,7 @@ from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.from_hf import arguments_of
 from megatron_infoentropy.convert.hf_config import architecture_from_config
-from megatron_infoentropy.convert.matching import rows_of, shape_of
+from megatron_infoentropy.convert.naming import rows_of, shape_of
 
 BLOCK = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
 COMMANDS = {"export": convert_checkpoint, "import": convert_from_hf}

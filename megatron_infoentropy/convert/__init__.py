@@ -2,7 +2,7 @@
 
 reading    checkpoint (distcp, unpickle): any parallel layout, by layers; hf_weights
 what it is architecture: which family computes the same, or refused; hf_config
-mapping    naming (the table), matching, layout (the arrangement of numbers)
+mapping    naming (the table, and what is stored of it), layout (the arrangement of numbers)
 writing    to_hf (tokenizer, model_card), from_hf
 proof      verify: megatron_model or reference_model, by layers, beside hf_model; tokenizer
 """

@@ -31,9 +31,16 @@ from megatron_infoentropy.convert.errors import IncompleteCheckpointError, Unsup
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layout import LAYOUTS
-from megatron_infoentropy.convert.matching import counts, places, rows_of, shape_of
 from megatron_infoentropy.convert.model_card import BASE
-from megatron_infoentropy.convert.naming import EMBEDDING, TABLES, Row
+from megatron_infoentropy.convert.naming import (
+    EMBEDDING,
+    TABLES,
+    Row,
+    counts,
+    places,
+    rows_of,
+    shape_of,
+)
 from megatron_infoentropy.convert.to_hf import require_finite, require_place
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
 from megatron_infoentropy.data.tokenizer import TOKENIZER

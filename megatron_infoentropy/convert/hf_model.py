@@ -15,7 +15,7 @@ from megatron_infoentropy.convert.errors import IncompleteCheckpointError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
 from megatron_infoentropy.convert.layers import read_when_run
-from megatron_infoentropy.convert.matching import match_names, require_shape, steps_of
+from megatron_infoentropy.convert.naming import match_names
 from megatron_infoentropy.convert.to_hf import convert_steps
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
 
@@ -134,10 +134,7 @@ def network_of(checkpoint: MegatronCheckpoint, tokenizer: Path, dtype: torch.dty
 
     facts = read_tokenizer(tokenizer)
     model = architecture_of(checkpoint.args, facts.vocab_size)
-    sources = match_names(checkpoint.tensors, model)
-    for source in sources:
-        require_shape(source, checkpoint.tensors[source.name].shape, model)
-    steps = convert_steps(checkpoint, steps_of(sources, model), model, dtype)
+    steps = convert_steps(checkpoint, match_names(checkpoint.tensors, model), model, dtype)
     tensors = {name: tensor.clone() for name, tensor in steps}
     config = transformers.AutoConfig.for_model(**hf_config(model, dtype, facts.ids))
     family = getattr(transformers, CLASSES[model.family])

@@ -22,8 +22,8 @@ from megatron_infoentropy.convert.errors import InvalidWeightsError, Unsupported
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
-from megatron_infoentropy.convert.matching import Source, Step, match_names, require_shape, steps_of
 from megatron_infoentropy.convert.model_card import model_card
+from megatron_infoentropy.convert.naming import Step, match_names, shape_of
 from megatron_infoentropy.convert.tokenizer import (
     class_to_name,
     copy_tokenizer,
@@ -108,9 +108,9 @@ def convert_checkpoint(
     model = architecture_of(opened.args, None if facts is None else facts.vocab_size)
     model, not_qwen2 = _choose_family(model, family, tokenizer)
     named = None if tokenizer is None else class_to_name(tokenizer, model.family)
-    sources = match_names(opened.tensors, model)
+    steps = match_names(opened.tensors, model)
     torch_dtype = _choose_dtype(dtype, opened)
-    numbers = _numbers(opened, sources, model)
+    numbers = _numbers(steps, model)
     parameters = sum(numbers.values())
     require_space(output, parameters * torch_dtype.itemsize)
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as folder:
@@ -192,22 +192,14 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     return stored.pop() if len(stored) == 1 else torch.float32
 
 
-def _numbers(
-    checkpoint: MegatronCheckpoint, sources: Iterable[Source], model: Architecture
-) -> dict[Step, int]:
-    """Return how many numbers each step makes, in the order of the model.
+def _numbers(steps: Iterable[Step], model: Architecture) -> dict[Step, int]:
+    """Return how many numbers each step makes.
 
     The layouts run on tensors without numbers (device "meta"), before anything is written.
-
-    Raises:
-        ValueError: a stored tensor has another shape than follows from the training arguments.
     """
-    sources = list(sources)
-    for source in sources:
-        require_shape(source, checkpoint.tensors[source.name].shape, model)
     numbers = {}
-    for step in steps_of(sources, model):
-        shape = checkpoint.tensors[step.source.name].shape[len(step.part) :]
+    for step in steps:
+        shape = shape_of(step.source.row, model)
         made = LAYOUTS[step.source.row.layout].to_hf(torch.empty(shape, device="meta"), model)
         numbers[step] = sum(tensor.numel() for tensor in made)
     return numbers
