@@ -61,6 +61,7 @@ def test_paths_are_relative_to_the_study(tmp_path):
         ("gamma: 1", "gamma: .inf", "grid: gamma must be a finite number"),
         ("tokens: tokens, tokenizer: tokenizer", "text: t, vocab-size: 0", "whole number above 0"),
         ("tokens: tokens,", "corpus-megabytes: .nan,", "a number above 0, got nan"),
+        ("tokens: tokens,", "corpus-megabytes: .inf,", "a number above 0, got inf"),
         ("[1, 2]", "[1]\n    evaluate: {max-tokens: -1}", "max-tokens: expected a whole number ab"),
         ("[1, 2]", "[1]\n    tasks: {names: [a], limit: 0}", "limit: expected a whole number abo"),
     ],
