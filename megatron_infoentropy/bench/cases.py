@@ -43,7 +43,7 @@ class Case:
 
     @property
     def columns(self) -> int:
-        """Of the logits of one rank."""
+        """Return the number of columns of one rank's logits."""
         return self.vocabulary // self.ranks
 
     def __str__(self) -> str:
@@ -88,8 +88,8 @@ def grid(name: str) -> list[Case]:
 
 
 def adapt(cases: list[Case], *, tiny: bool, compiled: bool) -> list[Case]:
-    """The same cases, at about 1/128 of the tokens and 1/32 of the vocabulary where `tiny`, and
-    without compiled providers where not `compiled`."""
+    """Return the same cases; where `tiny` at about 1/128 of the tokens and 1/32 of the vocabulary,
+    and where not `compiled` without compiled providers."""
     return [
         replace(
             case,

@@ -1,4 +1,4 @@
-"""What is measured: each provider turns a shard of logits and targets into a scalar to minimise.
+"""The losses that are measured: each makes a scalar to minimise of a shard of logits and targets.
 
 A provider is made for a setting and may refuse it; what refused is listed with its reason, so that
 nothing is silently absent. Everybody else's loss is measured as its users call it, and its package
@@ -41,7 +41,7 @@ def failure(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a provider is made for."""
+    """The case, device and ranks that a provider is made for."""
 
     case: Case
     device: torch.device
@@ -77,18 +77,18 @@ class Provider:
 def ours(setting: Setting) -> list[Provider]:
     """Every backend, writing the gradient into new memory and over the logits, best first; then,
     with the best of them in place, what the entropy, each option and the other collective cost."""
-    found = []
+    every = []
     for backend, reason in backends(setting).items():
-        found += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
+        every += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
     name = in_place(best_backend(setting))
-    found += [
+    every += [
         _ours(f"{name} (cross entropy)", "cross entropy", objective="cross_entropy"),
         _ours(f"{name} (label smoothing)", "label smoothing", label_smoothing=LABEL_SMOOTHING),
         _ours(f"{name} (softcap)", "softcap", softcap=SOFTCAP),
     ]
     if setting.case.tensor_parallel > 1:
-        found.append(_ours(f"{name} (all_reduce)", "infoentropy", collective="all_reduce"))
-    return found
+        every.append(_ours(f"{name} (all_reduce)", "infoentropy", collective="all_reduce"))
+    return every
 
 
 def backends(setting: Setting) -> dict[str, str | None]:
@@ -121,8 +121,8 @@ def _of_backend(backend: str, reason: str | None, inplace: bool) -> Provider:
 
 
 class _Computed(torch.autograd.Function):
-    """The same memory as if a model had computed it of two things, its hidden states and its table:
-    in place refuses a leaf, its views and what comes of it alone."""
+    """Pretends that a model computed the logits of two things, its hidden states and its
+    table: in place refuses a leaf, its views and what comes of it alone."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ def _megatron_fused(setting: Setting) -> Loss:
 
 
 def _from_gpu_package(module: str, name: str, setting: Setting) -> Any:
-    """What a package for GPUs has by this name.
+    """Return what a package for GPUs has by this name.
 
     Raises:
         Unavailable: there is no GPU, or no such package, or it cannot be imported.

@@ -131,7 +131,7 @@ def _precision(args: Any) -> str:
 
 @cache
 def _matmul_tflops(dtype: torch.dtype) -> float:
-    """What this device's matrix product reaches, in the same run: the best of some."""
+    """Return the TFLOP/s of a matrix product on this device, in the same run: the best of some."""
     device = torch.device(find_device().type)
     size = MATRIX[device.type]
     generator = torch.Generator(device).manual_seed(0)

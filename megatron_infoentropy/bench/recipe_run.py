@@ -42,7 +42,7 @@ NOTHING_ELSE = ("--log-interval=1", "--eval-iters=0", "--eval-interval=1000000")
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank saw; times in ms, a number a round."""
+    """The measurements of one rank; times in ms, a number a round."""
 
     losses: list[dict[str, Any]]  # name, by, calls_output_layer, times, parts, peak_mib
     left_out: list[tuple[str, str]]  # name, reason
@@ -123,9 +123,9 @@ def bench_recipe(
     environment = machine_environment(device, ranks)
     said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
     answers = [_answer(folder, rank) for rank in range(ranks)]
-    found = [RankResult(**json.loads(answer)) for answer in answers]
+    results = [RankResult(**json.loads(answer)) for answer in answers]
     shutil.rmtree(folder)
-    rows = rows_of(recipe.stem, said.parameters, found)
+    rows = rows_of(recipe.stem, said.parameters, results)
     if output:
         named = file_name(facts, f"recipe_{recipe.stem}")
         write_csv(rows, facts, output / named if output.is_dir() else output)

@@ -142,7 +142,7 @@ class Experiment:
 
 
 def prepare(setting: Setting, *, repeats: int) -> Experiment:
-    """The same numbers on every run: a shard of this rank's own, targets that all ranks share."""
+    """Return the same numbers on every run: this rank's own shard, targets that all ranks share."""
     case, device = setting.case, setting.device
     generator = torch.Generator(device).manual_seed(1 + setting.group.rank())
     logits = torch.randn(case.tokens, case.columns, device=device, generator=generator)

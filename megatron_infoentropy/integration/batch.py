@@ -67,13 +67,13 @@ def _leave_out(batch: dict[str, Any], target: int | None) -> None:
 
 def _has_mtp(config: Any, vp_stage: int | None) -> bool:
     """Return whether multi-token-prediction heads, which read tokens, are on this stage."""
-    found: bool = mtp_on_this_rank(
+    has_heads: bool = mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
         mtp_num_layers=config.mtp_num_layers,
         ignore_virtual=False,
         vp_stage=vp_stage,
     )
-    return found
+    return has_heads
 
 
 def embedding_ranks(model_config: Any, pipeline_ranks: list[int]) -> list[int]:

@@ -31,7 +31,7 @@ def add_checkpoint_flags(parser: Any) -> None:
 
 @dataclass(frozen=True)
 class CheckpointFlags:
-    """What a command line says of checkpoints."""
+    """The flags of a command line that concern checkpoints."""
 
     load: Path | None
     pretrained: Path | None

@@ -22,12 +22,12 @@ TRAINER = ("0.19",)  # that megatron_infoentropy.pretrain is tested with
 
 def minor_of(version: str) -> str:
     """Major and minor number of a version: "0.19" of "0.19.2"."""
-    found = re.match(r"\d+\.\d+", version)
-    return found.group() if found else version
+    minor = re.match(r"\d+\.\d+", version)
+    return minor.group() if minor else version
 
 
 def check_drop_in(module: type) -> None:
-    """Whether the loss can be bound to models of this class; warns of an untested Megatron-Core.
+    """Refuse models that the loss cannot be bound to; warns of an untested Megatron-Core.
 
     Raises:
         ValueError: `compute_language_model_loss` does not take (labels, logits).
@@ -51,7 +51,7 @@ def check_drop_in(module: type) -> None:
 
 
 def check_trainer() -> None:
-    """Whether `megatron_infoentropy.pretrain` can drive this Megatron-Core.
+    """Refuse a Megatron-Core that `megatron_infoentropy.pretrain` cannot drive.
 
     Raises:
         ValueError: another version than the trainer was written for.

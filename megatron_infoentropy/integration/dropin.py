@@ -46,21 +46,21 @@ FUSIONS_OF_THE_METHOD = ("native", "te")
 
 
 def find_language_module(model: Any) -> Any:
-    """The module that computes the loss, found through wrappers' `.module`.
+    """Return the module that computes the loss, through wrappers' `.module`.
 
     Raises:
         ValueError: there is none, with a hint where it may be.
     """
-    found = model
+    module = model
     # Asked of the class: some wrappers pass attributes through, and would be bound in vain.
-    while not _is_language_module(found) and hasattr(found, "module"):
-        found = found.module
-    if _is_language_module(found):
-        return found
-    inner = getattr(found, "language_model", None)
+    while not _is_language_module(module) and hasattr(module, "module"):
+        module = module.module
+    if _is_language_module(module):
+        return module
+    inner = getattr(module, "language_model", None)
     hint = "; bind its .language_model" if _is_language_module(inner) else ""
     raise ValueError(
-        f"expected a Megatron LanguageModule (GPTModel, ...), got {type(found).__name__} without "
+        f"expected a Megatron LanguageModule (GPTModel, ...), got {type(module).__name__} without "
         f"compute_language_model_loss{hint}"
     )
 
@@ -176,7 +176,7 @@ def use_infoentropy_loss(
 
 
 def bound_loss(model: Any) -> "BoundLoss":
-    """What is bound to a model, and how often it has computed the loss: the proof that it runs.
+    """Return what is bound to a model, and how often it has run: the proof that it does.
 
     Raises:
         ValueError: no InfoEntropy loss is bound, or it was bound over.
@@ -225,7 +225,7 @@ class BoundLoss:
         setattr(module, ATTRIBUTE, self)
 
     def is_in_place(self, module: Any) -> bool:
-        """Whether the module would still call it."""
+        """Return whether the module would still call it."""
         method = module.compute_language_model_loss
         return getattr(method, "func", None) is self
 

@@ -1,4 +1,4 @@
-"""What Megatron's sums cannot tell: percentiles and maxima of entropies and weights, as they train.
+"""Numbers that Megatron's sums cannot tell: percentiles and maxima of entropies and weights.
 
 Every micro-batch adds its tokens to histograms of fixed bins on the device; at the log interval one
 packed all-reduce joins those of all data-parallel ranks, and only then a host looks. The last rank,
@@ -171,19 +171,19 @@ class TokenObserver:
         total = dict(zip(SUMS, sums.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
         log2_mean = math.log2(max(total["weight"] / tokens, sys.float_info.min))
-        found = {"perplexity": math.exp(min(total["cross entropy"] / tokens, 700.0))}
+        numbers = {"perplexity": math.exp(min(total["cross entropy"] / tokens, 700.0))}
         objective = total["objective"] / (total["divisor"] or 1.0)
         if objective < 0:  # Megatron's own line leaves out what is negative
-            found["objective"] = objective
+            numbers["objective"] = objective
         for percent in (10, 50, 90):
-            found[f"entropy p{percent}"] = self.entropy.quantile(entropy, percent / 100)
-        found["entropy max"] = self.entropy.quantile(entropy, 1.0)
+            numbers[f"entropy p{percent}"] = self.entropy.quantile(entropy, percent / 100)
+        numbers["entropy max"] = self.entropy.quantile(entropy, 1.0)
         for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
-            found[f"weight {name}"] = 2.0 ** self.log2_weight.quantile(weight, share)
+            numbers[f"weight {name}"] = 2.0 ** self.log2_weight.quantile(weight, share)
         above = self.log2_weight.share_above(weight, log2_mean)
-        found["share of tokens above mean weight"] = above
-        found["tokens/s"] = total["positions"] / seconds
-        return found
+        numbers["share of tokens above mean weight"] = above
+        numbers["tokens/s"] = total["positions"] / seconds
+        return numbers
 
     def draw(self, tensorboard: Any, wandb: Any, iteration: int) -> None:
         """Histograms of the last report, for the writers that there are."""
@@ -217,13 +217,13 @@ def utilisation(tokens_per_second: float, args: Any) -> dict[str, float]:
 
     per_token = num_floating_point_operations(args, 1) / args.seq_length
     tflops = tokens_per_second * per_token / args.world_size / 1e12
-    found = {"model TFLOP/s per rank": tflops}
+    numbers = {"model TFLOP/s per rank": tflops}
     peak = peak_tflops()
-    return found if peak is None else found | {"model FLOP utilisation": tflops / peak}
+    return numbers if peak is None else numbers | {"model FLOP utilisation": tflops / peak}
 
 
 def peak_tflops() -> float | None:
-    """Of this device, None where its name is not known."""
+    """Return the peak of this device, None where its name is not known."""
     name = torch.cuda.get_device_name() if find_device().type == "cuda" else ""
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
@@ -261,17 +261,17 @@ def _report(observer: TokenObserver, iteration: int, histogram_interval: int) ->
     # Megatron's own timer of training steps, which leaves out validation and saving; it starts anew
     # at every log line.
     seconds = get_timers()("interval-time").elapsed(reset=False)
-    found = observer.report(group, seconds)
-    if found is None:
+    numbers = observer.report(group, seconds)
+    if numbers is None:
         return
-    found |= utilisation(found["tokens/s"], get_args())
-    words = " | ".join(f"{name}: {value:.6G}" for name, value in found.items())
+    numbers |= utilisation(numbers["tokens/s"], get_args())
+    words = " | ".join(f"{name}: {value:.6G}" for name, value in numbers.items())
     print_rank_last(f" InfoEntropy at iteration {iteration:8d} | {words} |")
     tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
     if tensorboard:
-        for name, value in found.items():
+        for name, value in numbers.items():
             tensorboard.add_scalar(f"infoentropy/{name}", value, iteration)
     if wandb:
-        wandb.log({f"infoentropy/{name}": value for name, value in found.items()}, iteration)
+        wandb.log({f"infoentropy/{name}": value for name, value in numbers.items()}, iteration)
     if histogram_interval and iteration % histogram_interval == 0:
         observer.draw(tensorboard, wandb, iteration)

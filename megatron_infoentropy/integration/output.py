@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What the processor needs to know besides what Megatron hands it."""
+    """The settings of the processor, besides what Megatron hands it."""
 
     config: InfoEntropyConfig
     group: Group | None  # tensor-parallel
@@ -81,7 +81,9 @@ def _fused_statistics(
     target: torch.Tensor,
     context: OutputSettings,
 ) -> TokenStatistics:
-    """Of an output layer that is not called; Megatron's ColumnParallelLinear, without a bias.
+    """Return the statistics of an output layer that is not called.
+
+    It is Megatron's ColumnParallelLinear, without a bias.
 
     `--use-mup`, which would scale the logits, is refused by `check_megatron_args`.
     """

@@ -297,9 +297,9 @@ def reject_bad_loss(loss: torch.Tensor) -> None:
 
 
 def _is_bad(name: str, is_bad: Callable[[torch.Tensor], torch.Tensor], loss: torch.Tensor) -> bool:
-    """Whether a loss is `name`; if so, says where, since Megatron counts iterations from 2."""
-    found = bool(is_bad(loss))
-    if found:
+    """Return whether a loss is `name`, and log where: Megatron counts iterations from 2."""
+    is_bad_here = bool(is_bad(loss))
+    if is_bad_here:
         rank, iteration = dist.get_rank(), get_args().curr_iteration + 1
         logger.error(f"rank {rank}: the loss is {name} at iteration {iteration}, training stops")
-    return found
+    return is_bad_here

@@ -52,7 +52,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _is_interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, one program after another: for tests."""
+    """Return whether Triton runs kernels on the CPU, one program after another: for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
 
 
@@ -149,7 +149,7 @@ def shard_gradient(
 
 
 def register_bound(*, aligned: bool, softcap: bool) -> int | None:
-    """What the gradient kernel's registers are bound to; None leaves them to the assembler.
+    """Return the bound on the gradient kernel's registers; None leaves them to the assembler.
 
     By itself that takes 150 for a softcap and 142 for rows off the boundaries (Triton 3.6, sm_90),
     which leaves three blocks a multiprocessor; bound, it takes 128 and 99 and fewer instructions.
@@ -159,7 +159,7 @@ def register_bound(*, aligned: bool, softcap: bool) -> int | None:
 
 
 def _scale(options: Options, inverse_temperature_N: torch.Tensor | None) -> float:
-    """What a value between the softcap's -1 and 1, or a plain logit, is multiplied by.
+    """Return the factor of a value between the softcap's -1 and 1, or of a plain logit.
 
     Where every token has its own temperature, that comes on top.
     """
@@ -176,13 +176,13 @@ def _softcap_rate(options: Options) -> tuple[float, float]:
 
 
 def _is_aligned(rows_NV: torch.Tensor) -> bool:
-    """Whether every row starts at a 16-byte boundary."""
+    """Return whether every row starts at a 16-byte boundary."""
     stride = rows_NV.stride(0) * rows_NV.element_size() if rows_NV.shape[0] > 1 else 0
     return rows_NV.data_ptr() % 16 == 0 and stride % 16 == 0
 
 
 def _lie_alike(a_NV: torch.Tensor, b_NV: torch.Tensor) -> bool:
-    """Whether each row of both starts equally far from a 16-byte boundary."""
+    """Return whether each row of both starts equally far from a 16-byte boundary."""
     apart = (a_NV.stride(0) - b_NV.stride(0)) * a_NV.element_size() if a_NV.shape[0] > 1 else 0
     return (a_NV.data_ptr() - b_NV.data_ptr()) % 16 == 0 and apart % 16 == 0
 

@@ -26,7 +26,7 @@ from megatron_infoentropy.kernels.contract import (
 
 
 class RowStatistics(NamedTuple):
-    """Of whole rows; each [N]."""
+    """The statistics of whole rows; each [N]."""
 
     maximum: torch.Tensor  # M
     tail: torch.Tensor  # R = Z - 1, Z = sum e^(x - M)
@@ -99,7 +99,7 @@ def _moved_distance(
 def pack_for_sum(
     statistics_RN: torch.Tensor, maximum: torch.Tensor, columns: int, options: Options
 ) -> torch.Tensor:
-    """What this shard adds to the two-step form, once the MAX over ranks is known: [R, N]."""
+    """Return what this shard adds to the sum, once the MAX over ranks is known: [R, N]."""
     m, tail, spread, target = (statistics_RN[row] for row in (MAX, TAIL, SPREAD, TARGET))
     mass, moved_spread = rescale(m, tail, spread, maximum)
     is_top = m == maximum

@@ -1,4 +1,4 @@
-"""What the public functions are given, checked and laid out as rows for the kernels."""
+"""The arguments of the public functions, checked and laid out as rows for the kernels."""
 
 import operator
 import sys
@@ -36,7 +36,7 @@ class Cut(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of the largest chunk."""
+        """Return the largest chunk's number of tokens."""
         return self.slices * self.chunk_rows
 
     def chunks(self) -> list[slice]:

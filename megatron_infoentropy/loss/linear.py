@@ -246,7 +246,7 @@ def _add_gradients(
 
 
 def _accumulator(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> torch.Tensor:
-    """What the weight's gradient is added to: its main_grad where that is precise enough."""
+    """Return what the weight's gradient is added to: its main_grad where that is precise enough."""
     if main_grad_VH is not None and main_grad_VH.dtype == statistics_dtype(weight_VH):
         return main_grad_VH
     return new_weight_total(weight_VH)

@@ -150,13 +150,13 @@ class LinearGradients:
 
     @property
     def are_needed(self) -> bool:
-        """Whether anything is to be added at all."""
+        """Return whether anything is to be added at all."""
         return self.hidden_LH is not None or self.weight_total_VH is not None
 
     def add(
         self, rows: slice, dz_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor
     ) -> None:
-        """Of one chunk, from the gradient by its logits."""
+        """Add the gradients of one chunk, from the gradient by its logits."""
         if self.hidden_LH is not None:
             self._wait()  # one reduction under way at a time: one chunk's memory
             self._reducing = self._reduce(self.hidden_LH[rows], dz_CV, weight_VH)
@@ -198,7 +198,7 @@ def refuse_second_derivative() -> None:
 
 
 def main_grad_of(weight_VH: torch.Tensor, is_asked_for: bool) -> torch.Tensor | None:
-    """Where a data-parallel wrapper keeps the weight's gradient, if it does and it is asked for."""
+    """Return where a data-parallel wrapper keeps the weight's gradient, if it is asked for."""
     return getattr(weight_VH, "main_grad", None) if is_asked_for else None
 
 
@@ -229,7 +229,7 @@ def add_product(total_VH: torch.Tensor, dz_CV: torch.Tensor, hidden_CH: torch.Te
 def deliver_weight_gradient(
     total_VH: torch.Tensor, weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """What autograd gets as the weight's gradient; with a main_grad the total goes there.
+    """Return what autograd gets as the weight's gradient; with a main_grad the total goes there.
 
     Then it is, as with Megatron's own fused accumulation, a tensor without meaning, that makes the
     hooks of data-parallel wrappers run: they look at `grad_added_to_main_grad`. It must be zeros

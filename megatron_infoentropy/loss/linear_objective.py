@@ -44,7 +44,7 @@ from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 
 class Tokens(NamedTuple):
-    """Of all slices; each [N]."""
+    """The tokens of all slices; each [N]."""
 
     target: torch.Tensor
     mask: torch.Tensor  # in the dtype of the statistics; 0 where the target is ignored
@@ -103,7 +103,7 @@ class LinearSums(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Whose statistics are on their way."""
+    """One chunk whose statistics are on their way."""
 
     rows: slice
     hidden_CH: torch.Tensor

@@ -147,7 +147,7 @@ def configured_statistics(
 
 
 def token_sums(loss: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:
-    """What one rank contributes; `mask` has the shape of `loss`, 0 where a token takes no part."""
+    """Return one rank's sums; `mask`, in the shape of `loss`, is 0 where a token takes no part."""
     masked_weight = mask * weight
     return TokenSums((masked_weight * loss).sum(), masked_weight.sum(), mask.sum())
 

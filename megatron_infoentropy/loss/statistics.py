@@ -36,7 +36,7 @@ from megatron_infoentropy.loss.layout import (
 
 
 class TokenStatistics(NamedTuple):
-    """Of the predicted distribution of every token; fp32, nats, in the target's shape.
+    """Statistics of every token's predicted distribution; fp32, nats, in the target's shape.
 
     All but `is_top` are differentiable. Ignored tokens have 0.
     """
@@ -63,7 +63,7 @@ class TokenStatistics(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of every token besides its logits; each [N]."""
+    """The parts of every token that the backward pass needs besides its logits; each [N]."""
 
     maximum: torch.Tensor
     z: torch.Tensor
