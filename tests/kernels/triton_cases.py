@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from close import assert_within
 from test_native_options import (
+    EVERY_OPTION,
     OPTIONS,
     assert_every_token_has_its_own_temperature,
+    assert_gradient_equals_the_reference,
+    assert_masked_logits_stay_masked,
+    assert_statistics_equal_the_reference,
     gradient,
     random_case,
     random_coefficients,
@@ -18,12 +22,8 @@ from test_native_options import (
 
 from megatron_infoentropy.kernels import reference, triton_kernels
 from megatron_infoentropy.kernels.contract import (
-    DISTANCE,
-    MAX,
     SPREAD,
     TAIL,
-    TARGET,
-    TARGET_GRADIENT,
     Options,
     Shard,
 )
@@ -31,7 +31,6 @@ from megatron_infoentropy.kernels.triton_device import meaning
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 TILE_BYTES = 8192
 
 
@@ -42,53 +41,13 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_kernels, "LOADS", 4)
 
 
-def assert_statistics_equal_the_reference(logits, target, shard, options):
-    got = triton_kernels.shard_statistics(logits, target, shard, options)
-    want = reference.shard_statistics(logits.double(), target, shard, options)
-    assert got.shape == want.shape
-    bound = options.softcap or 20.0  # of a logit: what its rounding is relative to
-    rounding = 2.4e-7 * bound / options.temperature
-    for row in (MAX, TARGET):
-        assert_within(got[row], want[row], atol=rounding)
-    mass = 1 + want[TAIL]
-    assert_within(got[TAIL] / mass, want[TAIL] / mass, atol=2e-7 + 2 * rounding)
-    assert_within(got[SPREAD] / mass, want[SPREAD] / mass, atol=1e-6 + 20 * rounding)
-    if options.distance:
-        v = shard.columns
-        assert_within(got[DISTANCE] / v, want[DISTANCE] / v, atol=2 * rounding, rtol=1e-6)
-    if options.squares:
-        assert_within(got[-1] / mass**2, want[-1] / mass**2, atol=4e-7 + 4 * rounding)
-
-
-def assert_gradient_equals_the_reference(logits, target, shard, options):
-    coefficients = random_coefficients(logits, target, shard, options)
-    got = gradient(triton_kernels, logits, target, shard, options, coefficients)
-    want = gradient(reference, logits.double(), target, shard, options, coefficients.double())
-    step = 2e-7 * (options.softcap or 20.0) / options.temperature  # of a probability, relative
-    rounding = torch.finfo(logits.dtype).eps / 2
-    assert_within(
-        got, want, atol=2e-7 + 20 * step * float(coefficients.abs().max()), rtol=1.1 * rounding
-    )
-    column = target - shard.start
-    kept = (target != shard.ignore_index) & (column >= 0) & (column < shard.columns)
-    own = got[kept, column[kept]]
-    if options.softcap:
-        slack = torch.finfo(logits.dtype).tiny * 2 * rounding  # half a subnormal step
-        truth = want[kept, column[kept]]
-        assert_within(own, truth, rtol=1.1 * rounding + 2e-6, atol=1.1 * slack)
-    else:
-        assert torch.equal(own, coefficients[TARGET_GRADIENT, kept].to(logits.dtype))
-    assert torch.equal(got[target == shard.ignore_index], torch.zeros_like(got[:1]))
-    assert not got[:, shard.columns :].any()
-
-
 @EVERY_OPTION
 @EVERY_DTYPE
 @pytest.mark.parametrize("beside", [-1, 1])
 def test_every_option_around_a_tile(beside, dtype, options):
     case = random_case(TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
-    assert_statistics_equal_the_reference(*case, options)
-    assert_gradient_equals_the_reference(*case, options)
+    assert_statistics_equal_the_reference(triton_kernels, *case, options)
+    assert_gradient_equals_the_reference(triton_kernels, *case, options)
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
@@ -100,14 +59,14 @@ def test_every_token_may_have_its_own_temperature(name):
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 def test_the_launch_parameters_of_a_gpu(as_on_a_gpu, beside, dtype):
     case = random_case(2 * TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
-    assert_statistics_equal_the_reference(*case, Options())
-    assert_gradient_equals_the_reference(*case, Options(distance=True))
+    assert_statistics_equal_the_reference(triton_kernels, *case, Options())
+    assert_gradient_equals_the_reference(triton_kernels, *case, Options(distance=True))
 
 
 def test_a_large_odd_vocabulary_as_on_a_gpu(as_on_a_gpu):
     case = random_case(50257, torch.bfloat16, n=2)
-    assert_statistics_equal_the_reference(*case, Options(distance=True))
-    assert_gradient_equals_the_reference(*case, Options())
+    assert_statistics_equal_the_reference(triton_kernels, *case, Options(distance=True))
+    assert_gradient_equals_the_reference(triton_kernels, *case, Options())
 
 
 @EVERY_DTYPE
@@ -143,9 +102,9 @@ def test_a_shard_of_a_padded_vocabulary(dtype, columns):
     logits[:, columns:] = torch.nan
     target[:] = torch.tensor([2199, 2200, -100, 2200 + columns - 1, 2200 + columns, 0])
     shard = Shard(2200, columns, -100)
-    assert_gradient_equals_the_reference(logits, target, shard, Options())
+    assert_gradient_equals_the_reference(triton_kernels, logits, target, shard, Options())
     if columns:
-        assert_statistics_equal_the_reference(logits, target, shard, Options())
+        assert_statistics_equal_the_reference(triton_kernels, logits, target, shard, Options())
     else:
         got = triton_kernels.shard_statistics(logits, target, shard, Options(distance=True))
         nothing = torch.tensor([-torch.inf, -1, 0, 0, 0]).unsqueeze(-1).repeat(1, 6)
@@ -155,23 +114,7 @@ def test_a_shard_of_a_padded_vocabulary(dtype, columns):
 
 @EVERY_OPTION
 def test_masked_logits_stay_masked(options):
-    logits = torch.randn(5, 2500, generator=torch.Generator().manual_seed(2))
-    logits[0] = -torch.inf
-    logits[1, :2100] = -torch.inf
-    logits[2, 1::2] = -torch.inf
-    logits[3, :2499] = -torch.inf
-    target, shard = torch.tensor([0, 1, 3, 2499, 5]), Shard(0, 2500, -100)
-    got = triton_kernels.shard_statistics(logits, target, shard, options)
-    want = reference.shard_statistics(logits.double(), target, shard, options)
-    assert got[:3, 0].tolist() == [-torch.inf, -1, 0]
-    assert got[1:3, 3].tolist() == [0, 0]
-    assert_within(got[:, 1:], want[:, 1:], atol=1e-4, rtol=1e-6)
-    if options.distance:
-        assert got[DISTANCE, :4].tolist() == [0, torch.inf, torch.inf, torch.inf]
-    coefficients = random_coefficients(logits, target, shard, options)
-    dz = gradient(triton_kernels, logits, target, shard, options, coefficients)[1:4]
-    truth = gradient(reference, logits.double(), target, shard, options, coefficients.double())[1:4]
-    assert_within(dz, truth, atol=2e-4)
+    assert_masked_logits_stay_masked(triton_kernels, options)
 
 
 @EVERY_OPTION
