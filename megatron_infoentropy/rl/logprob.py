@@ -27,7 +27,7 @@ def logprob_and_entropy(
     target: torch.Tensor,
     *,
     group: Group | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     vocab_size: int | None = None,
     loss_mask: torch.Tensor | None = None,
     keep_mask: torch.Tensor | None = None,
@@ -44,7 +44,7 @@ def logprob_and_entropy(
             floating dtype. They are read, never changed, unless `inplace_backward`.
         target: [...], integer ids in the whole vocabulary; -100 leaves a token out.
         group: the tensor-parallel group the vocabulary is split over; None where it is not.
-        temperature: divides the logits.
+        temperature: divides the logits; a number, or a tensor [...] in the target's shape.
         vocab_size: true vocabulary size where the table is padded: columns at or beyond it take no
             part in either number, and their gradient is exactly 0.
         loss_mask: [...], in the target's shape; a token where it is 0 is left out.
@@ -98,7 +98,7 @@ def linear_logprob_and_entropy(
     target: torch.Tensor,
     *,
     group: Group | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     vocab_size: int | None = None,
     loss_mask: torch.Tensor | None = None,
     with_entropy: bool = True,

@@ -48,7 +48,7 @@ def upstream() -> tuple[torch.Tensor, torch.Tensor]:
 def truth_of(
     logits: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     vocab_size: int = PADDED,
     keep: torch.Tensor | None = None,
     take_part: torch.Tensor | None = None,
@@ -56,7 +56,7 @@ def truth_of(
 ) -> Truth:
     """From the definition, in float64, whole vocabulary."""
     leaf = logits.double().requires_grad_()
-    real = leaf[..., :vocab_size] / temperature
+    real = leaf[..., :vocab_size] / torch.as_tensor(temperature).double().unsqueeze(-1)
     target = target_of()
     if take_part is not None:
         target = target.masked_fill(~take_part, -100)
