@@ -35,7 +35,7 @@ from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import (
     EMBEDDING,
     TABLES,
-    Row,
+    Entry,
     counts,
     places,
     rows_of,
@@ -284,7 +284,7 @@ def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Ar
                 )
 
 
-def _rows(model: Architecture) -> Iterator[tuple[Row, tuple[int, ...]]]:
+def _rows(model: Architecture) -> Iterator[tuple[Entry, tuple[int, ...]]]:
     """Yield every row that has to be written, at every place; of several names the first."""
     done: set[str] = set()
     for row in rows_of(model):
@@ -294,7 +294,7 @@ def _rows(model: Architecture) -> Iterator[tuple[Row, tuple[int, ...]]]:
                 yield row, place
 
 
-def _hf_parts(row: Row, model: Architecture) -> tuple[torch.Tensor, ...]:
+def _hf_parts(row: Entry, model: Architecture) -> tuple[torch.Tensor, ...]:
     return LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
 
 
@@ -307,7 +307,7 @@ def _parts(
 ) -> Iterator[Part]:
     """Yield what to write: every parameter at every place, with what reads it."""
 
-    def read(row: Row, place: tuple[int, ...]) -> torch.Tensor:
+    def read(row: Entry, place: tuple[int, ...]) -> torch.Tensor:
         parts = []
         for name in row.names(place):
             part = weights.read(names[name])

@@ -48,7 +48,7 @@ Dim = Literal[
 Needs = Literal["", "untied", "linear_bias", "qkv_bias", "zero_proj_bias"]
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     """One parameter of Megatron, the parameters of the family it holds, and how it holds them.
 
     Of two rows for one parameter the later is meant, where the model has what it needs.
@@ -77,10 +77,10 @@ _EXPERT = "decoder.layers.*.mlp.experts.experts.*."
 
 def _norms(
     first: str, second: str, last: str, kinds: tuple[Literal["weight", "bias"], ...]
-) -> tuple[Row, ...]:
+) -> tuple[Entry, ...]:
     """A norm belongs to the linear layer behind it (Transformer Engine) or stands alone (local)."""
     return tuple(
-        Row(name + kind, (hf + kind,), "norm" if kind == "weight" else "same", ("hidden",))
+        Entry(name + kind, (hf + kind,), "norm" if kind == "weight" else "same", ("hidden",))
         for kind in kinds
         for name, hf in (
             (_QKV + "layer_norm_", first),
@@ -94,29 +94,29 @@ def _norms(
 
 _A, _M = "model.layers.*.self_attn.", "model.layers.*.mlp."
 _LLAMA_ATTENTION = (
-    Row(EMBEDDING, ("model.embed_tokens.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    Entry(EMBEDDING, ("model.embed_tokens.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
     *_norms(
         "model.layers.*.input_layernorm.",
         "model.layers.*.post_attention_layernorm.",
         "model.norm.",
         ("weight",),
     ),
-    Row(
+    Entry(
         _QKV + "weight",
         (_A + "q_proj.weight", _A + "k_proj.weight", _A + "v_proj.weight"),
         "qkv",
         ("qkv", "hidden"),
     ),
-    Row(
+    Entry(
         _QKV + "bias",
         (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"),
         "qkv",
         ("qkv",),
         "qkv_bias",
     ),
-    Row(_PROJ + "weight", (_A + "o_proj.weight",), "same", ("hidden", "heads")),
-    Row(_PROJ + "bias", (_A + "o_proj.bias",), "same", ("hidden",), "linear_bias"),
-    Row(
+    Entry(_PROJ + "weight", (_A + "o_proj.weight",), "same", ("hidden", "heads")),
+    Entry(_PROJ + "bias", (_A + "o_proj.bias",), "same", ("hidden",), "linear_bias"),
+    Entry(
         _PROJ + "weight",
         (_A + "o_proj.weight", _A + "o_proj.bias"),
         "and_zeros",
@@ -125,33 +125,33 @@ _LLAMA_ATTENTION = (
     ),
 )
 _LLAMA_MLP = (
-    Row(
+    Entry(
         _FC1 + "weight",
         (_M + "gate_proj.weight", _M + "up_proj.weight"),
         "gate_up",
         ("gate_and_up", "hidden"),
     ),
     # The format fsdp_dtensor keeps the two halves apart.
-    Row(_FC1 + "weight_w", (_M + "gate_proj.weight",), "same", ("ffn", "hidden")),
-    Row(_FC1 + "weight_v", (_M + "up_proj.weight",), "same", ("ffn", "hidden")),
-    Row(
+    Entry(_FC1 + "weight_w", (_M + "gate_proj.weight",), "same", ("ffn", "hidden")),
+    Entry(_FC1 + "weight_v", (_M + "up_proj.weight",), "same", ("ffn", "hidden")),
+    Entry(
         _FC1 + "bias",
         (_M + "gate_proj.bias", _M + "up_proj.bias"),
         "gate_up",
         ("gate_and_up",),
         "linear_bias",
     ),
-    Row(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "linear_bias"),
-    Row(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
-    Row(_FC2 + "weight", (_M + "down_proj.weight",), "same", ("hidden", "ffn")),
-    Row(_FC2 + "bias", (_M + "down_proj.bias",), "same", ("hidden",), "linear_bias"),
+    Entry(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "linear_bias"),
+    Entry(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
+    Entry(_FC2 + "weight", (_M + "down_proj.weight",), "same", ("hidden", "ffn")),
+    Entry(_FC2 + "bias", (_M + "down_proj.bias",), "same", ("hidden",), "linear_bias"),
 )
 _LLAMA_HEAD = (
-    Row(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
 _LLAMA = _LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_HEAD
 _QK_NORMS = tuple(
-    Row(
+    Entry(
         f"decoder.layers.*.self_attention.{part}_layernorm.weight",
         (f"{_A}{part}_norm.weight",),
         "head_norm",
@@ -161,23 +161,23 @@ _QK_NORMS = tuple(
 )
 
 
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     """Return the rows of a layer of experts, by a family's names of it and of their matrices."""
     one = f"{block}experts.*."
     return (
-        Row(
+        Entry(
             "decoder.layers.*.mlp.router.weight",
             (f"{block}gate.weight",),
             "same",
             ("experts", "hidden"),
         ),
-        Row(
+        Entry(
             _EXPERT + "linear_fc1.weight",
             (f"{one}{gate}.weight", f"{one}{up}.weight"),
             "gate_up",
             ("expert_gate_and_up", "hidden"),
         ),
-        Row(
+        Entry(
             _EXPERT + "linear_fc2.weight",
             (f"{one}{down}.weight",),
             "same",
@@ -191,46 +191,46 @@ _QWEN3_MOE_MLP = _experts(_M, "gate_proj", "up_proj", "down_proj")
 
 _X = "gpt_neox.layers.*."
 _GPT_NEOX = (
-    Row(EMBEDDING, ("gpt_neox.embed_in.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    Entry(EMBEDDING, ("gpt_neox.embed_in.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
     *_norms(
         _X + "input_layernorm.",
         _X + "post_attention_layernorm.",
         "gpt_neox.final_layer_norm.",
         ("weight", "bias"),
     ),
-    Row(
+    Entry(
         _QKV + "weight",
         (_X + "attention.query_key_value.weight",),
         "qkv_by_head",
         ("qkv", "hidden"),
     ),
-    Row(_QKV + "bias", (_X + "attention.query_key_value.bias",), "qkv_by_head", ("qkv",)),
-    Row(_PROJ + "weight", (_X + "attention.dense.weight",), "same", ("hidden", "heads")),
-    Row(_PROJ + "bias", (_X + "attention.dense.bias",), "same", ("hidden",)),
-    Row(_FC1 + "weight", (_X + "mlp.dense_h_to_4h.weight",), "same", ("ffn", "hidden")),
-    Row(_FC1 + "bias", (_X + "mlp.dense_h_to_4h.bias",), "same", ("ffn",)),
-    Row(_FC2 + "weight", (_X + "mlp.dense_4h_to_h.weight",), "same", ("hidden", "ffn")),
-    Row(_FC2 + "bias", (_X + "mlp.dense_4h_to_h.bias",), "same", ("hidden",)),
-    Row(OUTPUT, ("embed_out.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(_QKV + "bias", (_X + "attention.query_key_value.bias",), "qkv_by_head", ("qkv",)),
+    Entry(_PROJ + "weight", (_X + "attention.dense.weight",), "same", ("hidden", "heads")),
+    Entry(_PROJ + "bias", (_X + "attention.dense.bias",), "same", ("hidden",)),
+    Entry(_FC1 + "weight", (_X + "mlp.dense_h_to_4h.weight",), "same", ("ffn", "hidden")),
+    Entry(_FC1 + "bias", (_X + "mlp.dense_h_to_4h.bias",), "same", ("ffn",)),
+    Entry(_FC2 + "weight", (_X + "mlp.dense_4h_to_h.weight",), "same", ("hidden", "ffn")),
+    Entry(_FC2 + "bias", (_X + "mlp.dense_4h_to_h.bias",), "same", ("hidden",)),
+    Entry(OUTPUT, ("embed_out.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
 
 _H = "transformer.h.*."
 _GPT2 = (
-    Row(EMBEDDING, ("transformer.wte.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
-    Row(POSITIONS, ("transformer.wpe.weight",), "same", ("positions", "hidden")),
+    Entry(EMBEDDING, ("transformer.wte.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
+    Entry(POSITIONS, ("transformer.wpe.weight",), "same", ("positions", "hidden")),
     *_norms(_H + "ln_1.", _H + "ln_2.", "transformer.ln_f.", ("weight", "bias")),
-    Row(_QKV + "weight", (_H + "attn.c_attn.weight",), "qkv_in_columns", ("qkv", "hidden")),
-    Row(_QKV + "bias", (_H + "attn.c_attn.bias",), "qkv_in_columns", ("qkv",)),
-    Row(_PROJ + "weight", (_H + "attn.c_proj.weight",), "transposed", ("hidden", "heads")),
-    Row(_PROJ + "bias", (_H + "attn.c_proj.bias",), "same", ("hidden",)),
-    Row(_FC1 + "weight", (_H + "mlp.c_fc.weight",), "transposed", ("ffn", "hidden")),
-    Row(_FC1 + "bias", (_H + "mlp.c_fc.bias",), "same", ("ffn",)),
-    Row(_FC2 + "weight", (_H + "mlp.c_proj.weight",), "transposed", ("hidden", "ffn")),
-    Row(_FC2 + "bias", (_H + "mlp.c_proj.bias",), "same", ("hidden",)),
-    Row(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(_QKV + "weight", (_H + "attn.c_attn.weight",), "qkv_in_columns", ("qkv", "hidden")),
+    Entry(_QKV + "bias", (_H + "attn.c_attn.bias",), "qkv_in_columns", ("qkv",)),
+    Entry(_PROJ + "weight", (_H + "attn.c_proj.weight",), "transposed", ("hidden", "heads")),
+    Entry(_PROJ + "bias", (_H + "attn.c_proj.bias",), "same", ("hidden",)),
+    Entry(_FC1 + "weight", (_H + "mlp.c_fc.weight",), "transposed", ("ffn", "hidden")),
+    Entry(_FC1 + "bias", (_H + "mlp.c_fc.bias",), "same", ("ffn",)),
+    Entry(_FC2 + "weight", (_H + "mlp.c_proj.weight",), "transposed", ("hidden", "ffn")),
+    Entry(_FC2 + "bias", (_H + "mlp.c_proj.bias",), "same", ("hidden",)),
+    Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
 
-TABLES: dict[Family, tuple[Row, ...]] = {
+TABLES: dict[Family, tuple[Entry, ...]] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA + _QK_NORMS,
@@ -249,11 +249,11 @@ class Source(NamedTuple):
     """
 
     name: str
-    row: Row
+    row: Entry
     numbers: tuple[int | None, ...]
 
 
-class Step(NamedTuple):
+class ConversionStep(NamedTuple):
     """One thing to convert at a time: a stored tensor, or the part of it that has one place."""
 
     source: Source
@@ -271,7 +271,7 @@ class Step(NamedTuple):
         return f"{self.source.name} ({', '.join(at)})" if at else self.source.name
 
 
-def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Step]:
+def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[ConversionStep]:
     """Match every stored parameter with the family's table; return what to convert, in order.
 
     The order is the model's: embeddings, layers, the rest.
@@ -302,7 +302,7 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Step
     return steps
 
 
-def rows_of(model: Architecture) -> list[Row]:
+def rows_of(model: Architecture) -> list[Entry]:
     """Return the rows of the family's table that this model has."""
     rows = [row for row in TABLES[model.family] if not row.needs or getattr(model, row.needs)]
     return list({row.megatron: row for row in rows}.values())
@@ -313,12 +313,12 @@ def counts(model: Architecture) -> tuple[int, ...]:
     return model.num_layers, model.num_experts
 
 
-def places(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
+def places(row: Entry, model: Architecture) -> Iterator[tuple[int, ...]]:
     """Yield every place of a row: () outside the layers."""
     return product(*map(range, counts(model)[: row.megatron.count("*")]))
 
 
-def shape_of(row: Row, model: Architecture) -> tuple[int, ...]:
+def shape_of(row: Entry, model: Architecture) -> tuple[int, ...]:
     """Return the shape that Megatron's parameter has in one place."""
     sizes: dict[Dim, int] = {
         "hidden": model.hidden_size,
@@ -336,7 +336,7 @@ def shape_of(row: Row, model: Architecture) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in row.shape)
 
 
-def _steps_of(sources: list[Source], model: Architecture) -> list[Step]:
+def _steps_of(sources: list[Source], model: Architecture) -> list[ConversionStep]:
     order = {row: number for number, row in enumerate(TABLES[model.family])}
     steps = []
     for source in sources:
@@ -344,9 +344,11 @@ def _steps_of(sources: list[Source], model: Architecture) -> list[Step]:
             range(count) if number is None else (number,)
             for number, count in zip(source.numbers, counts(model), strict=False)
         ]
-        steps += [Step(source, place, source.row.names(place)) for place in product(*ranges)]
+        steps += [
+            ConversionStep(source, place, source.row.names(place)) for place in product(*ranges)
+        ]
 
-    def order_of(step: Step) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:
+    def order_of(step: ConversionStep) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:
         last = not step.place and not step.source.name.startswith("embedding.")
         return last, step.place[:1], order[step.source.row], step.place
 
@@ -364,7 +366,7 @@ def _require_shape(source: Source, shape: tuple[int, ...], model: Architecture) 
         )
 
 
-def _require_exactly_once(steps: list[Step], model: Architecture) -> None:
+def _require_exactly_once(steps: list[ConversionStep], model: Architecture) -> None:
     stored = Counter(name for step in steps for name in step.hf)
     wanted = {n for row in rows_of(model) for at in places(row, model) for n in row.names(at)}
     if missing := sorted(wanted - set(stored)):

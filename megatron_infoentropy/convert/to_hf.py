@@ -23,7 +23,7 @@ from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import model_card
-from megatron_infoentropy.convert.naming import Step, match_names, shape_of
+from megatron_infoentropy.convert.naming import ConversionStep, match_names, shape_of
 from megatron_infoentropy.convert.tokenizer import (
     class_to_name,
     copy_tokenizer,
@@ -192,7 +192,7 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     return stored.pop() if len(stored) == 1 else torch.float32
 
 
-def _numbers(steps: Iterable[Step], model: Architecture) -> dict[Step, int]:
+def _numbers(steps: Iterable[ConversionStep], model: Architecture) -> dict[ConversionStep, int]:
     """Return how many numbers each step makes.
 
     The layouts run on tensors without numbers (device "meta"), before anything is written.
@@ -207,7 +207,7 @@ def _numbers(steps: Iterable[Step], model: Architecture) -> dict[Step, int]:
 
 def _write_weights(
     folder: Path,
-    numbers: dict[Step, int],
+    numbers: dict[ConversionStep, int],
     checkpoint: MegatronCheckpoint,
     model: Architecture,
     dtype: torch.dtype,
@@ -241,7 +241,7 @@ def _write_weights(
 
 def convert_steps(
     checkpoint: MegatronCheckpoint,
-    steps: Iterable[Step],
+    steps: Iterable[ConversionStep],
     model: Architecture,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
