@@ -143,9 +143,19 @@ class DistcpReader(FileSystemReader):
         shape = whole.shape[len(index) :]
         wanted = _chunk(index, shape)
         result = torch.empty(wanted.sizes, dtype=whole.dtype)
-        entry: Any = self._index.state_dict_metadata[name]
+        near = [  # of thousands, where every expert has some: the planning sorts what it is given
+            chunk
+            for chunk in self._chunks(name)
+            if all(
+                first <= at < first + n
+                for at, first, n in zip(index, chunk.offsets, chunk.sizes, strict=False)
+            )
+        ]
+        entry = TensorStorageMetadata(TensorProperties(whole.dtype), whole.shape, near)
         for item in create_read_items_for_chunk_list(name, entry, [wanted]):
-            piece = self._map(item.storage_index)
+            place = item.storage_index
+            assert place.index is not None  # the planning says which chunk it is
+            piece = self._map(place, near[place.index].sizes)
             part = piece[_slices(item.storage_offsets, item.lengths)]
             result[_slices(item.dest_offsets, item.lengths)] = part
         return result.view(shape)
@@ -167,11 +177,10 @@ class DistcpReader(FileSystemReader):
         assert isinstance(entry, TensorStorageMetadata)
         return entry.chunks
 
-    def _map(self, index: MetadataIndex) -> Tensor:
+    def _map(self, index: MetadataIndex, sizes: Shape) -> Tensor:
         """Return a piece whose numbers are read where they lie, when they are asked for."""
         place, tensor = self.storage_data[index], self.tensors[index.fqn]
         path = self.folder / place.relative_path
-        sizes = next(c.sizes for c in self._chunks(index.fqn) if c.offsets == index.offset)
         where = f"{path} at byte {place.offset}"
         with path.open("rb") as file:
             archive = self._slice_file(file, place)
