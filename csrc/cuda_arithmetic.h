@@ -1,7 +1,7 @@
 // Numbers and memory of one GPU thread: storage types, 16 bytes at a time, 2^t and tanh.
 //
 // This file, cuda_statistics.h and cuda_gradient.h compile twice: for the GPU, and as plain C++ so
-// that emulate_cuda.cpp can walk all threads of a block on a machine without a GPU. Only what is
+// that tests/kernels/emulate_cuda.cpp can walk all threads of a block on a machine without a GPU. Only what is
 // inside `#ifdef __CUDACC__` differs between the two.
 #pragma once
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,42 @@ def test_no_file_is_too_long():
     ).stdout.split()
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
     assert {name: n for name, n in lengths.items() if n > 450} == {}
+
+
+# Walls that are small and have one importer: Python's and the command's way in, a backend.
+WALLS = {"__main__.py", "cli.py", "kernels/cuda.py"}
+
+
+def importers() -> dict[str, set[str]]:
+    """Modules that import each module, both by their paths in the package."""
+    importers_of: dict[str, set[str]] = {str(path.relative_to(PACKAGE)): set() for path in MODULES}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+                folder = node.module.removeprefix(PACKAGE.name).strip(".").replace(".", "/")
+                names = {f"{folder}/{alias.name}.py".strip("/") for alias in node.names}
+                for name in names | {f"{folder}.py"}:
+                    importers_of.get(name, set()).add(str(path.relative_to(PACKAGE)))
+    return importers_of
+
+
+def test_a_module_earns_its_place():
+    """It has two importers, or more than 120 lines, or is a wall on purpose."""
+    lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in importers()}
+    small = {name for name, found in importers().items() if len(found) < 2 and lengths[name] <= 120}
+    assert {name for name in small if not name.endswith("__init__.py")} == WALLS
+
+
+def test_a_name_says_which_one_is_meant():
+    """No class is called as another, nor are files of three rooms."""
+    files, classes = defaultdict(set), defaultdict(set)
+    for path in MODULES:
+        files[path.name].add(path.parent)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                classes[node.name].add(path)
+    assert {n for n, rooms in files.items() if len(rooms) > 2} == {"__init__.py"}
+    assert {n for n, modules in classes.items() if len(modules) > 1} == set()
 
 
 def test_nothing_that_is_printed_is_read_as_markup():

@@ -183,10 +183,19 @@ def _output_layer_losses(chunk_tokens: int) -> dict[str, OutputLayerLoss]:
     ) -> torch.Tensor:
         return linear_infoentropy_loss(hidden, weight, target, None, config)
 
+    def partly_masked(
+        percent: int, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        place = torch.arange(len(target), device=target.device)
+        kept = place % 10 < percent // 10
+        return fused_loss(hidden, weight, target.masked_fill(~kept, -100))
+
     return {
         "unfused, gradient over the logits": unfused,
         f"fused statistics, chunks of {chunk_tokens}": fused_statistics,
         f"fused loss, chunks of {chunk_tokens}": fused_loss,
+        "the same, 50 % of the tokens valid": partial(partly_masked, 50),
+        "the same, 10 % of the tokens valid": partial(partly_masked, 10),
     }
 
 

@@ -44,14 +44,14 @@ from megatron_infoentropy.loss.layout import (
 )
 from megatron_infoentropy.loss.linear_chunks import (
     LinearGradients,
-    Selection,
+    TakenTokens,
     deliver_weight_gradient,
     hidden_chunks,
     logits_of,
     main_grad_of,
     new_weight_total,
     refuse_second_derivative,
-    select_tokens,
+    take_tokens,
 )
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
 from megatron_infoentropy.loss.objective import (
@@ -80,8 +80,8 @@ def prepare_linear(
     sequence_parallel: bool,
     into_main_grad: bool,
     skip_masked: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Selection, Settings]:
-    """(hidden [L, H] and selection of what is multiplied, this rank's weight, settings), checked.
+) -> tuple[torch.Tensor, torch.Tensor, TakenTokens, Settings]:
+    """(hidden [L, H] of the tokens taken, this rank's weight, which are taken, settings), checked.
 
     Raises:
         ValueError: shapes, dtypes, targets or sizes that do not fit.
@@ -93,14 +93,14 @@ def prepare_linear(
     slices, rank = world_and_rank(group) if sequence_parallel else (1, 0)
     _check_shapes(hidden, weight, target, slices)
     ids, ignored = as_ids(target), arguments["ignore_index"]
-    selection = select_tokens(ids, slices, ignored, skip=skip_masked)
+    taken = take_tokens(ids, slices, ignored, skip=skip_masked)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    if selection.index_SK is not None:
-        hidden_LH = hidden_LH.index_select(0, selection.index_SK[rank])
+    if taken.index_SK is not None:
+        hidden_LH = hidden_LH.index_select(0, taken.index_SK[rank])
     cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
     settings = make_settings(hidden, len(weight), arguments, cut=cut, into_main_grad=into_main_grad)
     check_targets(ids, settings.vocabulary.size, ignored)
-    return hidden_LH, weight, selection, settings
+    return hidden_LH, weight, taken, settings
 
 
 def _check_shapes(
@@ -322,7 +322,7 @@ def linear_vocab_parallel_statistics(
         "backend": backend,
         "collective": collective,
     }
-    hidden_LH, weight, selection, settings = prepare_linear(
+    hidden_LH, weight, taken, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -333,22 +333,20 @@ def linear_vocab_parallel_statistics(
         skip_masked=skip_masked,
     )
     inverse = inverse_temperature(temperature, target, statistics_dtype(hidden))
-    tokens = _Tokens(
-        selection.take(as_ids(target)), None if inverse is None else selection.take(inverse)
-    )
-    return _statistics_of(hidden_LH, weight, tokens, selection, settings)
+    tokens = _Tokens(taken.take(as_ids(target)), None if inverse is None else taken.take(inverse))
+    return _statistics_of(hidden_LH, weight, tokens, taken, settings)
 
 
 def _statistics_of(
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
     tokens: _Tokens,
-    selection: Selection,
+    taken: TakenTokens,
     settings: Settings,
 ) -> TokenStatistics:
     results: Any = LinearStatistics.apply(hidden_LH, weight_VH, *tokens, settings)
     return TokenStatistics.of_present(
-        (selection.restore(result) for result in results),
+        (taken.restore(result) for result in results),
         uniform=settings.options.distance,
         squares=settings.options.squares,
     )
@@ -402,7 +400,7 @@ def linear_infoentropy_loss(
     """
     config = PUBLISHED if config is None else config
     target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
-    hidden_LH, weight, selection, settings = prepare_linear(
+    hidden_LH, weight, taken, settings = prepare_linear(
         hidden,
         weight,
         target,
@@ -412,16 +410,16 @@ def linear_infoentropy_loss(
         into_main_grad=into_main_grad,
         skip_masked=config.skip_masked,
     )
-    target_N = selection.take(target)
+    target_N = taken.take(target)
     # Weights that compare tokens are formed of all of them at once, as without chunks.
     by_chunk = config.detach_weight and not config.compares_tokens
     if by_chunk or not config.is_weighted:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
-        tokens, differentiate = Tokens(target_N, selection.take(mask)), torch.is_grad_enabled()
+        tokens, differentiate = Tokens(target_N, taken.take(mask)), torch.is_grad_enabled()
         sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         return weighted_mean(TokenSums(*sums), config, data_parallel_group)
-    statistics = _statistics_of(hidden_LH, weight, _Tokens(target_N, None), selection, settings)
+    statistics = _statistics_of(hidden_LH, weight, _Tokens(target_N, None), taken, settings)
     batch = token_batch(
         statistics,
         mask,

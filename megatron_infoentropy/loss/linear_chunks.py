@@ -25,7 +25,7 @@ from megatron_infoentropy.loss.collective import (
 from megatron_infoentropy.loss.layout import Cut
 
 
-class Selection(NamedTuple):
+class TakenTokens(NamedTuple):
     """The tokens that are multiplied: of every slice those that take part, as many of each."""
 
     index_SK: torch.Tensor | None  # places in the slices, [slices, K]; None is all of them
@@ -46,20 +46,20 @@ class Selection(NamedTuple):
         return whole_SL.scatter(1, self.index_SK, result_N.view(slices, -1)).view(self.shape)
 
 
-def select_tokens(target: torch.Tensor, slices: int, ignore_index: int, *, skip: bool) -> Selection:
+def take_tokens(target: torch.Tensor, slices: int, ignore_index: int, *, skip: bool) -> TakenTokens:
     """Return the tokens that take part; all of them unless `skip`, and where a graph is compiled.
 
     Their number is looked at, which a GPU waits for. Where slices differ in it, the others are
     filled up with tokens that take no part: all ranks then have as many chunks.
     """
     if not skip or torch.compiler.is_compiling() or not target.numel():
-        return Selection(None, target.shape)
+        return TakenTokens(None, target.shape)
     takes_part_SL = target.reshape(slices, -1) != ignore_index
     most = int(takes_part_SL.sum(1).max())
     if most == takes_part_SL.shape[1]:
-        return Selection(None, target.shape)
+        return TakenTokens(None, target.shape)
     order_SL = takes_part_SL.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return Selection(order_SL[:, :most].contiguous(), target.shape)
+    return TakenTokens(order_SL[:, :most].contiguous(), target.shape)
 
 
 def hidden_chunks(

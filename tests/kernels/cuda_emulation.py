@@ -1,4 +1,4 @@
-"""The GPU kernels walked thread by thread on the CPU (csrc/emulate_cuda.cpp), as a backend.
+"""The GPU kernels walked thread by thread on the CPU (emulate_cuda.cpp), as a backend.
 
 What it shows: slicing, alignment, tails, the order of folds, -inf, NaN and accuracy, with the
 2-ulp error of the GPU's exponential put in. What it cannot show: races, missing barriers, launch
@@ -18,7 +18,7 @@ import torch
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 from megatron_infoentropy.kernels.native import address_of
 
-SOURCE = Path(__file__).parents[2] / "csrc" / "emulate_cuda.cpp"
+SOURCE = Path(__file__).with_name("emulate_cuda.cpp")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of its numbers
 
 

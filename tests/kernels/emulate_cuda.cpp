@@ -1,12 +1,12 @@
 // The GPU kernels' arithmetic and slicing on a CPU, for tests on machines without a GPU: loops over
 // all blocks, warps and lanes of cuda_statistics.h and cuda_gradient.h. It cannot see what only
 // threads at work at once can do wrong (races, a missing barrier), nor launches, nor the
-// instructions behind `#ifdef __CUDACC__`. Compiled by tests/kernels/cuda_emulation.py, part of nothing that ships.
+// instructions behind `#ifdef __CUDACC__`. Compiled by cuda_emulation.py.
 #include <cstdint>
 #include <vector>
 
-#include "cuda_gradient.h"
-#include "cuda_statistics.h"
+#include "../../csrc/cuda_gradient.h"
+#include "../../csrc/cuda_statistics.h"
 
 namespace infoentropy::cuda {
 namespace {
