@@ -245,6 +245,11 @@ class InfoEntropyConfig:
             )
 
     def _check_schedule(self) -> None:
+        if self.gamma_schedule != "constant" and self.objective in ("deft", "eslm"):
+            raise ValueError(
+                f"gamma_schedule={self.gamma_schedule!r} has no effect on "
+                f"objective={self.objective!r}, whose weight has no gamma; leave it out"
+            )
         if self.gamma_schedule != "constant" and self.gamma_samples < 1:
             raise ValueError(
                 f"gamma_schedule={self.gamma_schedule!r} needs gamma_samples of at least 1, got "

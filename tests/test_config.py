@@ -35,6 +35,10 @@ from megatron_infoentropy import InfoEntropyConfig
             "'focal' needs gamma_end >= 0",
         ),
         ({"gamma_schedule": "linear"}, "needs gamma_samples of at least 1, got 0"),
+        (
+            {"objective": "eslm", "gamma_schedule": "linear", "gamma_samples": 9},
+            "'linear' has no effect on objective='eslm', whose weight has no gamma",
+        ),
         ({"gamma_samples": 10}, "no effect on a constant gamma"),
         ({"gamma_samples": 1.5}, "gamma_samples must be an integer"),
         ({"blend": 1.5}, r"blend must be in \[0, 1\]"),

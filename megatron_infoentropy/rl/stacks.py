@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_infoentropy.loss import vocab_parallel_statistics
 from megatron_infoentropy.rl.logprob import Group, Pair, entropy_alone, logprob_and_entropy
 
 
@@ -72,17 +73,17 @@ def verl_lm_head_logits_processor(
     data_format: str,
     vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return {"log_probs": [b, s]} and maybe {"entropy": [b, s]} of logits [b, s, V/T].
+    """Return {"log_probs": [b, s]} and maybe "entropy" and "sum_pi_squared" of logits [b, s, V/T].
 
     As `_lm_head_logits_processor` of verl 0.9.1's `MegatronEngineWithLMHead`, but by one read and
-    one collective, without a clone of the logits, and with the gradient written over them. As in
-    verl they are divided by `temperature` [b, s] in place; what is not positive there is padding.
-    Distillation and the sum of squared probabilities go to verl's own method.
+    one collective, without a clone of the logits, and with the gradient written over them. They are
+    divided by `temperature` [b, s] as they are read, which rounds nothing to 16 bits; what is not
+    positive there is padding. Distillation goes to verl's own method.
 
     Raises:
         RuntimeError: verl's own method is needed, and `use_in("verl")` was not called.
     """
-    if calculate_sum_pi_squared or distillation_use_topk or distillation_only:
+    if distillation_use_topk or distillation_only:
         if _VERL_PROCESSOR not in _stacks_own:
             raise RuntimeError(
                 f'verl\'s own {_VERL_PROCESSOR} is needed: call use_in("verl") first'
@@ -100,17 +101,21 @@ def verl_lm_head_logits_processor(
             self, logits, label, temperature, **options
         )
         return own
-    positive = temperature.masked_fill(temperature <= 0, 1e-8)
-    logits.div_(positive.unsqueeze(-1).to(logits.dtype))
-    log_probs, entropy = logprob_and_entropy(
+    statistics = vocab_parallel_statistics(
         logits,
         label,
         group=_megatrons_group(),
         vocab_size=vocab_size,
-        with_entropy=calculate_entropy,
+        temperature=temperature.masked_fill(temperature <= 0, 1e-8),
+        sum_p_squared=calculate_sum_pi_squared,
         inplace_backward=True,
     )
-    return {"log_probs": log_probs} | ({} if entropy is None else {"entropy": entropy})
+    results = {"log_probs": -statistics.cross_entropy}
+    if calculate_entropy:
+        results["entropy"] = statistics.entropy
+    if statistics.sum_p_squared is not None:
+        results["sum_pi_squared"] = statistics.sum_p_squared
+    return results
 
 
 def slime_calculate_log_probs_and_entropy(

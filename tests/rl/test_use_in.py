@@ -100,7 +100,7 @@ def test_a_stack_that_is_not_installed_or_not_known_is_refused(monkeypatch):
 def test_verls_own_processor_is_asked_for_where_it_was_not_replaced(monkeypatch):
     monkeypatch.setattr(stacks, "_stacks_own", {})
     with pytest.raises(RuntimeError, match=r'call use_in\("verl"\) first'):
-        process(stacks.verl_lm_head_logits_processor, None, calculate_sum_pi_squared=True)
+        process(stacks.verl_lm_head_logits_processor, None, distillation_only=True)
 
 
 def process(function, logits, **asked):
