@@ -16,7 +16,12 @@ MegatronFlags = Annotated[
 Data = Annotated[Path | None, typer.Option(help="folder with train/, validation/, test/ datasets")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder")]
 Run = Annotated[Path | None, typer.Option(help="folder for this run: log, checkpoints, facts")]
-Objective = Annotated[str | None, typer.Option(help="infoentropy, focal or cross_entropy")]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="infoentropy, cross_entropy, focal, lin_focal, eaft, dft, deft, eslm or entrodrop"
+    ),
+]
 Gamma = Annotated[float | None, typer.Option(help="exponent of the weight")]
 Sigma = Annotated[float | None, typer.Option(help="added to the entropy, nats")]
 Normalization = Annotated[str | None, typer.Option(help="paper, global or none")]

@@ -8,7 +8,7 @@ import torch
 from close import assert_within
 from oracle import dense_objective, dense_statistics
 
-from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.integration import bound_loss, use_infoentropy_loss
 
 B, S, V = 3, 5, 40
@@ -61,6 +61,20 @@ def test_mean_over_valid_tokens_is_the_objective(normalization):
     expected.backward()
     assert_within(mean, expected, rtol=1e-12)
     assert_within(ours.grad, truth.grad, atol=1e-13)
+
+
+@pytest.mark.parametrize("objective", ["lin_focal", "eaft", "dft", "deft", "eslm", "entrodrop"])
+def test_every_objective_is_that_of_the_function(objective):
+    logits, labels = make_case()
+    config = InfoEntropyConfig(objective=objective, gamma=0.5, quantile=0.4)
+    ours, whole = (logits.clone().requires_grad_() for _ in range(2))
+    loss = use_infoentropy_loss(LanguageModel(), config).compute_language_model_loss(labels, ours)
+    mean = loss.sum() / (labels != -100).sum()
+    expected = infoentropy_loss(whole, labels.T, config)
+    for each in (mean, expected):
+        each.backward()
+    assert_within(mean, expected, rtol=1e-12)
+    assert_within(ours.grad, whole.grad, atol=1e-14)
 
 
 def test_evaluation_is_plain_cross_entropy_whatever_the_objective():
