@@ -34,7 +34,9 @@ def make_batch(data_rank, micro_batch, size, sequence, vocab, kind="plain"):
 
 
 def main(folder, gammas, kind="plain"):
-    """kind "packed": batches are Megatron's own, of documents of a few tokens, and written down."""
+    """kind "packed": batches are Megatron's own, of documents of a few tokens, and written down;
+    "into main_grad": the output layer is told to add to it, for which Megatron's own code needs a
+    CUDA extension and is refused on a CPU, and ours does not."""
     from megatron.core import mpu
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.core.distributed import finalize_model_grads
@@ -81,6 +83,14 @@ def main(folder, gammas, kind="plain"):
     def use_gamma(index):
         forward_step.config = dataclasses.replace(forward_step.config, gamma=gammas[index])
 
+    def fuse_accumulation(chunks):
+        for chunk in chunks:
+            if chunk.post_process:
+                chunk.output_layer.gradient_accumulation_fusion = True
+        return chunks
+
+    if kind == "into main_grad":
+        container.model.pre_wrap_hooks.append(fuse_accumulation)
     MockGPTLowLevelDataset.max_sequence_length = 9
     step.get_batch = get_batch
     transformer.finalize_model_grads_func = write_down

@@ -27,15 +27,6 @@ def load(name):
     return module
 
 
-@pytest.fixture
-def one_thread():
-    """For a model so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def example():
     return load("hf_trainer")
@@ -148,7 +139,7 @@ def test_gamma_zero_is_the_models_own_loss(example, llama):
     assert_within(mine, own, rtol=2e-6)
 
 
-def test_the_hugging_face_example_learns(example, one_thread):
+def test_the_hugging_face_example_learns(example):
     assert example.main(steps=8)["eval_loss"] < 4.5  # from 5.5, ln 256
 
 

@@ -1,81 +1,17 @@
-"""With --infoentropy-fused-linear a training run is the one without it; what it cannot go with."""
+"""The output processor with --infoentropy-fused-linear, and what the flag cannot go with.
 
-import json
+Its gradients in the trainer are in test_gradient_oracle.py.
+"""
+
 from types import SimpleNamespace
 
-import probe_fused_linear
-import probe_losses
 import pytest
 import torch
-import torch.distributed as dist
 from close import assert_within
-from launch import TINY_MODEL, run_forked, run_trainer
-from test_gradient_oracle import (
-    GAMMAS,
-    LAYOUTS,
-    MICRO_BATCH,
-    PLAIN,
-    VOCAB,
-    oracle_gradients,
-)
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.integration.arguments import check_megatron_args
 from megatron_infoentropy.integration.output import OutputSettings, statistics_processor
-from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
-from megatron_infoentropy.loss.statistics import vocab_parallel_statistics
-
-STEPS = 10
-FUSED = ["--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12"]  # 32 tokens: three chunks
-UNTIED = "--untie-embeddings-and-output-weights"
-TRAINING = [
-    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=200"),  # padded to 256
-    *("--micro-batch-size=2", "--global-batch-size=4", f"--train-iters={STEPS}", "--lr=1e-3"),
-    *("--clip-grad=1.0", "--infoentropy-gamma=1"),
-]
-MODELS = {
-    "pp2": [*TINY_MODEL, "--pipeline-model-parallel-size=2"],
-    "tp2-tied": [*(f for f in TINY_MODEL if f != UNTIED), "--tensor-model-parallel-size=2"],
-}
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_loss_curve_is_that_of_the_unfused_run(model, tmp_path):
-    curves = []
-    for name, more in (("plain", []), ("fused", FUSED)):
-        out = tmp_path / f"{name}.json"
-        flags = [*MODELS[model], *TRAINING, *more]
-        run_trainer(2, probe_losses.main, (out, "ours"), flags, tmp_path)
-        curves.append([loss for loss, _count in json.loads(out.read_text())])
-    plain, fused = curves
-    assert len(plain) == 2 * STEPS
-    assert fused == pytest.approx(plain, rel=3e-6)
-    assert plain[-1] < 0.99 * plain[0], "the run did not learn, so equality shows little"
-
-
-def test_main_grads_that_we_add_to_equal_the_dense_oracle(tmp_path):
-    """With gradient accumulation fusion; without it see test_gradient_oracle."""
-    layout = PLAIN | LAYOUTS["dp2"]
-    flags = [
-        *TINY_MODEL,
-        *("--mock-data", "--tokenizer-type=NullTokenizer", f"--vocab-size={VOCAB}"),
-        f"--micro-batch-size={MICRO_BATCH}",
-        f"--global-batch-size={MICRO_BATCH * layout['dp'] * layout['micro_batches']}",
-        f"--train-iters={len(GAMMAS)}",
-        *("--lr=0", "--min-lr=0", "--weight-decay=0", *FUSED, "--overlap-grad-reduce"),
-    ]
-    world = layout["dp"]
-    run_trainer(world, probe_fused_linear.main, (tmp_path, GAMMAS), flags, tmp_path)
-    found = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
-    assert len(found) == world
-    for index, gamma in enumerate(GAMMAS):
-        expected = oracle_gradients(layout, "paper", found, gamma)
-        for rank, written in found.items():
-            for parameter, gradient in written["gradients"][index].items():
-                truth = expected[rank[:3]][parameter]
-                error = (gradient.double() - truth).abs().max() / truth.abs().max()
-                assert error <= 1e-5, f"rank {rank}, {parameter}: relative error {error:.2e}"
-
 
 S, B, H, V = 6, 2, 8, 40
 
@@ -85,36 +21,6 @@ def random_case():
     hidden = torch.randn(S, B, H, generator=generator)
     weight = torch.randn(V, H, generator=generator)
     return hidden, weight, torch.randint(0, V, (S, B), generator=generator)
-
-
-def both_on_rank():
-    """(value, gradients) through Megatron's own layer and the unfused loss, and through ours."""
-    from megatron.core.tensor_parallel.layers import (
-        linear_with_grad_accumulation_and_async_allreduce as megatron_linear,
-    )
-
-    group = dist.group.WORLD
-    whole_hidden, whole_weight, target = random_case()
-    results = []
-    for fused in (False, True):
-        hidden = whole_hidden.clone().requires_grad_()
-        weight = whole_weight.chunk(group.size())[group.rank()].clone().requires_grad_()
-        if fused:
-            got = linear_vocab_parallel_statistics(
-                hidden, weight, target, group=group, chunk_tokens=5
-            )
-        else:
-            logits = megatron_linear(hidden, weight, None, False, True, False, tp_group=group)
-            got = vocab_parallel_statistics(logits, target, group=group)
-        (got.cross_entropy * got.entropy).sum().backward()
-        results.append([got.cross_entropy.detach(), hidden.grad, weight.grad])
-    return results
-
-
-def test_values_and_gradients_are_those_of_megatrons_own_layer():
-    for theirs, ours in run_forked(both_on_rank, 2):
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_within(mine, other, rtol=2e-6, atol=2e-5)
 
 
 def layer(weight, **changes):

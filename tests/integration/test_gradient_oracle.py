@@ -14,6 +14,7 @@ from oracle import dense_statistics, dense_weight
 from probe_gradients import make_batch
 
 GAMMAS = (1.0, 2.0)  # every run has one step of each
+FUSED = ("--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12")  # three chunks of 32 tokens
 VOCAB = 200  # padded to 256: both vocabulary shards hold tokens, one holds padding too
 MICRO_BATCH, SEQUENCE = 2, 16
 PLAIN = {"tp": 1, "pp": 1, "dp": 1, "micro_batches": 2, "chunks": 1, "layers": 2, "flags": ()}
@@ -41,9 +42,11 @@ LAYOUTS = {
     },
     "tp2-dp2-overlap": {"tp": 2, "dp": 2, "flags": ("--overlap-grad-reduce",)},
     "dp2-focal": {"dp": 2, "objective": "focal"},
-    "tp2-pp2-fused": {
-        **{"tp": 2, "pp": 2},
-        "flags": ("--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12"),
+    "tp2-pp2-fused": {"tp": 2, "pp": 2, "flags": FUSED},
+    "tp2-pp2-tied-fused": {"tp": 2, "pp": 2, "tied": True, "flags": FUSED},
+    "dp2-fused-into-main-grad": {
+        **{"dp": 2, "micro_batches": 3, "kind": "into main_grad"},
+        "flags": (*FUSED, "--overlap-grad-reduce"),
     },
 }
 CASES = [(layout, norm) for layout in LAYOUTS for norm in ("paper", "global")]

@@ -1,9 +1,10 @@
-"""Beside other features of Megatron's the loss is alone responsible for its own part.
+"""With gamma 0 a training run is Megatron's own, in its layouts and beside its other features.
 
 Each run here trains, so that equal curves mean equal gradients of everything, also of what is not
 ours: auxiliary losses of experts, multi-token-prediction heads, the sharded optimizer.
 """
 
+import functools
 import json
 
 import probe_losses
@@ -14,32 +15,60 @@ from megatron_infoentropy.evaluate.runlog import parse_log
 
 STEPS = 6
 TRAINING = [
-    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),
+    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),  # no padding at TP2
     *("--micro-batch-size=2", "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"),
 ]
-EXPERTS = [
-    *("--num-experts=4", "--moe-router-topk=2", "--expert-model-parallel-size=2"),
-    *("--moe-router-load-balancing-type=aux_loss", "--moe-aux-loss-coeff=0.1"),
-    "--moe-token-dispatcher-type=allgather",
-]
-HEADS = ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"]
+FEATURES = {
+    "tp2": ["--tensor-model-parallel-size=2"],
+    "pp2": ["--pipeline-model-parallel-size=2"],
+    "experts": [
+        *("--num-experts=4", "--moe-router-topk=2", "--expert-model-parallel-size=2"),
+        *("--moe-router-load-balancing-type=aux_loss", "--moe-aux-loss-coeff=0.1"),
+        "--moe-token-dispatcher-type=allgather",
+    ],
+    "mtp": ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"],
+}
 
 
 def losses(mode, flags, folder, name="run", ranks=2):
-    """(the losses of one training run, rank 0's log)."""
+    """The losses of one training run and their tokens, of every micro-batch."""
     out = folder / f"{name}.json"
-    log = run_trainer(
-        ranks, probe_losses.main, (out, mode), [*TINY_MODEL, *TRAINING, *flags], folder
+    run_trainer(ranks, probe_losses.main, (out, mode), [*TINY_MODEL, *TRAINING, *flags], folder)
+    return tuple(map(list, zip(*json.loads(out.read_text()), strict=True)))
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    """A function from (feature, mode, gamma) to the run's losses and tokens; runs are kept."""
+
+    @functools.cache
+    def run(feature, mode, gamma):
+        flags = [*FEATURES[feature], f"--infoentropy-gamma={gamma}"]
+        found, tokens = losses(mode, flags, tmp_path_factory.mktemp(feature))
+        assert found[-1] < 0.98 * found[0], "the run did not learn, so equality shows little"
+        return found, tokens
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("feature", "mode"),
+    [*((name, "ours") for name in FEATURES), ("tp2", "dropin"), ("pp2", "dropin")],
+)
+def test_with_gamma_zero_all_losses_are_as_megatron_has_them(curve, feature, mode):
+    theirs, their_tokens = curve(feature, "megatron", 0)
+    mine, my_tokens = curve(feature, mode, 0)
+    assert mine == pytest.approx(theirs, rel=2e-6)
+    assert my_tokens == their_tokens
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_gamma_one_is_another_training_and_the_same_through_the_drop_in(curve, layout):
+    plain, ours, dropin = (
+        curve(layout, mode, gamma)[0] for mode, gamma in (("ours", 0), ("ours", 1), ("dropin", 1))
     )
-    return [loss for loss, _count in json.loads(out.read_text())], log
-
-
-@pytest.mark.parametrize("feature", [EXPERTS, HEADS], ids=["experts", "mtp"])
-def test_with_gamma_zero_other_losses_are_as_megatron_has_them(feature, tmp_path):
-    theirs, _ = losses("megatron", feature, tmp_path, "theirs")
-    ours, _ = losses("ours", [*feature, "--infoentropy-gamma=0"], tmp_path, "ours")
-    assert ours == pytest.approx(theirs, rel=2e-6)
-    assert ours[-1] < 0.98 * ours[0], "the run did not learn, so equality shows little"
+    assert dropin == pytest.approx(ours, rel=5e-6)
+    assert abs(ours[-1] - plain[-1]) > 2e-5 * plain[-1], "the weights changed nothing"
 
 
 def test_a_whole_batch_fits_into_fp16_as_its_mean_does(tmp_path):
