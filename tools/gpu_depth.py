@@ -19,7 +19,7 @@ FP32_COPIES = 2
 def takes(args: Namespace, layers: int) -> int:
     """Return the bytes of one rank at this depth."""
     logits = args.micro_batch_size * args.seq_length * args.padded_vocab_size
-    held = memory(Namespace(**vars(args) | {"num_layers": layers})).total
+    held = sum(memory(Namespace(**vars(args) | {"num_layers": layers})).values())
     return held + 4 * FP32_COPIES * int(logits)
 
 
@@ -32,7 +32,7 @@ def deepest(args: Namespace, gib: float) -> int:
 
 if __name__ == "__main__":
     recipe, gib, _, *flags = sys.argv[1:]
-    args = dry_run(Path(recipe), {}, tuple(flags), ranks=1).arguments
+    args = dry_run(Path(recipe), {}, tuple(flags), ranks=1)
     layers = deepest(args, float(gib))
     size = takes(args, max(1, layers)) / 2**30
     sys.stderr.write(f"{layers} layers take {size:.1f} of {float(gib):.1f} GiB\n")

@@ -62,7 +62,10 @@ def doctor(
     if not distributed:
         is_whole = _say_findings()
         if recipe is not None:
-            _say_training(recipe, settings, flags, tokenizer)
+            from megatron_infoentropy.launch.dry_run import dry_run, report
+
+            for line in report(dry_run(recipe, settings, flags, tokenizer=tokenizer)):
+                out.print(line)
         raise typer.Exit(0 if is_whole else 1)
     from megatron_infoentropy.doctor.smoke import Order, examine_job, start_ranks
 
@@ -85,15 +88,6 @@ def _say_findings() -> bool:
         if finding.advice:
             out.print(f"{'':28} {finding.advice}")
     return all(finding.verdict != "missing" for finding in findings)
-
-
-def _say_training(
-    recipe: Path, settings: dict[str, int | None], flags: tuple[str, ...], tokenizer: Path | None
-) -> None:
-    from megatron_infoentropy.launch.dry_run import dry_run
-
-    for line in dry_run(recipe, settings, flags, tokenizer=tokenizer).lines():
-        out.print(line)
 
 
 def bench(

@@ -121,9 +121,11 @@ def train(
     )
     extra = tuple(megatron_flags or ())
     if dry_run:
-        from megatron_infoentropy.launch.dry_run import dry_run as count
+        from megatron_infoentropy.launch import dry_run as dry
 
-        for line in count(recipe, settings, extra, tokenizer=tokenizer, ranks=ranks).lines():
+        for line in dry.report(
+            dry.dry_run(recipe, settings, extra, tokenizer=tokenizer, ranks=ranks)
+        ):
             out.print(line)
         if None in (data, tokenizer, run):
             return

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.data.tokenizer import is_tokenizer, tokenizer_digest
 from megatron_infoentropy.files import file_sha256
+from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_tokenizer
 from megatron_infoentropy.progress import progress
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
-SPLITS = ("train", "validation", "test")
 GIB, MIB = 2**30, 2**20
 LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
@@ -89,10 +88,6 @@ class Collective(NamedTuple):
     gathers: bool = False  # else it sums
 
 
-class RankMissing(RuntimeError):
-    """Ranks that did not come, by number and host."""
-
-
 def start_ranks(words: Sequence[str], ranks: int) -> int:
     """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
     with socket.socket() as free:
@@ -115,7 +110,7 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     """Be one rank of the examination, under torchrun; rank 0 tells it, all return the troubles.
 
     Raises:
-        RankMissing: not all ranks came in time.
+        RuntimeError: not all ranks came in time.
     """
     import torch
     import torch.distributed as dist
@@ -174,7 +169,7 @@ def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
     """Say that this rank is there, and wait for all others.
 
     Raises:
-        RankMissing: names those that did not come, and the hosts of those that did.
+        RuntimeError: names those that did not come, and the hosts of those that did.
     """
     from torch.distributed import DistStoreError
 
@@ -195,7 +190,7 @@ def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
         where = f"node {node}" + (f", {hosts.pop()}" if hosts else ", which no rank came from")
         names.append(f"rank {rank} ({where})")
     if names:
-        raise RankMissing(
+        raise RuntimeError(
             f"{', '.join(names)} did not come within {timeout_s:g} s; {len(came)} of {me.world} "
             f"are there, from {', '.join(sorted(set(came.values())))}: look at what the missing "
             "ones said last, and whether their host is up"
@@ -232,14 +227,9 @@ def look(me: JobRank, order: Order) -> Facts:
         look_at_data(facts, order.data, *share)
     if order.tokenizer is not None:
         try:
-            ours, theirs = tokenizer_digest(order.tokenizer), facts.made_with
-            if theirs and not is_tokenizer(order.tokenizer, theirs):
-                facts.problems.append(
-                    f"the data were made with another tokenizer (SHA-256 {theirs[:12]}..., here "
-                    f"{ours[:12]}...): name theirs, or preprocess the text again"
-                )
+            require_tokenizer(order.tokenizer, facts.made_with or None)
         except (OSError, ValueError) as error:
-            facts.problems.append(f"the tokenizer cannot be read: {error}")
+            facts.problems.append(str(error))
     return facts
 
 
@@ -305,28 +295,27 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int
     anyway = [Collective("all ranks", 16 * MIB, world)]
     if order.recipe is None:
         return anyway, 0, []
-    from megatron_infoentropy.launch.dry_run import STATISTICS_BYTES, dry_run, hidden_bytes
-    from megatron_infoentropy.launch.job import TrainingJob
+    from megatron_infoentropy.launch.dry_run import STATISTICS_BYTES, dry_run, hidden_bytes, memory
     from megatron_infoentropy.runtime.device import find_device
 
     try:
         if order.data and order.tokenizer and not facts.problems:  # else told elsewhere
             places = (order.recipe, order.data, order.tokenizer, order.run)
             TrainingJob(*places, order.settings, extra_flags=order.flags).flags(find_device())
-        counted = dry_run(
+        args = dry_run(
             order.recipe, order.settings, order.flags, tokenizer=order.tokenizer, ranks=world
         )
     except ValueError as error:
         return anyway, 0, [f"the recipe cannot be trained on {world} ranks: {error}"]
-    args = counted.arguments
+    held = memory(args)
     tensor, tokens = args.tensor_model_parallel_size, args.micro_batch_size * args.seq_length
-    bucket = min(BUCKET_BYTES, counted.memory.gradients)
+    bucket = min(BUCKET_BYTES, held["gradients"])
     collectives = [
         Collective("gradients", bucket, args.data_parallel_size, stride=tensor),
         Collective("hidden states", hidden_bytes(args), tensor),
         Collective("loss", tokens * STATISTICS_BYTES, tensor, gathers=True),
     ]
-    return [each for each in collectives if each.ranks > 1], counted.memory.total, []
+    return [each for each in collectives if each.ranks > 1], sum(held.values()), []
 
 
 def gathered(mine: Any) -> list[Any]:

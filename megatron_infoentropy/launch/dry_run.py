@@ -37,10 +37,6 @@ TRAFFIC_UNITS = {"GB": 10**9, "MB": 10**6}
 STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
 
 
-class FlagsRefused(ValueError):
-    """Megatron, or a check of ours, refused the flags; carries its words."""
-
-
 @dataclass(frozen=True)
 class StageParameters:
     """Parameters of one pipeline stage: cut by tensor parallelism, and whole on each of its ranks.
@@ -56,41 +52,6 @@ class StageParameters:
         return self.cut // tensor_parallel + self.whole
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the fullest rank, by what holds them, and with the other choice of a flag."""
-
-    weights: int
-    fp8_weights: int
-    gradients: int
-    optimizer: int
-    optimizer_otherwise: int  # with --use-distributed-optimizer, or without it
-    activations: int
-    logits: int  # of one micro-batch, gradient in place
-    logits_otherwise: int  # with --infoentropy-fused-linear, or without it
-
-    @property
-    def total(self) -> int:
-        """Return the sum of what the training's flags choose."""
-        kept = self.weights + self.fp8_weights + self.gradients + self.optimizer
-        return kept + self.activations + self.logits
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """A training that Megatron would accept, and what it takes."""
-
-    ranks: int
-    arguments: Namespace  # `launch.parsed.plain_arguments`
-    parameters: int
-    memory: Memory
-    traffic: dict[str, int]
-
-    def lines(self) -> list[str]:
-        """Return one fact a line, for a reader."""
-        return [*_training_lines(self), *_memory_lines(self), *_traffic_lines(self)]
-
-
 def dry_run(
     recipe: Path,
     settings: dict[str, Any],
@@ -98,8 +59,10 @@ def dry_run(
     *,
     tokenizer: Path | None = None,
     ranks: int | None = None,
-) -> DryRun:
-    """Check and count a training; arguments as in `TrainingJob`, of which no data are needed.
+) -> Namespace:
+    """Check a training; return `launch.parsed.plain_arguments`, of which the others here count.
+
+    Arguments are as in `TrainingJob`, of which no data are needed.
 
     Without `ranks` it is for as many as the recipe says, else as this machine has use for; without
     a tokenizer its size is the recipe's `vocab-size`.
@@ -115,8 +78,12 @@ def dry_run(
     on_machine = useful_ranks(facts, device.count)
     ranks = ranks or load_plan(recipe).ranks or on_machine
     require_layout(ranks, facts)
-    args = parse(words, ranks, device)
-    return DryRun(ranks, args, parameters(args), memory(args), traffic(args))
+    return parse(words, ranks, device)
+
+
+def report(args: Namespace) -> list[str]:
+    """Return one fact a line, for a reader."""
+    return [*_training_lines(args), *_memory_lines(args), *_traffic_lines(args)]
 
 
 def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[str]:
@@ -139,7 +106,7 @@ def parse(words: list[str], ranks: int, device: Device) -> Namespace:
     """Return what Megatron's own parser makes of a command line: `launch.parsed.plain_arguments`.
 
     Raises:
-        FlagsRefused: with the reason.
+        ValueError: with the reason why Megatron, or a check of ours, refuses it.
     """
     world = {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0"}
     done = subprocess.run(
@@ -151,7 +118,7 @@ def parse(words: list[str], ranks: int, device: Device) -> Namespace:
     )
     if done.returncode != 0:
         said = f"Megatron refuses the flags: {_last_words(done.stderr)}"
-        raise FlagsRefused(refusal(done.stderr) or said)
+        raise ValueError(refusal(done.stderr) or said)
     return Namespace(**json.loads(done.stdout))
 
 
@@ -225,27 +192,25 @@ def hidden_bytes(args: Namespace) -> int:
     return int(args.micro_batch_size * args.seq_length * args.hidden_size * args.weight_bytes)
 
 
-def memory(args: Namespace) -> Memory:
+def memory(args: Namespace) -> dict[str, int]:
     """Count the rank that holds most; fragmentation, workspaces and NCCL's buffers come on top."""
     tensor, fullest = args.tensor_model_parallel_size, _fullest(args)
     count = fullest.on_a_rank(tensor)
+    sharers = args.data_parallel_size if args.use_distributed_optimizer else 1
     tokens = args.micro_batch_size * args.seq_length
-    columns = args.padded_vocab_size // tensor * args.weight_bytes
-    whole = count * args.optimizer_bytes
-    optimizer = whole, ceil(whole / args.data_parallel_size)
-    # Two chunks while their statistics are gathered, and never more than there are tokens.
-    logits = tokens * columns, min(2 * args.infoentropy_chunk_tokens, tokens) * columns
-    return Memory(
-        weights=count * args.weight_bytes,
+    if args.infoentropy_fused_linear:
+        # Two chunks while their statistics are gathered, and never more than there are tokens.
+        tokens = min(2 * args.infoentropy_chunk_tokens, tokens)
+    return {
+        "weights": count * args.weight_bytes,
         # Transformer Engine keeps each matrix in FP8 twice: as it is, and transposed.
-        fp8_weights=0 if args.fp8 is None else 2 * fullest.linear // tensor,
-        gradients=count * args.gradient_bytes,
-        optimizer=optimizer[args.use_distributed_optimizer],
-        optimizer_otherwise=optimizer[not args.use_distributed_optimizer],
-        activations=_activations(args),
-        logits=logits[args.infoentropy_fused_linear],
-        logits_otherwise=logits[not args.infoentropy_fused_linear],
-    )
+        "FP8 copies": 0 if args.fp8 is None else 2 * fullest.linear // tensor,
+        "gradients": count * args.gradient_bytes,
+        "optimizer": ceil(count * args.optimizer_bytes / sharers),
+        "activations": _activations(args),
+        # Of one micro-batch, the gradient in place.
+        "logits": tokens * (args.padded_vocab_size // tensor) * args.weight_bytes,
+    }
 
 
 def _recomputed(args: Namespace) -> tuple[str, int]:
@@ -313,14 +278,14 @@ def _pipeline_parallel(args: Namespace) -> int:
     return both_ways * virtual * _handed_on(args) if stages > 1 else 0
 
 
-def _training_lines(run: DryRun) -> list[str]:
-    args = run.arguments
+def _training_lines(args: Namespace) -> list[str]:
     tokens, tensor = args.global_batch_size * args.seq_length, args.tensor_model_parallel_size
-    layout = f"tensor {tensor} x pipeline {args.pipeline_model_parallel_size}"
+    pipeline, data = args.pipeline_model_parallel_size, args.data_parallel_size
+    layout = f"tensor {tensor} x pipeline {pipeline} x data {data}"
     return [
-        f"parameters         {run.parameters:,}, at most {_fullest(args).on_a_rank(tensor):,} "
+        f"parameters         {parameters(args):,}, at most {_fullest(args).on_a_rank(tensor):,} "
         "on a rank",
-        f"layout             {run.ranks} ranks: {layout} x data {args.data_parallel_size}",
+        f"layout             {tensor * pipeline * data} ranks: {layout}",
         f"step               {tokens:,} tokens: {args.global_batch_size} sequences of "
         f"{args.seq_length}, {micro_batches(args)} micro-batches of {args.micro_batch_size} "
         "on every rank",
@@ -328,34 +293,23 @@ def _training_lines(run: DryRun) -> list[str]:
     ]
 
 
-def _memory_lines(run: DryRun) -> list[str]:
-    args, held = run.arguments, run.memory
-
-    def otherwise(is_on: bool, size: int, flag: str) -> str:
-        return f"{_in(MEMORY_UNITS, size)} {'without' if is_on else 'with'} {flag}"
-
-    is_sharded, is_fused = args.use_distributed_optimizer, args.infoentropy_fused_linear
-    sharded = otherwise(is_sharded, held.optimizer_otherwise, "--use-distributed-optimizer")
-    fused = otherwise(is_fused, held.logits_otherwise, "--infoentropy-fused-linear")
-    rows = [
-        ("weights", held.weights, ""),
-        ("FP8 copies", held.fp8_weights, "at most"),
-        ("gradients", held.gradients, ""),
-        ("optimizer", held.optimizer, sharded),
-        ("activations", held.activations, "Megatron's formula"),
-        ("logits", held.logits, fused),
-        ("together", held.total, "workspaces and communication buffers come on top"),
-    ]
+def _memory_lines(args: Namespace) -> list[str]:
+    held = memory(args)
+    notes = {
+        "FP8 copies": "at most",
+        "activations": "Megatron's formula",
+        "together": "workspaces and communication buffers come on top",
+    }
     return ["memory of the fullest rank"] + [
-        f"  {name:16} {_in(MEMORY_UNITS, size):>12}   {note}".rstrip()
-        for name, size, note in rows
+        f"  {name:16} {_in(MEMORY_UNITS, size):>12}   {notes.get(name, '')}".rstrip()
+        for name, size in [*held.items(), ("together", sum(held.values()))]
         if size
     ]
 
 
-def _traffic_lines(run: DryRun) -> list[str]:
+def _traffic_lines(args: Namespace) -> list[str]:
     return ["sent by the busiest rank in a step"] + [
-        f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in run.traffic.items()
+        f"  {name:17} {_in(TRAFFIC_UNITS, size):>11}" for name, size in traffic(args).items()
     ]
 
 

@@ -42,10 +42,6 @@ SHAPE = (
 )
 
 
-class OtherTrainingError(ValueError):
-    """The run folder holds a training that the command line does not go on with."""
-
-
 def load_facts(run: Path) -> dict[str, Any]:
     """Return what run.json says, {} where there is none.
 
@@ -70,7 +66,7 @@ def require_same(run: Path, words: list[str], *, switch: bool) -> None:
     switch: loss and seed may be others.
 
     Raises:
-        OtherTrainingError: names what differs, and what to do.
+        ValueError: names what differs, and what to do.
         DamagedCheckpointError: the folder has checkpoints, and none that can be loaded.
     """
     known, step = load_facts(run), saved_step(run, words)
@@ -85,11 +81,11 @@ def require_same(run: Path, words: list[str], *, switch: bool) -> None:
     theirs, here = _differences(before[-1], ours)
     differs = f"{run} holds {step:,} steps trained with {theirs}, and this command line says {here}"
     if not switch:
-        raise OtherTrainingError(
+        raise ValueError(
             f"{differs}: name another --run, or go on from them all the same with --switch"
         )
     if (facts["train_iters"] or step + 1) <= step:
-        raise OtherTrainingError(
+        raise ValueError(
             f"{differs}, but has no step to train so: make train-iters larger, or name another "
             "--run"
         )
@@ -98,7 +94,7 @@ def require_same(run: Path, words: list[str], *, switch: bool) -> None:
 def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> None:
     """
     Raises:
-        OtherTrainingError: what no switch can change.
+        ValueError: what no switch can change.
     """
     old, recorded = [str(word) for word in known.get("command", [])], known.get("tokenizer_sha256")
     shapes = {name: (last_value(old, name), last_value(words, name)) for name in SHAPE}
@@ -108,7 +104,7 @@ def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> N
         shapes["tokenizer"] = (recorded, _tokenizer_sha256(words))
     for name, (theirs, ours) in shapes.items():
         if theirs and ours and theirs != ours:
-            raise OtherTrainingError(
+            raise ValueError(
                 f"{run} holds a model of {name} {theirs}, this command line makes one of {ours}: "
                 "name another --run"
             )

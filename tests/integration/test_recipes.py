@@ -12,11 +12,11 @@ from probe_recipes import count_traffic, parse, train
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch import parsed
 from megatron_infoentropy.launch.dry_run import (
-    FlagsRefused,
     dry_run,
     memory,
     micro_batches,
     parameters,
+    report,
     stages,
     traffic,
 )
@@ -72,8 +72,8 @@ def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_mod
 def documented_row(name, ranks, shape):
     """The line of the table in docs/recipes.md that tells of a model's memory and traffic."""
     held = memory(shape)
-    sizes = (held.weights, held.gradients, held.optimizer, held.activations)
-    in_gib = [f"{size / 2**30:.2f}" for size in (*sizes, held.logits, held.total)]
+    columns = [size for name, size in held.items() if name != "FP8 copies"]
+    in_gib = [f"{size / 2**30:.2f}" for size in (*columns, sum(held.values()))]
     sent = f"{traffic(shape)['data parallel'] / 1e9:.2f}"
     return f"| {' | '.join([name.upper(), str(ranks), *in_gib, sent])} |"
 
@@ -161,16 +161,16 @@ def test_counted_traffic_is_what_megatron_sends_along_a_pipeline(tmp_path):
 def test_a_dry_run_counts_another_layout_at_another_size():
     extra = ("--tensor-model-parallel-size=2", "--sequence-parallel", "--micro-batch-size=4")
     extra += ("--use-precision-aware-optimizer", "--exp-avg-dtype=bf16", "--exp-avg-sq-dtype=bf16")
-    run = dry_run(PAPER / "6.7b.yaml", {"infoentropy-objective": "focal"}, extra, ranks=64)
-    assert run.parameters == 6_738_415_616
-    assert (run.arguments.data_parallel_size, micro_batches(run.arguments)) == (32, 16)
-    assert run.arguments.sequence_parallel
-    assert run.arguments.optimizer_bytes == 2 + 2 + 4  # also without Transformer Engine
-    assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(run.lines())
+    args = dry_run(PAPER / "6.7b.yaml", {"infoentropy-objective": "focal"}, extra, ranks=64)
+    assert parameters(args) == 6_738_415_616
+    assert (args.data_parallel_size, micro_batches(args)) == (32, 16)
+    assert args.sequence_parallel
+    assert args.optimizer_bytes == 2 + 2 + 4  # also without Transformer Engine
+    assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(report(args))
 
 
 def test_a_dry_run_refuses_what_a_training_would_in_its_words():
-    with pytest.raises(FlagsRefused, match="unrecognized arguments: --num-layer 3"):
+    with pytest.raises(ValueError, match="unrecognized arguments: --num-layer 3"):
         dry_run(PAPER / "468m.yaml", {}, ("--num-layer", "3"))
 
 
