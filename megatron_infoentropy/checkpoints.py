@@ -27,7 +27,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 from megatron_infoentropy.files import file_sha256, sync_folder, write_whole
@@ -329,12 +328,7 @@ class ManifestWriter:
     def __enter__(self) -> "ManifestWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.look()
         self._thread.shutdown(wait=True)
 

@@ -185,7 +185,6 @@ def launch(
     rdzv_endpoint: Annotated[
         str, typer.Option(help="HOST:PORT where nodes meet; default: the first node, 29500")
     ] = "",
-    rdzv_id: Annotated[str, typer.Option(help="name of the meeting; default: the run's")] = "",
     join_timeout: Annotated[
         int, typer.Option(min=1, help="seconds that nodes wait for each other")
     ] = 600,
@@ -230,23 +229,22 @@ def launch(
     extra = tuple(megatron_flags or ())
     job = TrainingJob(recipe, *places, settings, extra_flags=extra, switch=switch)
     named = () if hosts is None else machines.parse_hosts(hosts)
-    engine = container_engine or ("pyxis" if slurm is not None else "apptainer")
-    container = machines.parse_container(engine, container_image, container_mount or [])
     cluster = machines.Cluster(
         nodes=nodes or len(named) or 1,
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hosts=named,
         slurm=None if slurm is None else machines.parse_slurm(slurm),
-        container=container,
+        image=container_image,
+        engine=container_engine or ("pyxis" if slurm is not None else "apptainer"),
+        mounts=tuple(container_mount or ()),
         interface=interface,
-        rdzv_id=rdzv_id,
         address=rdzv_endpoint,
         max_restarts=max_restarts,
         join_timeout_s=join_timeout,
         store_timeout_s=store_timeout,
         save_s=save_seconds,
-        python=python or ("python" if container else sys.executable),
+        python=python or ("python" if container_image else sys.executable),
     )
     made_by = " ".join(shlex.join(["infoentropy", *sys.argv[1:]]).split())  # one line: a comment
     plan = launching.prepare(job, cluster, made_by)

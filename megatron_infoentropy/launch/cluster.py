@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from megatron_infoentropy.launch.job import require_layout
 from megatron_infoentropy.launch.recipe import ranks_of_a_model, useful_ranks
 from megatron_infoentropy.runtime.device import Device, find_device
 
-Engine = Literal["pyxis", "apptainer"]
 ENGINES = ("pyxis", "apptainer")
 PORT = 29500
 CPU = Device("cpu", "gloo", 1)
@@ -26,8 +25,9 @@ SET_BY_US = {
 
 
 _LABEL = r"[\w-]{1,63}"
-_HOST_AND_PORT = re.compile(
-    rf"(?:\[(?P<ipv6>[^\]]+)\]|(?P<name>(?!-)(?:{_LABEL}\.)*{_LABEL}\.?))(?::(?P<port>\d{{1,5}}))?",
+# A zone ("fe80::1%eth0") means something on one machine only.
+_PLACE = re.compile(
+    rf"(?:\[(?P<ipv6>[^\]%]+)\]|(?P<name>(?!-)(?:{_LABEL}\.)*{_LABEL}\.?))(?::(?P<port>\d{{1,5}}))?",
     re.ASCII,
 )
 
@@ -48,15 +48,11 @@ class Address:
             ValueError: it is no such address.
         """
         user, at, place = text.rpartition("@")
-        if at and not re.fullmatch(r"[^\s@:/-][^\s@:/]*", user):
-            raise ValueError(f"{user!r} is no user")
-        if "%" in place:
-            raise ValueError(f"the zone in {place!r} means something on one machine only")
         with suppress(AddressValueError):
-            return cls(str(IPv6Address(place)), None, user)
-        parts = _HOST_AND_PORT.fullmatch(place)
-        if parts is None:
-            raise ValueError(f"{place!r} is no host, alone or with a port")
+            place = f"[{IPv6Address(place)}]"
+        parts = _PLACE.fullmatch(place)
+        if parts is None or (at and not re.fullmatch(r"[^\s@:/-][^\s@:/]*", user)):
+            raise ValueError(f"{text!r} is no host, alone or with a user and a port")
         port = None if parts["port"] is None else int(parts["port"])
         if port is not None and not 1 <= port < 2**16:
             raise ValueError(f"{port} is no port, which are 1 to {2**16 - 1}")
@@ -93,20 +89,12 @@ def parse_hosts(hosts: str) -> tuple[Address, ...]:
 
 
 @dataclass(frozen=True)
-class Container:
-    """An image in which every node's ranks run; `mounts` as the engine spells them."""
-
-    engine: Engine
-    image: str
-    mounts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Cluster:
     """Nodes of equal kind; `hosts` are reached by ssh, `slurm` are options for sbatch.
 
     Without `gpus_per_node` every node has as many as this machine, without `ranks_per_node` as many
-    ranks as it has use for. `address` is HOST:PORT of the rendezvous, "" for the first node's;
+    ranks as it has use for. They run inside `image`, if there is one, with `mounts` as its engine
+    spells them. `address` is HOST:PORT of the rendezvous, "" for the first node's;
     `join_timeout_s` is how long nodes wait for each other, `store_timeout_s` for an answer of the
     first one, `save_s` how long before a Slurm time limit the training saves.
     """
@@ -116,9 +104,10 @@ class Cluster:
     ranks_per_node: int | None = None
     hosts: tuple[Address, ...] = ()
     slurm: tuple[str, ...] | None = None
-    container: Container | None = None
+    image: str | None = None
+    engine: str = "apptainer"
+    mounts: tuple[str, ...] = ()
     interface: str = ""
-    rdzv_id: str = ""
     address: str = ""
     max_restarts: int = 3
     join_timeout_s: int = 600
@@ -149,7 +138,13 @@ class Cluster:
             )
         if self.address:
             _require_endpoint(self.address)
-        if self.container and self.container.engine == "pyxis" and self.slurm is None:
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"--container-engine must be {' or '.join(ENGINES)}, got {self.engine!r}"
+            )
+        if self.mounts and self.image is None:
+            raise ValueError("--container-mount needs --container-image")
+        if self.image is not None and self.engine == "pyxis" and self.slurm is None:
             raise ValueError("--container-engine pyxis is a part of Slurm: add --slurm, or use "
                              "apptainer")  # fmt: skip
 
@@ -214,8 +209,8 @@ def _require_endpoint(text: str) -> None:
     """
     try:
         address = Address.parse(text)
-        no_port = "it has no port" if address.port is None else ""
-        reason = "it has a user" if address.user else no_port
+        reason = "it has a user" if address.user else ""
+        reason = reason or ("it has no port" if address.port is None else "")
     except ValueError as error:
         reason = str(error)
     if reason:
@@ -265,21 +260,6 @@ def _set_by_us(option: str) -> str | None:
     if name in SET_BY_US or name == "--gpus":  # an option of its own, and how another one begins
         return name if name in SET_BY_US else None
     return next((each for each in sorted(SET_BY_US) if each.startswith(name)), None)
-
-
-def parse_container(engine: str, image: str | None, mounts: list[str]) -> Container | None:
-    """Return the container that options name, if any.
-
-    Raises:
-        ValueError: an engine that is not known, or mounts without an image.
-    """
-    if engine not in ENGINES:
-        raise ValueError(f"--container-engine must be {' or '.join(ENGINES)}, got {engine!r}")
-    if image is None:
-        if mounts:
-            raise ValueError("--container-mount needs --container-image")
-        return None
-    return Container(engine, image, tuple(mounts))  # type: ignore[arg-type]
 
 
 def absolute(path: Path, cluster: Cluster) -> Path:

@@ -29,7 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.files import write_whole
-from megatron_infoentropy.launch.cluster import PORT, Cluster, Container, absolute
+from megatron_infoentropy.launch.cluster import PORT, Cluster, absolute
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.run_folder import (
@@ -81,7 +81,7 @@ class Plan:
             return ["sbatch", str(self.run / JOB)]
         if self.cluster.hosts:
             return ["bash", str(self.run / HOSTS)]
-        return [*node_command(self.cluster.container).split(), str(self.run / NODE)]
+        return [*node_command(self.cluster).split(), str(self.run / NODE)]
 
     @property
     def by_hand(self) -> bool:
@@ -111,7 +111,7 @@ def node_script(plan: Plan) -> str:
         f"ranks={cluster.ranks_per_node} # of this node",
         "node=${NODE:-${SLURM_NODEID:-0}}",
         f"endpoint=${{RDZV_ENDPOINT:-{cluster.endpoint}}} # where the nodes meet",
-        f"id=${{RDZV_ID:-{shlex.quote(cluster.rdzv_id or plan.run.name)}}}",
+        f"id=${{RDZV_ID:-{shlex.quote(plan.run.name)}}}",
         f"patience={cluster.join_timeout_s + cluster.store_timeout_s} # seconds without ranks",
         "",
         *_environment(cluster),
@@ -159,12 +159,12 @@ def _environment(cluster: Cluster) -> list[str]:
     return lines
 
 
-def node_command(container: Container | None) -> str:
+def node_command(cluster: Cluster) -> str:
     """Return what a node runs before the path of node.sh; Pyxis is a part of srun itself."""
-    if container is None or container.engine == "pyxis":
+    if cluster.image is None or cluster.engine == "pyxis":
         return "bash"
-    binds = [f"--bind {shlex.quote(mount)}" for mount in container.mounts]
-    return " ".join(["apptainer exec --nv", *binds, shlex.quote(container.image), "bash"])
+    binds = [f"--bind {shlex.quote(mount)}" for mount in cluster.mounts]
+    return " ".join(["apptainer exec --nv", *binds, shlex.quote(cluster.image), "bash"])
 
 
 def _one_flag_a_line(words: Iterable[str]) -> list[str]:
@@ -189,7 +189,7 @@ def hosts_script(plan: Plan) -> str:
         "set -uo pipefail",
         "",
         f"run={shlex.quote(str(plan.run))} # the same folder on every host",
-        f"command={shlex.quote(node_command(plan.cluster.container))} # runs node.sh",
+        f"command={shlex.quote(node_command(plan.cluster))} # runs node.sh",
         "answer_s=60 # for a host's first answer",
         "hosts=(",
         *(f"  {shlex.quote(str(host))}" for host in plan.cluster.hosts),
@@ -215,7 +215,7 @@ def job_script(plan: Plan) -> str:
         *cluster.slurm,
     ]
     # outside a container its python may be absent, or lack the package
-    python = sys.executable if cluster.container else cluster.python
+    python = sys.executable if cluster.image else cluster.python
     return _script(JOB, [
         f"# The training {plan.run.name} under Slurm, {plan.title}.",
         f"# Made by: {plan.made_by}",
@@ -228,11 +228,11 @@ def job_script(plan: Plan) -> str:
         f"checkpoints={shlex.quote(last_value(list(plan.flags), 'save') or '')}",
         f"given={cluster.address} # where the nodes meet, if not on the first one",
         f"port={PORT} # and more, by the job's number",
-        f"id={shlex.quote(cluster.rdzv_id)}",
+        "id=''",
         f"save_s={cluster.save_s} # Slurm's signal comes so long before the time limit",
         f"give_up_s={max(1, cluster.save_s - max(5, cluster.save_s // 8))} # for saving",
         f"python={shlex.quote(python)}",
-        f"srun=({_srun(cluster.container)})",
+        f"srun=({_srun(cluster)})",
     ])  # fmt: skip
 
 
@@ -259,15 +259,15 @@ def _quoted(option: str) -> str:
     return shlex.quote(name) + (blank and f" {shlex.quote(value)}")
 
 
-def _srun(container: Container | None) -> str:
+def _srun(cluster: Cluster) -> str:
     """srun with what stands before the path of node.sh."""
     # Ranks bind themselves; Slurm may bind a task, and with it all of them, to one CPU.
     words = ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none"]
-    if container is not None and container.engine == "pyxis":
-        words.append(f"--container-image={shlex.quote(container.image)}")
-        if container.mounts:
-            words.append(f"--container-mounts={shlex.quote(','.join(container.mounts))}")
-    return " ".join([*words, node_command(container)])
+    if cluster.image is not None and cluster.engine == "pyxis":
+        words.append(f"--container-image={shlex.quote(cluster.image)}")
+        if cluster.mounts:
+            words.append(f"--container-mounts={shlex.quote(','.join(cluster.mounts))}")
+    return " ".join([*words, node_command(cluster)])
 
 
 # The scripts take each as the order to save and stop.
