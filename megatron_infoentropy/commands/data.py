@@ -24,8 +24,8 @@ def corpus(
     """Make a small corpus in the Pile's format from Python's standard library (for trying out)."""
     from megatron_infoentropy.data.corpus import build_corpus
 
-    summary = build_corpus(output, megabytes=megabytes, overwrite=overwrite)
-    for (split, domain), size in summary.sizes.items():
+    sizes = build_corpus(output, megabytes=megabytes, overwrite=overwrite)
+    for (split, domain), size in sizes.items():
         out.print(f"{split:10} {domain:14} {size.documents:6} documents {size.bytes:10} bytes")
 
 
@@ -176,13 +176,13 @@ def pack(
     """
     from megatron_infoentropy.data.rewrite import pack as run
 
-    packed = run(dataset, output, length=length, documents=documents, overwrite=overwrite)
+    packed, dropped = run(dataset, output, length=length, documents=documents, overwrite=overwrite)
     table = Table("domain", "pieces", "tokens", "dropped")
-    for name, facts in packed.manifest.domains.items():
-        share = packed.dropped[name] / (facts.tokens + packed.dropped[name])
+    for name, facts in packed.domains.items():
+        share = dropped[name] / (facts.tokens + dropped[name])
         table.add_row(name, str(facts.documents), str(facts.tokens), f"{share:.2%}")
     out.print(table)
-    for name in packed.manifest.left_out:
+    for name in packed.left_out:
         out.print(f"left out: {name}, which fills no piece")
 
 
@@ -227,19 +227,10 @@ def inspect(
     ] = None,
 ) -> None:
     """Show a dataset: documents, lengths, and how some documents begin."""
-    from megatron_infoentropy.data import verify
+    from megatron_infoentropy.data.verify import inspect as run
 
-    for name, prefix in verify.datasets(dataset).items():
-        found = verify.lengths(prefix)
-        out.print(
-            f"{name}: {found.documents} documents ({found.empty} empty), {found.tokens} tokens, "
-            f"median {found.median}, longest {found.longest}"
-        )
-        out.print(found.picture(), end="")
-        shown = [0, found.documents - 1] if document is None and found.documents else document
-        for sample in verify.samples(prefix, shown or (), tokenizer):
-            head = f"document {sample.document}, {sample.tokens} tokens: "
-            out.print(f"{head}{sample.beginning!r}")
+    for line in run(dataset, tokenizer=tokenizer, documents=document):
+        out.print(line)
 
 
 def verify(

@@ -26,7 +26,6 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,29 +154,7 @@ class DomainSize(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
-class CorpusSummary:
-    """The files by split, and what each holds by (split, domain)."""
-
-    files: dict[str, Path]
-    sizes: dict[tuple[str, str], DomainSize]
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(size.bytes for size in self.sizes.values())
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Documents that must stay together in one split."""
-
-    name: str
-    documents: list[Document]
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(document.text.encode()) for document in self.documents)
+Unit = tuple[str, list[Document]]  # a name, and documents that must stay in one split
 
 
 def build_corpus(
@@ -186,20 +163,23 @@ def build_corpus(
     megabytes: float = 20.0,
     library: Path | None = None,
     overwrite: bool = False,
-) -> CorpusSummary:
+) -> dict[tuple[str, str], DomainSize]:
     """Write train, validation and test `.jsonl.zst` of at most `megabytes` (10^6 bytes of text).
 
     `library` is the folder to read, by default the standard library of the running Python.
+
+    Returns:
+        What the files hold, by (split, domain).
 
     Raises:
         ValueError: the library is there in small part only (less than a quarter of the size asked
             for), or `output` is not empty and may not be overwritten.
     """
     root = library or Path(sysconfig.get_path("stdlib"))
-    names = tuple(f"{split}.jsonl.zst" for split in SPLITS)
-    with new_folder(output, replaceable=names, overwrite=overwrite) as folder:
+    names = {split: f"{split}.jsonl.zst" for split in SPLITS}
+    with new_folder(output, replaceable=[*names.values()], overwrite=overwrite) as folder:
         units = _collect(root, int(megabytes * 1e6))
-        size = sum(unit.bytes for unit in units)
+        size = sum(_domain_bytes(documents).total() for _, documents in units)
         if size < megabytes * 1e6 / 4:
             raise ValueError(
                 f"expected about {megabytes:g} MB of text in {root}, found {size / 1e6:.1f} MB; "
@@ -207,50 +187,49 @@ def build_corpus(
                 "another Python"
             )
         splits = _split(units)
-        for split in SPLITS:
-            _write(folder / f"{split}.jsonl.zst", splits[split])
-    return CorpusSummary(
-        files={split: output / f"{split}.jsonl.zst" for split in SPLITS},
-        sizes={
-            (split, domain): _size(splits[split], domain)
-            for split in SPLITS
-            for domain in (DOCS, SOURCE)
-        },
-    )
+        for split, name in names.items():
+            _write(folder / name, splits[split])
+    sizes = {}
+    for split, documents in splits.items():
+        numbers, sums = Counter(document.domain for document in documents), _domain_bytes(documents)
+        for domain in (DOCS, SOURCE):
+            sizes[split, domain] = DomainSize(numbers[domain], sums[domain])
+    return sizes
 
 
-def _collect(root: Path, limit: int) -> list[_Unit]:
+def _collect(root: Path, limit: int) -> list[Unit]:
     """Return units in the order of their hashes, each text once, tests up to `limit` bytes."""
     units = []
     seen: set[bytes] = set()
     left = limit
     with progress("build corpus", limit, "bytes") as advance:
-        for unit in _units(root):
-            fresh = _Unit(unit.name, _not_seen(unit.documents, seen))
-            if fresh.bytes > left:
+        for name, documents in _units(root):
+            fresh = _not_seen(documents, seen)
+            size = _domain_bytes(fresh).total()
+            if size > left:
                 break
-            left -= fresh.bytes
-            advance(fresh.bytes)
-            if fresh.documents:
-                units.append(fresh)
-    return sorted(units, key=lambda unit: _digest(unit.name))
+            left -= size
+            advance(size)
+            if fresh:
+                units.append((name, fresh))
+    return sorted(units, key=lambda unit: _digest(unit[0]))
 
 
-def _units(root: Path) -> Iterator[_Unit]:
+def _units(root: Path) -> Iterator[Unit]:
     topics = help_topics(root)
     for topic in sorted(topics, key=_digest):
-        yield _Unit(topic, [Document(DOCS, topics[topic])])
+        yield topic, [Document(DOCS, topics[topic])]
     names = source_names(root)
     for name in sorted(names, key=lambda name: (is_test(name), _digest(name))):
         source = read_source(root, name)
         if source is None or not source.strip():
             continue
         if is_test(name):  # what tests say of themselves is no documentation
-            yield _Unit(name, [Document(SOURCE, source)])
+            yield name, [Document(SOURCE, source)]
             continue
         docs = documentation(name, source)
         documents = [Document(DOCS, docs)] if docs else []
-        yield _Unit(name, [*documents, Document(SOURCE, source)])
+        yield name, [*documents, Document(SOURCE, source)]
 
 
 def _not_seen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]:
@@ -263,30 +242,25 @@ def _not_seen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]
     return fresh
 
 
-def _split(units: list[_Unit]) -> dict[str, list[Document]]:
+def _split(units: list[Unit]) -> dict[str, list[Document]]:
     """Fill validation, then test, in the order of the units; what does not fit is for training."""
-    room = {
-        split: {domain: _HELD_OUT * total for domain, total in _domain_bytes(units).items()}
-        for split in ("validation", "test")
-    }
+    whole = _domain_bytes(document for _, documents in units for document in documents)
+    share = {domain: int(_HELD_OUT * total) for domain, total in whole.items()}
+    room = {split: Counter(share) for split in SPLITS[1:]}
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for unit in units:
-        needed = _domain_bytes([unit])
-        for split, left in room.items():
-            if all(needed[domain] <= left[domain] for domain in needed):
-                splits[split] += unit.documents
-                left.update({domain: left[domain] - needed[domain] for domain in needed})
-                break
-        else:
-            splits["train"] += unit.documents
+    for _, documents in units:
+        needed = _domain_bytes(documents)
+        split = next((split for split, left in room.items() if needed <= left), "train")
+        if split in room:
+            room[split] -= needed
+        splits[split] += documents
     return splits
 
 
-def _domain_bytes(units: Iterable[_Unit]) -> Counter[str]:
+def _domain_bytes(documents: Iterable[Document]) -> Counter[str]:
     sizes: Counter[str] = Counter()
-    for unit in units:
-        for domain, text in unit.documents:
-            sizes[domain] += len(text.encode())
+    for domain, text in documents:
+        sizes[domain] += len(text.encode())
     return sizes
 
 
@@ -297,11 +271,6 @@ def _write(path: Path, documents: list[Document]) -> None:
     )
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True)
     path.write_bytes(compressor.compress("".join(lines).encode()))
-
-
-def _size(documents: list[Document], domain: str) -> DomainSize:
-    sizes = [len(text.encode()) for name, text in documents if name == domain]
-    return DomainSize(len(sizes), sum(sizes))
 
 
 def _digest(text: str) -> bytes:

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from megatron_infoentropy.files import write_whole
 
 PILE_DOMAIN = "meta.pile_set_name"
@@ -110,56 +107,39 @@ class InputFacts:
     samples: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The dataset in `folder`; `dtype` of the ids is "uint16" or "int32".
 
     `left_out` are the domains none of whose documents has a token, with their documents: Megatron
     can not open an empty dataset. `shard` is (i, n) for one part of a larger dataset, and
-    `shards_of` then a digest of what all parts share out among them.
+    `shards_of` then a digest of what all parts share out among them. `token_counts` names the file
+    of the counts.
     """
 
     folder: Path
+    versions: dict[str, str] = field(default_factory=dict)
+    engine: str = "hf"
+    options: DataOptions = field(default_factory=DataOptions)
     tokenizer: TokenizerFacts
     dtype: str
     append_eod: bool
-    domains: dict[str, DomainFacts]
-    options: DataOptions = field(default_factory=DataOptions)
-    versions: dict[str, str] = field(default_factory=dict)
-    engine: str = "hf"
-    inputs: tuple[InputFacts, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict)
     shard: tuple[int, int] | None = None
     shards_of: str = ""
+    inputs: tuple[InputFacts, ...] = ()
+    domains: dict[str, DomainFacts]
+    left_out: dict[str, int] = field(default_factory=dict)
+    token_counts: str = TOKEN_COUNTS
     token_counts_sha256: str = ""
 
     def prefix(self, domain: str) -> Path:
         """Return a dataset's path without suffix, as Megatron's `--data-path` wants it."""
         return self.folder / self.domains[domain].prefix
 
-    def token_counts(self) -> npt.NDArray[np.int64]:
-        """Read the occurrences of every id, int64 [domains in the manifest's order, vocab_size]."""
-        counts: npt.NDArray[np.int64] = np.load(self.folder / TOKEN_COUNTS)
-        return counts
-
     def save(self) -> None:
         """Write `manifest.json` into the folder."""
-        content = {
-            "format": FORMAT,
-            "versions": self.versions,
-            "engine": self.engine,
-            "options": asdict(self.options),
-            "tokenizer": asdict(self.tokenizer),
-            "dtype": self.dtype,
-            "append_eod": self.append_eod,
-            "shard": self.shard,
-            "shards_of": self.shards_of,
-            "inputs": [asdict(facts) for facts in self.inputs],
-            "domains": {name: asdict(facts) for name, facts in self.domains.items()},
-            "left_out": self.left_out,
-            "token_counts": TOKEN_COUNTS,
-            "token_counts_sha256": self.token_counts_sha256,
-        }
+        content = {"format": FORMAT} | asdict(self)
+        del content["folder"]
         write_whole(self.folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 

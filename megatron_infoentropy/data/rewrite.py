@@ -12,7 +12,7 @@ of the same length, shuffles whole pieces and never joins two of them.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,7 +68,10 @@ def merge(
         whole = replace(parts[0], folder=folder, shard=None, shards_of="", inputs=inputs)
         total = sum(facts.tokens for part in parts for facts in part.domains.values())
         done = _write("merge", whole, _prefixes(parts), total, join)
-        replace(done, left_out=done.left_out | _left_out(parts)).save()
+        left_out = Counter(done.left_out)
+        for part in parts:
+            left_out.update(part.left_out)
+        replace(done, left_out=dict(left_out)).save()
     return load_manifest(output)
 
 
@@ -184,22 +187,6 @@ def _prefixes(parts: Sequence[Manifest]) -> dict[str, str]:
     return {name: prefix for prefix, name in names.items()}
 
 
-def _left_out(parts: Sequence[Manifest]) -> dict[str, int]:
-    """Count the documents of domains without a token, in datasets that are no shards."""
-    documents: Counter[str] = Counter()
-    for part in parts:
-        documents.update(part.left_out)
-    return dict(documents)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """The packed dataset, and per domain how many of its tokens were dropped."""
-
-    manifest: Manifest
-    dropped: dict[str, int]
-
-
 def pack(
     dataset: Path,
     output: Path,
@@ -207,10 +194,13 @@ def pack(
     length: int = 1024,
     documents: int = 1000,
     overwrite: bool = False,
-) -> Packed:
+) -> tuple[Manifest, dict[str, int]]:
     """Write `dataset` as pieces of `length` tokens, each cut from `documents` documents in a row.
 
     The number of bytes of text in a piece is not known: the manifest says 0.
+
+    Returns:
+        The packed dataset, and by domain how many of its tokens were dropped.
 
     Raises:
         ValueError: not a whole dataset that was written by `preprocess` or `merge`, is packed
@@ -246,7 +236,7 @@ def pack(
         name: facts.tokens - (done.domains[name].tokens if name in done.domains else 0)
         for name, facts in source.domains.items()
     }
-    return Packed(done, dropped)
+    return done, dropped
 
 
 def _pieces(reader: IndexedReader, length: int, documents: int) -> Iterator[tuple[Integers, int]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_infoentropy.data.indexed import (
     IndexedReader,
@@ -29,89 +30,50 @@ _SHOWN_TOKENS = 200  # of a document that is shown
 _BAR = 40
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Documents by length: `bars` are (shortest, longest, documents) in powers of two,
-    from that of the shortest on."""
+def inspect(
+    target: Path, *, tokenizer: Path | None = None, documents: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Yield lines that show a dataset folder, or a single dataset by its prefix.
 
-    documents: int
-    tokens: int
-    empty: int
-    median: int
-    longest: int
-    bars: tuple[tuple[int, int, int], ...]
-
-    def picture(self) -> str:
-        """Draw the histogram as lines of text."""
-        most = max((number for *_, number in self.bars), default=1)
-        return "".join(
-            f"{low:>9} - {high:<9} {'#' * (_BAR * number // most):<{_BAR}} {number}\n"
-            for low, high, number in self.bars
-        )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One document: its number, its length and how it begins, decoded if a tokenizer was given."""
-
-    document: int
-    tokens: int
-    beginning: str
-
-
-def datasets(target: Path) -> dict[str, Path]:
-    """Return the prefixes by domain of a folder, or the one of a prefix.
+    Of each dataset: its counts, a histogram of the documents' lengths, and how the given
+    `documents` begin (negative numbers count from the end; by default the first and the last), as
+    text if there is a tokenizer folder.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is no dataset, it is damaged, or it has no such document.
     """
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer).tokenizer
+    prefixes = {target.name: target}
     if target.is_dir():
         manifest = load_manifest(target)
-        return {name: manifest.prefix(name) for name in manifest.domains}
-    require_prefix(target)
-    return {target.name: target}
+        prefixes = {name: manifest.prefix(name) for name in manifest.domains}
+    else:
+        require_prefix(target)
+    for name, prefix in prefixes.items():
+        reader = IndexedReader(prefix)
+        yield from _lengths(name, reader.lengths)
+        ends = [0, len(reader) - 1] if len(reader) else []
+        for number in ends if documents is None else documents:
+            if not -len(reader) <= number < len(reader):
+                raise ValueError(f"{prefix} has documents 0 to {len(reader) - 1}, not {number}")
+            ids = reader[number]
+            first = ids[:_SHOWN_TOKENS].tolist()
+            text = str(first) if loaded is None else loaded.decode(first, skip_special_tokens=False)
+            yield f"document {number % len(reader)}, {ids.size} tokens: {text!r}"
 
 
-def lengths(prefix: Path) -> Lengths:
-    """Count the documents of one dataset by length.
-
-    Raises:
-        ValueError: the dataset is damaged.
-    """
-    all_lengths = IndexedReader(prefix).lengths
-    filled = all_lengths[all_lengths > 0]
-    powers = np.bincount(np.log2(np.maximum(filled, 1)).astype(np.int64))
-    return Lengths(
-        documents=all_lengths.size,
-        tokens=int(all_lengths.sum()),
-        empty=all_lengths.size - filled.size,
-        median=int(np.median(all_lengths)) if all_lengths.size else 0,
-        longest=int(all_lengths.max(initial=0)),
-        bars=tuple(
-            (1 << power, (2 << power) - 1, int(number))
-            for power, number in enumerate(powers)
-            if powers[: power + 1].any()
-        ),
+def _lengths(name: str, lengths: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Yield the counts of a dataset, and a bar for each power of two of its documents' lengths."""
+    filled = lengths[lengths > 0]
+    yield (
+        f"{name}: {lengths.size} documents ({lengths.size - filled.size} empty), "
+        f"{lengths.sum()} tokens, median {int(np.median(lengths)) if lengths.size else 0}, "
+        f"longest {lengths.max(initial=0)}"
     )
-
-
-def samples(prefix: Path, documents: Sequence[int], tokenizer: Path | None = None) -> list[Sample]:
-    """Show some documents, by number (from the end if negative).
-
-    Raises:
-        ValueError: the dataset is damaged, or has no such document.
-    """
-    reader = IndexedReader(prefix)
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer).tokenizer
-    shown = []
-    for number in documents:
-        if not -len(reader) <= number < len(reader):
-            raise ValueError(f"{prefix} has documents 0 to {len(reader) - 1}, not {number}")
-        ids = reader[number]
-        first = ids[:_SHOWN_TOKENS].tolist()
-        text = str(first) if loaded is None else loaded.decode(first, skip_special_tokens=False)
-        shown.append(Sample(number % len(reader), ids.size, text))
-    return shown
+    numbers = np.bincount(np.log2(filled).astype(np.int64))
+    for power in range(int(np.flatnonzero(numbers).min(initial=numbers.size)), numbers.size):
+        bar = "#" * int(_BAR * numbers[power] // numbers.max())
+        yield f"{1 << power:>9} - {(2 << power) - 1:<9} {bar:<{_BAR}} {numbers[power]}"
 
 
 @dataclass(frozen=True)
@@ -139,11 +101,10 @@ def verify(
     """
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     if not target.is_dir():
-        vocab = None if loaded is None else loaded.vocab_size
         require_prefix(target)
         if inputs:
             raise ValueError(f"{target} is one dataset: only the manifest of its folder has inputs")
-        return list(_check(target, vocab, None, None))
+        return list(_check(target, None if loaded is None else loaded.vocab_size, None, None))
     manifest = load_manifest(target)
     faults = []
     if tokenizer is not None and not is_tokenizer(tokenizer, manifest.tokenizer.sha256):
@@ -151,9 +112,11 @@ def verify(
         faults.append(Fault(target / MANIFEST, problem))
     if inputs:
         faults += _check_inputs(manifest, inputs)
+    vocab, eod = manifest.tokenizer.vocab_size, manifest.tokenizer.eod_id
     with progress("verify", len(manifest.domains), "domains") as advance:
         for name, facts in manifest.domains.items():
-            faults += _check_domain(manifest, name, facts)
+            end = eod if manifest.append_eod else None
+            faults += _check(manifest.prefix(name), vocab, end, facts)
             advance(1)
     return [*faults, *_check_counts(manifest)]
 
@@ -177,11 +140,6 @@ def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Fault]
         if missing:
             problem = f"was made of {len(missing)} file(s) {name} of other content than those given"
             yield Fault(manifest.folder / MANIFEST, problem)
-
-
-def _check_domain(manifest: Manifest, name: str, facts: DomainFacts) -> Iterator[Fault]:
-    eod = manifest.tokenizer.eod_id if manifest.append_eod else None
-    return _check(manifest.prefix(name), manifest.tokenizer.vocab_size, eod, facts)
 
 
 def _check(

@@ -12,7 +12,13 @@ from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerF
 def dataset(folder: Path, sizes: dict[str, int]) -> Path:
     folder.mkdir()
     domains = {name: DomainFacts(name.lower(), 1, size, size) for name, size in sizes.items()}
-    Manifest(folder, TokenizerFacts("0" * 64, 300, 0), "uint16", True, domains).save()
+    Manifest(
+        folder=folder,
+        tokenizer=TokenizerFacts("0" * 64, 300, 0),
+        dtype="uint16",
+        append_eod=True,
+        domains=domains,
+    ).save()
     return folder
 
 

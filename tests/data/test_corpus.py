@@ -6,48 +6,51 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.data import corpus as corpus_module
-from megatron_infoentropy.data.corpus import DOCS, SOURCE, SPLITS, CorpusSummary, build_corpus
+from megatron_infoentropy.data.corpus import DOCS, SOURCE, SPLITS, DomainSize, build_corpus
 from megatron_infoentropy.data.jsonl import read_jsonl
 
 MEGABYTES = 8.0  # less than the smallest Python has, more than its help topics
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusSummary:
-    return build_corpus(tmp_path_factory.mktemp("corpus") / "out", megabytes=MEGABYTES)
+Sizes = dict[tuple[str, str], DomainSize]
+Texts = dict[str, list[tuple[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def texts(corpus: CorpusSummary) -> dict[str, list[tuple[str, str]]]:
-    """(domain, text) of every document, by split."""
-    return {
-        split: [(r.domain or "", r.text) for r in read_jsonl(path, domain_key="meta.pile_set_name")]
-        for split, path in corpus.files.items()
-    }
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sizes, Texts]:
+    """What it is said to hold, and (domain, text) of every document, by split."""
+    folder = tmp_path_factory.mktemp("corpus") / "out"
+    sizes = build_corpus(folder, megabytes=MEGABYTES)
+    return sizes, {split: texts_of(folder, split) for split in SPLITS}
 
 
-def test_the_summary_is_what_the_files_hold(
-    corpus: CorpusSummary, texts: dict[str, list[tuple[str, str]]]
+def texts_of(folder: Path, split: str) -> list[tuple[str, str]]:
+    records = read_jsonl(folder / f"{split}.jsonl.zst", domain_key="meta.pile_set_name")
+    return [(record.domain or "", record.text) for record in records]
+
+
+def total(sizes: Sizes) -> int:
+    return sum(size.bytes for size in sizes.values())
+
+
+def test_the_sizes_are_those_of_the_files_and_two_percent_are_held_out_twice(
+    corpus: tuple[Sizes, Texts],
 ) -> None:
-    for split in SPLITS:
-        for domain in (DOCS, SOURCE):
-            found = [text for name, text in texts[split] if name == domain]
-            assert corpus.sizes[split, domain] == (len(found), sum(len(t.encode()) for t in found))
-    assert 0.95 * MEGABYTES * 1e6 <= corpus.bytes <= MEGABYTES * 1e6
-
-
-def test_two_percent_of_each_domain_are_held_out_twice(corpus: CorpusSummary) -> None:
-    for domain in (DOCS, SOURCE):
-        total = sum(corpus.sizes[split, domain].bytes for split in SPLITS)
-        for split in ("validation", "test"):
-            assert 0.015 < corpus.sizes[split, domain].bytes / total <= 0.02
+    sizes, texts = corpus
+    for (split, domain), size in sizes.items():
+        found = [text for name, text in texts[split] if name == domain]
+        assert size == (len(found), sum(len(text.encode()) for text in found))
+        if split != "train":
+            whole = sum(sizes[split, domain].bytes for split in SPLITS)
+            assert 0.015 < size.bytes / whole <= 0.02
+    assert 0.95 * MEGABYTES * 1e6 <= total(sizes) <= MEGABYTES * 1e6
 
 
 def test_the_docstrings_of_a_file_are_in_the_split_of_the_file(
-    texts: dict[str, list[tuple[str, str]]],
+    corpus: tuple[Sizes, Texts],
 ) -> None:
     """Held-out docstrings are exactly those of the held-out files, so training has none of them."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root, texts = Path(sysconfig.get_path("stdlib")), corpus[1]
     topics = set(corpus_module.help_topics(root).values())
     sources = {
         corpus_module.read_source(root, name): name
@@ -99,9 +102,8 @@ def test_the_same_library_gives_the_same_bytes_wherever_it_is(tmp_path: Path) ->
 
 
 def test_what_is_not_the_library_is_left_out(tmp_path: Path) -> None:
-    summary = build_corpus(tmp_path / "out", library=library(tmp_path / "lib"), megabytes=0.05)
-    records = [r for f in summary.files.values() for r in read_jsonl(f, domain_key=None)]
-    texts = [record.text for record in records]
+    build_corpus(tmp_path / "out", library=library(tmp_path / "lib"), megabytes=0.05)
+    texts = [text for split in SPLITS for _, text in texts_of(tmp_path / "out", split)]
     assert not [text for text in texts if "FORBIDDEN" in text]
     assert "def (:\n" in texts
     assert "module_7\n\nDocs of 7.\n" in texts
@@ -113,11 +115,11 @@ def test_what_is_not_the_library_is_left_out(tmp_path: Path) -> None:
 def test_tests_fill_up_to_the_size_asked_for(tmp_path: Path) -> None:
     root = library(tmp_path / "lib")
     whole = build_corpus(tmp_path / "whole", library=root, megabytes=0.05)
-    less = build_corpus(tmp_path / "less", library=root, megabytes=whole.bytes / 1e6 - 0.002)
-    missing = whole.bytes - less.bytes
+    less = build_corpus(tmp_path / "less", library=root, megabytes=total(whole) / 1e6 - 0.002)
+    missing = total(whole) - total(less)
     assert 2000 <= missing < 2600
-    assert all(less.sizes[split, DOCS].documents for split in SPLITS)
-    docs = [sum(s.sizes[split, DOCS].bytes for split in SPLITS) for s in (whole, less)]
+    assert all(less[split, DOCS].documents for split in SPLITS)
+    docs = [sum(s[split, DOCS].bytes for split in SPLITS) for s in (whole, less)]
     assert docs[0] == docs[1]
 
 

@@ -10,8 +10,9 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
+from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.verify import Fault, datasets, lengths, samples, verify
+from megatron_infoentropy.data.verify import Fault, inspect, verify
 
 LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
 
@@ -123,16 +124,20 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_look_shows_lengths_and_texts(dataset: Path, tokenizer_folder: Path) -> None:
-    assert list(datasets(dataset)) == ["A", "B"]
-    found = lengths(dataset / "a")
-    assert (found.documents, found.empty) == (100, 0)
-    assert found.tokens == np.fromfile(dataset / "a.bin", "<u2").size
-    assert sum(number for *_, number in found.bars) == 100
-    assert found.bars[-1][0] <= found.longest <= found.bars[-1][1]
-    assert len(found.picture().splitlines()) == len(found.bars)
-    first, last = samples(dataset / "a", [0, -1], tokenizer_folder)
-    assert first.beginning == "text 0 <|endoftext|>"
-    assert last.document == 99
-    assert last.beginning.startswith("text 198 text 198")
+    tokens = np.fromfile(dataset / "a.bin", "<u2").size
+    longest = IndexedReader(dataset / "a").lengths.max()
+    lines = list(inspect(dataset, tokenizer=tokenizer_folder, documents=[0, -1]))
+    assert [line.split(":")[0] for line in lines if " documents (" in line] == ["A", "B"]
+    assert lines[0].startswith(f"A: 100 documents (0 empty), {tokens} tokens, median ")
+    assert lines[0].endswith(f", longest {longest}")
+    first = [line.startswith("document 0, ") for line in lines].index(True)
+    assert lines[first].endswith(" tokens: 'text 0 <|endoftext|>'")
+    bars = [line.split() for line in lines[1:first]]
+    assert sum(int(bar[-1]) for bar in bars) == 100
+    assert max(len(bar[3]) for bar in bars) == 40
+    assert int(bars[-1][0]) <= longest <= int(bars[-1][2])
+    assert lines[first + 1].startswith("document 99, ")
+    assert "tokens: 'text 198 text 198" in lines[first + 1]
+    assert list(inspect(dataset / "a")) == list(inspect(dataset / "a", documents=[0, 99]))
     with pytest.raises(ValueError, match="has documents 0 to 99, not 100"):
-        samples(dataset / "a", [100])
+        list(inspect(dataset / "a", documents=[100]))

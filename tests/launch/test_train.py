@@ -52,11 +52,11 @@ def job(tmp_path, monkeypatch):
         for facts in domains.values():
             write_dataset(folder / facts.prefix, facts.tokens)
         Manifest(
-            folder,
-            TokenizerFacts(hashlib.sha256(b"{}").hexdigest(), 100, 0),
-            "uint16",
-            True,
-            domains,
+            folder=folder,
+            tokenizer=TokenizerFacts(hashlib.sha256(b"{}").hexdigest(), 100, 0),
+            dtype="uint16",
+            append_eod=True,
+            domains=domains,
         ).save()
         np.save(folder / "token_counts.npy", np.zeros((2, 100), dtype=np.int64))
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
