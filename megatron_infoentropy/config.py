@@ -101,7 +101,7 @@ class InfoEntropyConfig:
     weighting: str = _setting(
         "",
         "objective custom: package.module:function that takes a TokenBatch (every token's cross "
-        "entropy, entropy, target, ...) and returns their weights >= 0 in the same shape",
+        "entropy, entropy, target, ...), or these two alone, and returns their weights >= 0",
     )
     label_smoothing: float = _setting(
         0.0,

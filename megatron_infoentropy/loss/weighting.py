@@ -96,7 +96,9 @@ def _checked(weight: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
 
 
 def _call_function(batch: TokenBatch, path: str) -> torch.Tensor:
-    weight = _load_function(path)(batch)
+    function = _load_function(path)
+    arguments = (batch,) if _takes(function, 1) else (batch.cross_entropy, batch.entropy)
+    weight = function(*arguments)
     shape = batch.cross_entropy.shape
     if not isinstance(weight, torch.Tensor) or weight.shape != shape:
         raise ValueError(
@@ -155,11 +157,12 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
             )
 
 
-def _load_function(path: str) -> Callable[[TokenBatch], torch.Tensor]:
+def _load_function(path: str) -> Callable[..., torch.Tensor]:
     """The function that "package.module:function" names.
 
     Raises:
-        ValueError: there is no such module or function, or it does not take one argument.
+        ValueError: there is no such module or function, or it takes other arguments than a
+            TokenBatch, or cross entropy and entropy.
     """
     module, _, name = path.partition(":")
     try:
@@ -173,24 +176,27 @@ def _load_function(path: str) -> Callable[[TokenBatch], torch.Tensor]:
         ) from error
     if not callable(function):
         raise ValueError(f"weighting {path!r} is a {type(function).__name__}, not a function")
-    if not torch.compiler.is_compiling():
-        _require_one_argument(function, path)
+    if not (_takes(function, 1) or _takes(function, 2)):
+        raise ValueError(
+            f"weighting {path!r} must take one argument, a TokenBatch with the fields "
+            "cross_entropy, entropy, target, mask, ..., or two, cross entropy and entropy, got "
+            f"{function.__name__}{signature(function)}"
+        )
     return function  # type: ignore[no-any-return]
 
 
-def _require_one_argument(function: Callable[..., Any], path: str) -> None:
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Return whether a function can be called with so many arguments by their places."""
+    if torch.compiler.is_compiling():  # which cannot follow a signature
+        code = getattr(function, "__code__", None)
+        return code is None or code.co_argcount == count
     try:
-        parameters = signature(function)
+        signature(function).bind(*[None] * count)
     except ValueError:  # one that is written in C tells nothing
-        return
-    try:
-        parameters.bind(None)
+        return True
     except TypeError:
-        raise ValueError(
-            f"weighting {path!r} must take one argument, a TokenBatch with the fields "
-            "cross_entropy, entropy, target, mask, ..., and return weights, got "
-            f"{function.__name__}{parameters}"
-        ) from None
+        return False
+    return True
 
 
 def token_loss(statistics: TokenStatistics, config: InfoEntropyConfig) -> torch.Tensor:

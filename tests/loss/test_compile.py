@@ -27,8 +27,8 @@ def surprise(tokens):
     return (tokens.cross_entropy - tokens.entropy).square()
 
 
-def difference(tokens):
-    return tokens.cross_entropy - tokens.entropy
+def difference(cross_entropy, entropy):
+    return cross_entropy - entropy
 
 
 def random_case(n=33, v=257, dtype=torch.float32):

@@ -24,7 +24,12 @@ def surprise(tokens):
     return 0.5 + torch.tanh(tokens.cross_entropy - tokens.entropy) ** 2
 
 
-def old_signature(cross_entropy, entropy):
+def of_two(cross_entropy, entropy):
+    """The same as `surprise`, in the short form."""
+    return 0.5 + torch.tanh(cross_entropy - entropy) ** 2
+
+
+def of_three(cross_entropy, entropy, logsumexp):
     return cross_entropy
 
 
@@ -182,6 +187,15 @@ def test_a_weighting_that_compares_tokens_sees_all_of_them_whatever_the_chunks(
                 assert_within(one, other, atol=1e-12)
 
 
+def test_a_weighting_of_two_arguments_is_the_short_form():
+    logits, target = random_case()
+    losses = [
+        infoentropy_loss(logits, target, InfoEntropyConfig(objective="custom", weighting=path))
+        for path in ("test_weighting:surprise", "test_weighting:of_two")
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_a_negative_weight_is_refused():
     logits, target = random_case()
     config = InfoEntropyConfig(objective="custom", weighting="test_weighting:surprise_alone")
@@ -210,8 +224,8 @@ def test_a_blend_mixes_the_weight_with_one(blend):
         ("test_weighting:weigh", "cannot be loaded .*has no attribute 'weigh'"),
         ("test_weighting:CUSTOM", "is a dict, not a function"),
         (
-            "test_weighting:old_signature",
-            r"take one argument, a TokenBatch .* got old_signature\(cross_entropy, entropy\)",
+            "test_weighting:of_three",
+            r"take one argument, a TokenBatch .* or two, .* got of_three\(cross_entropy,",
         ),
         ("test_weighting:scalar", r"must return a tensor of shape \[19\], one weight a token"),
     ],
