@@ -8,15 +8,10 @@ Below the folder given to `--save`:
     iter_0001000/infoentropy_manifest.json   size and SHA-256 of each of them, written last
 
 A checkpoint is complete when the tracker has named it and each file of its manifest is there with
-its size. A training starts from the tracker's checkpoint, or the one of --ckpt-step, if it is
-complete; else from the newest complete one before it, and the tracker is set to that, since
-Megatron and the other tools go by the tracker. If there is none and nothing was damaged, only not
-finished, the training starts anew, as it would have a moment earlier; what is damaged is left for
-the user to decide. The tracker of another training's folder is never changed.
-
-A checkpoint without a manifest is unfinished where manifests are written, and as good as any where
-Megatron alone has saved: `infoentropy_checkpoints.json` tells them apart. Checksums take a read of
-every byte, so they are compared only where that was asked for (`infoentropy verify`, `convert`).
+its size; docs/checkpoints.md says what is loaded where it is not. One without a manifest is
+unfinished where manifests are written, and as good as any where Megatron alone has saved:
+`infoentropy_checkpoints.json` tells them apart. Checksums take a read of every byte, so they are
+compared only where that was asked for (`infoentropy verify`, `convert`).
 """
 
 import json
@@ -70,11 +65,7 @@ def read_tracker(save: Path) -> str | None:
 
 
 def point_tracker(save: Path, name: str | None) -> None:
-    """Have the tracker name this checkpoint; None removes it: a training starts anew.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Have the tracker name this checkpoint; None removes it: a training starts anew."""
     if name is None:
         (save / TRACKER).unlink(missing_ok=True)
     else:
@@ -93,11 +84,7 @@ def with_manifest(save: Path) -> list[int]:
 
 
 def begin_record(save: Path) -> None:
-    """From now on a checkpoint without a manifest is unfinished, except for those here now.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """From now on a checkpoint without a manifest is unfinished, except for those here now."""
     if not (save / RECORD).is_file():
         save.mkdir(parents=True, exist_ok=True)
         named = read_tracker(save)
@@ -136,7 +123,9 @@ def choose(load: Path, step: int | None = None, *, is_ours: bool = True) -> Choi
     else:
         reason, is_damaged = _reason_against(load, named)
         if not reason:
-            return Choice(named, _unverified(path_of(load, named)))
+            folder = path_of(load, named)
+            words = f"{folder} has no {MANIFEST}, since Megatron alone saved it: it is loaded"
+            return Choice(named, "" if has_manifest(folder) else f"{words} unverified")
         if step is not None or named == RELEASE:
             raise DamagedCheckpointError(f"{reason}: name another checkpoint, or copy it again")
     for name in _before(load, named):
@@ -175,12 +164,6 @@ def _before(load: Path, named: str) -> list[str]:
     return [*map(str, older), *([RELEASE] if RELEASE in unverified else [])]
 
 
-def _unverified(folder: Path) -> str:
-    if has_manifest(folder):
-        return ""
-    return f"{folder} has no {MANIFEST}, since Megatron alone saved it: it is loaded unverified"
-
-
 def _reason_against(load: Path, name: str) -> tuple[str, bool]:
     """Return why this checkpoint cannot be loaded, or "", and whether it is damaged."""
     folder = path_of(load, name)
@@ -211,9 +194,6 @@ def write_manifest(folder: Path, *, checksums: bool = True) -> None:
     Every file is on the disk, not only in memory, when the manifest appears.
 
     checksums: read every file; otherwise the manifest holds sizes alone, which are known at once.
-
-    Raises:
-        OSError: a file cannot be read, or the manifest not be written.
     """
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file() and not path.name.startswith(MANIFEST)]

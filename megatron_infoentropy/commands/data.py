@@ -263,10 +263,6 @@ def verify(
 
 
 def _verify_checkpoints(folders: list[Path]) -> None:
-    """
-    Raises:
-        ValueError: a file of a checkpoint is not what was saved.
-    """
     from megatron_infoentropy.checkpoints import find_damage, has_checksums
 
     problems = {folder: find_damage(folder) for folder in folders}

@@ -203,10 +203,6 @@ class Cluster:
 
 
 def _require_endpoint(text: str) -> None:
-    """
-    Raises:
-        ValueError: the text is no HOST:PORT that torchrun can connect to.
-    """
     try:
         address = Address.parse(text)
         reason = "it has a user" if address.user else ""

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -35,21 +34,6 @@ from megatron_infoentropy.runtime.device import Device, find_device
 MEMORY_UNITS = {"GiB": 2**30, "MiB": 2**20}
 TRAFFIC_UNITS = {"GB": 10**9, "MB": 10**6}
 STATISTICS_BYTES = 16  # a token's part of the loss's one all-gather
-
-
-@dataclass(frozen=True)
-class StageParameters:
-    """Parameters of one pipeline stage: cut by tensor parallelism, and whole on each of its ranks.
-
-    `linear` of the cut ones are matrices of layers, which FP8 quantises.
-    """
-
-    cut: int
-    whole: int
-    linear: int
-
-    def on_a_rank(self, tensor_parallel: int) -> int:
-        return self.cut // tensor_parallel + self.whole
 
 
 def dry_run(
@@ -135,30 +119,26 @@ def parameters(args: Namespace) -> int:
     tied_twice = (
         not args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size > 1
     )
-    total = sum(stage.cut + stage.whole for stage in stages(args))
+    total = sum(map(sum, stages(args)))
     return total - (args.padded_vocab_size * args.hidden_size if tied_twice else 0)
 
 
-def stages(args: Namespace) -> list[StageParameters]:
-    """Return the parameters of every pipeline stage, first to last."""
+def stages(args: Namespace) -> list[tuple[int, int]]:
+    """Return every pipeline stage's parameters: cut by tensor parallelism, and whole ones."""
     count = args.pipeline_model_parallel_size
     return [_stage(args, index == 0, index == count - 1) for index in range(count)]
 
 
-def _stage(args: Namespace, is_first: bool, is_last: bool) -> StageParameters:
+def _stage(args: Namespace, is_first: bool, is_last: bool) -> tuple[int, int]:
     layers = args.num_layers // args.pipeline_model_parallel_size
     linear, biases, whole = _layer(args)
     two = args.untie_embeddings_and_output_weights or args.pipeline_model_parallel_size > 1
     tables = is_first + is_last if two else 1
     final_norm = _norm_vectors(args) * args.hidden_size if is_last else 0
     learned = is_first and args.position_embedding_type == "learned_absolute"
-    return StageParameters(
-        cut=layers * (linear + biases) + tables * args.padded_vocab_size * args.hidden_size,
-        whole=layers * whole
-        + final_norm
-        + (args.max_position_embeddings * args.hidden_size if learned else 0),
-        linear=layers * linear,
-    )
+    positions = args.max_position_embeddings * args.hidden_size if learned else 0
+    cut = layers * (linear + biases) + tables * args.padded_vocab_size * args.hidden_size
+    return cut, layers * whole + final_norm + positions
 
 
 def _layer(args: Namespace) -> tuple[int, int, int]:
@@ -177,9 +157,10 @@ def _norm_vectors(args: Namespace) -> int:
     return 1 if args.normalization == "RMSNorm" else 2
 
 
-def _fullest(args: Namespace) -> StageParameters:
-    tensor = args.tensor_model_parallel_size
-    return max(stages(args), key=lambda stage: stage.on_a_rank(tensor))
+def _fullest(args: Namespace) -> int:
+    """Return the parameters of the rank that has most."""
+    tensor = int(args.tensor_model_parallel_size)
+    return max(cut // tensor + whole for cut, whole in stages(args))
 
 
 def micro_batches(args: Namespace) -> int:
@@ -194,8 +175,8 @@ def hidden_bytes(args: Namespace) -> int:
 
 def memory(args: Namespace) -> dict[str, int]:
     """Count the rank that holds most; fragmentation, workspaces and NCCL's buffers come on top."""
-    tensor, fullest = args.tensor_model_parallel_size, _fullest(args)
-    count = fullest.on_a_rank(tensor)
+    tensor, count = args.tensor_model_parallel_size, _fullest(args)
+    matrices = _layer(args)[0] * (args.num_layers // args.pipeline_model_parallel_size)
     sharers = args.data_parallel_size if args.use_distributed_optimizer else 1
     tokens = args.micro_batch_size * args.seq_length
     if args.infoentropy_fused_linear:
@@ -204,7 +185,7 @@ def memory(args: Namespace) -> dict[str, int]:
     return {
         "weights": count * args.weight_bytes,
         # Transformer Engine keeps each matrix in FP8 twice: as it is, and transposed.
-        "FP8 copies": 0 if args.fp8 is None else 2 * fullest.linear // tensor,
+        "FP8 copies": 0 if args.fp8 is None else 2 * matrices // tensor,
         "gradients": count * args.gradient_bytes,
         "optimizer": ceil(count * args.optimizer_bytes / sharers),
         "activations": _activations(args),
@@ -242,7 +223,7 @@ def _activations(args: Namespace) -> int:
 def traffic(args: Namespace) -> dict[str, int]:
     """Count what the busiest rank sends: gradients and parameters, hidden states, statistics."""
     data = args.data_parallel_size
-    count = _fullest(args).on_a_rank(args.tensor_model_parallel_size)
+    count = _fullest(args)
     gradients = count * args.gradient_bytes
     returned = count * args.weight_bytes if args.use_distributed_optimizer else gradients
     return {
@@ -283,8 +264,7 @@ def _training_lines(args: Namespace) -> list[str]:
     pipeline, data = args.pipeline_model_parallel_size, args.data_parallel_size
     layout = f"tensor {tensor} x pipeline {pipeline} x data {data}"
     return [
-        f"parameters         {parameters(args):,}, at most {_fullest(args).on_a_rank(tensor):,} "
-        "on a rank",
+        f"parameters         {parameters(args):,}, at most {_fullest(args):,} on a rank",
         f"layout             {tensor * pipeline * data} ranks: {layout}",
         f"step               {tokens:,} tokens: {args.global_batch_size} sequences of "
         f"{args.seq_length}, {micro_batches(args)} micro-batches of {args.micro_batch_size} "

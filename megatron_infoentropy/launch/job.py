@@ -82,8 +82,7 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
 def _index_cache(data: Path, splits: Iterable[str]) -> Path:
     """Return where Megatron keeps its indices of these very data.
 
-    It knows an index again by the path of the dataset alone, and would read data that were made
-    anew in the same folder by the documents and lengths of the old ones.
+    It knows an index again by the dataset's path alone, also where the data were made anew.
     """
     digest = hashlib.sha256()
     for split in splits:  # a manifest holds the checksums of the dataset's files
@@ -95,15 +94,11 @@ def _require_vocabulary(recipe: Path, words: list[str], data: Path) -> None:
     """Check that the data's vocabulary is the recipe's.
 
     A model that comes from elsewhere may have more rows than its tokenizer has tokens.
-
-    Raises:
-        RecipeError: the training data were tokenized with a vocabulary of another size.
     """
-    wanted = load_recipe(recipe).get("vocab-size")
     size = load_manifest(data / "train").tokenizer.vocab_size
-    if wanted is not None and size < wanted and last_value(words, "pretrained-checkpoint"):
-        return
-    if wanted not in (None, size):
+    wanted = load_recipe(recipe).get("vocab-size") or size
+    has_more_rows = size < wanted and last_value(words, "pretrained-checkpoint")
+    if wanted != size and not has_more_rows:
         raise RecipeError(
             f"{recipe} is for a vocabulary of {wanted}, the training data have {size}; "
             "tokenize them anew, or change vocab-size in the recipe"
@@ -174,12 +169,8 @@ def require_layout(ranks: int, facts: dict[str, Any]) -> None:
 
 
 def _blend(dataset: Path, weights: str) -> list[Any]:
-    """Return [weight, prefix, weight, prefix, ...].
-
-    Raises:
-        ValueError: also for a dataset that was cut off, before any rank stumbles over it.
-    """
+    """Return [weight, prefix, weight, prefix, ...]."""
     shares = blend(dataset, weights)
     for share in shares:
-        require_whole(share.prefix, share.tokens)
+        require_whole(share.prefix, share.tokens)  # before any rank stumbles over a cut-off one
     return [word for share in shares for word in (share.weight, share.prefix)]

@@ -9,8 +9,7 @@ way, `lineage` holds every stage, oldest first, and the top level is the last on
 
     "lineage": [{"from_step": 0, "objective": "cross_entropy", ..., "seed": 1, "loss": {...}}, ...]
 
-The rule: one folder, one model, one loss, one seed, as long as it holds a checkpoint. A change of
-loss or seed has to be asked for (--switch); learning rate, length, layout and data may change.
+One folder, one model, one loss, one seed: docs/launching.md has the rule.
 """
 
 import json
@@ -76,9 +75,9 @@ def require_same(run: Path, words: list[str], *, switch: bool) -> None:
         _require_same_model(run, known, words)
     before, facts = _stages(known, step), read_facts(words)
     ours = stage_of(facts)
-    if not before or _is_same(before[-1], ours):
+    theirs, here = _differences(before[-1], ours) if before else ("", "")
+    if theirs == here:
         return
-    theirs, here = _differences(before[-1], ours)
     differs = f"{run} holds {step:,} steps trained with {theirs}, and this command line says {here}"
     if not switch:
         raise ValueError(
@@ -92,10 +91,7 @@ def require_same(run: Path, words: list[str], *, switch: bool) -> None:
 
 
 def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> None:
-    """
-    Raises:
-        ValueError: what no switch can change.
-    """
+    """Check what no switch can change."""
     old, recorded = [str(word) for word in known.get("command", [])], known.get("tokenizer_sha256")
     shapes = {name: (last_value(old, name), last_value(words, name)) for name in SHAPE}
     folder = Path(last_value(words, "tokenizer-model") or "")
@@ -117,7 +113,7 @@ def lineage(run: Path, words: list[str]) -> list[Stage]:
         start, known = _loaded_from(words)
     before, facts = _stages(known, start), read_facts(words)
     ours = stage_of(facts, start if before else 0)
-    if before and _is_same(before[-1], ours):
+    if before and (before[-1].seed, before[-1].loss) == (ours.seed, ours.loss):
         return before
     return [*before, ours]
 
@@ -139,11 +135,7 @@ def saved_step(run: Path, words: list[str]) -> int | None:
 
 
 def _loaded_from(words: list[str]) -> tuple[int, dict[str, Any]]:
-    """Return step and run.json of another folder's checkpoint; a finetuning counts from 0.
-
-    Raises:
-        DamagedCheckpointError: as `choose` does.
-    """
+    """Return step and run.json of another folder's checkpoint; a finetuning counts from 0."""
     load = last_value(words, "load")
     if load is None or "://" in load or "--finetune" in words:
         return 0, {}
@@ -166,10 +158,6 @@ def _loads_own(run: Path, words: list[str]) -> bool:
 def _stages(facts: dict[str, Any], step: int) -> list[Stage]:
     """Return the stages of a run.json that are in its checkpoint of this step."""
     return [stage for stage in stages_of(facts) if stage.from_step < step] if facts else []
-
-
-def _is_same(one: Stage, other: Stage) -> bool:
-    return (one.seed, one.loss) == (other.seed, other.loss)
 
 
 def _differences(one: Stage, other: Stage) -> tuple[str, str]:

@@ -1,17 +1,8 @@
 """The scripts that start a training: plain bash around torchrun, to be read, kept and edited.
 
-RUN/node.sh    what every node runs: environment, torchrun, Megatron's flags
-RUN/hosts.sh   node.sh on every host, through ssh
-RUN/job.slurm  node.sh on every node of a Slurm job, saved and requeued before the time limit
-
-Each is a head, made here, that sets variables of the training, and a body that is the same for
-all: the file of its name beside this one.
-
-How a training is stopped without loss: Megatron saves and exits when a rank is sent SIGTERM
-(--exit-signal-handler); all ranks ask each other after every step. Slurm sends it to every process
-of a job that is cancelled, requeued or preempted; torchrun, which would give its ranks 30 seconds,
-and whatever Megatron has started run with it ignored. SIGUSR1 is the order to the scripts: node.sh
-sends its ranks SIGTERM then, and everything else ignores it.
+Each (node.sh, hosts.sh, job.slurm) is a head, made here, that sets variables of the training, and a
+body that is the same for all: the file of its name beside this one. docs/launching.md says what
+they do, and how a training is stopped without loss:
 
     Slurm --SIGUSR1, `save_s` before the limit--> job.slurm --> srun --> node.sh --SIGTERM--> ranks
     ranks save and exit 0 --> srun ends --> job.slurm: scontrol requeue --> the same from there on

@@ -130,18 +130,6 @@ def test_a_refusal_gives_the_reason_alone(monkeypatch, tmp_path, code, reason):
 LINEAR = 4 * 8 * 8 + 3 * 8 * 16  # of one layer: q, k, v, out; gate, up, down
 TOTAL = 4 * (LINEAR + 16) + 8 + 2 * 32 * 8
 HIDDEN = 3 * 10 * 8 * 2  # bytes of one micro-batch's hidden states
-# As published: the count of each shape.
-PAPER = [
-    (468_239_360, {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 24}, 16, 64),
-    (1_204_881_408, {"hidden_size": 2048, "ffn_hidden_size": 8192, "num_layers": 16}, 8, 256),
-    (6_738_415_616, {"hidden_size": 4096, "ffn_hidden_size": 11008, "num_layers": 32}, 32, 128),
-]
-
-
-@pytest.mark.parametrize(("count", "sizes", "heads", "channels"), PAPER)
-def test_the_papers_models_have_the_parameters_of_their_shapes(count, sizes, heads, channels):
-    attention = {"num_attention_heads": heads, "num_query_groups": heads, "kv_channels": channels}
-    assert parameters(replace(PLAIN, **sizes, **attention, padded_vocab_size=32000)) == count
 
 
 def test_a_tied_table_counts_once_but_is_held_by_both_ends_of_a_pipeline():
@@ -154,7 +142,7 @@ def test_a_tied_table_counts_once_but_is_held_by_both_ends_of_a_pipeline():
     )
     held = stages(replace(tied, pipeline_model_parallel_size=4))
     layer = LINEAR + 16
-    assert [stage.cut + stage.whole for stage in held] == [
+    assert list(map(sum, held)) == [
         *(layer + 32 * 8, layer, layer, layer + 8 + 32 * 8),
     ]
 
@@ -170,10 +158,6 @@ def test_tensor_parallel_ranks_share_matrices_and_logits_but_not_norms():
     held = memory(replace(PLAIN, tensor_model_parallel_size=2))
     assert held["weights"] == 2 * (4 * (LINEAR // 2 + 16) + 8 + 32 * 8)
     assert held["logits"] == 30 * 16 * 2
-
-
-def test_an_optimizer_of_fewer_bytes_is_sharded_like_any_other():
-    assert memory(replace(PLAIN, optimizer_bytes=8))["optimizer"] == 4 * TOTAL
 
 
 def test_fp8_copies_are_of_layers_only():
