@@ -141,53 +141,64 @@ def test_the_weight_is_that_of_the_plain_statistics():
     assert_within(difference, expected, atol=1e-13)
 
 
-def squares_on_rank(collective, backend):
-    """sum p^2 and the gradients of all statistics at a temperature for every token."""
+def everything_on_rank(options, collective):
+    """All statistics, whether the target is the top, and the gradient of the former."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    logits, target, temperature, upstream = squares_case()
+    logits, target, upstream = everything_case()
     shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
     got = vocab_parallel_statistics(
         shard,
         target,
         group=dist.group.WORLD,
         vocab_size=TRUE_SIZE,
-        temperature=temperature,
         sum_p_squared=True,
         uniform_cross_entropy=True,
         collective=collective,
-        backend=backend,
+        backend="reference",
+        **options,
     )
     parts = [part for name, part in got._asdict().items() if name != "is_top"]
-    torch.autograd.backward(parts, list(upstream.to(shard.dtype)))
-    return [part.detach() for part in parts], shard.grad
+    torch.autograd.backward(parts, list(upstream))
+    return [part.detach() for part in parts], got.is_top, shard.grad
 
 
-def squares_case():
-    logits, target = random_case(dtype=torch.float64)
-    generator = torch.Generator().manual_seed(8)
+def everything_case():
+    logits, target = random_case(scale=6.0)
+    logits[1] = 2.0  # the maximum is tied across all shards
     logits[2, int(target[2])] += 25  # p rounds to 1
-    temperature = torch.rand(len(target), generator=generator) * 2 + 0.3
     target[4] = -100
-    return logits, target, temperature, torch.randn(5, len(target), generator=generator).double()
+    generator = torch.Generator().manual_seed(8)
+    return logits, target, torch.randn(5, len(target), generator=generator).double()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("collective", ["gather", "all_reduce"])
-def test_sum_of_squares_and_a_temperature_for_every_token(collective, world):
-    """Against float64, padding left out, in every layout; the fifth token takes no part."""
-    logits, target, temperature, upstream = squares_case()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 7.0, "temperature": 0.6},
+        {"temperature": torch.linspace(0.3, 2.3, 23)},  # one a token
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_statistic_of_shards_equals_dense_float64(options, collective, world):
+    """Of 4 shards the last is mostly padding, which is left out; the fifth token takes no part."""
+    logits, target, upstream = everything_case()
     leaf = logits.clone().requires_grad_()
-    kept = leaf[:, :TRUE_SIZE] / temperature.double().unsqueeze(-1)
+    temperature = torch.as_tensor(options["temperature"], dtype=torch.float64).unsqueeze(-1)
+    kept = meant(leaf[:, :TRUE_SIZE], options.get("softcap"), temperature)
     valid = target != -100
     truth = [*dense_statistics(kept, target), uniform_cross_entropy(kept) * valid]
     truth.append(kept.softmax(-1).square().sum(-1) * valid)
     torch.autograd.backward(truth, list(upstream))
-    for rank, (parts, gradient) in enumerate(
-        run_ranks(squares_on_rank, world, collective, "reference")
+    of_target = kept.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    for rank, (parts, is_top, gradient) in enumerate(
+        run_ranks(everything_on_rank, world, options, collective)
     ):
         for part, expected in zip(parts, truth, strict=True):
-            assert_within(part, expected.detach(), atol=1e-12)
-        assert_within(gradient, leaf.grad.chunk(world, -1)[rank], atol=1e-12)
+            assert_within(part, expected.detach(), atol=1e-11)
+        assert torch.equal(is_top, (of_target == kept.amax(-1)) & valid)
+        assert_within(gradient, leaf.grad.chunk(world, -1)[rank], atol=1e-11)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from oracle import dense_statistics, meant, uniform_cross_entropy
+from oracle import dense_statistics
 from ranks import run_ranks
 
 from megatron_infoentropy import vocab_parallel_statistics
@@ -98,54 +98,6 @@ def test_float64_shards_equal_dense_float64(world):
     assert_within(torch.cat([grad for _, grad in results], -1), dense.grad, atol=1e-12)
 
 
-OPTIONS = {"softcap": 7.0, "temperature": 0.6, "uniform_cross_entropy": True}
-
-
-def optioned_case():
-    generator = torch.Generator().manual_seed(9)
-    logits = (torch.randn(N, V, generator=generator) * 6).to(torch.float64)
-    logits[1] = 2.0
-    target = torch.randint(0, TRUE_SIZE, (N,), generator=generator)
-    target[4] = -100
-    return logits, target, torch.randn(4, N, generator=generator)
-
-
-def optioned(collective):
-    logits, target, upstream = optioned_case()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
-    got = vocab_parallel_statistics(
-        shard,
-        target,
-        group=dist.group.WORLD,
-        vocab_size=TRUE_SIZE,
-        collective=collective,
-        **OPTIONS,
-    )
-    results = torch.stack([*got[:3], got.uniform_cross_entropy])
-    (results * upstream).sum().backward()
-    return results.detach(), got.is_top, shard.grad
-
-
-@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_softcap_temperature_and_the_uniform_term_equal_dense_float64(world, collective):
-    """With 4 ranks one shard is all padding: it must add nothing to the fifth statistic."""
-    logits, target, upstream = optioned_case()
-    dense = logits.clone().requires_grad_()
-    z = meant(dense[:, :TRUE_SIZE], OPTIONS["softcap"], OPTIONS["temperature"])
-    uniform = uniform_cross_entropy(z).masked_fill(target == -100, 0)
-    expected = torch.stack([*dense_statistics(z, target), uniform])
-    (expected * upstream).sum().backward()
-    column = target.clamp_min(0).unsqueeze(-1)
-    is_top = z.gather(-1, column).squeeze(-1) == z.amax(-1)
-    results = run_ranks(optioned, world, collective)
-    for statistics, top, _ in results:
-        assert_within(statistics, expected, atol=1e-11)
-        assert torch.equal(top, is_top & (target != -100))
-    assert_within(torch.cat([grad for *_, grad in results], -1), dense.grad, atol=1e-11)
-
-
 def count_collectives(collective):
     logits = torch.randn(8, 32, requires_grad=True)
     target = torch.arange(8)
@@ -159,8 +111,7 @@ def count_collectives(collective):
             if phase == "backward":
                 (got.cross_entropy * got.entropy.detach()).sum().backward()
             counted[phase] = {n: getattr(dist, n).call_count for n in names}
-        sent = [call.args[-1] for call in dist.all_gather_into_tensor.call_args_list]
-    return counted, [tensor.numel() * tensor.element_size() for tensor in sent]
+    return counted
 
 
 @pytest.mark.parametrize(
@@ -168,11 +119,9 @@ def count_collectives(collective):
     [("gather", {"all_gather_into_tensor": 1}), ("all_reduce", {"all_reduce": 2})],
 )
 def test_forward_needs_the_promised_collectives_and_backward_none(collective, expected):
-    for counted, payload in run_ranks(count_collectives, 2, collective):
+    for counted in run_ranks(count_collectives, 2, collective):
         assert {n: c for n, c in counted["forward"].items() if c} == expected
         assert counted["backward"] == counted["forward"]
-        if collective == "gather":
-            assert payload == [8 * 16]  # 16 bytes a token
 
 
 def megatron_cross_entropy(dtype):
@@ -198,18 +147,3 @@ def test_cross_entropy_equals_megatrons_own_in_value_and_gradient():
     for mine, other, my_grad, other_grad in run_ranks(megatron_cross_entropy, 2, torch.float32):
         assert_within(mine, other, atol=3e-6, rtol=5e-7)
         assert_within(my_grad, other_grad, atol=5e-7, rtol=1e-6)
-
-
-def wrong_vocabulary():
-    try:
-        vocab_parallel_statistics(
-            torch.zeros(2, 8), torch.zeros(2).long(), group=dist.group.WORLD, vocab_size=17
-        )
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
-def test_a_vocabulary_larger_than_its_shards_is_refused():
-    for message in run_ranks(wrong_vocabulary, 2):
-        assert "2 shard(s) of 8 columns hold 16 entries" in message
