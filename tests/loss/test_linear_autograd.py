@@ -3,6 +3,7 @@
 import pytest
 import torch
 from close import assert_within, assert_within_bf16_ulp
+from linear_cases import BOTH, fused_loss, random_inputs, statistics_objective
 from oracle import dense_objective, dense_statistics
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
@@ -16,25 +17,7 @@ N, H, V = 96, 16, 65
 
 
 def make_case(dtype=torch.float32, tokens=N):
-    generator = torch.Generator().manual_seed(8)
-    hidden = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(V, H, generator=generator).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(0, V, (tokens,), generator=generator)
-
-
-def statistics_objective(hidden, weight, target, **options):
-    """A scalar by the function that makes logits twice."""
-    got = linear_vocab_parallel_statistics(hidden, weight, target, **options)
-    return ((1 + got.entropy.detach()) * got.cross_entropy).sum()
-
-
-def fused_loss(hidden, weight, target, *, chunk_tokens=4096, **options):
-    """The scalar by the function that makes them once."""
-    config = InfoEntropyConfig(chunk_tokens=chunk_tokens)
-    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
-
-
-BOTH = pytest.mark.parametrize("function", [statistics_objective, fused_loss])
+    return random_inputs(tokens, H, V, dtype=dtype)
 
 
 def gradients(function, *arguments, dtype=torch.float32, tokens=N, **options):

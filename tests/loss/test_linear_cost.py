@@ -5,15 +5,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from linear_cases import BOTH, fused_loss, random_inputs, statistics_objective
 from ranks import run_ranks
 
-from megatron_infoentropy import InfoEntropyConfig, vocab_parallel_statistics
+from megatron_infoentropy import vocab_parallel_statistics
 from megatron_infoentropy.bench.timing import peak_mib
 from megatron_infoentropy.loss import linear_objective
-from megatron_infoentropy.loss.linear import (
-    linear_infoentropy_loss,
-    linear_vocab_parallel_statistics,
-)
 
 N, H, V, CHUNK = 1024, 16, 512, 128
 COLLECTIVES = (
@@ -25,16 +22,6 @@ COLLECTIVES = (
 )
 
 
-def statistics_objective(hidden, weight, target, **options):
-    got = linear_vocab_parallel_statistics(hidden, weight, target, backend="native", **options)
-    return (got.cross_entropy * got.entropy).sum()
-
-
-def fused_loss(hidden, weight, target, *, chunk_tokens, skip_masked=True, **options):
-    config = InfoEntropyConfig(backend="native", chunk_tokens=chunk_tokens, skip_masked=skip_masked)
-    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
-
-
 def unfused_objective(hidden, weight, target, **_):
     logits = hidden @ weight.T
     got = vocab_parallel_statistics(logits, target, backend="native", inplace_backward=True)
@@ -42,10 +29,7 @@ def unfused_objective(hidden, weight, target, **_):
 
 
 def make_case(world=1, tokens=N):
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(tokens, H, generator=generator, requires_grad=True)
-    weight = torch.randn(V // world, H, generator=generator, requires_grad=True)
-    return hidden, weight, torch.randint(0, V, (tokens,), generator=generator)
+    return random_inputs(tokens, H, V, columns=V // world)
 
 
 def peak_on_rank(function, chunk):
@@ -61,7 +45,7 @@ GRADIENTS = (N + V) * H * 4
 PER_TOKEN = 160 * N  # statistics, coefficients, results and their temporaries
 
 
-@pytest.mark.parametrize("function", [statistics_objective, fused_loss])
+@BOTH
 def test_without_ranks_memory_is_one_chunk_of_logits_and_the_gradients(function):
     peak = peak_of(function, make_case(), chunk_tokens=CHUNK)
     chunk = CHUNK * V * 4

@@ -1,0 +1,36 @@
+"""Scalars by both functions of the fused linear, and random inputs for them."""
+
+import pytest
+import torch
+
+from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.loss.linear import (
+    linear_infoentropy_loss,
+    linear_vocab_parallel_statistics,
+)
+
+
+def statistics_objective(hidden, weight, target, **options):
+    """By the function that makes logits twice."""
+    got = linear_vocab_parallel_statistics(hidden, weight, target, **options)
+    return ((1 + got.entropy.detach()) * got.cross_entropy).sum()
+
+
+def fused_loss(
+    hidden, weight, target, *, chunk_tokens=4096, backend="auto", skip_masked=True, **options
+):
+    """By the function that makes them once."""
+    config = InfoEntropyConfig(backend=backend, chunk_tokens=chunk_tokens, skip_masked=skip_masked)
+    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
+
+
+BOTH = pytest.mark.parametrize("function", [statistics_objective, fused_loss])
+
+
+def random_inputs(tokens, width, vocabulary, *, dtype=torch.float32, device="cpu", columns=None):
+    """(hidden, weight, target); `columns` of the vocabulary where the weight is a shard."""
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(columns or vocabulary, width, generator=generator).to(device, dtype)
+    target = torch.randint(0, vocabulary, (tokens,), generator=generator).to(device)
+    return hidden, weight.requires_grad_(), target
