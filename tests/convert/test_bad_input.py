@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import Harmful, tiny_args, tiny_tensors, write_checkpoint, write_tiny
 from tiny_tokenizer import write_tokenizer
 
 from megatron_infoentropy.checkpoints import write_manifest
@@ -36,8 +36,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint `save` and, in two files, the Hugging Face folder `hf` of the same model."""
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save")
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", shard_bytes=60_000)
     return tmp_path
 
@@ -94,16 +93,6 @@ def test_a_rank_that_did_not_write_its_part(folder: Path) -> None:
     export_fails(folder, IncompleteCheckpointError, rf"0 of the 4096 numbers of {re.escape(QKV)}")
 
 
-class Harmful:
-    """Pickles as a call of os.mkdir."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize(
     ("kind", "match"), [("a call", "UnpicklingError"), ("a key without end", "parts in a pickle")]
 )
@@ -114,7 +103,7 @@ def test_a_tensor_made_to_do_harm_is_refused(folder: Path, kind: str, match: str
         tree = (tree, tree)
     content = b"\x80\x02}" + pickle.dumps(tree, protocol=2)[2:-1] + b"K\x01s."  # {tree: 1}
     if kind == "a call":
-        content = pickle.dumps(Harmful(folder / "made"), protocol=2)
+        content = pickle.dumps(Harmful(os.mkdir, str(folder / "made")), protocol=2)
     evil = folder / "save" / "iter_0000007" / "evil.distcp"
     with zipfile.ZipFile(evil, "w") as archive:
         for name, data in (("data.pkl", content), ("version", b"3"), ("data/0", bytes(1 << 16))):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, TOKENS, export_tiny, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,8 +38,7 @@ def same(first: Path, second: Path) -> bool:
 def test_there_and_back_is_the_same_to_the_bit(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    args = tiny_args(**FAMILIES[family])
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, dtype))
+    write_tiny(tmp_path / "save", dtype, **FAMILIES[family])
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", shard_bytes=20_000)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     summary = convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
@@ -128,9 +127,7 @@ def test_the_dtype_is_that_of_the_weights_whatever_the_configuration_says(
     tmp_path: Path, said: str | None
 ) -> None:
     """Old exports say none; others that of the training, beside weights in fp32."""
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path)
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text()) | {"torch_dtype": said}
     path.write_text(json.dumps({k: v for k, v in config.items() if v or k != "torch_dtype"}))
@@ -141,9 +138,7 @@ def test_the_dtype_is_that_of_the_weights_whatever_the_configuration_says(
 
 
 def test_masks_among_the_weights_of_old_exports_are_left_out(tmp_path: Path) -> None:
-    args = tiny_args(**FAMILIES["gpt_neox"])
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, torch.bfloat16))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path, torch.bfloat16, **FAMILIES["gpt_neox"])
     masks = {
         "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
@@ -157,9 +152,7 @@ def test_masks_among_the_weights_of_old_exports_are_left_out(tmp_path: Path) -> 
 @pytest.fixture
 def with_more_rows(tmp_path: Path) -> Path:
     """A model `hf` of 60 rows whose tokenizer has 50 tokens, and its import `start`."""
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path)
     for file in write_tokenizer(tmp_path / "tokenizer", 50).glob("*.json"):
         (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
     convert_from_hf(tmp_path / "hf", tmp_path / "start")
@@ -206,9 +199,7 @@ def test_a_head_beside_tied_embeddings_is_dropped_only_where_it_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr(hf_weights, "_COMPARED_ROWS", 7)
-    args = tiny_args(**FAMILIES[family] | {"untie_embeddings_and_output_weights": False})
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path, **FAMILIES[family] | {"untie_embeddings_and_output_weights": False})
     path = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(path)
     names = {"llama": "model.embed_tokens", "gpt_neox": "gpt_neox.embed_in"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, TOKENS, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,10 +36,11 @@ CASES = FAMILIES | {
 
 def export(folder: Path, case: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
     tokenizer = write_tokenizer(folder / "tokenizer", 60)
-    args = tiny_args(
-        **CASES[case] | {"num_layers": 3, "rotary_base": 500000, "tokenizer_model": str(tokenizer)}
+    write_tiny(
+        folder / "save",
+        dtype,
+        **CASES[case] | {"num_layers": 3, "rotary_base": 500000, "tokenizer_model": str(tokenizer)},
     )
-    write_checkpoint(folder / "save", args, tiny_tensors(args, dtype))
     # With this tokenizer a model with biases of q, k and v alone would be exported as Llama.
     family = "qwen2" if case == "qwen2" else "auto"
     convert_checkpoint(
@@ -176,16 +177,16 @@ def test_an_expert_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_tokenizer_is_gone_asks_for_it(tmp_path: Path) -> None:
-    args = tiny_args(tokenizer_model="elsewhere/tokenizer")
-    save = write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    save = write_tiny(tmp_path / "save", tokenizer_model="elsewhere/tokenizer")
     with pytest.raises(ValueError, match="'elsewhere/tokenizer', where there is no tokenizer"):
         tokenizer_of(MegatronCheckpoint(save))
 
 
 def test_the_training_data_says_with_which_tokenizer_it_was_written(tmp_path: Path) -> None:
     data = tmp_path / "data" / "train"
-    args = tiny_args(train_data_path=["0.4", str(data / "web"), "0.6", str(data / "code")])
-    save = write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    save = write_tiny(
+        tmp_path / "save", train_data_path=["0.4", str(data / "web"), "0.6", str(data / "code")]
+    )
     opened = MegatronCheckpoint(save)
     assert is_checkpoint(save)
     assert not is_checkpoint(tmp_path)

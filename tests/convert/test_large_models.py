@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_checkpoint import TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import TOKENS, write_tiny
 
 from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf, verify_conversion
 from megatron_infoentropy.convert.distcp import DistcpReader
@@ -20,8 +20,7 @@ LIMIT = 20_000
 
 @pytest.fixture
 def save(tmp_path: Path) -> Path:
-    args = tiny_args(num_layers=4)
-    return write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    return write_tiny(tmp_path / "save", num_layers=4)
 
 
 def test_files_are_of_the_size_asked_for_and_the_index_names_what_is_in_them(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import Harmful, tiny_args, tiny_tensors, write_checkpoint, write_tiny
 
 from megatron_infoentropy.convert import UnreadableCheckpointError
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, find_iteration
@@ -43,8 +43,7 @@ def test_arguments_of_older_versions_get_their_present_names(tmp_path: Path) -> 
 def test_an_iteration_is_found_by_the_tracker_by_number_and_by_its_own_folder(
     tmp_path: Path,
 ) -> None:
-    args = tiny_args()
-    folder = write_checkpoint(tmp_path / "save", args, tiny_tensors(args)) / "iter_0000007"
+    folder = write_tiny(tmp_path / "save") / "iter_0000007"
     assert find_iteration(tmp_path / "save", None) == folder
     assert find_iteration(tmp_path / "save", 7) == folder
     assert find_iteration(folder, None) == folder
@@ -71,8 +70,7 @@ def test_a_folder_that_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path)
 
 
 def test_another_checkpoint_format_is_refused_by_name(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path, args, tiny_tensors(args))
+    write_tiny(tmp_path)
     path = tmp_path / "iter_0000007" / "metadata.json"
     path.write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(ValueError, match=r"got zarr.*--ckpt-format torch_dist"):
@@ -87,19 +85,10 @@ def test_a_checkpoint_without_training_arguments_is_refused(tmp_path: Path) -> N
         MegatronCheckpoint(tmp_path)
 
 
-class Harmful:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.target),)
-
-
 def test_an_index_that_calls_a_function_does_not_get_to(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path, args, tiny_tensors(args))
+    write_tiny(tmp_path)
     index = tmp_path / "iter_0000007" / ".metadata"
-    index.write_bytes(pickle.dumps(Harmful(tmp_path / "made")))
+    index.write_bytes(pickle.dumps(Harmful(os.mkdir, str(tmp_path / "made"))))
     with pytest.raises(ValueError, match="not the index"):
         MegatronCheckpoint(tmp_path)
     assert not (tmp_path / "made").exists()
@@ -107,7 +96,7 @@ def test_an_index_that_calls_a_function_does_not_get_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_arguments_that_call_a_function_do_not_get_to(tmp_path: Path, legacy: bool) -> None:
-    args = tiny_args(data_path=Harmful(tmp_path / "made"))
+    args = tiny_args(data_path=Harmful(os.mkdir, str(tmp_path / "made")))
     opened = MegatronCheckpoint(
         write_checkpoint(tmp_path / "save", args, tiny_tensors(args), legacy=legacy)
     )

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import (
+    FAMILIES,
+    TOKENS,
+    tiny_args,
+    tiny_tensors,
+    write_checkpoint,
+    write_tiny,
+)
 from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
@@ -100,8 +107,7 @@ def test_no_argument_is_read_that_was_not_looked_at_here() -> None:
 
 
 def stretched(folder: Path, **changes: Any) -> Path:
-    args = tiny_args(**STRETCHED, rope_scaling_factor=32.0, **changes)
-    return write_checkpoint(folder / "save", args, tiny_tensors(args))
+    return write_tiny(folder / "save", **STRETCHED, rope_scaling_factor=32.0, **changes)
 
 
 def test_a_model_without_its_factor_fails_the_proof(
@@ -155,8 +161,7 @@ def test_both_forms_of_megatrons_side_agree(
 def test_the_gelu_that_local_layers_ignore_is_not_exported(tmp_path: Path) -> None:
     changes = {"use_te_activation_func": True, "bias_gelu_fusion": False}
     for impl, activation in (("local", "gelu"), ("transformer_engine", "gelu_pytorch_tanh")):
-        args = tiny_args(**GELU | changes, transformer_impl=impl)
-        save = write_checkpoint(tmp_path / impl, args, tiny_tensors(args))
+        save = write_tiny(tmp_path / impl, **GELU | changes, transformer_impl=impl)
         convert_checkpoint(save, tmp_path / f"hf-{impl}")
         result = verify_conversion(save, tmp_path / f"hf-{impl}", TOKENS)
         assert result.passed, str(result)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint, write_tiny
 from tiny_tokenizer import write_gpt2_tokenizer
 
 from megatron_infoentropy.convert import convert_checkpoint
@@ -17,8 +17,7 @@ def test_the_rules_by_which_transformers_cuts_text_are_those_of_the_file(
 ) -> None:
     """transformers 5 has a tokenizer of its own for Qwen2 and would cut 12 into 1 and 2."""
     tokenizer = write_gpt2_tokenizer(tmp_path / "tokenizer")
-    args = tiny_args(**FAMILIES[family], vocab_size=258, padded_vocab_size=384)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", **FAMILIES[family], vocab_size=258, padded_vocab_size=384)
     summary = convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
     assert tokenizer_differences(tmp_path / "hf") == []
     assert summary.family == ("llama" if family == "qwen2" else family)

@@ -73,7 +73,7 @@ def test_the_state_of_fp8_layers_is_left_out(tmp_path: Path) -> None:
     assert verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
 def test_quantised_parameters_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
     args = tiny_args()
     tensors = tiny_tensors(args)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -37,8 +37,7 @@ from megatron_infoentropy.data.writer import DatasetWriter
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint `save`, its `tokenizer`, and the Hugging Face folder `hf` made of both."""
     folder = tmp_path_factory.mktemp("proof")
-    args = tiny_args()
-    write_checkpoint(folder / "save", args, tiny_tensors(args))
+    write_tiny(folder / "save")
     tokenizer = write_tokenizer(folder / "tokenizer", 60)
     convert_checkpoint(folder / "save", folder / "hf", tokenizer=tokenizer)
     return folder
@@ -255,8 +254,7 @@ def test_the_card_names_the_model_that_training_started_from(tmp_path: Path) -> 
     facts, text = card(tmp_path / "start", "converted")
     assert (facts["base_model"], facts["base_model_relation"]) == ("some/model-1B", "finetune")
     assert "Converted from `some/model-1B`, and not trained since" in text
-    args = tiny_args(pretrained_checkpoint=str(tmp_path / "start"))
-    write_checkpoint(tmp_path / "run", args, tiny_tensors(args))
+    write_tiny(tmp_path / "run", pretrained_checkpoint=str(tmp_path / "start"))
     facts, text = card(tmp_path / "run", "trained")
     assert facts["base_model"] == "some/model-1B"
     assert "Trained further, from `some/model-1B`, with" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, write_tiny
 from tiny_tokenizer import write_gpt2_tokenizer, write_qwen2_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -30,8 +30,7 @@ O_BIAS = "model.layers.1.self_attn.o_proj.bias"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint `save`, the tokenizers `gpt2` and `qwen2`, and `hf`, made with GPT-2's."""
-    args = tiny_args(**FAMILIES["qwen2"], vocab_size=258, padded_vocab_size=384)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", **FAMILIES["qwen2"], vocab_size=258, padded_vocab_size=384)
     write_gpt2_tokenizer(tmp_path / "gpt2")
     write_qwen2_tokenizer(tmp_path / "qwen2")
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tmp_path / "gpt2")
@@ -76,8 +75,7 @@ def test_an_export_that_would_be_misread_is_not_made(folder: Path, words: list[s
 def test_a_family_that_does_not_compute_the_model_is_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="qwen2 or llama; got 'mistral'"):
         convert(folder, "gpt2", "--family", "mistral")
-    args = tiny_args(**FAMILIES["qwen2"], kv_channels=12)
-    write_checkpoint(folder / "wide", args, tiny_tensors(args))
+    write_tiny(folder / "wide", **FAMILIES["qwen2"], kv_channels=12)
     with pytest.raises(UnsupportedModelError, match="--kv-channels"):
         convert_checkpoint(folder / "wide", folder / "out", family="qwen2")
     assert "its heads" in convert_checkpoint(folder / "wide", folder / "out").not_qwen2
@@ -144,8 +142,7 @@ def test_a_token_that_the_other_rules_never_make_is_found(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
 def test_a_tokenizer_that_names_no_class_is_exported_with_one(folder: Path, family: str) -> None:
-    args = tiny_args(**FAMILIES[family], vocab_size=258, padded_vocab_size=384)
-    write_checkpoint(folder / family, args, tiny_tensors(args))
+    write_tiny(folder / family, **FAMILIES[family], vocab_size=258, padded_vocab_size=384)
     config = {"eos_token": "<|endoftext|>"}
     (folder / "gpt2" / "tokenizer_config.json").write_text(json.dumps(config))
     convert_checkpoint(folder / family, folder / "out", tokenizer=folder / "gpt2")
@@ -162,8 +159,7 @@ def test_a_tokenizer_that_names_no_class_is_exported_with_one(folder: Path, fami
 def test_a_class_that_a_model_has_chosen_in_training_is_named_beside_another(folder: Path) -> None:
     """The ids of the data are Qwen2's, because of the config.json beside the tokenizer."""
     (folder / "qwen2" / "config.json").write_text('{"model_type": "qwen2"}')
-    args = tiny_args(vocab_size=258, padded_vocab_size=384)
-    write_checkpoint(folder / "llama", args, tiny_tensors(args))
+    write_tiny(folder / "llama", vocab_size=258, padded_vocab_size=384)
     (folder / "qwen2" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     path = folder / "qwen2" / "tokenizer.json"  # of which Qwen2's class leaves the rules
     gpt2 = json.loads((folder / "gpt2" / "tokenizer.json").read_text())

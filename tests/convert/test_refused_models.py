@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, unstacked, write_checkpoint
+from tiny_checkpoint import (
+    FAMILIES,
+    tiny_args,
+    tiny_tensors,
+    unstacked,
+    write_checkpoint,
+    write_tiny,
+)
 from torch import Tensor
 
 from megatron_infoentropy.commands.training import next_step
@@ -72,9 +79,18 @@ def refuse(
     assert [path.name for path in folder.iterdir()] == ["save"], "nothing may be written"
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str) -> None:
-    refuse(tmp_path, tiny_args(**{name: ARGUMENTS[name]}), tiny_tensors(tiny_args()), name)
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        *(("llama", *argument) for argument in ARGUMENTS.items()),
+        *(("mixtral", *argument) for argument in OF_EXPERTS.items()),
+    ],
+)
+def test_an_argument_that_means_another_model_is_named(
+    tmp_path: Path, family: str, name: str, value: object
+) -> None:
+    changes = FAMILIES[family]
+    refuse(tmp_path, tiny_args(**changes | {name: value}), tiny_tensors(tiny_args(**changes)), name)
 
 
 @pytest.mark.parametrize(
@@ -88,27 +104,16 @@ def test_an_argument_that_means_another_model_is_named(tmp_path: Path, name: str
 def test_the_step_after_training_is_named_only_where_it_can_be_taken(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    args = tiny_args(**changes)
-    write_checkpoint(tmp_path / "checkpoints", args, tiny_tensors(args))
+    write_tiny(tmp_path / "checkpoints", **changes)
     assert re.match(said, next_step(tmp_path, tmp_path / "tokenizer"))
 
 
-@pytest.mark.parametrize("name", OF_EXPERTS)
-def test_an_argument_that_means_other_experts_is_named(tmp_path: Path, name: str) -> None:
-    args = tiny_args(**FAMILIES["mixtral"])
-    changed = tiny_args(**FAMILIES["mixtral"] | {name: OF_EXPERTS[name]})
-    refuse(tmp_path, changed, tiny_tensors(args), name)
-
-
 def test_a_dense_model_ignores_what_is_said_of_experts(tmp_path: Path) -> None:
-    args = tiny_args(**{name: OF_EXPERTS[name] for name in OF_EXPERTS if name.startswith("moe")})
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(
+        tmp_path / "save",
+        **{name: OF_EXPERTS[name] for name in OF_EXPERTS if name.startswith("moe")},
+    )
     assert convert_checkpoint(tmp_path / "save", tmp_path / "hf").family == "llama"
-
-
-def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
-    args = tiny_args(rotary_percent=0.5, add_bias_linear=True, window_size=(8, 0))
-    refuse(tmp_path, args, tiny_tensors(args), "--rotary-percent.*--window-size")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,11 @@ def test_all_of_them_are_named_at_once_with_their_flags(tmp_path: Path) -> None:
         ("gpt2", {"normalization": "RMSNorm"}, "normalization"),
         ("gpt2", {"position_embedding_type": "none"}, "position_embedding_type"),
         ("llama", {"num_attention_heads": 6, "kv_channels": 4}, "does not divide"),
+        (  # all of them at once, with their flags
+            "llama",
+            {"rotary_percent": 0.5, "window_size": (8, 0)},
+            "--rotary-percent.*--window-size",
+        ),
     ],
 )
 def test_what_a_family_has_no_field_for_is_named(
@@ -155,36 +165,18 @@ def test_a_parameter_llama_has_not_is_named(tmp_path: Path, name: str) -> None:
     refuse(tmp_path, args, tiny_tensors(args) | {name: torch.zeros(2)}, name)
 
 
-def test_a_parameter_that_was_not_stored_is_named(tmp_path: Path) -> None:
+def test_parameters_of_another_model_are_named(tmp_path: Path) -> None:
     args = tiny_args()
-    tensors = tiny_tensors(args)
-    del tensors[LAYERS + "mlp.linear_fc2.weight"]
+    untied, lacking = tiny_tensors(args), tiny_tensors(args)
+    del lacking[LAYERS + "mlp.linear_fc2.weight"]
     match = r"lacks.*model\.layers\.0\.mlp\.down_proj\.weight"
-    refuse(tmp_path, args, tensors, match, IncompleteCheckpointError)
-
-
-def test_a_layer_too_many_is_named(tmp_path: Path) -> None:
-    tensors = unstacked(tiny_tensors(tiny_args(num_layers=3)))
-    refuse(tmp_path, tiny_args(), tensors, r"model\.layers\.2")
-
-
-def test_a_norm_stored_twice_is_named(tmp_path: Path) -> None:
-    args = tiny_args()
-    extra = {LAYERS + "input_layernorm.weight": torch.zeros(2, 32)}
-    refuse(tmp_path, args, tiny_tensors(args) | extra, "input_layernorm")
-
-
-def test_an_output_table_beside_tied_embeddings_is_named(tmp_path: Path) -> None:
-    tensors = tiny_tensors(tiny_args())
-    args = tiny_args(untie_embeddings_and_output_weights=False)
-    refuse(tmp_path, args, tensors, r"output_layer\.weight")
-
-
-def test_quantised_parameters_are_refused(tmp_path: Path) -> None:
-    args = tiny_args()
-    tensors = tiny_tensors(args)
-    tensors["output_layer.weight"] = torch.zeros(64, 32, dtype=torch.uint8)
-    refuse(tmp_path, args, tensors, "output_layer.weight in torch.uint8")
+    refuse(tmp_path / "lacking", args, lacking, match, IncompleteCheckpointError)
+    twice = tiny_tensors(args) | {LAYERS + "input_layernorm.weight": torch.zeros(2, 32)}
+    refuse(tmp_path / "twice", args, twice, "input_layernorm")
+    deeper = unstacked(tiny_tensors(tiny_args(num_layers=3)))
+    refuse(tmp_path / "deeper", args, deeper, r"model\.layers\.2")
+    tied = tiny_args(untie_embeddings_and_output_weights=False)
+    refuse(tmp_path / "tied", tied, untied, r"output_layer\.weight")
 
 
 @pytest.mark.parametrize(

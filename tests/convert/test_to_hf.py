@@ -9,10 +9,12 @@ import torch
 from tiny_checkpoint import (
     FAMILIES,
     TOKENS,
+    export_tiny,
     tiny_args,
     tiny_tensors,
     unstacked,
     write_checkpoint,
+    write_tiny,
 )
 from tiny_tokenizer import write_tokenizer
 from transformers import (
@@ -87,8 +89,7 @@ def test_every_convention_is_undone(tmp_path: Path, variant: str) -> None:
 def test_the_dtype_asked_for_is_exported_and_checked_without_its_rounding(
     tmp_path: Path, stored: torch.dtype, asked: Dtype, exported: torch.dtype
 ) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args, stored))
+    write_tiny(tmp_path / "save", stored)
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", dtype=asked)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "hf").dtype == exported
     assert verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS).passed
@@ -131,8 +132,7 @@ def test_the_tokenizer_is_copied_and_says_where_the_vocabulary_ends(tmp_path: Pa
     ],
 )
 def test_how_to_generate_is_kept(tmp_path: Path, said: dict[str, Any], kept: object) -> None:
-    args = tiny_args(vocab_size=None)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", vocab_size=None)
     tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
     (tokenizer / "generation_config.json").write_text(json.dumps(said))
     convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
@@ -142,8 +142,7 @@ def test_how_to_generate_is_kept(tmp_path: Path, said: dict[str, Any], kept: obj
 
 
 def test_special_tokens_are_those_that_transformers_finds(tmp_path: Path) -> None:
-    args = tiny_args(vocab_size=None)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", vocab_size=None)
     tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
     special = {"eos_token": {"content": "t5"}, "bos_token": "t6"}
     (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
@@ -159,8 +158,7 @@ def test_special_tokens_are_those_that_transformers_finds(tmp_path: Path) -> Non
 
 
 def test_every_chat_template_is_copied(tmp_path: Path) -> None:
-    args = tiny_args(vocab_size=None)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", vocab_size=None)
     tokenizer = write_tokenizer(tmp_path / "tokenizer", 61)
     used = AutoTokenizer.from_pretrained(tokenizer)
     used.chat_template = {"default": "{{ messages }}", "tool_use": "tools: {{ messages }}"}
@@ -173,8 +171,7 @@ def test_every_chat_template_is_copied(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_size_is_refused(
     tmp_path: Path, size: int, saved: int | None
 ) -> None:
-    args = tiny_args(vocab_size=saved)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save", vocab_size=saved)
     tokenizer = write_tokenizer(tmp_path / "tokenizer", size)
     with pytest.raises(ValueError, match=f"{size}.*the tokenizer of the training data"):
         convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tokenizer)
@@ -182,24 +179,19 @@ def test_a_tokenizer_of_another_size_is_refused(
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save")
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         convert_checkpoint(tmp_path / "save", tmp_path / "hf", tokenizer=tmp_path)
 
 
 def test_without_a_tokenizer_no_special_ids_are_invented(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_transformers_4_and_5_find_the_rotary_base(tmp_path: Path) -> None:
-    args = tiny_args(rotary_base=500000)
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    export_tiny(tmp_path, rotary_base=500000)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000
 
@@ -207,8 +199,7 @@ def test_transformers_4_and_5_find_the_rotary_base(tmp_path: Path) -> None:
 def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save")
     output = tmp_path / "hf"
     output.mkdir()
     (output / "old.json").write_text("old")

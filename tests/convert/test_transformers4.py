@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import FAMILIES, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import FAMILIES, write_tiny
 from tiny_tokenizer import write_gpt2_tokenizer
 
 from megatron_infoentropy.convert import convert_checkpoint
@@ -44,10 +44,10 @@ def test_transformers_4_computes_the_same_and_cuts_text_the_same(tmp_path: Path)
     tokenizer = write_gpt2_tokenizer(tmp_path / "tokenizer")
     for case, changes in CASES.items():
         # No defaults: transformers 4 has 10000 and 0.25 where it does not find what it reads.
-        args = tiny_args(
-            **{"vocab_size": 258, "padded_vocab_size": 384, "rotary_base": 500000} | changes
+        write_tiny(
+            tmp_path / case / "save",
+            **{"vocab_size": 258, "padded_vocab_size": 384, "rotary_base": 500000} | changes,
         )
-        write_checkpoint(tmp_path / case / "save", args, tiny_tensors(args))
         convert_checkpoint(
             tmp_path / case / "save",
             tmp_path / case / "hf",

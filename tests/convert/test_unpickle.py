@@ -13,20 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import Harmful
 
 from megatron_infoentropy.convert import distcp
 from megatron_infoentropy.convert.errors import UnreadableCheckpointError
 from megatron_infoentropy.convert.unpickle import StandIn, load_object, unpickle
-
-
-class Harmful:
-    """Pickles as a call of the function it is given."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 class Backend(enum.Enum):

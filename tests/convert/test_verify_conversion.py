@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from config_check import config_differences
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, tiny_tensors, write_checkpoint
+from tiny_checkpoint import (
+    FAMILIES,
+    TOKENS,
+    export_tiny,
+    tiny_args,
+    tiny_tensors,
+    write_checkpoint,
+)
 from torch import Tensor
 
 from megatron_infoentropy.convert import (
@@ -81,18 +88,10 @@ def test_a_wrong_layout_fails_the_check(
     changes: dict[str, Any],
 ) -> None:
     monkeypatch.setitem(LAYOUTS, layout, LAYOUTS[layout]._replace(to_hf=mistake))
-    export(tmp_path, **changes)
+    export_tiny(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert not verification.passed
     assert verification.max_difference > 0.1
-
-
-def export(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Write a checkpoint `save` of a family and its export `hf`; return their folder."""
-    args = tiny_args(**FAMILIES[family] | changes)
-    write_checkpoint(folder / "save", args, tiny_tensors(args))
-    convert_checkpoint(folder / "save", folder / "hf")
-    return folder
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -109,7 +108,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def test_every_field_of_a_configuration_is_that_of_the_training(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    export(tmp_path, family, **changes, layernorm_epsilon=1e-3)
+    export_tiny(tmp_path, **FAMILIES[family] | changes | {"layernorm_epsilon": 1e-3})
     assert config_differences(tmp_path / "save", tmp_path / "hf") == []
     convert_from_hf(tmp_path / "hf", tmp_path / "start")
     assert config_differences(tmp_path / "start", tmp_path / "hf") == []
@@ -141,7 +140,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10001.0}
 def test_a_wrong_configuration_fails_the_check(
     tmp_path: Path, family: str, changes: dict[str, Any], field: str
 ) -> None:
-    export(tmp_path, family)
+    export_tiny(tmp_path, **FAMILIES[family])
     change_config(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.max_difference > TOLERANCE * verification.max_logit
@@ -160,7 +159,7 @@ def test_a_wrong_configuration_fails_the_check(
 def test_the_tests_own_check_sees_what_no_logit_shows(
     tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
-    export(tmp_path)
+    export_tiny(tmp_path)
     change_config(tmp_path, **changes)
     assert config_differences(tmp_path / "save", tmp_path / "hf") == [line]
 
@@ -170,7 +169,7 @@ def test_a_vocabulary_cut_off_by_one_fails_the_check(
 ) -> None:
     with monkeypatch.context() as wrong:
         wrong.setattr("megatron_infoentropy.convert.architecture._true_vocab_size", lambda *_: 59)
-        export(tmp_path)
+        export_tiny(tmp_path)
     tokens = [[token for token in sequence if token < 59] for sequence in TOKENS]
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", tokens)
     assert verification.differences == ("vocabulary: 59 rows, trained with 60",)
@@ -179,7 +178,7 @@ def test_a_vocabulary_cut_off_by_one_fails_the_check(
 
 @pytest.mark.parametrize("more", [0.01, float("nan")])
 def test_a_single_wrong_weight_fails_the_check(tmp_path: Path, more: float) -> None:
-    path = export(tmp_path) / "hf" / "model.safetensors"
+    path = export_tiny(tmp_path) / "hf" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] += more
     save_file(tensors, path, {"format": "pt"})
@@ -187,7 +186,7 @@ def test_a_single_wrong_weight_fails_the_check(tmp_path: Path, more: float) -> N
 
 
 def test_tokens_the_model_has_not_are_an_error(tmp_path: Path) -> None:
-    export(tmp_path)
+    export_tiny(tmp_path)
     tokens: list[list[list[int]]] = [[], [[]], [[60]], [[-1]], [[1] * 65]]
     for sequences in tokens:
         with pytest.raises(ValueError, match="expected"):

@@ -11,6 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 
+from megatron_infoentropy.convert import convert_checkpoint
+
 _ARGS: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -166,3 +168,25 @@ def write_checkpoint(
     (iteration / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
+
+
+def write_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a checkpoint of `tiny_args(**changes)` and its random parameters."""
+    args = tiny_args(**changes)
+    return write_checkpoint(folder, args, tiny_tensors(args, dtype))
+
+
+def export_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write such a checkpoint `save` and its export `hf`; return their folder."""
+    convert_checkpoint(write_tiny(folder / "save", dtype, **changes), folder / "hf")
+    return folder
+
+
+class Harmful:
+    """Pickles as a call of the function it is given."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
