@@ -4,15 +4,8 @@ context parallel. Every layout trains from one checkpoint and gives the curve of
 Flags are parsed by tests/integration/test_refused_on_cpu.py where there is no GPU.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
-
-from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.recipe import machine_flags
-from megatron_infoentropy.runtime.device import find_device
+from gpu.runs import train
 
 # Sizes in multiples of 128, which FP8 takes without padding.
 MODEL = [
@@ -25,6 +18,7 @@ MODEL = [
     *("--micro-batch-size=2", "--global-batch-size=4", "--train-iters=6", "--lr=1e-3"),
     *("--log-interval=1", "--eval-iters=0", "--eval-interval=1000", "--lr-decay-style=constant"),
 ]
+LAYERS = {"transformer-impl": "transformer_engine"}
 SPLIT = ["--tensor-model-parallel-size=2", "--sequence-parallel"]
 FP8 = ["--fp8-format=hybrid", "--fp8-recipe=tensorwise"]
 LAYOUTS = {  # ranks, flags, how near to one rank's curve in bf16
@@ -42,31 +36,15 @@ LAYOUTS = {  # ranks, flags, how near to one rank's curve in bf16
 }
 
 
-def train(folder, ranks, flags):
-    """{iteration: numbers of the log line}; fails with what was printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    entry = [f"--nproc-per-node={ranks}", "-m", "megatron_infoentropy.pretrain"]
-    here = machine_flags(find_device(), {"transformer-impl": "transformer_engine"})
-    log = folder / "train.log"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [*torchrun, *entry, *here, *MODEL, *flags],
-            env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    assert done.returncode == 0, log.read_text()[-5000:]
-    return read_log(log).training
-
-
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     """(folder of the common checkpoint, curve of one rank that starts from it)."""
     pytest.importorskip("transformer_engine", reason="these layouts need Transformer Engine")
     folder = tmp_path_factory.mktemp("one_rank")
     checkpoint = folder / "checkpoint"
-    train(folder, 1, ["--train-iters=1", "--lr=0", "--min-lr=0", f"--save={checkpoint}"])
-    return checkpoint, train(folder, 1, start_from(checkpoint))
+    once = ["--train-iters=1", "--lr=0", "--min-lr=0", f"--save={checkpoint}"]
+    train(folder, 1, [*MODEL, *once], LAYERS)
+    return checkpoint, train(folder, 1, [*MODEL, *start_from(checkpoint)], LAYERS)
 
 
 def start_from(checkpoint):
@@ -83,7 +61,7 @@ def start_from(checkpoint):
 def test_a_layout_gives_the_curve_of_one_rank(layout, one_rank, tmp_path):
     ranks, flags, tolerance = LAYOUTS[layout]
     checkpoint, alone = one_rank
-    curve = train(tmp_path, ranks, [*start_from(checkpoint), *flags])
+    curve = train(tmp_path, ranks, [*MODEL, *start_from(checkpoint), *flags], LAYERS)
     assert sorted(curve) == sorted(alone) == [1, 2, 3, 4, 5, 6]
     for iteration, numbers in alone.items():
         for name in ("cross entropy", "entropy"):

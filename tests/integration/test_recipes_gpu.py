@@ -2,16 +2,13 @@
 training in FP8 that is exported; and what `bench-recipe` measures there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from gpu.runs import SENTENCE, infoentropy, train, write_tokens
 
 from megatron_infoentropy.evaluate.runlog import read_log
-from megatron_infoentropy.launch.recipe import load_recipe, machine_flags, to_command_line
-from megatron_infoentropy.runtime.device import find_device
+from megatron_infoentropy.launch.recipe import load_recipe, to_command_line
 
 pytestmark = pytest.mark.gpu
 RECIPE = Path(__file__).parents[2] / "examples" / "paper" / "6.7b.yaml"
@@ -36,50 +33,22 @@ FP8_RECIPES = {
 def test_transformer_engine_builds_and_trains_the_fp8_recipe(choice, tmp_path):
     pytest.importorskip("transformer_engine", reason="FP8 needs Transformer Engine")
     recipe = load_recipe(RECIPE)
-    flags = [*machine_flags(find_device(), recipe), *to_command_line(recipe)]
-    flags += [*NARROW, *FP8_RECIPES[choice]]
+    flags = [*to_command_line(recipe), *NARROW, *FP8_RECIPES[choice]]
     flags += ["--fp8-recipe", choice.partition(",")[0]]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node=1", "-m", "megatron_infoentropy.pretrain", *flags]
-    log = tmp_path / "train.log"
-    with log.open("w") as file:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    assert done.returncode == 0, log.read_text()[-5000:]
-    curve = read_log(log).training
+    curve = train(tmp_path, 1, flags, recipe)
     assert sorted(curve) == [1, 2, 3, 4]
     assert curve[1]["cross entropy"] == pytest.approx(6.931, abs=0.1)  # ln 1024
 
 
-SENTENCE = "the same few words again and again, so that there is something to learn"
 FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "hybrid", "--fp8-recipe"]
 # The tiny recipe, in multiples of 128.
 WIDE = ["--hidden-size", "256", "--ffn-hidden-size", "512", "--bf16"]
 
 
-def infoentropy(*words, cwd):
-    command = [sys.executable, "-m", "megatron_infoentropy", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 def test_an_fp8_run_is_exported_proved_and_scores_what_it_did_in_training(tmp_path):
     pytest.importorskip("transformer_engine", reason="FP8 needs Transformer Engine")
-    lines = [json.dumps({"text": SENTENCE, "meta": {"pile_set_name": "A"}})] * 400
-    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    write_tokens(tmp_path)
     (tmp_path / "proof.txt").write_text(SENTENCE * 40)
-    infoentropy("tokenizer", "text.jsonl", "--output", "tok", "--vocab-size", 280, cwd=tmp_path)
-    for split in ("train", "validation", "test"):
-        infoentropy(
-            *("preprocess", "--input", "text.jsonl", "--tokenizer", "tok"),
-            *("--output", f"tokens/{split}"),
-            cwd=tmp_path,
-        )
     infoentropy(
         *("train", RECIPE.parents[1] / "tiny.yaml", "--data", "tokens", "--tokenizer", "tok"),
         *("--run", "run", "--", "--train-iters", "40", *WIDE, *FP8, "tensorwise"),
@@ -91,19 +60,8 @@ def test_an_fp8_run_is_exported_proved_and_scores_what_it_did_in_training(tmp_pa
         *("--text", "proof.txt"),
         cwd=tmp_path,
     )
-    infoentropy(
-        *(
-            "evaluate",
-            "hf",
-            "--data",
-            "tokens/validation",
-            "--output",
-            "run",
-            "--dtype",
-            "bfloat16",
-        ),
-        cwd=tmp_path,
-    )
+    words = ("--data", "tokens/validation", "--output", "run", "--dtype", "bfloat16")
+    infoentropy("evaluate", "hf", *words, cwd=tmp_path)
     log = read_log(tmp_path / "run/train.log")
     in_fp8 = log.validation[40]["cross entropy value"]
     scores = json.loads((tmp_path / "run/evaluation.json").read_text())
