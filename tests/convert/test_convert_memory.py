@@ -29,23 +29,23 @@ sys.stdout.write(str(peak() - before))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of more than 90 MB and a small one, on both sides."""
+    """A model of more than 180 MB, in layers of 19, and a small one, on both sides."""
     folder = tmp_path_factory.mktemp("memory")
-    large = tiny_args(num_layers=5, hidden_size=256, ffn_hidden_size=6144)
+    large = tiny_args(num_layers=10, hidden_size=256, ffn_hidden_size=6144)
     for name, args in (("large", large), ("small", tiny_args())):
         tensors = tiny_tensors(args)
         write_checkpoint(folder / "save" / name, args, tensors)
         convert_checkpoint(folder / "save" / name, folder / "hf" / name)
-    assert (folder / "hf" / "large" / "model.safetensors").stat().st_size > 90e6
+    assert (folder / "hf" / "large" / "model.safetensors").stat().st_size > 180e6
     return folder
 
 
 @pytest.mark.parametrize("side", ["save", "hf"])
-def test_a_model_of_90_mb_is_converted_in_half_of_that(
+def test_a_model_of_180_mb_is_converted_in_a_third_of_that(
     folder: Path, tmp_path: Path, side: str
 ) -> None:
     words = [sys.executable, "-c", MEASURE, str(folder / side / "large")]
     words += [str(folder / side / "small"), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 45e6
+    assert int(done.stdout) < 60e6, done.stdout
