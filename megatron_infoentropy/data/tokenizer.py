@@ -61,6 +61,12 @@ _CHANGE_NO_ID = {
     *("special_tokens_map_file", "stride", "tokenizer_file", "truncation", "truncation_side"),
     *("truncation_strategy", "use_default_system_prompt"),
 }
+_TRAINED_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END_OF_TEXT,
+    "eos_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+}
 _SMALLEST_VOCAB = 256 + 1  # every byte, so that any text has ids, and the special token
 
 
@@ -118,10 +124,9 @@ def train_tokenizer(
             f"got {vocab_size}"
         )
     with new_folder(output, replaceable=(TOKENIZER, CONFIG), overwrite=overwrite) as folder:
-        tokenizer = _untrained()
         total = sum(path.stat().st_size for path in paths)
         with progress("train tokenizer", total, "bytes") as advance:
-            tokenizer.train_from_iterator(_texts(paths, text_key, advance), _trainer(vocab_size))
+            tokenizer = _train(_texts(paths, text_key, advance), vocab_size)
         size = tokenizer.get_vocab_size()
         if size != vocab_size:
             raise ValueError(
@@ -129,7 +134,8 @@ def train_tokenizer(
                 "use more text or a smaller vocabulary"
             )
         tokenizer.save(str(folder / TOKENIZER))
-        (folder / CONFIG).write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(_TRAINED_CONFIG, indent=2) + "\n"
+        (folder / CONFIG).write_text(config, encoding="utf-8")
     return load_tokenizer(output)
 
 
@@ -303,35 +309,24 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _untrained() -> Tokenizer:
+def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _trainer(vocab_size: int) -> trainers.BpeTrainer:
-    return trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def _texts(paths: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[str]:
     for path in paths:
         for record in read_jsonl(path, domain_key=None, text_key=text_key, advance=advance):
             yield record.text
-
-
-def _config() -> dict[str, object]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
 
 
 def _eod_id(folder: Path, used: Any) -> int:

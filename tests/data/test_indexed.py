@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from text_files import change, cut
 
 from megatron_infoentropy.data import writer as writer_module
 from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path, token_dtype
@@ -17,7 +18,6 @@ from megatron_infoentropy.data.writer import DatasetWriter, write_index
 from megatron_infoentropy.files import file_sha256
 
 Documents = list[list[int]]
-Write = Callable[[Path, Documents, int], None]
 Damage = Callable[[Path, Path], object]
 SMALL, LARGE = 8192, 70_000  # one vocabulary for each dtype
 
@@ -112,22 +112,15 @@ def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
     assert starts.tolist() == [4 * (2**31 - 1) * i for i in range(4)]
 
 
-@pytest.mark.parametrize("vocab_size", [1, 257, 65_499, 65_500, 65_536, 65_537, 128_256])
+@pytest.mark.parametrize("vocab_size", [1, 65_499, 65_500, 65_536, 128_256])
 def test_the_dtype_switches_where_megatrons_does(vocab_size: int) -> None:
     assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
 
 
-def test_the_worked_total_of_the_docstring_holds(tmp_path: Path) -> None:
-    write_ours(tmp_path / "a", [[1, 2, 3], [], [4]], SMALL)
-    assert bin_path(tmp_path / "a").stat().st_size == 8
-    assert idx_path(tmp_path / "a").stat().st_size == 90
-
-
-@pytest.mark.parametrize("write", [write_ours, write_megatron])
 @pytest.mark.parametrize("case", CASES)
-def test_the_reader_gives_back_every_document(tmp_path: Path, case: str, write: Write) -> None:
+def test_the_reader_gives_back_every_document(tmp_path: Path, case: str) -> None:
     documents = CASES[case]
-    write(tmp_path / "a.b", documents, SMALL)
+    write_megatron(tmp_path / "a.b", documents, SMALL)
     reader = IndexedReader(tmp_path / "a.b")
     assert [reader[i].tolist() for i in range(len(reader))] == documents
     assert reader.tokens.tolist() == flat(documents)
@@ -209,16 +202,6 @@ def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path: Path)
         new_writer(tmp_path / "a", SMALL, DomainFacts("a", 1, 3, 3))
 
 
-def patch(path: Path, offset: int, value: bytes) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset : offset + len(value)] = value
-    path.write_bytes(raw)
-
-
-def cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -226,11 +209,10 @@ def cut(path: Path, size: int) -> None:
         (lambda b, i: b.write_bytes(b.read_bytes() * 2), r"a\.bin is too long: 16 bytes"),
         (lambda b, i: cut(i, -1), r"a\.idx is cut off: 89 bytes, expected 90"),
         (lambda b, i: cut(i, 20), r"a\.idx is no Megatron index"),
-        (lambda b, i: cut(i, 0), r"a\.idx is no Megatron index"),
-        (lambda b, i: patch(i, 0, b"X"), r"a\.idx is no Megatron index"),
-        (lambda b, i: patch(i, 9, struct.pack("<Q", 2)), "version 2, only version 1"),
-        (lambda b, i: patch(i, 17, b"\x09"), "dtype code 9"),
-        (lambda b, i: patch(i, 82, struct.pack("<q", 7)), "must span sequences 0 to 2"),
+        (lambda b, i: change(i, 0, b"X"), r"a\.idx is no Megatron index"),
+        (lambda b, i: change(i, 9, struct.pack("<Q", 2)), "version 2, only version 1"),
+        (lambda b, i: change(i, 17, b"\x09"), "dtype code 9"),
+        (lambda b, i: change(i, 82, struct.pack("<q", 7)), "must span sequences 0 to 2"),
         (lambda b, i: b.unlink(), r"no such dataset file: .*a\.bin"),
         (lambda b, i: i.unlink(), r"no such dataset file: .*a\.idx"),
     ],

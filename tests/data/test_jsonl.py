@@ -48,10 +48,9 @@ def test_every_frame_of_a_concatenated_file_is_read(tmp_path: Path) -> None:
     assert [record.text for record in read(path)] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("padding", [1, 512, 10_000])
-def test_zeros_around_the_members_of_a_gz_are_no_damage(tmp_path: Path, padding: int) -> None:
+def test_zeros_around_the_members_of_a_gz_are_no_damage(tmp_path: Path) -> None:
     """Tapes fill their last block, and gzip reads such files."""
-    path = tmp_path / "a.jsonl.gz"
+    path, padding = tmp_path / "a.jsonl.gz", 10_000
     members = [gzip.compress(f"{line(text)}\n".encode()) for text in ("a", "b")]
     path.write_bytes(b"".join(member + bytes(padding) for member in members))
     assert [record.text for record in read(path)] == ["a", "b"]
@@ -90,14 +89,11 @@ def test_reading_goes_on_from_the_start_of_any_block(
     ("bad", "reason"),
     [
         ('{"text": "a"', "not JSON"),
-        ("text", "not JSON"),
         ('["text"]', "expected a JSON object, got list"),
         ('{"body": "a"}', "no \"text\" key; the keys are ['body']"),
         ('{"text": null, "meta": {"pile_set_name": "A"}}', "must be a string, got NoneType"),
-        ('{"text": ["a"], "meta": {"pile_set_name": "A"}}', "must be a string, got list"),
         ('{"text": "a"}', "no domain: expected a non-empty string at meta.pile_set_name"),
         ('{"text": "a", "meta": "A"}', "no domain"),
-        ('{"text": "a", "meta": {"pile_set_name": ""}}', "no domain"),
         ('{"text": "a", "meta": {"pile_set_name": 3}}', "no domain"),
         (r'{"text": "ab\ud800", "meta": {"pile_set_name": "A"}}', "half a surrogate pair at 2"),
         ('{"text": "\ud800"}', "not UTF-8 at byte 10 of the line"),
@@ -110,10 +106,9 @@ def test_reading_goes_on_from_the_start_of_any_block(
 def test_a_broken_line_is_named_by_file_number_and_reason(
     write_lines: WriteLines, bad: str, reason: str
 ) -> None:
-    for name in ("a.jsonl", "a.jsonl.zst"):
-        error = broken(write_lines(name, [line("a"), line("b"), bad, line("c")]))
-        assert error.line == 3
-        assert reason in error.reason
+    error = broken(write_lines("a.jsonl.zst", [line("a"), line("b"), bad, line("c")]))
+    assert error.line == 3
+    assert reason in error.reason
 
 
 @pytest.mark.parametrize("kept", [0, 3, 0.5, -1])

@@ -1,4 +1,4 @@
-"""Text files for the data tests: lines in the Pile's format, plain or compressed."""
+"""Files for the data tests: lines in the Pile's format, plain or compressed, and damage."""
 
 import gzip
 import json
@@ -22,3 +22,15 @@ def write(path: Path, lines: Sequence[str]) -> Path:
         content = gzip.compress(content)
     path.write_bytes(content)
     return path
+
+
+def change(path: Path, offset: int, value: bytes) -> None:
+    """Overwrite some bytes of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(value)] = value
+    path.write_bytes(raw)
+
+
+def cut(path: Path, size: int) -> None:
+    """Keep the beginning of a file."""
+    path.write_bytes(path.read_bytes()[:size])
