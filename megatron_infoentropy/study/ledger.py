@@ -215,11 +215,9 @@ def _read(folder: Path) -> tuple[dict[str, Entry], Given]:
 
 
 def _records(content: dict[str, Any]) -> Records:
-    records = {}
-    for name, record in content.items():  # format 1 had the sha256 alone
-        size, mtime, digest = (0, -1, record) if isinstance(record, str) else record
-        records[name] = int(size), int(mtime), str(digest)
-    return records
+    return {
+        name: (int(size), int(time), str(digest)) for name, (size, time, digest) in content.items()
+    }
 
 
 def _write(folder: Path, entries: dict[str, Entry], given: Given) -> None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.runtime.device import find_device
 from megatron_infoentropy.study.plan import Study
 from megatron_infoentropy.study.states import (
@@ -212,19 +211,10 @@ class _Runs:
         self.say(f"run {state.number} of {len(self.states)}, {state.member.name}: {text}")
 
     def _left(self) -> str:
-        """Return the time left for all runs, once one has ended or has begun to train."""
-        each = sum(self._took) / len(self._took) if self._took else self._guess()
-        if each is None:
+        """Return the time left for all runs, once one has ended."""
+        if not self._took:
             return ""
+        each = sum(self._took) / len(self._took)
         left = each * len(self._waiting)
         left += sum(max(each - active.seconds, 0.0) for active in self._active)
         return f" | {duration(left / self.jobs)} left in all"
-
-    def _guess(self) -> float | None:
-        """Return the seconds of a run, by how far one is with its training."""
-        for active in self._active:
-            log = self.output / active.state.member.name / "train.log"
-            trained = read_log(log) if log.is_file() else None
-            if trained and 0 < trained.last_iteration < trained.train_iters:
-                return active.seconds * trained.train_iters / trained.last_iteration
-        return None

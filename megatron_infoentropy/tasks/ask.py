@@ -10,13 +10,9 @@ tables. storycloze_2016 is left out: its data are licensed one by one.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.tasks.results import FOLDER, TaskResult, TaskResultError, load_result
-
-if TYPE_CHECKING:
-    from megatron_infoentropy.tasks.harness import Harness
 
 _COMMON_SENSE = (
     "boolq",
@@ -118,7 +114,7 @@ def run_tasks(
         model,
         task_folder,
         questions,
-        device=_device(device),
+        device=device,
         batch_size=batch_size,
         limit=limit,
     )
@@ -127,9 +123,12 @@ def run_tasks(
     with progress("tasks", len(questions), "tasks") as advance:
         for question in questions:
             path = output / FOLDER / f"{question.name}.json"
-            kept = _kept(path, harness.key(question))
+            result = _kept(path, harness.key(question))
             try:
-                results[question.name] = kept or _ask(harness, question, path)
+                if result is None:
+                    result = harness.ask(question)
+                    result.save(path)
+                results[question.name] = result
             except TaskDataError as error:
                 failed.append(str(error))
             advance(1)
@@ -145,17 +144,3 @@ def _kept(path: Path, key: str) -> TaskResult | None:
     except TaskResultError:
         return None
     return result if result.key == key else None
-
-
-def _ask(harness: "Harness", question: Question, path: Path) -> TaskResult:
-    result = harness.ask(question)
-    result.save(path)
-    return result
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

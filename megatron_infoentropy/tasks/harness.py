@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate  # type: ignore[import-untyped]
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
@@ -42,6 +43,8 @@ class Harness:
         limit: int | None,
     ) -> None:
         self._model, self._folder = model.resolve(), folder.resolve() if folder else None
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device, self._batch_size, self._limit = device, batch_size, limit
         self._tasks = _find(self._folder, {question.task for question in questions})
         self._network: HFLM | None = None  # loaded when there is something to ask

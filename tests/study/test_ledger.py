@@ -109,17 +109,6 @@ def test_two_processes_do_not_work_in_one_folder(work):
     run_steps(folder, [Step("outer", 1, ("c",), again)], "")
 
 
-def test_a_ledger_of_the_first_format_still_proves_what_is_finished(work):
-    folder, steps, done = work
-    first = run_steps(folder, steps(), "")
-    ledger = json.loads((folder / "study.json").read_text())
-    for entry in ledger["steps"].values():
-        entry["outputs"] = {name: digest for name, (_, _, digest) in entry["outputs"].items()}
-    (folder / "study.json").write_text(json.dumps({"format": 1, "steps": ledger["steps"]}))
-    assert run_steps(folder, steps(), "") == first
-    assert done == ["a", "b"]
-
-
 @pytest.mark.parametrize("content", [{"format": 1}, {"steps": {"one": {"outputs": {"a": [1]}}}}])
 def test_a_damaged_ledger_is_named(work, content):
     folder, steps, _ = work
