@@ -47,19 +47,9 @@ def test_the_report_covers_what_training_depends_on():
     findings = {finding.subject: finding for finding in examine()}
     assert findings["megatron-core"].found.startswith("0.19")
     assert "native" in findings["InfoEntropy kernels"].found
-    for subject in ("GPU", "Transformer Engine", "optimizer in training", "norms in training"):
+    for subject in ("GPU", "Transformer Engine", "NVIDIA Apex"):
         assert findings[subject].found
     assert all(f.advice for f in findings.values() if f.verdict == "missing")
-
-
-def test_megatron_really_uses_what_the_doctor_says(monkeypatch):
-    """The doctor's words about the optimizer against the class that Megatron picked here."""
-    pytest.importorskip("megatron.core.optimizer")
-    from megatron.core.optimizer import Adam
-
-    said = {finding.subject: finding.found for finding in examine()}["optimizer in training"]
-    maker = {"torch": "PyTorch", "apex": "Apex", "transformer_engine": "Transformer Engine"}
-    assert maker[Adam.__module__.split(".")[0]] in said
 
 
 @pytest.mark.parametrize(

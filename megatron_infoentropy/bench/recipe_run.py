@@ -121,7 +121,7 @@ def bench_recipe(
     asked = (str(folder), str(rounds), ",".join(losses))
     entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.bench.recipe_run", *asked)
     environment = machine_environment(device, ranks)
-    said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment, lambda line: None)
+    said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment)
     answers = [_answer(folder, rank) for rank in range(ranks)]
     results = [RankResult(**json.loads(answer)) for answer in answers]
     shutil.rmtree(folder)

@@ -34,7 +34,6 @@ Switch = Annotated[
         "--switch", help="go on from the run's checkpoint with another loss or seed; run.json tells"
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="show all that Megatron says")]
 
 
 def training_settings(
@@ -105,7 +104,6 @@ def train(
             "--dry-run", help="start nothing: check flags, count memory and traffic at any --ranks"
         ),
     ] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train with Megatron: runs torchrun for you, prints its command, keeps its log.
 
@@ -135,7 +133,7 @@ def train(
     warn(command.words)
     out.print(str(command))
     if not dry_run:
-        said = launch.train(job, command, sys.stdout.write if verbose else lambda line: None)
+        said = launch.train(job, command)
         out.print(said.outcome())
         goes_on = "next: the same command goes on from there"
         out.print(goes_on if said.was_stopped else next_step(job.run, job.tokenizer))
@@ -209,7 +207,6 @@ def launch(
     python: Annotated[
         str | None, typer.Option(help="on the nodes; default: this one, in a container python")
     ] = None,
-    verbose: Verbose = False,
 ) -> None:
     """Train on any number of machines: writes readable scripts for torchrun, ssh or Slurm, starts
     them.
@@ -259,5 +256,4 @@ def launch(
         for line in launching.how_to_start(plan):
             out.print(line)
         return
-    on_line = sys.stdout.write if verbose else lambda line: None
-    out.print(launching.start(plan, recipe, on_line))
+    out.print(launching.start(plan, recipe))

@@ -28,8 +28,6 @@ class MachineFact:
 
 def examine() -> list[MachineFact]:
     """Look at everything that training depends on, most important first."""
-    transformer_engine = _transformer_engine()
-    apex = find_apex()
     return [
         MachineFact("Python", sys.version.split()[0]),
         _package("torch", "needed for everything but preprocessing"),
@@ -37,9 +35,8 @@ def examine() -> list[MachineFact]:
         _package("transformers", "needed for conversion and evaluation"),
         *_devices(),
         _kernels(),
-        transformer_engine,
-        apex,
-        *_megatrons_choice(transformer_engine, apex),
+        _transformer_engine(),
+        find_apex(),
     ]
 
 
@@ -126,14 +123,3 @@ def _transformer_engine() -> MachineFact:
         return MachineFact("Transformer Engine", str(version("transformer-engine")))
     except PackageNotFoundError:  # built from source
         return MachineFact("Transformer Engine", "found, of unknown version")
-
-
-def _megatrons_choice(transformer_engine: MachineFact, apex: MachineFact) -> list[MachineFact]:
-    """Name what Megatron takes: Transformer Engine first, Apex next, PyTorch at last."""
-    if transformer_engine.verdict == "ok":
-        adam, norm = "Transformer Engine's FusedAdam", "Transformer Engine's"
-    elif apex.verdict == "ok":
-        adam, norm = "Apex's FusedAdam", "Apex's fused LayerNorm; PyTorch's RMSNorm"
-    else:
-        adam, norm = "PyTorch's AdamW", "PyTorch's (sequence parallelism refuses them)"
-    return [MachineFact("optimizer in training", adam), MachineFact("norms in training", norm)]

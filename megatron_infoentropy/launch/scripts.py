@@ -13,8 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +32,6 @@ from megatron_infoentropy.launch.run_folder import (
 from megatron_infoentropy.launch.train import follow
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
-ASKED = "asked to stop; the ranks save a checkpoint first"  # node.sh says it
 SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGTERM")
 
 
@@ -331,7 +329,7 @@ def how_to_start(plan: Plan) -> list[str]:
     return ["start it on every node:", *(f"  NODE={node} {words}" for node in nodes)]
 
 
-def start(plan: Plan, recipe: Path, on_line: Callable[[str], object]) -> str:
+def start(plan: Plan, recipe: Path) -> str:
     """Start the scripts: follow them to their end, or leave them to Slurm. Returns what happened.
 
     Raises:
@@ -342,16 +340,10 @@ def start(plan: Plan, recipe: Path, on_line: Callable[[str], object]) -> str:
         record(plan, recipe, is_start=True)
         return _submit(plan.command, plan.run / LOG)
 
-    def hear(line: str) -> None:
-        if ASKED in line:
-            with suppress(OSError):  # the terminal may be gone
-                sys.stderr.write(line)
-        on_line(line)
-
     # nohup and `&` of a script have some ignored, here as in the scripts.
     orders = tuple(order for order in ORDERS if signal.getsignal(order) != signal.SIG_IGN)
     with recorded(plan.run, recipe, *_facts_of(plan)):
-        said = follow(plan.run, plan.command, {}, hear, orders)
+        said = follow(plan.run, plan.command, {}, orders)
     if said.was_stopped:
         return "stopped after saving a checkpoint; the same command goes on from there"
     return f"done; the run folder is {plan.run}; {said.outcome()}"

@@ -33,8 +33,10 @@ from megatron_infoentropy.launch.run_folder import (
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
 
-# Of integration.arguments, for a checkpoint of which no run.json told before.
-OTHER_OBJECTIVE = "WARNING: the checkpoint was trained with"
+SHOWN = (  # lines of the log with these words
+    "asked to stop; the ranks save a checkpoint first",  # node.sh says it
+    "WARNING: the checkpoint was trained with",  # where no run.json told before
+)
 LOSS = "cross entropy"
 LOCK = "lock"  # in a run folder; of whoever trains there
 JOB_BEGINS = "== start of job"  # job.slurm says it
@@ -77,10 +79,8 @@ def build_command(job: TrainingJob) -> Command:
     return Command([*torchrun, *entry, *flags], environment, device, ranks)
 
 
-def train(
-    job: TrainingJob, command: Command, on_line: Callable[[str], object] = lambda line: None
-) -> "Said":
-    """Run the command to its end; `on_line` is called with every line of the log.
+def train(job: TrainingJob, command: Command) -> "Said":
+    """Run the command to its end.
 
     Raises:
         TrainingFailed: with the ranks' first traceback and where the whole log is.
@@ -90,7 +90,7 @@ def train(
         locked(job.run),
         recorded(job.run, job.recipe, command.words, command.ranks, name),
     ):
-        return follow(job.run, command.words, command.environment, on_line)
+        return follow(job.run, command.words, command.environment)
 
 
 @contextmanager
@@ -163,7 +163,6 @@ def follow(
     run: Path,
     words: list[str],
     environment: dict[str, str],
-    on_line: Callable[[str], object],
     forward: tuple[signal.Signals, ...] = (signal.SIGTERM,),
 ) -> Said:
     """Run a command to its end, with its output in RUN/train.log and progress on the screen.
@@ -181,8 +180,7 @@ def follow(
         def keep(line: str) -> None:
             log.write(line)
             log.flush()
-            on_line(line)
-            if line.startswith(OTHER_OBJECTIVE):
+            if any(words in line for words in SHOWN):
                 with suppress(OSError):  # the terminal may be gone
                     sys.stderr.write(line)
 

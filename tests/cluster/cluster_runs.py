@@ -52,7 +52,7 @@ def prepared(tokens, run, cluster, *extra, settings=None):
 
 def train(made):
     """Follow a training to its end; what it said."""
-    return start(made, RECIPE, lambda line: None)
+    return start(made, RECIPE)
 
 
 def text_of(path):

@@ -1,15 +1,16 @@
-"""What happens to a training that is killed, damaged, held up or starved of disk, once each.
+"""What happens to a training that is killed, damaged, held up or starved of disk.
 
-Counted forms, of dozens of trials each, are in test_counted_faults.py.
+Each once; dozens of times in the slow test.
 """
 
 import os
+import random
 import subprocess
 
 import faulty_run
 import pytest
 from ranks_to_kill import RANKS, Training, run_to_end
-from trials import check, complete_iterations, disturb, kill_while_saving
+from trials import check, complete_iterations, disturb, kill_any_rank, kill_while_saving
 
 from megatron_infoentropy.launch.failures import explain
 
@@ -74,3 +75,19 @@ def test_a_disk_that_fills_up_costs_no_complete_checkpoint(losses, tmp_path, sma
     assert complete
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     check(run_to_end(tmp_path / "room", save), complete[-1], losses)
+
+
+def damage(training: Training, rng: random.Random) -> None:
+    """Cut off a file of the newest complete checkpoint while nothing runs: sizes are compared."""
+    training.wait()
+    newest = training.save / f"iter_{complete_iterations(training.save)[-1]:07d}"
+    path = rng.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hit", "trials"), [(kill_any_rank, 50), (kill_while_saving, 20), (damage, 10)]
+)
+def test_nothing_is_lost_before_the_last_complete_checkpoint(losses, tmp_path, hit, trials):
+    disturb(tmp_path, losses, trials, 20261123, hit)

@@ -202,7 +202,7 @@ def test_after_submitting_it_says_where_the_log_is_and_how_to_stop(tmp_path, mon
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     plan = Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
-    said = start(plan, Path("r.yaml"), print)
+    said = start(plan, Path("r.yaml"))
     assert "Submitted batch job 47" in said
     assert f"its log is {tmp_path}/train.log" in said
     assert "scancel --signal=USR1 47" in said

@@ -13,8 +13,8 @@ from process_tree import send_to_all
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.failures import explain
 from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import ASKED, Plan, hosts_script, node_script
-from megatron_infoentropy.launch.train import TrainingFailed, follow, locked
+from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
+from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
 
 FLAGS = tuple(written_flags({}, {}))
 RANK = """#!{python} -IS
@@ -185,7 +185,7 @@ def test_ctrl_c_to_one_node_saves_first(run):
     make_node(run)
     code, said = interrupted("node.sh", run, "started")
     assert code == 0, said
-    assert ASKED in said
+    assert SHOWN[0] in said
     assert (run / "saved").exists()
     assert not (run / "node-0.pid").exists()
 
@@ -326,10 +326,11 @@ from megatron_infoentropy.launch.train import follow
 
 run = Path(sys.argv[1])
 script = (
-    "trap 'for i in {1..9}; do echo saving $i; done; exit 0' HUP; touch $1/started; "
+    "step() { echo ' iteration        '$1'/       9 | objective: 1.0E+00 |'; }; "
+    "trap 'for i in {1..9}; do step $i; done; exit 0' HUP; touch $1/started; "
     "while :; do sleep 0.1; done"
 )
-follow(run, ["bash", "-c", script, "bash", str(run)], {}, sys.stdout.write, ORDERS)
+follow(run, ["bash", "-c", script, "bash", str(run)], {}, ORDERS)
 (run / "saved").touch()
 """
 
@@ -343,7 +344,7 @@ def test_a_closed_terminal_does_not_end_the_one_who_waits_for_the_checkpoint(run
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert (run / "saved").exists()
-    assert (run / "train.log").read_text().splitlines()[-1] == "saving 9"
+    assert (run / "train.log").read_text().splitlines()[-1].startswith(" iteration        9/")
 
 
 def test_an_order_that_comes_while_the_scripts_are_started_reaches_them(run, monkeypatch):
@@ -353,7 +354,7 @@ def test_an_order_that_comes_while_the_scripts_are_started_reaches_them(run, mon
 
     monkeypatch.setattr(subprocess, "Popen", late)
     with pytest.raises(TrainingFailed, match=f"exit code -{signal.SIGUSR1:d}"):
-        follow(run, ["sleep", "20"], {}, print, (signal.SIGUSR1,))
+        follow(run, ["sleep", "20"], {}, (signal.SIGUSR1,))
 
 
 def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
