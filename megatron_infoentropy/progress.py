@@ -13,14 +13,12 @@ BAR_EVERY_S = 0.1  # on a terminal
 
 
 @contextmanager
-def progress(
-    description: str, total: int | None, unit: str, detail: Callable[[], str] = str
-) -> Iterator[Advance]:
+def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Show progress on stderr while the block runs; yields a function to call with the work done.
 
-    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known;
-    `detail` is asked for what else there is to say. A log file gets a line every 20 s and one at
-    the end; a terminal gets the line all the time, with a bar.
+    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known. A
+    log file gets a line every 20 s and one at the end; a terminal the line all the time, with a
+    bar.
     """
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
@@ -38,8 +36,6 @@ def progress(
         line += f" {unit} in {seconds:.0f} s, {short(done / seconds)} {unit}/s"
         if total is not None and 0 < done < total:
             line += f", {seconds * (total - done) / done:.0f} s left"
-        if more := detail():
-            line += f"; {more}"
         if is_terminal:
             bar.update(task, completed=done, description=line)
         else:

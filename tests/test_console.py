@@ -37,7 +37,6 @@ def test_progress_is_not_markup(name, is_terminal, monkeypatch):
 
     monkeypatch.setattr(rich.console, "Console", Shown)
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    with progress(f"train {name}", 10, name, lambda: f"detail {name}") as advance:
+    with progress(f"train {name}", 10, name) as advance:
         advance(10)
     assert f"train {name}" in file.getvalue()
-    assert f"detail {name}" in file.getvalue()

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -33,7 +33,6 @@ from megatron_infoentropy.data.manifest import REJECTED, DomainFacts, InputFacts
 from megatron_infoentropy.data.workers import Encoded
 from megatron_infoentropy.data.writer import Counts, DatasetWriter, save_array, write_all
 from megatron_infoentropy.files import sync_folder, write_atomically
-from megatron_infoentropy.progress import short
 
 JOURNAL = "journal"
 SAVE_EVERY_S = 30.0
@@ -129,19 +128,6 @@ class JournalledRun:
         pause = SAVE_EVERY_S if block.lines else SAVE_AFTER_INPUT_S
         if time.monotonic() - self._saved_at >= pause:
             self.save()
-
-    def rates(self) -> Callable[[], str]:
-        """Return what says how many documents there are, and the tokens a second since now."""
-        start, before = time.monotonic(), self._total("tokens")
-
-        def say() -> str:
-            rate = (self._total("tokens") - before) / max(time.monotonic() - start, 1e-9)
-            return f"{short(self._total('documents'))} documents, {short(rate)} tokens/s"
-
-        return say
-
-    def _total(self, what: str) -> int:
-        return sum(getattr(facts, what) for facts in self.state.domains.values())
 
     def _add_lines(self, block: Block, encoded: Encoded) -> None:
         facts = self.state.inputs[self.state.file]

@@ -337,7 +337,7 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
     )
     with closing(run):
         total = sum(each.facts.bytes for each in task.inputs)
-        with progress("preprocess", total, "bytes", run.rates()) as advance:
+        with progress("preprocess", total, "bytes") as advance:
             blocks = _read(task, run, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)

@@ -17,10 +17,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -182,7 +181,7 @@ def encode_blocks(
         idle: SimpleQueue[_Worker] = SimpleQueue()
         start = pickle.dumps(settings)
         for _ in range(workers):  # entered after the threads: on an error, first the workers end
-            idle.put(stack.enter_context(_Worker(start)))
+            idle.put(stack.enter_context(closing(_Worker(start))))
         pending: deque[Future[tuple[Block, Encoded]]] = deque()
         stack.callback(lambda: [future.cancel() for future in pending])
         unreadable = None
@@ -252,15 +251,7 @@ class _Worker:
             "again, perhaps with fewer workers, and it goes on from what is finished"
         )
 
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """End the process; it holds nothing that could be lost."""
         self.process.kill()
         self.process.wait()

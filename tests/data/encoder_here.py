@@ -15,8 +15,5 @@ class EncoderHere:
     def encode(self, block: Block) -> Encoded:
         return self.encoder(block.data)
 
-    def __enter__(self) -> "EncoderHere":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
