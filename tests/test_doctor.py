@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_infoentropy.doctor import examine, find_apex, machine
+from megatron_infoentropy import doctor
+from megatron_infoentropy.doctor import examine, find_apex
 from megatron_infoentropy.kernels import dispatch
 from megatron_infoentropy.runtime.device import Device
 
@@ -79,7 +80,7 @@ def test_the_doctor_names_the_kernels_that_are_chosen(monkeypatch, device, lacki
         return {name: lacking.get(name) for name in dispatch.BACKENDS}
 
     monkeypatch.setattr(dispatch, "unavailable", unavailable)
-    monkeypatch.setattr(machine, "find_device", lambda: device)
-    kernels = machine._kernels()
+    monkeypatch.setattr(doctor, "find_device", lambda: device)
+    kernels = doctor._kernels()
     assert (kernels.found, kernels.verdict, asked) == (found, verdict, [device.type])
     assert bool(kernels.advice) == (verdict != "ok")

@@ -31,6 +31,7 @@ from megatron_infoentropy.launch.recipe import (
     to_command_line,
     useful_ranks,
 )
+from megatron_infoentropy.launch.run_folder import LOG, parameters_in
 from megatron_infoentropy.launch.train import follow
 from megatron_infoentropy.runtime import cpu, orphans
 from megatron_infoentropy.runtime.device import Device, find_device
@@ -121,11 +122,13 @@ def bench_recipe(
     asked = (str(folder), str(rounds), ",".join(losses))
     entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.bench.recipe_run", *asked)
     environment = machine_environment(device, ranks)
-    said = follow(folder / recipe.stem, [*torchrun, *entry, *words], environment)
+    run = folder / recipe.stem
+    follow(run, [*torchrun, *entry, *words], environment)
+    parameters = parameters_in(run / LOG)
     answers = [_answer(folder, rank) for rank in range(ranks)]
     results = [RankResult(**json.loads(answer)) for answer in answers]
     shutil.rmtree(folder)
-    rows = rows_of(recipe.stem, said.parameters, results)
+    rows = rows_of(recipe.stem, parameters, results)
     if output:
         named = file_name(facts, f"recipe_{recipe.stem}")
         write_csv(rows, facts, output / named if output.is_dir() else output)

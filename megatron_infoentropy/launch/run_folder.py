@@ -234,13 +234,8 @@ def parameters_in(log: Path) -> int | None:
     if not log.is_file():
         return None
     with log.open(encoding="utf-8", errors="replace") as lines:
-        return next((said for line in lines if (said := said_parameters(line)) is not None), None)
-
-
-def said_parameters(line: str) -> int | None:
-    """Return the number in a line of the log, None for another line; ranks may print on one."""
-    said = re.search(r"model parameters: (\d+)", line)
-    return int(said[1]) if said else None
+        found = (re.search(r"model parameters: (\d+)", line) for line in lines)
+        return next((int(said[1]) for said in found if said), None)
 
 
 def _write(run: Path, content: dict[str, Any]) -> None:

@@ -27,7 +27,6 @@ from megatron_infoentropy.launch.run_folder import (
     device_name,
     recorded,
     require_same,
-    said_parameters,
     settle_facts,
 )
 from megatron_infoentropy.progress import progress
@@ -121,15 +120,12 @@ def locked(run: Path) -> Iterator[None]:
 class Said:
     """What a training that ended well said of itself."""
 
-    parameters: int | None = None
     was_stopped: bool = False  # by a signal, after a checkpoint
     last: TrainingLine | None = None
     validation: ValidationLine | None = None  # the last one
 
     def hear(self, line: str) -> TrainingLine | None:
         """Take note of a line of the log; returns the step that it tells of, if it does."""
-        parameters = said_parameters(line)
-        self.parameters = self.parameters if parameters is None else parameters
         self.was_stopped |= STOPPED in line
         try:
             parsed = parse_line(line)
