@@ -36,12 +36,13 @@ from megatron_infoentropy.progress import progress
 
 _TOPICS = "pydoc_data/topics.py"
 _TELLING_LINE = 30  # characters; longer lines do not occur in two topics by chance
-_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-# Generated: the help topics as one literal (they are documents themselves), character tables.
-_GENERATED_FOLDERS = {"pydoc_data", "encodings"}
+# Generated: the help topics as one literal (they are documents themselves), character tables, and
+# config-3.12-x86_64-linux-gnu and the like.
+_SKIPPED_FOLDER = re.compile(
+    "site-packages|dist-packages|__pycache__|pydoc_data|encodings|config-.*"
+)
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _LOCAL_FILE = re.compile(r"_sysconfigdata.*|sitecustomize|usercustomize")
-_LOCAL_FOLDER = re.compile(r"config-.*")  # config-3.12-x86_64-linux-gnu and the like
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -50,7 +51,7 @@ def source_names(root: Path) -> list[str]:
     """List the library's own source files below `root`, as sorted `email/message.py` names."""
     names = []
     for folder, folders, files in root.walk():
-        folders[:] = [name for name in folders if not _is_skipped_folder(name)]
+        folders[:] = [name for name in folders if not _SKIPPED_FOLDER.fullmatch(name)]
         for file in files:
             path = folder / file
             if path.suffix == ".py" and not _LOCAL_FILE.fullmatch(path.stem):
@@ -117,10 +118,6 @@ def documentation(name: str, source: str) -> str:
             entries.append(f"{title}\n\n{inspect.cleandoc(docstring)}\n")
     # A docstring may spell half of a surrogate pair, which no file can hold.
     return "\n".join(entries).encode(errors="replace").decode()
-
-
-def _is_skipped_folder(name: str) -> bool:
-    return name in _FOREIGN_FOLDERS | _GENERATED_FOLDERS or bool(_LOCAL_FOLDER.fullmatch(name))
 
 
 def _documented(node: ast.AST, title: str) -> Iterator[tuple[str, Documented]]:

@@ -54,7 +54,6 @@ def read_jsonl(
         BrokenLineError: the first line that is not a document.
         ValueError: see `blocks.require_readable`.
     """
-    keys = split_key(domain_key)
     blank = None
     for block in read_blocks(path, advance):
         for line, raw in enumerate(lines_of(block.data), block.start.line):
@@ -64,7 +63,7 @@ def read_jsonl(
             if blank is not None:
                 raise BrokenLineError(path, blank, BLANK)
             try:
-                record = parse_line(raw, text_key, keys)
+                record = parse_line(raw, text_key, domain_key)
             except BrokenRecordError as error:
                 raise BrokenLineError(path, line, str(error)) from error
             yield record
@@ -81,13 +80,8 @@ def is_blank(raw: bytes) -> bool:
     return not raw or raw.isspace()
 
 
-def split_key(key: str | None) -> list[str] | None:
-    """Return the keys that lead to `meta.pile_set_name`; None for None."""
-    return None if key is None else key.split(".")
-
-
 def parse_line(
-    raw: bytes, text_key: str, domain_keys: list[str] | None, *, named: bool | None = True
+    raw: bytes, text_key: str, domain_key: str | None, *, named: bool | None = True
 ) -> Record:
     """Return the document that a line holds, which must name a domain, must not, or (None) may.
 
@@ -97,7 +91,7 @@ def parse_line(
     record = _decode(raw)
     if not isinstance(record, dict):
         raise BrokenRecordError(f"expected a JSON object, got {type(record).__name__}")
-    domain = None if domain_keys is None else _domain(record, domain_keys)
+    domain = None if domain_key is None else _domain(record, domain_key)
     if text_key not in record:
         raise BrokenRecordError(
             f'no "{text_key}" key; the keys are {sorted(record)}; name another with --text-key',
@@ -107,8 +101,8 @@ def parse_line(
     if not isinstance(text, str):
         kind = type(text).__name__
         raise BrokenRecordError(f'"{text_key}" must be a string, got {kind}', domain)
-    if domain_keys is not None:
-        _require_named(".".join(domain_keys), domain, named)
+    if domain_key is not None:
+        _require_named(domain_key, domain, named)
     try:
         text_bytes = len(text.encode())
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud800"
@@ -146,9 +140,9 @@ def _decode(raw: bytes) -> Any:
         raise BrokenRecordError(f"not readable: {error}") from error
 
 
-def _domain(record: dict[str, Any], keys: list[str]) -> str | None:
+def _domain(record: dict[str, Any], domain_key: str) -> str | None:
     value: Any = record
-    for key in keys:
+    for key in domain_key.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, str) or _HALF_SURROGATE.search(value):
         return None

@@ -35,7 +35,7 @@ from megatron_infoentropy.data.blocks import (
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import require_whole, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
-from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line, split_key
+from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line
 from megatron_infoentropy.data.manifest import (
     AUTO,
     DEFAULT_OPTIONS,
@@ -244,7 +244,6 @@ def _named(path: Path, text_key: str) -> list[bool]:
 
     Broken lines are for the run to report.
     """
-    keys = split_key(PILE_DOMAIN)
     try:
         lines = lines_of(next(read_blocks(path)).data)
     except BrokenLineError:
@@ -252,7 +251,7 @@ def _named(path: Path, text_key: str) -> list[bool]:
     named = []
     for line in lines:
         with suppress(BrokenRecordError):
-            named.append(parse_line(line, text_key, keys, named=None).domain is not None)
+            named.append(parse_line(line, text_key, PILE_DOMAIN, named=None).domain is not None)
     return named
 
 

@@ -84,7 +84,7 @@ class Encoder:
         engine = ENGINES[settings.engine]
         self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
         self._named = settings.named
-        self._keys = jsonl.split_key(self.options.split_by if self._named else PILE_DOMAIN)
+        self._domain_key = self.options.split_by if self._named else PILE_DOMAIN
 
     def __call__(self, data: bytes) -> Encoded:
         """Parse the lines of a block and encode their texts."""
@@ -99,7 +99,9 @@ class Encoder:
             try:
                 if jsonl.is_blank(raw):
                     raise jsonl.BrokenRecordError(jsonl.BLANK)
-                record = jsonl.parse_line(raw, self.options.text_key, self._keys, named=self._named)
+                record = jsonl.parse_line(
+                    raw, self.options.text_key, self._domain_key, named=self._named
+                )
             except jsonl.BrokenRecordError as error:
                 done.rejected.append(Rejected(number, str(error), error.domain))
                 continue
