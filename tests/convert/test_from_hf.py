@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from config_check import config_differences
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, TOKENS, export_tiny, write_tiny
 from tiny_tokenizer import write_tokenizer
@@ -49,6 +50,7 @@ def test_there_and_back_is_the_same_to_the_bit(
         json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "again")
     )
     assert first == second
+    assert config_differences(tmp_path / "megatron", tmp_path / "hf") == []
     verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
     assert verification.passed, verification
 
