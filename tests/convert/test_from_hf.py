@@ -8,7 +8,7 @@ import pytest
 import torch
 from config_check import config_differences
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, export_tiny, write_tiny
+from tiny_checkpoint import FAMILIES, TOKENS, export_tiny, same, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,16 +22,6 @@ from megatron_infoentropy.convert import (
     why_not_now,
 )
 from megatron_infoentropy.launch.recipe import load_recipe
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def same(first: Path, second: Path) -> bool:
-    one, other = weights_of(first), weights_of(second)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, write_tiny
+from safetensors.torch import save_file
+from tiny_checkpoint import FAMILIES, TOKENS, weights_of, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def test_all_forms_compute_the_same_to_the_bit(tmp_path: Path, case: str) -> Non
 
 def one_file(hf: Path) -> dict[str, torch.Tensor]:
     """The folder's weights, whose files are removed."""
-    weights = {k: t for path in hf.glob("*.safetensors") for k, t in load_file(path).items()}
+    weights = weights_of(hf)
     for path in hf.glob("model*"):
         path.unlink()
     return weights

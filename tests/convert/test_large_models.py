@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_checkpoint import TOKENS, write_tiny
+from tiny_checkpoint import TOKENS, same, weights_of, write_tiny
 
 from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf, verify_conversion
 from megatron_infoentropy.convert.distcp import DistcpReader
@@ -40,11 +39,9 @@ def test_files_are_of_the_size_asked_for_and_the_index_names_what_is_in_them(
         with safe_open(path, framework="pt") as opened:
             found |= dict.fromkeys(opened.keys(), path.name)
     assert index["weight_map"] == found
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    whole = weights_of(tmp_path / "whole")
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in whole.values())
-    parts = {name: t for path in files for name, t in load_file(path).items()}
-    assert parts.keys() == whole.keys()
-    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert same(tmp_path / "hf", tmp_path / "whole")
     assert verify_conversion(save, tmp_path / "hf", TOKENS).passed
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_from_hf import same
+from tiny_checkpoint import same
 from torch.nn.functional import cross_entropy
 from train_checkpoints import IMPORTED
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 
@@ -180,6 +181,18 @@ def export_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
     """Write such a checkpoint `save` and its export `hf`; return their folder."""
     convert_checkpoint(write_tiny(folder / "save", dtype, **changes), folder / "hf")
     return folder
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an exported folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two exported folders hold the same tensors to the bit."""
+    one, other = weights_of(first), weights_of(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Harmful:
