@@ -39,6 +39,18 @@ def target_of() -> torch.Tensor:
     return target
 
 
+def kept(logits: torch.Tensor) -> torch.Tensor:
+    """A keep mask of a few of the largest; often without the target, none in one row."""
+    keep = logits >= logits.float().topk(20).values[..., -1:].to(logits)
+    keep[0, -1] = False
+    return keep
+
+
+def with_target(keep: torch.Tensor) -> torch.Tensor:
+    """The same mask, the target of every row kept."""
+    return keep.scatter(-1, target_of().unsqueeze(-1), True)
+
+
 def upstream() -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of some objective by log-probability and by entropy, [b, s] each."""
     ups = torch.randn(2, BATCH, SEQUENCE, generator=torch.Generator().manual_seed(2))

@@ -24,25 +24,13 @@ OPTIONS = {
 }
 
 
-def kept(logits):
-    """A few of the largest; often without the target, sometimes none in a shard or a row."""
-    keep = logits >= logits.float().topk(20).values[..., -1:].to(logits)
-    keep[0, -1] = False
-    return keep
-
-
-def shard_of(tensor, rank, world):
-    width = tensor.shape[-1] // world
-    return tensor[..., rank * width : (rank + 1) * width].contiguous()
-
-
 def run(name, kind, dtype, world):
     """On a rank: (log-probability, entropy, this rank's gradient)."""
     rank, options = dist.get_rank(), dict(OPTIONS[name])
     whole = numbers.logits_of(kind, dtype)
     if options.get("keep_mask"):
-        options["keep_mask"] = shard_of(kept(whole), rank, world)
-    leaf = shard_of(whole, rank, world).requires_grad_()
+        options["keep_mask"] = numbers.kept(whole).chunk(world, -1)[rank].contiguous()
+    leaf = whole.chunk(world, -1)[rank].contiguous().requires_grad_()
     logits = leaf * 1
     logprob, entropy = logprob_and_entropy(
         logits, numbers.target_of(), group=dist.group.WORLD, **options
@@ -57,10 +45,7 @@ def run(name, kind, dtype, world):
 def truth(name, kind, dtype):
     options = dict(OPTIONS[name])
     logits = numbers.logits_of(kind, dtype)
-    keep = None
-    if options.get("keep_mask"):
-        keep = kept(logits)
-        keep.scatter_(-1, numbers.target_of().unsqueeze(-1), True)
+    keep = numbers.with_target(numbers.kept(logits)) if "keep_mask" in options else None
     return numbers.truth_of(
         logits,
         temperature=options.get("temperature", 1.0),
@@ -150,7 +135,7 @@ def test_hidden_states_and_weight_equal_float64(world):
 def test_without_entropy_there_is_none():
     logits, target = numbers.logits_of("plain", torch.float32), numbers.target_of()
     assert logprob_and_entropy(logits, target, with_entropy=False)[1] is None
-    keep = kept(logits)
+    keep = numbers.kept(logits)
     logprob, none = logprob_and_entropy(logits, target, keep_mask=keep, with_entropy=False)
     assert none is None
     assert torch.equal(logprob, logprob_and_entropy(logits, target, keep_mask=keep)[0])

@@ -17,16 +17,11 @@ from ranks import run_ranks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def kept(logits):
-    keep = logits >= logits.float().topk(20).values[..., -1:].to(logits)
-    return keep.scatter(-1, numbers.target_of().unsqueeze(-1), True)
-
-
 def measure(call, functions, kind, dtype):
     rank, world = dist.get_rank(), dist.get_world_size()
     whole = numbers.logits_of(kind, dtype)
     leaf = whole.chunk(world, -1)[rank].contiguous().requires_grad_()
-    keep = kept(whole).chunk(world, -1)[rank]
+    keep = numbers.with_target(numbers.kept(whole)).chunk(world, -1)[rank]
     logprob, entropy = results(call, functions, leaf * 1, numbers.target_of(), keep)
     by_logprob, by_entropy = numbers.upstream()
     (by_logprob * logprob + by_entropy * entropy).sum().backward()
@@ -69,7 +64,8 @@ def measured(request):
 
 def truth(call, kind, dtype):
     logits = numbers.logits_of(kind, DTYPES[dtype])
-    return numbers.truth_of(logits, keep=kept(logits) if call == "slime kept" else None)
+    keep = numbers.with_target(numbers.kept(logits)) if call == "slime kept" else None
+    return numbers.truth_of(logits, keep=keep)
 
 
 def numbers_of(measured, *key):
