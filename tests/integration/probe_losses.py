@@ -21,7 +21,9 @@ def main(out, mode):
     from megatron_infoentropy.integration import use_infoentropy_loss
     from megatron_infoentropy.integration.arguments import config_from_args
     from megatron_infoentropy.integration.batch import build_datasets, get_batch
+    from megatron_infoentropy.integration.compat import prepare_megatron
 
+    prepare_megatron()
     container, forward_step = package.prepare()
     losses = []
 
