@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import math
+from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
@@ -27,8 +28,6 @@ UNSERVED = {
         ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel"),
         f"this trainer reads plain packed text and would ignore the flag; {BIND}",
     ),
-    # --hybrid-override-pattern is turned into this one.
-    "hybrid_layer_pattern": f"this trainer builds GPTs, which have no Mamba layers; {BIND}",
     "logits_load_dir": "this trainer has no loss against a teacher and would ignore the flag; use "
     "Megatron's own script",
     "logits_save_dir": "this trainer would go on training the model whose logits are saved; use "
@@ -37,6 +36,16 @@ UNSERVED = {
     "inprocess_restart": "this trainer would ignore the flag; restarts are torchrun's, with "
     "--max-restarts",
 }
+
+# What a HybridModel, of --hybrid-layer-pattern, cannot be trained with here.
+UNHYBRID = {
+    "mtp_num_layers": "it has multi-token-prediction heads, which are handed the model's own loss; "
+    "leave the part of the pattern behind / out, or train a GPT",
+    "use_rope_scaling": "Megatron's HybridModel ignores the flag; leave it out",
+    "heterogeneous_layers_config_path": "Megatron's HybridModel ignores the flag; leave it out",
+    "overlap_moe_expert_parallel_comm": "Megatron's HybridModel has no schedule plan; leave it out",
+}
+LOCAL_LAYERS = "*-"  # attention and MLP, that Megatron-Core has without Transformer Engine
 
 # What Megatron's output layer does beside its matrix product, or with its weight before it.
 UNFUSED = {
@@ -137,6 +146,9 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             f"{args.data_parallel_size} data-parallel ranks"
         )
     _check_histogram_interval(args)
+    # --hybrid-override-pattern is turned into this one.
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        _check_hybrid_model(args)
     if config.fused_linear:
         _check_output_layer_can_be_fused(args)
     if getattr(args, "cuda_graph_impl", "none") == "full_iteration":
@@ -156,6 +168,35 @@ def _check_histogram_interval(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--{PREFIX}-histogram-interval must be a multiple of --log-interval "
             f"({args.log_interval}), got {interval}: histograms are drawn where a line is logged"
+        )
+
+
+def _check_hybrid_model(args: argparse.Namespace) -> None:
+    pattern = args.hybrid_layer_pattern
+    for name, reason in UNHYBRID.items():
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--hybrid-layer-pattern {pattern} cannot go with --{name.replace('_', '-')}: "
+                f"{reason}"
+            )
+    if args.position_embedding_type in ("mrope", "relative"):
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern} cannot go with --position-embedding-type "
+            f"{args.position_embedding_type}, which Megatron's HybridModel ignores; use rope, "
+            "yarn, learned_absolute or none"
+        )
+    others = "".join(sorted(set(pattern) - set(LOCAL_LAYERS) - set("|")))
+    if args.transformer_impl == "local" and args.spec is None and others:
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern}: with --transformer-impl local, as on a CPU, layers "
+            f"are attention (*) or MLP (-), got {others}; others are built from Transformer Engine "
+            "and, for Mamba (M), mamba_ssm, whose kernels need a GPU"
+        )
+    if "M" in others and find_spec("mamba_ssm") is None:
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern} has Mamba layers (M), which need the package "
+            "mamba_ssm and a GPU: install mamba-ssm and causal-conv1d, or use attention (*) and "
+            "MLP (-) layers alone"
         )
 
 

@@ -79,15 +79,33 @@ def prepare_megatron() -> None:
         _fork_checkpoint_writers()
 
 
+def takes_output_processor(model: Any) -> bool:
+    """Return whether a language model hands its hidden states to an output processor.
+
+    GPTModel does since 0.18. HybridModel of 0.19 does not: there the loss takes the place of
+    `compute_language_model_loss`.
+    """
+    return "output_processor" in signature(model.forward).parameters
+
+
 def model_config_from_args(args: Any) -> Any:
-    """Return Megatron's configuration of the GPT that these parsed arguments describe.
+    """Return Megatron's configuration of the model that these parsed arguments describe.
+
+    It is a HybridModel's where they have a --hybrid-layer-pattern, else a GPT's.
 
     Megatron-Core 0.19.2 hands on whether rotary positions are stretched and forgets by how much:
-    its model then always has a factor of 8. The arguments, which checkpoints keep, get one more by
+    its GPT then always has a factor of 8. The arguments, which checkpoints keep, get one more by
     which the conversion knows that this one has the factor that was asked for.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        config = hybrid_config_from_args(args)
+        if config.transformer_impl == "local" and config.hybrid_stack_spec is None:
+            from megatron_infoentropy.integration.hybrid import local_stack_spec
+
+            config.hybrid_stack_spec = local_stack_spec(config.transformer)
+        return config
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     args.infoentropy_rope_scaling_factor = config.rope_scaling_factor

@@ -1,11 +1,16 @@
-"""Door 1: from the last hidden states to per-token statistics, inside `GPTModel.forward`.
+"""Door 1: from the last hidden states to per-token statistics, inside the model's forward.
 
-megatron-core >= 0.19 calls an output processor in place of its own output layer and loss. Ours
-applies the output layer itself, so that the logits are known to have no other reader and their
-gradient may be written over them: the peak is one tensor of logits, not two. With `fused_linear` it
-takes the layer's weight, and no tensor of logits exists at all.
+GPTModel of megatron-core >= 0.19 calls an output processor in place of its own output layer and
+loss. Ours applies the output layer itself, so that the logits are known to have no other reader and
+their gradient may be written over them: the peak is one tensor of logits, not two. With
+`fused_linear` it takes the layer's weight, and no tensor of logits exists at all.
+
+HybridModel has no such argument: there the same statistics take the place of its loss while its
+forward runs (`statistics_as_loss`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +57,77 @@ def statistics_processor(
             "the InfoEntropy output processor takes vocabulary-sharded logits and was asked to "
             "gather them; it is for training and validation, call the model without it otherwise"
         )
+    target = _target(labels, loss_mask)
+    if context.config.fused_linear:
+        # Here --overlap-param-gather waits for the weight to arrive, and nothing else would.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, (hidden_states,))
+        return _fused_statistics(hidden_states, output_layer, output_weight, target, context)
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    return _statistics_of_logits(scale_logits(logits), output_layer, target, context)
+
+
+@contextmanager
+def statistics_as_loss(
+    module: Any, loss_mask: torch.Tensor | None, context: OutputSettings
+) -> Iterator[None]:
+    """While it lasts, the forward of a model that takes labels returns what the processor returns.
+
+    For a model without output processors. Its own forward hands the logits to its
+    `compute_language_model_loss` and reads them no more. With `fused_linear` its output layer hands
+    on the hidden states instead, and the loss takes the weight.
+
+    Raises:
+        RuntimeError: the forward made its loss without `compute_language_model_loss`.
+    """
+    if not module.post_process:  # another pipeline stage has the output layer
+        yield
+        return
+    layer, output_weight, called = module.output_layer, None, False
+
+    def hand_on(
+        hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        nonlocal output_weight
+        output_weight = weight
+        return hidden_states, None
+
+    def statistics(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal called
+        called = True
+        target = _target(labels, loss_mask)
+        if context.config.fused_linear:
+            return _fused_statistics(logits, layer, output_weight, target, context)
+        return _statistics_of_logits(logits, layer, target, context)
+
+    module.compute_language_model_loss = statistics
+    if context.config.fused_linear:
+        layer.forward = hand_on
+    try:
+        yield
+    finally:
+        del module.compute_language_model_loss
+        if context.config.fused_linear:
+            del layer.forward
+    if not called:
+        raise RuntimeError(
+            f"{type(module).__name__}.forward computed its loss without "
+            "compute_language_model_loss, past the InfoEntropy loss: use a tested version of "
+            "megatron-core"
+        )
+
+
+def _target(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
+    """[sequence, batch], as the logits are: the labels, `IGNORED` where the mask is 0."""
     if loss_mask is not None:
         labels = as_ids(labels).masked_fill(loss_mask == 0, IGNORED)
-    target = labels.transpose(0, 1)  # each result is [sequence, batch], as the logits are
-    if context.config.fused_linear:
-        statistics = _fused_statistics(hidden_states, output_layer, output_weight, target, context)
-        return pack(statistics).transpose(1, 2).contiguous()
-    logits, _bias = output_layer(hidden_states, weight=output_weight)
-    logits = scale_logits(logits)
+    return labels.transpose(0, 1)
+
+
+def _statistics_of_logits(
+    logits: torch.Tensor, output_layer: Any, target: torch.Tensor, context: OutputSettings
+) -> torch.Tensor:
+    """[K, batch, sequence] of logits that nothing else reads."""
     expected = getattr(output_layer, "output_size_per_partition", None)
     check_sharding(logits.shape[-1], expected, context.group)
     statistics = configured_statistics(
@@ -80,8 +148,8 @@ def _fused_statistics(
     output_weight: torch.Tensor | None,
     target: torch.Tensor,
     context: OutputSettings,
-) -> TokenStatistics:
-    """Return the statistics of an output layer that is not called.
+) -> torch.Tensor:
+    """[K, batch, sequence] of an output layer that is not called.
 
     It is Megatron's ColumnParallelLinear, without a bias.
 
@@ -92,16 +160,13 @@ def _fused_statistics(
             "--infoentropy-fused-linear takes an output layer without bias whose input gradient is "
             f"summed over tensor-parallel ranks, got {output_layer}; leave the flag out"
         )
-    # Here --overlap-param-gather waits for the weight to arrive, and nothing else would.
-    for hook in output_layer._forward_pre_hooks.values():
-        hook(output_layer, (hidden_states,))
     arguments = arguments_of(
         context.config,
         group=context.group,
         vocab_size=context.vocab_size,
         ignore_index=IGNORED,
     )
-    return linear_vocab_parallel_statistics(
+    statistics = linear_vocab_parallel_statistics(
         hidden_states,
         output_layer.weight if output_weight is None else output_weight,
         target,
@@ -111,6 +176,7 @@ def _fused_statistics(
         skip_masked=context.config.skip_masked,
         **arguments,
     )
+    return pack(statistics).transpose(1, 2).contiguous()
 
 
 def pack(statistics: TokenStatistics) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Megatron's forward step: a batch in, the scalar to minimise and the numbers to log out.
 
-    GPTModel.forward(output_processor=...) -> [K, batch, sequence] = ce, entropy, lse, ...
+    the model's forward -> [K, batch, sequence] = ce, entropy, lse, ... (`output`)
     loss function: weights, alpha, (sum, token count, report), the only place that has the mask too
 
 In training the sum is of alpha w l, l a token's loss; Megatron divides it by the token count and
@@ -23,6 +23,7 @@ end, which changes no bit of a result that is in range.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,8 +38,15 @@ from megatron.training import get_args, get_timers
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.batch import get_batch
+from megatron_infoentropy.integration.compat import takes_output_processor
+from megatron_infoentropy.integration.dropin import find_language_module
 from megatron_infoentropy.integration.observe import TokenObserver
-from megatron_infoentropy.integration.output import OutputSettings, statistics_processor, unpack
+from megatron_infoentropy.integration.output import (
+    OutputSettings,
+    statistics_as_loss,
+    statistics_processor,
+    unpack,
+)
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
 from megatron_infoentropy.loss.token_batch import token_batch
@@ -163,17 +171,18 @@ class InfoEntropyForwardStep:
 
         forward = model.build_schedule_plan if return_schedule_plan else model
         config = self.config.at(get_args().consumed_train_samples)  # saved and resumed by Megatron
-        with straggler:
+        settings = OutputSettings(config, mpu.get_tensor_model_parallel_group(), self.vocab_size)
+        module, mask = find_language_module(model), batch["loss_mask"]
+        options: dict[str, Any] = {"labels": batch["labels"], "loss_mask": mask}
+        door: AbstractContextManager[None] = nullcontext()
+        if takes_output_processor(module):
+            options["output_processor"] = statistics_processor
+            options["output_processor_context"] = settings
+        else:
+            door = statistics_as_loss(module, mask, settings)
+        with straggler, door:
             output = forward(
-                batch["tokens"],
-                batch["position_ids"],
-                batch["attention_mask"],
-                labels=batch["labels"],
-                loss_mask=batch["loss_mask"],
-                output_processor=statistics_processor,
-                output_processor_context=OutputSettings(
-                    config, mpu.get_tensor_model_parallel_group(), self.vocab_size
-                ),
+                batch["tokens"], batch["position_ids"], batch["attention_mask"], **options
             )
         if model.training:
             return output, partial(self._training_loss, batch["labels"], batch["loss_mask"], config)

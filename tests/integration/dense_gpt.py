@@ -1,4 +1,4 @@
-"""A Llama-style GPT in dense float64 that takes Megatron's parameters: the oracle's model.
+"""A Llama-style GPT or hybrid in dense float64 that takes Megatron's parameters, for the oracle.
 
 Parameters are the ranks' own shards, as leaves; they are joined inside the graph, so that backward
 leaves in each shard's .grad what that rank's main_grad must be. Names start with the number of the
@@ -13,6 +13,8 @@ HEADS, HEAD_DIM, EPSILON, ROTARY_BASE = 4, 8, 1e-5, 10000.0
 
 
 class DenseGPT:
+    final_norm = "final_layernorm"
+
     def __init__(self, shards: Shards, layers: int, chunks: int = 1, tied: bool = False) -> None:
         self.shards = shards
         self.stages = 1 + max(pp for pp, _ in shards)
@@ -42,14 +44,17 @@ class DenseGPT:
         embedding = self.join(0, "0.embedding.word_embeddings.weight", 0)
         x = embedding[tokens]
         for layer in range(self.layers):
-            stage, prefix = self.place(layer)
-            x = x + self.attention(x, hidden, stage, prefix)
-            x = x + self.mlp(x, stage, prefix)
+            x = self.block(x, layer, hidden)
         last, chunk = self.stages - 1, self.chunks - 1
-        x = norm(x, self.replicated(last, f"{chunk}.decoder.final_layernorm.weight"))
+        x = norm(x, self.replicated(last, f"{chunk}.decoder.{self.final_norm}.weight"))
         if self.tied:
             return x @ embedding.T
         return x @ self.join(last, f"{chunk}.output_layer.weight", 0).T
+
+    def block(self, x: torch.Tensor, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        stage, prefix = self.place(layer)
+        x = x + self.attention(x, hidden, stage, prefix)
+        return x + self.mlp(x, stage, prefix)
 
     def attention(
         self, x: torch.Tensor, hidden: torch.Tensor, stage: int, prefix: str
@@ -75,6 +80,27 @@ class DenseGPT:
         gate, up = (torch.cat([half[i] for half in halves]) for i in (0, 1))
         hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
         return hidden @ self.join(stage, prefix + "mlp.linear_fc2.weight", 1).T
+
+
+class DenseHybrid(DenseGPT):
+    """Layers of one kind each: * is attention, - an MLP, | the start of another model chunk."""
+
+    final_norm = "final_norm"
+
+    def __init__(self, shards: Shards, pattern: str, chunks: int, tied: bool) -> None:
+        super().__init__(shards, 0, chunks, tied)
+        self.places = [
+            (kind, turn % self.stages, f"{turn // self.stages}.decoder.layers.{local}.")
+            for turn, segment in enumerate(pattern.split("|"))
+            for local, kind in enumerate(segment)
+        ]
+        self.layers = len(self.places)
+
+    def block(self, x: torch.Tensor, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        kind, stage, prefix = self.places[layer]
+        if kind == "*":
+            return x + self.attention(x, hidden, stage, prefix)
+        return x + self.mlp(x, stage, prefix)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,14 @@ import argparse
 import dataclasses
 from argparse import Namespace
 from types import SimpleNamespace
+from unittest import mock
 
 import plain_run
 import pytest
 from launch import TINY_MODEL, run_trainer
 
 from megatron_infoentropy import InfoEntropyConfig, pretrain
+from megatron_infoentropy.integration import arguments
 from megatron_infoentropy.integration.arguments import (
     add_trainer_args,
     check_megatron_args,
@@ -37,6 +39,11 @@ def megatron_args(**changes):
         "log_interval": 2,
     }
     return SimpleNamespace(**plain | changes)
+
+
+def hybrid(pattern="*-", **changes):
+    plain = {"transformer_impl": "local", "position_embedding_type": "rope", "spec": None}
+    return {"hybrid_layer_pattern": pattern, **plain, **changes}
 
 
 def test_no_flags_give_the_default_configuration():
@@ -95,7 +102,17 @@ def test_an_impossible_value_is_refused_by_the_configuration():
         ({"sft": True}, "paper", "--sft is refused"),
         ({"cuda_graph_impl": "full_iteration"}, "paper", "full_iteration is refused"),
         ({"dataloader_inter_document_masking": True}, "paper", "would ignore the flag"),
-        ({"hybrid_layer_pattern": "M*M-"}, "paper", "no Mamba layers; use Megatron's own"),
+        (hybrid("M*M-"), "paper", r"layers are attention \(\*\) or MLP \(-\), got M"),
+        (hybrid("*E|*-"), "paper", "got E; others are built from Transformer Engine"),
+        (
+            hybrid("M*-", transformer_impl="transformer_engine"),
+            "paper",
+            "need the package mamba_ssm",
+        ),
+        (hybrid("*-/*-", mtp_num_layers=1), "paper", "cannot go with --mtp-num-layers"),
+        (hybrid(use_rope_scaling=True), "paper", "--use-rope-scaling: .* ignores the flag"),
+        (hybrid(overlap_moe_expert_parallel_comm=True), "paper", "has no schedule plan"),
+        (hybrid(position_embedding_type="mrope"), "paper", "type mrope, .* ignores"),
         ({"logits_load_dir": "D"}, "paper", "no loss against a teacher"),
         ({"logits_save_dir": "D"}, "paper", "go on training the model whose logits are saved"),
         ({"perform_rl_step": True}, "paper", "no loss of a policy"),
@@ -113,6 +130,13 @@ def test_incompatible_megatron_flags_are_refused(changes, normalization, message
         check_megatron_args(megatron_args(**changes), config)
     if normalization == "global":
         check_megatron_args(megatron_args(**changes), InfoEntropyConfig())
+
+
+def test_hybrid_patterns_of_attention_and_mlp_are_taken():
+    check_megatron_args(megatron_args(**hybrid("*-*-|--")), InfoEntropyConfig(fused_linear=True))
+    given = hybrid("M*E-", spec=["package.module", "stack"])  # layers of one's own
+    with mock.patch.object(arguments, "find_spec"):
+        check_megatron_args(megatron_args(**given), InfoEntropyConfig())
 
 
 def test_a_histogram_interval_without_a_log_line_is_refused():

@@ -37,9 +37,13 @@ class Model(torch.nn.Module):
         self.output = torch.stack([*dense_statistics(logits, labels), is_top]).float()
         self.calls = []
 
-    def forward(self, *inputs, **options):
+    def forward(self, *inputs, output_processor, **options):
+        options["output_processor"] = output_processor
         self.calls.append(("forward", inputs, options))
         return self.output
+
+    def compute_language_model_loss(self, labels, logits):
+        raise AssertionError("the output processor takes its place")
 
     def build_schedule_plan(self, *inputs, **options):
         self.calls.append(("plan", inputs, options))
@@ -74,6 +78,40 @@ def test_the_model_is_asked_alike_for_its_output_and_for_its_plan(forward_step, 
     assert options["output_processor"] is statistics_processor
     assert options["output_processor_context"].config.gamma == 2.0
     assert options["output_processor_context"].vocab_size == V
+
+
+class PlainModel(torch.nn.Module):
+    """Has no output processor: its forward makes its loss itself, by its method or not."""
+
+    vp_stage = config = None
+    post_process = True
+
+    def __init__(self, by_method):
+        super().__init__()
+        self.by_method = by_method
+        self.output_layer = torch.nn.Linear(V, V, bias=False)
+        self.logits = torch.randn(S, B, V, generator=torch.Generator().manual_seed(1)) * 3
+
+    def forward(self, tokens, positions, attention_mask, labels, loss_mask):
+        loss = self.compute_language_model_loss if self.by_method else (lambda *_: self.logits)
+        return loss(labels, self.logits)
+
+    def compute_language_model_loss(self, labels, logits):
+        return "its own"
+
+
+def test_a_model_without_output_processors_answers_with_statistics(forward_step):
+    model, batch = PlainModel(by_method=True), make_batch()
+    output, _ = forward_step(None, model)
+    statistics = dense_statistics(model.logits.transpose(0, 1), batch["labels"])
+    for mine, expected in zip(output, statistics, strict=False):
+        assert_within(mine, expected * batch["loss_mask"], rtol=1e-5, atol=1e-6)
+    assert model.compute_language_model_loss(None, None) == "its own"
+
+
+def test_a_model_that_makes_its_loss_elsewhere_is_noticed(forward_step):
+    with pytest.raises(RuntimeError, match=r"PlainModel\.forward computed its loss without"):
+        forward_step(None, PlainModel(by_method=False))
 
 
 def test_validation_is_plain_cross_entropy_whatever_the_objective(forward_step):

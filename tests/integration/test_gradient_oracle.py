@@ -8,7 +8,7 @@ cut into ranks and micro-batches replayed.
 import probe_gradients
 import pytest
 import torch
-from dense_gpt import DenseGPT
+from dense_gpt import DenseGPT, DenseHybrid
 from launch import TINY_MODEL, run_trainer
 from oracle import dense_statistics, dense_weight
 from probe_gradients import make_batch
@@ -44,6 +44,10 @@ LAYOUTS = {
     "dp2-focal": {"dp": 2, "objective": "focal"},
     "tp2-pp2-fused": {"tp": 2, "pp": 2, "flags": FUSED},
     "tp2-pp2-tied-fused": {"tp": 2, "pp": 2, "tied": True, "flags": FUSED},
+    "tp2-pp2-hybrid": {"tp": 2, "pp": 2, "pattern": "*-|--*"},
+    "pp2-hybrid-interleaved": {"pp": 2, "chunks": 2, "pattern": "*|-|*-|-"},
+    "dp2-hybrid-tied": {"dp": 2, "micro_batches": 3, "tied": True, "pattern": "-*"},
+    "tp2-hybrid-tied-fused": {"tp": 2, "tied": True, "pattern": "*-", "flags": FUSED},
     "dp2-fused-into-main-grad": {
         **{"dp": 2, "micro_batches": 3, "kind": "into main_grad"},
         "flags": (*FUSED, "--overlap-grad-reduce"),
@@ -72,6 +76,8 @@ def run(request, tmp_path_factory):
         f"--infoentropy-objective={layout.get('objective', 'infoentropy')}",
         *layout["flags"],
     ]
+    if "pattern" in layout:
+        flags.append(f"--hybrid-layer-pattern={layout['pattern']}")
     world = layout["tp"] * layout["pp"] * layout["dp"]
     arguments = (folder, GAMMAS, layout.get("kind", "plain"))
     run_trainer(world, probe_gradients.main, arguments, flags, folder)
@@ -131,7 +137,10 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
         for tp in range(layout["tp"])
     }
     tied = layout.get("tied", False)
-    model = DenseGPT(shards, layout["layers"], layout["chunks"], tied)
+    if "pattern" in layout:
+        model = DenseHybrid(shards, layout["pattern"], layout["chunks"], tied)
+    else:
+        model = DenseGPT(shards, layout["layers"], layout["chunks"], tied)
     vocab = next(iter(found.values()))["vocab_size"]
     batches = batches_of(layout, found, GAMMAS.index(gamma), vocab)
     objective(model, vocab, batches, layout, normalization, gamma, without).backward()

@@ -26,6 +26,10 @@ FEATURES = {
         *("--moe-router-load-balancing-type=aux_loss", "--moe-aux-loss-coeff=0.1"),
         "--moe-token-dispatcher-type=allgather",
     ],
+    "hybrid": [
+        *("--hybrid-layer-pattern=*-|*-", "--pipeline-model-parallel-size=2"),
+        "--train-iters=20",
+    ],
     "mtp": ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"],
 }
 
@@ -108,3 +112,19 @@ def test_a_resumed_run_goes_on_bit_for_bit_its_schedule_too(tmp_path):
     second, _ = losses("ours", [*schedule, *saved], tmp_path, "second")
     assert len(whole) == len(first) + len(second) == 4 * STEPS
     assert first + second == whole
+
+
+def test_a_gpt_goes_on_as_a_hybrid_which_is_resumed_in_another_layout(tmp_path):
+    """Megatron reads a GPT's checkpoint into a hybrid model: ours has to name its layers alike."""
+    save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/gpt", "--save-interval=1"]
+    losses("ours", [*FEATURES["tp2"], *save, "--exit-interval=1"], tmp_path, "begun")
+    # Into a hybrid Megatron would take the optimizer's state too, into a GPT it never does.
+    start = [f"--pretrained-checkpoint={tmp_path}/gpt", "--no-load-optim"]
+    gpt, _ = losses("ours", [*FEATURES["tp2"], *start], tmp_path, "gpt")
+    save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/hybrid", "--save-interval=3"]
+    tensor = [*FEATURES["tp2"], "--hybrid-layer-pattern=*-*-", *start, *save, "--exit-interval=3"]
+    first, _ = losses("ours", tensor, tmp_path, "first")
+    pipeline = [*FEATURES["hybrid"], TRAINING[-1], f"--load={tmp_path}/hybrid"]
+    second, _ = losses("ours", pipeline, tmp_path, "second")
+    assert len(first) == len(second) == len(gpt) // 2
+    assert first + second == pytest.approx(gpt, rel=2e-6)
