@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "checkpoints": {"files"},
     "integration": {"checkpoints", "config", "loss", "runtime"},
     "pretrain": {"integration", "runtime"},
-    "data": {"files", "progress"},
+    "data": {"files", "progress", "runtime"},
     # Its proof runs Megatron's own model, as the trainer builds it.
     "convert": {"checkpoints", "config", "data", "files", "integration", "progress", "runtime"},
     "evaluate": {"config", "data", "files", "kernels", "loss", "progress", "tasks"},
@@ -69,6 +69,7 @@ OWNERS = {
     "safetensors": {"convert"},
     "tokenizers": {"data", "convert", "evaluate"},
     "zstandard": {"data"},
+    "datatrove": {"data"},
     "matplotlib": {"evaluate"},
     "jinja2": {"evaluate"},
     "lm_eval": {"tasks"},

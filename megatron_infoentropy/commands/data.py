@@ -4,7 +4,7 @@ import glob
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -81,6 +81,20 @@ def preprocess(
     shard: Annotated[
         str | None, typer.Option(help="i/n: do part i (from 0) of n; merge joins the parts")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="local, slurm or ray: make and merge --tasks shards as tasks of datatrove "
+            '(pip install "megatron-infoentropy[cluster]")'
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(help="with --executor: shards, at most one a file")
+    ] = None,
+    executor_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for datatrove's executor, such as time=12:00:00; repeatable"),
+    ] = None,
     overwrite: Overwrite = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="throw away what an unfinished run has done")
@@ -104,19 +118,35 @@ def preprocess(
             f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for "
             "all of them; to split them otherwise, stop this and name a key with --split-by"
         )
-    done = run(
-        inputs,
-        tokenizer,
-        output,
-        options=options,
-        workers=workers,
-        engine=engine,
-        max_errors=max_errors if on_error == "skip" else 0,
-        shard=None if shard is None else parse_shard(shard),
-        overwrite=overwrite,
-        restart=restart,
-    )
-    _print_domains(done)
+    asked: dict[str, Any] = {
+        "inputs": inputs,
+        "tokenizer": tokenizer,
+        "output": output,
+        "options": options,
+        "workers": workers,
+        "engine": engine,
+        "max_errors": max_errors if on_error == "skip" else 0,
+        "overwrite": overwrite,
+    }
+    if executor is None:
+        if tasks is not None or executor_option:
+            raise ValueError("--tasks and --executor-option need --executor local, slurm or ray")
+        _print_domains(
+            run(**asked, shard=None if shard is None else parse_shard(shard), restart=restart)
+        )
+        return
+    if shard is not None or restart or tasks is None:
+        raise ValueError(
+            "--executor needs --tasks N, the number of shards, and makes them all: give neither "
+            f"--shard nor --restart (to begin anew, remove {output}.shards)"
+        )
+    from megatron_infoentropy.data.executors import run_tasks
+
+    made = run_tasks(executor, tasks, executor_option or (), **asked)
+    if made is None:
+        out.print(f"queued: {output} appears when the last job has merged {output}.shards")
+    else:
+        _print_domains(made)
 
 
 def _matching(patterns: list[str]) -> list[Path]:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import fake_slurm
 import pytest
@@ -118,26 +117,3 @@ def test_what_ended_by_itself_is_not_requeued(job):
     (run / "end").touch()
     assert process.wait(timeout=300) == 3
     assert scontrol_words(run) == ""
-
-
-def test_the_example_of_preprocessing_requeues_itself_before_its_time_limit(tmp_path):
-    fake_slurm.install(tmp_path)
-    stub = tmp_path / "infoentropy"
-    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 300\n")
-    stub.chmod(0o755)
-    names = ("PILE", "TOKENIZER", "OUT", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
-    environment = dict.fromkeys(names, "1")
-    environment |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "47", "SLURM_ARRAY_JOB_ID": "46"}
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    example = Path(__file__).parents[2] / "examples" / "preprocess_pile.slurm"
-    assert "\n#SBATCH --signal=B:USR1@60\n" in example.read_text()
-    process = subprocess.Popen(
-        ["bash", example],
-        env={**os.environ, **environment, "PATH": path},
-        start_new_session=True,
-    )
-    wait_for(tmp_path / "started")
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=300) == 0
-    os.killpg(process.pid, signal.SIGKILL)  # Slurm would
-    assert (tmp_path / "scontrol.words").read_text() == "requeue 46_1\n"

@@ -1,0 +1,184 @@
+"""`preprocess --executor`: datatrove makes what one process makes, and only what is missing."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from golden import assert_same_files
+from process_tree import processes_of
+from text_files import line, write
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.data.preprocess import preprocess
+
+pytest.importorskip("datatrove", reason="the extra cluster is not installed")
+TASKS = ("--executor", "local", "--tasks", "2")
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tokenizer_folder: Path) -> tuple[str, ...]:
+    for number in range(2):
+        lines = [line(f"file {number} text {i} " * (i % 9), "AB"[i % 2]) for i in range(200)]
+        write(tmp_path / f"{number}.jsonl", lines)
+    words = ("--input", f"{tmp_path}/*.jsonl", "--tokenizer", tokenizer_folder)
+    return tuple(map(str, ("preprocess", *words, "--output", tmp_path / "out")))
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own: datatrove's pool is one of the things tried."""
+    command = [sys.executable, "-m", "megatron_infoentropy", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+
+def marks(tmp_path: Path) -> dict[str, int]:
+    """Task and when it was marked as complete."""
+    paths = (tmp_path / "out.shards").glob("tasks-*/shards/completions/*")
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
+    asked: tuple[str, ...], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "out.shards", tmp_path / "out"
+    folder.mkdir()
+    blocked = folder / "shard-00001-of-00002"
+    blocked.write_text("in the way")
+    failing = start(*asked, *TASKS, "--executor-option", "workers=1")
+    said = failing.communicate()[0]
+    assert failing.returncode == 1
+    assert re.search(r"infoentropy: shard 1/2: the output must be a folder, but .* is a file", said)
+    done = marks(tmp_path)
+    assert list(done) == ["00000"]
+
+    blocked.unlink()
+    killed = start(*asked, *TASKS, "--executor-option", "workers=2")
+    wait_until(lambda: list(folder.glob(".shard-00001*/*")))
+    all_of_it = processes_of(killed.pid)
+    killed.kill()
+    assert len(all_of_it) >= 5  # with datatrove's manager, its pool and what makes the shard
+    wait_until(lambda: not any(map(is_running, all_of_it)))
+    assert marks(tmp_path) == done
+    assert not output.exists()
+
+    again = start(*asked, *TASKS)
+    assert again.wait() == 0, again.stdout.read()
+    assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
+    whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
+    assert_same_files(output, whole.folder)
+    assert_same_files(whole.folder, output)
+
+    before = marks(tmp_path), output.stat().st_ctime_ns
+    assert CliRunner().invoke(app, [*asked, *TASKS]).exit_code == 0
+    assert (marks(tmp_path), output.stat().st_ctime_ns) == before
+
+
+SBATCH = """#!/bin/bash
+cd {folder}
+number=$(ls | grep -c words)
+echo "${{@:1:$#-1}}" > words.$number
+cp "${{@: -1}}" script.$number
+echo "Submitted batch job 10$number"
+"""
+
+
+def test_slurm_is_given_an_array_and_a_merge_that_depends_on_it(
+    asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = tmp_path / "slurm"
+    slurm.mkdir()
+    (slurm / "sbatch").write_text(SBATCH.format(folder=slurm))
+    (slurm / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
+    words = [*asked, "--workers", "3", "--executor", "slurm", "--tasks", "2"]
+    lacking = CliRunner().invoke(app, words)
+    assert "missing a required argument: 'time'" in str(lacking.exception)
+    chosen = ("time=2:00:00", "partition=cpu", 'sbatch_args={"account": "us"}', "workers=1")
+    words += [word for option in chosen for word in ("--executor-option", option)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert "queued" in done.stdout
+    array, merge = ((slurm / f"script.{number}").read_text() for number in (0, 2))
+    for line_of_it in (
+        *("--array=0-1%1", "--time=2:00:00", "--partition=cpu", "--cpus-per-task=4"),
+        *("--account=us", "--signal=USR1@60", "--requeue"),
+    ):
+        assert f"\n#SBATCH {line_of_it}\n" in array
+    assert f'\nexport PATH="{Path(sys.executable).parent}:$PATH"\n' in array
+    assert re.search(r"\nsrun .* launch_pickled_pipeline .*/shards/executor\.pik\n", array)
+    assert "\n#SBATCH --array=0-0%1\n" in merge
+    assert re.search(r"\nsrun .* launch_pickled_pipeline .*/merge/executor\.pik\n", merge)
+    assert "--dependency=afterok:100" in (slurm / "words.2").read_text()
+
+    marked = next((tmp_path / "out.shards").glob("tasks-*")) / "shards" / "completions"
+    marked.mkdir()
+    for number in range(2):
+        (marked / f"0000{number}").touch()
+    there = tmp_path / "out.shards" / "shard-00000-of-00002"
+    there.mkdir()
+    (there / "manifest.json").touch()
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (marked.parent / "ranks_to_run.json").read_text() == "[1]"  # its files are gone
+    (slurm / "sbatch").write_text("#!/bin/sh\nexit 7\n")
+    refused = CliRunner().invoke(app, words).exception
+    assert "sbatch refused a job, exit code 7" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (("--tasks", "2"), "need --executor local, slurm or ray"),
+        (("--executor", "local"), "needs --tasks N"),
+        ((*TASKS, "--shard", "0/2"), "give neither --shard nor --restart"),
+        ((*TASKS, "--restart"), "give neither --shard nor --restart"),
+        (("--executor", "cloud", "--tasks", "2"), "must be local, slurm or ray, got 'cloud'"),
+        (("--executor", "local", "--tasks", "3"), "1 to 2, the number of files; got 3"),
+        (("--executor", "local", "--tasks", "0"), "1 to 2, the number of files; got 0"),
+        ((*TASKS, "--executor-option", "time=1"), "'time'; --executor-option has .*workers"),
+        ((*TASKS, "--executor-option", "tasks=1"), "'tasks'"),
+        ((*TASKS, "--executor-option", "workers=two"), "workers=two should be of type .*int"),
+    ],
+)
+def test_mistakes_are_named(asked: tuple[str, ...], words: tuple[str, ...], cure: str) -> None:
+    refused = CliRunner().invoke(app, [*asked, *words])
+    assert isinstance(refused.exception, ValueError)
+    assert re.search(cure, str(refused.exception)), refused.exception
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "cure"),
+    [
+        ("local", "datatrove.executor", r"pip install 'megatron-infoentropy\[cluster\]'"),
+        ("ray", "ray", "pip install ray"),
+        ("slurm", "", "needs sbatch"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    asked: tuple[str, ...], kind: str, missing: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    refused = CliRunner().invoke(app, [*asked, "--executor", kind, "--tasks", "2"])
+    assert isinstance(refused.exception, RuntimeError)
+    assert re.search(cure, str(refused.exception)), refused.exception
