@@ -1,4 +1,7 @@
-"""The layers of a HybridModel without Transformer Engine; apart, since it imports Megatron's.
+"""The layers of a HybridModel without Transformer Engine.
+
+A module of its own, since a subclass has to import Megatron's stack: `compat`, which asks for it,
+is imported before Megatron is, and beside versions that have none.
 
 Megatron 0.19 has a local specification of GPTModel's layers and none of HybridModel's: whatever
 --transformer-impl says, its attention and MLP layers and its last norm are Transformer Engine's.
