@@ -282,3 +282,26 @@ def test_the_public_names_are_there_and_no_others_are_promised():
         assert getattr(megatron_infoentropy, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'loss_function'"):
         _ = megatron_infoentropy.loss_function
+
+
+def megatron_symbols():
+    """Lines "| `module` | `name`, ... |" of all that the package imports of Megatron."""
+    names = defaultdict(set)
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron."):
+                names[node.module].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("megatron.") for alias in node.names), path
+    return [
+        f"| `{module}` | {', '.join(f'`{name}`' for name in sorted(found))} |"
+        for module, found in sorted(names.items())
+    ]
+
+
+def test_the_docs_list_every_symbol_that_is_imported_from_megatron():
+    page = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    expected = megatron_symbols()
+    assert len(expected) > 20
+    listed = [line for line in page.splitlines() if line.startswith("| `megatron.")]
+    assert listed == expected, "docs/drop-in.md should have:\n" + "\n".join(expected)
