@@ -80,6 +80,7 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     assert len(all_of_it) >= 5  # with datatrove's manager, its pool and what makes the shard
     wait_until(lambda: not any(map(is_running, all_of_it)))
     assert marks(tmp_path) == done
+    assert not (folder / blocked.name).exists()  # as it would if it had been left to end
     assert not output.exists()
 
     again = start(*asked, *TASKS)
