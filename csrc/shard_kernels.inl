@@ -44,7 +44,7 @@ struct RowSums {
   Vec spread = {};      // sum of 2^t (-t)
   double distance = 0;  // sum of m - x over `columns`; only where it is asked for
   double columns = 0;
-  Vec squares = {};     // sum of 2^2t over the others; only where it is asked for
+  double squares = 0;   // sum of 2^2t over the others; only where it is asked for
 
   void raise_maximum_to(float m_new) {
     if (m != -kInfinity) {
@@ -52,14 +52,13 @@ struct RowSums {
       const float s = exp2_of(clamp_exponent(splat(t)))[0];
       if (s > 0) {
         tail[0] += tops;
-        squares[0] += tops;
+        squares = (squares + tops) * (static_cast<double>(s) * s);
         spread = (spread - t * tail) * s;
         tail *= s;
-        squares *= s * s;
       } else {  // t may be -inf here
         spread *= 0.0f;
         tail *= 0.0f;
-        squares *= 0.0f;
+        squares *= 0.0;
       }
       distance += columns * (static_cast<double>(m_new) - m);
     }
@@ -118,18 +117,19 @@ struct RowSums {
     distance += horizontal_sum(sum);
   }
 
-  // After `add` of the same columns; a padded logit of -inf adds nothing.
+  // Of columns that `add` has seen; a padded logit of -inf adds nothing. A function of its own, so
+  // that the loop of `add`, which always runs, keeps its registers.
   template <class T>
-  void add_squares(const T* z, std::int64_t count) {
-    if (m == -kInfinity) return;  // no mass yet
+  [[gnu::noinline]] static double squares_of(const T* z, std::int64_t count, float m,
+                                             Meaning meaning) {
+    if (m == -kInfinity) return 0;  // no mass yet
     Vec sum = {};
     const Origin<Meaning::kFused> origin(m);
     for (std::int64_t i = 0; i < count; i += kPair) {
       const Pair pair = load(z + i);
       sum += square_of(origin, meaning.of(pair.a)) + square_of(origin, meaning.of(pair.b));
     }
-    const float correction = static_cast<float>(origin.correction);
-    squares += sum * (correction * correction);
+    return horizontal_sum(sum) * (origin.correction * origin.correction);
   }
 
   template <class Origin>
@@ -226,7 +226,7 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
     if (!add_chunk(sums, from, count)) {
       return row_statistics<T, Scaled>(logits, columns, own, options, row);
     }
-    if (options.squares) sums.add_squares(from, count);
+    if (options.squares) sums.squares += sums.squares_of(from, count, sums.m, sums.meaning);
     if (options.distance && rest == 0) sums.add_distance(from, count);
     if (options.distance) {
       for (std::int64_t k = 0; k < rest; ++k) sums.add_distance_of_one(z + i + k);
@@ -239,7 +239,7 @@ static void row_statistics(const void* logits, std::int64_t columns, std::int64_
   row[2] = static_cast<float>(horizontal_sum(sums.spread) * kLn2);
   row[3] = own < 0 ? 0.0f : sums.meaning.of(splat(read_one(z + own)))[0];
   row[4] = sums.m == -kInfinity ? 0.0f : static_cast<float>(sums.distance);
-  row[5] = static_cast<float>(horizontal_sum(sums.squares) + (double(sums.tops) - 1.0));
+  row[5] = static_cast<float>(sums.squares + (double(sums.tops) - 1.0));
 }
 
 // dz = (2^t (scale + t slope + 2^t quadratic) + offset) s with s the softcap's slope. Terms that are 0

@@ -85,14 +85,16 @@ def test_the_output_layer_needs_the_predicted_memory():
     case = Case(tokens, vocabulary)
     rows = measure_output_layer(case, hidden=hidden, chunk_tokens=chunk, repeats=1)
     assert [row.provider.split(",")[0] for row in rows] == [
-        *("unfused", "fused statistics", "fused loss")
+        *("unfused", "fused statistics", "fused loss", "the same", "the same")
     ]
     gradients = (tokens + vocabulary) * hidden * 4
-    for row, rows_of_logits in zip(rows, (tokens, chunk, chunk), strict=True):
+    for row, rows_of_logits in zip(rows[:3], (tokens, chunk, chunk), strict=True):
         predicted = (rows_of_logits * vocabulary * 4 + gradients) / 2**20
         slack = 200 * tokens / 2**20  # statistics, coefficients and their temporaries
         assert predicted <= row.peak_mib <= predicted + slack, row.provider
         assert row.median_ms > 0
+    assert [row.provider[10:14] for row in rows[3:]] == ["50 %", "10 %"]
+    assert rows[4].peak_mib < rows[3].peak_mib < rows[2].peak_mib
 
 
 class CountingClock:

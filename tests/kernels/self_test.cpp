@@ -62,10 +62,10 @@ struct Meant {
 };
 
 Meant meant(double z, const Options& options) {
-  if (options.softcap == 0) return {z / options.temperature, 1};
+  if (options.softcap == 0) return {z * options.inverse_temperature, 1};
   if (z == -INFINITY) return {z, 0};
   const double tanh = std::tanh(z / options.softcap), cosh = std::cosh(z / options.softcap);
-  return {tanh * options.softcap / options.temperature, 1 / (cosh * cosh)};
+  return {tanh * options.softcap * options.inverse_temperature, 1 / (cosh * cosh)};
 }
 
 void test(long columns, int dtype, const Options& options, float masked_share) {
@@ -79,15 +79,15 @@ void test(long columns, int dtype, const Options& options, float masked_share) {
   }
   for (long i = 0; i < tokens; ++i) put(z, i * stride + columns - 1, dtype, 1.0f);
   const std::int64_t target[] = {columns - 1, -100, 0};
-  std::vector<float> statistics(5 * tokens), c(5 * tokens, 0.0f);
+  std::vector<float> statistics(6 * tokens), c(6 * tokens, 0.0f);
   const Logits logits{z.data(), static_cast<Dtype>(dtype), stride, tokens, columns};
   const Targets targets{target, 0, -100};
   shard_statistics(logits, targets, options, statistics.data(), 2);
 
-  const double bound = options.softcap != 0 ? options.softcap / options.temperature : 20;
+  const double bound = options.softcap != 0 ? options.softcap * options.inverse_temperature : 20;
   const double rounding = 2.4e-7 * bound;
   for (long i = 0; i < tokens; ++i) {
-    double m = -INFINITY, mass = 0, spread = 0, distance = 0;
+    double m = -INFINITY, mass = 0, spread = 0, distance = 0, squares = 0;
     const bool ignored = target[i] == -100;
     for (long k = 0; k < columns; ++k) {
       m = std::fmax(m, meant(element(z, i * stride + k, dtype), options).x);
@@ -97,22 +97,26 @@ void test(long columns, int dtype, const Options& options, float masked_share) {
       mass += std::exp(-d);
       spread += d == INFINITY ? 0 : d * std::exp(-d);
       distance += d;
+      squares += std::exp(-2 * d);
     }
     const double x_y =
         ignored ? 0 : meant(element(z, i * stride + target[i], dtype), options).x;
-    const double want[] = {m, mass - 1, spread, x_y, distance};
+    const double want[] = {m, mass - 1, spread, x_y, distance, squares - 1};
     const double atol[] = {rounding, mass * (2e-7 + 2 * rounding), mass * (1e-6 + 20 * rounding),
-                           rounding, columns * (2e-6 + 2 * rounding)};
-    const char* names[] = {"MAX", "TAIL", "SPREAD", "TARGET", "DISTANCE"};
-    for (int row = 0; row < (options.distance ? 5 : 4); ++row) {
-      expect_near(statistics[row * tokens + i], ignored ? 0 : want[row], atol[row], names[row],
-                  columns, dtype);
+                           rounding, columns * (2e-6 + 2 * rounding),
+                           squares * (4e-7 + 4 * rounding)};
+    const char* names[] = {"MAX", "TAIL", "SPREAD", "TARGET", "DISTANCE", "SQUARES"};
+    for (int row = 0, kind = 0; kind < 6; ++kind) {
+      if ((kind == 4 && !options.distance) || (kind == 5 && !options.squares)) continue;
+      expect_near(statistics[row++ * tokens + i], ignored ? 0 : want[kind], atol[kind],
+                  names[kind], columns, dtype);
     }
     c[i] = static_cast<float>(m);
     c[tokens + i] = 0.7f;
     c[2 * tokens + i] = columns % 2 ? 0.3f : 0.0f;
     c[3 * tokens + i] = -0.5f;
-    c[4 * tokens + i] = options.distance ? 0.1f : 0.0f;
+    if (options.distance) c[options.distance_row() * tokens + i] = 0.1f;
+    if (options.squares) c[options.squares_row() * tokens + i] = 0.2f;
   }
 
   shard_gradient(logits, targets, options, c.data(), out.data(), stride, stride, 2);
@@ -121,7 +125,8 @@ void test(long columns, int dtype, const Options& options, float masked_share) {
       const Meant x = meant(element(z, i * stride + k, dtype), options);
       const double d = x.x - c[i], e = std::exp(d);
       double want = (e * c[tokens + i] + (e == 0 ? 0 : e * d * c[2 * tokens + i]) +
-                     c[4 * tokens + i]) * x.slope;
+                     (options.squares ? e * e * 0.2f : 0) + (options.distance ? 0.1f : 0)) *
+                    x.slope;
       if (k == target[i]) want = -0.5 * x.slope;
       if (k >= columns || target[i] == -100) want = 0;
       const double ulp = dtype == 0 ? 0 : std::fabs(want) * (dtype == 1 ? 0x1p-8 : 0x1p-11) + 6e-8;
@@ -134,7 +139,11 @@ void test(long columns, int dtype, const Options& options, float masked_share) {
 }  // namespace
 
 int main() {
-  const Options every[] = {{}, {0, 1, true}, {0, 0.7f, false}, {30, 1, false}, {5, 0.5f, true}};
+  const Options every[] = {{},
+                           {0, 1, nullptr, true, false},
+                           {0, 1.4f, nullptr, false, true},
+                           {30, 1, nullptr, false, false},
+                           {5, 2, nullptr, true, true}};
   for (const std::string& name : instruction_sets()) {
     if (!use_instruction_set(name)) return 1;
     for (const Options& options : every) {

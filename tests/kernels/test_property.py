@@ -55,7 +55,7 @@ def cases(draw):
         scale=draw(st.sampled_from([0.0, 0.1, 3.0, 20.0])),
         shift=draw(st.sampled_from([0.0, -90.0, 300.0])),
         masked=masked,
-        options=Options(softcap, temperature, distance),
+        options=Options(softcap, temperature, distance, draw(st.booleans())),
         inplace=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -95,6 +95,9 @@ def truth_of(case, logits, target, upstream):
     results = [*dense_statistics(z, target)]
     if case.options.distance:
         results.append(uniform_cross_entropy(z).masked_fill(target == IGNORED, 0))
+    if case.options.squares:
+        squares = z.softmax(-1).square().sum(-1)
+        results.append(squares.masked_fill(target == IGNORED, 0))
     used = torch.stack(results).masked_fill(torch.stack(results) == torch.inf, 0)
     (used * upstream[: len(results)]).sum().backward()
     return results, leaf.grad
@@ -112,12 +115,13 @@ def truth_of(case, logits, target, upstream):
 def test_shards_of_any_kind_equal_dense_float64(backend, case):
     generator = torch.Generator().manual_seed(case.seed)
     logits, target = make_logits(case, generator)
-    upstream = torch.randn(4, case.tokens, generator=generator)
+    upstream = torch.randn(5, case.tokens, generator=generator)
     kernels = select(backend, torch.device("cpu"), case.dtype)
     shards = list(cut(case, logits))
 
     parts = [kernels.shard_statistics(x, target, shard, case.options) for x, shard in shards]
-    row = merge_shards(torch.stack(parts), [shard.columns for _, shard in shards])
+    columns = [shard.columns for _, shard in shards]
+    row = merge_shards(torch.stack(parts), columns, case.options)
     got, saved = token_results(row, target, case.vocabulary, IGNORED, case.options)
     expected, gradient = truth_of(case, logits, target, upstream)
     rounding = rounding_of(case, logits)
@@ -127,10 +131,14 @@ def test_shards_of_any_kind_equal_dense_float64(backend, case):
     assert_within(got.logsumexp, expected[2], atol=atol, rtol=2.4e-7)
     if case.options.distance:
         assert_within(got.uniform_cross_entropy, expected[3], atol=atol, rtol=1e-6)
+    if case.options.squares:
+        assert_within(got.sum_p_squared, expected[-1], atol=4e-7 + 20 * rounding)
 
     g = [upstream[0].masked_fill(got.cross_entropy == torch.inf, 0), upstream[1], upstream[2]]
-    g_uniform = upstream[3] if case.options.distance else None
-    coefficients_RN = coefficients(Upstream(*g, g_uniform), saved, case.vocabulary, case.options)
+    more = list(upstream[3:])
+    g += [more.pop(0) if case.options.distance else None]
+    g += [more.pop(0) if case.options.squares else None]
+    coefficients_RN = coefficients(Upstream(*g), saved, case.vocabulary, case.options)
     out = []
     for x, shard in shards:
         to = x if case.inplace else torch.full(x.shape, torch.nan, dtype=case.dtype)
@@ -141,7 +149,7 @@ def test_shards_of_any_kind_equal_dense_float64(backend, case):
 
 def rounding_of(case, logits):
     """What a cap and a temperature lose of a logit, which is rounded to fp32 after each."""
-    softcap, temperature, _ = case.options
+    softcap, temperature, *_ = case.options
     largest = float(logits[logits.isfinite()].abs().max())
     capped = min(softcap, largest) if softcap else largest
     scaled = capped * 1.2e-7 if temperature != 1 else 0.0
@@ -152,7 +160,7 @@ def assert_gradient(case, got, gradient, upstream, logits):
     assert torch.equal(got[:, case.vocabulary :], torch.zeros_like(got[:, case.vocabulary :]))
     # The entropy's slope p (ln p + H) is a difference: its error is relative to p |ln p|; and p is
     # as wrong as the logits are rounded.
-    softcap, temperature, _ = case.options
+    softcap, temperature, *_ = case.options
     p = meant(logits, softcap or None, temperature).softmax(-1)
     size = upstream.abs().sum(0).unsqueeze(-1).double() / temperature
     atol = size * (4e-7 * (1 + 20 * p) + 20 * rounding_of(case, logits) * p)
