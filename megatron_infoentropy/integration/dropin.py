@@ -234,11 +234,10 @@ class BoundLoss:
         group = tensor_group(module)
         check_sharding(logits.shape[-1], shard_columns(module), group)
         self._has_run = True
-        labels = as_ids(labels)
+        labels, mask = as_ids(labels), None
         if module.training and self._loss_mask is not None:
-            labels = labels.masked_fill(
-                self._loss_mask.reshape(labels.shape) == 0, self.ignore_index
-            )
+            mask = self._loss_mask.reshape(labels.shape)
+            labels = labels.masked_fill(mask == 0, self.ignore_index)
         target = labels.transpose(0, 1)
         statistics = configured_statistics(
             logits,
@@ -251,18 +250,22 @@ class BoundLoss:
         )
         if module.training:
             self.training_calls += 1
-            loss = self._weighted(statistics, target)
+            valid = target != self.ignore_index
+            shares = valid if mask is None else valid * mask.transpose(0, 1)
+            loss = self._weighted(statistics, target, shares)
         else:
             self.evaluation_calls += 1
             loss = statistics.cross_entropy
         return loss.transpose(0, 1).contiguous()
 
-    def _weighted(self, statistics: TokenStatistics, target: torch.Tensor) -> torch.Tensor:
-        """alpha w l of every token."""
+    def _weighted(
+        self, statistics: TokenStatistics, target: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """alpha w l of every token, alpha over the mask, by which the trainer multiplies it."""
         config = self.config
         tokens = token_batch(
             statistics,
-            (target != self.ignore_index),
+            mask,
             target=target,
             data_parallel_group=self.data_parallel_group,
         )

@@ -106,7 +106,8 @@ def test_pipeline_chunks_are_bound_together():
 
 def test_a_mask_that_forward_is_given_takes_part_in_training():
     logits, labels = make_case()
-    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)).round()
+    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) * 2 - 0.5
+    mask = mask.clamp(0, 1).double()  # of zeros, ones and fractions
     model = bound(InfoEntropyConfig(gamma=2.0))
     loss = model(logits, labels, loss_mask=mask)
     valid = mask * (labels != -100)
