@@ -264,7 +264,7 @@ exec bash -c "${{@: -1}}"
 @pytest.mark.parametrize(
     ("host", "why"),
     [
-        ("silent", "no answer to ssh in 1 s"),
+        ("silent", "no answer to ssh in 5 s"),
         ("refused", "ssh failed (exit code 255), its own words stand above"),
         ("bare", "there is no {run}/node.sh, or no right to read it"),
     ],
@@ -273,7 +273,8 @@ def test_a_host_that_cannot_take_part_is_named_before_anything_starts(run, host,
     make_hosts(run, ODD_SSH.format(), "a", host)
     text = (run / "hosts.sh").read_text()
     assert "answer_s=60" in text
-    program(run / "hosts.sh", text.replace("answer_s=60", "answer_s=1"))
+    if host == "silent":  # the others have all the time that a busy machine takes
+        program(run / "hosts.sh", text.replace("answer_s=60", "answer_s=5"))
     program(run / "node.sh", f"touch {run}/started\n")
     training = started("hosts.sh", run)
     said, _ = training.communicate(timeout=300)
