@@ -41,7 +41,7 @@ int use(std::int64_t tokens, std::int64_t columns, std::int64_t padding, int dty
   fill(z.get(), count, dtype, static_cast<unsigned>(columns));
   const auto target = exactly<std::int64_t>(tokens);
   for (std::int64_t i = 0; i < tokens; ++i) target[i] = i % 3 == 1 ? -100 : i % (2 * columns);
-  const int rows = options.distance ? 5 : 4;
+  const int rows = options.rows();
   const auto one = exactly<float>(rows * tokens), many = exactly<float>(rows * tokens);
   const Logits logits{z.get(), static_cast<Dtype>(dtype), stride, tokens, columns};
   const Targets targets{target.get(), 0, -100};
@@ -63,7 +63,11 @@ int use(std::int64_t tokens, std::int64_t columns, std::int64_t padding, int dty
 
 int main() {
   int differences = 0;
-  const Options every[] = {{}, {0, 1, true}, {30, 0.7f, false}, {5, 0.5f, true}};
+  const Options every[] = {{},
+                           {0, 1, nullptr, true, false},
+                           {0, 1, nullptr, false, true},
+                           {30, 1.4f, nullptr, false, false},
+                           {5, 2, nullptr, true, true}};
   for (const std::string& name : instruction_sets()) {
     if (!use_instruction_set(name)) return 1;
     for (const Options& options : every) {

@@ -24,7 +24,8 @@ OPTIONS = [
     Options(),
     Options(temperature=0.7),
     Options(distance=True),
-    Options(softcap=8.0, temperature=1.3, distance=True),
+    Options(squares=True),
+    Options(softcap=8.0, temperature=1.3, distance=True, squares=True),
 ]
 
 
@@ -92,8 +93,8 @@ def check(kernels: Kernels, case: Case, dtype: torch.dtype, options: Options) ->
             kernels.shard_gradient(source, target, shard, options, coefficients, out)
             close(out, truth, 2 * ROUNDING[dtype], 10 * slack)
     columns_of = [shard.columns for _, shard in shards_of(case)[1:]]
-    folded = merge_shards(torch.stack(found[1:]), columns_of)
-    alone = merge_shards(torch.stack(found[:1]), [sum(columns_of)])
+    folded = merge_shards(torch.stack(found[1:]), columns_of, options)
+    alone = merge_shards(torch.stack(found[:1]), [sum(columns_of)], options)
     kept = target != -100  # the statistics of others are 0 on every shard, which folds to no 0
     for part, whole in zip(folded, alone, strict=True):
         if part is not None:
