@@ -104,8 +104,8 @@ tests() { # tests SECONDS ARGUMENTS...: those whose outcome is not known yet
 }
 
 kernels() { # ten processes, since compiling is what takes time
-  local calls=("--backend cuda" --backend\ triton\ --setting\ {0..8})
-  [ $dry = 0 ] || calls=(--backend\ native\ --setting\ {1,8})
+  local calls=("--backend cuda" --backend\ triton\ --setting\ {0..10})
+  [ $dry = 0 ] || calls=(--backend\ native\ --setting\ {1,10})
   # shellcheck disable=SC2016  # the inner shell expands them
   step kernels 120 bash -c 'printf "%s\n" "${@:2}" | xargs -P 10 -L 1 "$1" tests/kernels/sanitized_calls.py' \
     - "$python" "${calls[@]}"
@@ -150,7 +150,7 @@ print(torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 139
 
 sanitizer() {
   if [ $dry = 1 ]; then
-    step sanitizer 60 "$python" tests/kernels/sanitized_calls.py --backend native --setting 8
+    step sanitizer 60 "$python" tests/kernels/sanitized_calls.py --backend native --setting 10
   else
     tests 200 tests/gpu/test_sanitizer.py
   fi
