@@ -1,8 +1,8 @@
 // Numbers and memory of one GPU thread: storage types, 16 bytes at a time, 2^t and tanh.
 //
 // This file, cuda_statistics.h and cuda_gradient.h compile twice: for the GPU, and as plain C++ so
-// that tests/kernels/emulate_cuda.cpp can walk all threads of a block on a machine without a GPU. Only what is
-// inside `#ifdef __CUDACC__` differs between the two.
+// that tests/kernels/emulate_cuda.cpp can walk all threads of a block on a machine without a GPU.
+// Only what is inside `#ifdef __CUDACC__` differs between the two.
 #pragma once
 
 #include <cmath>
