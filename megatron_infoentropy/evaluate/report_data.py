@@ -159,12 +159,11 @@ def _finite(value: object) -> object:
 def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
     """Return a sentence for every setting whose weights are not at hand."""
     losses = {group.label: final_loss(group.runs[0]) for group in groups}
-    custom = "as that takes its code: name it with --weighting"
-    comparing = "as they depend on the other tokens of a micro-batch"
+    reasons = {label: why_not_drawn(loss, weightings) for label, loss in losses.items()}
     return [
-        f"The weights of {label} are not drawn, {custom if loss.weighting else comparing}."
-        for label, loss in losses.items()
-        if not may_draw(loss, weightings)
+        f"The weights of {label} are not drawn, {reason}."
+        for label, reason in reasons.items()
+        if reason
     ]
 
 
@@ -299,7 +298,7 @@ def weight_curves(runs: list[Run], weightings: Collection[str] = ()) -> dict[str
     used: dict[InfoEntropyConfig, int] = {}
     for place, run in enumerate(runs):
         loss = final_loss(run)
-        if loss.is_weighted and may_draw(loss, weightings):
+        if loss.is_weighted and not why_not_drawn(loss, weightings):
             used.setdefault(_weight_alone(loss), place)
     drawn = [loss for loss in used if loss.objective == "infoentropy"] or [InfoEntropyConfig()]
     sigma = min(drawn, key=_order).sigma
@@ -327,7 +326,7 @@ def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dic
         that may not be called.
     """
     loss = final_loss(run)
-    if run.evaluation is None or not loss.is_weighted or not may_draw(loss, weightings):
+    if run.evaluation is None or not loss.is_weighted or why_not_drawn(loss, weightings):
         return None
     passage = run.evaluation.summary["passage"]
     weight = weigh(loss, passage["ce"], passage["entropy"])
@@ -352,11 +351,17 @@ def final_loss(run: Run) -> InfoEntropyConfig:
     return run.loss.at(steps * int(run.info["global_batch_size"])).effective()
 
 
-def may_draw(loss: InfoEntropyConfig, weightings: Collection[str]) -> bool:
-    """Say whether weights can be had without code that a file names and the user does not."""
-    if loss.objective in ("eslm", "entrodrop"):
-        return False  # those compare the tokens of a micro-batch, which is not at hand
-    return loss.objective != "custom" or loss.weighting in weightings
+def why_not_drawn(loss: InfoEntropyConfig, weightings: Collection[str]) -> str:
+    """Return why an evaluation, with its cross entropies and entropies, gives no weights, or ""."""
+    if loss.needs_sum_p_squared:
+        return "as they depend on the sum of squared probabilities, which no evaluation keeps"
+    if loss.objective == "custom":
+        return (
+            ""
+            if loss.weighting in weightings
+            else "as that takes its code: name it with --weighting"
+        )
+    return "as they depend on the other tokens of a micro-batch" if loss.compares_tokens else ""
 
 
 def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]:

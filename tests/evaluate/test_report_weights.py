@@ -71,10 +71,18 @@ def test_a_gamma_that_is_0_at_the_end_weighs_nothing(write):
     assert [curve["run"] for curve in data["weights"]["curves"]] == [None] * 3
 
 
-def test_weights_that_depend_on_a_micro_batch_are_not_drawn_which_the_page_says(write):
-    data = report_data([load_run(write({"objective": "eslm"}))])
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        ("eslm", "other tokens of a micro-batch"),
+        ("entrodrop", "other tokens of a micro-batch"),
+        ("deft", "sum of squared probabilities"),
+    ],
+)
+def test_weights_that_an_evaluation_does_not_give_are_not_drawn(write, objective, reason):
+    data = report_data([load_run(write({"objective": objective}))])
     assert data["passages"] == []
-    assert "other tokens of a micro-batch" in data["verdict"]["limits"][-1]
+    assert reason in data["verdict"]["limits"][-1]
 
 
 def test_a_run_folder_alone_makes_no_code_run(write, monkeypatch, tmp_path):

@@ -10,8 +10,9 @@ from oracle import dense_statistics
 
 from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.integration import step
-from megatron_infoentropy.integration.output import statistics_processor
+from megatron_infoentropy.integration.output import pack, statistics_processor, unpack
 from megatron_infoentropy.integration.step import Groups, InfoEntropyForwardStep, training_loss
+from megatron_infoentropy.loss.objective import configured_statistics
 
 B, S, V = 2, 6, 30
 
@@ -122,6 +123,19 @@ def test_validation_is_plain_cross_entropy_whatever_the_objective(forward_step):
     assert_within(loss, expected, rtol=1e-6)
     assert count == batch["loss_mask"].sum()
     assert_within(report["cross entropy"], torch.stack([expected, count]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("objective", ["infoentropy", "deft"])
+def test_every_statistic_comes_out_of_the_pipeline_as_it_went_in(objective, label_smoothing):
+    logits = torch.randn(B, S, V, generator=torch.Generator().manual_seed(2))
+    config = InfoEntropyConfig(objective=objective, label_smoothing=label_smoothing)
+    asked = {"group": None, "vocab_size": None, "ignore_index": -100}
+    statistics = configured_statistics(logits, make_batch()["labels"], config, **asked)
+    for name, part in unpack(pack(statistics), config)._asdict().items():
+        expected = getattr(statistics, name)
+        assert (part is None) == (expected is None), name
+        assert part is None or torch.equal(part, expected.float()), name
 
 
 def inverse_entropy(tokens):
