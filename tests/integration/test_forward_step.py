@@ -167,7 +167,7 @@ def test_a_mask_of_fractions_is_divided_by_its_own_sum(
     forward_step, monkeypatch, normalization, per_token
 ):
     """Megatron divides by a whole number of tokens, at once or over the whole batch."""
-    mask = torch.linspace(0, 1, B * S).view(B, S)
+    mask = torch.linspace(0, 1, B * S).view(B, S) ** 2  # whose sum is no whole number
     monkeypatch.setattr(step, "get_batch", lambda *_, **__: make_batch() | {"loss_mask": mask})
     step.get_args().calculate_per_token_loss = per_token or normalization == "global"
     model, batch_weight = Model(), step.GlobalBatchWeight()
