@@ -44,7 +44,7 @@ LONGEST = 4096
 
 @dataclass(frozen=True)
 class Verification:
-    """What both models make of the same tokens; `passed` is the verdict."""
+    """The outputs of both models for the same tokens; `passed` is the verdict."""
 
     tokens: int
     max_difference: float  # largest |logit - logit|

@@ -72,7 +72,7 @@ class TokenizerFacts:
 
 @dataclass
 class DomainFacts:
-    """What one domain has: `bytes` of UTF-8 text became `tokens` ids, end-of-document ids included.
+    """The sizes of one domain: `bytes` of UTF-8 text became `tokens` ids, end-of-document ids included.
 
     `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
     document and were skipped. The checksums are SHA-256, "" where an older version wrote none.
@@ -90,7 +90,7 @@ class DomainFacts:
 
 @dataclass
 class InputFacts:
-    """What the lines of one input file were: documents, rejected, or blank (at the file's end).
+    """The counts of one input file's lines: documents, rejected, or blank (at the file's end).
 
     `sha256` is that of its bytes, `samples` that of some of them (`preprocess.input_of`); both are
     "" where an older version recorded none.

@@ -1,4 +1,4 @@
-"""What this machine offers to training, and what to do about what is missing.
+"""Tell what this machine offers to training, and what to do about what is missing.
 
 Nothing here imports what it only looks for: a package that merely has the right name must not run.
 """
