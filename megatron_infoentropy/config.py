@@ -229,7 +229,7 @@ class InfoEntropyConfig:
                 self._check_range_of_weights(name, gamma)
 
     def _check_range_of_weights(self, name: str, gamma: float) -> None:
-        """Refuse weights (sigma + H)^gamma beyond fp32; eaft's are smaller, and may be tiny at H = 0."""
+        """Refuse weights (sigma + H)^gamma beyond fp32; eaft's are smaller, and tiny at H = 0."""
         if gamma < 0 and self.sigma == 0:
             raise ValueError(
                 f"{name}={gamma} with sigma=0 gives confident tokens (entropy 0) an infinite "
