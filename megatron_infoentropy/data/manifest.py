@@ -72,7 +72,7 @@ class TokenizerFacts:
 
 @dataclass
 class DomainFacts:
-    """The sizes of one domain: `bytes` of UTF-8 text and `tokens` ids, end-of-document ids included.
+    """The sizes of one domain: `bytes` of UTF-8 text, and `tokens` ids with the ends of documents.
 
     `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
     document and were skipped. The checksums are SHA-256, "" where an older version wrote none.
