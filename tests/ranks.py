@@ -11,8 +11,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 TIMEOUT_S = 120
 _pools: dict[int, "_Pool"] = {}
+
+
+def open_store() -> tuple[TCPStore, dict[str, str]]:
+    """A store to rendezvous in, open while it is kept, and the environment that leads ranks to it.
+
+    As under torchrun, rank 0 opens none itself: a port that was free when somebody looked may be
+    taken by the time it tries.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return store, environment | torchrun
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:

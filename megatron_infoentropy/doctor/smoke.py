@@ -90,14 +90,16 @@ class Collective(NamedTuple):
 
 def start_ranks(words: Sequence[str], ranks: int) -> int:
     """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    # Open while the ranks run: a free port that is only looked up can be gone when rank 0 asks.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": store.port}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "megatron_infoentropy", "doctor", *words],
             env={"OMP_NUM_THREADS": "1", **os.environ, "MASTER_ADDR": "localhost"}
+            | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
             | {name: str(value) for name, value in world.items()}
             | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )

@@ -1,13 +1,13 @@
 """An evaluation that is interrupted goes on; several processes give the same bits as one."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import open_store
 from tiny_llama import score
 from typer.testing import CliRunner
 
@@ -113,10 +113,8 @@ def test_a_damaged_part_is_scored_again(model, dataset, interrupted):
 
 def test_two_processes_give_the_same_bits_as_one(model, dataset, tmp_path, monkeypatch):
     """As torchrun starts them, but that the first of them is this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    store, rendezvous = open_store()
+    ranks = {"WORLD_SIZE": "2", **rendezvous}
     words = ["evaluate", model, "--data", dataset, "--token-counts", dataset / "token_counts.npy"]
     words += ["--output", tmp_path / "two", "--batch-tokens", "2", "--device", "cpu"]
     other = subprocess.Popen(
@@ -132,6 +130,7 @@ def test_two_processes_give_the_same_bits_as_one(model, dataset, tmp_path, monke
         assert other.communicate(timeout=60)[0] == "", "only one of them speaks"
     finally:
         other.kill()
+        del store
     assert (done.exit_code, other.returncode) == (0, 0)
     assert "separate windows of 16 tokens" in done.output
     monkeypatch.delenv("WORLD_SIZE")

@@ -15,8 +15,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
-from launch import TINY_MODEL, _free_port, _rank, _server, _start_server
+from launch import TINY_MODEL, _rank, _server, _start_server
 from plain_run import main
+from ranks import open_store
 
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
@@ -49,12 +50,12 @@ class Training:
         for log in self.logs:
             log.unlink(missing_ok=True)
         words = [*CPU_FLAGS, *FLAGS, f"--save={save}", f"--load={save}", *(flags or [])]
-        port = str(_free_port())
+        self.store, rendezvous = open_store()
         self.ranks: list[multiprocessing.Process] = []
         for rank, log in enumerate(self.logs):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
             environment = {k: str(v) for k, v in place.items()}
-            environment |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"LOCAL_WORLD_SIZE": str(RANKS), **rendezvous}
             process = _server.Process(target=_rank, args=(entry, (), words, environment, log))
             process.start()
             self.ranks.append(process)

@@ -7,7 +7,6 @@ training these models one or two. (A user's own way, torchrun, is what tests/end
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import open_store
 
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
 
@@ -49,7 +49,7 @@ def run_trainer(
 ) -> str:
     """Call main(*arguments) on every rank with `flags` as its command line; rank 0's output."""
     _start_server()
-    port = _free_port()
+    store, rendezvous = open_store()
     processes = []
     for rank in range(ranks):
         environment = {
@@ -57,8 +57,7 @@ def run_trainer(
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            **rendezvous,
         }
         log = folder / f"rank{rank}.log"
         words = [*CPU_FLAGS, *flags]
@@ -73,6 +72,7 @@ def run_trainer(
     finally:
         for process in processes:
             _end_group(process)
+        del store
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if failed:
         log = (folder / f"rank{failed[0]}.log").read_text()
@@ -124,9 +124,3 @@ def _rank(main, arguments, words, environment, log):
             os._exit(1)
         file.flush()
         os._exit(0)  # the ranks' process groups need no orderly end
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

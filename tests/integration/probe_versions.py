@@ -6,7 +6,6 @@ to FOLDER/<tensor ranks>-<rank>.pt, at two tensor-parallel ranks and then at one
 
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -181,21 +180,17 @@ def compare(model, arguments, name):
     return type(model).__name__, float(plain), float(objective - truth), worst
 
 
-def run_rank(rank, port, folder):
+def run_rank(rank, folder):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     main(folder)
     os._exit(0)  # process groups need no orderly end
 
 
 if __name__ == "__main__":
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    arguments = (free_port, Path(sys.argv[1]))
-    ranks = [fork.Process(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
+    folder = Path(sys.argv[1])
+    ranks = [fork.Process(target=run_rank, args=(rank, folder)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
