@@ -6,6 +6,7 @@ This module imports nothing but the standard library, so that argument parsing s
 import dataclasses
 import math
 import numbers
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -49,6 +50,7 @@ MEANS = ("backend", "collective", "fused_linear", "chunk_tokens", "skip_masked")
 COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature")
 # Those of them that are a part of the model: no Hugging Face class has them, so no export.
 OF_THE_MODEL = ("softcap", "temperature")
+NO_EXPORT = "infoentropy-no-export"  # the flag of a training whose model need not be exported
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,24 @@ class InfoEntropyConfig:
     def compares_tokens(self) -> bool:
         """Whether a token's weight depends on other tokens, so that all must be known first."""
         return self.is_weighted and self.objective in COMPARING
+
+    def require_export(self, flags: Collection[str]) -> None:
+        """Refuse, before a training, a model that could not be exported afterwards.
+
+        flags: those that the training is given, without dashes; `NO_EXPORT` among them permits it.
+
+        Raises:
+            ValueError: a setting that no Hugging Face class has.
+        """
+        for name in OF_THE_MODEL:
+            value = getattr(self, name)
+            if value != getattr(InfoEntropyConfig, name) and NO_EXPORT not in flags:
+                raise ValueError(
+                    f"--infoentropy-{name} {value:g} becomes a part of the model, and no Hugging "
+                    "Face class has it: the model could be trained further here, but never be "
+                    f"exported or evaluated; leave it out, or give --{NO_EXPORT} too if it need "
+                    "not be"
+                )
 
     def require_constant_gamma(self) -> None:
         """For functions that see no training samples go by.

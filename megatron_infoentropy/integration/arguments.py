@@ -11,7 +11,7 @@ import math
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_infoentropy.config import MEANS, InfoEntropyConfig
+from megatron_infoentropy.config import MEANS, NO_EXPORT, InfoEntropyConfig
 from megatron_infoentropy.integration.checkpoints import add_checkpoint_flags
 from megatron_infoentropy.loss.weighting import check_weighting
 from megatron_infoentropy.runtime.device import find_device
@@ -103,6 +103,12 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="draw every matrix from N(0, init-method-std), also the two that end a layer's "
         "blocks, whose deviation Megatron divides by sqrt(2 layers)",
     )
+    group.add_argument(
+        f"--{NO_EXPORT}",
+        action="store_true",
+        help="train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
+        "with a softcap or a temperature, which is refused otherwise",
+    )
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser
 
@@ -145,6 +151,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             f"--num-distributed-optimizer-instances {instances} must divide the "
             f"{args.data_parallel_size} data-parallel ranks"
         )
+    config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
     _check_histogram_interval(args)
     # --hybrid-override-pattern is turned into this one.
     if getattr(args, "hybrid_layer_pattern", None) is not None:

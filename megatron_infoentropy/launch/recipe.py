@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from megatron_infoentropy.config import MEANS, OF_THE_MODEL, InfoEntropyConfig
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.evaluate.runs import FIRST_FIELDS
 from megatron_infoentropy.launch.limits import require_possible
 from megatron_infoentropy.runtime.device import Device
@@ -220,7 +220,9 @@ def read_facts(words: list[str]) -> dict[str, Any]:
     """
     given = given_flags(words)
     require_possible(given)
-    loss = {n: v for n, v in asdict(read_loss(words)).items() if n not in MEANS}
+    objective = read_loss(words)
+    objective.require_export(given)
+    loss = {n: v for n, v in asdict(objective).items() if n not in MEANS}
     numbers = {
         "seed": "seed",
         "tensor_parallel": "tensor-model-parallel-size",
@@ -264,18 +266,12 @@ def warnings(words: list[str]) -> list[str]:
     """Return sentences about what can be meant, and hardly ever is."""
     loss = read_loss(words)
     lowest = min(loss.gamma, loss.gamma_end if loss.gamma_schedule != "constant" else loss.gamma)
-    said = [
-        f"WARNING: the {name} {value:g} becomes a part of the model, and no Hugging Face class has "
-        "it: the model can be trained further here, but not exported or evaluated"
-        for name in OF_THE_MODEL
-        if (value := getattr(loss, name)) != getattr(InfoEntropyConfig, name)
+    if not loss.is_weighted or lowest >= 0:
+        return []
+    return [
+        f"WARNING: gamma {lowest:g} is negative: tokens of high entropy weigh less, which is "
+        "the opposite of the published loss"
     ]
-    if loss.is_weighted and lowest < 0:
-        said.append(
-            f"WARNING: gamma {lowest:g} is negative: tokens of high entropy weigh less, which is "
-            "the opposite of the published loss"
-        )
-    return said
 
 
 def useful_ranks(facts: dict[str, Any], devices: int) -> int:

@@ -23,6 +23,7 @@ from megatron_infoentropy.integration.arguments import (
     other_objective,
     require_per_token_loss,
 )
+from megatron_infoentropy.launch.recipe import read_facts
 
 
 def parse(*words):
@@ -137,6 +138,19 @@ def test_hybrid_patterns_of_attention_and_mlp_are_taken():
     given = hybrid("M*E-", spec=["package.module", "stack"])  # layers of one's own
     with mock.patch.object(arguments, "find_spec"):
         check_megatron_args(megatron_args(**given), InfoEntropyConfig())
+
+
+@pytest.mark.parametrize(("setting", "value"), [("softcap", 30.0), ("temperature", 2.0)])
+def test_a_model_that_cannot_be_exported_is_refused_unless_it_need_not_be(setting, value):
+    config, words = InfoEntropyConfig(**{setting: value}), [f"--infoentropy-{setting}", str(value)]
+    message = f"--infoentropy-{setting} {value:g} becomes .* give --infoentropy-no-export too"
+    with pytest.raises(ValueError, match=message):
+        check_megatron_args(megatron_args(infoentropy_no_export=False), config)
+    with pytest.raises(ValueError, match=message):
+        read_facts(words)
+    words.append("--infoentropy-no-export")
+    check_megatron_args(megatron_args(**vars(parse(*words))), config)
+    read_facts(words)
 
 
 def test_a_histogram_interval_without_a_log_line_is_refused():

@@ -173,8 +173,6 @@ def test_facts_of_an_earlier_version_or_none_are_no_reason_to_refuse(run):
         ({"infoentropy-gamma": -1}, "gamma -1 is negative"),
         ({"infoentropy-gamma": 1}, ""),
         ({"infoentropy-gamma": -1, "infoentropy-objective": "cross_entropy"}, ""),
-        ({"infoentropy-softcap": 30}, "the softcap 30 .* not exported"),
-        ({"infoentropy-temperature": 2}, "the temperature 2 .* not exported"),
         (
             {
                 "infoentropy-gamma-schedule": "linear",
