@@ -26,7 +26,9 @@ class _Copies:
     def __init__(self) -> None:
         self._found: dict[int, torch.Tensor] = {}
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def of[Given: (torch.Tensor, None)](self, tensor: Given) -> Given:
+        if tensor is None:
+            return None
         address = tensor.untyped_storage().data_ptr()
         if address not in self._found:
             self._found[address] = bytes_of(tensor).to(DEVICE, copy=True)
@@ -39,10 +41,15 @@ def through_gpu(kernels: Kernels) -> Kernels:
     """The same two functions for CPU tensors."""
 
     def shard_statistics(
-        logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, options: Options
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        shard: Shard,
+        options: Options,
+        inverse_temperature_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         there = _Copies().of
-        return kernels.shard_statistics(there(logits_NV), there(target_N), shard, options).cpu()
+        arguments = (there(logits_NV), there(target_N), shard, options)
+        return kernels.shard_statistics(*arguments, there(inverse_temperature_N)).cpu()
 
     def shard_gradient(
         logits_NV: torch.Tensor,
@@ -51,11 +58,12 @@ def through_gpu(kernels: Kernels) -> Kernels:
         options: Options,
         coefficients_RN: torch.Tensor,
         out_NV: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None = None,
     ) -> None:
         there = _Copies().of
         arguments = (there(logits_NV), there(target_N), shard, options, there(coefficients_RN))
         out = there(out_NV)
-        kernels.shard_gradient(*arguments, out)
+        kernels.shard_gradient(*arguments, out, there(inverse_temperature_N))
         bytes_of(out_NV).copy_(bytes_of(out))
 
     return Kernels(kernels.name, shard_statistics, shard_gradient)

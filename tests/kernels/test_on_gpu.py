@@ -8,7 +8,8 @@ import pytest
 import sanitized_calls
 import torch
 
-from megatron_infoentropy.kernels import native
+from megatron_infoentropy import vocab_parallel_statistics
+from megatron_infoentropy.kernels import dispatch, native
 from megatron_infoentropy.kernels.contract import PLAIN, Options, Shard
 
 
@@ -19,7 +20,7 @@ def seen(monkeypatch):
     found = []
 
     def gradient(*arguments):
-        found.append((arguments[0], arguments[-1]))
+        found.append((arguments[0], arguments[5]))
         native.shard_gradient(*arguments)
 
     kernels = on_gpu.Kernels("native", native.shard_statistics, gradient)
@@ -45,6 +46,18 @@ def test_layouts_go_along_and_results_come_back(seen, in_place):
     assert (there.stride(), there.storage_offset()) == ((20, 1), 3)
 
 
+def test_the_loss_calls_them_as_it_calls_any(seen, monkeypatch):
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    options = {"temperature": torch.linspace(0.5, 2, 4), "backend": "native"}
+    found = []
+    for kernels in (native.KERNELS, seen[0]):
+        monkeypatch.setitem(dispatch.BACKENDS, "native", (kernels, native.why_unavailable))
+        got = vocab_parallel_statistics(logits, torch.tensor([0, -100, 5, 8]), **options)
+        found.append([*got[:3], *torch.autograd.grad(got.cross_entropy.sum(), logits)])
+    assert all(map(torch.equal, *found))
+    assert seen[1], "the kernels on the copies were not called"
+
+
 def test_the_sanitized_calls_are_right_for_any_kernels():
     for case in sanitized_calls.CASES:
         sanitized_calls.check(native.KERNELS, case, torch.bfloat16, sanitized_calls.OPTIONS[-1])
@@ -53,7 +66,7 @@ def test_the_sanitized_calls_are_right_for_any_kernels():
 def test_the_sanitized_calls_see_a_wrong_gradient():
     def wrong(*arguments):
         native.shard_gradient(*arguments)
-        arguments[-1][0, -1] += 1
+        arguments[5][0, -1] += 1
 
     kernels = on_gpu.Kernels("wrong", native.shard_statistics, wrong)
     with pytest.raises(AssertionError):
