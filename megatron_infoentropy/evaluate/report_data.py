@@ -356,16 +356,36 @@ def why_not_drawn(loss: InfoEntropyConfig, weightings: Collection[str]) -> str:
     if loss.needs_sum_p_squared:
         return "as they depend on the sum of squared probabilities, which no evaluation keeps"
     if loss.objective == "custom":
-        return (
-            ""
-            if loss.weighting in weightings
-            else "as that takes its code: name it with --weighting"
-        )
+        if loss.weighting not in weightings:
+            return "as that takes its code: name it with --weighting"
+        return _why_more_is_needed(loss)
     return "as they depend on the other tokens of a micro-batch" if loss.compares_tokens else ""
 
 
-def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]:
-    """Return the weights that a training gives to such tokens, before normalisation."""
+def _why_more_is_needed(loss: InfoEntropyConfig) -> str:
+    """Return why a weighting of one's own cannot go by cross entropy and entropy alone, or ""."""
+    why = (
+        "as they depend on more than cross entropy and entropy, which is all that an evaluation "
+        "keeps of a token"
+    )
+    tokens = [0.0, 1.0, 9.0, 11.0], [0.0, 2.0, 0.1, 11.0]
+    try:
+        weights = weigh(loss, *tokens)
+        others = weigh(loss, *tokens, is_top=True, samples=10**12)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the user's code makes of a target that is None
+        return f"{why} ({type(error).__name__}: {error})"
+    return "" if np.array_equal(weights, others) else why  # NaN equals nothing
+
+
+def weigh(
+    loss: InfoEntropyConfig, ce: Any, entropy: Any, *, is_top: bool = False, samples: int = 0
+) -> NDArray[np.float64]:
+    """Return the weights that a training gives to such tokens, before normalisation.
+
+    Those of a weighting that needs the log-sum-exp, which no evaluation keeps, are NaN.
+    """
     import torch
 
     from megatron_infoentropy.loss.statistics import TokenStatistics
@@ -373,10 +393,11 @@ def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]
     from megatron_infoentropy.loss.weighting import token_weight
 
     known = [torch.tensor(np.maximum(each, 0.0), dtype=torch.float64) for each in (ce, entropy)]
-    unused = torch.zeros_like(known[0])  # by any weight
-    statistics = TokenStatistics(known[0], known[1], unused, unused.bool())
+    unknown = torch.full_like(known[0], torch.nan)
+    top = torch.full_like(unknown, is_top, dtype=torch.bool)
+    tokens = token_batch(TokenStatistics(known[0], known[1], unknown, top), samples=samples)
     with torch.no_grad():
-        weight = token_weight(token_batch(statistics), replace(loss, detach_weight=True))
+        weight = token_weight(tokens, replace(loss, detach_weight=True))
     return np.asarray(weight.numpy(), dtype=np.float64)
 
 

@@ -85,6 +85,27 @@ def test_weights_that_an_evaluation_does_not_give_are_not_drawn(write, objective
     assert reason in data["verdict"]["limits"][-1]
 
 
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda tokens: tokens.target % 2 + 1,
+        lambda tokens: tokens.cross_entropy * tokens.token_input,
+        lambda tokens: tokens.logsumexp.abs(),
+        lambda tokens: 1 + tokens.is_top.double(),
+        lambda tokens: tokens.entropy + min(tokens.samples / 1000, 1),
+        lambda tokens: 1 + tokens.uniform(),
+    ],
+    ids=["target", "token_input", "logsumexp", "is_top", "samples", "uniform"],
+)
+def test_a_weighting_of_what_no_evaluation_keeps_is_not_drawn(write, weigh):
+    run = load_run(write({"objective": "custom", "weighting": "own:weigh"}))
+    sys.modules["own"].weigh = weigh
+    data = report_data([run], weightings=["own:weigh"])
+    assert data["passages"] == []
+    assert all(curve["run"] is None for curve in data["weights"]["curves"])
+    assert "depend on more than cross entropy and entropy" in data["verdict"]["limits"][-1]
+
+
 def test_a_run_folder_alone_makes_no_code_run(write, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "own")
     (tmp_path / "own.py").write_text("raise SystemExit('must not be imported')\n")
