@@ -174,7 +174,7 @@ def _fused_statistics(
         sequence_parallel=output_layer.sequence_parallel,
         into_main_grad=output_layer.gradient_accumulation_fusion,
         skip_masked=context.config.skip_masked,
-        **arguments,
+        **arguments._asdict(),
     )
     return pack(statistics).transpose(1, 2).contiguous()
 

@@ -7,7 +7,7 @@ nothing cancels. Rows are those of `kernels.contract`, R = 4 to 6 of them.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,31 +142,52 @@ def join_shards(
     underneath does. "all_reduce" is a MAX of 4 bytes and a packed SUM of 16, without that promise,
     for groups where it is faster. columns: how many take part, of every rank's shard.
     """
+    return start_join(statistics_RN, group, collective, columns, options)()
+
+
+def start_join(
+    statistics_RN: torch.Tensor,
+    group: Group | None,
+    collective: Collective,
+    columns: Sequence[int],
+    options: Options,
+) -> Callable[[], RowStatistics]:
+    """`join_shards` in two halves: what is called between them hides the time of the gather.
+
+    "all_reduce" is two collectives that wait for each other and happens in the second half.
+    """
     world, rank = world_and_rank(group)
     if world == 1:
-        return merge_shards(statistics_RN.unsqueeze(0), columns, options)
-    if shards_are_compared():
+        return lambda: merge_shards(statistics_RN.unsqueeze(0), columns, options)
+    compiling = torch.compiler.is_compiling()
+    # TORCH_DISTRIBUTED_DEBUG=DETAIL asks for a look that stalls a GPU.
+    if not compiling and dist.get_debug_level() == dist.DebugLevel.DETAIL:  # type: ignore[attr-defined]
         _compare_shards(statistics_RN, group, world)
-    rows, n = statistics_RN.shape
-    if collective == "gather":
-        # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
-        every = statistics_RN.new_empty((world * rows, n))
-        dist.all_gather_into_tensor(every, statistics_RN, group=group)
-        return merge_shards(every.view(world, rows, n), columns, options)
     if collective == "all_reduce":
-        maximum = statistics_RN[MAX].clone()
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        packed = pack_for_sum(statistics_RN, maximum, columns[rank], options)
-        dist.all_reduce(packed, group=group)
-        return unpack_sum(packed, maximum, options)
-    raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
+        return lambda: _join_by_sums(statistics_RN, group, columns[rank], options)
+    if collective != "gather":
+        raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
+    rows, n = statistics_RN.shape
+    # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
+    every = statistics_RN.new_empty((world * rows, n))
+    work = dist.all_gather_into_tensor(every, statistics_RN, group=group, async_op=not compiling)
+
+    def arrived() -> RowStatistics:
+        if work is not None:
+            work.wait()
+        return merge_shards(every.view(world, rows, n), columns, options)
+
+    return arrived
 
 
-def shards_are_compared() -> bool:
-    """Return whether TORCH_DISTRIBUTED_DEBUG=DETAIL asks for a look that stalls a GPU."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
+def _join_by_sums(
+    statistics_RN: torch.Tensor, group: Group | None, columns: int, options: Options
+) -> RowStatistics:
+    maximum = statistics_RN[MAX].clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    packed = pack_for_sum(statistics_RN, maximum, columns, options)
+    dist.all_reduce(packed, group=group)
+    return unpack_sum(packed, maximum, options)
 
 
 def _compare_shards(statistics_RN: torch.Tensor, group: Group | None, world: int) -> None:

@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,10 @@ class Cut(NamedTuple):
         step = max(1, self.chunk_rows)
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
-    def take(self, whole: torch.Tensor, rows: slice) -> torch.Tensor:
-        """[..., C] of [..., N], contiguous."""
+    def take[Given: (torch.Tensor, torch.Tensor | None)](self, whole: Given, rows: slice) -> Given:
+        """[..., C] of [..., N], contiguous; None of None."""
+        if whole is None:
+            return None
         part = self._by_slice(whole)[..., rows]
         return part.reshape(*whole.shape[:-1], -1).contiguous()
 
@@ -161,26 +163,6 @@ def split_vocabulary(
     return Vocabulary(size, Shard(rank * width, columns[rank], ignore_index), columns)
 
 
-def make_options(
-    softcap: float | None,
-    temperature: float | torch.Tensor,
-    distance: bool,
-    squares: bool,
-) -> Options:
-    """The kernels' options; of a temperature for each token see `inverse_temperature`.
-
-    Raises:
-        ValueError: a softcap or a temperature that is not positive.
-    """
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
-    if isinstance(temperature, torch.Tensor):
-        temperature = 1.0
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    return Options(float(softcap or 0), float(temperature), distance, squares)
-
-
 def inverse_temperature(
     temperature: float | torch.Tensor, target: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
@@ -205,7 +187,7 @@ def inverse_temperature(
     return inverse.masked_fill(is_wrong, torch.nan)
 
 
-class StatisticsArguments(TypedDict):
+class StatisticsArguments(NamedTuple):
     """The arguments of `vocab_parallel_statistics` that its fused form takes too."""
 
     group: Group | None
@@ -228,17 +210,17 @@ def arguments_of(
 ) -> StatisticsArguments:
     """Return what a configuration asks of the statistics."""
     config.require_constant_gamma()
-    return {
-        "group": group,
-        "vocab_size": vocab_size,
-        "ignore_index": ignore_index,
-        "softcap": config.softcap or None,
-        "temperature": config.temperature,
-        "uniform_cross_entropy": config.label_smoothing > 0,
-        "sum_p_squared": config.needs_sum_p_squared,
-        "backend": config.backend,
-        "collective": config.collective,
-    }
+    return StatisticsArguments(
+        group,
+        vocab_size,
+        ignore_index,
+        softcap=config.softcap or None,
+        temperature=config.temperature,
+        uniform_cross_entropy=config.label_smoothing > 0,
+        sum_p_squared=config.needs_sum_p_squared,
+        backend=config.backend,
+        collective=config.collective,
+    )
 
 
 class Settings(NamedTuple):
@@ -259,22 +241,24 @@ def make_settings(
 ) -> Settings:
     """Return the settings for logits of the dtype and device of `x`, `width` columns a rank.
 
-    more: the fields of `Settings` that have defaults.
+    more: the fields of `Settings` that have defaults. Of a temperature for each token see
+    `inverse_temperature`.
 
     Raises:
         ValueError: sizes or options that cannot be.
         RuntimeError: the named backend cannot run on such logits.
     """
-    group = arguments["group"]
-    options = make_options(
-        arguments["softcap"],
-        arguments["temperature"],
-        arguments["uniform_cross_entropy"],
-        arguments["sum_p_squared"],
-    )
-    vocabulary = split_vocabulary(arguments["vocab_size"], width, group, arguments["ignore_index"])
-    chosen = kernels.select(arguments["backend"], x.device, x.dtype)
-    return Settings(vocabulary, options, group, chosen, arguments["collective"], **more)
+    group, softcap, temperature = arguments.group, arguments.softcap, arguments.temperature
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
+    same = 1.0 if isinstance(temperature, torch.Tensor) else float(temperature)
+    if not same > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    asked = arguments.uniform_cross_entropy, arguments.sum_p_squared
+    options = Options(float(softcap or 0), same, *asked)
+    vocabulary = split_vocabulary(arguments.vocab_size, width, group, arguments.ignore_index)
+    chosen = kernels.select(arguments.backend, x.device, x.dtype)
+    return Settings(vocabulary, options, group, chosen, arguments.collective, **more)
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:

@@ -20,7 +20,7 @@ at a time. The statistics are gathered once, after the last chunk: hiding a gath
 leave the last one in sight all the same. Shapes: as in `linear_chunks`; R rows of statistics.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,7 +29,6 @@ from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
 from megatron_infoentropy.loss.layout import (
-    Cut,
     Settings,
     StatisticsArguments,
     arguments_of,
@@ -87,12 +86,12 @@ def prepare_linear(
         ValueError: shapes, dtypes, targets or sizes that do not fit.
         RuntimeError: the named backend cannot run here.
     """
-    group = arguments["group"]
+    group, ignored = arguments.group, arguments.ignore_index
     weight = local_shard(weight, 0, group)
     check_tensors(hidden=hidden, weight=weight, target=target)
     slices, rank = world_and_rank(group) if sequence_parallel else (1, 0)
     _check_shapes(hidden, weight, target, slices)
-    ids, ignored = as_ids(target), arguments["ignore_index"]
+    ids = as_ids(target)
     taken = take_tokens(ids, slices, ignored, skip=skip_masked)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     if taken.index_SK is not None:
@@ -141,11 +140,22 @@ class LinearStatistics(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
-        tokens = _Tokens(target_N, inverse_temperature_N)
-        statistics_RN = _shard_statistics(hidden_LH, weight_VH, tokens, settings)
+        cut, dtype = settings.cut, statistics_dtype(hidden_LH)
+        statistics_RN = hidden_LH.new_empty((options.rows, len(target_N)), dtype=dtype)
+        buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
+        for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+            part_RC = ops.shard_statistics(
+                settings.kernels,
+                logits_of(hidden_CH, weight_VH, buffer_CV),
+                cut.take(target_N, rows),
+                shard,
+                options,
+                cut.take(inverse_temperature_N, rows),
+            )
+            cut.put(statistics_RN, rows, part_RC)
         row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
-        ctx.save_for_backward(hidden_LH, weight_VH, *tokens, *saved)
+        ctx.save_for_backward(hidden_LH, weight_VH, target_N, inverse_temperature_N, *saved)
         ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings.into_main_grad)
         ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
@@ -156,93 +166,34 @@ class LinearStatistics(torch.autograd.Function):
         refuse_second_derivative()
         hidden_LH, weight_VH, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
-        tokens, options = _Tokens(target_N, inverse_temperature_N), settings.options
+        (size, shard, _), options, cut = settings.vocabulary, settings.options, settings.cut
         coefficients_RN = coefficients(
-            upstream_of(gradients, options),
-            Saved(*kept),
-            settings.vocabulary.size,
-            options,
-            inverse_temperature_N,
+            *(upstream_of(gradients, options), Saved(*kept), size, options, inverse_temperature_N)
         )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        total_VH = None
-        if needs_weight:
-            total_VH = _accumulator(weight_VH, ctx.main_grad)
         sums = LinearGradients(
             torch.empty_like(hidden_LH) if needs_hidden else None,
-            total_VH,
-            settings.cut,
+            _accumulator(weight_VH, ctx.main_grad) if needs_weight else None,
+            cut,
             settings.group,
         )
-        _add_gradients(sums, hidden_LH, weight_VH, tokens, coefficients_RN, settings)
+        buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
+        for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+            dz_CV = ops.shard_gradient(
+                settings.kernels,
+                logits_of(hidden_CH, weight_VH, buffer_CV),
+                cut.take(target_N, rows),
+                shard,
+                options,
+                cut.take(coefficients_RN, rows),
+                cut.take(inverse_temperature_N, rows),
+                inplace=True,
+            )
+            sums.add(rows, dz_CV, hidden_CH, weight_VH)
         by_hidden_LH, total_VH = sums.finish()
         if total_VH is not None:
             total_VH = deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
         return by_hidden_LH, total_VH, None, None, None
-
-
-class _Tokens(NamedTuple):
-    """Of all slices; each [N]."""
-
-    target: torch.Tensor
-    inverse_temperature: torch.Tensor | None
-
-    def of(self, rows: slice, cut: Cut) -> "_Tokens":
-        """Those of one chunk, each [C]."""
-        inverse = self.inverse_temperature
-        return _Tokens(
-            cut.take(self.target, rows), None if inverse is None else cut.take(inverse, rows)
-        )
-
-
-def _shard_statistics(
-    hidden_LH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    tokens: _Tokens,
-    settings: Settings,
-) -> torch.Tensor:
-    """[R, N], of this rank's columns."""
-    cut, options = settings.cut, settings.options
-    dtype = statistics_dtype(hidden_LH)
-    statistics_RN = hidden_LH.new_empty((options.rows, len(tokens.target)), dtype=dtype)
-    buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
-    for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
-        chunk = tokens.of(rows, cut)
-        part_RC = ops.shard_statistics(
-            settings.kernels,
-            logits_of(hidden_CH, weight_VH, buffer_CV),
-            chunk.target,
-            settings.vocabulary.shard,
-            options,
-            chunk.inverse_temperature,
-        )
-        cut.put(statistics_RN, rows, part_RC)
-    return statistics_RN
-
-
-def _add_gradients(
-    sums: LinearGradients,
-    hidden_LH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    tokens: _Tokens,
-    coefficients_RN: torch.Tensor,
-    settings: Settings,
-) -> None:
-    cut = settings.cut
-    buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
-    for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
-        chunk = tokens.of(rows, cut)
-        dz_CV = ops.shard_gradient(
-            settings.kernels,
-            logits_of(hidden_CH, weight_VH, buffer_CV),
-            chunk.target,
-            settings.vocabulary.shard,
-            settings.options,
-            cut.take(coefficients_RN, rows),
-            chunk.inverse_temperature,
-            inplace=True,
-        )
-        sums.add(rows, dz_CV, hidden_CH, weight_VH)
 
 
 def _accumulator(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> torch.Tensor:
@@ -311,17 +262,10 @@ def linear_vocab_parallel_statistics(
             `vocab_parallel_statistics`.
         RuntimeError: the named backend cannot run on such logits.
     """
-    arguments: StatisticsArguments = {
-        "group": group,
-        "vocab_size": vocab_size,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-        "temperature": temperature,
-        "uniform_cross_entropy": uniform_cross_entropy,
-        "sum_p_squared": sum_p_squared,
-        "backend": backend,
-        "collective": collective,
-    }
+    arguments = StatisticsArguments(
+        *(group, vocab_size, ignore_index, softcap, temperature),
+        *(uniform_cross_entropy, sum_p_squared, backend, collective),
+    )
     hidden_LH, weight, taken, settings = prepare_linear(
         hidden,
         weight,
@@ -333,18 +277,22 @@ def linear_vocab_parallel_statistics(
         skip_masked=skip_masked,
     )
     inverse = inverse_temperature(temperature, target, statistics_dtype(hidden))
-    tokens = _Tokens(taken.take(as_ids(target)), None if inverse is None else taken.take(inverse))
-    return _statistics_of(hidden_LH, weight, tokens, taken, settings)
+    inverse_N = None if inverse is None else taken.take(inverse)
+    target_N = taken.take(as_ids(target))
+    return _statistics_of(hidden_LH, weight, target_N, inverse_N, taken, settings)
 
 
 def _statistics_of(
     hidden_LH: torch.Tensor,
     weight_VH: torch.Tensor,
-    tokens: _Tokens,
+    target_N: torch.Tensor,
+    inverse_temperature_N: torch.Tensor | None,
     taken: TakenTokens,
     settings: Settings,
 ) -> TokenStatistics:
-    results: Any = LinearStatistics.apply(hidden_LH, weight_VH, *tokens, settings)
+    results: Any = LinearStatistics.apply(
+        hidden_LH, weight_VH, target_N, inverse_temperature_N, settings
+    )
     return TokenStatistics.of_present(
         (taken.restore(result) for result in results),
         uniform=settings.options.distance,
@@ -419,7 +367,7 @@ def linear_infoentropy_loss(
         tokens, differentiate = Tokens(target_N, taken.take(mask)), torch.is_grad_enabled()
         sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         return weighted_mean(TokenSums(*sums), config, data_parallel_group)
-    statistics = _statistics_of(hidden_LH, weight, _Tokens(target_N, None), taken, settings)
+    statistics = _statistics_of(hidden_LH, weight, target_N, None, taken, settings)
     batch = token_batch(
         statistics,
         mask,

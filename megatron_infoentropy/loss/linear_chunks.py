@@ -6,22 +6,14 @@ rank's vocabulary shard. The number of chunks depends on L, and where masked tok
 the targets, which all ranks hold: so they issue the same collectives in the same order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_infoentropy.config import Collective
-from megatron_infoentropy.kernels.contract import Options, statistics_dtype
-from megatron_infoentropy.loss.collective import (
-    Group,
-    RowStatistics,
-    join_shards,
-    merge_shards,
-    shards_are_compared,
-    world_and_rank,
-)
+from megatron_infoentropy.kernels.contract import statistics_dtype
+from megatron_infoentropy.loss.collective import Group, world_and_rank
 from megatron_infoentropy.loss.layout import Cut
 
 
@@ -96,32 +88,6 @@ def logits_of(
 ) -> torch.Tensor:
     """[C, V], in the buffer's memory."""
     return torch.mm(hidden_CH, weight_VH.t(), out=buffer_CV[: len(hidden_CH)])
-
-
-def start_join(
-    statistics_RC: torch.Tensor,
-    group: Group | None,
-    collective: Collective,
-    columns: Sequence[int],
-    options: Options,
-) -> Callable[[], RowStatistics]:
-    """`join_shards` in two halves: what is called between them hides the time of the gather.
-
-    "all_reduce" is two collectives that wait for each other and happens in the second half.
-    """
-    world, _ = world_and_rank(group)
-    if world == 1 or collective != "gather" or shards_are_compared():
-        return lambda: join_shards(statistics_RC, group, collective, columns, options)
-    rows, n = statistics_RC.shape
-    every = statistics_RC.new_empty((world * rows, n))
-    work = dist.all_gather_into_tensor(every, statistics_RC, group=group, async_op=True)
-
-    def arrived() -> RowStatistics:
-        assert work is not None
-        work.wait()
-        return merge_shards(every.view(world, rows, n), columns, options)
-
-    return arrived
 
 
 CONVERTED_BYTES = 1 << 25  # of one fp32 copy of 16-bit columns, on a CPU

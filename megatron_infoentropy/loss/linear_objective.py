@@ -20,7 +20,7 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
-from megatron_infoentropy.loss.collective import RowStatistics, world_and_rank
+from megatron_infoentropy.loss.collective import RowStatistics, start_join, world_and_rank
 from megatron_infoentropy.loss.layout import Settings
 from megatron_infoentropy.loss.linear_chunks import (
     LinearGradients,
@@ -30,7 +30,6 @@ from megatron_infoentropy.loss.linear_chunks import (
     main_grad_of,
     new_weight_total,
     refuse_second_derivative,
-    start_join,
 )
 from megatron_infoentropy.loss.objective import TokenSums, token_sums
 from megatron_infoentropy.loss.statistics import (

@@ -143,7 +143,9 @@ def configured_statistics(
             "linear_infoentropy_loss, or the trainer (--infoentropy-fused-linear)"
         )
     arguments = arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index)
-    return vocab_parallel_statistics(logits, target, inplace_backward=inplace_backward, **arguments)
+    return vocab_parallel_statistics(
+        logits, target, inplace_backward=inplace_backward, **arguments._asdict()
+    )
 
 
 def token_sums(loss: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> TokenSums:

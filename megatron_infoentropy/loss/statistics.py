@@ -216,17 +216,10 @@ def vocab_parallel_statistics(
     """
     logits = local_shard(logits, -1, group)
     check_logits(logits, target, inplace_backward)
-    arguments: StatisticsArguments = {
-        "group": group,
-        "vocab_size": vocab_size,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-        "temperature": temperature,
-        "uniform_cross_entropy": uniform_cross_entropy,
-        "sum_p_squared": sum_p_squared,
-        "backend": backend,
-        "collective": collective,
-    }
+    arguments = StatisticsArguments(
+        *(group, vocab_size, ignore_index, softcap, temperature),
+        *(uniform_cross_entropy, sum_p_squared, backend, collective),
+    )
     settings = make_settings(logits, logits.shape[-1], arguments, inplace_backward=inplace_backward)
     rows = as_rows(logits, target)
     check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
