@@ -106,8 +106,9 @@ def train() -> None:
     from megatron_infoentropy.integration import checkpoints
 
     flags = checkpoints.checkpoint_flags(sys.argv[1:])
-    checkpoints.choose_checkpoint(flags)
+    warnings = checkpoints.choose_checkpoint(flags)
     container, forward_step = prepare()
+    container.model.pre_wrap_hooks.append(partial(checkpoints.warn, warnings))
     after = signal.SIG_DFL  # a rank that has failed ends when torchrun says so
     try:
         with checkpoints.writing_manifests(flags, forward_step) as step:

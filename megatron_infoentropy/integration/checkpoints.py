@@ -2,7 +2,7 @@
 
 Every rank looks at the same folder and comes to the same choice, before or after another one has
 set the tracker to it, so that they need no word from each other: Megatron reads the checkpoint's
-arguments before it makes a process group.
+arguments before it makes a process group. Once there is one, rank 0 says what any of them has seen.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +66,49 @@ def checkpoint_flags(words: list[str]) -> CheckpointFlags:
     )
 
 
-def choose_checkpoint(flags: CheckpointFlags) -> None:
+def choose_checkpoint(flags: CheckpointFlags) -> list[str]:
     """Have Megatron's tracker name a complete checkpoint; every rank of the training calls this.
+
+    Returns:
+        What `warn` has to tell: a rank that comes later may find the tracker set right, and nothing
+        to tell of.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and none that can be loaded.
     """
+    warnings = []
     if flags.load and (_has_tracker(flags.load) or not flags.pretrained):
-        _settle(flags.load, flags)
+        warnings.append(_settle(flags.load, flags))
     if flags.pretrained and not _has_tracker(flags.load):  # as Megatron decides it
-        _settle(flags.pretrained, flags)
+        warnings.append(_settle(flags.pretrained, flags))
+    return [warning for warning in warnings if warning]
 
 
 def _has_tracker(load: Path | None) -> bool:
     return load is not None and (load / TRACKER).is_file()
 
 
-def _settle(load: Path, flags: CheckpointFlags) -> None:
+def _settle(load: Path, flags: CheckpointFlags) -> str:
     is_ours = flags.save is not None and load.resolve() == flags.save.resolve()
     choice = choose(load, flags.step, is_ours=is_ours)
-    if choice.warning and _is_first_rank():
-        say(f"WARNING: {choice.warning}")
     if choice.changes_tracker:
         point_tracker(load, choice.name)
+    return choice.warning
+
+
+def warn(warnings: list[str], model: list[Any]) -> list[Any]:
+    """Print the warnings of all ranks once, on rank 0; with the first bound, a `pre_wrap_hooks`.
+
+    That is where Megatron's ranks can first speak to each other, before the checkpoint is loaded.
+    """
+    import torch.distributed as dist  # the command line is read without torch
+
+    every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, warnings)
+    if _is_first_rank():
+        for warning in dict.fromkeys(chain.from_iterable(every)):
+            say(f"WARNING: {warning}")
+    return model
 
 
 def _is_first_rank() -> bool:

@@ -2,8 +2,12 @@
 
 import multiprocessing
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 from saved import ours, save
 
 from megatron_infoentropy.checkpoints import (
@@ -17,7 +21,11 @@ from megatron_infoentropy.checkpoints import (
     read_tracker,
     write_manifest,
 )
-from megatron_infoentropy.integration.checkpoints import checkpoint_flags, choose_checkpoint
+from megatron_infoentropy.integration.checkpoints import (
+    checkpoint_flags,
+    choose_checkpoint,
+    warn,
+)
 
 
 def damage(folder):
@@ -222,3 +230,23 @@ def test_ranks_that_choose_at_once_come_to_the_same(tmp_path, complete, left):
     assert [rank.exitcode for rank in ranks] == [0] * 4
     assert read_tracker(tmp_path) == left
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def choose_after_rank_1(folder):
+    """Return what this rank prints of a choice that rank 0 makes when rank 1 has made its own."""
+    os.environ["RANK"] = str(dist.get_rank())
+    warnings = []
+    for rank in (1, 0):
+        if rank == dist.get_rank():
+            warnings = choose_checkpoint(checkpoint_flags([f"--load={folder}", f"--save={folder}"]))
+        dist.barrier()
+    with redirect_stdout(StringIO()) as said:
+        warn(warnings, [])
+    return said.getvalue()
+
+
+def test_rank_0_says_it_where_another_one_was_quicker(tmp_path):
+    path = damage(ours(tmp_path, 10, 20) / "iter_0000020")
+    first, second = run_ranks(choose_after_rank_1, 2, tmp_path)
+    assert first.count(f"WARNING: {path} has 10239 bytes, not 10240: training goes on") == 1
+    assert second == ""

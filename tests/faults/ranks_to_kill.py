@@ -88,7 +88,7 @@ class Training:
                 break
             if any(code not in (None, 0) for code in codes):
                 for process in self.ranks:
-                    process.join(10)  # their own last words
+                    process.join(120)  # their own last words, and what they save
                 break
             time.sleep(0.02)
         codes = [process.exitcode for process in self.ranks]
