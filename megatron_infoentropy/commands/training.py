@@ -195,6 +195,17 @@ def launch(
     save_seconds: Annotated[
         int, typer.Option(min=10, help="Slurm: save and requeue so long before the time limit")
     ] = 120,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slurm: CPUs of a node, for all its ranks; default: all"),
+    ] = None,
+    mem: Annotated[
+        str | None, typer.Option(help="Slurm: memory of a node, such as 64G; default: all")
+    ] = None,
+    max_requeues: Annotated[
+        int | None,
+        typer.Option(min=0, help="Slurm: times that the job may start again; default: any"),
+    ] = None,
     container_image: Annotated[
         str | None, typer.Option(help="train inside this image; its python must have the package")
     ] = None,
@@ -231,7 +242,7 @@ def launch(
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hosts=named,
-        slurm=None if slurm is None else machines.parse_slurm(slurm),
+        slurm=machines.sbatch_options(slurm, {"--cpus-per-task": cpus_per_task, "--mem": mem}),
         image=container_image,
         engine=container_engine or ("pyxis" if slurm is not None else "apptainer"),
         mounts=tuple(container_mount or ()),
@@ -241,6 +252,7 @@ def launch(
         join_timeout_s=join_timeout,
         store_timeout_s=store_timeout,
         save_s=save_seconds,
+        max_requeues=max_requeues,
         python=python or ("python" if container_image else sys.executable),
     )
     made_by = " ".join(shlex.join(["infoentropy", *sys.argv[1:]]).split())  # one line: a comment

@@ -22,7 +22,8 @@ SET_BY_US = {
     *("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--gpus-per-node", "--signal"),
     *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue", "--array", "-a"),
 }
-
+# Options of sbatch of which Slurm takes one at most, by the one that is an option of `launch` too.
+ABOUT = {"--cpus-per-task": re.compile("--cpus-per-|-c"), "--mem": re.compile("--mem(-per-|=)")}
 
 _LABEL = r"[\w-]{1,63}"
 # A zone ("fe80::1%eth0") means something on one machine only.
@@ -96,7 +97,8 @@ class Cluster:
     ranks as it has use for. They run inside `image`, if there is one, with `mounts` as its engine
     spells them. `address` is HOST:PORT of the rendezvous, "" for the first node's;
     `join_timeout_s` is how long nodes wait for each other, `store_timeout_s` for an answer of the
-    first one, `save_s` how long before a Slurm time limit the training saves.
+    first one, `save_s` how long before a Slurm time limit the training saves, `max_requeues` how
+    often its job may start again, None for any number.
     """
 
     nodes: int = 1
@@ -113,6 +115,7 @@ class Cluster:
     join_timeout_s: int = 600
     store_timeout_s: int = 60
     save_s: int = 120
+    max_requeues: int | None = None
     python: str = "python"
 
     def __post_init__(self) -> None:
@@ -147,6 +150,8 @@ class Cluster:
         if self.image is not None and self.engine == "pyxis" and self.slurm is None:
             raise ValueError("--container-engine pyxis is a part of Slurm: add --slurm, or use "
                              "apptainer")  # fmt: skip
+        if self.max_requeues is not None and self.slurm is None:
+            raise ValueError("--max-requeues is about a job of Slurm: add --slurm")
 
     @property
     def device(self) -> Device:
@@ -246,6 +251,31 @@ def parse_slurm(text: str) -> tuple[str, ...]:
                 "--gpus-per-node, --run and --save-seconds; edit the script for more"
             )
     return tuple(options)
+
+
+def sbatch_options(text: str | None, own: dict[str, int | str | None]) -> tuple[str, ...] | None:
+    """Return the options in the `text` of --slurm, and those of sbatch that are options of ours.
+
+    Raises:
+        ValueError: what `parse_slurm` refuses, one that is given both ways, or no Slurm at all.
+    """
+    given = {name: value for name, value in own.items() if value is not None}
+    if text is None and given:
+        raise ValueError(f"{' and '.join(given)}: what a node of Slurm gives the job; add --slurm")
+    mem = given.get("--mem", "0")
+    if not re.fullmatch("[0-9]+[KMGT]?", str(mem), re.IGNORECASE):
+        raise ValueError(
+            "--mem must be a node's memory as sbatch takes it, a whole number of megabytes, or "
+            f"with K, M, G or T behind it, and 0 for all of it; got {mem!r}"
+        )
+    if text is None:
+        return None
+    options = parse_slurm(text)
+    for name in given:
+        for option in options:
+            if ABOUT[name].match(option):
+                raise ValueError(f"--slurm may not hold {option} beside {name}: say one of them")
+    return (*options, *(f"{name}={value}" for name, value in given.items()))
 
 
 def _set_by_us(option: str) -> str | None:

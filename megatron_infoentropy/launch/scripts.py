@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.files import write_whole
-from megatron_infoentropy.launch.cluster import PORT, Cluster, absolute
+from megatron_infoentropy.launch.cluster import ABOUT, PORT, Cluster, absolute
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.run_folder import (
@@ -219,6 +219,7 @@ def job_script(plan: Plan) -> str:
         f"port={PORT} # and more, by the job's number",
         "id=''",
         f"save_s={cluster.save_s} # Slurm's signal comes so long before the time limit",
+        f"max_requeues={'' if cluster.max_requeues is None else cluster.max_requeues}",
         f"give_up_s={max(1, cluster.save_s - max(5, cluster.save_s // 8))} # for saving",
         f"python={shlex.quote(python)}",
         f"srun=({_srun(cluster)})",
@@ -238,7 +239,7 @@ def _whole_nodes(slurm: tuple[str, ...]) -> list[str]:
     about_cpus = re.compile(r"--(cpus-|mincpus|exclusive|oversubscribe)|-[cs]")
     if any(about_cpus.match(option) for option in slurm):
         return []
-    has_memory = any(re.match(r"--mem(-per-|=)", option) for option in slurm)
+    has_memory = any(ABOUT["--mem"].match(option) for option in slurm)
     return ["--exclusive", *([] if has_memory else ["--mem=0"])]
 
 

@@ -37,11 +37,11 @@ def job(tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
     fake_slurm.install(tmp_path, quick=True)
-    cluster = Cluster(1, 0, 1, slurm=(), save_s=100, python=sys.executable)
+    cluster = Cluster(1, 0, 1, slurm=(), save_s=100, max_requeues=2, python=sys.executable)
     flags = (*FLAGS, "--save", str(run / "checkpoints"))
     (run / "job.slurm").write_text(job_script(Plan(run, flags, cluster, "a test")))
 
-    def start(step=7, remaining_s=None, wait=True, answers=True, **says):
+    def start(step=7, remaining_s=None, wait=True, answers=True, restart=0, **says):
         (run / "node.sh").write_text(NODE.format(run=run, step=step))
         end = "Unknown"
         if remaining_s is not None:
@@ -50,6 +50,7 @@ def job(tmp_path):
         if answers:
             (tmp_path / "job").write_text(" ".join(f"{name}={what}" for name, what in says.items()))
         environment = {"SLURM_JOB_ID": "47", "SLURM_JOB_NODELIST": "localhost"}
+        environment["SLURM_RESTART_COUNT"] = str(restart)
         with (run / "train.log").open("a") as log:
             process = subprocess.Popen(
                 ["bash", run / "job.slurm"],
@@ -110,6 +111,26 @@ def test_preempted_it_is_requeued_though_nobody_signalled_it(job, step):
     send_to_all(int((run.parent / "task").read_text()), signal.SIGTERM)
     assert process.wait(timeout=300) == 0
     assert scontrol_words(run) == "requeue 47\n"
+
+
+@pytest.mark.parametrize("why", ["time limit", "preempted"])
+def test_after_as_many_restarts_as_are_allowed_it_saves_and_ends(job, why):
+    preempted = "2026-11-29T00:29:37" if why == "preempted" else "None"
+    process, run = job(restart=2, PreemptTime=preempted)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 1
+    assert scontrol_words(run) == ""
+    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "7\n"
+    said = "== not requeued: this was restart 2, --max-requeues is 2; sbatch"
+    assert said in (run / "train.log").read_text()
+
+
+def test_a_restart_that_slurm_itself_made_beyond_those_allowed_starts_nothing(job):
+    process, run = job(restart=3, wait=False)
+    assert process.wait(timeout=300) == 1
+    assert not (run / "started").exists()
+    said = "== not started: this is restart 3, --max-requeues is 2; sbatch"
+    assert said in (run / "train.log").read_text()
 
 
 def test_what_ended_by_itself_is_not_requeued(job):
