@@ -179,6 +179,9 @@ def merge(
         list[Path], typer.Argument(help="dataset folders, or one that holds shards")
     ],
     output: Annotated[Path, typer.Option(help="folder to write")],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="domains at a time; default: one a core")
+    ] = None,
     allow_duplicates: Annotated[
         bool, typer.Option("--allow-duplicates", help="join datasets that hold the same documents")
     ] = False,
@@ -187,7 +190,9 @@ def merge(
     """Join the shards of a dataset, or datasets of one kind, domain by domain."""
     from megatron_infoentropy.data.rewrite import merge as run
 
-    merged = run(datasets, output, allow_duplicates=allow_duplicates, overwrite=overwrite)
+    merged = run(
+        datasets, output, workers=workers, allow_duplicates=allow_duplicates, overwrite=overwrite
+    )
     _print_domains(merged)
 
 

@@ -11,7 +11,6 @@ A shard is a part of the inputs for an independent job: neighbouring files, abou
 bytes. Shard i of n gets the same files in every job, and the shards joined in order are the whole.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -51,7 +50,7 @@ from megatron_infoentropy.data.manifest import (
 )
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import ENGINES, WorkerSettings, encode_blocks
-from megatron_infoentropy.data.writer import finish
+from megatron_infoentropy.data.writer import finish, full_disk_is_said
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
 
@@ -255,13 +254,6 @@ def _named(path: Path, text_key: str) -> list[bool]:
     return named
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFull(RuntimeError):
-    """There is no room for the output; what is finished is kept, nothing of it is visible."""
-
-
 def preprocess(
     inputs: Sequence[Path],
     tokenizer: Path,
@@ -310,15 +302,12 @@ def preprocess(
             if restart:
                 (work / JOURNAL).unlink(missing_ok=True)
             if not task.is_done():
-                publish(_make(task, settings, work, workers, max_errors), output)
+                with full_disk_is_said(work):
+                    publish(_make(task, settings, work, workers, max_errors), output)
             (work / JOURNAL).unlink(missing_ok=True)
         except UnfitDocumentsError:
             (work / JOURNAL).unlink(missing_ok=True)
             raise
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise _disk_full(work, error) from error
         finally:
             if not (work / JOURNAL).exists():  # nothing to go on from
                 shutil.rmtree(work)
@@ -378,11 +367,3 @@ def _require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> No
         raise ValueError(f"workers must be at least 1, got {workers}")
     if max_errors < 0:
         raise ValueError(f"max_errors must be at least 0, got {max_errors}")
-
-
-def _disk_full(work: Path, error: OSError) -> DiskFull:
-    free = shutil.disk_usage(work).free
-    return DiskFull(
-        f"no room for the output below {work.parent} ({error.strerror}; {free / 1e6:.0f} MB are "
-        "free): make room and give the same command again, it goes on from what is finished"
-    )

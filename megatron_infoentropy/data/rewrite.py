@@ -1,7 +1,7 @@
 """Datasets made of datasets: shards or datasets of one kind joined, documents cut into pieces.
 
-Merging reads and writes every id once. Shards joined in order are, byte for byte, what one run over
-all their inputs would have written.
+Merging reads and writes every byte of ids once, several domains at a time. Shards joined in order
+are, byte for byte, what one run over all their inputs would have written.
 
 Packing cuts a dataset into pieces of one length, as the published code does before it trains. Some
 documents of a domain are laid end to end and cut; what is left of them at the end is dropped, and
@@ -10,108 +10,192 @@ of the same length, shuffles whole pieces and never joins two of them.
 """
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from megatron_infoentropy.data.blocks import UnfitDocumentsError
-from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path
+from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path, idx_path
 from megatron_infoentropy.data.manifest import (
     MANIFEST,
     OUTPUT_FILES,
     REJECTED,
+    DomainFacts,
     Manifest,
     load_manifest,
 )
-from megatron_infoentropy.data.writer import DatasetWriter, finish
-from megatron_infoentropy.files import new_folder
+from megatron_infoentropy.data.writer import (
+    Counts,
+    DatasetWriter,
+    finish,
+    full_disk_is_said,
+    seal,
+    write_all,
+    write_index,
+)
+from megatron_infoentropy.files import new_folder, require_space
 from megatron_infoentropy.progress import Advance, progress
 
-Fill = Callable[[str, DatasetWriter, Advance], None]
+_COPIED_AT_ONCE = 1 << 23  # bytes
 
 
 def merge(
     folders: Sequence[Path],
     output: Path,
     *,
+    workers: int | None = None,
     allow_duplicates: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write one dataset of several, in the order given.
+    """Write one dataset of several, in the order given, `workers` domains at a time.
 
-    A folder that holds shards (`preprocess --shard`) stands for all of them.
+    A folder that holds shards (`preprocess --shard`) stands for all of them. By default there is a
+    worker a core.
 
     Raises:
         ValueError: a shard is missing; tokenizers, options or versions differ; two datasets are of
-            one input and that is not allowed; a dataset is not what its manifest says. `output` is
-            then left as it was.
+            one input and that is not allowed; a dataset is not what its manifest says; the disk is
+            too small. `output` is then left as it was.
+        DiskFull: something else filled the disk meanwhile; so it is then too.
     """
     parts = [load_manifest(folder) for given in folders for folder in _shards(given)]
     _require_same_kind(parts)
     if not allow_duplicates:
         _require_distinct(parts)
-
-    def join(name: str, writer: DatasetWriter, advance: Advance) -> None:
-        for part in parts:
-            if name in part.domains:
-                _append(part, name, writer, advance)
-
-    with new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder:
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    prefixes, counts = _prefixes(parts), _counts(parts)
+    sizes = {name: sum(_tokens(part, name) for part in parts) for name in prefixes}
+    left_out: Counter[str] = Counter()
+    for part in parts:
+        left_out.update(part.left_out)
+    require_space(output, sum(sizes.values()) * np.dtype(parts[0].dtype).itemsize)
+    with (
+        new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder,
+        full_disk_is_said(folder.parent),
+        TemporaryDirectory(dir=folder) as lengths,
+        progress("merge", sum(sizes.values()), "tokens") as advance,
+        ThreadPoolExecutor(workers) as joins,
+        ThreadPoolExecutor(2 * workers) as lanes,  # on an error it ends first, and with it joins
+    ):
         lists = [part.folder / REJECTED for part in parts if (part.folder / REJECTED).is_file()]
         if lists:
             (folder / REJECTED).write_bytes(b"".join(path.read_bytes() for path in lists))
+        tasks = {
+            name: joins.submit(
+                _join, parts, name, folder / prefixes[name], Path(lengths), lanes, advance
+            )
+            for name in sorted(prefixes, key=lambda name: -sizes[name])
+        }
+        domains = {name: tasks[name].result() for name in sorted(tasks)}
+        for name in [name for name, facts in domains.items() if not facts.tokens]:
+            left_out[name] += domains.pop(name).documents
         inputs = tuple(facts for part in parts for facts in part.inputs)
         whole = replace(parts[0], folder=folder, shard=None, shards_of="", inputs=inputs)
-        total = sum(facts.tokens for part in parts for facts in part.domains.values())
-        done = _write("merge", whole, _prefixes(parts), total, join)
-        left_out = Counter(done.left_out)
-        for part in parts:
-            left_out.update(part.left_out)
-        replace(done, left_out=dict(left_out)).save()
+        seal(whole, domains, counts, dict(sorted(left_out.items())))
     return load_manifest(output)
 
 
-def _write(
-    verb: str, manifest: Manifest, prefixes: Mapping[str, str], total: int, fill: Fill
-) -> Manifest:
-    """Write the manifest's folder, each domain by `fill`; `total` are the tokens to be read."""
-    with TemporaryDirectory(dir=manifest.folder) as lengths:
-        writers = {
-            name: DatasetWriter(
-                manifest.folder / prefix,
-                vocab_size=manifest.tokenizer.vocab_size,
-                lengths=Path(lengths) / prefix,
-            )
-            for name, prefix in prefixes.items()
-        }
+def _tokens(part: Manifest, name: str) -> int:
+    return part.domains[name].tokens if name in part.domains else 0
+
+
+def _join(
+    parts: Sequence[Manifest],
+    name: str,
+    prefix: Path,
+    side: Path,
+    lanes: Executor,
+    advance: Advance,
+) -> DomainFacts:
+    """Write one domain: the ids of the parts in a row, and an index of all their documents.
+
+    A domain without any token has no file.
+    """
+    facts, dtype = DomainFacts(prefix.name, 0, 0, 0), np.dtype(parts[0].dtype)
+    whole, lengths = hashlib.sha256(), side / prefix.name
+    with (
+        bin_path(prefix).open("wb", buffering=0) as ids,
+        lengths.open("wb", buffering=0) as numbers,
+    ):
+        for part in parts:
+            if name not in part.domains:
+                continue
+            given, reader = part.domains[name], IndexedReader(part.prefix(name))
+            wrong = "" if reader.dtype == dtype else f"its ids are {reader.dtype}"
+            if reader.tokens.size != given.tokens:
+                wrong = f"it has {reader.tokens.size} tokens"
+            digest = _copy(bin_path(part.prefix(name)), ids, whole, lanes, advance, dtype.itemsize)
+            if given.bin_sha256 not in ("", digest):
+                wrong = "checksum"
+            if wrong:
+                raise ValueError(
+                    f"{bin_path(part.prefix(name))} is not what its manifest says ({wrong}); look "
+                    "with `infoentropy verify`, or preprocess that part again"
+                )
+            for _, some in reader.pieces():
+                write_all(numbers, some.astype("<i4").tobytes())
+                facts.documents += some.size
+                facts.empty += int((some == 0).sum())
+            facts.tokens += given.tokens
+            facts.bytes += given.bytes
+            facts.rejected += given.rejected
+        os.fsync(ids.fileno())
+    if facts.tokens:
+        facts.bin_sha256 = whole.hexdigest()
+        facts.idx_sha256 = write_index(idx_path(prefix), lengths, dtype)
+    else:
+        bin_path(prefix).unlink()
+    return facts
+
+
+def _copy(
+    source: Path, target: FileIO, whole: Any, lanes: Executor, advance: Advance, itemsize: int
+) -> str:
+    """Append a file to another one; `whole` is the hash of that, the file's own is returned.
+
+    The hash of all that is written cannot be cut into parts, so it is what takes longest: writing
+    and the other hash are done at the same time, on the same bytes.
+    """
+    own = hashlib.sha256()
+    with source.open("rb", buffering=0) as file:
+        while piece := file.read(_COPIED_AT_ONCE):
+            others = [lanes.submit(own.update, piece), lanes.submit(write_all, target, piece)]
+            whole.update(piece)
+            for each in others:
+                each.result()
+            advance(len(piece) // itemsize)
+    return own.hexdigest()
+
+
+def _counts(parts: Sequence[Manifest]) -> dict[str, Counts]:
+    """Add up the parts' token counts by domain, which must be those of their manifests."""
+    counts: dict[str, Counts] = {}
+    for part in parts:
+        path = part.folder / part.token_counts
         try:
-            with progress(verb, total, "tokens") as advance:
-                for name, writer in writers.items():
-                    fill(name, writer, advance)
-            return finish(manifest, writers)
-        finally:
-            for writer in writers.values():
-                writer.close()
-
-
-def _append(part: Manifest, name: str, writer: DatasetWriter, advance: Advance) -> None:
-    """Append a domain of a dataset, whose checksum must be that of its manifest."""
-    facts, digest = part.domains[name], hashlib.sha256()
-    for tokens, lengths in IndexedReader(part.prefix(name)).pieces():
-        writer.add(tokens, lengths)
-        digest.update(np.ascontiguousarray(tokens).data)
-        advance(tokens.size)
-    if facts.bin_sha256 and digest.hexdigest() != facts.bin_sha256:
-        raise ValueError(
-            f"{bin_path(part.prefix(name))} is not what its manifest says (checksum); look "
-            "with `infoentropy verify`, or preprocess that shard again"
-        )
-    writer.facts.bytes += facts.bytes
-    writer.facts.rejected += facts.rejected
+            table = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} can not be read: {error}; preprocess that part again"
+            ) from error
+        tokens = [facts.tokens for facts in part.domains.values()]
+        is_whole = table.shape == (len(tokens), part.tokenizer.vocab_size)
+        if not is_whole or table.sum(axis=1).tolist() != tokens:
+            raise ValueError(f"{path} is not what its manifest says; preprocess that part again")
+        for name, row in zip(part.domains, table, strict=True):
+            counts[name] = counts[name] + row if name in counts else row
+    return counts
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -214,18 +298,28 @@ def pack(
     if source.options.piece_tokens:
         raise ValueError(f"{dataset} is packed already; pack what it was made of")
 
-    def cut(name: str, writer: DatasetWriter, advance: Advance) -> None:
-        for pieces, read in _pieces(IndexedReader(source.prefix(name)), length, documents):
-            writer.add(pieces, np.full(pieces.size // length, length))
-            advance(read)
-
-    with new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder:
-        options = replace(source.options, piece_tokens=length, piece_documents=documents)
-        packed = replace(source, folder=folder, options=options, append_eod=False)
-        prefixes = {name: facts.prefix for name, facts in source.domains.items()}
+    with ExitStack() as stack:
+        folder = stack.enter_context(
+            new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite)
+        )
+        stack.enter_context(full_disk_is_said(folder.parent))
+        side = stack.enter_context(TemporaryDirectory(dir=folder))
         total = sum(facts.tokens for facts in source.domains.values())
+        advance = stack.enter_context(progress("pack", total, "tokens"))
+        writers: dict[str, DatasetWriter] = {}
+        for name, facts in source.domains.items():
+            writer = DatasetWriter(
+                folder / facts.prefix,
+                vocab_size=source.tokenizer.vocab_size,
+                lengths=Path(side) / facts.prefix,
+            )
+            writers[name] = stack.enter_context(closing(writer))
+            for pieces, read in _pieces(IndexedReader(source.prefix(name)), length, documents):
+                writer.add(pieces, np.full(pieces.size // length, length))
+                advance(read)
+        options = replace(source.options, piece_tokens=length, piece_documents=documents)
         try:
-            _write("pack", packed, prefixes, total, cut)
+            finish(replace(source, folder=folder, options=options, append_eod=False), writers)
         except UnfitDocumentsError as error:
             raise ValueError(
                 f"no {documents} documents in a row of a domain have the {length} tokens of a "

@@ -10,9 +10,12 @@ resuming needs. Nothing is renamed here: whoever writes a dataset does so in a h
 The last step of a dataset folder is `finish`: indexes, token counts, checksums, manifest.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -165,6 +168,28 @@ def write_all(file: FileIO, data: bytes) -> None:
         left = left[file.write(left) :]
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(RuntimeError):
+    """There is no room for the output; what is finished is kept, nothing of it is visible."""
+
+
+@contextmanager
+def full_disk_is_said(work: Path) -> Iterator[None]:
+    """Raise `DiskFull` with what to do, in place of the system's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(work).free
+        raise DiskFull(
+            f"no room for the output below {work.parent} ({error.strerror}; {free / 1e6:.0f} MB "
+            "are free): make room and give the same command again, it goes on from what is finished"
+        ) from error
+
+
 def save_array(file: BinaryIO, array: Counts) -> None:
     """Write the bytes of np.save, whose own error does not say that the disk is full."""
     header = np.lib.format.header_data_from_array_1_0(array)
@@ -201,10 +226,24 @@ def finish(manifest: Manifest, writers: Mapping[str, DatasetWriter]) -> Manifest
             left_out[name] = writer.facts.documents
             for path_of in (bin_path, idx_path):
                 path_of(writer.prefix).unlink(missing_ok=True)
+    return seal(manifest, domains, {name: writers[name].counts for name in domains}, left_out)
+
+
+def seal(
+    manifest: Manifest,
+    domains: dict[str, DomainFacts],
+    counts: Mapping[str, Counts],
+    left_out: dict[str, int],
+) -> Manifest:
+    """Write the token counts of the domains in the manifest's folder, and it with their facts.
+
+    Raises:
+        UnfitDocumentsError: there is no domain, and this is no shard.
+    """
     if not domains and not manifest.shard:
         raise UnfitDocumentsError("the inputs hold no document with a token; nothing to write")
     shape = (len(domains), manifest.tokenizer.vocab_size)
-    table = np.array([writers[name].counts for name in domains], dtype=np.int64).reshape(shape)
+    table = np.array([counts[name] for name in domains], dtype=np.int64).reshape(shape)
     path = manifest.folder / TOKEN_COUNTS
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         save_array(file, table)

@@ -1,6 +1,12 @@
 """Shards and their union: byte for byte what one run writes, or an error that names what is off."""
 
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -8,9 +14,11 @@ import zstandard
 from golden import assert_same_files
 from text_files import line, write
 
+from megatron_infoentropy.data import rewrite
 from megatron_infoentropy.data.manifest import DataOptions, load_manifest
 from megatron_infoentropy.data.preprocess import parse_shard, preprocess, shard_inputs
 from megatron_infoentropy.data.rewrite import merge
+from megatron_infoentropy.data.writer import DiskFull
 
 
 @pytest.fixture
@@ -28,14 +36,20 @@ def inputs(tmp_path: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize(("number", "workers"), [(1, None), (3, 1), (3, 8)])
 def test_merged_shards_are_what_one_run_writes(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, number: int
+    inputs: list[Path],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    number: int,
+    workers: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rewrite, "_COPIED_AT_ONCE", 1 << 10)
     for index in range(number):
         shard = (index, number)
         preprocess(inputs, tokenizer_folder, tmp_path / "shards", shard=shard, max_errors=5)
-    merged = merge([tmp_path / "shards"], tmp_path / "merged")
+    merged = merge([tmp_path / "shards"], tmp_path / "merged", workers=workers)
     whole = preprocess(inputs, tokenizer_folder, tmp_path / "whole", max_errors=5)
     assert sorted(whole.domains) == ["A", "B", "C", "D", "E"]
     assert whole.left_out == {"never": 5}
@@ -98,17 +112,73 @@ def test_shards_of_lists_that_differ_are_not_merged(
         preprocess(inputs, tokenizer_folder, out, shard=(0, 2), max_errors=5)
 
 
-def test_a_damaged_shard_is_not_merged(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+@pytest.fixture
+def whole(inputs: list[Path], tokenizer_folder: Path, tmp_path: Path) -> Path:
+    return preprocess(inputs, tokenizer_folder, tmp_path / "whole", max_errors=5).folder
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("b.bin", lambda raw: raw[:6] + b"x" + raw[7:], r"b\.bin is .* manifest says \(checksum\)"),
+        ("b.bin", lambda raw: raw[:-2], r"b\.bin is cut off"),
+        ("b.bin", None, r"no such dataset file: .*b\.bin"),
+        ("token_counts.npy", lambda raw: raw[:-8], r"token_counts\.npy can not be read: .*again"),
+        (
+            "token_counts.npy",
+            lambda raw: raw[:-8] + b"\1" * 8,
+            r"token_counts\.npy is not what its",
+        ),
+        ("token_counts.npy", None, r"token_counts\.npy can not be read"),
+    ],
+)
+def test_a_damaged_part_is_not_merged(
+    whole: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None, message: str
 ) -> None:
-    manifest = preprocess(inputs, tokenizer_folder, tmp_path / "a", max_errors=5)
-    path = manifest.prefix("B").with_name("b.bin")
-    raw = bytearray(path.read_bytes())
-    raw[6] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"b\.bin is not what its manifest says \(checksum\)"):
-        merge([tmp_path / "a"], tmp_path / "out")
+    raw = (whole / name).read_bytes()
+    (whole / name).unlink()
+    if damage:
+        (whole / name).write_bytes(damage(raw))
+    with pytest.raises(ValueError, match=message):
+        merge([whole], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_what_ends_a_merge_leaves_no_output_and_the_next_one_is_whole(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small disk, one that fills, and a kill in the middle of a file."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(ValueError, match=r"of free space for .*out, got .* make room"):
+            merge([whole], tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "write_all", full)
+        with pytest.raises(DiskFull, match=r"no room .*\(No space left on device; .*make room"):
+            merge([whole], tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+
+    def killed(file: FileIO, data: bytes) -> None:
+        file.write(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        rewrite.write_all = killed  # type: ignore[assignment]
+        merge([whole], tmp_path / "out")
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    merge([whole], tmp_path / "out")
+    assert_same_files(tmp_path / "out", whole)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        merge([whole], tmp_path / "no", workers=0)
 
 
 def test_datasets_of_one_kind_are_joined_in_the_order_given(

@@ -20,8 +20,9 @@ from megatron_infoentropy.data import blocks, journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import read_blocks
 from megatron_infoentropy.data.manifest import DataOptions
-from megatron_infoentropy.data.preprocess import DiskFull, preprocess
+from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.workers import WorkerDied
+from megatron_infoentropy.data.writer import DiskFull
 from megatron_infoentropy.files import work_folder
 
 LINES = [line(f"text {i} " * (i % 50), f"domain {i % 3}") for i in range(600)]
