@@ -68,10 +68,10 @@ def preprocess(
     engine: Annotated[
         str,
         typer.Option(
-            help="hf, or gigatoken: the same ids, many times faster "
-            '(pip install "megatron-infoentropy[gigatoken]")'
+            help="hf, or gigatoken: the same ids, many times faster; auto: gigatoken where it is "
+            "installed and shown to give the same ids for the tokenizer"
         ),
-    ] = "hf",
+    ] = "auto",
     on_error: Annotated[
         str, typer.Option(help="stop, or skip lines that hold no document, counted and listed")
     ] = "stop",
@@ -127,6 +127,7 @@ def preprocess(
         "engine": engine,
         "max_errors": max_errors if on_error == "skip" else 0,
         "overwrite": overwrite,
+        "say": err.print,
     }
     if executor is None:
         if tasks is not None or executor_option:

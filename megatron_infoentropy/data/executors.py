@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -31,11 +31,14 @@ from megatron_infoentropy.runtime.orphans import end_with, leave_none
 _OURS = ("pipeline", "tasks", "depends", "logging_dir", "skip_completed")
 
 
-def run_tasks(kind: str, tasks: int, given: Sequence[str], **asked: Any) -> Manifest | None:
+def run_tasks(
+    kind: str, tasks: int, given: Sequence[str], *, say: Callable[[str], object], **asked: Any
+) -> Manifest | None:
     """Make what `preprocess(**asked)` makes, in shards and a merge; None when they are queued.
 
-    `kind` is local, slurm or ray, `given` are KEY=VALUE for datatrove's executor. Called
-    again after whatever ended it, the same call does what is missing.
+    `kind` is local, slurm or ray, `given` are KEY=VALUE for datatrove's executor; `say` is told
+    of the engine that all shards use. Called again after whatever ended it, the same call does
+    what is missing.
 
     Raises:
         ValueError: an unknown executor or option, more tasks than files, an unusable output.
@@ -54,6 +57,7 @@ def run_tasks(kind: str, tasks: int, given: Sequence[str], **asked: Any) -> Mani
     if whole.is_done():
         return load_manifest(output)
     require_free(output, OUTPUT_FILES, asked["overwrite"])
+    asked["engine"] = single.engine_for(asked["engine"], whole, say)  # for all shards
     parts, last = _executors(partial(make, **chosen), tasks, whole, asked)
     if kind == "slurm":
         last.depends = parts

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_infoentropy.data.indexed import Integers
 from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, hf_engine
 from megatron_infoentropy.files import write_whole
 
+ENGINES = ("auto", "hf", "gigatoken")
 LoadEngine = Callable[[str], Engine]  # from the content of a tokenizer.json
 
 # Beyond it there are tags and private characters: too rare to try, never left to the fast engine.
@@ -64,8 +66,10 @@ def disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
 
 
 def cached_disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
-    """The same, tried once for a tokenizer and the versions of both engines."""
-    sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    """The same, tried once for a way of cutting text and the versions of both engines."""
+    content = json.loads(tokenizer_json)
+    require_comparable(content)
+    sha256 = hashlib.sha256(json.dumps(probe_tokenizer(content)).encode()).hexdigest()
     name = f"{sha256}-{version('tokenizers')}-{version('gigatoken')}.json"
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(home) / "infoentropy" / "gigatoken" / name
@@ -73,8 +77,8 @@ def cached_disagreements(tokenizer_json: str, load: LoadEngine) -> list[int]:
         points: list[int] = json.loads(path.read_text(encoding="utf-8"))
         return points
     points = disagreements(tokenizer_json, load)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(points).encode())
+    with suppress(OSError):  # a home that cannot be written to: then it is tried each time
+        write_whole(path, json.dumps(points))
     return points
 
 
@@ -103,8 +107,7 @@ def require_comparable(content: dict[str, Any]) -> None:
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
         raise InexactEngineError(
-            f"the fast engine can not be shown to be exact for this tokenizer: {wrong[0]}; "
-            "use --engine hf"
+            f"gigatoken can not be shown to be exact for this tokenizer: {wrong[0]}"
         )
 
 
@@ -172,13 +175,33 @@ _MOST_SPELLINGS = 16
 _REFRESH_AFTER = 1 << 27
 
 
+def choose_engine(asked: str, loaded: LoadedTokenizer, *, special_tokens: bool) -> tuple[str, str]:
+    """Return hf or gigatoken for one of `ENGINES`, and why, as a sentence.
+
+    Raises:
+        InexactEngineError: gigatoken is asked for, but not installed or not shown to be exact.
+        ValueError: there is no such engine.
+    """
+    if asked not in ENGINES:
+        raise ValueError(f"the engine must be one of {', '.join(ENGINES)}, got {asked!r}")
+    if asked == "hf":
+        return "hf", "it was asked for"
+    try:
+        fast_engine(loaded, special_tokens=special_tokens)
+    except InexactEngineError as error:
+        if asked == "gigatoken":
+            raise InexactEngineError(f"{error}; use --engine hf") from error
+        return "hf", str(error)
+    return "gigatoken", "it is installed and was shown to give the ids of hf for this tokenizer"
+
+
 def fast_engine(loaded: LoadedTokenizer, *, special_tokens: bool) -> Engine:
     """Return the exact combination of gigatoken and the reference engine for a tokenizer.
 
     Raises:
         InexactEngineError: it is not installed, or exactness can not be shown.
     """
-    require_gigatoken()
+    _require_gigatoken()
     content = loaded.tokenizer.to_str()
     points = cached_disagreements(content, load_gigatoken)
     return exact_engine(
@@ -186,18 +209,12 @@ def fast_engine(loaded: LoadedTokenizer, *, special_tokens: bool) -> Engine:
     )
 
 
-def require_gigatoken() -> None:
-    """Check that the package is there.
-
-    Raises:
-        InexactEngineError: it is not.
-    """
+def _require_gigatoken() -> None:
     try:
         import_module("gigatoken")
     except ImportError as error:
         raise InexactEngineError(
-            "--engine gigatoken needs the package of that name: "
-            'pip install "megatron-infoentropy[gigatoken]"; or use --engine hf'
+            "gigatoken, which is many times as fast, is not installed (pip install gigatoken)"
         ) from error
 
 
@@ -290,8 +307,8 @@ def _added_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
     added = loaded.added_around()
     if added is None:
         raise InexactEngineError(
-            "the fast engine can not be shown to be exact: the tokenizer changes ids where it adds "
-            "special tokens; use --engine hf"
+            "gigatoken can not be shown to be exact: the tokenizer changes ids where it adds "
+            "special tokens"
         )
     return added
 
@@ -307,8 +324,7 @@ def _spellings(loaded: LoadedTokenizer) -> list[str]:
             common = common[:-1]
     if len(common) < 2:
         raise InexactEngineError(
-            f"the fast engine would be slow: {len(added)} added tokens without a common start; "
-            "use --engine hf"
+            f"gigatoken would be slow: {len(added)} added tokens without a common start"
         )
     return [common]
 

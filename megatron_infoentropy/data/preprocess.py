@@ -31,7 +31,7 @@ from megatron_infoentropy.data.blocks import (
     read_blocks,
     require_readable,
 )
-from megatron_infoentropy.data.fast_engine import fast_engine
+from megatron_infoentropy.data.fast_engine import choose_engine
 from megatron_infoentropy.data.indexed import require_whole, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
 from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line
@@ -49,7 +49,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
-from megatron_infoentropy.data.workers import ENGINES, WorkerSettings, encode_blocks
+from megatron_infoentropy.data.workers import WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish, full_disk_is_said
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
@@ -80,7 +80,10 @@ def input_of(path: Path) -> Input:
 
 @dataclass(frozen=True)
 class Task:
-    """Make `output` of `inputs`; `shard` is (i, n) where that is one part of n of `shards_of`."""
+    """Make `output` of `inputs`; `shard` is (i, n) where that is one part of n of `shards_of`.
+
+    `engine` is what makes the ids, hf or gigatoken; a run that is done is done by either.
+    """
 
     inputs: Sequence[Input]
     output: Path
@@ -88,6 +91,7 @@ class Task:
     options: DataOptions
     shard: tuple[int, int] | None
     shards_of: str
+    engine: str = "hf"
 
     def job(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on where another ended; plain JSON."""
@@ -100,7 +104,12 @@ class Task:
             "list of files": self.shards_of,
             "options": asdict(self.options),
             "versions": self.versions(),
+            "engine": self.engine_version(),
         }
+
+    def engine_version(self) -> str:
+        """Return what the manifest says of the engine; the version of hf is that of tokenizers."""
+        return self.engine if self.engine == "hf" else f"{self.engine} {version(self.engine)}"
 
     def versions(self) -> dict[str, str]:
         """Return the versions that the ids depend on."""
@@ -144,7 +153,7 @@ class Task:
                 f"{now.bytes}): give the command again when nothing writes to it any more"
             )
 
-    def manifest(self, folder: Path, engine: str, inputs: Sequence[InputFacts]) -> Manifest:
+    def manifest(self, folder: Path, inputs: Sequence[InputFacts]) -> Manifest:
         """Return the manifest of the finished run, still without domains."""
         loaded = self.loaded
         added = loaded.added_around() if self.options.special_tokens else None
@@ -157,7 +166,7 @@ class Task:
             domains={},
             options=self.options,
             versions=self.versions(),
-            engine=engine,
+            engine=self.engine_version(),
             inputs=tuple(inputs),
             shard=self.shard,
             shards_of=self.shards_of,
@@ -261,20 +270,22 @@ def preprocess(
     *,
     options: DataOptions = DEFAULT_OPTIONS,
     workers: int = 1,
-    engine: str = "hf",
+    engine: str = "auto",
     max_errors: int = 0,
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Write `output/<slug>.bin/.idx` per domain, the token counts and the manifest.
 
     `tokenizer` is a Hugging Face tokenizer folder, `workers` the number of encoding processes,
-    `engine` what encodes in them: both give the same bytes, gigatoken faster (an extra). Up
-    to `max_errors` lines that hold no document are skipped, counted and listed. `shard` (i, n) does
-    part i of n of the inputs into a folder of its own below `output`. `overwrite` replaces a
-    dataset of other inputs or options. Given again after whatever ended it, the same call goes on
-    (`restart`: begins anew); given again after it was done, it does nothing.
+    `engine` what encodes in them, with the same ids: hf, gigatoken (many times as fast), or auto,
+    which is gigatoken where it may be used; `say` is told which and why. Up to `max_errors` lines
+    that hold no document are skipped, counted and listed. `shard` (i, n) does part i of n of the
+    inputs into a folder of its own below `output`. `overwrite` replaces a dataset of other inputs
+    or options. Given again after whatever ended it, the same call goes on (`restart`: begins anew);
+    given again after it was done, it does nothing.
 
     Raises:
         BrokenLineError: a line that holds no document, by file and number.
@@ -283,8 +294,6 @@ def preprocess(
             Whatever the error, `output` is left as it was.
     """
     _require_usable(inputs, workers, max_errors)
-    if engine not in ENGINES:
-        raise ValueError(f"the engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     asked, options = options, decide_split(options, inputs)
     named = options.split_by is not None or asked.split_by is None
     shards_of = "" if shard is None else shards_digest(inputs)
@@ -292,11 +301,10 @@ def preprocess(
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     files = list(map(input_of, inputs))
     task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
-    settings = WorkerSettings(task.loaded, options, engine, named)
-    if engine == "gigatoken":  # calibrates it, once for all workers, or refuses it
-        fast_engine(task.loaded, special_tokens=options.special_tokens)
     if not task.is_done():
         require_free(output, OUTPUT_FILES, overwrite)
+        task = replace(task, engine=engine_for(engine, task, say))
+    settings = WorkerSettings(task.loaded, options, task.engine, named)
     with work_folder(output) as work:
         try:
             if restart:
@@ -312,6 +320,14 @@ def preprocess(
             if not (work / JOURNAL).exists():  # nothing to go on from
                 shutil.rmtree(work)
     return load_manifest(output)
+
+
+def engine_for(asked: str, task: Task, say: Callable[[str], object]) -> str:
+    """Return the engine to use; gigatoken is tried out here, once for all workers."""
+    name, why = choose_engine(asked, task.loaded, special_tokens=task.options.special_tokens)
+    if asked == "auto":
+        say(f"engine {name}: {why}")
+    return name
 
 
 def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_errors: int) -> Path:
@@ -333,7 +349,7 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
                     task.require_unchanged(run.state.file - 1, block.sha256)
         if not run.rejected:
             (run.dataset / REJECTED).unlink()
-        finish(task.manifest(run.dataset, settings.engine, run.state.inputs), run.writers)
+        finish(task.manifest(run.dataset, run.state.inputs), run.writers)
         for number, facts in enumerate(run.state.inputs):
             task.require_unchanged(number, facts.sha256)
     return run.dataset

@@ -215,7 +215,8 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
                 f"{part.folder} and {first.folder} are shards of different lists of files, or of "
                 "files that changed between them: make both again, of one list"
             )
-        for what in ("tokenizer", "dtype", "options", "versions"):
+        same = ("tokenizer", "dtype", "options", "versions")
+        for what in (*same, "engine") if part.shard else same:
             ours, theirs = getattr(first, what), getattr(part, what)
             if ours != theirs:
                 raise ValueError(

@@ -32,8 +32,6 @@ from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, end_documents, hf_engine
 
-ENGINES = {"hf": hf_engine, "gigatoken": fast_engine}
-
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -41,7 +39,7 @@ class WorkerSettings:
 
     loaded: LoadedTokenizer
     options: DataOptions
-    engine: str = "hf"  # one of ENGINES
+    engine: str  # hf or gigatoken
     named: bool = True  # else no document may name a domain, as the first ones do not
 
 
@@ -81,7 +79,7 @@ class Encoder:
         self.options = settings.options
         self.loaded = settings.loaded
         self.dtype = token_dtype(self.loaded.vocab_size)
-        engine = ENGINES[settings.engine]
+        engine = {"hf": hf_engine, "gigatoken": fast_engine}[settings.engine]
         self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
         self._named = settings.named
         self._domain_key = self.options.split_by if self._named else PILE_DOMAIN

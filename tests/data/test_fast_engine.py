@@ -1,21 +1,28 @@
 """The exact mode around a faster engine, tried with engines that are wrong in known ways."""
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from text_files import line, write
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from megatron_infoentropy.data import fast_engine
+from megatron_infoentropy.data import blocks, fast_engine, journal
+from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.fast_engine import (
     CHECK_EVERY,
     InexactEngineError,
     disagreements,
     exact_engine,
 )
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.rewrite import merge
 from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine, LoadedTokenizer, load_tokenizer
 
 NO_LETTERS = "\u0133\u0800\u1c89"  # the engine below takes them for signs
@@ -147,33 +154,102 @@ def test_an_engine_that_is_wrong_elsewhere_is_caught(
 def test_tokenizers_that_calibration_shows_nothing_about_are_refused(
     content: str, change: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(InexactEngineError, match=f"{reason}; use --engine hf"):
+    with pytest.raises(InexactEngineError, match=f"{reason}$"):
         disagreements(json.dumps({**json.loads(content), **change}), load_wrong)
 
 
-def test_calibration_is_done_once_for_a_tokenizer(
+def test_calibration_is_done_once_for_a_way_of_cutting_text(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = json.loads(content)
     monkeypatch.setattr(fast_engine, "version", lambda name: "1.0")
     monkeypatch.setattr(fast_engine, "disagreements", lambda *_: done.append("") or [5, 7])
-    for _ in range(2):
-        assert fast_engine.cached_disagreements(content, load_wrong) == [5, 7]
+    other["model"]["merges"] = other["model"]["merges"][:50]  # of another vocabulary
+    for same in (content, content, json.dumps(other)):
+        assert fast_engine.cached_disagreements(same, load_wrong) == [5, 7]
     assert len(done) == 1
-    fast_engine.cached_disagreements(content + " ", load_wrong)
+    other["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    fast_engine.cached_disagreements(json.dumps(other), load_wrong)
     assert len(done) == 2
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # which can not be written to
+    assert fast_engine.cached_disagreements(content, load_wrong) == [5, 7]
 
 
-def test_without_the_package_the_engine_is_refused_by_name(
-    tokenizer: LoadedTokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+NOT_INSTALLED = (
+    r"gigatoken, which is many times as fast, is not installed \(pip install gigatoken\)"
+)
+
+
+def missing(name: str) -> object:
+    raise ImportError(name)
+
+
+def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(
+    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(name: str) -> object:
-        raise ImportError(name)
+    def choose(asked: str) -> tuple[str, str]:
+        return fast_engine.choose_engine(asked, tokenizer, special_tokens=True)
 
     monkeypatch.setattr(fast_engine, "import_module", missing)
-    with pytest.raises(InexactEngineError, match="needs the package of that name"):
-        fast_engine.fast_engine(tokenizer, special_tokens=True)
+    engine, why = choose("auto")
+    assert engine == "hf"
+    assert re.fullmatch(NOT_INSTALLED, why)
+    with pytest.raises(InexactEngineError, match=f"{NOT_INSTALLED}; use --engine hf"):
+        choose("gigatoken")
+    monkeypatch.setattr(fast_engine, "import_module", lambda _: None)
+    monkeypatch.setattr(fast_engine, "load_gigatoken", load_wrong)
+    monkeypatch.setattr(fast_engine, "cached_disagreements", lambda *_: [])
+    assert choose("auto") == choose("gigatoken")
+    assert choose("auto")[0] == "gigatoken"
+    assert choose("hf")[0] == "hf"
+    broken = {**json.loads(tokenizer.tokenizer.to_str()), "normalizer": {"type": "NFC"}}
+    monkeypatch.undo()
+    monkeypatch.setattr(fast_engine, "import_module", lambda _: None)
+    tokenizer = replace(tokenizer, tokenizer=Tokenizer.from_str(json.dumps(broken)))
+    assert choose("auto") == (
+        "hf",
+        "gigatoken can not be shown to be exact for this tokenizer: it normalizes texts",
+    )
+    with pytest.raises(ValueError, match="must be one of auto, hf, gigatoken, got 'spacy'"):
+        choose("spacy")
+
+
+def test_a_run_goes_on_and_shards_are_joined_with_one_engine(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both give the same bytes; each dataset says which made it, in every part of it."""
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    texts = [
+        write(tmp_path / f"{i}.jsonl", [line(text) for text in (*TEXTS, str(i))]) for i in range(2)
+    ]
+    said: list[str] = []
+    for shard, engine in (((0, 2), "auto"), ((1, 2), "hf")):
+        preprocess(
+            texts, tokenizer_folder, tmp_path / "out", engine=engine, shard=shard, say=said.append
+        )
+    assert len(said) == 1
+    assert said[0].startswith("engine gigatoken: it is installed and was shown")
+    with pytest.raises(ValueError, match=r"their engine differ \(hf and gigatoken 0\.10"):
+        merge([tmp_path / "out"], tmp_path / "whole")
+    again = tmp_path / "out" / "shard-00001-of-00002"
+    before = (again / "a.bin").read_bytes()
+    shutil.rmtree(again)
+    preprocess(texts, tokenizer_folder, tmp_path / "out", shard=(1, 2))
+    assert (again / "a.bin").read_bytes() == before
+    assert merge([tmp_path / "out"], tmp_path / "whole").engine.startswith("gigatoken 0.10")
+
+    text = write(tmp_path / "broken.jsonl", [*map(line, TEXTS), "no document"])
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 10)
+    with pytest.raises(BrokenLineError):
+        preprocess([text], tokenizer_folder, tmp_path / "half")
+    with pytest.raises(ValueError, match="holds an unfinished run with other engine"):
+        preprocess([text], tokenizer_folder, tmp_path / "half", engine="hf", max_errors=1)
+    preprocess([text], tokenizer_folder, tmp_path / "half", max_errors=1)
 
 
 @pytest.mark.usefixtures("few_points")

@@ -183,7 +183,7 @@ from pathlib import Path
 from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.workers import Encoder, WorkerSettings
 loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
-encoder = Encoder(WorkerSettings(loaded, DataOptions(split_by=None)))
+encoder = Encoder(WorkerSettings(loaded, DataOptions(split_by=None), "hf"))
 assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size
 heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
 assert not heavy, heavy
