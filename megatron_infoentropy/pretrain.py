@@ -27,13 +27,15 @@ def prepare() -> tuple[Any, Any]:
 
     from megatron_infoentropy.integration import arguments
     from megatron_infoentropy.integration.batch import embedding_ranks
-    from megatron_infoentropy.integration.compat import model_config_from_args
+    from megatron_infoentropy.integration.compat import make_hybrid, model_config_from_args
     from megatron_infoentropy.integration.observe import TokenObserver, announce_size, observed
     from megatron_infoentropy.integration.step import GlobalBatchWeight, InfoEntropyForwardStep
 
     parse_and_validate_args(extra_args_provider=arguments.add_trainer_args)
     args = get_args()
     config = arguments.config_from_args(args)
+    if args.infoentropy_hybrid:
+        make_hybrid(args)
     arguments.check_megatron_args(args, config)
     print_rank_0(f"objective: {config}")
     saved = arguments.saved_arguments(args)

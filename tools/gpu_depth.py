@@ -33,6 +33,10 @@ def deepest(args: Namespace, gib: float) -> int:
 if __name__ == "__main__":
     recipe, gib, _, *flags = sys.argv[1:]
     args = dry_run(Path(recipe), {}, tuple(flags), ranks=1)
+    if args.hybrid_layer_pattern is not None:
+        sys.exit(
+            "the depth is a GPT's: leave --infoentropy-hybrid and a --hybrid-layer-pattern out"
+        )
     layers = deepest(args, float(gib))
     size = takes(args, max(1, layers)) / 2**30
     sys.stderr.write(f"{layers} layers take {size:.1f} of {float(gib):.1f} GiB\n")

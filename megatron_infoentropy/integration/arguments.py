@@ -42,6 +42,8 @@ UNHYBRID = {
     "mtp_num_layers": "it has multi-token-prediction heads, which are handed the model's own loss; "
     "leave the part of the pattern behind / out, or train a GPT",
     "use_rope_scaling": "Megatron's HybridModel ignores the flag; leave it out",
+    "rotary_interleaved": "Megatron's HybridModel turns the two numbers of a pair by different "
+    "angles then; leave it out",
     "heterogeneous_layers_config_path": "Megatron's HybridModel ignores the flag; leave it out",
     "overlap_moe_expert_parallel_comm": "Megatron's HybridModel has no schedule plan; leave it out",
 }
@@ -108,6 +110,12 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_true",
         help="train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
         "with a softcap or a temperature, which is refused otherwise",
+    )
+    group.add_argument(
+        f"--{PREFIX}-hybrid",
+        action="store_true",
+        help="build the GPT that the flags describe as Megatron's HybridModel: every layer becomes "
+        "one of attention and one MLP, over the same pipeline stages",
     )
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser

@@ -88,6 +88,50 @@ def takes_output_processor(model: Any) -> bool:
     return "output_processor" in signature(model.forward).parameters
 
 
+# What a GPT has by layers, and a hybrid of the same layers would have elsewhere or not at all.
+_BY_LAYERS = (
+    *("num_experts", "mtp_num_layers", "no_rope_freq", "window_attn_skip_freq"),
+    *("linear_attention_freq", "multi_latent_attention", "cpu_offloading_num_layers"),
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers"),
+    *("decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split"),
+    "account_for_loss_in_pipeline_split",
+)
+# What counts layers, of which the hybrid has two for one.
+_COUNTS = (
+    *("num_layers", "encoder_num_layers", "recompute_num_layers"),
+    *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+)
+
+
+def make_hybrid(args: Any) -> None:
+    """Turn validated arguments of a GPT into those of a HybridModel that computes the same.
+
+    Every layer becomes one of attention and one MLP, on the pipeline stage where it was.
+
+    Raises:
+        ValueError: the layers are not alike, or spread unevenly; names the flag.
+    """
+    if args.hybrid_layer_pattern is not None:
+        if args.use_checkpoint_args:
+            return  # the checkpoint is a hybrid's
+        raise ValueError(
+            "--infoentropy-hybrid makes a --hybrid-layer-pattern of --num-layers, and got one: "
+            "leave one of them out"
+        )
+    if others := [name for name in _BY_LAYERS if getattr(args, name, None)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(
+            f"--infoentropy-hybrid cannot go with {flags}: it is for dense layers that are alike, "
+            "spread evenly; write the pattern out with --hybrid-layer-pattern"
+        )
+    chunks = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    args.hybrid_layer_pattern = "|".join(["*-" * (args.num_layers // chunks)] * chunks)
+    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
+    for name in _COUNTS:
+        if getattr(args, name, None) is not None:
+            setattr(args, name, 2 * getattr(args, name))
+
+
 def model_config_from_args(args: Any) -> Any:
     """Return Megatron's configuration of the model that these parsed arguments describe.
 

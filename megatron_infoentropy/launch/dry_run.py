@@ -2,9 +2,10 @@
 
 Megatron parses and checks the flags in a process of its own (`launch.parsed`), as rank 0 of a world
 that is not there. The arithmetic reads its arguments, by the names that Megatron gives them: for a
-dense GPT, its layers spread evenly over pipeline stages. Memory is in bytes of one rank, traffic in
-bytes that one rank sends in one step, collectives as rings: an all-reduce of n bytes over k ranks
-sends 2 n (k-1)/k, a reduce-scatter or an all-gather half of that.
+dense GPT, its layers spread evenly over pipeline stages, or a hybrid of attention (*) and MLP (-)
+layers, of which a GPT's layer is one of each. Memory is in bytes of one rank, traffic in bytes that
+one rank sends in one step, collectives as rings: an all-reduce of n bytes over k ranks sends
+2 n (k-1)/k, a reduce-scatter or an all-gather half of that.
 """
 
 import json
@@ -125,32 +126,46 @@ def parameters(args: Namespace) -> int:
 
 def stages(args: Namespace) -> list[tuple[int, int]]:
     """Return every pipeline stage's parameters: cut by tensor parallelism, and whole ones."""
-    count = args.pipeline_model_parallel_size
-    return [_stage(args, index == 0, index == count - 1) for index in range(count)]
+    return [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
 
 
-def _stage(args: Namespace, is_first: bool, is_last: bool) -> tuple[int, int]:
-    layers = args.num_layers // args.pipeline_model_parallel_size
-    linear, biases, whole = _layer(args)
-    two = args.untie_embeddings_and_output_weights or args.pipeline_model_parallel_size > 1
+def _stage(args: Namespace, index: int) -> tuple[int, int]:
+    count, blocks = args.pipeline_model_parallel_size, _blocks_of_stages(args)[index]
+    is_first, is_last = index == 0, index == count - 1
+    two = args.untie_embeddings_and_output_weights or count > 1
     tables = is_first + is_last if two else 1
-    final_norm = _norm_vectors(args) * args.hidden_size if is_last else 0
-    learned = is_first and args.position_embedding_type == "learned_absolute"
-    positions = args.max_position_embeddings * args.hidden_size if learned else 0
-    cut = layers * (linear + biases) + tables * args.padded_vocab_size * args.hidden_size
-    return cut, layers * whole + final_norm + positions
+    whole = _norm_vectors(args) * args.hidden_size if is_last else 0
+    if is_first and args.position_embedding_type == "learned_absolute":
+        whole += args.max_position_embeddings * args.hidden_size
+    sizes = [_block(args, kind) for kind in blocks]
+    cut = sum(linear + biases for linear, biases, _ in sizes)
+    cut += tables * args.padded_vocab_size * args.hidden_size
+    return cut, whole + sum(alone for *_, alone in sizes)
 
 
-def _layer(args: Namespace) -> tuple[int, int, int]:
-    """Return one layer's matrices, biases that are cut, and what every tensor-parallel rank has."""
+def _blocks_of_stages(args: Namespace) -> list[str]:
+    """Return every pipeline stage's blocks in order, * for attention and - for an MLP."""
+    stages, pattern = args.pipeline_model_parallel_size, args.hybrid_layer_pattern
+    if pattern is None:
+        pattern = "*-" * args.num_layers
+    chunks = pattern.split("|")
+    if len(chunks) > 1:  # they go round the stages
+        return ["".join(chunks[stage::stages]) for stage in range(stages)]
+    size = len(pattern) // stages
+    return [pattern[stage * size : (stage + 1) * size] for stage in range(stages)]
+
+
+def _block(args: Namespace, kind: str) -> tuple[int, int, int]:
+    """Return a block's matrices, biases that are cut, and what every tensor-parallel rank has."""
     hidden, ffn = args.hidden_size, args.ffn_hidden_size * (2 if args.swiglu else 1)
+    whole = _norm_vectors(args) * hidden + hidden * args.add_bias_linear
+    if kind == "-":
+        return hidden * (ffn + args.ffn_hidden_size), ffn * args.add_bias_linear, whole
     query = args.num_attention_heads * args.kv_channels
     qkv = query + 2 * args.num_query_groups * args.kv_channels
-    linear = hidden * (qkv + query) + hidden * (ffn + args.ffn_hidden_size)
-    qkv_bias = args.add_bias_linear or args.add_qkv_bias
-    norms = 2 * hidden + 2 * args.kv_channels * bool(args.qk_layernorm)
-    whole = _norm_vectors(args) * norms + 2 * hidden * args.add_bias_linear
-    return linear, qkv * qkv_bias + ffn * args.add_bias_linear, whole
+    head_norms = 2 * args.kv_channels * _norm_vectors(args) if args.qk_layernorm else 0
+    has_bias = args.add_bias_linear or args.add_qkv_bias
+    return hidden * (qkv + query), qkv * has_bias, whole + head_norms
 
 
 def _norm_vectors(args: Namespace) -> int:
@@ -176,7 +191,7 @@ def hidden_bytes(args: Namespace) -> int:
 def memory(args: Namespace) -> dict[str, int]:
     """Count the rank that holds most; fragmentation, workspaces and NCCL's buffers come on top."""
     tensor, count = args.tensor_model_parallel_size, _fullest(args)
-    matrices = _layer(args)[0] * (args.num_layers // args.pipeline_model_parallel_size)
+    matrices = max(sum(_block(args, b)[0] for b in blocks) for blocks in _blocks_of_stages(args))
     sharers = args.data_parallel_size if args.use_distributed_optimizer else 1
     tokens = args.micro_batch_size * args.seq_length
     if args.infoentropy_fused_linear:
@@ -194,10 +209,19 @@ def memory(args: Namespace) -> dict[str, int]:
     }
 
 
-def _recomputed(args: Namespace) -> tuple[str, int]:
-    """Return the method of full recomputation, "" without, and its number of layers."""
-    method = (args.recompute_method or "") if args.recompute_granularity == "full" else ""
-    return method, args.recompute_num_layers or 1
+def _recomputed(args: Namespace, blocks: str) -> list[str]:
+    """Return the first of a stage's blocks, as they are recomputed together; [] where none is.
+
+    Megatron counts layers: a GPT's is attention and MLP, a hybrid's is one of the two.
+    """
+    layer = 2 if args.hybrid_layer_pattern is None else 1
+    redone, size = "", layer
+    if args.recompute_granularity == "full":
+        size = layer * (args.recompute_num_layers or 1)
+        redone = blocks
+        if args.recompute_method == "block":  # the first so many, one by one
+            redone, size = blocks[:size], layer
+    return [redone[at : at + size] for at in range(0, len(redone), size)]
 
 
 def _handed_on(args: Namespace) -> int:
@@ -207,17 +231,25 @@ def _handed_on(args: Namespace) -> int:
 
 
 def _activations(args: Namespace) -> int:
-    """Count those of the first stage, which has most micro-batches on their way."""
-    stages, one = args.pipeline_model_parallel_size, args.layer_activations
-    layers, virtual = args.num_layers / stages, args.virtual_pipeline_model_parallel_size or 1
-    in_flight = stages + (stages - 1) / virtual if virtual > 1 else min(micro_batches(args), stages)
-    method, at_once = _recomputed(args)
-    if method == "uniform":  # an input every so many layers; these once in full
-        kept, whole = ceil(layers / at_once) * _handed_on(args), at_once
+    """Count those of the stage that keeps most."""
+    return max(
+        _stage_activations(args, stage, blocks)
+        for stage, blocks in enumerate(_blocks_of_stages(args))
+    )
+
+
+def _stage_activations(args: Namespace, stage: int, blocks: str) -> int:
+    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+    behind = stages - 1 - stage
+    if virtual:  # chunks of a virtual'th of the stage
+        in_flight = ((virtual - 1) * stages + 2 * behind + 1) / virtual
     else:
-        redone = min(at_once, layers) if method else 0
-        kept, whole = ceil(redone * _handed_on(args) + (layers - redone) * one), bool(method)
-    return int(ceil(in_flight * kept) + whole * one)
+        in_flight = min(micro_batches(args), behind + 1)
+    recomputed = _recomputed(args, blocks)
+    sizes = [sum(args.block_activations[kind] for kind in group) for group in recomputed]
+    rest = blocks[sum(map(len, recomputed)) :]
+    kept = len(sizes) * _handed_on(args) + sum(args.block_activations[kind] for kind in rest)
+    return int(ceil(in_flight * kept) + max(sizes, default=0))
 
 
 def traffic(args: Namespace) -> dict[str, int]:
@@ -237,12 +269,11 @@ def _tensor_parallel(args: Namespace) -> int:
     """Count one micro-batch, on a rank of the stage that has the output layer."""
     ranks, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     half = hidden_bytes(args) * (ranks - 1) / ranks  # a reduce-scatter or an all-gather
-    layers = args.num_layers / stages
-    method, at_once = _recomputed(args)
-    redone = {"": 0.0, "uniform": layers, "block": min(at_once, layers)}[method]
-    # Attention and MLP: one all-reduce each way; a recomputed layer does the forward ones again.
-    # With sequence parallelism their inputs are gathered once more for the weights' gradients.
-    halves = layers * 8 + redone * 4 + layers * 2 * args.sequence_parallel
+    blocks = _blocks_of_stages(args)[-1]
+    redone = sum(map(len, _recomputed(args, blocks)))
+    # A block has one all-reduce each way; if it is recomputed the forward one again. With sequence
+    # parallelism its input is gathered once more for the weights' gradients.
+    halves = len(blocks) * 4 + redone * 2 + len(blocks) * args.sequence_parallel
     embedding = 2 if stages == 1 else 0
     output_layer = 3 if args.sequence_parallel else 2
     statistics = args.micro_batch_size * args.seq_length * STATISTICS_BYTES * (ranks - 1)
@@ -264,6 +295,7 @@ def _training_lines(args: Namespace) -> list[str]:
     pipeline, data = args.pipeline_model_parallel_size, args.data_parallel_size
     layout = f"tensor {tensor} x pipeline {pipeline} x data {data}"
     return [
+        f"model              {_model(args)}",
         f"parameters         {parameters(args):,}, at most {_fullest(args):,} on a rank",
         f"layout             {tensor * pipeline * data} ranks: {layout}",
         f"step               {tokens:,} tokens: {args.global_batch_size} sequences of "
@@ -271,6 +303,13 @@ def _training_lines(args: Namespace) -> list[str]:
         "on every rank",
         f"training           {args.train_iters:,} steps, {tokens * args.train_iters:,} tokens",
     ]
+
+
+def _model(args: Namespace) -> str:
+    if args.hybrid_layer_pattern is None:
+        return f"GPT of {args.num_layers} layers"
+    blocks = "".join(_blocks_of_stages(args))
+    return f"hybrid of {blocks.count('*')} attention (*) and {blocks.count('-')} MLP (-) layers"
 
 
 def _memory_lines(args: Namespace) -> list[str]:

@@ -23,7 +23,6 @@ UNCOUNTED = {
     "num_experts": "experts",
     "multi_latent_attention": "latent attention",
     "mtp_num_layers": "multi-token prediction",
-    "hybrid_layer_pattern": "layers of several kinds",
     "heterogeneous_layers_config_path": "layers of several kinds",
     "pipeline_model_parallel_layout": "an uneven pipeline",
     "decoder_first_pipeline_num_layers": "an uneven pipeline",
@@ -79,12 +78,12 @@ def _accept_precision_aware_optimizer() -> None:
 
 
 def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Return Megatron's validated arguments that JSON holds, and what a parameter and a layer take.
+    """Return Megatron's validated arguments that JSON holds, and what a parameter and a block take.
 
     Raises:
         ValueError: a kind of model, pipeline or optimizer that the dry run does not cover.
     """
-    _require_counted(args)
+    require_counted(args)
     plain = {n: v for n, v in vars(args).items() if isinstance(v, bool | int | float | str | None)}
     weight_bytes = args.params_dtype.itemsize
     grouped = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -94,17 +93,34 @@ def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": weight_bytes,  # of one parameter in the forward pass
         "gradient_bytes": 4 if args.accumulate_allreduce_grads_in_fp32 else weight_bytes,
         "optimizer_bytes": optimizer_bytes(args),
-        "layer_activations": _layer_activations(args),
+        "block_activations": _block_activations(args),
     }
 
 
-def _require_counted(args: argparse.Namespace) -> None:
+def require_counted(args: argparse.Namespace) -> None:
+    """Check that the arithmetic of `launch.dry_run` is for what these arguments describe.
+
+    Raises:
+        ValueError: names the flag and what cannot be counted.
+    """
     for name, what in UNCOUNTED.items():
         if getattr(args, name, None):
             raise ValueError(
                 f"--{name.replace('_', '-')}: the dry run cannot count {what}; "
                 "its arithmetic is for dense models of equal layers"
             )
+    pattern = args.hybrid_layer_pattern or ""
+    if others := "".join(sorted(set(pattern) - set("*-|"))):
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern}: the dry run counts attention (*) and MLP (-) "
+            f"layers, got {others}"
+        )
+    stages = args.pipeline_model_parallel_size
+    if "|" not in pattern and len(pattern) % stages:
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern}: {len(pattern)} layers cannot be spread evenly over "
+            f"{stages} pipeline stages; say with | where one ends"
+        )
     if args.context_parallel_size > 1:
         raise ValueError("--context-parallel-size: the dry run cannot count context parallelism")
     if args.optimizer != "adam":
@@ -127,20 +143,25 @@ def optimizer_bytes(args: argparse.Namespace) -> int:
     return moments + (4 if is_megatrons else 2)
 
 
-def _layer_activations(args: argparse.Namespace) -> int:
-    """Return the bytes that one layer keeps of one micro-batch, by Megatron's formulas.
+def _block_activations(args: argparse.Namespace) -> dict[str, int]:
+    """Return the bytes that attention (*) and an MLP (-) keep of one micro-batch.
 
-    The one with sequence parallelism where it holds, else the other one.
+    Together they are a layer by Megatron's formulas: the one with sequence parallelism where it
+    holds, else the other one. The share of attention is that of the table they were made from, of
+    Korthikanti et al. 2022.
 
     Without tensor parallelism both describe the same training, and the first one knows the FFN's
     width. Neither keeps attention scores: they take a fused attention kernel for granted.
     """
     from megatron.training import theoretical_memory_usage as formulas
 
-    if args.sequence_parallel or args.tensor_model_parallel_size == 1:
+    tensor = args.tensor_model_parallel_size
+    if args.sequence_parallel or tensor == 1:
         formula = formulas.compute_activation_memory
+        share = 13 / (18 + 4 * args.ffn_hidden_size / args.hidden_size)
     else:
         formula = formulas.compute_activation_memory_without_sp
+        share = (5 + 8 / tensor) / (10 + 24 / tensor)
 
     def activations(layers: int) -> Any:
         one_stage: dict[str, Any] = {
@@ -150,7 +171,9 @@ def _layer_activations(args: argparse.Namespace) -> int:
         }
         return formula(argparse.Namespace(**{**vars(args), **one_stage}), num_microbatches=1)
 
-    return int(activations(2) - activations(1))
+    layer = int(activations(2) - activations(1))
+    attention = round(share * layer)
+    return {"*": attention, "-": layer - attention}
 
 
 if __name__ == "__main__":

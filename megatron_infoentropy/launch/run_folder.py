@@ -26,7 +26,12 @@ from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
 from megatron_infoentropy.files import commit_of, write_whole
-from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
+from megatron_infoentropy.launch.recipe import (
+    given_flags,
+    last_value,
+    ranks_of_a_model,
+    read_facts,
+)
 from megatron_infoentropy.runtime.device import Device
 
 FACTS, CHECKPOINTS = "run.json", "checkpoints"
@@ -39,6 +44,7 @@ SHAPE = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     "kv-channels",
 )
+HYBRID = ("infoentropy-hybrid", "hybrid-layer-pattern", "hybrid-override-pattern")
 
 
 def load_facts(run: Path) -> dict[str, Any]:
@@ -94,6 +100,11 @@ def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> N
     """Check what no switch can change."""
     old, recorded = [str(word) for word in known.get("command", [])], known.get("tokenizer_sha256")
     shapes = {name: (last_value(old, name), last_value(words, name)) for name in SHAPE}
+    if _is_hybrid(old) and not _is_hybrid(words):
+        raise ValueError(
+            f"{run} holds a hybrid model, and Megatron goes on from it with a hybrid alone: add "
+            "--infoentropy-hybrid, or name another --run"
+        )
     folder = Path(last_value(words, "tokenizer-model") or "")
     # An earlier version recorded another digest of the same tokenizer.
     if not (recorded and (folder / TOKENIZER).is_file() and is_tokenizer(folder, recorded)):
@@ -104,6 +115,10 @@ def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> N
                 f"{run} holds a model of {name} {theirs}, this command line makes one of {ours}: "
                 "name another --run"
             )
+
+
+def _is_hybrid(words: list[str]) -> bool:
+    return not given_flags(words).keys().isdisjoint(HYBRID)
 
 
 def lineage(run: Path, words: list[str]) -> list[Stage]:

@@ -15,6 +15,7 @@ def parse(world, output, ranks=(), *, on_local_layers=True):
     from megatron.training import get_args
 
     from megatron_infoentropy import pretrain
+    from megatron_infoentropy.integration.hybrid import local_stack_spec
     from megatron_infoentropy.launch.parsed import plain_arguments
 
     container, _ = pretrain.prepare()
@@ -22,6 +23,8 @@ def parse(world, output, ranks=(), *, on_local_layers=True):
         container.model.transformer.transformer_impl = "local"
         container.model.transformer.fp8 = None
         container.model.transformer.sequence_parallel = False  # the local norms refuse it
+        if get_args().hybrid_layer_pattern is not None:
+            container.model.hybrid_stack_spec = local_stack_spec(container.model.transformer)
     args = get_args()
     found = {
         "shape": plain_arguments(args),
@@ -35,7 +38,6 @@ def _parameters(container, rank, world):
     """How many a rank of the fake world has; its tensors have shapes and no memory."""
     from megatron.core import mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     config = container.model.transformer
@@ -47,7 +49,7 @@ def _parameters(container, rank, world):
     )
     with torch.device("meta"):
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        model = GPTModelBuilder(container.model).build_model(groups)
+        model = container.model.get_builder_cls()(container.model).build_model(groups)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     assert {parameter.device.type for parameter in matrices} == {"meta"}
     mpu.destroy_model_parallel()

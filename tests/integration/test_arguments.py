@@ -112,6 +112,7 @@ def test_an_impossible_value_is_refused_by_the_configuration():
         ),
         (hybrid("*-/*-", mtp_num_layers=1), "paper", "cannot go with --mtp-num-layers"),
         (hybrid(use_rope_scaling=True), "paper", "--use-rope-scaling: .* ignores the flag"),
+        (hybrid(rotary_interleaved=True), "paper", "--rotary-interleaved: .* different angles"),
         (hybrid(overlap_moe_expert_parallel_comm=True), "paper", "has no schedule plan"),
         (hybrid(position_embedding_type="mrope"), "paper", "type mrope, .* ignores"),
         ({"logits_load_dir": "D"}, "paper", "no loss against a teacher"),

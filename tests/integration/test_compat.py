@@ -63,3 +63,46 @@ def test_the_trainer_refuses_others_and_names_the_way_out(installed, version):
     says = rf"drives megatron-core 0.19, got {version}, .* bind the loss to its model"
     with pytest.raises(ValueError, match=says):
         compat.check_trainer()
+
+
+def gpt_arguments(**changes):
+    names = ("hybrid_layer_pattern", "virtual_pipeline_model_parallel_size", "use_checkpoint_args")
+    sizes = {"num_layers": 4, "encoder_num_layers": 4, "pipeline_model_parallel_size": 1}
+    return SimpleNamespace(**dict.fromkeys(names) | sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "pattern"),
+    [
+        ({}, "*-*-*-*-"),
+        ({"pipeline_model_parallel_size": 2}, "*-*-|*-*-"),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "*-|*-|*-|*-",
+        ),
+    ],
+)
+def test_a_gpt_becomes_a_hybrid_on_the_same_stages(layout, pattern):
+    args = gpt_arguments(recompute_num_layers=1, **layout)
+    compat.make_hybrid(args)
+    assert args.hybrid_layer_pattern == pattern
+    assert (args.num_layers, args.encoder_num_layers, args.recompute_num_layers) == (8, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 4, "no_rope_freq": 2}, "cannot go with --num-experts, --no-rope-freq: it"),
+        ({"decoder_first_pipeline_num_layers": 1}, "--decoder-first-pipeline-num-layers: it is"),
+        ({"hybrid_layer_pattern": "*-"}, "of --num-layers, and got one: leave one of them out"),
+    ],
+)
+def test_a_gpt_that_no_such_hybrid_equals_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compat.make_hybrid(gpt_arguments(**changes))
+
+
+def test_a_checkpoint_of_a_hybrid_has_its_pattern_already():
+    args = gpt_arguments(hybrid_layer_pattern="*-*-", use_checkpoint_args=True)
+    compat.make_hybrid(args)
+    assert (args.hybrid_layer_pattern, args.num_layers) == ("*-*-", 4)

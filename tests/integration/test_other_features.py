@@ -6,6 +6,7 @@ ours: auxiliary losses of experts, multi-token-prediction heads, the sharded opt
 
 import functools
 import json
+import math
 
 import probe_losses
 import pytest
@@ -14,6 +15,7 @@ from launch import TINY_MODEL, run_trainer
 from megatron_infoentropy.evaluate.runlog import parse_log
 
 STEPS = 6
+HYBRID = "--infoentropy-hybrid"
 TRAINING = [
     *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),  # no padding at TP2
     *("--micro-batch-size=2", "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"),
@@ -114,17 +116,39 @@ def test_a_resumed_run_goes_on_bit_for_bit_its_schedule_too(tmp_path):
     assert first + second == whole
 
 
-def test_a_gpt_goes_on_as_a_hybrid_which_is_resumed_in_another_layout(tmp_path):
-    """Megatron reads a GPT's checkpoint into a hybrid model: ours has to name its layers alike."""
-    save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/gpt", "--save-interval=1"]
-    losses("ours", [*FEATURES["tp2"], *save, "--exit-interval=1"], tmp_path, "begun")
-    # Into a hybrid Megatron would take the optimizer's state too, into a GPT it never does.
-    start = [f"--pretrained-checkpoint={tmp_path}/gpt", "--no-load-optim"]
-    gpt, _ = losses("ours", [*FEATURES["tp2"], *start], tmp_path, "gpt")
-    save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/hybrid", "--save-interval=3"]
-    tensor = [*FEATURES["tp2"], "--hybrid-layer-pattern=*-*-", *start, *save, "--exit-interval=3"]
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """A GPT's training at TP2: its folder of checkpoints, of every other step, and its losses."""
+    folder = tmp_path_factory.mktemp("gpt")
+    save = ["--ckpt-format=torch_dist", f"--save={folder}/save", "--save-interval=2"]
+    return folder / "save", losses("ours", [*FEATURES["tp2"], *save], folder)[0]
+
+
+def test_a_gpt_is_resumed_as_a_hybrid_and_that_in_another_layout(gpt, tmp_path):
+    """Its optimizer too: the rest of the curve is the GPT's."""
+    checkpoints, whole = gpt
+    from_step_2 = [f"--load={checkpoints}", "--ckpt-step=2", "--exit-interval=4"]
+    save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/save", "--save-interval=2"]
+    tensor = [*FEATURES["tp2"], HYBRID, *from_step_2, *save]
     first, _ = losses("ours", tensor, tmp_path, "first")
-    pipeline = [*FEATURES["hybrid"], TRAINING[-1], f"--load={tmp_path}/hybrid"]
+    pipeline = [*FEATURES["pp2"], HYBRID, f"--load={tmp_path}/save"]
     second, _ = losses("ours", pipeline, tmp_path, "second")
-    assert len(first) == len(second) == len(gpt) // 2
-    assert first + second == pytest.approx(gpt, rel=2e-6)
+    assert len(first) == len(second) == len(whole) // 3
+    assert first + second == pytest.approx(whole[-len(first + second) :], rel=2e-6)
+
+
+def test_a_hybrid_starts_from_a_gpt_with_the_same_validation_loss(gpt, tmp_path):
+    checkpoints, _ = gpt
+    flags = [*FEATURES["tp2"], f"--pretrained-checkpoint={checkpoints}", "--no-load-optim"]
+    flags += ["--lr=0", "--min-lr=0", "--train-iters=1", "--eval-iters=4", "--eval-interval=1"]
+    said = {}
+    for kind in ([], [HYBRID]):
+        losses("ours", [*flags, *kind], tmp_path)
+        log = (tmp_path / "rank1.log").read_text()
+        said[*kind] = parse_log(log.splitlines()).validation[1]["cross entropy"]
+        loaded = (
+            "loading a GPT checkpoint into the hybrid model" in (tmp_path / "rank0.log").read_text()
+        )
+        assert loaded == bool(kind)
+    assert said[()] == pytest.approx(said[HYBRID,], rel=2e-6)
+    assert abs(said[()] - math.log(256)) > 0.02, "a loss that says something"

@@ -25,6 +25,7 @@ from megatron_infoentropy.launch.recipe import load_plan, load_recipe, to_comman
 ROOT = Path(__file__).parents[2]
 PAPER, DOCS = ROOT / "examples" / "paper", ROOT / "docs"
 PLAIN = ["--mock-data", "--tokenizer-type=NullTokenizer"]
+HYBRID = "--infoentropy-hybrid"
 
 # As published: parameters, ranks, tokens a step, steps, warm-up, micro-batch, accumulation.
 PUBLISHED = {
@@ -52,12 +53,16 @@ def probe(tmp_path, world, flags, ranks=()):
     return Namespace(**found["shape"]), found["arguments"], found["built"]
 
 
+@pytest.mark.parametrize("kind", ["gpt", "hybrid"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_model(name, tmp_path):
+def test_megatron_accepts_a_recipe_at_its_true_size_and_builds_the_published_model(
+    name, kind, tmp_path
+):
     count, ranks, tokens, steps, warmup, micro_batch, accumulation = PUBLISHED[name]
     assert load_plan(PAPER / f"{name}.yaml").ranks == ranks
-    flags = [*words(name), "--fake-process-group"]
+    flags = [*words(name), "--fake-process-group", *[HYBRID] * (kind == "hybrid")]
     shape, arguments, built = probe(tmp_path, ranks, flags, ranks=[0])
+    assert (shape.hybrid_layer_pattern is not None) == (kind == "hybrid")
     assert parameters(shape) == built["0"] == count
     assert shape.data_parallel_size == ranks
     assert shape.global_batch_size * shape.seq_length == tokens
@@ -85,6 +90,8 @@ VARIANTS = {
         *("no bias", "no norm", "no rope", "no swiglu", "--add-qkv-bias", "--qk-layernorm"),
     ],
     "wide heads, more layers": ["--kv-channels=24", "--num-layers=4"],
+    "a hybrid of its layers": [HYBRID],
+    "another hybrid, tied": ["no untie", "--qk-layernorm", "--hybrid-layer-pattern=*-|*--"],
 }
 LEFT_OUT = {
     "no untie": "--untie-embeddings-and-output-weights",
@@ -114,19 +121,26 @@ def test_counted_parameters_are_those_of_the_built_stages(variant, tmp_path):
     ("name", "objective"),
     [("468m", "focal"), ("1.2b", "cross_entropy"), ("6.7b", "infoentropy")],
 )
-def test_a_narrow_recipe_trains_on_local_layers(name, objective, tmp_path):
+def test_a_narrow_recipe_trains_on_local_layers_as_a_gpt_and_as_a_hybrid(name, objective, tmp_path):
     fp8 = ("transformer-impl", "fp8-format", "fp8-recipe")
     flags = [*words(name, without=fp8), *SMALL, *PLAIN, f"--infoentropy-objective={objective}"]
-    log = run_trainer(1, train, (tmp_path / "deviations.json",), flags, tmp_path)
-    assert f"objective='{objective}'" in log
-    curve = read_log(tmp_path / "rank0.log").training
-    assert sorted(curve) == [1, 2]
-    assert curve[2]["cross entropy"] == pytest.approx(5.545, abs=0.1)  # ln 256, from N(0, 0.01)
-    assert curve[1]["learning rate"] == pytest.approx(3e-4)
-    deviations = json.loads((tmp_path / "deviations.json").read_text())
-    assert len(deviations) == 2 + 2 * 4  # embedding, head, four matrices a layer
-    # As published, not 0.005 at this depth in the matrices that end a block.
-    assert deviations == {name: pytest.approx(0.01, rel=0.05) for name in deviations}
+    curves = {}
+    for kind, added in (("gpt", []), ("hybrid", [HYBRID])):
+        deviations = tmp_path / f"{kind}.json"
+        log = run_trainer(1, train, (deviations,), [*flags, *added], tmp_path)
+        assert f"objective='{objective}'" in log
+        curves[kind] = curve = read_log(tmp_path / "rank0.log").training
+        assert sorted(curve) == [1, 2]
+        assert curve[2]["cross entropy"] == pytest.approx(5.545, abs=0.1)  # ln 256, of N(0, 0.01)
+        assert curve[1]["learning rate"] == pytest.approx(3e-4)
+        found = json.loads(deviations.read_text())
+        assert len(found) == 2 + 2 * 4  # embedding, head, four matrices a layer
+        # As published, not 0.005 at this depth in the matrices that end a block.
+        assert found == {name: pytest.approx(0.01, rel=0.05) for name in found}
+    # The matrices are drawn in the same order.
+    for step, values in curves["gpt"].items():
+        for what in ("objective", "cross entropy", "grad norm"):
+            assert curves["hybrid"][step][what] == pytest.approx(values[what], rel=1e-6), what
 
 
 def sent_in_a_step(tmp_path, layout):

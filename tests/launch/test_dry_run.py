@@ -10,7 +10,7 @@ import torch
 
 from megatron_infoentropy.launch import dry_run as dry
 from megatron_infoentropy.launch.dry_run import memory, parameters, report, stages, traffic
-from megatron_infoentropy.launch.parsed import optimizer_bytes
+from megatron_infoentropy.launch.parsed import optimizer_bytes, require_counted
 from megatron_infoentropy.runtime.device import Device
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,7 +25,8 @@ PLAIN = Namespace(
     **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
     **{"data_parallel_size": 2, "sequence_parallel": False, "train_iters": 7},
     **{"micro_batch_size": 3, "global_batch_size": 12, "seq_length": 10},
-    **{"weight_bytes": 2, "gradient_bytes": 4, "optimizer_bytes": 12, "layer_activations": 1000},
+    **{"weight_bytes": 2, "gradient_bytes": 4, "optimizer_bytes": 12},
+    **{"block_activations": {"*": 400, "-": 600}, "hybrid_layer_pattern": None},
     **{"use_distributed_optimizer": True, "fp8": None, "infoentropy_fused_linear": False},
     **{"infoentropy_chunk_tokens": 5, "recompute_granularity": None, "recompute_method": None},
     recompute_num_layers=None,
@@ -90,7 +91,8 @@ def test_data_and_a_missing_tokenizer_have_stand_ins(parsed, tok):
 def test_every_number_has_a_line():
     lines = report(PLAIN)
     text = "\n".join(lines)
-    assert lines[0].startswith("parameters         3,144, at most 3,144 on a rank")
+    assert lines[0] == "model              GPT of 4 layers"
+    assert lines[1].startswith("parameters         3,144, at most 3,144 on a rank")
     assert "2 ranks: tensor 1 x pipeline 1 x data 2" in text
     assert "120 tokens: 12 sequences of 10, 2 micro-batches of 3 on every rank" in text
     assert "7 steps, 840 tokens" in text
@@ -197,6 +199,68 @@ def test_a_fused_chunk_is_never_more_than_there_are_tokens():
 )
 def test_activations_by_recomputation_and_pipeline(changes, bytes_kept):
     assert memory(replace(PLAIN, **changes))["activations"] == bytes_kept
+
+
+@pytest.mark.parametrize(
+    "recomputed",
+    [
+        {},
+        {**FULL, "recompute_method": "uniform", "recompute_num_layers": 3},
+        # A hybrid's blocks are each kept on their own: the four inputs of two layers, not two.
+        {**FULL, "recompute_method": "block", "recompute_num_layers": 2},
+    ],
+)
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, None), (2, None), (2, 2)])
+def test_a_hybrid_of_the_same_layers_takes_the_same(recomputed, pipeline, virtual):
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": pipeline}
+    layout["virtual_pipeline_model_parallel_size"] = virtual
+    gpt = replace(PLAIN, **layout, **recomputed)
+    chunks = pipeline * (virtual or 1)
+    twice = {"recompute_num_layers": 2 * recomputed.get("recompute_num_layers", 1)}
+    pattern = "|".join(["*-" * (4 // chunks)] * chunks)
+    hybrid = replace(gpt, **twice, num_layers=8, hybrid_layer_pattern=pattern)
+    assert (parameters(hybrid), stages(hybrid)) == (TOTAL, stages(gpt))
+    assert traffic(hybrid) == traffic(gpt)
+    more = memory(hybrid)["activations"] - memory(gpt)["activations"]
+    is_block = recomputed.get("recompute_method") == "block"
+    in_flight = {(1, None): 1, (2, None): 2, (2, 2): 2.5}[pipeline, virtual]
+    expected = in_flight * 2 * HIDDEN - (1000 - 600) if is_block else 0
+    assert more == expected
+    assert "hybrid of 4 attention (*) and 4 MLP (-) layers" in report(hybrid)[0]
+
+
+def test_stages_of_a_hybrid_are_what_its_pattern_says():
+    shape = replace(PLAIN, pipeline_model_parallel_size=2, hybrid_layer_pattern="*-|--|*|-")
+    attention, mlp, table = 4 * 8 * 8 + 8, 3 * 8 * 16 + 8, 32 * 8
+    assert list(map(sum, stages(shape))) == [2 * attention + mlp + table, 3 * mlp + 8 + table]
+    one_chunk = replace(shape, hybrid_layer_pattern="**-***--")  # half of it on each stage
+    assert list(map(sum, stages(one_chunk))) == [
+        *(3 * attention + mlp + table, 2 * attention + 2 * mlp + 8 + table),
+    ]
+    copies = memory(replace(one_chunk, fp8="hybrid"))["FP8 copies"]
+    assert copies == 2 * (2 * 4 * 8 * 8 + 2 * 3 * 8 * 16)
+    # Two micro-batches of the first stage's are on their way, one of the last stage's.
+    assert memory(one_chunk)["activations"] == 2 * (3 * 400 + 600)
+    behind = replace(one_chunk, hybrid_layer_pattern="*|-------")
+    assert memory(behind)["activations"] == 7 * 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 4}, "--num-experts: the dry run cannot count experts"),
+        ({"hybrid_layer_pattern": "M*-E"}, r"attention \(\*\) and MLP \(-\) layers, got EM"),
+        ({"hybrid_layer_pattern": "*-*"}, "3 layers cannot be spread evenly over 2 pipeline stag"),
+        ({"context_parallel_size": 2}, "cannot count context parallelism"),
+        ({"optimizer": "muon"}, "--optimizer muon: the dry run knows Adam's states only"),
+    ],
+)
+def test_what_is_not_counted_is_refused_by_name(changes, message):
+    args = replace(PLAIN, optimizer="adam", context_parallel_size=1, pipeline_model_parallel_size=2)
+    require_counted(args)
+    require_counted(replace(args, hybrid_layer_pattern="*|-*"))
+    with pytest.raises(ValueError, match=message):
+        require_counted(replace(args, **changes))
 
 
 def test_gradients_travel_once_a_step_as_a_ring_sends_them():

@@ -106,6 +106,17 @@ def test_another_model_is_refused_with_a_switch_too(run):
             require(run, CE, {"num-layers": 3}, switch=switch)
 
 
+def test_a_gpt_goes_on_as_a_hybrid_and_a_hybrid_as_nothing_else(run):
+    train(run, 16, CE)
+    hybrid = {"infoentropy-hybrid": True}
+    require(run, CE, hybrid)
+    train(run, 20, CE, hybrid)
+    require(run, CE, {"num-layers": None, "hybrid-layer-pattern": "*-*-"})
+    for switch in (False, True):
+        with pytest.raises(ValueError, match=r"holds a hybrid model, .* add --infoentropy-hybrid"):
+            require(run, CE, switch=switch)
+
+
 def test_a_switch_is_told_of_and_taken_back_if_it_trained_no_step(run):
     train(run, 16, CE)
     before = facts(run)
