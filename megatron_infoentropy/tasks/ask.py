@@ -126,7 +126,7 @@ def run_tasks(
             result = _kept(path, harness.key(question))
             try:
                 if result is None:
-                    result = harness.ask(question)
+                    result = harness.ask(question, path.with_suffix(".samples.jsonl.gz"))
                     result.save(path)
                 results[question.name] = result
             except TaskDataError as error:

@@ -5,9 +5,14 @@ key       hash of all that the answer depends on; another key is another questio
 metrics   {name: {value, stderr or null}}
 subtasks  {name: metrics} of a group
 versions  of lm_eval, torch, transformers and of the task itself
+items     one number an item, in the order asked, see `Items`; null in files of format 1
+
+Beside it NAME.samples.jsonl.gz, a line an item: what lm-evaluation-harness logs (prompts, answers,
+metrics), the bits per byte of every choice, and which of them is right.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ from typing import Any
 from megatron_infoentropy.files import write_whole
 
 FOLDER = "tasks"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,39 @@ Metrics = dict[str, Metric]
 
 
 @dataclass(frozen=True)
+class Items:
+    """The items of one question, in the order asked; None where an item has no such number.
+
+    Attributes:
+        ids: hash of an item's content, prompt and right answer: equal where runs can be paired.
+        tasks: {task: its items}, in order; of a group several.
+        bits: what the right answer costs, -log2 of its probability.
+        bytes: of UTF-8 in that answer as it was scored, the space before it included.
+        accuracy: 1 where the answer given is right, else 0.
+        pooled: the mean is that of all bits over all bytes, as for running text; else that of the
+            items' bits per byte.
+    """
+
+    ids: list[str]
+    tasks: dict[str, int]
+    bits: list[float | None]
+    bytes: list[int]
+    accuracy: list[float | None]
+    pooled: bool
+
+    def bits_per_byte(self) -> Metric | None:
+        """Return the mean over items and its standard error; None where no item has an answer."""
+        pairs = zip(self.bits, self.bytes, strict=True)
+        values = [bits / size for bits, size in pairs if bits is not None]
+        if self.pooled or not values:
+            return None
+        mean = sum(values) / len(values)
+        squares = sum((value - mean) ** 2 for value in values)
+        error = math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
+        return Metric(mean, error)
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """What one question gave."""
 
@@ -41,10 +79,11 @@ class TaskResult:
     metrics: Metrics
     subtasks: dict[str, Metrics] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    items: Items | None = None
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write_whole(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_whole(path, json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False) + "\n")
 
 
 class TaskResultError(ValueError):
@@ -59,11 +98,13 @@ def load_result(path: Path) -> TaskResult:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
+        if content.pop("format") not in (1, FORMAT):
             raise ValueError(f"expected format {FORMAT}")
         content["metrics"] = _metrics(content["metrics"])
         subtasks = content["subtasks"].items()
         content["subtasks"] = {name: _metrics(metrics) for name, metrics in subtasks}
+        if content.get("items") is not None:
+            content["items"] = Items(**content["items"])
         return TaskResult(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TaskResultError(

@@ -36,6 +36,33 @@ doc_to_target: question
 metric_list:
   - metric: bits_per_byte
 """
+WRITTEN = """\
+task: written
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: colours.jsonl}
+output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 3}
+test_split: test
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{['gr\u00fcn', 'verde']}}"
+metric_list:
+  - metric: exact_match
+"""
+# The choices stand in the prompt, and one continuation follows each.
+BLANKS = """\
+task: blanks
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: colours.jsonl}
+output_type: multiple_choice
+test_split: test
+doc_to_text: answer
+doc_to_choice: "{{['Red', 'Green', 'Blue']}}"
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: acc
+"""
 GROUP = """\
 group: both
 task: [colours, again]
@@ -45,7 +72,8 @@ aggregate_metric_list:
 
 
 def write_tasks(folder: Path) -> Path:
-    """Tasks colours, again (the same), prose; the group both; and one without its file, gone."""
+    """Tasks colours, again (the same), prose, written and blanks; the group both of the first two;
+    and one without its file, gone."""
     folder.mkdir()
     rows = [{"question": f"What is number {i}?", "answer": i % 3} for i in range(12)]
     for file in ("colours", "prose"):
@@ -54,8 +82,9 @@ def write_tasks(folder: Path) -> Path:
     files = {"colours": "colours.jsonl", "again": "colours.jsonl", "gone": "gone.jsonl"}
     for name, file in files.items():
         (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=file))
-    (folder / "prose.yaml").write_text(ROLLING)
-    (folder / "both.yaml").write_text(GROUP)
+    others = {"prose": ROLLING, "written": WRITTEN, "blanks": BLANKS, "both": GROUP}
+    for name, description in others.items():
+        (folder / f"{name}.yaml").write_text(description, encoding="utf-8")
     return folder
 
 

@@ -1,8 +1,10 @@
 """lm-evaluation-harness on local files: its numbers, what is kept, what is refused."""
 
+import gzip
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import datasets
@@ -20,14 +22,15 @@ from megatron_infoentropy.tasks.results import TaskResultError, load_results
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tasks, the model, and all answers to `both`, `prose`, and `colours` with two shots."""
+    """The tasks, the model, and its answers; to `colours` with two shots."""
     folder = tmp_path_factory.mktemp("tasks")
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
     write_tasks(folder / "mine")
     text = folder / "text.jsonl"
     text.write_text(json.dumps({"text": "Q: What is number 1? A: red green blue"}) + "\n")
     model = write_answering_model(folder / "hf", text)
-    run_tasks(model, folder, tasks=("both", "prose"), task_folder=folder / "mine", device="cpu")
+    asked = ("both", "prose", "written", "blanks")
+    run_tasks(model, folder, tasks=asked, task_folder=folder / "mine", device="cpu")
     run_tasks(model, folder, tasks=("colours",), shots=2, task_folder=folder / "mine", device="cpu")
     return folder
 
@@ -37,40 +40,37 @@ def asked(monkeypatch):
     """Names of the questions that are really put."""
     names, ask = [], harness.Harness.ask
 
-    def noted(self, question):
+    def noted(self, question, samples_file):
         names.append(question.name)
-        return ask(self, question)
+        return ask(self, question, samples_file)
 
     monkeypatch.setattr(harness.Harness, "ask", noted)
     return names
 
 
-def expected_accuracy(model: Path, rows: list[dict]) -> float:
-    """By transformers alone: the colour whose tokens are likeliest after the question."""
+def bits_of(model: Path, prompt: str, answer: str) -> float:
+    """By transformers alone: -log2 of the probability of an answer after its prompt."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
-    right = 0
-    for row in rows:
-        scores = []
-        for colour in COLOURS:
-            prompt = tokenizer(f"Q: {row['question']}\nA:").input_ids
-            whole = tokenizer(f"Q: {row['question']}\nA: {colour}").input_ids
-            with torch.no_grad():
-                logits = network(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-            places = range(len(prompt), len(whole))
-            scores.append(sum(float(logits[i - 1, whole[i]]) for i in places))
-        right += scores.index(max(scores)) == row["answer"]
-    return right / len(rows)
+    start, whole = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
+    with torch.no_grad():
+        logits = network(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return -sum(float(logits[i - 1, whole[i]]) for i in range(len(start), len(whole))) / math.log(2)
 
 
-def test_accuracy_is_what_transformers_alone_computes(folder):
-    rows = [
-        json.loads(line)
-        for line in (folder / "mine" / "colours.jsonl").read_text().split("\n")
-        if line
-    ]
+@pytest.fixture(scope="module")
+def rows(folder):
+    lines = (folder / "mine" / "colours.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_accuracy_and_bits_per_byte_are_what_transformers_alone_computes(folder, rows):
     result = load_results(folder)["both"]
-    accuracy = expected_accuracy(folder / "hf", rows)
+    prompts = [f"Q: {row['question']}\nA:" for row in rows]
+    bits = [[bits_of(folder / "hf", prompt, f" {c}") for c in COLOURS] for prompt in prompts]
+    right = [row["answer"] for row in rows]
+    hits = [each.index(min(each)) == place for each, place in zip(bits, right, strict=True)]
+    accuracy = sum(hits) / len(rows)
     assert 0 < accuracy < 1
     assert result.metrics["acc"].value == pytest.approx(accuracy)
     assert result.subtasks["colours"]["acc"].value == pytest.approx(accuracy)
@@ -79,12 +79,56 @@ def test_accuracy_is_what_transformers_alone_computes(folder):
     assert result.samples == 24
     assert result.versions["lm_eval"].startswith("0.4")
 
+    items = result.items
+    assert items.tasks == {"colours": 12, "again": 12}
+    assert len(set(items.ids)) == 24
+    assert items.accuracy == [float(hit) for hit in hits] * 2
+    answers = [each[place] for each, place in zip(bits, right, strict=True)]
+    assert items.bits == pytest.approx(answers * 2, rel=1e-4)
+    sizes = [len(COLOURS[place]) + 1 for place in right]  # " red": the space counts
+    assert items.bytes == sizes * 2
+    per_byte = [value / size for value, size in zip(answers, sizes, strict=True)]
+    metric = result.subtasks["again"]["answer_bits_per_byte"]
+    assert metric.value == pytest.approx(statistics.mean(per_byte), rel=1e-4)
+    assert metric.stderr == pytest.approx(statistics.stdev(per_byte) / math.sqrt(12), rel=1e-3)
+    assert result.metrics["answer_bits_per_byte"].value == pytest.approx(metric.value)
+
+    with gzip.open(folder / "tasks" / "both.samples.jsonl.gz", "rt") as file:
+        samples = [json.loads(line) for line in file]
+    assert [(s["task"], s["right_choice"]) for s in samples[:12]] == [
+        ("colours", place) for place in right
+    ]
+    assert samples[3]["choice_bits"] == pytest.approx(bits[3], rel=1e-4)
+    assert samples[3]["doc"]["question"] == rows[3]["question"]
+    assert samples[3]["arguments"][0] == [prompts[3], " red"]
+
+
+def test_answers_that_the_model_writes_or_that_stand_in_the_prompt_have_bits_too(folder, rows):
+    results, model = load_results(folder), folder / "hf"
+    written, blanks = results["written"].items, results["blanks"].items
+    prompt = f"Q: {rows[4]['question']}\nA:"
+    assert written.bits[4] == pytest.approx(bits_of(model, prompt, " gr\u00fcn"), rel=1e-4)
+    assert written.bytes == [6] * 12, "of UTF-8, and of the first right answer"
+    assert written.accuracy == [0.0] * 12
+    assert results["written"].metrics["answer_bits_per_byte"].value > 0
+    prompt = ("Red", "Green", "Blue")[rows[4]["answer"]]
+    answer = f" {rows[4]['question']}"
+    assert blanks.bits[4] == pytest.approx(bits_of(model, prompt, answer), rel=1e-4)
+    assert blanks.bytes[4] == len(answer)
+
+
+def test_running_text_has_all_bits_over_all_bytes(folder):
+    prose = load_results(folder)["prose"]
+    mean = sum(prose.items.bits) / sum(prose.items.bytes)
+    assert prose.items.pooled
+    assert prose.metrics["bits_per_byte"].value == pytest.approx(mean, rel=1e-6)
+    assert "answer_bits_per_byte" not in prose.metrics
+
 
 def test_every_question_has_a_file_that_says_how_it_was_asked(folder):
     results = load_results(folder)
-    assert list(results) == ["both", "colours-2shot", "prose"]
-    assert [result.shots for result in results.values()] == [None, 2, None]
-    assert results["prose"].metrics["bits_per_byte"].value > 0
+    assert list(results) == ["blanks", "both", "colours-2shot", "prose", "written"]
+    assert [result.shots for result in results.values()] == [None, None, 2, None, None]
 
 
 def test_what_is_answered_is_not_asked_again_and_a_torn_file_is(folder, tmp_path, asked):
@@ -92,7 +136,7 @@ def test_what_is_answered_is_not_asked_again_and_a_torn_file_is(folder, tmp_path
     words = {"task_folder": folder / "mine", "device": "cpu"}
     run_tasks(folder / "hf", tmp_path, tasks=("both", "prose"), **words)
     assert asked == []
-    (tmp_path / "tasks" / "prose.json").write_text('{"format": 1, "tas')
+    (tmp_path / "tasks" / "prose.json").write_text('{"format": 2, "tas')
     run_tasks(folder / "hf", tmp_path, tasks=("both", "prose"), **words)
     assert asked == ["prose"]
     run_tasks(folder / "hf", tmp_path, tasks=("prose",), limit=2, **words)
