@@ -157,7 +157,10 @@ def compare(
         Path | None, typer.Option(help="folder for comparison.json and comparison.csv")
     ] = None,
 ) -> None:
-    """Differences to the first setting, with intervals over documents and seeds, and a verdict."""
+    """Differences to the first setting, with intervals over documents and seeds, and a verdict.
+
+    Answers to tasks are compared item by item in the same way, where there are some.
+    """
     from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
     from megatron_infoentropy.evaluate.verdict import chances
 
@@ -172,9 +175,12 @@ def compare(
 def _show_comparison(comparison: "Comparison") -> None:
     from megatron_infoentropy.evaluate.verdict import how_matched
 
-    out.print(
-        f"{comparison.group} minus {comparison.baseline}, nats per token, {how_matched(comparison)}"
-    )
+    if comparison.refusal:
+        return
+    unit = "nats per token"
+    if comparison.of_tasks:
+        unit = "bits per byte of the right answers (accuracy: share of items)"
+    out.print(f"{comparison.group} minus {comparison.baseline}, {unit}, {how_matched(comparison)}")
     out.print(f"{'':32} difference  {'95 % (single)':21} {'p (Holm)':8}  detectable  reading")
     for row in () if comparison.is_identical else comparison.rows:
         interval = p = detectable = "-"
@@ -189,7 +195,8 @@ def _show_comparison(comparison: "Comparison") -> None:
     for clause in comparison.left_out:
         out.print(f"left out: {clause}")
     for one, other in comparison.identical:
-        out.print(f"the evaluations of {one} and {other} are identical")
+        what = "answers" if comparison.of_tasks else "evaluations"
+        out.print(f"the {what} of {one} and {other} are identical")
 
 
 def report(

@@ -1,7 +1,8 @@
 """`infoentropy compare`: folders in, settings against the first of them, tables and a verdict out.
 
 A folder is a run folder, whose objective, set-up and seed are known from run.json, so that runs of
-one setting are put together; or any folder with an evaluation, which is a setting of its own.
+one setting are put together; or any folder with an evaluation, or with answers to tasks, which is a
+setting of its own.
 Folders joined by commas are the seeds of one setting: by run.json where all have one, otherwise in
 the order of the seeds.
 """
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.evaluate.comparison import Comparison, Difference, compare_pairs
-from megatron_infoentropy.evaluate.evaluation import load_evaluation
+from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, load_evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
-from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words
+from megatron_infoentropy.evaluate.task_comparison import compare_tasks
+from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words, tasks_in_words
 from megatron_infoentropy.files import write_atomically
+from megatron_infoentropy.tasks.results import load_results
 
 FORMAT = 2
 
@@ -36,8 +39,8 @@ def compare_folders(
         output: folder to write comparison.json and comparison.csv into.
 
     Raises:
-        ValueError: fewer than two settings, a folder without an evaluation, or settings that cannot
-            be compared, in which case the reason is named.
+        ValueError: fewer than two settings, a folder without an evaluation and answers, or settings
+            of which neither can be compared, in which case the reason is named.
     """
     groups = _groups(names)
     if len(groups) < 2:
@@ -47,12 +50,15 @@ def compare_folders(
         )
     references = None if difficulty_from is None else [load_evaluation(difficulty_from)]
     first, *others = groups
-    made = compare_pairs([(group, first) for group in others], references)
+    pairs: list[tuple[Group, Group | None]] = [(group, first) for group in others]
+    made = compare_pairs(pairs, references) if any(group.evaluated for group in groups) else []
+    if any(run.tasks for group in groups for run in group.runs):
+        made += compare_tasks(pairs)
     for comparison in made:
-        if comparison.refusal:
+        of_pair = [c for c in made if c.group == comparison.group]
+        if all(c.refusal for c in of_pair):
             raise ValueError(
-                f"{comparison.group} and {comparison.baseline} cannot be compared: "
-                f"{comparison.refusal}"
+                f"{comparison.group} and {first.label} cannot be compared: {comparison.refusal}"
             )
     if output is not None:
         _write(made, output)
@@ -60,13 +66,21 @@ def compare_folders(
 
 
 def verdict_line(comparison: Comparison) -> str:
-    """Say what is shown over all tokens, and what could have been, in one or two sentences."""
+    """Say what is shown, over all tokens or by task, and what could have been, in a sentence."""
+    against = f"{comparison.group} against {comparison.baseline}"
+    if comparison.refusal:
+        what = "the answers to tasks" if comparison.of_tasks else "the evaluations"
+        return f"{against}: {what} cannot be compared: {comparison.refusal}"
+    if comparison.of_tasks and not comparison.is_identical:
+        return f"{against}, tasks: {tasks_in_words(comparison)}"
     total = comparison.rows[0]
-    against = f"{comparison.group} against {comparison.baseline}, all tokens"
+    against += ", tasks" if comparison.of_tasks else ", all tokens"
     if comparison.is_identical:
         return (
             f"{against}: the evaluations are identical, every document has the same cross entropy "
             "in both"
+            if not comparison.of_tasks
+            else f"{against}: the answers are identical, item by item"
         )
     if total.p is None:
         return f"{against}: too few documents ({total.documents}) to tell"
@@ -122,10 +136,10 @@ def _is_run(folder: Path) -> bool:
 
 def _evaluated(folder: Path) -> Run:
     run = load_run(folder)
-    if run.evaluation is None:
+    if run.evaluation is None and not run.tasks:
         raise ValueError(
-            f"{folder} has not been evaluated: run `infoentropy evaluate` on its model with "
-            f"--output {folder}"
+            f"{folder} has not been evaluated: run `infoentropy evaluate` or `infoentropy tasks` "
+            f"on its model with --output {folder}"
         )
     return run
 
@@ -140,10 +154,13 @@ def _joined(name: str, folders: list[Path]) -> Group:
     _require_one_setting(group_runs(known))
     if len(known) == len(folders):
         return Group(name, is_baseline=False, runs=known, repeated=[])
-    runs = [
-        Run(folder, {"name": str(folder), "seed": place}, TrainingLog(), load_evaluation(folder))
-        for place, folder in enumerate(folders, start=1)
-    ]
+    runs = []
+    for place, folder in enumerate(folders, start=1):
+        tasks, info = load_results(folder), {"name": str(folder), "seed": place}
+        needed = not tasks or (folder / SUMMARY_FILE).is_file()
+        runs.append(
+            Run(folder, info, TrainingLog(), load_evaluation(folder) if needed else None, tasks)
+        )
     return Group(name, is_baseline=False, runs=runs, repeated=[], seeds_known=False)
 
 

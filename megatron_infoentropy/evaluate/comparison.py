@@ -2,8 +2,9 @@
 
 Several differences are read at once, so their p-values are adjusted by Holm's rule, in families
 that each answer one question: over all tokens (one per group), by frequency bucket, by decile, by
-difficulty, by domain (each over all groups). A difference is called shown where its adjusted
-p-value is below 5 % and seeds were part of it; with one seed each, nothing is called shown.
+difficulty, by domain, and of tasks the mean over them, each one's bits per byte, each one's
+accuracy (each over all groups). A difference is called shown where its adjusted p-value is below
+5 % and seeds were part of it; with one seed each, nothing is called shown.
 
 Easy, medium and hard tokens are the same ones for every evaluation that is compared. A token's
 difficulty is an entropy, but whose? That of one of the models compared would bend the
@@ -15,7 +16,7 @@ model outside the comparison. The thirds are as equal in tokens as bins of 0.004
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,12 +41,13 @@ from megatron_infoentropy.evaluate.inference import (
 )
 from megatron_infoentropy.evaluate.tally import DIFFICULTY
 
-Kind = Literal["total", "bucket", "decile", "difficulty", "domain"]
+Kind = Literal["total", "bucket", "decile", "difficulty", "domain", "tasks", "task", "accuracy"]
 Place = tuple[Kind, str]
 Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
 Scores = NDArray[np.float16]
 
 _NOT_EVALUATED = "no run of it has been evaluated"
+NO_BASELINE = "there is no cross-entropy run of the same size, steps, batch and sequence length"
 _SETTINGS = {"context_length": "context length", "stride": "stride of windows", "mode": "mode"}
 _BLOCK = 1 << 22  # tokens that are in memory at once
 _BINS = 4096
@@ -54,14 +56,16 @@ _LARGEST = 16.0  # nats; ln of nine million
 
 @dataclass(frozen=True)
 class Difference:
-    """One statistic of two groups, in nats per token; means over the seeds compared.
+    """One statistic of two groups, means over the seeds compared: of tokens in nats per token, of
+    tasks in bits per byte of the right answers, or a share of right ones (`accuracy`).
 
-    `difference` is group minus baseline. `low` and `high` bound its 95 % interval, over documents
-    and, where there are several, over seeds; `p` belongs to it and `p_adjusted` to its family of
-    `tests`; `detectable` is the smallest true difference that the adjusted test would show in 80
-    of 100 repetitions. They are None where there are too few documents, `detectable` also where
-    there is one seed: then nothing is called shown. `seed_noise` is the largest gap between two
-    runs of one objective that differ only in the seed, None where unknown.
+    `difference` is group minus baseline, and better below 0 but for accuracy. `low` and `high`
+    bound its 95 % interval, over documents and, where there are several, over seeds; `p` belongs to
+    it and `p_adjusted` to its family of `tests`; `detectable` is the smallest true difference that
+    the adjusted test would show in 80 of 100 repetitions. They are None where there are too few
+    `documents` (of a task its items; of a group of tasks or the mean over all, tasks), `detectable`
+    also where there is one seed: then nothing is called shown. `seed_noise` is the largest gap
+    between two runs of one objective that differ only in the seed, None where unknown.
     """
 
     kind: Kind
@@ -95,6 +99,7 @@ class Comparison:
     compared: list[list[str]] = field(default_factory=list)  # names of runs, the group's first
     left_out: list[str] = field(default_factory=list)  # evaluated runs: a name and a reason each
     identical: list[list[str]] = field(default_factory=list)  # pairs with the same scores
+    of_tasks: bool = False  # else of tokens
 
     @property
     def has_several_seeds(self) -> bool:
@@ -106,8 +111,8 @@ class Comparison:
         return bool(self.rows) and len(self.identical) == len(self.compared[0])
 
 
-def compare_groups(groups: list[Group]) -> list[Comparison]:
-    """Compare every group with the cross-entropy group of its set-up."""
+def with_baselines(groups: list[Group]) -> list[tuple[Group, Group | None]]:
+    """Return every other group with the cross-entropy group of its set-up, if there is one."""
     pairs: list[tuple[Group, Group | None]] = []
     for group in groups:
         if group.is_baseline:
@@ -115,7 +120,7 @@ def compare_groups(groups: list[Group]) -> list[Comparison]:
         setup = group.runs[0].setup
         baselines = [g for g in groups if g.is_baseline and g.runs[0].setup == setup]
         pairs.append((group, baselines[0] if baselines else None))
-    return compare_pairs(pairs)
+    return pairs
 
 
 def compare_pairs(
@@ -131,7 +136,7 @@ def compare_pairs(
         made = [_compare(*pair, _scored_alike(pair[0], every)) for pair in pairs]
     else:
         made = [_compare(*pair, [references]) for pair in pairs]
-    return _corrected(made)
+    return corrected(made)
 
 
 def _compare(
@@ -139,29 +144,40 @@ def _compare(
 ) -> tuple[Comparison, list[Estimate]]:
     """Return a comparison whose p-values are not adjusted yet, and the estimates of its rows."""
     if baseline is None:
-        reason = "there is no cross-entropy run of the same size, steps, batch and sequence length"
-        reason = reason if group.evaluated else _NOT_EVALUATED
-        return Comparison(group.label, "", [], {}, [], reason), []
+        return without_baseline(group, NO_BASELINE if group.evaluated else _NOT_EVALUATED), []
     matched = match(group, baseline)
-    known = group.seeds_known and baseline.seeds_known
+    made = described(group, baseline, matched)
+    if refusal := _refusal(group, baseline, matched, references):
+        return replace(made, noise_seeds={}, refusal=refusal), []
     noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
-    made = Comparison(
-        group.label,
-        baseline.label,
-        sorted({run.seed for run in (*matched.ours, *matched.theirs)}) if known else [],
-        {g.label: sorted(run.seed for run in g.evaluated) for g in noisy},
-        rows=[],
-        refusal=_refusal(group, baseline, matched, references),
-        pairing=matched.pairing,
-        compared=[[run.name for run in side] for side in (matched.ours, matched.theirs)],
-        left_out=matched.left_out,
-    )
-    if made.refusal:
-        return replace(made, noise_seeds={}), []
     paired = zip(matched.ours, matched.theirs, strict=True) if made.pairing != "unpaired" else ()
     identical = [[one.name, other.name] for one, other in paired if are_identical(one, other)]
     rows, estimates = _rows(matched, noisy, references)
     return replace(made, identical=identical, rows=rows), estimates
+
+
+def without_baseline(group: Group, reason: str) -> Comparison:
+    return Comparison(group.label, "", [], {}, [], reason, of_tasks=group.counted == "asked")
+
+
+def described(group: Group, baseline: Group, matched: Match) -> Comparison:
+    """Return a comparison that says what is set against what, without rows."""
+    known = group.seeds_known and baseline.seeds_known
+    return Comparison(
+        group.label,
+        baseline.label,
+        sorted({run.seed for run in (*matched.ours, *matched.theirs)}) if known else [],
+        {
+            g.label: sorted(run.seed for run in g.compared)
+            for g in (baseline, group)
+            if len(g.compared) > 1
+        },
+        rows=[],
+        pairing=matched.pairing,
+        compared=[[run.name for run in side] for side in (matched.ours, matched.theirs)],
+        left_out=matched.left_out,
+        of_tasks=group.counted == "asked",
+    )
 
 
 def _refusal(
@@ -213,10 +229,26 @@ def _rows(
     """Return the difference of every statistic that occurs, and its estimate."""
     compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
     places, sums = statistics(compared, references)
+    noise: dict[Place, float] = {}
+    for group in noisy:
+        of_group = statistics(group.evaluations, references)
+        noise |= {
+            place: max(float(gap), noise.get(place, 0.0))
+            for place, gap in zip(of_group[0], largest_gaps(of_group[1].nats()), strict=True)
+        }
+    return differences(places, sums, matched, noise)
+
+
+def differences(
+    places: list[Place], sums: Sums, matched: Match, noise: dict[Place, float]
+) -> tuple[list[Difference], list[Estimate]]:
+    """Return the differences of all statistics that occur, not corrected, and their estimates.
+
+    sums: of the runs that are matched, ours first.
+    """
     ours = len(matched.ours)
-    sides = list(range(ours)), list(range(ours, len(compared)))
+    sides = list(range(ours)), list(range(ours, len(sums.ce)))
     estimates = estimate_differences(sums, *sides, paired=matched.pairing != "unpaired")
-    noise = seed_noise([group.evaluations for group in noisy], references)
     group, baseline = (sums.nats()[side].mean(axis=0).tolist() for side in sides)
     rows = [
         Difference(
@@ -242,7 +274,7 @@ def _rows(
     return rows, [one for one in estimates if one.difference is not None]
 
 
-def _corrected(made: list[tuple[Comparison, list[Estimate]]]) -> list[Comparison]:
+def corrected(made: list[tuple[Comparison, list[Estimate]]]) -> list[Comparison]:
     """Adjust the p-values over all rows of one kind, and read what they show."""
     adjusted: dict[Kind, Iterator[float | None]] = {}
     tests: dict[Kind, int] = {}
@@ -269,7 +301,7 @@ def _read(row: Difference, estimate: Estimate | None) -> Difference:
     """Say what a corrected difference shows; `estimate` is None where seeds had no part in it."""
     reading: Reading = "no difference shown"
     if row.p_adjusted is not None and row.p_adjusted < 1 - CONFIDENCE:
-        reading = "better" if row.difference < 0 else "worse"
+        reading = "better" if (row.difference < 0) != (row.kind == "accuracy") else "worse"
         reading = reading if estimate else "seed noise unknown"
     detectable = estimate.detectable(row.tests) if estimate else None
     return replace(row, reading=reading, detectable=detectable)
@@ -298,17 +330,9 @@ def statistics(
     return places, Sums(table[0], table[1:])
 
 
-def seed_noise(
-    same_objective: list[list[Evaluation]], references: list[list[Evaluation]]
-) -> dict[Place, float]:
-    """Return the largest gap between two evaluations of one objective, where there are two."""
-    noise: dict[Place, float] = {}
-    for evaluations in same_objective:
-        places, sums = statistics(evaluations, references)
-        for one, other in combinations(sums.nats(), 2):
-            for place, gap in zip(places, np.abs(one - other), strict=True):
-                noise[place] = max(noise.get(place, 0.0), float(gap))
-    return noise
+def largest_gaps(nats: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest gap between two of several evaluations of one objective, [C]."""
+    return np.asarray(nats.max(axis=0) - nats.min(axis=0))
 
 
 def difficulty_sums(

@@ -40,10 +40,18 @@ class Group:
     runs: list[Run]
     repeated: list[Run]
     seeds_known: bool = True
+    counted: Literal["evaluated", "asked"] = "evaluated"  # which runs a comparison is made of
 
     @property
     def evaluated(self) -> list[Run]:
         return [run for run in self.runs if run.evaluation is not None]
+
+    @property
+    def compared(self) -> list[Run]:
+        """Return the runs that a comparison is made of: evaluated ones, or those asked tasks."""
+        return (
+            [run for run in self.runs if run.tasks] if self.counted == "asked" else self.evaluated
+        )
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -82,8 +90,8 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def match(group: Group, baseline: Group) -> Match:
-    """Return which runs of two settings are compared: none without a seed evaluated in both."""
-    first, second = group.evaluated, baseline.evaluated
+    """Return which runs of two settings are compared: none without a seed that both have."""
+    first, second = group.compared, baseline.compared
     if group.seeds_known and baseline.seeds_known:
         ours, theirs, pairing = _by_seed(first, second)
     elif min(len(first), len(second)) < 2:
@@ -136,9 +144,9 @@ def _by_seed(first: list[Run], second: list[Run]) -> tuple[list[Run], list[Run],
 
 
 def _left_out(group: Group, compared: list[Run], other: Group) -> list[str]:
-    left = [run for run in group.evaluated if run not in compared]
+    left = [run for run in group.compared if run not in compared]
     seeds_known = group.seeds_known and other.seeds_known
-    reason = f"{other.label} has no evaluated run of seed {{}}"
+    reason = f"{other.label} has no {group.counted} run of seed {{}}"
     if not seeds_known:
-        reason = f"there is {plural(len(other.evaluated), 'evaluation')} only of {other.label}"
+        reason = f"there is {plural(len(other.compared), 'evaluation')} only of {other.label}"
     return [f"{run.name}, as {reason.format(run.seed)}" for run in left] + repeats(group)

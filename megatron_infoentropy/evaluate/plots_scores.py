@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    SymmetricalLogLocator,
+)
 from numpy.typing import NDArray
 
 from megatron_infoentropy.evaluate.buckets import BUCKETS
@@ -27,6 +33,7 @@ from megatron_infoentropy.evaluate.wording import perplexity
 
 _ALL = "all tokens"
 _MAIN_KINDS = ("total", "bucket", "domain")
+_FAR = 5  # times what is usual
 _FEW_GROUPS = 2  # that leave room for numbers over the bars
 
 
@@ -95,9 +102,12 @@ def _bars(
 
 
 def differences_by(data: Data, kind: str) -> Figure | None:
-    """Draw differences to cross entropy by frequency decile or difficulty, with intervals."""
+    """Draw differences to cross entropy by frequency decile or difficulty, with intervals.
+
+    Beside the parts are all tokens.
+    """
     shown = [(c, [row for row in c["rows"] if row["kind"] == kind]) for c in data["comparisons"]]
-    shown = [(comparison, rows) for comparison, rows in shown if rows]
+    shown = [(c, [c["rows"][0], *rows]) for c, rows in shown if rows]
     if not shown:
         return None
     places = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))
@@ -109,13 +119,16 @@ def differences_by(data: Data, kind: str) -> Figure | None:
             color = color_of(by_label[comparison["group"]])
             shift = 0.5 * (number - (len(shown) - 1) / 2) / len(shown)
             x = [places.index(row["name"]) + shift for row in rows]
-            axes.plot(x, [row["difference"] for row in rows], "o-", color=color, markersize=4,
-                      label=named(by_label[comparison["group"]]))  # fmt: skip
+            label = named(by_label[comparison["group"]])
+            values = [row["difference"] for row in rows]
+            axes.plot(x[1:], values[1:], "o-", color=color, markersize=4, label=label)
+            axes.plot(x[0], values[0], "o", color=color, markersize=4)
             for at, row in zip(x, rows, strict=True):
                 if row["low"] is not None:
                     axes.vlines(at, row["low"], row["high"], color=color, linewidth=1.4)
-        axes.set_xticks(range(len(places)), places)
-        axes.set_ylabel("nats per token (below 0: better)")
+        axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
+        axes.set_ylabel("nats per token\n(below 0: better)")
+        _compress_outliers(axes, [rows for _, rows in shown])
         axes.set_xlabel(
             "decile of the training occurrences, 1 is the most frequent"
             if kind == "decile"
@@ -125,6 +138,16 @@ def differences_by(data: Data, kind: str) -> Figure | None:
         return f"Difference to cross entropy by {kind}, with 95 percent intervals."  # fmt: skip
 
     return draw(f"differences-by-{kind}", plot, *_row_cells(shown))
+
+
+def _compress_outliers(axes: Axes, settings: list[list[Data]]) -> None:
+    """Let the axis be logarithmic beyond what most settings need, if one needs far more."""
+    reaches = [max(abs(row["difference"]) for row in rows) for rows in settings]
+    usual = float(np.median(reaches))
+    if 0 < _FAR * usual < max(reaches):
+        axes.set_yscale("symlog", linthresh=2 * usual)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=usual, subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.2g}"))
 
 
 def _row_cells(
@@ -138,10 +161,23 @@ def _row_cells(
 
 def differences(data: Data) -> Figure | None:
     """Draw differences to cross entropy and the seed noise: all tokens, by bucket, by domain."""
-    comparisons = [comparison for comparison in data["comparisons"] if comparison["rows"]]
+    return _differences(data, "differences", data["comparisons"], _MAIN_KINDS, "nats per token")
+
+
+def task_differences(data: Data) -> Figure | None:
+    """Draw differences in bits per byte of the right answers: by task, and their mean."""
+    unit = "bits per byte of the right answers"
+    comparisons = data["task_comparisons"]
+    return _differences(data, "differences-by-task", comparisons, ("tasks", "task"), unit)
+
+
+def _differences(
+    data: Data, name: str, comparisons: list[Data], kinds: Sequence[str], unit: str
+) -> Figure | None:
+    comparisons = [comparison for comparison in comparisons if comparison["rows"]]
     if not comparisons:
         return None
-    shown = [(c, [r for r in c["rows"] if r["kind"] in _MAIN_KINDS]) for c in comparisons]
+    shown = [(c, [r for r in c["rows"] if r["kind"] in kinds]) for c in comparisons]
     names = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
     by_label = {group["label"]: group for group in data["groups"]}
 
@@ -160,14 +196,14 @@ def differences(data: Data) -> Figure | None:
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("nats per token (below 0: better)")
+        axes.set_xlabel(f"{unit} (below 0: better)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if len(comparisons) > 1:
             legend(axes)
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
     height = 1.2 + (0.26 + 0.12 * len(comparisons)) * len(names)
-    return draw("differences", plot, *_row_cells(shown), height=height)
+    return draw(name, plot, *_row_cells(shown), height=height)
 
 
 def _difference(axes: Axes, row: Data, y: float, step: float, color: str) -> None:

@@ -60,6 +60,10 @@ def write_report(
     return page
 
 
+# The one beside the three answers: the first of these that there is.
+_FIRST_FIGURES = ("difficulty", "differences", "tasks", "training_ce")
+
+
 def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
@@ -69,6 +73,7 @@ def all_figures(data: Data) -> dict[str, Figure | None]:
         "weights_in_training": plots_training.weights_over_training(data),
         "buckets": plots_scores.bucket_bars(data),
         "differences": plots_scores.differences(data),
+        "tasks": plots_scores.task_differences(data),
         "deciles": plots_scores.differences_by(data, "decile"),
         "difficulty": plots_scores.differences_by(data, "difficulty"),
         "weights": plots_training.weights_over_entropy(data),
@@ -104,6 +109,7 @@ def render_report(data: dict[str, Any], figures: dict[str, Figure | None], stem:
         title=_title(data),
         stem=stem,
         figures=drawn,
+        first_figure=next((name for name in _FIRST_FIGURES if figures[name]), None),
     )
 
 

@@ -19,7 +19,7 @@ from megatron_infoentropy import __version__
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.evaluate import verdict
 from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS
-from megatron_infoentropy.evaluate.comparison import compare_groups
+from megatron_infoentropy.evaluate.comparison import Comparison, compare_pairs, with_baselines
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.figure import SERIES
 from megatron_infoentropy.evaluate.groups import Group, group_runs
@@ -27,9 +27,10 @@ from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS
 from megatron_infoentropy.evaluate.runlog import Values
 from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run, objective_in_words
 from megatron_infoentropy.evaluate.tally import perplexity
+from megatron_infoentropy.evaluate.task_comparison import compare_tasks
 from megatron_infoentropy.tasks.results import Metric, TaskResult
 
-FORMAT = 3
+FORMAT = 4
 AVERAGES = ("weighted_average", "uniform_average", "worst_case")
 _MOST_PASSAGES = 3
 _STANDARD_ERRORS = 1.96  # to either side of 95 % of a normal distribution
@@ -45,7 +46,10 @@ def report_data(
 ) -> dict[str, Any]:
     """Return everything the page shows, as JSON; numbers that are not finite become None."""
     groups = group_runs(runs)
-    comparisons = compare_groups(groups)
+    pairs = with_baselines(groups)
+    comparisons = compare_pairs(pairs)
+    task_comparisons = compare_tasks(pairs) if any(run.tasks for run in runs) else []
+    of_all = [*comparisons, *task_comparisons]
     first_color = 0 if groups[0].is_baseline else 1  # the first is cross entropy's, always
     position = {id(run): index for index, run in enumerate(runs)}
     group_of = {
@@ -57,14 +61,11 @@ def report_data(
         "format": FORMAT,
         "version": __version__,
         "verdict": {
-            "headline": verdict.headline(runs, comparisons),
-            "smallest_effects": verdict.smallest_effects(comparisons),
-            "findings": [[asdict(finding) for finding in verdict.findings(c)] for c in comparisons],
-            "matched": [verdict.how_matched(c) for c in comparisons],
-            "chances": verdict.chances(comparisons),
+            "answers": verdict.answers(runs, of_all),
+            "chances": verdict.chances(of_all),
             "limits": [
                 *notes,
-                *verdict.limits(runs, groups, comparisons),
+                *verdict.limits(runs, groups, of_all),
                 *_weights_not_drawn(groups, weightings),
             ],
         },
@@ -73,7 +74,8 @@ def report_data(
             for place, group in enumerate(groups)
         ],
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "comparisons": _described(comparisons),
+        "task_comparisons": _described(task_comparisons),
         "weights": weight_curves(runs, weightings),
         "passages": _passages(groups, weightings),
         "tasks": task_table([group.runs for group in groups]),
@@ -81,6 +83,10 @@ def report_data(
     finite = _finite(data)
     assert isinstance(finite, dict)
     return finite
+
+
+def _described(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+    return [asdict(made) | {"matched": verdict.how_matched(made)} for made in comparisons]
 
 
 def _describe_group(

@@ -1,68 +1,301 @@
 """What the numbers show, in plain words, and what limits them. Every sentence is computed."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 
 from megatron_infoentropy.evaluate.comparison import Comparison, Difference
 from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.evaluate.wording import PERCENT, compact, nats, plural, signed
+from megatron_infoentropy.evaluate.wording import PERCENT, compact, listed, nats, plural, signed
 
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 _FEW_SEEDS = 5
 # Of one false claim where nothing differs, in a family of tests.
 FAMILY_ERROR = 5  # percent
 NO_POWER = "no difference of any size could have been shown: it takes two seeds of both settings"
-_WORDS = {
-    "better": "better, by more than other documents and other seeds explain",
-    "worse": "worse, by more than other documents and other seeds explain",
-    "no difference shown": "no difference shown",
-    "seed noise unknown": "these runs differ, but how much a seed alone would change is unknown",
+KINDS = {
+    "total": "over all tokens",
+    "bucket": "by bucket",
+    "decile": "by decile",
+    "difficulty": "by difficulty",
+    "domain": "by domain",
+    "tasks": "over all tasks",
+    "task": "by task",
+    "accuracy": "by task in accuracy",
+}
+_SHOWN = ("better", "worse")
+_MOST_NAMES = 3  # of settings without a difference
+_PLACES = {
+    ("bucket", "high"): "frequent tokens",
+    ("bucket", "medium"): "less frequent tokens",
+    ("bucket", "low"): "rare tokens",
+    ("difficulty", "easy"): "easy tokens",
+    ("difficulty", "medium"): "middling tokens",
+    ("difficulty", "hard"): "hard tokens",
 }
 
+Judged = list[tuple[Comparison, str]]  # each with the name of a verdict
 
-def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
-    """Return one or two sentences for the top of the page."""
+
+def answers(runs: list[Run], comparisons: list[Comparison]) -> list[dict[str, str]]:
+    """Return three questions of a reader and their answers, a short one and more about it.
+
+    comparisons: of tokens and of tasks.
+    """
+    asked = ("Did it help?", _did_it_help), ("On what?", _on_what), ("How sure is that?", _how_sure)
     made = [comparison for comparison in comparisons if not comparison.refusal]
-    if not any(run.evaluation for run in runs):
-        return "Training curves only: no run has been evaluated, so nothing is compared."
+    said = []
+    for question, answer in asked:
+        short, more = answer(runs, comparisons, made)
+        said.append({"question": question, "short": short, "more": more})
+    return said
+
+
+def _did_it_help(
+    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
+) -> tuple[str, str]:
+    """Judge by all tokens alone, or where only tasks are compared by their mean: one family."""
+    if not any(run.evaluation or run.tasks for run in runs):
+        return (
+            "Not measured.",
+            "These are training curves only: no run has been evaluated, so nothing is compared.",
+        )
     if not made:
         reasons = {comparison.refusal for comparison in comparisons}
         reason = reasons.pop() if len(reasons) == 1 else "no two runs differ in the objective alone"
-        return f"No comparison between objectives: {reason}."
-    return _headline_of_several(made) if len(made) > 1 else _headline_of(made[0])
+        return "Nothing to compare.", f"No two objectives can be compared: {reason}."
+    judged = [(c, _verdict_of(c)) for c in _main(made)]
+    count = {word: sum(verdict == word for _, verdict in judged) for word in _VERDICTS}
+    parts = [_VERDICTS[word](judged) for word in _VERDICTS if count[word]]
+    return _in_short(count, len(judged)), " ".join(parts)
 
 
-def _headline_of_several(made: list[Comparison]) -> str:
-    shown = [c for c in made if _is_shown(c.rows[0])]
-    if shown:
-        scored = " and ".join(f"{c.group} scores {c.rows[0].reading}" for c in shown)
-        text = f"Over all tokens {scored} than cross entropy"
-        others = len(made) - len(shown)
-        return text + (f"; no difference is shown for {others} others." if others else ".")
-    return (
-        f"No difference shown over all tokens between cross entropy and any of {len(made)} other "
-        "settings."
-    )
+def _main(made: list[Comparison]) -> list[Comparison]:
+    """Return the comparisons that the first answer rests on."""
+    return [c for c in made if not c.of_tasks] or made
 
 
-def _headline_of(comparison: Comparison) -> str:
-    """Judge by all tokens alone: so it errs no oftener than one family of tests."""
-    total = comparison.rows[0]
-    names = f"{comparison.group} and {comparison.baseline}"
+def _judged(comparison: Comparison) -> list[Difference]:
+    """Return the row that a comparison is judged by, or all tasks where their mean says nothing."""
+    first = comparison.rows[0]
+    tasks = [row for row in comparison.rows if row.kind == "task"]
+    return tasks if first.kind == "tasks" and first.p is None else [first]
+
+
+def _verdict_of(comparison: Comparison) -> str:
     if comparison.is_identical:
-        return f"The evaluations of {names} are identical: there is nothing to compare."
-    if total.reading == "seed noise unknown":
-        return (
-            f"Undecided. Over all tokens {names} differ by {signed(total.difference)} nats per "
-            "token, but too few seeds were run to tell the objective from the seed."
-        )
-    if total.reading == "no difference shown":
-        return f"No difference shown between {names} over all tokens."
+        return "identical"
+    if not comparison.has_several_seeds:
+        return "undecided"
+    rows = _judged(comparison)
+    if all(row.p is None for row in rows):
+        return "too little"
+    shown = {row.reading for row in rows} & set(_SHOWN)
+    return "mixed" if len(shown) > 1 else shown.pop() if shown else "none"
+
+
+def _in_short(count: dict[str, int], settings: int) -> str:
+    better, worse = count["better"], count["worse"]
+    if better and worse:
+        return f"It depends: {better} of {settings} helped, {worse} hurt."
+    if better:
+        return "Yes." if better == settings else f"Yes, {better} of {settings} did."
+    if worse:
+        return "No, it hurt." if worse == settings else f"No, and {worse} of {settings} hurt."
+    for word, short in (("mixed", "It depends."), ("none", "No difference shown.")):
+        if count[word]:
+            return short
+    return "Undecided." if count["undecided"] or count["too little"] else "No: nothing differs."
+
+
+def _scope(comparison: Comparison) -> str:
+    row = _judged(comparison)[0]
+    tasks = sum(row.kind == "task" for row in comparison.rows)
+    if row.kind == "task":
+        return f"on the task {row.name}" if tasks == 1 else f"on some of {tasks} tasks"
+    return f"on average over {tasks} tasks" if row.kind == "tasks" else "over all held-out text"
+
+
+def _by_how_much(word: str) -> Callable[[Judged], str]:
+    def say(judged: Judged) -> str:
+        chosen = [(c, _judged(c)) for c, verdict in judged if verdict == word]
+        first, rows = chosen[0]
+        sizes = [
+            f"{c.group} by {nats(abs(rows[0].difference))}" if len(rows) == 1 else c.group
+            for c, rows in chosen
+        ]
+        text = f"{word.capitalize()} than {first.baseline} {_scope(first)}: {listed(sizes)}"
+        if len(rows) > 1:
+            return f"{text}."
+        return f"{text} {unit_of(rows[0])}, more than other {_unit(rows[0])}s or seeds explain."
+
+    return say
+
+
+def _not_shown(judged: Judged) -> str:
+    chosen = [c for c, verdict in judged if verdict == "none"]
+    names = [c.group for c in chosen]
+    if len(names) > _MOST_NAMES:
+        names = [f"{'the other ' * (len(chosen) < len(judged))}{len(chosen)} settings"]
+    first = chosen[0]
+    scope = _scope(first)
+    return f"{scope[:1].upper()}{scope[1:]} nothing tells {listed(names)} from {first.baseline}."
+
+
+def _undecided(judged: Judged) -> str:
+    chosen = [c for c, verdict in judged if verdict == "undecided"]
+    first = chosen[0]
+    gaps = [f"{c.group} by {signed(_judged(c)[0].difference)}" for c in chosen]
     return (
-        f"{comparison.group} scores {total.reading} than {comparison.baseline} over all tokens, by "
-        f"{nats(abs(total.difference))} nats per token: more than other documents and other seeds "
-        f"than the {seeds_in_words(comparison)} tried explain."
+        f"The difference from {first.baseline} {_scope(first)} ({listed(gaps)} "
+        f"{unit_of(_judged(first)[0])}) may come from the luck of a seed: there is one of each."
     )
+
+
+def _named(text: str, word: str) -> Callable[[Judged], str]:
+    return lambda judged: text.format(listed([c.group for c, verdict in judged if verdict == word]))
+
+
+_VERDICTS: dict[str, Callable[[Judged], str]] = {
+    "better": _by_how_much("better"),
+    "worse": _by_how_much("worse"),
+    "mixed": _named("Better on some tasks and worse on others: {}.", "mixed"),
+    "none": _not_shown,
+    "undecided": _undecided,
+    "too little": _named("There are too few documents to tell anything of {}.", "too little"),
+    "identical": _named("The evaluations of {} are identical to their baseline's.", "identical"),
+}
+
+
+def _on_what(
+    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
+) -> tuple[str, str]:
+    sure = [c for c in made if c.has_several_seeds and not c.is_identical]
+    if not sure:
+        seed = "With one seed of each, no part of the text can be told from the luck of a seed."
+        return "Unknown.", seed if any(not c.is_identical for c in made) else ""
+    of_group: dict[str, list[Difference]] = {}
+    for comparison in sure:
+        of_group.setdefault(comparison.group, []).extend(filter(_is_part, comparison.rows))
+    count = {
+        reading: sum(any(row.reading == reading for row in rows) for rows in of_group.values())
+        for reading in _SHOWN
+    }
+    if not any(count.values()):
+        kinds = {row.kind for rows in of_group.values() for row in rows}
+        looked = listed([words for kind, words in KINDS.items() if kind in kinds])
+        return "No part shows a difference.", f"Looked at, and corrected for: {looked}."
+    if len(of_group) == 1:
+        ((rows),) = of_group.values()
+        return _parts(rows, sizes=False), f"By how much: {_parts(rows, sizes=True)}"
+    verbs = {"better": "gain somewhere", "worse": "lose somewhere"}
+    short = [
+        f"{number} of {len(of_group)} settings {verbs[reading]}"
+        for reading, number in count.items()
+        if number
+    ]
+    more = [f"{group}: {text[0].lower()}{text[1:]}"
+            for group, rows in of_group.items() if (text := _parts(rows, sizes=False))]  # fmt: skip
+    return f"{listed(short)}.", " ".join(more)
+
+
+def _is_part(row: Difference) -> bool:
+    return row.kind not in ("total", "decile", "tasks")
+
+
+def _parts(rows: list[Difference], *, sizes: bool) -> str:
+    """Say on which parts a setting is better and worse; empty where on none."""
+    said = []
+    for reading in _SHOWN:
+        shown = [row for row in rows if row.reading == reading]
+        of_tokens = [row for row in shown if row.kind not in ("task", "accuracy")]
+        places = [_PLACES.get((row.kind, row.name), row.name) for row in of_tokens]
+        if sizes and places:
+            values = [nats(abs(row.difference)) for row in of_tokens]
+            places = [f"{one} by {value}" for one, value in zip(places, values, strict=True)]
+            places[0] += f" {unit_of(of_tokens[0])}"
+        for kind, words in (("task", "{} of {} tasks"), ("accuracy", "{} of {} in accuracy")):
+            of_kind = [row for row in shown if row.kind == kind]
+            if of_kind:
+                largest = max(abs(row.difference) for row in of_kind)
+                size = f" by at most {nats(largest)} {unit_of(of_kind[0])}" if sizes else ""
+                tasks = sum(row.kind == kind for row in rows)
+                places.append(words.format(len(of_kind), tasks) + size)
+        if places:
+            said.append(f"{reading} on {listed(places)}")
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def unit_of(row: Difference) -> str:
+    """Return the unit of a difference, after a number."""
+    if row.kind == "accuracy":
+        return "of all items"
+    return "bits per byte" if row.kind in ("task", "tasks") else "nats per token"
+
+
+def _unit(row: Difference) -> str:
+    """Return what is redrawn for a row's interval, beside seeds."""
+    return {"tasks": "task", "task": "item"}.get(row.kind, "document")
+
+
+def _how_sure(
+    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
+) -> tuple[str, str]:
+    if not made:
+        return "Not at all.", "It takes evaluated runs of two objectives, two seeds of each."
+    main = [c for c in _main(made) if not c.is_identical]
+    if not main:
+        return "Wholly.", "Both give the same numbers."
+    rows = [row for c in main if c.has_several_seeds for row in _judged(c)]
+    sizes = sorted(row.detectable for row in rows if row.detectable)
+    if not sizes:
+        few = f"There are too few {_unit(_judged(main[0])[0])}s for an interval."
+        return "Not at all.", few if rows else f"{NO_POWER[:1].upper()}{NO_POWER[1:]}."
+    first = next(c for c in main if c.has_several_seeds)
+    row, low, high = rows[0], nats(sizes[0]), nats(sizes[-1])
+    size = f"A true difference of {low} {unit_of(row)}"
+    if low != high:
+        each = "task" if row.kind == "task" else "setting"
+        size = f"True differences of {low} to {high} {unit_of(row)}, by {each},"
+    elif row.kind == "total":
+        size += f" ({100 * math.expm1(sizes[0]):.2g}{PERCENT} of perplexity)"
+    kinds = {row.kind for c in made if c.has_several_seeds for row in c.rows if _is_part(row)}
+    return (
+        f"{size} would have shown.",
+        f"That is in 80 of 100 studies like this, of {seeds_in_words(first)} and "
+        f"{plural(row.documents, _unit(row))}; smaller ones are easily missed. Where nothing "
+        f"differs, the first answer claims a difference in at most {FAMILY_ERROR} of 100 studies, "
+        f"the second in at most {FAMILY_ERROR * len(kinds)}. {_size(runs)}",
+    )
+
+
+def tasks_in_words(comparison: Comparison) -> str:
+    """Say which tasks show a difference and what their mean shows, without a full stop."""
+    rows = [row for row in comparison.rows if row.kind == "task"]
+    names = {
+        reading: [row.name for row in rows if row.reading == reading]
+        for reading in (*_SHOWN, "seed noise unknown")
+    }
+    parts = [f"{reading} on {listed(names[reading])}" for reading in _SHOWN if names[reading]]
+    if unknown := names["seed noise unknown"]:
+        parts.append(f"a difference, which other seeds may not show, on {listed(unknown)}")
+    left = len(rows) - sum(map(len, names.values()))
+    if left:
+        parts.append(f"no difference shown on {plural(left, 'task')}")
+    if comparison.rows[0].kind == "tasks":
+        parts.append(_mean_in_words(comparison.rows[0]))
+    return "; ".join(parts if comparison.has_several_seeds else [*parts, NO_POWER])
+
+
+def _mean_in_words(row: Difference) -> str:
+    text = f"the mean over {row.documents} tasks differs by {row.difference:+.4f} bits per byte"
+    if row.low is None or row.high is None:
+        return f"{text}, too few tasks for an interval"
+    text += f" (95 % (single) {row.low:+.4f} to {row.high:+.4f}, p (Holm) {row.p_adjusted:.2g})"
+    if row.detectable is None:
+        return text
+    return f"{text}, of which {row.detectable:.4f} would be shown in 80 of 100 cases"
 
 
 def seeds_in_words(comparison: Comparison) -> str:
@@ -85,47 +318,17 @@ def how_matched(comparison: Comparison) -> str:
     }[comparison.pairing]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One statistic in words: what it is about, what it shows, and the numbers for that."""
-
-    subject: str
-    shows: str
-    numbers: str
-
-
-def findings(comparison: Comparison) -> list[Finding]:
-    """Return what matters of a comparison: all tokens, then the frequency buckets."""
-    if comparison.refusal:
-        return [Finding(comparison.group, f"not compared, because {comparison.refusal}", "")]
-    if comparison.is_identical:
-        return [Finding("All tokens", "the evaluations are identical", "")]
-    rows = [comparison.rows[0], *_of_kind(comparison, "bucket")]
-    return [Finding(_subject(row), _WORDS[row.reading], _numbers(row)) for row in rows]
-
-
 def chances(comparisons: list[Comparison]) -> str | None:
     """Say how likely a false claim is where nothing differs; None without any claim."""
     kinds = {row.kind for c in comparisons if c.has_several_seeds for row in c.rows}
     if not kinds:
         return None
+    names = [words for kind, words in KINDS.items() if kind in kinds]
     return (
-        f"Where nothing differs, the chance of a false claim is at most {FAMILY_ERROR}{PERCENT} "
-        f"over all tokens, and as much in each other kind of difference: "
-        f"{len(kinds) * FAMILY_ERROR}{PERCENT} over all {len(kinds)} kinds."
+        f"Where nothing differs, the chance of a false claim is at most {FAMILY_ERROR}{PERCENT} in "
+        f"each kind of difference ({listed(names)}), {len(names) * FAMILY_ERROR}{PERCENT} over all "
+        f"of them."
     )
-
-
-def _subject(row: Difference) -> str:
-    return "All tokens" if row.kind == "total" else f"{row.name.capitalize()}-frequency tokens"
-
-
-def _numbers(row: Difference) -> str:
-    interval = "too few documents for an interval"
-    if row.low is not None and row.high is not None:
-        interval = f"95{PERCENT} (single) {signed(row.low)} to {signed(row.high)}"
-    corrected = "" if row.p_adjusted is None else f", p (Holm) = {row.p_adjusted:.2g}"
-    return f"{signed(row.difference)} nats per token; {interval}{corrected}"
 
 
 def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) -> list[str]:
@@ -138,33 +341,17 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
         done, planned = run.log.last_iteration, run.info["train_iters"]
         if 0 < done < planned:
             sentences.append(f"{run.name} has logged {done} of {planned} steps.")
-        if run.evaluation is None:
+        if run.evaluation is None and not run.tasks:
             sentences.append(f"{run.name} has not been evaluated; only its training is shown.")
     left_out = [clause for comparison in comparisons for clause in comparison.left_out]
     left_out += [clause for group in groups for clause in repeats(group)]
     sentences += [f"Left out: {clause}." for clause in dict.fromkeys(left_out)]
     for comparison in comparisons:
         for one, other in comparison.identical:
-            sentences.append(f"The evaluations of {one} and {other} are identical.")
+            what = "answers" if comparison.of_tasks else "evaluations"
+            sentences.append(f"The {what} of {one} and {other} are identical.")
     sentences += [f"{run.name} was trained in stages: {run.objective_label}."
                   for run in runs if len(run.stages) > 1]  # fmt: skip
-    return sentences
-
-
-def smallest_effects(comparisons: list[Comparison]) -> list[str]:
-    """Return the smallest differences that could have been shown, a sentence a comparison."""
-    sentences = []
-    for comparison in comparisons:
-        if not comparison.rows or comparison.is_identical:
-            continue
-        rows = [row for row in comparison.rows if row.kind in ("total", "bucket")]
-        sizes = [
-            f"{_subject(row).lower()} {nats(row.detectable)}" for row in rows if row.detectable
-        ]
-        if not comparison.has_several_seeds:
-            sentences.append(f"{comparison.group}: {NO_POWER}.")
-        elif sizes:
-            sentences.append(f"{comparison.group}: {', '.join(sizes)} nats per token.")
     return sentences
 
 
@@ -172,28 +359,22 @@ def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
     rows = [row for comparison in comparisons for row in comparison.rows]
     if not rows:
         return []
-    kinds = {"total": "over all tokens", "bucket": "by bucket", "decile": "by decile",
-             "difficulty": "by difficulty", "domain": "by domain"}  # fmt: skip
-    names = [words for kind, words in kinds.items() if kind in {row.kind for row in rows}]
+    kinds = {row.kind for row in rows}
     sentences = [
         f"{len(rows)} differences are tested. Their p-values are corrected (Holm) in "
-        f"{len(names)} families: {', '.join(names)}. Intervals are single: they are not corrected."
+        f"{plural(len(kinds), 'kind')}. Intervals are single: they are not corrected."
     ]
-    if chance := chances(comparisons):
-        sentences.append(f"{chance} The headline rests on all tokens alone.")
-    return sentences
+    chance = chances(comparisons)
+    return [*sentences, chance] if chance else sentences
 
 
 def _size_sentence(runs: list[Run], comparisons: list[Comparison]) -> str:
-    sizes = sorted({int(run.info["parameters"]) for run in runs})
-    tokens = max(run.tokens_seen for run in runs)
-    text = f"Models of {' and '.join(map(compact, sizes))} parameters"
-    text += f" that saw at most {compact(tokens)} tokens." if tokens else "."
-    if sizes[-1] >= _SMALLEST_IN_PAPER:
+    text = _size(runs)
+    if max(int(run.info["parameters"]) for run in runs) >= _SMALLEST_IN_PAPER:
         return text
     text += " The paper reports its gains at 468M to 6.7B parameters;"
     text += " at this size the effect is likely below noise"
-    noises = [c.rows[0].seed_noise for c in comparisons if c.rows]
+    noises = [c.rows[0].seed_noise for c in comparisons if c.rows and not c.of_tasks]
     known = [noise for noise in noises if noise is not None]
     if known:
         return f"{text}, and noise here is {max(known):.4f} nats per token between two seeds."
@@ -207,9 +388,8 @@ def _seeds_sentence(groups: list[Group]) -> str:
     return f"Seeds: {'; '.join(counts)}.{doubt}"
 
 
-def _of_kind(comparison: Comparison, kind: str) -> list[Difference]:
-    return [row for row in comparison.rows if row.kind == kind]
-
-
-def _is_shown(row: Difference) -> bool:
-    return row.reading in ("better", "worse")
+def _size(runs: list[Run]) -> str:
+    sizes = sorted({int(run.info["parameters"]) for run in runs})
+    tokens = max(run.tokens_seen for run in runs)
+    text = f"Models of {' and '.join(map(compact, sizes))} parameters"
+    return text + (f" that saw at most {compact(tokens)} tokens." if tokens else ".")

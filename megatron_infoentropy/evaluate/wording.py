@@ -5,6 +5,7 @@ import math
 __all__ = [
     "compact",
     "count",
+    "listed",
     "nats",
     "p_value",
     "perplexity",
@@ -61,6 +62,11 @@ def compact(value: float) -> str:
 def plural(number: int, noun: str) -> str:
     """Write `1 seed`, `2 seeds`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(names: list[str]) -> str:
+    """Write `a`, `a and b`, `a, b and c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def relative(difference: float) -> str:

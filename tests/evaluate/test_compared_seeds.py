@@ -108,7 +108,7 @@ def test_identical_evaluations_are_called_so(folder, tmp_path, compared):
     copy = write_run(tmp_path / "copy", objective="infoentropy", seed=1, same_as="cross_entropy")
     assert "the evaluations are identical" in compared("ce-1", str(copy))
     data = report_data([load_run(folder / "ce-1"), load_run(copy)])
-    assert "are identical" in data["verdict"]["headline"]
+    assert "are identical" in data["verdict"]["answers"][0]["more"]
     said = compared("ce-1", "ce-2", str(copy), "ie-2")
     assert "the evaluations of copy and ce-1 are identical" in said
     (comparison,) = compare_folders([str(folder / "ce-1"), str(folder / "ie-1")])

@@ -13,7 +13,12 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-from megatron_infoentropy.evaluate.comparison import Comparison, compare_groups, difficulty_sums
+from megatron_infoentropy.evaluate.comparison import (
+    Comparison,
+    compare_pairs,
+    difficulty_sums,
+    with_baselines,
+)
 from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs, match
 from megatron_infoentropy.evaluate.runlog import TrainingLog
@@ -158,8 +163,8 @@ def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
     assert len([line for line in lines if line.startswith("domain")]) == 2
     assert lines[-2].startswith("InfoEntropy")
     assert "against cross entropy, all tokens: " in lines[-2]
-    assert "at most 5\xa0% over all tokens" in lines[-1]
-    assert "25\xa0% over all 5 kinds" in lines[-1]
+    assert "at most 5\xa0% in each kind of difference (over all tokens, " in lines[-1]
+    assert "25\xa0% over all of them" in lines[-1]
 
 
 def test_what_cannot_be_compared_says_why(folders, tmp_path):
@@ -247,7 +252,7 @@ def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
 
 def test_hard_tokens_are_the_same_in_every_comparison_of_a_page(folders):
     every = [load_run(Path(path)) for paths in folders.values() for path in paths]
-    together = [c for c in compare_groups(group_runs(every)) if c.rows]
+    together = [c for c in compare_pairs(with_baselines(group_runs(every))) if c.rows]
     assert len(together) > 1
     hard = [rows_of(c)["difficulty", "hard"].baseline for c in together]
     assert hard == pytest.approx([hard[0]] * len(hard), abs=1e-12)

@@ -12,9 +12,9 @@ from example_runs import DOMAINS, write_run
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 
-FIGURES = ("train-cross-entropy", "train-objective", "train-entropy-distribution",
-           "train-weight-distribution", "buckets", "differences", "differences-by-decile",
-           "differences-by-difficulty", "weights", "calibration", "confidence")  # fmt: skip
+FIGURES = ("differences-by-difficulty", "train-cross-entropy", "train-objective",
+           "train-entropy-distribution", "train-weight-distribution", "buckets", "differences",
+           "differences-by-decile", "weights", "calibration", "confidence")  # fmt: skip
 
 
 def four_runs(folder: Path, shift: float) -> list[Path]:
@@ -40,6 +40,10 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
 
 def data_of(*runs: Path) -> dict:
     return report_data([load_run(run) for run in runs])
+
+
+def answers_of(data: dict) -> list[str]:
+    return [answer["short"] for answer in data["verdict"]["answers"]]
 
 
 def figures_of(page: str) -> list[str]:
@@ -118,17 +122,15 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
             assert f"{row['baseline']:.4f}" in page
             assert f"{row['detectable']:.4f}" in page
     verdict = data["verdict"]
-    for sentence in (verdict["headline"], *verdict["smallest_effects"], *verdict["limits"]):
+    said = [answer[part] for answer in verdict["answers"] for part in ("short", "more")]
+    for sentence in (*said, *verdict["limits"]):
         assert sentence in page
-    shows = {one["subject"]: one["shows"] for one in verdict["findings"][0]}
-    assert shows["Low-frequency tokens"].startswith("better")
-    assert "frequency" not in verdict["headline"], "it rests on one test alone"
-
-
-def test_without_a_difference_none_is_claimed(tmp_path):
-    verdict = data_of(*four_runs(tmp_path, shift=0.0))["verdict"]
-    assert verdict["headline"].startswith("No difference shown")
-    assert "likely below noise, and noise here is" in verdict["limits"][0]
+    helped, where, sure = verdict["answers"]
+    assert "frequent" not in helped["short"] + helped["more"], "it rests on one test alone"
+    assert "rare tokens" in where["short"]
+    (total,) = [row for row in comparison["rows"] if row["kind"] == "total"]
+    assert f"A true difference of {total['detectable']:.4f} nats per token" in sure["short"]
+    assert "of 2 seeds and 250 documents" in sure["more"]
 
 
 def test_weights_have_mean_one_over_the_tokens(four):
@@ -151,10 +153,10 @@ def test_with_one_seed_each_seed_noise_is_unknown_and_nothing_is_decided(tmp_pat
     ]
     page, data = written(runs, tmp_path)
     (comparison,) = data["comparisons"]
-    assert data["verdict"]["headline"].startswith("Undecided.")
+    assert answers_of(data)[0] == "Undecided."
     assert {(row["seed_noise"], row["detectable"]) for row in comparison["rows"]} == {(None, None)}
     assert "better" not in {row["reading"] for row in comparison["rows"]}
-    assert "no difference of any size" in data["verdict"]["smallest_effects"][0]
+    assert "No difference of any size" in data["verdict"]["answers"][2]["more"]
     assert "Seed noise is unknown" in page
 
 
@@ -162,7 +164,8 @@ def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
     run = write_run(tmp_path / "a", evaluated=False, steps=200)
     page, data = written([run], tmp_path)
     assert len(figures_of(page)) == 3
-    assert data["verdict"]["headline"].startswith("Training curves only")
+    assert answers_of(data) == ["Not measured.", "Unknown.", "Not at all."]
+    assert page.index("<svg ") < page.index("<h2>"), "the curves are on the first screen"
     assert "a has logged 200 of 400 steps." in page
 
 
@@ -171,7 +174,7 @@ def test_one_evaluated_run_and_a_run_without_log_are_enough(tmp_path):
     (run / "train.log").unlink()
     page, data = written([run], tmp_path)
     assert len(figures_of(page)) == 4
-    assert "there is no cross-entropy run" in data["verdict"]["headline"]
+    assert "there is no cross-entropy run" in data["verdict"]["answers"][0]["more"]
     assert data["runs"][0]["last_iteration"] == 0
 
 
@@ -203,7 +206,7 @@ def test_many_runs_of_several_objectives_fit_on_one_page(tmp_path):
     page, data = written(runs, tmp_path)
     assert len(data["comparisons"]) == 3
     assert len(figures_of(page)) == len(FIGURES)
-    assert "cross entropy" in data["verdict"]["headline"]
+    assert "cross entropy" in data["verdict"]["answers"][0]["more"]
     assert len(data["passages"]) == 3
 
 

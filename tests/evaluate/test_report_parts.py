@@ -72,14 +72,6 @@ def test_every_figure_is_a_file_of_its_own_with_its_numbers(folder, page, data):
     assert float(row["difference"]) == expected["difference"]
 
 
-def test_the_smallest_effect_is_stated(page, data):
-    (sentence,) = data["verdict"]["smallest_effects"]
-    assert re.search(r"all tokens 0\.\d{4}, high-frequency tokens 0\.\d{4}", sentence)
-    rows = {row["name"]: row for row in data["comparisons"][0]["rows"]}
-    assert f"all tokens {rows['all tokens']['detectable']:.4f}" in sentence
-    assert sentence in page
-
-
 def test_intervals_over_documents_hold_the_mean_over_seeds(data):
     group = data["groups"][0]
     for place in ("all tokens", "high", "medium", "low"):

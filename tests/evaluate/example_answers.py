@@ -1,0 +1,39 @@
+"""Writes answers to tasks into run folders, drawn from a known truth."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_infoentropy.tasks.results import Items, Metric, TaskResult
+
+
+def write_answers(
+    folder: Path,
+    seed: int,
+    *,
+    tasks: Sequence[str] = ("first", "second"),
+    shift: float = 0.0,
+    items: int = 60,
+    version: str = "1.0",
+) -> None:
+    """FOLDER/tasks/NAME.json; `shift` moves the bits per byte of every right answer.
+
+    What makes an item hard is the same for every seed; a seed adds to every item and to each.
+    """
+    for place, name in enumerate(tasks):
+        shared, own = np.random.default_rng(place), np.random.default_rng([seed, place])
+        size = shared.integers(4, 30, items)
+        per_byte = shared.gamma(4, 0.3, items) + own.normal(0, 0.01) + own.normal(0, 0.05, items)
+        right = (shared.random(items) + own.normal(0, 0.1, items) < 0.4).astype(float)
+        made = Items(
+            [f"{name}-{number}" for number in range(items)],
+            {name: items},
+            ((per_byte + shift) * size).tolist(),
+            size.tolist(),
+            right.tolist(),
+            pooled=False,
+        )
+        metrics = {"acc": Metric(float(right.mean()), 0.05)}
+        result = TaskResult(name, 0, None, items, "key", metrics, {}, {"task": version}, made)
+        result.save(folder / "tasks" / f"{name}.json")
