@@ -20,11 +20,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda")]
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint")],
-    data: Annotated[Path, typer.Option(help="preprocessed dataset to score")],
     token_counts: Annotated[
         Path, typer.Option(help="token_counts.npy of the training data: defines the buckets")
     ],
     output: Annotated[Path, typer.Option(help="folder for the result, e.g. the run's folder")],
+    data: Annotated[Path | None, typer.Option(help="preprocessed dataset to score")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="in its place, folder of .jsonl files, each a domain of its name"),
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="tokens a window reads; default: the model's positions")
     ] = None,
@@ -61,14 +65,28 @@ def evaluate(
     Memory: the model, batch tokens x vocabulary x 4 bytes (bfloat16: 2) for logits, 900 bytes a
     document and 0.8 GB, however much text there is; docs/evaluate.md has the rest.
     """
+    from megatron_infoentropy.evaluate.dataset import tokenise_folder
     from megatron_infoentropy.evaluate.perplexity import ScoringOptions, evaluate_model
 
     options = ScoringOptions(
         context_length, stride, packed, batch_tokens, max_tokens, domain_weights, dtype, device
     )
+    source = _source(model, tokenizer, iteration)
+    scored: Path | dict[str, Path]
+    if data is not None and text is None:
+        scored = data
+    elif text is None or data is not None:
+        raise ValueError("expected --data DATASET, or --text FOLDER of .jsonl files")
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "--text is for one process: for several, `infoentropy preprocess` the files first, "
+            "with a key that names their domain (--split-by), and give --data"
+        )
+    else:
+        scored = tokenise_folder(text, source.tokenizer, output / "text")
     result = evaluate_model(
-        _source(model, tokenizer, iteration),
-        data,
+        source,
+        scored,
         options,
         token_counts=token_counts,
         output=output,

@@ -11,9 +11,11 @@ domains enter the weighted average:
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +59,41 @@ class TokenDataset:
     empty_documents: int
 
 
-def open_dataset(folder: Path, *, packed: bool = False) -> TokenDataset:
-    """Open the dataset that preprocessing wrote into a folder.
+def tokenise_folder(text: Path, tokenizer: Path, output: Path) -> dict[str, Path]:
+    """Make a dataset of one domain of every .jsonl file below a folder, named as the file.
+
+    Args:
+        text: the folder; files may be compressed (.gz, .zst).
+        tokenizer: of the model that will score them.
+        output: folder for the datasets; those that are there already stay.
+
+    Returns:
+        {domain: dataset}, for `open_dataset`.
+
+    Raises:
+        ValueError: no such file, or two of one name; or a file without a document.
+    """
+    from megatron_infoentropy.data.manifest import DataOptions
+    from megatron_infoentropy.data.preprocess import preprocess
+
+    made: dict[str, Path] = {}
+    for path in sorted(path for path in text.rglob("*.jsonl*") if path.is_file()):
+        name, _, compression = path.relative_to(text).as_posix().rpartition(".jsonl")
+        if compression not in ("", ".gz", ".zst"):
+            continue
+        if name in made:
+            raise ValueError(f"{text} holds {name}.jsonl twice, compressed and not: remove one")
+        made[name] = output / quote(name, safe=" ")
+        workers = len(os.sched_getaffinity(0))
+        options = DataOptions(split_by=None)
+        preprocess([path], tokenizer, made[name], options=options, workers=workers, overwrite=True)
+    if not made:
+        raise ValueError(f"expected .jsonl, .jsonl.gz or .jsonl.zst files below {text}, found none")
+    return made
+
+
+def open_dataset(data: Path | Mapping[str, Path], *, packed: bool = False) -> TokenDataset:
+    """Open the dataset that preprocessing wrote into a folder, or several of one domain each.
 
     packed: documents will follow one another, as in training: then a start token follows the
     document before it, and is a token of the document like any other.
@@ -66,6 +101,19 @@ def open_dataset(folder: Path, *, packed: bool = False) -> TokenDataset:
     Raises:
         ValueError: the manifest or a domain's .bin/.idx is missing, damaged or cut off.
     """
+    if isinstance(data, Path):
+        return _open_folder(data, packed=packed)
+    parts = {name: _open_folder(folder, packed=packed) for name, folder in data.items()}
+    state = hashlib.sha256("".join(part.state for part in parts.values()).encode())
+    return replace(
+        next(iter(parts.values())),
+        domains=[replace(one, name=name) for name, part in parts.items() for one in part.domains],
+        state=state.hexdigest(),
+        empty_documents=sum(part.empty_documents for part in parts.values()),
+    )
+
+
+def _open_folder(folder: Path, *, packed: bool) -> TokenDataset:
     manifest = load_manifest(folder)
     tokenizer = manifest.tokenizer
     start = () if packed or manifest.options.piece_tokens else tokenizer.start_ids

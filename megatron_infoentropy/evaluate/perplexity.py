@@ -8,6 +8,7 @@ was trained with. In memory are one chunk of tokens, one batch of logits, and 90
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ class ScoringOptions:
 
 def evaluate_model(
     model: Path | ModelSource,
-    data: Path,
+    data: Path | Mapping[str, Path],
     options: ScoringOptions | None = None,
     *,
     token_counts: Path,
@@ -104,7 +105,8 @@ def evaluate_model(
 
     Args:
         model: a Hugging Face folder, or where else a model comes from; nothing is fetched.
-        data: folder with manifest.json and one .bin/.idx a domain.
+        data: folder with manifest.json and one .bin/.idx a domain, or such folders of one domain
+            each, by the name that it shall have.
         options: how.
         token_counts: token_counts.npy of the *training* data, which defines the buckets.
         output: folder to write the evaluation into, which an interrupted one resumes from; several
@@ -147,7 +149,10 @@ def evaluate_model(
 
 
 def open_job(
-    source: ModelSource, data: Path, token_counts: Path, options: ScoringOptions
+    source: ModelSource,
+    data: Path | Mapping[str, Path],
+    token_counts: Path,
+    options: ScoringOptions,
 ) -> ScoringJob:
     """Open model and data, cheap checks first.
 
