@@ -28,17 +28,9 @@ __all__ = [
     "vocab_parallel_statistics",
 ]
 
-_HOME = {
-    "InfoEntropyConfig": "megatron_infoentropy.config",
-    "TokenStatistics": "megatron_infoentropy.loss",
-    "infoentropy_loss": "megatron_infoentropy.loss",
-    "linear_infoentropy_loss": "megatron_infoentropy.loss",
-    "linear_vocab_parallel_statistics": "megatron_infoentropy.loss",
-    "vocab_parallel_statistics": "megatron_infoentropy.loss",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    room = "config" if name == "InfoEntropyConfig" else "loss"
+    return getattr(import_module(f"{__name__}.{room}"), name)

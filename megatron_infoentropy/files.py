@@ -37,9 +37,7 @@ def new_folder(output: Path, *, replaceable: Sequence[str], overwrite: bool) -> 
             publish(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if [path.name for path in work.iterdir()] == [
-                "lock"
-            ]:  # and nothing of longer work on the same output
+            if [path.name for path in work.iterdir()] == ["lock"]:  # and nothing of longer work
                 shutil.rmtree(work)
 
 

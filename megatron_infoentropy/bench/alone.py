@@ -19,17 +19,11 @@ from functools import partial
 import torch
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
+from megatron_infoentropy.bench import timing
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.providers import backends, failure
 from megatron_infoentropy.bench.results import Row, row_of_case
-from megatron_infoentropy.bench.timing import (
-    Experiment,
-    Pass,
-    clock_for,
-    peak_mib,
-    spread,
-    time_in_turn,
-)
+from megatron_infoentropy.bench.timing import Experiment, Pass
 from megatron_infoentropy.kernels import dispatch
 from megatron_infoentropy.kernels.contract import MAX, PLAIN, SCALE, SHIFT, Kernels, Shard
 from megatron_infoentropy.loss.linear import (
@@ -61,8 +55,8 @@ def measure_kernels(experiment: Experiment) -> list[Row]:
             names = {"provider": f"{key[0]} kernel", "by": "ours", "computes": "", "step": key[1]}
             rows.append(experiment.row(kind="unavailable", reason=failure(error), **names))
             del passes[key]
-    times = time_in_turn(passes, experiment.clock, experiment.repeats)
-    copy_gb_per_s = MOVES["copy"] * logits.nbytes / spread(_firsts(times[COPY])).median / 1e6
+    times = timing.time_in_turn(passes, experiment.clock, experiment.repeats)
+    copy_gb_per_s = MOVES["copy"] * logits.nbytes / timing.spread(_firsts(times[COPY])).median / 1e6
     timed = [_row(*key, _firsts(times[key]), copy_gb_per_s, experiment) for key in passes]
     return timed + rows
 
@@ -103,7 +97,7 @@ def _copy(logits: torch.Tensor) -> Iterator[None]:
 def _row(
     provider: str, step: str, values: list[float], copy_gb_per_s: float, experiment: Experiment
 ) -> Row:
-    taken = spread(values)
+    taken = timing.spread(values)
     size = MOVES[step] * experiment.logits.nbytes
     gb_per_s = size / taken.median / 1e6
     is_copy = (provider, step) == COPY
@@ -140,13 +134,13 @@ def measure_output_layer(
         name: partial(_output_layer_pass, loss, inputs)
         for name, loss in _output_layer_losses(chunk_tokens).items()
     }
-    clock = clock_for(device)
+    clock = timing.clock_for(device)
     with progress("output layer", (repeats + 1) * len(passes), "passes") as advance:
         peaks = {}
         for name, one_pass in passes.items():  # also warms up
-            peaks[name] = peak_mib(lambda run=one_pass: list(run()), device)  # type: ignore[misc]
+            peaks[name] = timing.peak_mib(lambda run=one_pass: list(run()), device)  # type: ignore[misc]
             advance(1)
-        times = time_in_turn(passes, clock, repeats, advance=advance)
+        times = timing.time_in_turn(passes, clock, repeats, advance=advance)
     return [
         row_of_case(
             case,
@@ -159,7 +153,7 @@ def measure_output_layer(
             step="both",
             repeats=repeats,
             peak_mib=peaks[name],
-            **spread(_firsts(times[name])).columns(),
+            **timing.spread(_firsts(times[name])).columns(),
         )
         for name in passes
     ]

@@ -15,19 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_infoentropy.bench.providers import (
-    LABEL_SMOOTHING,
-    SOFTCAP,
-    Computes,
-    Loss,
-    Provider,
-    Unavailable,
-    best_backend,
-    failure,
-    in_place,
-    ours,
-    peers,
-)
+from megatron_infoentropy.bench import providers
+from megatron_infoentropy.bench.providers import Computes, Loss, Provider, Unavailable
 from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.bench.timing import Experiment, peak_mib, ratio, spread, time_in_turn
 from megatron_infoentropy.progress import progress
@@ -101,11 +90,11 @@ def _per_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross entropy, weight) of whole rows."""
     if computes == "softcap":
-        z = SOFTCAP * (z / SOFTCAP).tanh()
+        z = providers.SOFTCAP * (z / providers.SOFTCAP).tanh()
     log_p = z.log_softmax(-1)
     ce = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     if computes == "label smoothing":
-        ce = (1 - LABEL_SMOOTHING) * ce - LABEL_SMOOTHING * log_p.mean(-1)
+        ce = (1 - providers.LABEL_SMOOTHING) * ce - providers.LABEL_SMOOTHING * log_p.mean(-1)
     if computes == "cross entropy":
         return ce, torch.ones_like(ce)
     return ce, 1 - (log_p.exp() * log_p).sum(-1)
@@ -177,7 +166,7 @@ def rehearse(provider: Provider, experiment: Experiment, truth: Truth) -> Rehear
     except Unavailable as error:
         reason = str(error)
     except Exception as error:  # peers fail in ways of their own; the table says how
-        reason = failure(error)
+        reason = providers.failure(error)
     failed = torch.tensor(rehearsed is None, device=setting.device, dtype=torch.int32)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=setting.group)
     if rehearsed is None or failed:
@@ -237,7 +226,7 @@ Times = dict[str, dict[str, list[float]]]  # {provider: {step: [repeat] ms}}
 def measure_losses(experiment: Experiment) -> list[Row]:
     """Rows of every provider: three of one that runs, one with a reason of one that does not."""
     setting, repeats = experiment.setting, experiment.repeats
-    every = ours(setting) + peers()
+    every = providers.ours(setting) + providers.peers()
     truth = Truth(experiment.logits, experiment.target, setting.group)
     rehearsed, refused = [], []
     shown = progress(str(setting.case), (repeats + 1) * len(every), "passes")
@@ -301,9 +290,9 @@ def _ratios(
     values: list[float], step: str, times: Times, experiment: Experiment
 ) -> dict[str, float]:
     """How many times as long as the best of ours, into new memory and over the logits."""
-    best = best_backend(experiment.setting)
+    best = providers.best_backend(experiment.setting)
     columns: dict[str, float] = {}
-    for column, name in (("times_ours", best), ("times_in_place", in_place(best))):
+    for column, name in (("times_ours", best), ("times_in_place", providers.in_place(best))):
         if name in times:
             columns |= ratio(values, times[name][step]).columns(column)
     return columns

@@ -8,16 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megatron_infoentropy.commands import out
-from megatron_infoentropy.commands.training import (
-    Data,
-    MegatronFlags,
-    PipelineParallel,
-    Recipe,
-    TensorParallel,
-    Tokenizer,
-    parallel_settings,
-)
+from megatron_infoentropy.commands import out, training
 from megatron_infoentropy.console import make_console
 
 CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a folder to name it in")]
@@ -28,7 +19,7 @@ def doctor(
         Path | None,
         typer.Argument(help="also check and count this recipe; measure for it if --distributed"),
     ] = None,
-    megatron_flags: MegatronFlags = None,
+    megatron_flags: training.MegatronFlags = None,
     *,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="look at all ranks of a job, before it trains")
@@ -36,8 +27,8 @@ def doctor(
     ranks: Annotated[
         int, typer.Option(min=1, help="start so many on this machine (without torchrun)")
     ] = 2,
-    tensor_parallel: TensorParallel = None,
-    pipeline_parallel: PipelineParallel = None,
+    tensor_parallel: training.TensorParallel = None,
+    pipeline_parallel: training.PipelineParallel = None,
     data: Annotated[
         Path | None, typer.Option(help="folder with train/, validation/, test/: compare checksums")
     ] = None,
@@ -57,7 +48,7 @@ def doctor(
     --ranks here, or is one rank under torchrun: torchrun ... -m -- megatron_infoentropy doctor
     --distributed ... (its -- keeps --run from torchrun, which has an option that begins so).
     """
-    settings = parallel_settings(tensor_parallel, pipeline_parallel)
+    settings = training.parallel_settings(tensor_parallel, pipeline_parallel)
     flags = tuple(megatron_flags or ())
     if not distributed:
         is_whole = _say_findings()
@@ -127,13 +118,13 @@ def bench(
 
 
 def bench_recipe(
-    recipe: Recipe,
-    megatron_flags: MegatronFlags = None,
+    recipe: training.Recipe,
+    megatron_flags: training.MegatronFlags = None,
     *,
-    data: Data = None,
-    tokenizer: Tokenizer = None,
-    tensor_parallel: TensorParallel = None,
-    pipeline_parallel: PipelineParallel = None,
+    data: training.Data = None,
+    tokenizer: training.Tokenizer = None,
+    tensor_parallel: training.TensorParallel = None,
+    pipeline_parallel: training.PipelineParallel = None,
     ranks: Annotated[
         int | None,
         typer.Option(min=1, help="processes; default: what the GPUs and the batch allow"),
@@ -155,7 +146,7 @@ def bench_recipe(
 
     rows = run(
         recipe,
-        parallel_settings(tensor_parallel, pipeline_parallel),
+        training.parallel_settings(tensor_parallel, pipeline_parallel),
         tuple(megatron_flags or ()),
         data=data,
         tokenizer=tokenizer,

@@ -61,11 +61,8 @@ def arguments(
         "vocab_start": shard.start,
         "columns": shard.columns,
         "ignore_index": shard.ignore_index,
-        "softcap": options.softcap,
-        "temperature": options.temperature,
         "inverse_temperatures": address_of(inverse_temperature_N),
-        "distance": options.distance,
-        "squares": options.squares,
+        **options._asdict(),
     }
 
 

@@ -27,38 +27,12 @@ import torch
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
+from megatron_infoentropy.loss import layout, linear_chunks
 from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
-from megatron_infoentropy.loss.layout import (
-    Settings,
-    StatisticsArguments,
-    arguments_of,
-    as_ids,
-    check_targets,
-    check_tensors,
-    cut_tokens,
-    inverse_temperature,
-    leave_out_masked,
-    local_shard,
-    make_settings,
-)
-from megatron_infoentropy.loss.linear_chunks import (
-    LinearGradients,
-    TakenTokens,
-    deliver_weight_gradient,
-    hidden_chunks,
-    logits_of,
-    main_grad_of,
-    new_weight_total,
-    refuse_second_derivative,
-    take_tokens,
-)
+from megatron_infoentropy.loss.layout import Settings, StatisticsArguments
+from megatron_infoentropy.loss.linear_chunks import LinearGradients, TakenTokens
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
-from megatron_infoentropy.loss.objective import (
-    PUBLISHED,
-    TokenSums,
-    objective_of,
-    weighted_mean,
-)
+from megatron_infoentropy.loss.objective import PUBLISHED, TokenSums, objective_of, weighted_mean
 from megatron_infoentropy.loss.statistics import (
     Saved,
     TokenStatistics,
@@ -87,18 +61,20 @@ def prepare_linear(
         RuntimeError: the named backend cannot run here.
     """
     group, ignored = arguments.group, arguments.ignore_index
-    weight = local_shard(weight, 0, group)
-    check_tensors(hidden=hidden, weight=weight, target=target)
+    weight = layout.local_shard(weight, 0, group)
+    layout.check_tensors(hidden=hidden, weight=weight, target=target)
     slices, rank = world_and_rank(group) if sequence_parallel else (1, 0)
     _check_shapes(hidden, weight, target, slices)
-    ids = as_ids(target)
-    taken = take_tokens(ids, slices, ignored, skip=skip_masked)
+    ids = layout.as_ids(target)
+    taken = linear_chunks.take_tokens(ids, slices, ignored, skip=skip_masked)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     if taken.index_SK is not None:
         hidden_LH = hidden_LH.index_select(0, taken.index_SK[rank])
-    cut = cut_tokens(len(hidden_LH), slices, chunk_tokens)
-    settings = make_settings(hidden, len(weight), arguments, cut=cut, into_main_grad=into_main_grad)
-    check_targets(ids, settings.vocabulary.size, ignored)
+    cut = layout.cut_tokens(len(hidden_LH), slices, chunk_tokens)
+    settings = layout.make_settings(
+        hidden, len(weight), arguments, cut=cut, into_main_grad=into_main_grad
+    )
+    layout.check_targets(ids, settings.vocabulary.size, ignored)
     return hidden_LH, weight, taken, settings
 
 
@@ -143,10 +119,10 @@ class LinearStatistics(torch.autograd.Function):
         cut, dtype = settings.cut, statistics_dtype(hidden_LH)
         statistics_RN = hidden_LH.new_empty((options.rows, len(target_N)), dtype=dtype)
         buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
-        for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+        for rows, hidden_CH in linear_chunks.hidden_chunks(hidden_LH, cut, settings.group):
             part_RC = ops.shard_statistics(
                 settings.kernels,
-                logits_of(hidden_CH, weight_VH, buffer_CV),
+                linear_chunks.logits_of(hidden_CH, weight_VH, buffer_CV),
                 cut.take(target_N, rows),
                 shard,
                 options,
@@ -156,14 +132,17 @@ class LinearStatistics(torch.autograd.Function):
         row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(hidden_LH, weight_VH, target_N, inverse_temperature_N, *saved)
-        ctx.settings, ctx.main_grad = settings, main_grad_of(weight_VH, settings.into_main_grad)
+        ctx.settings, ctx.main_grad = (
+            settings,
+            linear_chunks.main_grad_of(weight_VH, settings.into_main_grad),
+        )
         ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
         return results.present()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        refuse_second_derivative()
+        linear_chunks.refuse_second_derivative()
         hidden_LH, weight_VH, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
         (size, shard, _), options, cut = settings.vocabulary, settings.options, settings.cut
@@ -178,10 +157,10 @@ class LinearStatistics(torch.autograd.Function):
             settings.group,
         )
         buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
-        for rows, hidden_CH in hidden_chunks(hidden_LH, cut, settings.group):
+        for rows, hidden_CH in linear_chunks.hidden_chunks(hidden_LH, cut, settings.group):
             dz_CV = ops.shard_gradient(
                 settings.kernels,
-                logits_of(hidden_CH, weight_VH, buffer_CV),
+                linear_chunks.logits_of(hidden_CH, weight_VH, buffer_CV),
                 cut.take(target_N, rows),
                 shard,
                 options,
@@ -192,7 +171,7 @@ class LinearStatistics(torch.autograd.Function):
             sums.add(rows, dz_CV, hidden_CH, weight_VH)
         by_hidden_LH, total_VH = sums.finish()
         if total_VH is not None:
-            total_VH = deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
+            total_VH = linear_chunks.deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
         return by_hidden_LH, total_VH, None, None, None
 
 
@@ -200,7 +179,7 @@ def _accumulator(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> 
     """Return what the weight's gradient is added to: its main_grad where that is precise enough."""
     if main_grad_VH is not None and main_grad_VH.dtype == statistics_dtype(weight_VH):
         return main_grad_VH
-    return new_weight_total(weight_VH)
+    return linear_chunks.new_weight_total(weight_VH)
 
 
 CANNOT_BE_CAPTURED = (
@@ -276,9 +255,9 @@ def linear_vocab_parallel_statistics(
         into_main_grad=into_main_grad,
         skip_masked=skip_masked,
     )
-    inverse = inverse_temperature(temperature, target, statistics_dtype(hidden))
+    inverse = layout.inverse_temperature(temperature, target, statistics_dtype(hidden))
     inverse_N = None if inverse is None else taken.take(inverse)
-    target_N = taken.take(as_ids(target))
+    target_N = taken.take(layout.as_ids(target))
     return _statistics_of(hidden_LH, weight, target_N, inverse_N, taken, settings)
 
 
@@ -347,12 +326,14 @@ def linear_infoentropy_loss(
         ValueError, RuntimeError: as `linear_vocab_parallel_statistics`; a mask of another shape.
     """
     config = PUBLISHED if config is None else config
-    target, mask = leave_out_masked(target, loss_mask, ignore_index, statistics_dtype(hidden))
+    target, mask = layout.leave_out_masked(
+        target, loss_mask, ignore_index, statistics_dtype(hidden)
+    )
     hidden_LH, weight, taken, settings = prepare_linear(
         hidden,
         weight,
         target,
-        arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index),
+        layout.arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index),
         chunk_tokens=config.chunk_tokens,
         sequence_parallel=sequence_parallel,
         into_main_grad=into_main_grad,

@@ -20,17 +20,10 @@ import torch
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
+from megatron_infoentropy.loss import linear_chunks
 from megatron_infoentropy.loss.collective import RowStatistics, start_join, world_and_rank
 from megatron_infoentropy.loss.layout import Settings
-from megatron_infoentropy.loss.linear_chunks import (
-    LinearGradients,
-    deliver_weight_gradient,
-    hidden_chunks,
-    logits_of,
-    main_grad_of,
-    new_weight_total,
-    refuse_second_derivative,
-)
+from megatron_infoentropy.loss.linear_chunks import LinearGradients
 from megatron_infoentropy.loss.objective import TokenSums, token_sums
 from megatron_infoentropy.loss.statistics import (
     TokenStatistics,
@@ -68,14 +61,17 @@ class LinearSums(torch.autograd.Function):
         needs_hidden, needs_weight = (with_gradients and n for n in ctx.needs_input_grad[:2])
         gradients = LinearGradients(
             torch.empty_like(hidden_LH) if needs_hidden else None,
-            new_weight_total(weight_VH) if needs_weight else None,
+            linear_chunks.new_weight_total(weight_VH) if needs_weight else None,
             settings.cut,
             settings.group,
         )
         one_pass = _Pass(weight_VH, tokens, settings, config, gradients)
         sums = one_pass.run(hidden_LH)
         ctx.save_for_backward(*gradients.finish())
-        ctx.weight, ctx.main_grad = weight_VH, main_grad_of(weight_VH, settings.into_main_grad)
+        ctx.weight, ctx.main_grad = (
+            weight_VH,
+            linear_chunks.main_grad_of(weight_VH, settings.into_main_grad),
+        )
         ctx.cut, ctx.handed_out = settings.cut, False
         ctx.mark_non_differentiable(sums.weight, sums.tokens)
         return tuple(sums)
@@ -84,7 +80,7 @@ class LinearSums(torch.autograd.Function):
     def backward(
         ctx: Any, factor: torch.Tensor, *_: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        refuse_second_derivative()
+        linear_chunks.refuse_second_derivative()
         if ctx.handed_out:
             raise RuntimeError(
                 "the gradients of this loss were scaled and handed out in an earlier backward "
@@ -97,7 +93,9 @@ class LinearSums(torch.autograd.Function):
                 # A factor with dimensions: a GPU would round one without to 16 bits first.
                 by_hidden_LH[rows] = by_hidden_LH[rows] * factor.view(1, 1)
         if total_VH is not None:
-            total_VH = deliver_weight_gradient(total_VH.mul_(factor), ctx.weight, ctx.main_grad)
+            total_VH = linear_chunks.deliver_weight_gradient(
+                total_VH.mul_(factor), ctx.weight, ctx.main_grad
+            )
         return by_hidden_LH, total_VH, None, None, None, None
 
 
@@ -135,7 +133,9 @@ class _Pass:
         shape = (cut.tokens, len(self.weight_VH))
         buffers_CV = [hidden_LH.new_empty(shape) for _ in cut.chunks()[: depth + 1]]
         under_way: deque[_Chunk] = deque()
-        for index, (rows, hidden_CH) in enumerate(hidden_chunks(hidden_LH, cut, group)):
+        for index, (rows, hidden_CH) in enumerate(
+            linear_chunks.hidden_chunks(hidden_LH, cut, group)
+        ):
             under_way.append(self._start(rows, hidden_CH, buffers_CV[index % (depth + 1)]))
             if len(under_way) > depth:
                 self._finish(under_way.popleft())
@@ -147,7 +147,7 @@ class _Pass:
         settings = self.settings
         vocabulary, options = settings.vocabulary, settings.options
         tokens = Tokens(*(settings.cut.take(whole, rows) for whole in self.tokens))
-        logits_CV = logits_of(hidden_CH, self.weight_VH, buffer_CV)
+        logits_CV = linear_chunks.logits_of(hidden_CH, self.weight_VH, buffer_CV)
         statistics_RC = ops.shard_statistics(
             settings.kernels, logits_CV, tokens.target, vocabulary.shard, options
         )

@@ -22,17 +22,9 @@ import torch
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Options, statistics_dtype
+from megatron_infoentropy.loss import layout
 from megatron_infoentropy.loss.collective import Group, RowStatistics, join_shards
-from megatron_infoentropy.loss.layout import (
-    Settings,
-    StatisticsArguments,
-    as_rows,
-    check_logits,
-    check_targets,
-    inverse_temperature,
-    local_shard,
-    make_settings,
-)
+from megatron_infoentropy.loss.layout import Settings, StatisticsArguments
 
 
 class TokenStatistics(NamedTuple):
@@ -214,16 +206,18 @@ def vocab_parallel_statistics(
             entropy is NaN).
         RuntimeError: the named backend cannot run on these logits.
     """
-    logits = local_shard(logits, -1, group)
-    check_logits(logits, target, inplace_backward)
+    logits = layout.local_shard(logits, -1, group)
+    layout.check_logits(logits, target, inplace_backward)
     arguments = StatisticsArguments(
         *(group, vocab_size, ignore_index, softcap, temperature),
         *(uniform_cross_entropy, sum_p_squared, backend, collective),
     )
-    settings = make_settings(logits, logits.shape[-1], arguments, inplace_backward=inplace_backward)
-    rows = as_rows(logits, target)
-    check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
-    inverse = inverse_temperature(temperature, target, statistics_dtype(logits))
+    settings = layout.make_settings(
+        logits, logits.shape[-1], arguments, inplace_backward=inplace_backward
+    )
+    rows = layout.as_rows(logits, target)
+    layout.check_targets(rows.target_N, settings.vocabulary.size, ignore_index)
+    inverse = layout.inverse_temperature(temperature, target, statistics_dtype(logits))
     inverse_N = None if inverse is None else rows.flatten(inverse)
     results: Any = _Statistics.apply(rows.logits_NV, rows.target_N, inverse_N, settings)
     return TokenStatistics.of_present(

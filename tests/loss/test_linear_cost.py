@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from megatron_infoentropy import vocab_parallel_statistics
 from megatron_infoentropy.bench.timing import peak_mib
-from megatron_infoentropy.loss import linear_objective
+from megatron_infoentropy.loss import linear_chunks, linear_objective
 
 N, H, V, CHUNK = 1024, 16, 512, 128
 COLLECTIVES = (
@@ -123,9 +123,7 @@ def order_on_rank():
 
     real = linear_objective.start_join
     with (
-        mock.patch.object(
-            linear_objective, "logits_of", note("logits", linear_objective.logits_of)
-        ),
+        mock.patch.object(linear_chunks, "logits_of", note("logits", linear_chunks.logits_of)),
         mock.patch.object(linear_objective, "start_join", note("gather", start)),
     ):
         hidden, weight, target = make_case(2, tokens=15)
