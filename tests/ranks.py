@@ -2,16 +2,21 @@
 starting ranks costs seconds, reusing them milliseconds. A failure kills the pool."""
 
 import atexit
+import functools
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
+
+from megatron_infoentropy.runtime import orphans
 
 TIMEOUT_S = 120
 _pools: dict[int, "_Pool"] = {}
@@ -42,22 +47,18 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 
 class _Pool:
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        store = str(Path(self.folder.name) / "store")
-        self.processes, self.pipes = [], []
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, store, theirs), daemon=True)
-            process.start()
-            self.processes.append(process)
-            self.pipes.append(ours)
+        folder = Path(self.folder.name)
+        with Listener(str(folder / "ranks"), "AF_UNIX", backlog=world) as listener:
+            _forker().send((world, str(folder / "store"), listener.address))
+            arrived = [listener.accept() for _ in range(world)]
+        self.ranks = dict(sorted((pipe.recv(), pipe) for pipe in arrived))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
-        for pipe in self.pipes:
+        for pipe in self.ranks.values():
             pipe.send((function, arguments))
         results = []
-        for rank, pipe in enumerate(self.pipes):
+        for (rank, _), pipe in self.ranks.items():
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
             failed, value = pipe.recv()
@@ -67,24 +68,47 @@ class _Pool:
         return results
 
     def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+        for _, pid in self.ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.folder.cleanup()
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+@functools.cache
+def _forker() -> Connection:
+    """A pipe to the process that forks all ranks: importing torch takes each one seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_fork_ranks, args=(theirs,), daemon=True).start()
+    return ours
+
+
+def _fork_ranks(orders: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    import megatron_infoentropy.loss  # noqa: F401
+
+    orphans.leave_none()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a rank
+    while True:
+        world, store, address = orders.recv()
+        for rank in range(world):
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _serve(rank, world, store, Client(address))
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    pipe.send((rank, os.getpid()))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
         try:
             function, arguments = pipe.recv()
         except EOFError:
-            return
+            os._exit(0)
         try:
             pipe.send((False, function(*arguments)))
         except BaseException:
