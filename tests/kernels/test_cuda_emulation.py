@@ -1,13 +1,15 @@
 """The CUDA kernels' slicing and arithmetic, walked thread by thread on the CPU, against float64.
 
-`cuda_emulation` says what that cannot see. The grid: vocabularies around the widths of a vector, a
-warp's reach and a batch, each dtype, rows that start at every alignment.
+`cuda_emulation` says what that cannot see; tests/gpu runs the kernels themselves. The grid:
+vocabularies around the widths of a vector, a warp's reach and a batch, each dtype, rows that start
+at every alignment.
 """
-
-import math
 
 import cuda_emulation
 import pytest
+import test_backends
+import test_promises
+import test_property
 import torch
 from close import assert_within, assert_within_bf16_ulp
 from test_native_options import (
@@ -15,7 +17,7 @@ from test_native_options import (
     assert_every_token_has_its_own_temperature,
 )
 
-from megatron_infoentropy.kernels import reference
+from megatron_infoentropy.kernels import dispatch, reference
 from megatron_infoentropy.kernels.contract import (
     DISTANCE,
     MAX,
@@ -105,25 +107,6 @@ def test_every_column_is_read_once():
     assert got[TARGET].eq(9).all()
 
 
-@every_dtype
-def test_confident_rows_keep_their_tail(dtype):
-    logits, _ = random_case(3, 5001, dtype, scale=1.0)
-    for row, gap in enumerate((9.0, 20.0, 60.0)):
-        logits[row, 17] = logits[row].max() + gap
-    got = cuda_emulation.shard_statistics(logits, torch.full((3,), 17), whole(5001), PLAIN)
-    truth = reference.shard_statistics(logits.double(), torch.full((3,), 17), whole(5001), PLAIN)
-    assert_within(got[TAIL], truth[TAIL], rtol=4e-6)
-    assert truth[TAIL][2] < 1e-20
-
-
-@every_dtype
-def test_ties_at_the_maximum_are_all_counted(dtype):
-    logits = torch.full((1, 30000), -60.0, dtype=dtype)
-    logits[0, [0, 4, 5, 9000, 9001, 29999]] = 2.0
-    got = cuda_emulation.shard_statistics(logits, torch.tensor([4]), whole(30000), PLAIN)
-    assert got[TAIL].item() == 5
-
-
 @every_option
 @every_dtype
 def test_logits_of_minus_infinity_have_no_mass(dtype, options):
@@ -202,44 +185,25 @@ def test_a_bf16_gradient_is_rounded_once_down_to_the_smallest_step():
     assert got[0].abs().min() < 2.0**-126
 
 
-@every_dtype
-def test_ignored_rows_are_never_read(dtype):
-    logits, target = random_case(3, 9000, dtype)
-    logits[1] = torch.nan
-    target[1] = 5
-    shard = Shard(0, 9000, 5)
-    target[[0, 2]] = 6
-    got = cuda_emulation.shard_statistics(logits, target, shard, OPTIONS["softcap"])
-    assert torch.equal(got[:, 1], torch.zeros(6))
-    assert got[:, [0, 2]].isfinite().all()
-    out = torch.full_like(logits, 7)
-    cuda_emulation.shard_gradient(logits, target, shard, PLAIN, got[:4].contiguous(), out)
-    assert torch.equal(out[1], torch.zeros(9000, dtype=dtype))
-
-
-def test_a_shard_of_padding_alone_is_empty():
-    logits = torch.full((2, 9000), torch.nan)
-    shard = Shard(18000, 0, -100)
-    got = cuda_emulation.shard_statistics(
-        logits, torch.tensor([3, -100]), shard, Options(0, 1, True)
-    )
-    assert got.T.tolist() == [[-math.inf, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
-    out = torch.full_like(logits, 7)
-    cuda_emulation.shard_gradient(logits, torch.tensor([3, 4]), shard, PLAIN, got, out)
-    assert torch.equal(out, torch.zeros(2, 9000))
-
-
-def test_a_16_bit_gradient_is_the_fp32_one_rounded():
-    for dtype in (torch.bfloat16, torch.float16):
-        logits, target = random_case(4, 3001, dtype)
-        coefficients = coefficients_for(logits, target, whole(3001), PLAIN)
-        out = [torch.empty_like(logits), torch.empty(4, 3001)]
-        for x, dz in zip((logits, logits.float()), out, strict=True):
-            cuda_emulation.shard_gradient(x, target, whole(3001), PLAIN, coefficients, dz)
-        assert torch.equal(out[0], out[1].to(dtype))
-
-
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_nan_of_any_bits_stays_one(dtype, options):
     assert_a_nan_stays_one(cuda_emulation, dtype, options)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    able = (cuda_emulation.KERNELS, lambda device, dtype: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", able)
+    return "cuda"
+
+
+# What every backend must do, under names that are not taken here.
+globals().update(
+    {
+        f"{name}_as_every_backend": function
+        for suite in (test_backends, test_promises, test_property)
+        for name, function in vars(suite).items()
+        if name.startswith("test_")
+    }
+)

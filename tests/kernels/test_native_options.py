@@ -140,17 +140,6 @@ def assert_gradient_equals_the_reference(kernels, logits, target, shard, options
     assert not got[:, shard.columns :].any()
 
 
-def test_in_place_equals_out_of_place(instructions):
-    for dtype in DTYPES:
-        logits, target, shard = random_case(2100, dtype)
-        for options in OPTIONS.values():
-            coefficients = random_coefficients(logits, target, shard, options)
-            want = gradient(native, logits, target, shard, options, coefficients)
-            own = logits.clone()
-            native.shard_gradient(own, target, shard, options, coefficients, own)
-            assert torch.equal(own, want)
-
-
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 1e4])
 def test_a_softcap_is_the_tanh_to_the_last_digits(instructions, softcap):
     """Through rows of one logit: MAX is the capped logit. Relative where tanh is nearly linear."""
@@ -162,18 +151,6 @@ def test_a_softcap_is_the_tanh_to_the_last_digits(instructions, softcap):
     assert_within(got[MAX], want, atol=1.5e-7 * softcap, rtol=0.0)
     assert_within(got[MAX], want, atol=0.0, rtol=1.5e-6)
     assert torch.equal(got[MAX], got[TARGET])
-
-
-def test_the_softcap_slope_keeps_its_digits_where_it_is_nearly_flat(instructions):
-    z = torch.linspace(-60, 60, 4001).unsqueeze(-1).expand(-1, 2).contiguous()
-    target = torch.ones(len(z), dtype=torch.long)
-    coefficients = torch.zeros(4, len(z))  # SHIFT 0, SCALE 1 and no mass to speak of elsewhere
-    coefficients[1] = 1.0
-    options = Options(softcap=7.0)
-    got = gradient(native, z, target, Shard(0, 2, -100), options, coefficients)[:, 0]
-    x = (z[:, 0].double() / 7).tanh()
-    want = (x * 7).exp() / (z[:, 0].double() / 7).cosh() ** 2
-    assert_within(got, want, atol=0.0, rtol=5e-6)
 
 
 @EVERY_OPTION

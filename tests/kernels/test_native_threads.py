@@ -1,7 +1,5 @@
-"""Threads of the native kernels: as many as torch says, one a rank under torchrun, and none that a
-forked child would wait for."""
+"""Threads of the native kernels: as many as torch says, and none that a forked child waits for."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +11,9 @@ from megatron_infoentropy.kernels import native
 from megatron_infoentropy.kernels.contract import PLAIN, Shard
 
 
-def threads_given(monkeypatch) -> list[int]:
-    """Filled by every call of the statistics kernel."""
-    given = []
-    compiled = native._C
+def test_as_many_threads_as_torch_says(monkeypatch):
+    """One a rank under torchrun, which says so to torch."""
+    given, compiled = [], native._C
 
     class Spy:
         def shard_statistics(self, **arguments):
@@ -24,11 +21,6 @@ def threads_given(monkeypatch) -> list[int]:
             compiled.shard_statistics(**arguments)
 
     monkeypatch.setattr(native, "_C", Spy())
-    return given
-
-
-def test_as_many_threads_as_torch_says(monkeypatch):
-    given = threads_given(monkeypatch)
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -81,32 +73,3 @@ def test_the_threads_are_those_that_torch_has_and_a_forked_child_needs_none_of_t
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-RANK = """
-import os, sys
-import torch
-from megatron_infoentropy.kernels import native
-from megatron_infoentropy.kernels.contract import PLAIN, Shard
-given = []
-compiled = native._C
-class Spy:
-    def shard_statistics(self, **arguments):
-        given.append(arguments["threads"])
-        compiled.shard_statistics(**arguments)
-native._C = Spy()
-native.shard_statistics(torch.randn(4, 9), torch.zeros(4).long(), Shard(0, 9, -100), PLAIN)
-sys.stdout.write(f"rank threads {given}\\n")
-"""
-
-
-def test_torchrun_gives_each_rank_one_thread(tmp_path: Path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("rank threads [1]") == 2

@@ -10,7 +10,7 @@ import torch
 from megatron_infoentropy.kernels import dispatch, triton_kernels
 
 HERE = Path(__file__).parent
-FILES = ("test_backends.py", "test_promises.py", "triton_cases.py")
+FILES = ("test_backends.py", "test_promises.py", "test_property.py", "triton_cases.py")
 # Left to triton_cases.py, by fewer rows: the interpreter takes milliseconds a row.
 TOO_LARGE = (
     "large_gradients or number_of_threads or every_vocabulary or entropy_term"

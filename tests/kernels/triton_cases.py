@@ -94,24 +94,6 @@ def test_rows_anywhere_in_memory_read_alike(dtype, first, gap):
     assert wide[:, first + v :].isnan().all()
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("columns", [0, 1, 1000, 1100])
-def test_a_shard_of_a_padded_vocabulary(dtype, columns):
-    """Padding is never read and gets a gradient of 0; targets of other shards are not owned."""
-    logits, target, _ = random_case(1100, dtype, n=6)
-    logits[:, columns:] = torch.nan
-    target[:] = torch.tensor([2199, 2200, -100, 2200 + columns - 1, 2200 + columns, 0])
-    shard = Shard(2200, columns, -100)
-    assert_gradient_equals_the_reference(triton_kernels, logits, target, shard, Options())
-    if columns:
-        assert_statistics_equal_the_reference(triton_kernels, logits, target, shard, Options())
-    else:
-        got = triton_kernels.shard_statistics(logits, target, shard, Options(distance=True))
-        nothing = torch.tensor([-torch.inf, -1, 0, 0, 0]).unsqueeze(-1).repeat(1, 6)
-        nothing[:, 2] = 0
-        assert torch.equal(got, nothing)
-
-
 @EVERY_OPTION
 def test_masked_logits_stay_masked(options):
     assert_masked_logits_stay_masked(triton_kernels, options)
