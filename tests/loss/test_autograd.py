@@ -180,13 +180,6 @@ def test_memory_is_the_gradient_and_64_bytes_a_token(transposed):
     assert peak >= leaf.numel() * 4  # the measurement sees the gradient
 
 
-def test_integer_targets_of_any_width_are_taken():
-    logits, target = random_case(5)
-    expected = statistics_of(logits, target)
-    got = statistics_of(logits, target.int())
-    assert torch.equal(got.cross_entropy, expected.cross_entropy)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
