@@ -141,18 +141,3 @@ def test_a_mistake_looks_the_same_to_the_shell(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("infoentropy: ")
     assert "Traceback" not in done.stderr
-
-
-def test_doctor_names_what_matters(call):
-    done = call("doctor")
-    assert "InfoEntropy kernels" in done.stdout
-    assert "NVIDIA Apex" in done.stdout
-    assert done.returncode == 0
-
-
-def test_results_without_a_commit_are_refused(tmp_path, monkeypatch):
-    from megatron_infoentropy.bench.results import provenance
-
-    monkeypatch.setenv("GIT_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match="only with the commit they belong to"):
-        provenance()

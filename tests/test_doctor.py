@@ -10,38 +10,32 @@ from megatron_infoentropy.runtime.device import Device
 CPU, GPU = Device("cpu", "gloo", 1), Device("cuda", "nccl", 8)
 
 
-def make_package(folder, *parts):
+NVIDIAS = ("apex/optimizers", "apex/normalization")
+
+
+@pytest.mark.parametrize(
+    ("parts", "compiled", "verdict", "found", "advice"),
+    [
+        ((), False, "optional", "not found", "not on the package registry"),
+        (NVIDIAS, True, "ok", "found", ""),
+        (NVIDIAS, False, "missing", "found, without its compiled parts", "rebuild"),
+        (("apex/lib",), False, "missing", "not NVIDIA's", "pip uninstall apex"),
+    ],
+    ids=["none", "whole", "not compiled", "another package of that name"],
+)
+def test_apex_is_found_without_being_imported(tmp_path, parts, compiled, verdict, found, advice):
     for part in parts:
-        (folder / part).mkdir(parents=True)
-        (folder / part / "__init__.py").write_text("raise SystemExit('must not be imported')\n")
-
-
-def test_without_apex(tmp_path):
-    finding = find_apex([str(tmp_path)])
-    assert (finding.found, finding.verdict) == ("not found", "optional")
-    assert "not on the package registry" in finding.advice
-
-
-def test_nvidia_apex_whole(tmp_path):
-    make_package(tmp_path, "apex", "apex/optimizers", "apex/normalization")
-    (tmp_path / "amp_C.py").write_text("")
-    finding = find_apex([str(tmp_path)])
-    assert (finding.found, finding.verdict, finding.advice) == ("found", "ok", "")
-
-
-def test_nvidia_apex_without_its_compiled_parts(tmp_path):
-    make_package(tmp_path, "apex", "apex/optimizers", "apex/normalization")
-    finding = find_apex([str(tmp_path)])
-    assert finding.verdict == "missing"
-    assert "rebuild" in finding.advice
-
-
-def test_the_unrelated_package_of_that_name(tmp_path):
-    make_package(tmp_path, "apex", "apex/lib")
-    finding = find_apex([str(tmp_path)])
-    assert finding.verdict == "missing"
-    assert "not NVIDIA's" in finding.found
-    assert "pip uninstall apex" in finding.advice
+        (tmp_path / part).mkdir(parents=True)
+        for folder in ("apex", part):
+            code = "raise SystemExit('must not be imported')\n"
+            (tmp_path / folder / "__init__.py").write_text(code)
+    if compiled:
+        (tmp_path / "amp_C.py").write_text("")
+    fact = find_apex([str(tmp_path)])
+    assert fact.verdict == verdict
+    assert found in fact.found
+    assert advice in fact.advice
+    assert bool(fact.advice) == (verdict != "ok")
 
 
 def test_the_report_covers_what_training_depends_on():

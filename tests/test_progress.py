@@ -1,13 +1,18 @@
-"""What a log file and a terminal are told of long work."""
+"""What a log file and a terminal are told of long work, whatever is in the names of a user's."""
 
+import functools
 import io
 import re
 
 import pytest
 import rich.console
+from rich.table import Table
 
 from megatron_infoentropy import progress as module
+from megatron_infoentropy.console import make_console
 from megatron_infoentropy.progress import progress, short
+
+NAMES = ["[arxiv]", "[/web]", "[bold]books", "[link=x]y[/link]", ":smile:", "\\[x]", "[1, 2]"]
 
 
 @pytest.fixture
@@ -16,8 +21,10 @@ def shown(monkeypatch):
 
     def shown(terminal):
         file = io.StringIO()
-        console = rich.console.Console(file=file, force_terminal=terminal, width=200)
-        monkeypatch.setattr(rich.console, "Console", lambda **_: console)
+        make = functools.partial(rich.console.Console, file=file, force_terminal=terminal)
+        monkeypatch.setattr(
+            rich.console, "Console", lambda **options: make(**options | {"width": 200})
+        )
         return file
 
     return shown
@@ -57,3 +64,26 @@ def test_a_terminal_gets_a_bar(shown):
 )
 def test_numbers_are_short(number, words):
     assert short(number) == words
+
+
+def test_lines_tables_and_their_heads_are_not_markup(capsys):
+    table = Table("name", *NAMES, title=NAMES[1])
+    for name in NAMES:
+        make_console().print(name)
+        table.add_row(name)
+    make_console(width=200).print(table)
+    make_console(stderr=True).print(NAMES[1])
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[: len(NAMES)] == NAMES
+    assert all(printed.out.count(name) >= 3 for name in NAMES)
+    assert printed.err == f"{NAMES[1]}\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_progress_is_not_markup(name, terminal, shown, monkeypatch):
+    text = shown(terminal)
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    with progress(f"train {name}", 10, name) as advance:
+        advance(10)
+    assert f"train {name}" in text.getvalue()

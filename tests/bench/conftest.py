@@ -16,7 +16,7 @@ def group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def setting(group):
     return Setting(Case(12, 70, compiled=False), torch.device("cpu"), group)
 

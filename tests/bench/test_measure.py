@@ -33,13 +33,17 @@ from megatron_infoentropy.runtime.device import Device
 LOGITS_BYTES = 12 * 70 * 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def experiment(setting):
     return prepare(setting, repeats=2)
 
 
-def test_every_provider_has_its_times_or_a_reason(experiment, setting):
-    rows = losses.measure_losses(experiment)
+@pytest.fixture(scope="module")
+def rows(experiment):
+    return losses.measure_losses(experiment)
+
+
+def test_every_provider_has_its_times_or_a_reason(rows, setting):
     everybody = [p.name for p in ours(setting) + peers()]
     assert sorted({row.provider for row in rows}) == sorted(everybody)
     for row in rows:
@@ -53,16 +57,13 @@ def test_every_provider_has_its_times_or_a_reason(experiment, setting):
     assert set(map(tuple, steps.values())) == {("forward", "backward", "both")}
 
 
-def test_bytes_are_those_the_problem_must_move(experiment):
-    rows = {row.step: row for row in losses.measure_losses(experiment) if row.provider == "native"}
-    assert [rows[s].bytes for s in ("forward", "backward", "both")] == [
-        LOGITS_BYTES,
-        2 * LOGITS_BYTES,
-        3 * LOGITS_BYTES,
-    ]
-    assert rows["both"].bytes_are == "2 reads, 1 write"
-    assert rows["both"].gb_per_s == pytest.approx(3 * LOGITS_BYTES / rows["both"].median_ms / 1e6)
-    assert rows["both"].times_ours == 1
+def test_bytes_are_those_the_problem_must_move(rows):
+    forward, backward, both = (row for row in rows if row.provider == "native")
+    moved = [row.bytes / LOGITS_BYTES for row in (forward, backward, both)]
+    assert moved == [1, 2, 3]
+    assert both.bytes_are == "2 reads, 1 write"
+    assert both.gb_per_s == pytest.approx(3 * LOGITS_BYTES / both.median_ms / 1e6)
+    assert both.times_ours == 1
 
 
 def test_kernels_are_held_against_a_copy_of_the_same_logits(experiment):

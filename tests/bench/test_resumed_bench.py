@@ -1,5 +1,7 @@
 """A bench that is stopped, fails or runs out of time keeps what it has and goes on from there."""
 
+from unittest import mock
+
 import pytest
 
 from megatron_infoentropy.bench import run
@@ -24,6 +26,7 @@ def measured(monkeypatch, facts):
     measure.fails = None
     monkeypatch.setattr(run, "_measure", measure)
     monkeypatch.setattr(run, "provenance", lambda: facts)
+    monkeypatch.setattr(run, "gc", mock.Mock())  # which takes seconds where much is imported
     return found, measure
 
 

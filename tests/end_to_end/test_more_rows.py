@@ -1,29 +1,21 @@
 """A model with more rows than its tokenizer has tokens, as every Qwen: they stay in the model."""
 
-import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from run_command import infoentropy
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
-from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.runlog import read_log
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny.yaml"
 TOKENS, ROWS, LENGTH = 50, 61, 32
 WORDS = [f"t{1 + 7 * i % 40}" for i in range(LENGTH - 1)]  # and the end token
-
-
-def infoentropy(*words, cwd):
-    with contextlib.chdir(cwd):
-        done = CliRunner().invoke(app, [*map(str, words)])
-    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
 
 
 @pytest.fixture(scope="module")

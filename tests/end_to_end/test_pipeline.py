@@ -1,6 +1,5 @@
 """The demo in miniature, by the commands a user types: text to report, and resume elsewhere."""
 
-import contextlib
 import json
 import math
 import pydoc_data.topics
@@ -8,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from run_command import infoentropy
 
-from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.runlog import read_log
 
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -21,13 +19,6 @@ SMALL = [
     *("--init-method-std", "0.1", "--train-iters", "12", "--lr-warmup-iters", "2"),
     *("--use-rope-scaling", "--rope-scaling-factor", "32"),
 ]
-
-
-def infoentropy(*words, cwd):
-    """A command, in this process: importing transformers takes longer than most of them."""
-    with contextlib.chdir(cwd):
-        done = CliRunner().invoke(app, [*map(str, words)])
-    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
 
 
 def train(folder, run, *words, extra=()):

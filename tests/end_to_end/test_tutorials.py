@@ -1,14 +1,11 @@
 """The four tutorials of the documentation, command by command, as a reader gives them."""
 
-import contextlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from megatron_infoentropy.cli import app
+from run_command import infoentropy
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ("data", "train", "convert", "compare")
@@ -36,10 +33,7 @@ def run(words: list[str], folder: Path) -> str:
         words = [*words, *SMALLER]
     if words[0] == "corpus":
         words = [*words[: words.index("--megabytes") + 1], "0.3"]
-    with contextlib.chdir(folder):
-        done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
-    return done.output
+    return infoentropy(*words, cwd=folder)
 
 
 @pytest.fixture(scope="module")
