@@ -20,9 +20,10 @@ from megatron_infoentropy.kernels.contract import MAX, SCALE, SHIFT, SLOPE, Kern
 from megatron_infoentropy.loss.collective import merge_shards
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+PER_TOKEN = Options(temperature=0.7)  # where each token has a temperature of its own
 OPTIONS = [
     Options(),
-    Options(temperature=0.7),
+    PER_TOKEN,
     Options(distance=True),
     Options(squares=True),
     Options(softcap=8.0, temperature=1.3, distance=True, squares=True),
@@ -78,19 +79,21 @@ def check(kernels: Kernels, case: Case, dtype: torch.dtype, options: Options) ->
     """
     logits, target = make_logits(case, dtype)
     slack = 3e-6 * (1 + options.softcap)
+    inverse = torch.linspace(0.5, 2, case.tokens) if options == PER_TOKEN else None
+    exact_inverse = None if inverse is None else inverse.double()
     found = []
     for columns, shard in shards_of(case):
         x = logits[:, columns]
-        exact = reference.shard_statistics(x.double(), target, shard, options)
-        got = kernels.shard_statistics(x, target, shard, options)
+        exact = reference.shard_statistics(x.double(), target, shard, options, exact_inverse)
+        got = kernels.shard_statistics(x, target, shard, options, inverse)
         found.append(got)
         close(got, exact, 1e-5, slack)
         coefficients = coefficients_of(exact.float())
-        truth = torch.empty(x.shape, dtype=torch.float64)
-        reference.shard_gradient(x.double(), target, shard, options, coefficients.double(), truth)
+        truth, wide = torch.empty(x.shape, dtype=torch.float64), coefficients.double()
+        reference.shard_gradient(x.double(), target, shard, options, wide, truth, exact_inverse)
         for out in (torch.full((len(x), x.shape[1] + 1), 7.0, dtype=dtype)[:, 1:], x.clone()):
             source = out if out.shape == x.shape and out.stride(0) == x.shape[1] else x
-            kernels.shard_gradient(source, target, shard, options, coefficients, out)
+            kernels.shard_gradient(source, target, shard, options, coefficients, out, inverse)
             close(out, truth, 2 * ROUNDING[dtype], 10 * slack)
     columns_of = [shard.columns for _, shard in shards_of(case)[1:]]
     folded = merge_shards(torch.stack(found[1:]), columns_of, options)
