@@ -78,5 +78,5 @@ def test_a_missing_study_says_where_to_find_some(tmp_path):
 def test_the_examples_are_studies_with_several_seeds_and_a_baseline(path):
     study = load_study(path)
     objectives = {member.loss["objective"] for member in study.members}
-    assert objectives == {"cross_entropy", "focal", "infoentropy"}
+    assert {"cross_entropy", "focal", "infoentropy"} <= objectives
     assert len({member.seed for member in study.members}) >= 2
