@@ -49,7 +49,8 @@ from megatron_infoentropy.integration.output import (
 )
 from megatron_infoentropy.loss.collective import Group, sum_over_group
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
-from megatron_infoentropy.loss.token_batch import token_batch
+from megatron_infoentropy.loss.statistics import TokenStatistics
+from megatron_infoentropy.loss.token_batch import TokenBatch, token_batch
 from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
 
 
@@ -237,15 +238,10 @@ def training_loss(
         samples=samples,
         data_parallel_group=groups.data_parallel,
     )
-    mask, weight = tokens.mask, token_weight(tokens, config)
-    loss_of_token = token_loss(statistics, config)
-    loss = (mask * weight * loss_of_token).sum()
-    sums = token_sums(loss_of_token.detach(), weight.detach(), mask)
+    mask = tokens.mask
+    weight, loss_of_token, sums, factor = _weighted(tokens, statistics, config, groups)
+    loss = factor * (mask * weight * loss_of_token).sum()
     divisor = sums.weight if config.normalization == "global" else sums.tokens
-    factor = torch.ones_like(sums.tokens)
-    if config.normalization == "paper" and config.is_weighted:  # elsewhere it is 1: no collective
-        factor = _micro_batch_alpha(sums, config, groups)
-        loss = loss * factor
     report = {
         "objective": torch.stack([loss.detach(), divisor]),
         "cross entropy": _mean_over(mask, statistics.cross_entropy),
@@ -275,10 +271,20 @@ def _mean_over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.stack([(mask * values.detach()).sum(), mask.sum()])
 
 
-def _micro_batch_alpha(sums: TokenSums, config: InfoEntropyConfig, groups: Groups) -> torch.Tensor:
-    """alpha of one micro-batch; ranks that share its sequences (context parallel) count as one."""
-    whole = TokenSums(*sum_over_group(torch.stack(sums), groups.context_parallel).unbind(0))
-    return alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
+def _weighted(
+    tokens: TokenBatch, statistics: TokenStatistics, config: InfoEntropyConfig, groups: Groups
+) -> tuple[torch.Tensor, torch.Tensor, TokenSums, torch.Tensor]:
+    """(w and l of every token, their sums on this rank, alpha of the micro-batch or 1).
+
+    Ranks that share a micro-batch's sequences (context parallel) count as one.
+    """
+    weight, loss = token_weight(tokens, config), token_loss(statistics, config)
+    sums = token_sums(loss.detach(), weight.detach(), tokens.mask)
+    factor = torch.ones_like(sums.tokens)
+    if config.normalization == "paper" and config.is_weighted:  # elsewhere it is 1: no collective
+        whole = TokenSums(*sum_over_group(torch.stack(sums), groups.context_parallel).unbind(0))
+        factor = alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
+    return weight, loss, sums, factor
 
 
 def reject_bad_loss(loss: torch.Tensor) -> None:
