@@ -39,8 +39,6 @@ UNSERVED = {
 
 # What a HybridModel, of --hybrid-layer-pattern, cannot be trained with here.
 UNHYBRID = {
-    "mtp_num_layers": "it has multi-token-prediction heads, which are handed the model's own loss; "
-    "leave the part of the pattern behind / out, or train a GPT",
     "use_rope_scaling": "Megatron's HybridModel ignores the flag; leave it out",
     "rotary_interleaved": "Megatron's HybridModel turns the two numbers of a pair by different "
     "angles then; leave it out",
@@ -48,6 +46,7 @@ UNHYBRID = {
     "overlap_moe_expert_parallel_comm": "Megatron's HybridModel has no schedule plan; leave it out",
 }
 LOCAL_LAYERS = "*-"  # attention and MLP, that Megatron-Core has without Transformer Engine
+BOUNDARIES = "|/"  # in a pattern: of pipeline stages, and before the layers of a prediction head
 
 # What Megatron's output layer does beside its matrix product, or with its weight before it.
 UNFUSED = {
@@ -98,6 +97,14 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         f"--{PREFIX}-ignore-target",
         type=int,
         help="targets of this id take no part in the loss (the published code: 0)",
+    )
+    group.add_argument(
+        f"--{PREFIX}-mtp-loss",
+        choices=("megatron", "weighted"),
+        default="megatron",
+        help="of multi-token-prediction heads: Megatron's own cross entropy, or this objective, "
+        "each head's alpha over its own tokens; --mtp-loss-scaling-factor multiplies either "
+        "(default: megatron)",
     )
     group.add_argument(
         f"--{PREFIX}-unscaled-init",
@@ -161,6 +168,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
         )
     config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
     _check_histogram_interval(args)
+    _check_prediction_heads(args)
     # --hybrid-override-pattern is turned into this one.
     if getattr(args, "hybrid_layer_pattern", None) is not None:
         _check_hybrid_model(args)
@@ -186,6 +194,22 @@ def _check_histogram_interval(args: argparse.Namespace) -> None:
         )
 
 
+def _check_prediction_heads(args: argparse.Namespace) -> None:
+    if getattr(args, f"{PREFIX}_mtp_loss", "megatron") == "megatron":
+        return
+    if not args.mtp_num_layers:
+        raise ValueError(
+            f"--{PREFIX}-mtp-loss weighted has no effect without multi-token-prediction heads: "
+            "add --mtp-num-layers, or / and the heads' layers to --hybrid-layer-pattern, or leave "
+            "it out"
+        )
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            f"--{PREFIX}-mtp-loss weighted cannot go with --overlap-moe-expert-parallel-comm, "
+            "which computes the heads' loss when the forward step has ended; leave one of them out"
+        )
+
+
 def _check_hybrid_model(args: argparse.Namespace) -> None:
     pattern = args.hybrid_layer_pattern
     for name, reason in UNHYBRID.items():
@@ -200,7 +224,7 @@ def _check_hybrid_model(args: argparse.Namespace) -> None:
             f"{args.position_embedding_type}, which Megatron's HybridModel ignores; use rope, "
             "yarn, learned_absolute or none"
         )
-    others = "".join(sorted(set(pattern) - set(LOCAL_LAYERS) - set("|")))
+    others = "".join(sorted(set(pattern) - set(LOCAL_LAYERS + BOUNDARIES)))
     if args.transformer_impl == "local" and args.spec is None and others:
         raise ValueError(
             f"--hybrid-layer-pattern {pattern}: with --transformer-impl local, as on a CPU, layers "
@@ -245,7 +269,7 @@ def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:
         )
     others = {
         "--num-experts (its auxiliary losses)": args.num_experts,
-        "--mtp-num-layers (its own loss)": args.mtp_num_layers,
+        "--mtp-num-layers (the heads' losses, of weights of their own)": args.mtp_num_layers,
         "--dsa-indexer-loss-coeff (its own loss)": getattr(args, "dsa_indexer_loss_coeff", None),
     }
     for name, value in others.items():

@@ -80,7 +80,7 @@ def check_language_module(module: Any) -> None:
         raise ValueError(
             f"{name} has multi-token-prediction heads, which would be handed this loss too while "
             "their scaling assumes an unweighted one; train it with megatron_infoentropy.pretrain, "
-            "whose heads keep Megatron's cross entropy"
+            "whose heads keep Megatron's cross entropy or take this loss by --infoentropy-mtp-loss"
         )
     fusion = getattr(config, "cross_entropy_fusion_impl", "native")
     if getattr(config, "cross_entropy_loss_fusion", False) and fusion not in FUSIONS_OF_THE_METHOD:

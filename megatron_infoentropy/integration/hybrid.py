@@ -13,7 +13,14 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -36,7 +43,8 @@ class LocalHybridStack(HybridStack):  # type: ignore[misc]
 def local_stack_spec(config: Any) -> ModuleSpec:
     """Return the specification of a stack of attention and MLP layers from Megatron-Core alone.
 
-    Each is half of a local GPT layer and is named in checkpoints as with Transformer Engine.
+    Each is half of a local GPT layer and is named in checkpoints as with Transformer Engine, also
+    in prediction heads.
 
     config: Megatron's TransformerConfig.
     """
@@ -52,10 +60,18 @@ def local_stack_spec(config: Any) -> ModuleSpec:
         self_attention=IdentityOp,
         self_attn_bda=IdentityFuncOp,
     )
+    norm = layer.pre_mlp_layernorm
+    head = MultiTokenPredictionLayerSubmodules(
+        enorm=norm, hnorm=norm, layer_norm=norm, eh_proj=ColumnParallelLinear
+    )
+    heads = MultiTokenPredictionBlockSubmodules(
+        layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=head)]
+    )
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=heads),
         ),
     )

@@ -6,10 +6,11 @@ their gradient may be written over them: the peak is one tensor of logits, not t
 `fused_linear` it takes the layer's weight, and no tensor of logits exists at all.
 
 HybridModel has no such argument: there the same statistics take the place of its loss while its
-forward runs (`statistics_as_loss`).
+forward runs (`statistics_as_loss`). Multi-token-prediction heads of both are handed the same method
+(`loss_of_heads`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
 from megatron_infoentropy.loss.objective import configured_statistics
 
 IGNORED = -100
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (labels, logits) -> [batch, sequence]
 
 
 @dataclass(frozen=True)
@@ -57,25 +60,39 @@ def statistics_processor(
             "the InfoEntropy output processor takes vocabulary-sharded logits and was asked to "
             "gather them; it is for training and validation, call the model without it otherwise"
         )
-    target = _target(labels, loss_mask)
+    target = masked_target(labels, loss_mask)
     if context.config.fused_linear:
         # Here --overlap-param-gather waits for the weight to arrive, and nothing else would.
         for hook in output_layer._forward_pre_hooks.values():
             hook(output_layer, (hidden_states,))
         return _fused_statistics(hidden_states, output_layer, output_weight, target, context)
     logits, _bias = output_layer(hidden_states, weight=output_weight)
-    return _statistics_of_logits(scale_logits(logits), output_layer, target, context)
+    return statistics_of_logits(scale_logits(logits), output_layer, target, context)
+
+
+@contextmanager
+def loss_of_heads(module: Any, loss: Loss) -> Iterator[None]:
+    """While it lasts, the prediction heads of a model that takes output processors have this loss.
+
+    The model's own method has no other caller then.
+    """
+    module.compute_language_model_loss = loss
+    try:
+        yield
+    finally:
+        del module.compute_language_model_loss
 
 
 @contextmanager
 def statistics_as_loss(
-    module: Any, loss_mask: torch.Tensor | None, context: OutputSettings
+    module: Any, loss_mask: torch.Tensor | None, context: OutputSettings, head_loss: Loss | None
 ) -> Iterator[None]:
     """While it lasts, the forward of a model that takes labels returns what the processor returns.
 
     For a model without output processors. Its own forward hands the logits to its
     `compute_language_model_loss` and reads them no more. With `fused_linear` its output layer hands
-    on the hidden states instead, and the loss takes the weight.
+    on the hidden states instead, and the loss takes the weight. Prediction heads come before, by
+    the same layer and method: they get their logits, and `head_loss` or else the model's own.
 
     Raises:
         RuntimeError: the forward made its loss without `compute_language_model_loss`.
@@ -83,22 +100,32 @@ def statistics_as_loss(
     if not module.post_process:  # another pipeline stage has the output layer
         yield
         return
-    layer, output_weight, called = module.output_layer, None, False
+    layer, output_weight = module.output_layer, None
+    forward, head_loss = layer.forward, head_loss or module.compute_language_model_loss
+    logits_of_heads = losses_of_heads = module.config.mtp_num_layers if module.mtp_process else 0
+    called = False
 
     def hand_on(
-        hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
+        hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, None]:
-        nonlocal output_weight
+        nonlocal output_weight, logits_of_heads
+        if logits_of_heads:
+            logits_of_heads -= 1
+            logits: tuple[torch.Tensor, None] = forward(hidden_states, weight=weight, **options)
+            return logits
         output_weight = weight
         return hidden_states, None
 
     def statistics(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        nonlocal called
+        nonlocal called, losses_of_heads
+        if losses_of_heads:
+            losses_of_heads -= 1
+            return head_loss(labels, logits)
         called = True
-        target = _target(labels, loss_mask)
+        target = masked_target(labels, loss_mask)
         if context.config.fused_linear:
             return _fused_statistics(logits, layer, output_weight, target, context)
-        return _statistics_of_logits(logits, layer, target, context)
+        return statistics_of_logits(logits, layer, target, context)
 
     module.compute_language_model_loss = statistics
     if context.config.fused_linear:
@@ -117,14 +144,14 @@ def statistics_as_loss(
         )
 
 
-def _target(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
+def masked_target(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
     """[sequence, batch], as the logits are: the labels, `IGNORED` where the mask is 0."""
     if loss_mask is not None:
         labels = as_ids(labels).masked_fill(loss_mask == 0, IGNORED)
     return labels.transpose(0, 1)
 
 
-def _statistics_of_logits(
+def statistics_of_logits(
     logits: torch.Tensor, output_layer: Any, target: torch.Tensor, context: OutputSettings
 ) -> torch.Tensor:
     """[K, batch, sequence] of logits that nothing else reads."""

@@ -24,6 +24,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from megatron.core import mpu, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
@@ -43,7 +45,10 @@ from megatron_infoentropy.integration.dropin import find_language_module
 from megatron_infoentropy.integration.observe import TokenObserver
 from megatron_infoentropy.integration.output import (
     OutputSettings,
+    loss_of_heads,
+    masked_target,
     statistics_as_loss,
+    statistics_of_logits,
     statistics_processor,
     unpack,
 )
@@ -144,6 +149,10 @@ class Groups(NamedTuple):
     data_parallel: Group | None
 
 
+def _groups() -> Groups:
+    return Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
+
+
 class InfoEntropyForwardStep:
     """`forward_step_func` for `megatron.training.pretrain`."""
 
@@ -175,32 +184,39 @@ class InfoEntropyForwardStep:
         settings = OutputSettings(config, mpu.get_tensor_model_parallel_group(), self.vocab_size)
         module, mask = find_language_module(model), batch["loss_mask"]
         options: dict[str, Any] = {"labels": batch["labels"], "loss_mask": mask}
+        heads = None
+        if model.training and get_args().infoentropy_mtp_loss == "weighted":
+            heads = HeadLoss(module, mask, settings, _groups(), get_args().consumed_train_samples)
         door: AbstractContextManager[None] = nullcontext()
-        if takes_output_processor(module):
+        if not takes_output_processor(module):
+            door = statistics_as_loss(module, mask, settings, heads)
+        else:
             options["output_processor"] = statistics_processor
             options["output_processor_context"] = settings
-        else:
-            door = statistics_as_loss(module, mask, settings)
+            if heads is not None:
+                door = loss_of_heads(module, heads)
         with straggler, door:
             output = forward(
                 batch["tokens"], batch["position_ids"], batch["attention_mask"], **options
             )
-        if model.training:
-            return output, partial(self._training_loss, batch["labels"], batch["loss_mask"], config)
-        return output, partial(validation_loss, batch["loss_mask"])
+        if not model.training:
+            return output, partial(validation_loss, mask)
+        report = {} if heads is None else heads.report
+        return output, partial(self._training_loss, batch["labels"], mask, config, report)
 
     def _training_loss(
         self,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         config: InfoEntropyConfig,
+        report_of_heads: Report,
         output: torch.Tensor,
     ) -> LossResult:
-        groups = Groups(mpu.get_context_parallel_group(), mpu.get_data_parallel_group())
         args = get_args()
         loss, num_tokens, report, weight = training_loss(
-            loss_mask, output, config, groups, labels, args.consumed_train_samples
+            loss_mask, output, config, _groups(), labels, args.consumed_train_samples
         )
+        report |= report_of_heads
         mask_sum = report["weight"][1]
         if not args.calculate_per_token_loss:
             # Megatron divides by whole tokens; a loss mask of fractions has another sum.
@@ -252,6 +268,48 @@ def training_loss(
     if config.normalization == "paper":
         report["alpha"] = torch.stack([factor, torch.ones_like(factor)])
     return loss, _whole(sums.tokens), report, weight.detach()
+
+
+class HeadLoss:
+    """The loss of the multi-token-prediction heads over one micro-batch, in place of Megatron's.
+
+    Megatron asks for one head after the other, each a token further on. It multiplies what it gets
+    by the loss mask, so many tokens further on, and takes the mean over that, so that alpha and
+    the mean are each head's own.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        loss_mask: torch.Tensor,
+        settings: OutputSettings,
+        groups: Groups,
+        samples: int,
+    ) -> None:
+        self.report: Report = {}
+        self._module, self._mask = module, loss_mask
+        self._groups, self._samples = groups, samples
+        # Megatron has formed the heads' logits already, of which it counts the right ones.
+        self._settings = replace(settings, config=replace(settings.config, fused_linear=False))
+
+    def __call__(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return alpha w l, [batch, sequence]; labels [batch, sequence], logits [s, b, V/TP]."""
+        config, module = self._settings.config, self._module
+        self._mask, _ = roll_tensor(self._mask, cp_group=module.pg_collection.cp)
+        target = masked_target(labels, self._mask)
+        output = statistics_of_logits(logits, module.output_layer, target, self._settings)
+        statistics = unpack(output, config)
+        tokens = token_batch(
+            statistics,
+            self._mask,
+            target=labels,
+            samples=self._samples,
+            data_parallel_group=self._groups.data_parallel,
+        )
+        weight, loss, _, factor = _weighted(tokens, statistics, config, self._groups)
+        name = f"mtp_{len(self.report) + 1} cross entropy"
+        self.report[name] = _mean_over(tokens.mask, statistics.cross_entropy)
+        return factor * weight * loss
 
 
 def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:

@@ -39,6 +39,12 @@ class DenseGPT:
 
         hidden: bool [batch or 1, 1, sequence, sequence], keys that a query must not see.
         """
+        return self.every_logits(tokens, hidden, 0)[0]
+
+    def every_logits(
+        self, tokens: torch.Tensor, hidden: torch.Tensor | None, heads: int
+    ) -> list[torch.Tensor]:
+        """Those of the model, then those of each multi-token-prediction head."""
         s = tokens.shape[1]
         hidden = torch.ones(s, s, dtype=torch.bool).triu(1) if hidden is None else hidden
         embedding = self.join(0, "0.embedding.word_embeddings.weight", 0)
@@ -47,9 +53,32 @@ class DenseGPT:
             x = self.block(x, layer, hidden)
         last, chunk = self.stages - 1, self.chunks - 1
         x = norm(x, self.replicated(last, f"{chunk}.decoder.{self.final_norm}.weight"))
-        if self.tied:
-            return x @ embedding.T
-        return x @ self.join(last, f"{chunk}.output_layer.weight", 0).T
+        outputs = [x]
+        for head in range(heads):
+            tokens = shifted(tokens)
+            x = self.head(x, embedding[tokens], hidden, f"{chunk}.mtp.layers.{head}.")
+            outputs.append(x)
+        table = self.join(last, f"{chunk}.output_layer.weight", 0) if not self.tied else embedding
+        return [x @ table.T for x in outputs]
+
+    def head(
+        self, x: torch.Tensor, token: torch.Tensor, hidden: torch.Tensor, prefix: str
+    ) -> torch.Tensor:
+        """From the states before a head to its own; token: embeddings of the tokens it is shown."""
+        last = self.stages - 1
+        token, x = (
+            norm(part, self.replicated(last, f"{prefix}{name}.weight"))
+            for part, name in ((token, "enorm"), (x, "hnorm"))
+        )
+        x = torch.cat([token, x], -1) @ self.join(last, f"{prefix}eh_proj.weight", 0).T
+        x = self.layers_of_head(x, hidden, last, f"{prefix}mtp_model_layer.")
+        return norm(x, self.replicated(last, f"{prefix}final_layernorm.weight"))
+
+    def layers_of_head(
+        self, x: torch.Tensor, hidden: torch.Tensor, stage: int, prefix: str
+    ) -> torch.Tensor:
+        x = x + self.attention(x, hidden, stage, prefix)
+        return x + self.mlp(x, stage, prefix)
 
     def block(self, x: torch.Tensor, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         stage, prefix = self.place(layer)
@@ -83,12 +112,14 @@ class DenseGPT:
 
 
 class DenseHybrid(DenseGPT):
-    """Layers of one kind each: * is attention, - an MLP, | the start of another model chunk."""
+    """Layers of one kind each: * is attention, - an MLP, | the start of another model chunk, / of a
+    prediction head's layers."""
 
     final_norm = "final_norm"
 
     def __init__(self, shards: Shards, pattern: str, chunks: int, tied: bool) -> None:
         super().__init__(shards, 0, chunks, tied)
+        pattern, _, self.head_pattern = pattern.partition("/")
         self.places = [
             (kind, turn % self.stages, f"{turn // self.stages}.decoder.layers.{local}.")
             for turn, segment in enumerate(pattern.split("|"))
@@ -97,10 +128,26 @@ class DenseHybrid(DenseGPT):
         self.layers = len(self.places)
 
     def block(self, x: torch.Tensor, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        kind, stage, prefix = self.places[layer]
+        return self.part(x, hidden, *self.places[layer])
+
+    def layers_of_head(
+        self, x: torch.Tensor, hidden: torch.Tensor, stage: int, prefix: str
+    ) -> torch.Tensor:
+        for number, kind in enumerate(self.head_pattern.partition("/")[0]):
+            x = self.part(x, hidden, kind, stage, f"{prefix}layers.{number}.")
+        return x
+
+    def part(
+        self, x: torch.Tensor, hidden: torch.Tensor, kind: str, stage: int, prefix: str
+    ) -> torch.Tensor:
         if kind == "*":
             return x + self.attention(x, hidden, stage, prefix)
         return x + self.mlp(x, stage, prefix)
+
+
+def shifted(values: torch.Tensor) -> torch.Tensor:
+    """[batch, sequence]: each place has the value of the next, the last one 0."""
+    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,10 @@ def hybrid(pattern="*-", **changes):
     return {"hybrid_layer_pattern": pattern, **plain, **changes}
 
 
+def heads(**changes):
+    return {"infoentropy_mtp_loss": "weighted", "mtp_num_layers": 1, **changes}
+
+
 def test_no_flags_give_the_default_configuration():
     assert config_from_args(parse()) == InfoEntropyConfig()
 
@@ -110,7 +114,9 @@ def test_an_impossible_value_is_refused_by_the_configuration():
             "paper",
             "need the package mamba_ssm",
         ),
-        (hybrid("*-/*-", mtp_num_layers=1), "paper", "cannot go with --mtp-num-layers"),
+        (heads(mtp_num_layers=None), "paper", "has no effect without multi-token-prediction heads"),
+        (heads(overlap_moe_expert_parallel_comm=True), "paper", "when the forward step has ended"),
+        (heads(), "global", "cannot go with --mtp-num-layers"),
         (hybrid(use_rope_scaling=True), "paper", "--use-rope-scaling: .* ignores the flag"),
         (hybrid(rotary_interleaved=True), "paper", "--rotary-interleaved: .* different angles"),
         (hybrid(overlap_moe_expert_parallel_comm=True), "paper", "has no schedule plan"),
@@ -135,7 +141,8 @@ def test_incompatible_megatron_flags_are_refused(changes, normalization, message
 
 
 def test_hybrid_patterns_of_attention_and_mlp_are_taken():
-    check_megatron_args(megatron_args(**hybrid("*-*-|--")), InfoEntropyConfig(fused_linear=True))
+    for given in (hybrid("*-*-|--"), hybrid("*-|*-/*-", **heads())):
+        check_megatron_args(megatron_args(**given), InfoEntropyConfig(fused_linear=True))
     given = hybrid("M*E-", spec=["package.module", "stack"])  # layers of one's own
     with mock.patch.object(arguments, "find_spec"):
         check_megatron_args(megatron_args(**given), InfoEntropyConfig())

@@ -8,7 +8,7 @@ cut into ranks and micro-batches replayed.
 import probe_gradients
 import pytest
 import torch
-from dense_gpt import DenseGPT, DenseHybrid
+from dense_gpt import DenseGPT, DenseHybrid, shifted
 from launch import TINY_MODEL, run_trainer
 from oracle import dense_statistics, dense_weight
 from probe_gradients import make_batch
@@ -48,12 +48,30 @@ LAYOUTS = {
     "pp2-hybrid-interleaved": {"pp": 2, "chunks": 2, "pattern": "*|-|*-|-"},
     "dp2-hybrid-tied": {"dp": 2, "micro_batches": 3, "tied": True, "pattern": "-*"},
     "tp2-hybrid-tied-fused": {"tp": 2, "tied": True, "pattern": "*-", "flags": FUSED},
+    "tp2-pp2-heads": {"tp": 2, "pp": 2, "heads": 2},
+    "pp2-tied-heads": {"pp": 2, "tied": True, "heads": 1, "flags": FUSED},
+    "dp2-heads-per-token": {
+        **{"dp": 2, "micro_batches": 3, "heads": 2, "kind": "empty"},
+        "flags": ("--calculate-per-token-loss",),
+    },
+    "dp2-heads-of-megatron": {"dp": 2, "micro_batches": 3, "heads": 2, "head_loss": "megatron"},
+    "tp2-pp2-hybrid-heads": {"tp": 2, "pp": 2, "pattern": "*-|--*/*-/*-", "heads": 2},
+    "dp2-hybrid-heads-fused": {
+        **{"dp": 2, "micro_batches": 3, "pattern": "*-/-", "heads": 1, "tied": True},
+        **{"head_loss": "megatron", "flags": FUSED},
+    },
     "dp2-fused-into-main-grad": {
         **{"dp": 2, "micro_batches": 3, "kind": "into main_grad"},
         "flags": (*FUSED, "--overlap-grad-reduce"),
     },
 }
-CASES = [(layout, norm) for layout in LAYOUTS for norm in ("paper", "global")]
+CASES = [
+    (layout, norm)
+    for layout in LAYOUTS
+    for norm in ("paper", "global")
+    if norm == "paper" or "heads" not in LAYOUTS[layout]
+]
+HEADS_SHARE = 0.3  # of the heads' losses, together, in the objective
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
@@ -78,6 +96,11 @@ def run(request, tmp_path_factory):
     ]
     if "pattern" in layout:
         flags.append(f"--hybrid-layer-pattern={layout['pattern']}")
+    if "heads" in layout:
+        flags += [
+            *(f"--mtp-num-layers={layout['heads']}", f"--mtp-loss-scaling-factor={HEADS_SHARE}"),
+            f"--infoentropy-mtp-loss={layout.get('head_loss', 'weighted')}",
+        ]
     world = layout["tp"] * layout["pp"] * layout["dp"]
     arguments = (folder, GAMMAS, layout.get("kind", "plain"))
     run_trainer(world, probe_gradients.main, arguments, flags, folder)
@@ -118,10 +141,11 @@ def test_the_oracle_notices_what_is_left_out(run):
     rank, written = next(iter(found.items()))
     for without in parts:
         expected = oracle_gradients(layout, normalization, found, 2.0, without)[rank[:3]]
+        unweighted = ".mtp." if layout.get("head_loss") == "megatron" else None
         errors = [
             (gradient.double() - expected[name]).norm() / expected[name].norm()
             for name, gradient in written["gradients"][1].items()
-            if expected[name].norm() > 0
+            if expected[name].norm() > 0 and (unweighted is None or unweighted not in name)
         ]
         assert min(errors) > 1e-3, without
 
@@ -151,9 +175,13 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
             name: shards[pp, 0][name].grad if p.grad is None else p.grad
             for name, p in shard.items()
         }
-        if tied:  # the last stage's copy gets the sum of both uses too
-            embedding = shards[0, tp]["0.embedding.word_embeddings.weight"].grad
-            whole = {n: embedding if "output_layer" in n else g for n, g in whole.items()}
+        # A later stage's copy, for heads or the tied output layer, gets the sum of all uses too;
+        # beside one for heads Megatron gives the output layer another, which nothing reads.
+        embedding = shards[0, tp]["0.embedding.word_embeddings.weight"].grad
+        for name in whole:
+            if "word_embeddings" in name or (tied and "output_layer" in name):
+                is_read = "word_embeddings" in name or "heads" not in layout
+                whole[name] = embedding if is_read else torch.zeros_like(embedding)
         gradients[f"{pp}-{tp}"] = whole
     return gradients
 
@@ -167,18 +195,26 @@ def objective(model, vocab, batches, layout, normalization, gamma, without):
     ranks, micro_batches = layout["dp"], layout["micro_batches"]
     total = weight_total = tokens = 0.0
     for k in range(micro_batches):
-        sums = [
-            micro_batch_sums(model, batches[d, k], vocab, layout, gamma, without)
-            for d in range(ranks)
-        ]
+        sums, *heads = zip(
+            *(
+                micro_batch_sums(model, batches[d, k], vocab, layout, gamma, without)
+                for d in range(ranks)
+            ),
+            strict=True,
+        )
+        for of_head in heads:
+            alpha = mean_alpha(of_head, without)
+            for (weighted, _, n), (_, _, main) in zip(of_head, sums, strict=True):
+                # A head's mean counts as many tokens as the model's own, of which there are more.
+                count = main if per_token(layout) else 1 / micro_batches / ranks
+                share = HEADS_SHARE / len(heads) * count
+                total = total + (share * alpha * weighted / n if n > 0 else 0)
         tokens += sum(n for *_, n in sums)
         weight_total += sum(weight if without != "alpha" else n for _, weight, n in sums)
         if normalization == "global":
             total = total + sum(weighted for weighted, _, _ in sums)
             continue
-        # A rank without a valid token is left out of the mean of 1 / mean(w).
-        inverse = [n / weight for _, weight, n in sums if n > 0]
-        alpha = 1.0 if without == "alpha" else sum(inverse) / len(inverse)
+        alpha = mean_alpha(sums, without)
         if per_token(layout):
             total = total + sum(alpha * weighted for weighted, _, _ in sums)
         else:
@@ -188,6 +224,12 @@ def objective(model, vocab, batches, layout, normalization, gamma, without):
         return total / weight_total
     factor = ranks if without == "data-parallel factor" else 1
     return factor * total / (tokens if per_token(layout) else 1)
+
+
+def mean_alpha(sums, without):
+    """Over ranks, of 1 / mean(w); one without a valid token is left out."""
+    inverse = [n / weight for _, weight, n in sums if n > 0]
+    return 1.0 if without == "alpha" else sum(inverse) / len(inverse)
 
 
 def batches_of(layout, found, step, vocab):
@@ -204,9 +246,20 @@ def batches_of(layout, found, step, vocab):
 
 
 def micro_batch_sums(model, batch, vocab, layout, gamma, without):
-    logits = model.logits(batch["tokens"], batch["attention_mask"])[..., :vocab]
-    ce, entropy, _ = dense_statistics(logits, batch["labels"])
-    weight = dense_weight(ce, entropy, layout.get("objective", "infoentropy"), gamma, 1.0).detach()
-    weight = torch.ones_like(weight) if without == "weight" else weight
-    mask = torch.ones_like(weight) if without == "mask" else batch["loss_mask"].double()
-    return (mask * weight * ce).sum(), (mask * weight).sum(), mask.sum()
+    """(sum of w ce, sum of w, tokens) of the model, then of each of its heads."""
+    heads, head_loss = layout.get("heads", 0), layout.get("head_loss", "weighted")
+    every = model.every_logits(batch["tokens"], batch["attention_mask"], heads)
+    labels, mask = batch["labels"], batch["loss_mask"].double()
+    mask = torch.ones_like(mask) if without == "mask" else mask
+    sums = []
+    for number, logits in enumerate(every):
+        is_megatrons = number > 0 and head_loss == "megatron"
+        # Megatron's own cross entropy counts the padding of the vocabulary.
+        ce, entropy, _ = dense_statistics(logits if is_megatrons else logits[..., :vocab], labels)
+        kind = layout.get("objective", "infoentropy")
+        weight = dense_weight(ce, entropy, kind, gamma, 1.0).detach()
+        if is_megatrons or without == "weight":
+            weight = torch.ones_like(weight)
+        sums.append(((mask * weight * ce).sum(), (mask * weight).sum(), mask.sum()))
+        labels, mask = shifted(labels), shifted(mask)
+    return sums

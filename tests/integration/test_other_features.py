@@ -20,6 +20,7 @@ TRAINING = [
     *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),  # no padding at TP2
     *("--micro-batch-size=2", "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"),
 ]
+HEADS = ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"]
 FEATURES = {
     "tp2": ["--tensor-model-parallel-size=2"],
     "pp2": ["--pipeline-model-parallel-size=2"],
@@ -32,7 +33,8 @@ FEATURES = {
         *("--hybrid-layer-pattern=*-|*-", "--pipeline-model-parallel-size=2"),
         "--train-iters=20",
     ],
-    "mtp": ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"],
+    "mtp": HEADS,
+    "mtp-weighted": [*HEADS, "--infoentropy-mtp-loss=weighted"],
 }
 
 
