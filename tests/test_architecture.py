@@ -70,6 +70,8 @@ OWNERS = {
     "tokenizers": {"data", "convert", "evaluate"},
     "zstandard": {"data"},
     "datatrove": {"data"},
+    "fsspec": {"data"},
+    "pyarrow": {"data"},
     "matplotlib": {"evaluate"},
     "jinja2": {"evaluate"},
     "lm_eval": {"tasks"},

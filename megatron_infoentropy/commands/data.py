@@ -1,6 +1,5 @@
 """Commands that make datasets: text, tokenizer, `.bin/.idx`."""
 
-import glob
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,9 @@ from megatron_infoentropy.commands import Overwrite, err, out
 
 if TYPE_CHECKING:
     from megatron_infoentropy.data.manifest import Manifest
-TextKey = Annotated[str, typer.Option(help="key that holds the text")]
+TextKey = Annotated[
+    str, typer.Option("--text-key", "--text-column", help="key or column that holds the text")
+]
 
 
 def corpus(
@@ -30,17 +31,18 @@ def corpus(
 
 
 def tokenizer(
-    inputs: Annotated[list[Path], typer.Argument(help=".jsonl, .jsonl.zst or .jsonl.gz files")],
+    inputs: Annotated[list[str], typer.Argument(help="files, as for preprocess --input")],
     output: Annotated[Path, typer.Option(help="folder to write, in Hugging Face format")],
     vocab_size: Annotated[int, typer.Option(help="entries, <|endoftext|> included")] = 8192,
     text_key: TextKey = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
+    from megatron_infoentropy.data.sources import find_inputs
     from megatron_infoentropy.data.tokenizer import train_tokenizer
 
     loaded = train_tokenizer(
-        inputs, output, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite
+        find_inputs(inputs), output, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite
     )
     out.print(f"{output}: {loaded.vocab_size} entries, end of document is {loaded.eod_id}")
 
@@ -48,7 +50,11 @@ def tokenizer(
 def preprocess(
     input: Annotated[
         list[str],
-        typer.Option(help=".jsonl, .jsonl.zst or .jsonl.gz file, or a quoted pattern; repeatable"),
+        typer.Option(
+            help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet or .arrow file, a quoted pattern, a "
+            "folder that `datasets` saved or of .parquet files, an address such as s3://..., or - "
+            "for lines on standard input; repeatable"
+        ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
     output: Annotated[Path, typer.Option(help="folder to write")],
@@ -56,8 +62,10 @@ def preprocess(
     split_by: Annotated[
         str,
         typer.Option(
-            help="key that names a document's domain, such as meta.pile_set_name; '' for one "
-            "dataset; auto: meta.pile_set_name where the first documents have it, else one dataset"
+            "--split-by",
+            "--domain-column",
+            help="key or column that names a document's domain, such as meta.pile_set_name; '' for "
+            "one dataset; auto: meta.pile_set_name where the first documents have it, else one",
         ),
     ] = "auto",
     text_key: TextKey = "text",
@@ -108,11 +116,12 @@ def preprocess(
     from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, DataOptions
     from megatron_infoentropy.data.preprocess import decide_split, parse_shard
     from megatron_infoentropy.data.preprocess import preprocess as run
+    from megatron_infoentropy.data.sources import find_inputs
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
     options = DataOptions(append_eod, special_tokens, text_key, split_by or None)
-    inputs = _matching(input)
+    inputs = find_inputs(input)
     if split_by == AUTO and decide_split(options, inputs).split_by is None:
         err.print(
             f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for "
@@ -148,15 +157,6 @@ def preprocess(
         out.print(f"queued: {output} appears when the last job has merged {output}.shards")
     else:
         _print_domains(made)
-
-
-def _matching(patterns: list[str]) -> list[Path]:
-    """Files in the order given, each pattern's matches sorted; a file's name is no pattern."""
-    files: list[Path] = []
-    for pattern in patterns:
-        names = [] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207 takes absolute
-        files += map(Path, names or [pattern])  # a missing file is named by the room that opens it
-    return files
 
 
 def _print_domains(manifest: "Manifest") -> None:
@@ -282,12 +282,13 @@ def verify(
 ) -> None:
     """Check every byte of a dataset or of checkpoints; exit code 1 if something is wrong."""
     from megatron_infoentropy.checkpoints import folders_with_manifest
+    from megatron_infoentropy.data.sources import find_inputs
     from megatron_infoentropy.data.verify import verify as run
 
     if saved := folders_with_manifest(dataset):
         _verify_checkpoints(saved)
         return
-    findings = run(dataset, tokenizer=tokenizer, inputs=_matching(inputs or []))
+    findings = run(dataset, tokenizer=tokenizer, inputs=find_inputs(inputs or []))
     for finding in findings:
         out.print(f"{finding.path}: {finding.problem}")
     if findings:

@@ -1,7 +1,8 @@
 """Files as blocks of whole lines: what a worker gets at once, and where a run can go on.
 
 A block is some raw lines of one file, about half a megabyte, together with where they stand in it.
-Nothing is parsed here: counting newlines is all that the one reading process does per byte.
+Nothing is parsed here: counting newlines is all that the one reading process does per byte. Rows of
+a table stand for lines where a file has those: `tables.py` makes blocks of them.
 
 Files are decompressed as they are read: plain, `.zst` or `.gz`. A compressed file may consist of
 several frames or members (concatenated files do). Each must be complete: a truncated download is an
@@ -11,16 +12,20 @@ ten times, such files ten thousand times.
 
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
+from megatron_infoentropy.data.sources import StandardInput
+
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+TABLES = (".parquet", ".arrow")
 _READ_BYTES = 1 << 16  # of the file as it is on disk
 _SLICE_BYTES = 1 << 12  # decompressed at once: to 128 MiB at most, whatever a file holds
 MAX_RATIO, FREE_BYTES = 1000, 1 << 30  # a file may grow so many times, or to so many bytes
@@ -36,15 +41,15 @@ def require_readable(path: Path) -> None:
     """Check that `path` is a file whose name says how to read it.
 
     Raises:
-        ValueError: it does not exist, is a folder, or its name ends in none of `SUFFIXES`.
+        ValueError: it does not exist, is a folder, or its name ends as that of no kind of file.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it, such as '{path}/*.jsonl'")
     if not path.is_file():
         raise ValueError(f"no such input file: {path}")
-    if not path.name.endswith(SUFFIXES):
+    if not isinstance(path, StandardInput) and not path.name.endswith(SUFFIXES + TABLES):
         raise ValueError(
-            f"the input must be a .jsonl, .jsonl.zst or .jsonl.gz file, got {path}; "
+            f"the input must be a {', '.join(SUFFIXES)}, {' or '.join(TABLES)} file, got {path}; "
             "decompress or rename it first"
         )
 
@@ -71,9 +76,12 @@ def read_chunks(
 
 
 def _blocks(
-    file: BufferedReader, advance: Callable[[int], None], look: Callable[[bytes], object]
+    file: BinaryIO, advance: Callable[[int], None], look: Callable[[bytes], object]
 ) -> Iterator[bytes]:
-    left = os.fstat(file.fileno()).st_size  # what is written to it meanwhile may never end
+    left = sys.maxsize
+    if file.seekable():  # what is written to it meanwhile may never end
+        left = file.seek(0, os.SEEK_END)
+        file.seek(0)
     while block := file.read(min(left, _READ_BYTES)):
         left -= len(block)
         look(block)
@@ -155,6 +163,16 @@ class UnfitDocumentsError(ValueError):
     """Documents that cannot become a dataset together with what was done of them so far."""
 
 
+class Keys(NamedTuple):
+    """Where a document has its text and its domain, dots leading into objects; None: no domain."""
+
+    text: str = "text"
+    domain: str | None = None
+
+
+TEXT_ALONE = Keys()
+
+
 @dataclass(frozen=True)
 class Position:
     """A place between two lines: bytes of decompressed text before it, number of the next line."""
@@ -167,7 +185,8 @@ class Position:
 class Block:
     """Whole lines, newlines included (a file's last one may lack it), between two places.
 
-    The one at the end of a file, without lines, has the SHA-256 of the file as it was read.
+    Of a table it is the same number of rows, as `tables.rows_of` reads them. The one at the end of
+    a file, without lines, has the SHA-256 of the file as it was read.
     """
 
     path: Path
@@ -175,6 +194,7 @@ class Block:
     start: Position
     end: Position
     sha256: str = ""
+    is_table: bool = False
 
     @property
     def lines(self) -> int:
@@ -186,16 +206,23 @@ def read_blocks(
     path: Path,
     advance: Callable[[int], None] = lambda _: None,
     start: Position = Position(),
+    keys: Keys = TEXT_ALONE,
 ) -> Iterator[Block]:
     """Yield the lines of one file from `start` on, and last a block without any: the end.
 
-    `advance` is called with the bytes read from the disk since the last call.
+    `advance` is called with the bytes read from the disk since the last call. Of a table only the
+    columns `keys` are read.
 
     Raises:
         BrokenLineError: the file is truncated or damaged, after the last whole line.
         ValueError: see `require_readable`.
     """
     require_readable(path)
+    if path.suffix in TABLES:
+        yield from import_module("megatron_infoentropy.data.tables").read_tables(
+            path, advance, start, keys
+        )
+        return
     at = start
     pieces: list[bytes] = []  # a list, as one line may span very many chunks
     size = 0

@@ -1,4 +1,4 @@
-"""Documents from `.jsonl`, `.jsonl.zst` and `.jsonl.gz` files: one JSON object a line.
+"""Documents from files of lines, one JSON object each, or from the rows of a table.
 
     {"text": "...", "meta": {"pile_set_name": "Pile-CC"}}
 
@@ -9,13 +9,13 @@ that is where a document was lost.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
+from megatron_infoentropy.data.blocks import TEXT_ALONE, BrokenLineError, Keys, read_blocks
 
-TEXT_KEY = "text"
 WHOLE = "all"  # the domain of texts that are not split
 BLANK = "blank line before the end of the file"
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, no file can hold it
@@ -30,85 +30,101 @@ class Record(NamedTuple):
 
 
 class BrokenRecordError(ValueError):
-    """Why a line holds no document, and of which domain, as far as that can be told."""
+    """Why a line or row holds no document, and of which domain, as far as that can be told."""
 
     def __init__(self, reason: str, domain: str | None = None) -> None:
         super().__init__(reason)
         self.domain = domain
 
 
-def read_jsonl(
-    path: Path,
-    *,
-    domain_key: str | None,
-    text_key: str = TEXT_KEY,
-    advance: Callable[[int], None] = lambda _: None,
+Row = tuple[bytes | None, bytes | None]  # a text and a domain
+
+
+def read_documents(
+    path: Path, keys: Keys = TEXT_ALONE, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Record]:
     """Yield the documents of one file in order.
 
-    `domain_key` is where a record names its domain, dots leading into objects
-    (`meta.pile_set_name`); None asks for no domain. `advance` is called with the number of bytes
-    read from the file since the last call, for a progress bar.
+    `advance` is called with the number of bytes read from the file since the last call, for a
+    progress bar.
 
     Raises:
         BrokenLineError: the first line that is not a document.
         ValueError: see `blocks.require_readable`.
     """
     blank = None
-    for block in read_blocks(path, advance):
-        for line, raw in enumerate(lines_of(block.data), block.start.line):
+    for block in read_blocks(path, advance, keys=keys):
+        for line, raw in enumerate(rows_of(block.data, block.is_table), block.start.line):
             if is_blank(raw):
                 blank = blank or line
                 continue
             if blank is not None:
                 raise BrokenLineError(path, blank, BLANK)
             try:
-                record = parse_line(raw, text_key, domain_key)
+                record = parse(raw, keys)
             except BrokenRecordError as error:
                 raise BrokenLineError(path, line, str(error)) from error
             yield record
 
 
-def lines_of(data: bytes) -> list[bytes]:
-    """Return the lines; only newlines separate, as JSON may hold U+2028 and the like."""
+def rows_of(data: bytes, is_table: bool) -> Sequence[bytes | Row]:
+    """Return the rows of a table's block, else the lines of one.
+
+    Only newlines separate lines, as JSON may hold U+2028 and the like.
+    """
+    if is_table and data:
+        rows: list[Row] = import_module("megatron_infoentropy.data.tables").rows_of(data)
+        return rows
     lines = data.split(b"\n")
     return lines if lines[-1] else lines[:-1]
 
 
-def is_blank(raw: bytes) -> bool:
+def is_blank(raw: bytes | Row) -> bool:
     """Say whether a line holds nothing but white space."""
-    return not raw or raw.isspace()
+    return isinstance(raw, bytes) and (not raw or raw.isspace())
 
 
-def parse_line(
-    raw: bytes, text_key: str, domain_key: str | None, *, named: bool | None = True
-) -> Record:
-    """Return the document that a line holds, which must name a domain, must not, or (None) may.
+def parse(raw: bytes | Row, keys: Keys, *, named: bool | None = True) -> Record:
+    """Return the document of a line or row, which must name a domain, must not, or (None) may.
 
     Raises:
         BrokenRecordError: it holds none.
     """
-    record = _decode(raw)
-    if not isinstance(record, dict):
-        raise BrokenRecordError(f"expected a JSON object, got {type(record).__name__}")
-    domain = None if domain_key is None else _domain(record, domain_key)
-    if text_key not in record:
-        raise BrokenRecordError(
-            f'no "{text_key}" key; the keys are {sorted(record)}; name another with --text-key',
-            domain,
-        )
-    text = record[text_key]
+    text, domain = _of_line(raw, keys) if isinstance(raw, bytes) else _of_row(raw, keys)
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise BrokenRecordError(f'"{text_key}" must be a string, got {kind}', domain)
-    if domain_key is not None:
-        _require_named(domain_key, domain, named)
+        raise BrokenRecordError(f'"{keys.text}" must be a string, got {kind}', domain)
+    if keys.domain is not None:
+        _require_named(keys.domain, domain, named)
     try:
         text_bytes = len(text.encode())
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud800"
-        at = f'"{text_key}" holds half a surrogate pair at {error.start}'
+        at = f'"{keys.text}" holds half a surrogate pair at {error.start}'
         raise BrokenRecordError(at, domain) from error
     return Record(text, text_bytes, domain)
+
+
+def _of_line(raw: bytes, keys: Keys) -> tuple[object, str | None]:
+    record = _decode(raw)
+    if not isinstance(record, dict):
+        raise BrokenRecordError(f"expected a JSON object, got {type(record).__name__}")
+    domain = None if keys.domain is None else _domain(record, keys.domain)
+    if keys.text not in record:
+        raise BrokenRecordError(
+            f'no "{keys.text}" key; the keys are {sorted(record)}; name another with --text-key',
+            domain,
+        )
+    return record[keys.text], domain
+
+
+def _of_row(row: Row, keys: Keys) -> tuple[str | None, str | None]:
+    text, name = row
+    domain = (name or b"").decode(errors="replace") or None
+    try:
+        return None if text is None else text.decode(), domain
+    except UnicodeDecodeError as error:
+        reason = f'not UTF-8 at byte {error.start} of "{keys.text}"'
+        raise BrokenRecordError(reason, domain) from error
 
 
 def _require_named(where: str, domain: str | None, named: bool | None) -> None:

@@ -1,4 +1,4 @@
-"""Text to Megatron datasets: one pass over `.jsonl(.zst|.gz)` files, one dataset per domain.
+"""Text to Megatron datasets: one pass over files of texts, one dataset per domain.
 
     inputs --read, one process--> blocks of lines --parse and encode, `workers` processes-->
     ids by domain --append, in order--> .bin files --at the end--> .idx files, manifest
@@ -26,6 +26,7 @@ from megatron_infoentropy import __version__
 from megatron_infoentropy.data.blocks import (
     Block,
     BrokenLineError,
+    Keys,
     Position,
     UnfitDocumentsError,
     read_blocks,
@@ -34,7 +35,7 @@ from megatron_infoentropy.data.blocks import (
 from megatron_infoentropy.data.fast_engine import choose_engine
 from megatron_infoentropy.data.indexed import require_whole, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
-from megatron_infoentropy.data.jsonl import BrokenRecordError, lines_of, parse_line
+from megatron_infoentropy.data.jsonl import BrokenRecordError, parse, rows_of
 from megatron_infoentropy.data.manifest import (
     AUTO,
     DEFAULT_OPTIONS,
@@ -48,6 +49,7 @@ from megatron_infoentropy.data.manifest import (
     TokenizerFacts,
     load_manifest,
 )
+from megatron_infoentropy.data.sources import StandardInput
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish, full_disk_is_said
@@ -70,10 +72,11 @@ def input_of(path: Path) -> Input:
     """Look at a file as it is now; all of a small one, 64 KiB at eight places of a large one."""
     digest, status = hashlib.sha256(), path.stat()
     last = max(status.st_size - _SAMPLE_BYTES, (_SAMPLES - 1) * _SAMPLE_BYTES)
-    with path.open("rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(sample * last // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    if not isinstance(path, StandardInput):
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(sample * last // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     facts = InputFacts(path.name, status.st_size, 0, 0, 0, 0, 0, samples=digest.hexdigest())
     return Input(path, facts, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -111,6 +114,10 @@ class Task:
         """Return what the manifest says of the engine; the version of hf is that of tokenizers."""
         return self.engine if self.engine == "hf" else f"{self.engine} {version(self.engine)}"
 
+    def can_go_on(self) -> bool:
+        """Say whether what was read of the inputs can be read again."""
+        return not any(isinstance(each.path, StandardInput) for each in self.inputs)
+
     def versions(self) -> dict[str, str]:
         """Return the versions that the ids depend on."""
         packages = ("tokenizers", "transformers")
@@ -118,6 +125,8 @@ class Task:
 
     def is_done(self) -> bool:
         """Say whether `output` is what this would make: of these inputs, tokenizer and options."""
+        if not self.can_go_on():
+            return False
         try:
             made = load_manifest(self.output)
             for name, facts in made.domains.items():
@@ -221,6 +230,19 @@ def shard_name(shard: tuple[int, int]) -> str:
     return f"shard-{shard[0]:05d}-of-{shard[1]:05d}"
 
 
+def require_parts(inputs: Sequence[Path]) -> None:
+    """Check that the inputs can be shared out.
+
+    Raises:
+        ValueError: standard input is one of them.
+    """
+    if any(isinstance(path, StandardInput) for path in inputs):
+        raise ValueError(
+            "standard input (-) can not be shared out among shards or tasks, as each would have to "
+            "read all of it: write it to files and name those"
+        )
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Return (3, 10) for `3/10`.
 
@@ -241,25 +263,25 @@ def decide_split(options: DataOptions, inputs: Sequence[Path]) -> DataOptions:
     if options.split_by != AUTO:
         return options
     for path in inputs:
-        named = _named(path, options.text_key)
+        named = _named(path, Keys(options.text_key, PILE_DOMAIN))
         if named:
             return replace(options, split_by=PILE_DOMAIN if any(named) else None)
     return replace(options, split_by=PILE_DOMAIN)
 
 
-def _named(path: Path, text_key: str) -> list[bool]:
+def _named(path: Path, keys: Keys) -> list[bool]:
     """Say of each document in a file's first block whether it names a domain.
 
     Broken lines are for the run to report.
     """
     try:
-        lines = lines_of(next(read_blocks(path)).data)
+        block = next(read_blocks(path, keys=keys))
     except BrokenLineError:
         return []
     named = []
-    for line in lines:
+    for row in rows_of(block.data, block.is_table):
         with suppress(BrokenRecordError):
-            named.append(parse_line(line, text_key, PILE_DOMAIN, named=None).domain is not None)
+            named.append(parse(row, keys, named=None).domain is not None)
     return named
 
 
@@ -294,6 +316,8 @@ def preprocess(
             Whatever the error, `output` is left as it was.
     """
     _require_usable(inputs, workers, max_errors)
+    if shard is not None:
+        require_parts(inputs)
     asked, options = options, decide_split(options, inputs)
     named = options.split_by is not None or asked.split_by is None
     shards_of = "" if shard is None else shards_digest(inputs)
@@ -338,11 +362,12 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
         inputs=[replace(each.facts) for each in task.inputs],
         vocab_size=task.loaded.vocab_size,
         max_errors=max_errors,
+        is_saved=task.can_go_on(),
     )
     with closing(run):
         total = sum(each.facts.bytes for each in task.inputs)
-        with progress("preprocess", total, "bytes") as advance:
-            blocks = _read(task, run, advance)
+        with progress("preprocess", total or None, "bytes") as advance:
+            blocks = _read(task, settings.keys, run, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)
                 if not block.lines:
@@ -355,11 +380,13 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
     return run.dataset
 
 
-def _read(task: Task, run: JournalledRun, advance: Callable[[int], None]) -> Iterator[Block]:
+def _read(
+    task: Task, keys: Keys, run: JournalledRun, advance: Callable[[int], None]
+) -> Iterator[Block]:
     file, start = run.state.file, run.position
     advance(sum(each.facts.bytes for each in task.inputs[:file]))
     for each in task.inputs[file:]:
-        yield from read_blocks(each.path, advance, start)
+        yield from read_blocks(each.path, advance, start, keys)
         start = Position()
 
 

@@ -31,9 +31,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_infoentropy.data.blocks import require_readable
+from megatron_infoentropy.data.blocks import Keys, require_readable
 from megatron_infoentropy.data.indexed import Integers
-from megatron_infoentropy.data.jsonl import TEXT_KEY, read_jsonl
+from megatron_infoentropy.data.jsonl import read_documents
 from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import progress
 
@@ -103,10 +103,10 @@ def train_tokenizer(
     output: Path,
     *,
     vocab_size: int,
-    text_key: str = TEXT_KEY,
+    text_key: str = "text",
     overwrite: bool = False,
 ) -> LoadedTokenizer:
-    """Train a byte-level BPE of exactly `vocab_size` tokens on `.jsonl`, `.zst` or `.gz` files.
+    """Train a byte-level BPE of exactly `vocab_size` tokens on files of texts.
 
     The same files give the same bytes. Domains are not looked at. Memory grows with the number of
     distinct words, not with the size of the corpus.
@@ -325,7 +325,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def _texts(paths: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[str]:
     for path in paths:
-        for record in read_jsonl(path, domain_key=None, text_key=text_key, advance=advance):
+        for record in read_documents(path, Keys(text_key), advance):
             yield record.text
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_infoentropy.data import jsonl
-from megatron_infoentropy.data.blocks import Block, BrokenLineError
+from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
@@ -41,6 +41,11 @@ class WorkerSettings:
     options: DataOptions
     engine: str  # hf or gigatoken
     named: bool = True  # else no document may name a domain, as the first ones do not
+
+    @property
+    def keys(self) -> Keys:
+        """Return where a document has what is asked of it."""
+        return Keys(self.options.text_key, self.options.split_by if self.named else PILE_DOMAIN)
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,13 @@ class Encoder:
         engine = {"hf": hf_engine, "gigatoken": fast_engine}[settings.engine]
         self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
         self._named = settings.named
-        self._domain_key = self.options.split_by if self._named else PILE_DOMAIN
+        self._keys = settings.keys
 
-    def __call__(self, data: bytes) -> Encoded:
-        """Parse the lines of a block and encode their texts."""
+    def __call__(self, data: bytes, is_table: bool = False) -> Encoded:
+        """Parse the lines or rows of a block and encode their texts."""
         texts: dict[str, list[str]] = {}
         sizes: Counter[str] = Counter()
-        lines = jsonl.lines_of(data)
+        lines = jsonl.rows_of(data, is_table)
         filled = len(lines)
         while filled and jsonl.is_blank(lines[filled - 1]):
             filled -= 1
@@ -97,9 +102,7 @@ class Encoder:
             try:
                 if jsonl.is_blank(raw):
                     raise jsonl.BrokenRecordError(jsonl.BLANK)
-                record = jsonl.parse_line(
-                    raw, self.options.text_key, self._domain_key, named=self._named
-                )
+                record = jsonl.parse(raw, self._keys, named=self._named)
             except jsonl.BrokenRecordError as error:
                 done.rejected.append(Rejected(number, str(error), error.domain))
                 continue
@@ -149,9 +152,9 @@ def main() -> None:
     try:
         encode = Encoder(receive(requests))
         while True:
-            data = receive(requests)
+            block = receive(requests)
             try:
-                answer: Encoded | Exception = encode(data)
+                answer: Encoded | Exception = encode(*block)
             except Exception as error:
                 answer = error
             send(replies, answer)
@@ -228,7 +231,7 @@ class _Worker:
         try:
             self.process.stdin.write(self._unsent)
             self._unsent = b""
-            send(self.process.stdin, block.data)
+            send(self.process.stdin, (block.data, block.is_table))
             answer = receive(self.process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise WorkerDied(self._why_it_ended(block)) from error

@@ -13,7 +13,7 @@ class EncoderHere:
         self.encoder = Encoder(pickle.loads(settings))
 
     def encode(self, block: Block) -> Encoded:
-        return self.encoder(block.data)
+        return self.encoder(block.data, block.is_table)
 
     def close(self) -> None:
         pass

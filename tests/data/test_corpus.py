@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.data import corpus as corpus_module
+from megatron_infoentropy.data.blocks import Keys
 from megatron_infoentropy.data.corpus import DOCS, SOURCE, SPLITS, DomainSize, build_corpus
-from megatron_infoentropy.data.jsonl import read_jsonl
+from megatron_infoentropy.data.jsonl import read_documents
 
 MEGABYTES = 8.0  # less than the smallest Python has, more than its help topics
 
@@ -25,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sizes, Texts]:
 
 
 def texts_of(folder: Path, split: str) -> list[tuple[str, str]]:
-    records = read_jsonl(folder / f"{split}.jsonl.zst", domain_key="meta.pile_set_name")
+    records = read_documents(folder / f"{split}.jsonl.zst", Keys("text", "meta.pile_set_name"))
     return [(record.domain or "", record.text) for record in records]
 
 

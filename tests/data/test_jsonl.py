@@ -9,14 +9,14 @@ import zstandard
 from text_files import WriteLines, line
 
 from megatron_infoentropy.data import blocks
-from megatron_infoentropy.data.blocks import BrokenLineError, read_blocks
-from megatron_infoentropy.data.jsonl import Record, read_jsonl
+from megatron_infoentropy.data.blocks import BrokenLineError, Keys, read_blocks
+from megatron_infoentropy.data.jsonl import Record, read_documents
 
 KEY = "meta.pile_set_name"
 
 
 def read(path: Path, domain_key: str | None = KEY) -> list[Record]:
-    return list(read_jsonl(path, domain_key=domain_key))
+    return list(read_documents(path, Keys("text", domain_key)))
 
 
 def broken(path: Path) -> BrokenLineError:
@@ -138,7 +138,7 @@ def test_compressed_text_under_a_plain_name_is_an_error(write_lines: WriteLines)
 
 def test_other_kinds_of_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.xz").touch()
-    with pytest.raises(ValueError, match=r"must be a \.jsonl, .* or \.jsonl\.gz file, got .*xz"):
+    with pytest.raises(ValueError, match=r"must be a \.jsonl, .* or \.arrow file, got .*xz"):
         read(tmp_path / "a.jsonl.xz")
     with pytest.raises(ValueError, match="no such input file"):
         read(tmp_path / "missing.jsonl")

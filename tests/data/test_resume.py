@@ -94,10 +94,10 @@ def test_what_is_finished_is_not_read_again(
     assert saved["file"] == 1
     read: list[tuple[str, int]] = []
 
-    def noting(path: Path, *rest: Any) -> object:
+    def noting(path: Path, *rest: Any, **keys: Any) -> object:
         if rest:  # not the look whether the first block's documents name domains
             read.append((path.name, rest[1].line))
-        return read_blocks(path, *rest)
+        return read_blocks(path, *rest, **keys)
 
     monkeypatch.setattr(preprocess_module, "read_blocks", noting)
     preprocess(inputs, tokenizer_folder, out, workers=2, max_errors=1)

@@ -16,9 +16,9 @@ from megatron_infoentropy.convert.errors import (
 )
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.unpickle import load_object
-from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError
+from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError, Keys
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.jsonl import read_jsonl
+from megatron_infoentropy.data.jsonl import read_documents
 from megatron_infoentropy.launch.recipe import (
     RecipeError,
     load_plan,
@@ -33,7 +33,7 @@ def text(data: bytes, folder: Path) -> None:
         return
     path = folder / f"text{SUFFIXES[data[0] % len(SUFFIXES)]}"
     path.write_bytes(data[1:])
-    for record in read_jsonl(path, domain_key="meta.pile_set_name"):
+    for record in read_documents(path, Keys("text", "meta.pile_set_name")):
         assert record.text_bytes == len(record.text.encode())
         assert record.domain
 

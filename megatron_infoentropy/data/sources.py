@@ -1,0 +1,209 @@
+"""What `--input` names: files and patterns, folders of `datasets`, objects of a store, `-`.
+
+The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) and standard input
+are Paths too, as far as reading goes: they have a name, and are opened and looked at.
+"""
+
+import glob
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_REMEMBERED = 1 << 24  # bytes of standard input, which a look at the first documents takes
+_SPLIT = re.compile("(train|valid|validation|val|dev|test)([-_.].*)?")
+_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
+
+
+class InputStatus(NamedTuple):
+    """What is asked of `Path.stat` here."""
+
+    st_size: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+    st_dev: int
+    st_ino: int
+
+
+class RemoteFile(Path):
+    """A file that fsspec opens. Where its store tells no times, its content alone identifies it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._url = url
+
+    def __str__(self) -> str:
+        return self._url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFile, (self._url,)
+
+    def _store(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs  # it comes with transformers, and a while is not needed
+
+        store, path = url_to_fs(self._url)
+        return store, path
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Open it for reading bytes."""
+        store, path = self._store()
+        return store.open(path, "rb")
+
+    def stat(self, **_: Any) -> Any:
+        """Return its size and, as far as the store knows, when it was written."""
+        store, path = self._store()
+        store.invalidate_cache(path)
+        try:
+            written = int(store.modified(path).timestamp() * 1e9)
+        except (NotImplementedError, KeyError, AttributeError):
+            written = sys.maxsize
+        return InputStatus(store.size(path), written, written, -1, zlib.crc32(self._url.encode()))
+
+    def is_file(self, **_: Any) -> bool:
+        """Say whether there is such a file."""
+        store, path = self._store()
+        return bool(store.isfile(path))
+
+    def is_dir(self, **_: Any) -> bool:
+        """Say whether it is a folder, as far as the store has any."""
+        store, path = self._store()
+        return bool(store.isdir(path))
+
+    def resolve(self, strict: bool = False) -> "RemoteFile":
+        """Return the file itself: an address has no links."""
+        return self
+
+
+class StandardInput(Path):
+    """Lines of JSON on standard input: read once, apart from a look at the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__("-")
+        self._head = bytearray()
+        self._is_complete = True  # the head is all that was read
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Begin again, as long as no more was read than is remembered."""
+        if not self._is_complete:
+            raise ValueError(
+                f"the first line of standard input has more than {_REMEMBERED >> 20} MiB: write "
+                "it to a file, and name that"
+            )
+        return _Again(self)
+
+    def take(self, at: int, size: int) -> bytes:
+        """Return the next bytes from `at` on."""
+        if at < len(self._head):
+            return bytes(self._head[at : at + size])
+        piece = sys.stdin.buffer.read(size)
+        if at + len(piece) <= _REMEMBERED:
+            self._head += piece
+        elif piece:
+            self._is_complete = False
+        return piece
+
+    def stat(self, **_: Any) -> Any:
+        """Return nothing that is known: it has no size, and is never what it was."""
+        return InputStatus(0, 0, 0, -1, -1)
+
+    def is_file(self, **_: Any) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def is_dir(self, **_: Any) -> bool:
+        """Say that it is no folder."""
+        return False
+
+    def resolve(self, strict: bool = False) -> "StandardInput":
+        """Return standard input itself."""
+        return self
+
+
+class _Again(io.RawIOBase):
+    """Standard input from its beginning."""
+
+    def __init__(self, source: StandardInput) -> None:
+        self._source, self._at = source, 0
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._source.take(self._at, size)
+        self._at += len(piece)
+        return piece
+
+
+def find_inputs(given: Iterable[str]) -> list[Path]:
+    """Return the files that are named, in the order given; the matches of a pattern are sorted.
+
+    What is the name of a file is no pattern. A file that is not there is left to who opens it.
+
+    Raises:
+        ValueError: a folder or a store that can not be used, with what to do.
+    """
+    files: list[Path] = []
+    for name in given:
+        if name == "-":
+            files.append(StandardInput())
+        elif "://" in name:
+            files += _remote(name)
+        elif Path(name).is_dir():
+            files += _files_of(Path(name))
+        else:
+            names = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207 takes absolute
+            files += map(Path, names or [name])
+    return files
+
+
+def _remote(name: str) -> list[Path]:
+    try:
+        store, path = RemoteFile(name)._store()
+        names = sorted(store.glob(path)) if glob.has_magic(path) and not store.exists(path) else []
+        found: list[Path] = [RemoteFile(store.unstrip_protocol(each)) for each in names]
+    except ImportError as error:
+        raise ValueError(f"{name} needs another package: {error}") from error
+    except Exception as error:  # whatever the library behind it raises
+        raise ValueError(
+            f"{name} can not be read ({type(error).__name__}: {error}); look at the address, and "
+            "at what the store's fsspec package asks for (credentials, usually)"
+        ) from error
+    return found or [RemoteFile(name)]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return the files of a folder that `datasets` saved, or that holds Parquet files."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read(folder / "dataset_dict.json", "splits")
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(map(str, splits))}: name one, such as "
+            f"{folder / str(splits[0])}"
+        )
+    if (folder / "state.json").is_file():
+        return [
+            folder / str(file["filename"]) for file in _read(folder / "state.json", "_data_files")
+        ]
+    files = sorted(folder.rglob("*.parquet"))
+    splits = sorted({split for file in files for split in _splits_of(file.relative_to(folder))})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(splits)}: name the files of one, such as "
+            f"'{folder}/**/{splits[0]}*.parquet'"
+        )
+    return files or [folder]
+
+
+def _splits_of(file: Path) -> set[str]:
+    found = [match[1] for part in file.parts if (match := _SPLIT.fullmatch(part))]
+    return {_SPLITS.get(split, split) for split in found}
+
+
+def _read(path: Path, key: str) -> Any:
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of `datasets`: {error!r}; save it again") from error
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{path} lists nothing at {key}: save it again")
+    return listed

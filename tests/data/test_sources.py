@@ -1,0 +1,339 @@
+"""Parquet, folders of `datasets`, stores, standard input: they give the bytes of .jsonl files."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from encoder_here import EncoderHere
+from text_files import line, write
+from typer.testing import CliRunner, Result
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.data import blocks, journal, sources, workers
+from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
+from megatron_infoentropy.data.jsonl import rows_of
+from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.sources import find_inputs
+from megatron_infoentropy.data.verify import verify
+
+pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+pq = pytest.importorskip("pyarrow.parquet")
+
+DOCUMENTS = [(f"text {i} \u00e9 " * (i % 40), "AB"[i % 2]) for i in range(400)]
+LINES = [line(text, domain) for text, domain in DOCUMENTS]
+ROWS = [json.loads(each) for each in LINES]
+KEY = "meta.pile_set_name"
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, and the journal written after each."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The dataset of the same documents as lines."""
+    folder = tmp_path_factory.mktemp("lines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_Worker", EncoderHere)
+        return preprocess(
+            [write(folder / "a.jsonl", LINES)], tokenizer_folder, folder / "out", max_errors=1
+        )
+
+
+def assert_same_dataset(made: Manifest, expected: Manifest) -> None:
+    """All files are the same but the manifest, which names the inputs."""
+    assert made.domains == expected.domains
+    for path in expected.folder.iterdir():
+        if path.name != "manifest.json":
+            assert (made.folder / path.name).read_bytes() == path.read_bytes(), path.name
+    lines = sum(facts.lines for facts in made.inputs)
+    assert lines == sum(facts.documents for facts in made.inputs) == len(LINES)
+
+
+def parquet(path: Path, rows: Sequence[dict[str, Any]] = ROWS, **options: Any) -> Path:
+    table = pa.Table.from_pylist(list(rows))
+    pq.write_table(table, path, **{"row_group_size": 150} | options)
+    return path
+
+
+def stream(path: Path, rows: Sequence[dict[str, Any]] = ROWS, of: Any = None) -> Path:
+    table = pa.Table.from_pylist(list(rows))
+    with (of or pa.ipc.new_stream)(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=150)
+    return path
+
+
+def views(path: Path) -> Path:
+    """Columns of other kinds of strings, one of them of categories, in a file of Arrow's."""
+    table = pa.table(
+        {
+            "text": pa.array([text for text, _ in DOCUMENTS], pa.large_string()),
+            KEY: pa.array([domain for _, domain in DOCUMENTS]).dictionary_encode(),
+        }
+    )
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+def saved(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder, num_shards=3)
+    return folder
+
+
+def of_the_hub(folder: Path) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for part in range(2):
+        name = folder / "data" / f"train-0000{part}-of-00002.parquet"
+        parquet(name, ROWS[200 * part : 200 * part + 200])
+    return folder
+
+
+MAKERS = {
+    "a.parquet": parquet,
+    "zstd.parquet": lambda path: parquet(path, compression="zstd", use_dictionary=False),
+    "a.arrow": stream,
+    "file.arrow": lambda path: stream(path, of=pa.ipc.new_file),
+    "views.arrow": views,
+    "saved": saved,
+    "hub": of_the_hub,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_same_documents_give_the_same_bytes(
+    name: str, expected: Manifest, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Also in a run that goes on where it was stopped."""
+    files = find_inputs([str(MAKERS[name](tmp_path / name))])
+    made = preprocess(files, tokenizer_folder, tmp_path / "out", workers=2)
+    assert_same_dataset(made, expected)
+    assert verify(made.folder, inputs=files) == []
+    taken: list[int] = []
+    add = journal.JournalledRun.add
+
+    def stop(self: journal.JournalledRun, *block: Any) -> None:
+        taken.append(block[0].lines)
+        if len(taken) == 7:
+            raise KeyboardInterrupt
+        add(self, *block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.JournalledRun, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(files, tokenizer_folder, tmp_path / "again")
+        assert_same_dataset(preprocess(files, tokenizer_folder, tmp_path / "again"), expected)
+    assert 100 < sum(taken[7:]) < 390  # what was done before the stop was not done again
+
+
+def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
+    return [row for block in blocks if block.lines for row in rows_of(block.data, True)]
+
+
+@pytest.mark.parametrize("maker", [parquet, stream])
+def test_reading_goes_on_from_any_block(maker: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = maker(tmp_path / f"a.{'parquet' if maker is parquet else 'arrow'}")
+    whole = list(read_blocks(path, keys=Keys("text", KEY)))
+    assert len(whole) > 10
+    for first in (0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1):
+        steps: list[int] = []
+        rest = list(read_blocks(path, steps.append, whole[first].start, Keys("text", KEY)))
+        assert rows_of_all(rest) == rows_of_all(whole[first:])
+        assert rest[-1] == whole[-1]
+        assert sum(steps) == path.stat().st_size
+
+
+def test_bad_rows_are_counted_and_listed_by_their_number(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    texts = pa.array([None, b"a", b"\xff\xfe", "b \u4e2d".encode(), b"c"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 5, texts.buffers())
+    table = pa.table({"text": texts, "from": ["A", "A", "A", None, ""]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path)
+    options = DataOptions(split_by="from")
+    done = preprocess([path], tokenizer_folder, tmp_path / "out", options=options, max_errors=4)
+    assert (done.inputs[0].documents, done.inputs[0].rejected) == (1, 4)
+    assert done.domains["A"].rejected == 2
+    listed = (tmp_path / "out" / "rejected.tsv").read_text().splitlines()
+    assert [entry.split("\t")[1:] for entry in listed[:2]] == [
+        ["1", '"text" must be a string, got NoneType'],
+        ["3", 'not UTF-8 at byte 0 of "text"'],
+    ]
+    assert all("no domain: expected a non-empty string at from" in entry for entry in listed[2:])
+    with pytest.raises(BrokenLineError, match=r"a\.parquet:1: .*must be a string, got NoneType"):
+        preprocess([path], tokenizer_folder, tmp_path / "no", options=options)
+
+
+def damaged(path: Path, keep: slice = slice(None), at: int = 0, value: bytes = b"") -> Path:
+    raw = path.read_bytes()[keep]
+    path.write_bytes(raw[:at] + value + raw[at + len(value) :])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda p: parquet(p / "a.parquet", [{"body": "a"}]),
+            r"a\.parquet:1: no \"text\" column; ",
+        ),
+        (
+            lambda p: parquet(p / "a.parquet", [{"text": ["a"]}]),
+            'column "text" must hold strings, but is of type list<.*name another with --text-col',
+        ),
+        (lambda p: stream(p / "a.arrow", [{"text": 3}]), "must hold strings, but is of type int64"),
+        (lambda p: damaged(parquet(p / "a.parquet"), slice(-20)), "no Parquet file, or a damaged"),
+        (lambda p: damaged(parquet(p / "a.parquet"), slice(0)), "no Parquet file, or a damaged"),
+        (lambda p: damaged(parquet(p / "a.parquet"), at=30, value=b"\xff" * 99), "a damaged or"),
+        (lambda p: damaged(stream(p / "a.arrow"), slice(-8)), "does not end as a stream does"),
+        (lambda p: damaged(stream(p / "a.arrow"), slice(-900)), "no Arrow file, or a damaged"),
+        (
+            lambda p: damaged(stream(p / "a.arrow", of=pa.ipc.new_file), slice(-9)),
+            "no Arrow file, or a damaged",
+        ),
+        (lambda p: write(p / "a.parquet", LINES), "no Parquet file, or a damaged"),
+    ],
+)
+def test_a_file_without_texts_or_a_damaged_one_ends_the_run(
+    make: Callable[[Path], Path], message: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = make(tmp_path)
+    with pytest.raises(BrokenLineError, match=message):
+        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(tmp_path: Path) -> None:
+    """Of a file that was not written by Arrow: each of its numbers is wrong in turn."""
+    path = stream(tmp_path / "a.arrow", [{"text": f"text {i}"} for i in range(8)])
+    raw = path.read_bytes()
+    for at in range(0, len(raw), 4):
+        path.write_bytes(raw[:at] + b"\xf0\xff\xff\x7f" + raw[at + 4 :])
+        try:
+            rows = rows_of_all(read_blocks(path))
+        except BrokenLineError:
+            continue
+        assert all(row[0] is None or len(row[0]) < 1000 for row in rows)
+
+
+def command(*words: object, given: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], input=given)
+
+
+def test_columns_can_be_named_and_a_tokenizer_trained_on_them(tmp_path: Path) -> None:
+    rows = [{"content": f"words and words {i}", "lang": "AB"[i % 2]} for i in range(20)]
+    path = parquet(tmp_path / "a.parquet", rows)
+    words = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
+    assert "the columns are ['content', 'lang']" in str(command(*words).exception)
+    assert command(*words, "--text-column", "content").exit_code == 0
+    made = command(
+        *("preprocess", "--input", path, "--tokenizer", tmp_path / "bpe", "--output"),
+        *(tmp_path / "out", "--text-column", "content", "--domain-column", "lang"),
+    )
+    assert made.exit_code == 0, made.output
+    assert {path.name for path in (tmp_path / "out").glob("*.bin")} == {"a.bin", "b.bin"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["train", "test"]}'), "/train"),
+        (lambda p: (p / "state.json").write_text("{}"), "is no file of `datasets`"),
+        (
+            lambda p: [(p / f"{name}-0.parquet").touch() for name in ("train", "validation")],
+            r"holds the splits train, validation: .*'.*/\*\*/train\*\.parquet'",
+        ),
+    ],
+)
+def test_folders_of_which_no_one_dataset_can_be_made_are_refused(
+    make: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find_inputs([str(tmp_path)])
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/", recursive=True)
+
+
+def test_files_of_a_store_are_read_like_local_ones(
+    store: Any, expected: Manifest, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for name, part in (("1.jsonl.zst", LINES[:150]), ("2.jsonl", LINES[150:300])):
+        store.pipe(f"/bucket/{name}", write(tmp_path / name, part).read_bytes())
+    store.pipe("/bucket/3.parquet", parquet(tmp_path / "3.parquet", ROWS[300:]).read_bytes())
+    files = find_inputs(["memory://bucket/?.*"])
+    assert list(map(str, files)) == [
+        f"memory:///bucket/{name}" for name in ("1.jsonl.zst", "2.jsonl", "3.parquet")
+    ]
+    made = preprocess(files, tokenizer_folder, tmp_path / "out")
+    assert_same_dataset(made, expected)
+    assert verify(made.folder, inputs=files) == []
+    inode = (made.folder / "manifest.json").stat().st_ino
+    assert preprocess(files, tokenizer_folder, tmp_path / "out").inputs == made.inputs
+    assert (made.folder / "manifest.json").stat().st_ino == inode  # it is done
+    store.pipe("/bucket/2.jsonl", write(tmp_path / "2.jsonl", LINES[151:301]).read_bytes())
+    with pytest.raises(ValueError, match="is not empty"):
+        preprocess(files, tokenizer_folder, tmp_path / "out")
+    shard = preprocess(files, tokenizer_folder, tmp_path / "s", shard=(0, 2)).inputs[0]
+    assert shard.name == "1.jsonl.zst"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("memory://bucket/none.jsonl", "no such input file: memory://bucket/none.jsonl"),
+        ("nowhere://bucket/a.jsonl", "nowhere://bucket/a.jsonl can not be read .*nowhere"),
+        ("file://{}/a.txt", r"must be a \.jsonl, .*, got file://"),
+    ],
+)
+def test_addresses_that_lead_nowhere_are_named(
+    name: str, message: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").touch()
+    words = ("preprocess", "--input", name.format(tmp_path), "--tokenizer", tokenizer_folder)
+    refused = command(*words, "--output", tmp_path / "out").exception
+    assert isinstance(refused, ValueError)
+    assert re.search(message, str(refused)), refused
+
+
+def test_standard_input_is_read_once_and_neither_resumed_nor_sharded(
+    expected: Manifest, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("preprocess", "--input", "-", "--tokenizer", tokenizer_folder, "--output")
+    text = "".join(f"{each}\n" for each in LINES)
+    made = command(*words, tmp_path / "out", given=text)
+    assert made.exit_code == 0, made.output
+    assert "first documents" not in made.stderr  # they were looked at, and read all the same
+    made = load_manifest(tmp_path / "out")
+    assert_same_dataset(made, expected)
+    assert replace(made.inputs[0], name="a.jsonl", samples="") == replace(
+        expected.inputs[0], samples=""
+    )
+    again = command(*words, tmp_path / "out", given=text)
+    assert "is not empty" in str(again.exception)  # what it was made of cannot be looked at
+    broken = command(*words, tmp_path / "no", given=f"{text}no document\n")
+    assert str(broken.exception).startswith(f"-:{len(LINES) + 1}: not JSON")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # nothing to go on from
+    for more in (("--shard", "0/1"), ("--executor", "local", "--tasks", "1")):
+        refused = command(*words, tmp_path / "no", *more, given=text)
+        assert "standard input (-) can not be shared out" in str(refused.exception)
+    monkeypatch.setattr(sources, "_REMEMBERED", 1000)
+    refused = command(*words, tmp_path / "no", given=line("x" * 9000))
+    assert "the first line of standard input has more than" in str(refused.exception)
