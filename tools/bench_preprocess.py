@@ -1,6 +1,6 @@
 """Preprocessing beside its peers, in one run: whole-run time, steady rate, CPU time, and a model.
 
-    python tools/bench_preprocess.py TEXT.jsonl TOKENIZER_FOLDER [--repeats 3] [--output FILE.csv]
+    python tools/bench_preprocess.py TEXT.jsonl TOKENIZER [--repeats 3] [--only NAME ...]
 
 Every run is a process of its own, started cold, on the whole text and on its first half; providers
 take turns. Steady tokens/s is what the second half adds: it is free of start-up. Peers:
@@ -11,7 +11,7 @@ take turns. Steady tokens/s is what the second half adds: it is free of start-up
     pool       its pattern (Pool.imap over 32 lines, the parent writes) with the classes of the
                installed megatron-core: not its tool, which no package holds
 
-Each provider's files are compared with those of `hf x1`, byte by byte.
+Each provider's files are compared with those of the first, byte by byte.
 
 The model splits the CPU time of one run into what the reading process and what the workers take per
 megabyte: N workers need max(reader, workers / N).
@@ -83,6 +83,7 @@ def megatron_fast(checkout: Path) -> Callable[[Path, Path, Path], Command]:
 def providers() -> dict[str, Callable[[Path, Path, Path], Command]]:
     """What can be run here, by name."""
     found = {"hf x1": ours("hf", 1), "hf x2": ours("hf", 2), "pool x2": pool(2)}
+    found["auto x2"] = ours("auto", 2)
     if find_spec("gigatoken"):
         found |= {"gigatoken x1": ours("gigatoken", 1), "gigatoken x2": ours("gigatoken", 2)}
     if "MEGATRON_LM" in os.environ:
@@ -197,15 +198,16 @@ def remove(out: Path) -> None:
 
 
 def compare(
-    texts: dict[str, Path], tokenizer: Path, repeats: int, folder: Path
+    texts: dict[str, Path], tokenizer: Path, repeats: int, folder: Path, only: list[str]
 ) -> list[dict[str, Any]]:
     """One row a provider: medians over repeats in which all take turns."""
+    chosen = {name: make for name, make in providers().items() if not only or name in only}
     walls: dict[tuple[str, str], list[float]] = {}
     cpus: dict[tuple[str, str], list[float]] = {}
     tokens: dict[str, int] = {}
     hashes: dict[tuple[str, str], str] = {}
     for repeat in range(repeats):
-        for name, command in providers().items():
+        for name, command in chosen.items():
             for size, path in texts.items():
                 out = folder / f"{name.replace(' ', '-')}-{size}-{repeat}"
                 wall, cpu = measure(command(path, tokenizer, out))
@@ -214,7 +216,7 @@ def compare(
                 tokens[size], hashes[name, size] = written(out)
                 remove(out)
     rows = []
-    for name in providers():
+    for name in chosen:
         half, whole = (float(np.median(walls[name, size])) for size in texts)
         rows.append(
             {
@@ -222,7 +224,9 @@ def compare(
                 "whole_run_s": round(whole, 2),
                 "steady_tokens_per_s": steady_rate(tokens["whole"] - tokens["half"], whole - half),
                 "cpu_s": round(statistics.median(cpus[name, "whole"]), 2),
-                "same_bytes": all(hashes[name, size] == hashes["hf x1", size] for size in texts),
+                "same_bytes": all(
+                    hashes[name, size] == hashes[next(iter(chosen)), size] for size in texts
+                ),
             }
         )
     return rows
@@ -240,6 +244,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--pool", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="providers; default: all, and a model"
+    )
     parser.add_argument("--output", type=Path, help="CSV file to write")
     chosen = parser.parse_args()
     if chosen.pool:
@@ -247,10 +254,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         texts = {"half": first_half(chosen.text, Path(name)), "whole": chosen.text}
-        rows = compare(texts, chosen.tokenizer, chosen.repeats, Path(name))
+        rows = compare(texts, chosen.tokenizer, chosen.repeats, Path(name), chosen.only)
         for row in rows:
             sys.stdout.write(f"{row}\n")
         engines = ["hf"] + (["gigatoken"] if find_spec("gigatoken") else [])
+        engines = [] if chosen.only else engines
         models = {e: model(texts, chosen.tokenizer, e, Path(name)) for e in engines}
     for engine, found in models.items():
         sys.stdout.write(f"{engine}: { {key: round(value, 5) for key, value in found.items()} }\n")

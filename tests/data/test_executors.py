@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from golden import assert_same_files
@@ -93,6 +94,39 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     before = marks(tmp_path), output.stat().st_ctime_ns
     assert CliRunner().invoke(app, [*asked, *TASKS]).exit_code == 0
     assert (marks(tmp_path), output.stat().st_ctime_ns) == before
+
+
+@pytest.mark.slow
+def test_ray_writes_what_one_process_writes(
+    asked: tuple[str, ...],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A cluster of this machine, two tasks at a time; a failed one is done again, alone."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    own = TemporaryDirectory(prefix="ray")  # tmp_path is too long for its sockets
+    request.addfinalizer(own.cleanup)
+    monkeypatch.setenv("RAY_TMPDIR", own.name)
+    words = (*asked, "--executor", "ray", "--tasks", "2", "--executor-option", "workers=2")
+    words += ("--executor-option", "cpus_per_task=1")
+    blocked = tmp_path / "out.shards" / "shard-00001-of-00002"
+    blocked.parent.mkdir()
+    blocked.write_text("in the way")
+    failing = start(*words)
+    said = failing.communicate()[0]
+    assert failing.returncode == 1
+    assert re.search(r"tasks \[1\] failed: see .*/logs", said), said[-3000:]
+    done = marks(tmp_path)
+    assert list(done) == ["00000"]
+    blocked.unlink()
+    again = start(*words)
+    said = again.communicate()[0]
+    assert again.returncode == 0, said[-3000:]
+    assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
+    whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
+    assert_same_files(tmp_path / "out", whole.folder)
 
 
 SBATCH = """#!/bin/bash
