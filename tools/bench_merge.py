@@ -28,7 +28,8 @@ def make_part(folder: Path, number: int, tokens: int) -> Path:
     """Write one dataset of random ids in documents of one length."""
     folder.mkdir()
     writer = DatasetWriter(folder / "all", vocab_size=VOCAB, lengths=folder / "lengths")
-    ids = np.random.default_rng(number).integers(0, VOCAB, tokens - tokens % DOCUMENT)
+    size = tokens - tokens % DOCUMENT
+    ids = np.random.default_rng(number).integers(0, VOCAB, size, dtype=np.uint16)
     writer.add(ids, np.full(ids.size // DOCUMENT, DOCUMENT))
     facts = TokenizerFacts("", VOCAB, 0)
     options = DataOptions(split_by=None)

@@ -1,6 +1,7 @@
 """Parquet, folders of `datasets`, stores, standard input: they give the bytes of .jsonl files."""
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -285,6 +286,7 @@ def test_files_of_a_store_are_read_like_local_ones(
     made = preprocess(files, tokenizer_folder, tmp_path / "out")
     assert_same_dataset(made, expected)
     assert verify(made.folder, inputs=files) == []
+    assert pickle.loads(pickle.dumps(files)) == files  # as executors send them to other processes
     inode = (made.folder / "manifest.json").stat().st_ino
     assert preprocess(files, tokenizer_folder, tmp_path / "out").inputs == made.inputs
     assert (made.folder / "manifest.json").stat().st_ino == inode  # it is done
