@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import (
+    FixedLocator,
     FuncFormatter,
     LogLocator,
     MaxNLocator,
     NullLocator,
-    SymmetricalLogLocator,
 )
 from numpy.typing import NDArray
 
@@ -29,7 +29,7 @@ from megatron_infoentropy.evaluate.figure import (
     named,
     short,
 )
-from megatron_infoentropy.evaluate.wording import perplexity
+from megatron_infoentropy.evaluate.wording import MINUS, perplexity
 
 _ALL = "all tokens"
 _MAIN_KINDS = ("total", "bucket", "domain")
@@ -143,11 +143,18 @@ def differences_by(data: Data, kind: str) -> Figure | None:
 def _compress_outliers(axes: Axes, settings: list[list[Data]]) -> None:
     """Let the axis be logarithmic beyond what most settings need, if one needs far more."""
     reaches = [max(abs(row["difference"]) for row in rows) for rows in settings]
-    usual = float(np.median(reaches))
-    if 0 < _FAR * usual < max(reaches):
-        axes.set_yscale("symlog", linthresh=2 * usual)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=usual, subs=(1, 3)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.2g}"))
+    usual = float(f"{np.median(reaches):.1g}")
+    if not 0 < _FAR * usual < max(reaches):
+        return
+    axes.set_yscale("symlog", linthresh=2 * usual)
+    decades = [d * 10.0**k for k in range(-4, 4) for d in (1, 3)]
+    ticks = [0.0, usual, *(tick for tick in decades if tick > 2 * usual)]
+    axes.yaxis.set_major_locator(
+        FixedLocator(sorted({sign * t for t in ticks for sign in (1, -1)}))
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+    axes.set_ylabel(f"{axes.get_ylabel()[:-1]},\nlogarithmic beyond {2 * usual:g})")
 
 
 def _row_cells(

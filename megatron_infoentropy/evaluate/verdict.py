@@ -194,8 +194,12 @@ def _on_what(
         for reading, number in count.items()
         if number
     ]
-    more = [f"{group}: {text[0].lower()}{text[1:]}"
-            for group, rows in of_group.items() if (text := _parts(rows, sizes=False))]  # fmt: skip
+    alike: dict[str, list[str]] = {}
+    for group, rows in of_group.items():
+        alike.setdefault(_parts(rows, sizes=False), []).append(group)
+    more = [
+        f"{listed(names)}: {text[0].lower()}{text[1:]}" for text, names in alike.items() if text
+    ]
     return f"{listed(short)}.", " ".join(more)
 
 

@@ -133,6 +133,50 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
     assert "of 2 seeds and 250 documents" in sure["more"]
 
 
+@pytest.mark.parametrize(
+    ("shift", "helped", "where"),
+    [
+        (-0.3, "Yes.", "Better on less frequent tokens, rare tokens, hard tokens"),
+        (0.0, "No difference shown.", "No part shows a difference."),
+        (0.4, "No, it hurt.", "Worse on less frequent tokens, rare tokens, hard tokens"),
+    ],
+)
+def test_the_answers_say_whether_it_helped_and_on_what(tmp_path, shift, helped, where):
+    settings = (("cross_entropy", 0.0), ("infoentropy", shift))
+    data = data_of(*runs_of(tmp_path, settings))
+    answers = data["verdict"]["answers"]
+    assert answers[0]["short"] == helped
+    assert answers[1]["short"].startswith(where)
+    rows = {(row["kind"], row["name"]): row for row in data["comparisons"][0]["rows"]}
+    if shift:
+        size = abs(rows["total", "all tokens"]["difference"])
+        assert f"by {size:.4f} nats per token" in answers[0]["more"]
+        assert (
+            f"rare tokens by {abs(rows['bucket', 'low']['difference']):.4f}" in (answers[1]["more"])
+        )
+    assert "the second in at most 15" in answers[2]["more"], "buckets, difficulty, domains"
+    assert "likely below noise, and noise here is" in data["verdict"]["limits"][0]
+
+
+def runs_of(folder: Path, settings) -> list[Path]:
+    return [
+        write_run(folder / f"{name}-{seed}", objective=name, seed=seed, shift=shift)
+        for name, shift in settings
+        for seed in (1, 2, 3)
+    ]
+
+
+def test_settings_are_counted_and_one_far_off_does_not_hide_the_others(tmp_path):
+    settings = (("cross_entropy", 0.0), ("infoentropy", -0.3), ("focal", 0.0), ("dft", 4.0))
+    page, data = written(runs_of(tmp_path, settings), tmp_path)
+    helped, where, sure = data["verdict"]["answers"]
+    assert helped["short"] == "It depends: 1 of 3 helped, 1 hurt."
+    assert "Over all held-out text nothing tells focal" in helped["more"]
+    assert where["short"] == "1 of 3 settings gain somewhere and 1 of 3 settings lose somewhere."
+    assert re.match(r"True differences of 0\.\d{4} to 0\.\d{4} nats per token, by", sure["short"])
+    assert "logarithmic beyond" in figures_of(page)[0]
+
+
 def test_weights_have_mean_one_over_the_tokens(four):
     weights = four[1]["weights"]
     histogram = weights["histogram"]
