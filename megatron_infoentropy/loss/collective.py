@@ -128,23 +128,6 @@ def world_and_rank(group: Group | None) -> tuple[int, int]:
     return (1, 0) if group is None else (group.size(), group.rank())
 
 
-def join_shards(
-    statistics_RN: torch.Tensor,
-    group: Group | None,
-    collective: Collective,
-    columns: Sequence[int],
-    options: Options,
-) -> RowStatistics:
-    """The whole rows' statistics from this rank's shard.
-
-    "gather" is one all-gather of 16 bytes a token (4 more with each option), folded in rank order:
-    an all-reduce whose order we own, so that all ranks get the same bits whatever the library
-    underneath does. "all_reduce" is a MAX of 4 bytes and a packed SUM of 16, without that promise,
-    for groups where it is faster. columns: how many take part, of every rank's shard.
-    """
-    return start_join(statistics_RN, group, collective, columns, options)()
-
-
 def start_join(
     statistics_RN: torch.Tensor,
     group: Group | None,
@@ -152,9 +135,13 @@ def start_join(
     columns: Sequence[int],
     options: Options,
 ) -> Callable[[], RowStatistics]:
-    """`join_shards` in two halves: what is called between them hides the time of the gather.
+    """Begin to join the shards; return what waits for the whole rows' statistics.
 
-    "all_reduce" is two collectives that wait for each other and happens in the second half.
+    "gather" is one all-gather of 16 bytes a token (4 more with each option), folded in rank order:
+    an all-reduce whose order we own, so that all ranks get the same bits whatever the library
+    underneath does. "all_reduce" is a MAX of 4 bytes and a packed SUM of 16, without that promise,
+    for groups where it is faster; both wait for each other, so they happen in the second half.
+    columns: how many take part, of every rank's shard.
     """
     world, rank = world_and_rank(group)
     if world == 1:

@@ -28,7 +28,7 @@ from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss import layout, linear_chunks
-from megatron_infoentropy.loss.collective import Group, join_shards, world_and_rank
+from megatron_infoentropy.loss.collective import Group, start_join, world_and_rank
 from megatron_infoentropy.loss.layout import Settings, StatisticsArguments
 from megatron_infoentropy.loss.linear_chunks import LinearGradients, TakenTokens
 from megatron_infoentropy.loss.linear_objective import LinearSums, Tokens
@@ -129,7 +129,7 @@ class LinearStatistics(torch.autograd.Function):
                 cut.take(inverse_temperature_N, rows),
             )
             cut.put(statistics_RN, rows, part_RC)
-        row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
+        row = start_join(statistics_RN, settings.group, settings.collective, columns, options)()
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(hidden_LH, weight_VH, target_N, inverse_temperature_N, *saved)
         ctx.settings, ctx.main_grad = (

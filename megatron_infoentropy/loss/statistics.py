@@ -23,7 +23,7 @@ from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Options, statistics_dtype
 from megatron_infoentropy.loss import layout
-from megatron_infoentropy.loss.collective import Group, RowStatistics, join_shards
+from megatron_infoentropy.loss.collective import Group, RowStatistics, start_join
 from megatron_infoentropy.loss.layout import Settings, StatisticsArguments
 
 
@@ -241,7 +241,7 @@ class _Statistics(torch.autograd.Function):
         statistics_RN = ops.shard_statistics(
             settings.kernels, logits_NV, target_N, shard, options, inverse_temperature_N
         )
-        row = join_shards(statistics_RN, settings.group, settings.collective, columns, options)
+        row = start_join(statistics_RN, settings.group, settings.collective, columns, options)()
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(logits_NV, target_N, inverse_temperature_N, *saved)
         ctx.settings, ctx.overwritten = settings, False
