@@ -74,7 +74,7 @@ while [ "${#pids[@]}" -gt 0 ]; do
       code=$status stopping=1
       echo "node $node (${hosts[$node]}) ended with exit code $status; the others are stopped" >&2
     fi
-    [ "$status" -ne 255 ] || echo "the ssh connection to node $node (${hosts[$node]}) broke" >&2
+    [ "$status" -lt 128 ] || echo "the ssh connection to node $node (${hosts[$node]}) broke" >&2
     find_again "$node"
   done
 done

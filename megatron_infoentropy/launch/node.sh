@@ -93,4 +93,6 @@ while kill -0 "$launcher" 2> /dev/null; do
   sleep 1 > /dev/null 2>&1 9>&- & # in the background: a signal ends the wait
   wait $! || true
 done
-wait "$launcher" # its exit code
+code=0
+wait "$launcher" || code=$?
+exit $((code < 128 ? code : 1)) # hosts.sh takes more for the end of ssh itself
