@@ -110,7 +110,9 @@ def _options(kind: str, make: Any, given: Sequence[str], workers: int) -> dict[s
         names = ", ".join(sorted(signature(make).parameters.keys() - ours.keys()))
         raise ValueError(f"--executor {kind}: {error}; --executor-option has {names}") from error
     if kind == "slurm":  # a minute before its time limit a task requeues itself
-        chosen["sbatch_args"] = {"signal": "USR1@60"} | chosen.get("sbatch_args", {})
+        # What depends on a task that has failed would stay queued for ever.
+        ours_too = {"signal": "USR1@60", "kill-on-invalid-dep": "yes"}
+        chosen["sbatch_args"] = ours_too | chosen.get("sbatch_args", {})
         if not chosen.keys() & {"env_command", "condaenv", "venv_path"}:
             chosen["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
     return chosen
