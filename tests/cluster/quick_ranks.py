@@ -1,9 +1,10 @@
 """A python for torchrun's ranks that need not import Megatron: forks of a server that has.
 
 torchrun starts a rank as `$PYTHON_EXEC -u -m MODULE FLAGS`. Here that is a small program (`client`)
-which has the server fork: the fork takes over its environment, folder, output, network namespace
-and signals, and runs the module as __main__. The client passes signals on and ends as the fork
-does; if it is killed, so is the fork. Everything else (torchrun, rendezvous, scripts) is real.
+which has the server fork: the fork takes over its environment, folder, output, namespaces (the
+machine it runs on) and signals, and runs the module as __main__. The client passes signals on and
+ends as the fork does; if it is killed, so is the fork. Everything else (torchrun, rendezvous,
+scripts) is real.
 
     quick_ranks.py serve SOCKET               the server
     quick_ranks.py MODULE...                  the client, by way of QUICK_RANKS=SOCKET
@@ -17,6 +18,13 @@ import socket
 import sys
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The numbers of processes first, by who forks; a process may change its others itself.
+SPACES = {
+    "pid": os.CLONE_NEWPID,
+    "net": os.CLONE_NEWNET,
+    "uts": os.CLONE_NEWUTS,
+    "mnt": os.CLONE_NEWNS,
+}
 
 
 def client() -> None:
@@ -26,10 +34,10 @@ def client() -> None:
     module = sys.argv[sys.argv.index("-m") + 1 :]
     folder = os.getcwd()  # noqa: PTH109
     order = {"argv": module, "env": dict(os.environ), "cwd": folder, "ignored": ignored}
-    with open("/proc/self/ns/net", "rb") as network:  # noqa: PTH123
-        text = json.dumps(order).encode()
-        socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2, network.fileno()])
-        connection.sendall(text)
+    spaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in SPACES]
+    text = json.dumps(order).encode()
+    socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2, *spaces])
+    connection.sendall(text)
     rank = int(connection.recv(16))
 
     def forward(number: int, frame: object) -> None:
@@ -65,17 +73,21 @@ def serve(path: str) -> None:
 
 def nanny(connection: socket.socket) -> None:
     """Fork the rank and watch it: its end ends the client, the client's end kills it."""
-    size, descriptors, _, _ = socket.recv_fds(connection, 8, 4)
+    size, descriptors, _, _ = socket.recv_fds(connection, 8, 3 + len(SPACES))
     wanted = int.from_bytes(size, "big")
     text = b""
     while len(text) < wanted:
         text += connection.recv(wanted - len(text))
     order = json.loads(text)
+    numbers, *others = descriptors[3:]
+    enter("pid", numbers)
     rank = os.fork()
     if rank == 0:
         connection.close()
-        become_rank(order, descriptors)
-    connection.sendall(str(rank).encode().ljust(16))
+        become_rank(order, descriptors[:3], others)
+    with open(f"/proc/{rank}/status") as status:  # noqa: PTH123
+        there = next(line.split()[-1] for line in status if line.startswith("NSpid"))
+    connection.sendall(there.encode().ljust(16))
     end = os.pidfd_open(rank)
     ready, _, _ = select.select([connection, end], [], [])
     if end not in ready:  # torchrun has killed the client
@@ -85,15 +97,22 @@ def nanny(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def become_rank(order: dict, descriptors: list[int]) -> None:
+def enter(name: str, space: int) -> None:
+    """Enter a namespace, for which it takes root unless it is this process's own."""
+    if not os.path.sameopenfile(space, own := os.open(f"/proc/self/ns/{name}", os.O_RDONLY)):
+        os.setns(space, SPACES[name])
+    os.close(own)
+
+
+def become_rank(order: dict, standard: list[int], spaces: list[int]) -> None:
     import runpy
     import traceback
 
     os.setsid()
-    *standard, network = descriptors
     for number, descriptor in enumerate(standard):
         os.dup2(descriptor, number)
-    os.setns(network, os.CLONE_NEWNET)
+    for name, space in zip(list(SPACES)[1:], spaces, strict=True):
+        enter(name, space)
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])

@@ -1,140 +1,208 @@
-"""What job.slurm does when Slurm signals it, preempts it or gives it too little time."""
+"""What becomes of a Slurm job that is signalled, cancelled, preempted, or loses a node.
+
+Slurm and the scripts are real, what trains is a program of a few lines (`light_run`).
+"""
 
 import os
 import signal
 import subprocess
-import sys
-import time
-from datetime import datetime, timedelta
+from pathlib import Path
 
-import fake_slurm
 import pytest
-from process_tree import send_to_all
+from cluster_runs import Job, wait_until
+from light_run import LightRun
+from machines import NODES
 
 from megatron_infoentropy.launch.cluster import Cluster
-from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import Plan, job_script
 
-FLAGS = tuple(written_flags({}, {}))
-# Saves when it is asked to, as far as it is said to have trained; or ends when it is told to.
-NODE = """
-save() {{
-  [ {step} -eq 0 ] || echo {step} > {run}/checkpoints/latest_checkpointed_iteration.txt
-  echo "exiting program after receiving SIGTERM"
-  exit 0
-}}
-trap save USR1 TERM
-touch {run}/started
-until [ -e {run}/end ]; do sleep 0.1; done
-exit 3
-"""
+STOPPED = "== stopped after saving a checkpoint; the next job goes on from there"
+
+
+@pytest.fixture(scope="session")
+def quick_ranks():
+    """No ranks here are Megatron's."""
+    return {}
 
 
 @pytest.fixture
-def job(tmp_path):
-    """Starts job.slurm of a run at step 4: (process, its run folder)."""
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
-    fake_slurm.install(tmp_path, quick=True)
-    cluster = Cluster(1, 0, 1, slurm=(), save_s=100, max_requeues=2, python=sys.executable)
-    flags = (*FLAGS, "--save", str(run / "checkpoints"))
-    (run / "job.slurm").write_text(job_script(Plan(run, flags, cluster, "a test")))
+def new(slurm, tmp_path):
+    """Makes run folders, of one node and of a training that saves at step 7."""
 
-    def start(step=7, remaining_s=None, wait=True, answers=True, restart=0, **says):
-        (run / "node.sh").write_text(NODE.format(run=run, step=step))
-        end = "Unknown"
-        if remaining_s is not None:
-            end = f"{datetime.now() + timedelta(seconds=remaining_s):%Y-%m-%dT%H:%M:%S}"
-        says = {"EndTime": end, "PreemptTime": "None", **says}
-        if answers:
-            (tmp_path / "job").write_text(" ".join(f"{name}={what}" for name, what in says.items()))
-        environment = {"SLURM_JOB_ID": "47", "SLURM_JOB_NODELIST": "localhost"}
-        environment["SLURM_RESTART_COUNT"] = str(restart)
-        with (run / "train.log").open("a") as log:
-            process = subprocess.Popen(
-                ["bash", run / "job.slurm"],
-                env={**os.environ, **environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-                stdout=log,
-                stderr=log,
-            )
-        if wait:
-            wait_for(run / "started")
-            wait_for(tmp_path / "task")
-        return process, run
+    def make(*options: str, nodes: int = 1, step: int = 7, **settings) -> LightRun:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return LightRun(folder, Cluster(nodes, slurm=options, save_s=100, **settings), step)
 
-    return start
+    yield make
+    subprocess.run(["scancel", "--user=root", "--signal=KILL"])
+    subprocess.run(["scancel", "--user=root"])
 
 
-def wait_for(path):
-    deadline = time.monotonic() + 300
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+def submit(run: LightRun, *, waits: bool = True) -> Job:
+    job = Job(subprocess.run(run.command, capture_output=True, text=True, check=True).stdout)
+    if waits:
+        run.until_started()
+    return job
 
 
-def scontrol_words(run):
-    words = run.parent / "scontrol.words"
-    return words.read_text() if words.exists() else ""
+def last_words(run: LightRun) -> str:
+    return run.log.read_text().rstrip().rpartition("\n")[2]
 
 
-def test_at_the_time_limit_it_is_requeued_if_a_step_was_saved_though_scontrol_show_fails(job):
-    process, run = job(answers=False)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=300) == 0
-    assert scontrol_words(run) == "requeue 47\n"
+def test_usr1_to_its_steps_saves_and_ends_it(new):
+    run = new(nodes=2)
+    job = submit(run)
+    assert run.started == ["node 0 of 2 CPUs", "node 1 of 2 CPUs"]  # bound to none of them
+    job.cancel("--signal=USR1")
+    job.until(run.log, "COMPLETED")
+    assert run.saved == 7
+    assert last_words(run) == STOPPED
 
 
-def test_at_the_time_limit_it_is_not_requeued_for_nothing(job):
-    process, run = job(step=0)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=300) == 1
-    assert scontrol_words(run) == ""
-    assert (
-        "== not requeued: up to the time limit no step was saved" in (run / "train.log").read_text()
-    )
+def test_scancel_saves_first(new):
+    run = new(nodes=2)
+    job = submit(run)
+    job.cancel()
+    job.until(run.log, "CANCELLED")
+    wait_until(lambda: last_words(run) == STOPPED, run.log)
+    assert run.saved == 7
 
 
-@pytest.mark.parametrize(("remaining_s", "trains"), [(60, False), (3600, True)])
-def test_a_time_limit_in_which_it_could_not_train_is_refused(job, remaining_s, trains):
-    process, run = job(remaining_s=remaining_s, wait=trains)
-    if trains:
-        (run / "end").touch()
-    assert process.wait(timeout=300) == (3 if trains else 1)
-    assert (run / "started").exists() == trains
-    assert ("the time limit is too short to train" in (run / "train.log").read_text()) != trains
+def test_usr1_to_its_script_saves_and_requeues_it_as_the_time_limit_does(new):
+    run = new()
+    job = submit(run)
+    second = submit(run, waits=False)
+    job.cancel("--batch", "--signal=USR1")
+    job.until(run.log, "PENDING", restarts=1)
+    assert run.saved == 7
+    assert "before the time limit, or preempted: saving" in run.log.read_text()
+    assert second.Reason == "Dependency"  # of one run folder, one at a time
+    job.start_now()
+    run.until_started(2)
+    job.cancel()
+    job.until(run.log, "CANCELLED", restarts=1)
+    run.until_started(3)
+    assert second.JobState == "RUNNING"
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_preempted_it_is_requeued_though_nobody_signalled_it(job, step):
-    """With a grace time Slurm tells the ranks alone, and calls the job ended when they are."""
-    process, run = job(step, PreemptTime="2026-11-29T00:29:37")
-    send_to_all(int((run.parent / "task").read_text()), signal.SIGTERM)
-    assert process.wait(timeout=300) == 0
-    assert scontrol_words(run) == "requeue 47\n"
+def test_a_time_limit_up_to_which_no_step_is_saved_does_not_requeue_it(new):
+    run = new(step=0)
+    job = submit(run)
+    job.cancel("--batch", "--signal=USR1")
+    job.until(run.log, "FAILED")
+    assert "== not requeued: up to the time limit no step was saved" in run.log.read_text()
+
+
+def test_a_time_limit_in_which_it_could_not_train_is_refused(new):
+    """Slurm's own signal would come at once."""
+    run = new("--time=2")
+    job = submit(run, waits=False)
+    job.until(run.log, "FAILED")
+    assert not run.started
+    assert "the time limit is too short to train" in run.log.read_text()
+
+
+def test_what_ends_by_itself_is_not_requeued(new):
+    run = new("--time=60")
+    job = submit(run)
+    (run.folder / "end").touch()
+    job.until(run.log, "FAILED")
+    assert job.ExitCode == "3:0"
+
+
+@pytest.fixture
+def user_signal(slurm, request):
+    """Slurm gives notice of a preemption by the job's own signal, or, as by default, does not."""
+    if request.param:
+        slurm.reconfigure(SlurmctldParameters="preempt_send_user_signal")
+    yield request.param
+    slurm.reconfigure()
+
+
+@pytest.mark.parametrize(
+    ("partition", "user_signal", "step"),
+    [("hard", False, 7), ("low", False, 0), ("low", True, 7)],
+    ids=["at once", "with grace, before a step", "with the signal it asked for"],
+    indirect=["user_signal"],
+)
+def test_preempted_it_saves_and_is_requeued(new, partition, user_signal, step):
+    run = new(f"--partition={partition}", nodes=2, step=step)
+    job = submit(run)
+    other = Job(_sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 600"))
+    job.until(run.log, "PENDING", restarts=1)
+    wait_until(lambda: other.JobState == "RUNNING", run.log, said=other.text)
+    assert run.saved == (step or 4)
+    other.cancel()
+    job.start_now()
+    run.until_started(2)
+    job.cancel()
+    job.until(run.log, "CANCELLED", restarts=1)
+
+
+def _sbatch(*words):
+    words = ("sbatch", "--output=/dev/null", *words)
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("why", ["time limit", "preempted"])
-def test_after_as_many_restarts_as_are_allowed_it_saves_and_ends(job, why):
-    preempted = "2026-11-29T00:29:37" if why == "preempted" else "None"
-    process, run = job(restart=2, PreemptTime=preempted)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=300) == 1
-    assert scontrol_words(run) == ""
-    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "7\n"
-    said = "== not requeued: this was restart 2, --max-requeues is 2; sbatch"
-    assert said in (run / "train.log").read_text()
+def test_after_as_many_restarts_as_are_allowed_it_saves_and_ends(new, why):
+    run = new(max_requeues=1)
+    job = submit(run)
+    job.cancel("--batch", "--signal=USR1")
+    job.until(run.log, "PENDING", restarts=1)
+    run.tracker.write_text("5")  # the next start saves step 7 too
+    job.start_now()
+    run.until_started(2)
+    if why == "preempted":
+        Job(_sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 600"))
+    else:
+        job.cancel("--batch", "--signal=USR1")
+    said = "== not requeued: this was restart 1, --max-requeues is 1; sbatch"
+    wait_until(lambda: said in run.log.read_text(), run.log, said=job.text)
+    wait_until(lambda: job.JobState not in ("RUNNING", "COMPLETING"), run.log, said=job.text)
+    assert job.JobState in ("FAILED", "PREEMPTED")
+    assert run.saved == 7
 
 
-def test_a_restart_that_slurm_itself_made_beyond_those_allowed_starts_nothing(job):
-    process, run = job(restart=3, wait=False)
-    assert process.wait(timeout=300) == 1
-    assert not (run / "started").exists()
-    said = "== not started: this is restart 3, --max-requeues is 2; sbatch"
-    assert said in (run / "train.log").read_text()
+def test_a_restart_that_slurm_itself_made_beyond_those_allowed_starts_nothing(new):
+    run = new(max_requeues=0)
+    job = submit(run)
+    subprocess.run(["scontrol", "requeue", job.number], check=True)
+    job.until(run.log, "PENDING", restarts=1)
+    job.start_now()
+    job.until(run.log, "FAILED", restarts=1)
+    assert len(run.started) == 1
+    assert "== not started: this is restart 1, --max-requeues is 0; sbatch" in run.log.read_text()
 
 
-def test_what_ended_by_itself_is_not_requeued(job):
-    process, run = job()
-    (run / "end").touch()
-    assert process.wait(timeout=300) == 3
-    assert scontrol_words(run) == ""
+@pytest.mark.slow  # scontrol itself waits
+def test_a_controller_that_does_not_answer_ends_no_job(new, slurm):
+    run = new()
+    job = submit(run)
+    slurm.stop_controller()
+    _signal_script(slurm)
+    wait_until(lambda: "controller does not answer" in run.log.read_text(), run.log)
+    assert run.saved == 7
+    slurm.start_controller()
+    slurm.wait_for_nodes()
+    job.until(run.log, "PENDING", restarts=1)
+
+
+def _signal_script(slurm):
+    for pid in [pid for node in slurm.nodes.values() for pid in node.processes()]:
+        if b"slurm_script" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGUSR1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", NODES)
+def test_a_node_that_dies_has_it_requeued(new, slurm, victim):
+    run = new(nodes=2)
+    job = submit(run)
+    node = slurm.nodes[victim]
+    node.power_off()
+    job.until(run.log, "PENDING", restarts=1)
+    node.power_on()
+    slurm.start_slurmd(victim)
+    slurm.wait_for_nodes()
+    job.start_now()
+    run.until_started(2)

@@ -1,0 +1,126 @@
+"""Job arrays under a real Slurm: of preprocessing, and of a study."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster_runs import Job, text_of, wait_until
+from typer.testing import CliRunner
+
+from megatron_infoentropy.cli import app
+from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.study.plan import load_study
+from megatron_infoentropy.study.states import find_states, write_script
+
+STUDY = """
+recipe: {recipe}
+flags: {{num-layers: 2, hidden-size: 32, ffn-hidden-size: 64, seq-length: 32,
+  max-position-embeddings: 32, micro-batch-size: 4, global-batch-size: 8, train-iters: 6,
+  lr-warmup-iters: 2, eval-iters: 1}}
+grid: [{{objective: cross_entropy}}, {{objective: infoentropy, gamma: 2}}]
+data: {{tokens: {tokens}/data, tokenizer: {tokens}/tokenizer}}
+evaluate: {{max-tokens: 2000}}
+"""
+
+
+@pytest.fixture(scope="session")
+def quick_ranks():
+    """No ranks here are Megatron's."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def with_commands(slurm, monkeypatch):
+    """The commands of this environment are on PATH, as where a user submits."""
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{Path(sys.executable).parent}")
+
+
+def test_tasks_of_preprocess_write_what_one_process_writes(slurm, tokens, tmp_path):
+    pytest.importorskip("datatrove", reason="the extra cluster is not installed")
+    lines = (tokens / "text.jsonl").read_text().splitlines(keepends=True)
+    inputs = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, path in enumerate(inputs):
+        path.write_text("".join(lines[number::2]))
+    output = tmp_path / "out"
+    words = ["preprocess", "--input", f"{tmp_path}/*.jsonl", "--tokenizer", tokens / "tokenizer"]
+    words += ["--output", output, "--executor", "slurm", "--tasks", "2", "--workers", "1"]
+    lacking = CliRunner().invoke(app, list(map(str, words)))
+    assert "missing a required argument: 'time'" in str(lacking.exception)
+    for option in ("time=1:00:00", "partition=low", "qos=", 'sbatch_args={"comment": "ours"}'):
+        words += ["--executor-option", option]
+    refused = [*words, "--executor-option", "partition=none"]
+    assert "sbatch refused a job" in str(CliRunner().invoke(app, list(map(str, refused))).exception)
+    (output.with_name("out.shards") / "shard-00001-of-00002").write_text("in the way")
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.exception
+    assert "queued" in done.stdout
+    logs = output.with_name("out.shards")
+    wait_until(lambda: not _queue(), Path(os.devnull), said=_queue)
+    assert not output.exists()  # a shard has failed, so that nothing was merged
+    (logs / "shard-00001-of-00002").unlink()
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    wait_until(lambda: not _queue(), Path(os.devnull), said=_queue)
+    whole = preprocess(inputs, tokens / "tokenizer", tmp_path / "whole").folder
+    made = {
+        path.name: path.read_bytes() for path in output.iterdir() if path.suffix in (".bin", ".idx")
+    }
+    assert made == {name: (whole / name).read_bytes() for name in made}
+    assert made
+    _array, *_ = logs.glob("tasks-*/shards/launch_script.slurm")
+    assert "#SBATCH --signal=USR1@60\n" in _array.read_text()
+    assert "#SBATCH --comment=ours\n" in _array.read_text()
+
+
+def _queue():
+    return subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout
+
+
+def submitted(script: Path) -> Job:
+    """Submit the three parts of a study as its script says; the last one."""
+    text = script.read_text().replace("#SBATCH --gpus-per-task=1\n", "")
+    script.write_text(text.replace("--cpus-per-task=8", "--cpus-per-task=1"))
+    lines = [line[4:] for line in text.splitlines() if re.match(r"#   (data=|runs=|sbatch )", line)]
+    assert len(lines) == 3
+    said = subprocess.run(["bash", "-ec", "\n".join(lines)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return Job(said.stdout)
+
+
+@pytest.fixture
+def study(tokens, tmp_path, pytestconfig):
+    folder = tmp_path / "my studies"
+    folder.mkdir()
+    recipe = pytestconfig.rootpath / "examples/tiny.yaml"
+    (folder / "study.yaml").write_text(STUDY.format(recipe=recipe, tokens=tokens))
+    return load_study(folder / "study.yaml")
+
+
+def test_a_study_makes_its_data_first_and_its_report_last_even_if_a_run_fails(
+    study, tmp_path, monkeypatch
+):
+    parts = tmp_path / "parts"
+    command = tmp_path / "bin/infoentropy"
+    command.parent.mkdir()
+    failed = study.members[0].name
+    command.write_text(f'#!/bin/sh\necho "$6" >> "{parts}"\nexpr "$6" != "{failed}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    output = study.path.parent / "out"
+    last = submitted(write_script(study, output, jobs=2))
+    wait_until(lambda: last.JobState == "COMPLETED", parts, said=last.text)
+    first, *runs, report = text_of(parts).split()
+    assert (first, report) == ("data", "report")
+    assert sorted(runs) == sorted(member.name for member in study.members)
+    assert len(list((output / "logs").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_a_study_trains_scores_and_compares_as_an_array(study):
+    output = study.path.parent / "out"
+    last = submitted(write_script(study, output, jobs=2))
+    wait_until(lambda: last.JobState == "COMPLETED", Path(os.devnull), said=last.text)
+    assert all(state.is_done for state in find_states(study, output))
+    assert (output / "report.html").is_file()

@@ -1,0 +1,120 @@
+"""Hosts that are reached by a real ssh: not reached at all, cut off, stopped.
+
+What trains there is a program of a few lines (`light_run`).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cluster_runs import PATIENCE_S, kill_connection, text_of, wait_until
+from light_run import LightRun
+
+from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
+from megatron_infoentropy.launch.failures import explain
+
+
+@pytest.fixture(scope="session")
+def quick_ranks():
+    """No ranks here are Megatron's."""
+    return {}
+
+
+def on(hosts: str, **settings) -> Cluster:
+    named = parse_hosts(hosts)
+    return Cluster(len(named), hosts=named, **settings)
+
+
+def started(run: LightRun, *words: str) -> subprocess.Popen[str]:
+    """hosts.sh in a session of its own."""
+    return subprocess.Popen(
+        [*run.command, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Who starts the tests in the background of a script has SIGINT ignored, for bash for ever.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+SILENT = """
+import socket, time
+listener = socket.create_server(("", 2224))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("answer_s", [10, pytest.param(60, marks=pytest.mark.slow)])
+def test_hosts_that_cannot_take_part_are_named_before_anything_starts(machines, tmp_path, answer_s):
+    run = LightRun(tmp_path / "run", on("n1,wrong-key,n2:2223,n2:2224,second,nowhere"))
+    script = run.folder / "hosts.sh"
+    assert "answer_s=60" in script.read_text()
+    script.write_text(script.read_text().replace("answer_s=60", f"answer_s={answer_s}"))
+    silent = machines.nodes["n2"].start(sys.executable, "-c", SILENT)
+    machines.nodes["n2"].check("mount", "-t", "tmpfs", "tmpfs", run.folder)
+    training = started(run)
+    said, _ = training.communicate(timeout=PATIENCE_S)
+    machines.nodes["n2"].check("umount", run.folder)
+    silent.kill()
+    assert training.returncode == 1
+    failed = "ssh failed (exit code 255), its own words stand above"
+    for host, why, words in (
+        ("wrong-key", failed, "Permission denied (publickey)"),
+        ("ssh://n2:2223", failed, "port 2223: Connection refused"),
+        ("ssh://n2:2224", f"no answer to ssh in {answer_s} s", ""),
+        ("second", f"there is no {run.folder}/node.sh, or no right to read it", ""),
+        ("nowhere", failed, "Could not resolve hostname nowhere"),
+    ):
+        assert f"host {host} cannot take part: {why}\n" in said
+        assert words in said
+    assert "host n1 " not in said
+    assert not run.started
+    assert explain(said).startswith("a host of --hosts is not reached, or lacks the run folder")
+
+
+def test_ctrl_c_while_ssh_connects_stops_it_once_the_node_can_save(machines, tmp_path):
+    attempts = tmp_path / "attempts"
+    slow = f'Match originalhost slow exec "echo >> {attempts}; sleep 1"\n HostName n1\n'
+    config = machines.base / "home/.ssh/config"
+    config.write_text(slow + config.read_text())
+    run = LightRun(tmp_path / "run", on("slow"))
+    training = started(run)
+    wait_until(lambda: text_of(attempts).count("\n") == 2, run.log)  # the first asked for node.sh
+    for _ in range(2):  # the second is impatience
+        os.killpg(training.pid, signal.SIGINT)
+    said, _ = training.communicate(timeout=PATIENCE_S)
+    assert (training.returncode == 0) == (run.saved == 7), said
+    assert run.started == [] or run.has_saved(0), said
+
+
+@pytest.mark.parametrize("side", ["client", "server", "all clients"])
+def test_a_connection_that_breaks_has_every_host_save(machines, tmp_path, side):
+    run = LightRun(tmp_path / "run", on("n1,n2"))
+    training = started(run)
+    run.until_started()
+    for node in ("0", "1") if side == "all clients" else ("1",):
+        kill_connection(machines, node, "sshd" if side == "server" else "ssh")
+    said, _ = training.communicate(timeout=PATIENCE_S)
+    assert training.returncode != 0
+    assert run.has_saved(0), said
+    assert run.has_saved(1), said
+    assert run.saved == 7
+    assert "the ssh connection to node 1 (n2) broke" in said
+    assert explain(said).startswith("the ssh connection to a host broke")
+
+
+def test_words_given_to_the_scripts_run_instead_of_the_training(machines, tmp_path):
+    """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
+    run = LightRun(tmp_path / "run", on("n1"))
+    words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
+    training = started(run, *words)
+    run.until_started()
+    (run.folder / "end").touch()
+    training.communicate(timeout=PATIENCE_S)
+    said = (run.folder / "words").read_text().splitlines()
+    assert said[:2] == ["-m", "torch.distributed.run"]
+    assert said[-len(words) :] == words
+    assert "megatron_infoentropy.pretrain" not in said
