@@ -64,8 +64,7 @@ class Difference:
     it and `p_adjusted` to its family of `tests`; `detectable` is the smallest true difference that
     the adjusted test would show in 80 of 100 repetitions. They are None where there are too few
     `documents` (of a task its items; of a group of tasks or the mean over all, tasks), `detectable`
-    also where there is one seed: then nothing is called shown. `seed_noise` is the largest gap
-    between two runs of one objective that differ only in the seed, None where unknown.
+    also where there is one seed: then nothing is called shown.
     """
 
     kind: Kind
@@ -76,7 +75,6 @@ class Difference:
     low: float | None
     high: float | None
     documents: int
-    seed_noise: float | None
     reading: Reading
     standard_error: float | None
     p: float | None
@@ -92,7 +90,6 @@ class Comparison:
     group: str
     baseline: str
     seeds: list[int]  # that were compared, of either side
-    noise_seeds: dict[str, list[int]]  # seeds of each label that the noise was taken from
     rows: list[Difference]
     refusal: str | None = None
     pairing: Pairing = "seed"
@@ -148,16 +145,15 @@ def _compare(
     matched = match(group, baseline)
     made = described(group, baseline, matched)
     if refusal := _refusal(group, baseline, matched, references):
-        return replace(made, noise_seeds={}, refusal=refusal), []
-    noisy = [g for g in (baseline, group) if len(g.evaluated) > 1]
+        return replace(made, refusal=refusal), []
     paired = zip(matched.ours, matched.theirs, strict=True) if made.pairing != "unpaired" else ()
     identical = [[one.name, other.name] for one, other in paired if are_identical(one, other)]
-    rows, estimates = _rows(matched, noisy, references)
+    rows, estimates = _rows(matched, references)
     return replace(made, identical=identical, rows=rows), estimates
 
 
 def without_baseline(group: Group, reason: str) -> Comparison:
-    return Comparison(group.label, "", [], {}, [], reason, of_tasks=group.counted == "asked")
+    return Comparison(group.label, "", [], [], reason, of_tasks=group.counted == "asked")
 
 
 def described(group: Group, baseline: Group, matched: Match) -> Comparison:
@@ -167,11 +163,6 @@ def described(group: Group, baseline: Group, matched: Match) -> Comparison:
         group.label,
         baseline.label,
         sorted({run.seed for run in (*matched.ours, *matched.theirs)}) if known else [],
-        {
-            g.label: sorted(run.seed for run in g.compared)
-            for g in (baseline, group)
-            if len(g.compared) > 1
-        },
         rows=[],
         pairing=matched.pairing,
         compared=[[run.name for run in side] for side in (matched.ours, matched.theirs)],
@@ -224,23 +215,16 @@ def _scored_alike(group: Group, every: list[list[Evaluation]]) -> list[list[Eval
 
 
 def _rows(
-    matched: Match, noisy: list[Group], references: list[list[Evaluation]]
+    matched: Match, references: list[list[Evaluation]]
 ) -> tuple[list[Difference], list[Estimate]]:
     """Return the difference of every statistic that occurs, and its estimate."""
     compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
     places, sums = statistics(compared, references)
-    noise: dict[Place, float] = {}
-    for group in noisy:
-        of_group = statistics(group.evaluations, references)
-        noise |= {
-            place: max(float(gap), noise.get(place, 0.0))
-            for place, gap in zip(of_group[0], largest_gaps(of_group[1].nats()), strict=True)
-        }
-    return differences(places, sums, matched, noise)
+    return differences(places, sums, matched)
 
 
 def differences(
-    places: list[Place], sums: Sums, matched: Match, noise: dict[Place, float]
+    places: list[Place], sums: Sums, matched: Match
 ) -> tuple[list[Difference], list[Estimate]]:
     """Return the differences of all statistics that occur, not corrected, and their estimates.
 
@@ -260,7 +244,6 @@ def differences(
             low=one.low,
             high=one.high,
             documents=one.documents,
-            seed_noise=noise.get(place),
             reading="no difference shown",
             standard_error=one.standard_error,
             p=one.p,
@@ -328,11 +311,6 @@ def statistics(
     places += [("domain", name) for name in evaluations[0].domains]
     table = np.concatenate(parts, axis=2)
     return places, Sums(table[0], table[1:])
-
-
-def largest_gaps(nats: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the largest gap between two of several evaluations of one objective, [C]."""
-    return np.asarray(nats.max(axis=0) - nats.min(axis=0))
 
 
 def difficulty_sums(

@@ -1,104 +1,31 @@
-"""Figures of scores: perplexity by frequency and difficulty, and differences to cross entropy."""
+"""Figures of scores: differences to cross entropy by frequency, difficulty, domain and task."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
-    LogLocator,
     MaxNLocator,
     NullLocator,
 )
-from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BUCKETS
 from megatron_infoentropy.evaluate.figure import (
-    FILL,
-    INK,
     MUTED,
     Cell,
     Data,
     Figure,
     color_of,
     draw,
-    evaluated_groups,
     legend,
     named,
     short,
 )
-from megatron_infoentropy.evaluate.wording import MINUS, perplexity
+from megatron_infoentropy.evaluate.wording import MINUS
 
-_ALL = "all tokens"
 _MAIN_KINDS = ("total", "bucket", "domain")
 _FAR = 5  # times what is usual
-_FEW_GROUPS = 2  # that leave room for numbers over the bars
-
-
-def bucket_bars(data: Data) -> Figure | None:
-    """Draw perplexity by frequency bucket: a bar a group with its interval, a point a seed."""
-    places = [_ALL, *BUCKETS]
-    groups = evaluated_groups(data)
-    if not groups:
-        return None
-
-    def plot(axes: Axes) -> str:
-        width = 0.8 / len(groups)
-        for position, group in enumerate(groups):
-            x = np.arange(len(places)) + (position - (len(groups) - 1) / 2) * width
-            _bars(axes, data, group, places, x, width, numbers=len(groups) <= _FEW_GROUPS)
-        _perplexity_axis(axes)
-        axes.set_ylim(1, axes.get_ylim()[1] * 1.6)
-        axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
-        axes.tick_params(axis="x", length=0)
-        legend(axes)
-        return "Perplexity by token-frequency bucket and objective; the table has the numbers."
-
-    rows: list[list[Cell]] = []
-    for group in groups:
-        for index in group["evaluated"]:
-            run = data["runs"][index]
-            rows += [
-                [group["label"], run["name"], place, score["tokens"], score["nats_per_token"],
-                 score["perplexity"]]
-                for place, score in _scores(run["evaluation"]).items()
-            ]  # fmt: skip
-        for place, (low, high) in group["intervals"].items():
-            rows += [[group["label"], f"{end} end of 95 %, documents", place, None, nats,
-                      float(np.exp(nats))]
-                     for end, nats in (("lower", low), ("upper", high))]  # fmt: skip
-    columns = ("setting", "run", "bucket", "tokens", "nats_per_token", "perplexity")
-    return draw("buckets", plot, columns, rows)
-
-
-def _bars(
-    axes: Axes,
-    data: Data,
-    group: Data,
-    places: Sequence[str],
-    x: NDArray[np.floating[Any]],
-    width: float,
-    *,
-    numbers: bool,
-) -> None:
-    color = color_of(group)
-    nats = _nats(data, group, places)
-    means = np.exp(nats.mean(axis=0))
-    # A log axis has no zero; bars start at 1, the perplexity of a perfect prediction, so their
-    # length is the nats per token.
-    axes.bar(x, means - 1, width * 0.92, bottom=1, color=color, label=named(group))
-    known = [i for i, place in enumerate(places) if place in group["intervals"]]
-    ends = np.exp([group["intervals"][places[i]] for i in known])
-    if known:
-        axes.vlines(x[known], ends[:, 0], ends[:, 1], color=INK, linewidth=1.1)
-    if len(nats) > 1:
-        every = np.broadcast_to(x, nats.shape)
-        axes.plot(every, np.exp(nats), "o", color=INK, markersize=2.6)
-    for place, mean in zip(x, means, strict=True) if numbers else ():
-        axes.annotate(perplexity(mean), (place, mean), (0, 8), ha="center",
-                      textcoords="offset points", fontsize=9)  # fmt: skip
 
 
 def differences_by(data: Data, kind: str) -> Figure | None:
@@ -167,7 +94,7 @@ def _row_cells(
 
 
 def differences(data: Data) -> Figure | None:
-    """Draw differences to cross entropy and the seed noise: all tokens, by bucket, by domain."""
+    """Draw differences to cross entropy: all tokens, by bucket, by domain."""
     return _differences(data, "differences", data["comparisons"], _MAIN_KINDS, "nats per token")
 
 
@@ -195,7 +122,7 @@ def _differences(
             for row in rows:
                 y = names.index((row["kind"], row["name"]))
                 y_own = y + (number - (len(comparisons) - 1) / 2) * step
-                _difference(axes, row, y_own, step, color)
+                _difference(axes, row, y_own, color)
             axes.plot([], [], "o-", color=color, label=named(by_label[comparison["group"]]))
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(names)), [short(_place(*name), 24) for name in names])
@@ -213,35 +140,10 @@ def _differences(
     return draw(name, plot, *_row_cells(shown), height=height)
 
 
-def _difference(axes: Axes, row: Data, y: float, step: float, color: str) -> None:
-    if row["seed_noise"] is not None:
-        noise = row["seed_noise"]
-        axes.barh(y, 2 * noise, step * 0.9, left=-noise, color=FILL, zorder=0.5)
+def _difference(axes: Axes, row: Data, y: float, color: str) -> None:
     if row["low"] is not None:
         axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.2)
     axes.plot(row["difference"], y, "o", color=color, markersize=5)
-
-
-def _perplexity_axis(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_ylabel("perplexity (log scale)")
-
-
-def _scores(evaluation: Data) -> Data:
-    return {_ALL: evaluation["total"], **evaluation["buckets"]}
-
-
-def _nats(data: Data, group: Data, places: Sequence[str]) -> NDArray[np.float64]:
-    """Return nats per token of a group's evaluated runs, [runs, places]; NaN without tokens."""
-    rows = []
-    for index in group["evaluated"]:
-        scores = _scores(data["runs"][index]["evaluation"])
-        values = [scores[place]["nats_per_token"] for place in places]
-        rows.append([np.nan if value is None else value for value in values])
-    return np.array(rows)
 
 
 def _place(kind: str, name: str) -> str:

@@ -71,7 +71,6 @@ def all_figures(data: Data) -> dict[str, Figure | None]:
         "training_objective": plots_training.training_curves(data, "objective", validation=False),
         "entropies": plots_training.entropies_over_training(data),
         "weights_in_training": plots_training.weights_over_training(data),
-        "buckets": plots_scores.bucket_bars(data),
         "differences": plots_scores.differences(data),
         "tasks": plots_scores.task_differences(data),
         "deciles": plots_scores.differences_by(data, "decile"),

@@ -1,8 +1,8 @@
 """Everything that the report's page shows, as one plain structure: what report.json holds.
 
-Scores of a setting are means over its seeds, with how far other documents would move them; task
-results are a row a task and metric, a cell a setting. The weights of tokens, over entropy and token
-by token in a passage, are those of the code that trains, `loss.weighting`.
+Scores of a setting are means over its seeds; task results are a row a task and metric, a cell a
+setting. The weights of tokens, over entropy and token by token in a passage, are those of the code
+that trains, `loss.weighting`.
 """
 
 import math
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from megatron_infoentropy import __version__
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.evaluate import verdict
-from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS
 from megatron_infoentropy.evaluate.comparison import Comparison, compare_pairs, with_baselines
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.figure import SERIES
 from megatron_infoentropy.evaluate.groups import Group, group_runs
-from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS
 from megatron_infoentropy.evaluate.runlog import Values
 from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run, objective_in_words
 from megatron_infoentropy.evaluate.tally import perplexity
@@ -33,7 +31,6 @@ from megatron_infoentropy.tasks.results import Metric, TaskResult
 FORMAT = 4
 AVERAGES = ("weighted_average", "uniform_average", "worst_case")
 _MOST_PASSAGES = 3
-_STANDARD_ERRORS = 1.96  # to either side of 95 % of a normal distribution
 # Drawn beside the gamma in use, to show what a larger or smaller one would do.
 OTHER_GAMMAS = (0.5, 2.0)
 LEVELS = 6  # of colour
@@ -103,7 +100,6 @@ def _describe_group(
         "evaluated": [position[id(run)] for run in group.evaluated],
         "repeated": [position[id(run)] for run in group.repeated],
         "scores": mean_scores(evaluations),
-        "intervals": intervals_over_documents(evaluations) if evaluations else {},
     }
 
 
@@ -178,30 +174,6 @@ def _passages(groups: list[Group], weightings: Sequence[str]) -> list[dict[str, 
     first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
     passages = [weigh_passage(label, run, weightings) for label, run in first]
     return [passage for passage in passages if passage][:_MOST_PASSAGES]
-
-
-def intervals_over_documents(evaluations: list[Evaluation]) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of nats per token over documents, of all tokens and the buckets.
-
-    By the variance of a ratio of sums over documents, the sums being means over the evaluations.
-    Far wider than those of paired differences: what makes a document hard does not cancel.
-    """
-    if len({evaluation.fingerprint for evaluation in evaluations}) != 1:
-        return {}
-    every_token = evaluations[0].documents.tokens
-    every_ce = np.mean([evaluation.documents.ce for evaluation in evaluations], axis=0)
-    intervals = {}
-    for name in ("all tokens", *BUCKETS):
-        bands = BANDS_OF.get(name, slice(None))
-        tokens, ce = every_token[:, bands].sum(axis=1), every_ce[:, bands].sum(axis=1)
-        documents = int((tokens > 0).sum())
-        if documents < FEWEST_DOCUMENTS:
-            continue
-        nats = ce.sum() / tokens.sum()
-        squares = float(((ce - nats * tokens) ** 2).sum()) * documents / (documents - 1)
-        reach = _STANDARD_ERRORS * math.sqrt(squares) / float(tokens.sum())
-        intervals[name] = (float(nats) - reach, float(nats) + reach)
-    return intervals
 
 
 def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from megatron_infoentropy.evaluate.comparison import (
     corrected,
     described,
     differences,
-    largest_gaps,
     without_baseline,
 )
 from megatron_infoentropy.evaluate.groups import Group, Match, match
@@ -149,10 +148,7 @@ def _rows(questions: dict[str, list[Items]], matched: Match) -> Rows:
 
 
 def _of(sums: Sums, places: list[Place], matched: Match) -> Rows:
-    ours, values = len(matched.ours), sums.nats()
-    gaps = [largest_gaps(side) for side in (values[:ours], values[ours:]) if len(side) > 1]
-    noise = dict(zip(places, np.max(gaps, axis=0).tolist(), strict=True)) if gaps else {}
-    return list(zip(*differences(places, sums, matched, noise), strict=True))
+    return list(zip(*differences(places, sums, matched), strict=True))
 
 
 def question_sums(items: list[Items]) -> Sums:

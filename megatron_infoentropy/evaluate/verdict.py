@@ -9,7 +9,6 @@ from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.wording import PERCENT, compact, listed, nats, plural, signed
 
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
-_FEW_SEEDS = 5
 # Of one false claim where nothing differs, in a family of tests.
 FAMILY_ERROR = 5  # percent
 NO_POWER = "no difference of any size could have been shown: it takes two seeds of both settings"
@@ -337,8 +336,7 @@ def chances(comparisons: list[Comparison]) -> str | None:
 
 def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) -> list[str]:
     """Return what a reader must know before believing a difference, or its absence."""
-    sentences = [_size_sentence(runs, comparisons), _seeds_sentence(groups)]
-    sentences += _tests_sentences(comparisons)
+    sentences = [_size_sentence(runs), *_tests_sentences(comparisons)]
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):
         sentences.append("The evaluation scored a sample of the data, not all of it.")
     for run in runs:
@@ -372,24 +370,14 @@ def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
     return [*sentences, chance] if chance else sentences
 
 
-def _size_sentence(runs: list[Run], comparisons: list[Comparison]) -> str:
+def _size_sentence(runs: list[Run]) -> str:
     text = _size(runs)
     if max(int(run.info["parameters"]) for run in runs) >= _SMALLEST_IN_PAPER:
         return text
-    text += " The paper reports its gains at 468M to 6.7B parameters;"
-    text += " at this size the effect is likely below noise"
-    noises = [c.rows[0].seed_noise for c in comparisons if c.rows and not c.of_tasks]
-    known = [noise for noise in noises if noise is not None]
-    if known:
-        return f"{text}, and noise here is {max(known):.4f} nats per token between two seeds."
-    return f"{text}, and how large noise is here is unknown: it takes two seeds of one objective."
-
-
-def _seeds_sentence(groups: list[Group]) -> str:
-    counts = [f"{group.label}: {plural(len(group.runs), 'seed')}" for group in groups]
-    most = max(len(group.runs) for group in groups)
-    doubt = " A spread over so few seeds is itself uncertain." if 1 < most < _FEW_SEEDS else ""
-    return f"Seeds: {'; '.join(counts)}.{doubt}"
+    return (
+        f"{text} The paper reports its gains at 468M to 6.7B parameters; at this size the effect "
+        "is likely below what a seed changes."
+    )
 
 
 def _size(runs: list[Run]) -> str:
