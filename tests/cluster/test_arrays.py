@@ -63,6 +63,8 @@ def test_tasks_of_preprocess_write_what_one_process_writes(slurm, tokens, tmp_pa
     (logs / "shard-00001-of-00002").unlink()
     assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
     wait_until(lambda: not _queue(), Path(os.devnull), said=_queue)
+    (again,) = logs.glob("tasks-*/shards/ranks_to_run.json")
+    assert again.read_text() == "[1]"
     whole = preprocess(inputs, tokens / "tokenizer", tmp_path / "whole").folder
     made = {
         path.name: path.read_bytes() for path in output.iterdir() if path.suffix in (".bin", ".idx")

@@ -1,6 +1,5 @@
 """`preprocess --executor`: datatrove makes what one process makes, and only what is missing."""
 
-import os
 import re
 import subprocess
 import sys
@@ -127,57 +126,6 @@ def test_ray_writes_what_one_process_writes(
     assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
     whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
     assert_same_files(tmp_path / "out", whole.folder)
-
-
-SBATCH = """#!/bin/bash
-cd {folder}
-number=$(ls | grep -c words)
-echo "${{@:1:$#-1}}" > words.$number
-cp "${{@: -1}}" script.$number
-echo "Submitted batch job 10$number"
-"""
-
-
-def test_slurm_is_given_an_array_and_a_merge_that_depends_on_it(
-    asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slurm = tmp_path / "slurm"
-    slurm.mkdir()
-    (slurm / "sbatch").write_text(SBATCH.format(folder=slurm))
-    (slurm / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
-    words = [*asked, "--workers", "3", "--executor", "slurm", "--tasks", "2"]
-    lacking = CliRunner().invoke(app, words)
-    assert "missing a required argument: 'time'" in str(lacking.exception)
-    chosen = ("time=2:00:00", "partition=cpu", 'sbatch_args={"account": "us"}', "workers=1")
-    words += [word for option in chosen for word in ("--executor-option", option)]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.exception
-    assert "queued" in done.stdout
-    array, merge = ((slurm / f"script.{number}").read_text() for number in (0, 2))
-    for line_of_it in (
-        *("--array=0-1%1", "--time=2:00:00", "--partition=cpu", "--cpus-per-task=4"),
-        *("--account=us", "--signal=USR1@60", "--requeue"),
-    ):
-        assert f"\n#SBATCH {line_of_it}\n" in array
-    assert f'\nexport PATH="{Path(sys.executable).parent}:$PATH"\n' in array
-    assert re.search(r"\nsrun .* launch_pickled_pipeline .*/shards/executor\.pik\n", array)
-    assert "\n#SBATCH --array=0-0%1\n" in merge
-    assert re.search(r"\nsrun .* launch_pickled_pipeline .*/merge/executor\.pik\n", merge)
-    assert "--dependency=afterok:100" in (slurm / "words.2").read_text()
-
-    marked = next((tmp_path / "out.shards").glob("tasks-*")) / "shards" / "completions"
-    marked.mkdir()
-    for number in range(2):
-        (marked / f"0000{number}").touch()
-    there = tmp_path / "out.shards" / "shard-00000-of-00002"
-    there.mkdir()
-    (there / "manifest.json").touch()
-    assert CliRunner().invoke(app, words).exit_code == 0
-    assert (marked.parent / "ranks_to_run.json").read_text() == "[1]"  # its files are gone
-    (slurm / "sbatch").write_text("#!/bin/sh\nexit 7\n")
-    refused = CliRunner().invoke(app, words).exception
-    assert "sbatch refused a job, exit code 7" in str(refused)
 
 
 @pytest.mark.parametrize(

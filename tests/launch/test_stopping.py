@@ -10,10 +10,9 @@ import time
 import pytest
 from process_tree import send_to_all
 
-from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
-from megatron_infoentropy.launch.failures import explain
+from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import Plan, hosts_script, node_script
+from megatron_infoentropy.launch.scripts import Plan, node_script
 from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
 
 FLAGS = tuple(written_flags({}, {}))
@@ -30,19 +29,13 @@ def save(number, frame):
     (run / "saved").touch()
     sys.exit(0)
 
-signal.signal(signal.{order}, save)
+signal.signal(signal.SIGTERM, save)
 with (run / "started").open("a") as started:
     started.write("once\\n")
 for _ in range(600):
     os.write(1, b"a step\\n")
     time.sleep(0.1)
 sys.exit(1)
-"""
-NODE = "#!/usr/bin/env bash\necho $$ > {run}/node-0.pid\nexec {rank} node.sh\n"
-# It takes its time to connect.
-SSH = """#!/usr/bin/env bash
-case "${{@: -1}}" in NODE=*) touch {run}/connecting; /bin/sleep 1;; esac
-exec bash -c "${{@: -1}}"
 """
 TORN_DOWN = """
 import os, signal, sys, types
@@ -58,7 +51,8 @@ def fail():
 package = "megatron_infoentropy.integration"
 module("megatron_infoentropy.runtime.cpu", install=None)
 module(package + ".checkpoints", checkpoint_flags=lambda flags: flags,
-       choose_checkpoint=lambda flags: None, writing_manifests=lambda *both: nullcontext())
+       choose_checkpoint=lambda flags: None, warn=lambda *both: None,
+       writing_manifests=lambda *both: nullcontext())
 module(package, checkpoints=sys.modules[package + ".checkpoints"])  # no torch, no Megatron
 from megatron_infoentropy import pretrain
 
@@ -71,7 +65,8 @@ def rank(end):
     def run(*arguments):
         signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Megatron does
         end()
-    pretrain.prepare, pretrain.run = lambda: (None, None), run
+    container = types.SimpleNamespace(model=types.SimpleNamespace(pre_wrap_hooks=[]))
+    pretrain.prepare, pretrain.run = lambda: (container, None), run
     sys.late = Late()
     pretrain.train()
 
@@ -147,9 +142,9 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def make_rank(run, order="SIGTERM", code=0):
+def make_rank(run, code=0):
     """A rank that saves when it hears the order, or ends with this code."""
-    text = RANK.format(python=sys.executable, run=run, order=order, code=code)
+    text = RANK.format(python=sys.executable, run=run, code=code)
     program(run.parent / "rank", text)
 
 
@@ -161,24 +156,6 @@ def make_node(run):
     text = node_script(Plan(run, FLAGS, cluster, "a test"))
     assert "flock -w 5 " in text  # seconds, for a training that is ending
     program(run / "node.sh", text.replace("flock -w 5 ", "flock -w 0 "))
-
-
-def make_hosts(run, ssh, *names):
-    """hosts.sh, with an ssh of a few lines."""
-    hosts = parse_hosts(",".join(names))
-    cluster = Cluster(len(hosts), 0, 1, hosts=hosts, python=sys.executable)
-    program(run.parent / "ssh", ssh)
-    program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
-
-
-@pytest.mark.parametrize("at", ["connecting", "started"])
-def test_ctrl_c_to_all_hosts_saves_first(run, tmp_path, at):
-    make_rank(run, order="SIGUSR1")
-    make_hosts(run, SSH.format(run=run), "a")
-    program(run / "node.sh", NODE.format(run=run, rank=tmp_path / "rank"))
-    code, said = interrupted("hosts.sh", run, at)
-    assert code == 0, said
-    assert (run / "saved").exists()
 
 
 def test_ctrl_c_to_one_node_saves_first(run):
@@ -250,75 +227,6 @@ def test_a_run_folder_takes_one_training_at_a_time(run):
     assert (run / "saved").exists()
 
 
-# a runs what it is told; the others do not.
-ODD_SSH = """#!/usr/bin/env bash
-case "${{@: -2:1}}" in
-  silent) exec /bin/sleep 300 ;;
-  refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
-  bare) exit 1 ;;
-esac
-exec bash -c "${{@: -1}}"
-"""
-
-
-@pytest.mark.parametrize(
-    ("host", "why"),
-    [
-        ("silent", "no answer to ssh in 5 s"),
-        ("refused", "ssh failed (exit code 255), its own words stand above"),
-        ("bare", "there is no {run}/node.sh, or no right to read it"),
-    ],
-)
-def test_a_host_that_cannot_take_part_is_named_before_anything_starts(run, host, why):
-    make_hosts(run, ODD_SSH.format(), "a", host)
-    text = (run / "hosts.sh").read_text()
-    assert "answer_s=60" in text
-    if host == "silent":  # the others have all the time that a busy machine takes
-        program(run / "hosts.sh", text.replace("answer_s=60", "answer_s=5"))
-    program(run / "node.sh", f"touch {run}/started\n")
-    training = started("hosts.sh", run)
-    said, _ = training.communicate(timeout=300)
-    assert training.returncode == 1
-    assert f"host {host} cannot take part: {why.format(run=run)}\n" in said
-    assert "host a " not in said
-    assert not (run / "started").exists()
-    assert explain(said).startswith("a host of --hosts is not reached, or lacks the run folder")
-
-
-# ssh of a host whose processes outlive it, and find nobody there when they print.
-BREAKABLE_SSH = """#!{python} -IS
-import os, signal, subprocess, sys
-host, command = sys.argv[-2:]
-remote = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, start_new_session=True)
-if command.startswith("NODE="):
-    with open("{run}/ssh-" + host, "w") as file:
-        file.write(str(os.getpid()))
-while part := os.read(remote.stdout.fileno(), 4096):
-    os.write(1, part)
-code = remote.wait()
-sys.exit(code if code >= 0 else 255)
-"""
-
-
-def test_a_lost_ssh_connection_saves_on_every_host(run):
-    make_hosts(run, BREAKABLE_SSH.format(python=sys.executable, run=run), "a", "b")
-    make_node(run)
-    # Two hosts with one file system and one process table: each its own rank's files.
-    rank = (run.parent / "rank").read_text()
-    own = 'run = pathlib.Path("{run}") / os.environ["NODE"]\nrun.mkdir()\n'
-    program(
-        run.parent / "rank", rank.replace(f'run = pathlib.Path("{run}")\n', own.format(run=run))
-    )
-    training = started("hosts.sh", run)
-    wait_for(run / "0/started", run / "1/started", run / "ssh-b")
-    os.kill(int((run / "ssh-b").read_text()), signal.SIGKILL)
-    said, _ = training.communicate(timeout=300)
-    assert training.returncode != 0
-    assert (run / "0/saved").exists()
-    assert (run / "1/saved").exists()
-    assert "node 1 (b) ended" in said
-
-
 FOLLOWED = """
 import sys
 from pathlib import Path
@@ -356,19 +264,6 @@ def test_an_order_that_comes_while_the_scripts_are_started_reaches_them(run, mon
     monkeypatch.setattr(subprocess, "Popen", late)
     with pytest.raises(TrainingFailed, match=f"exit code -{signal.SIGUSR1:d}"):
         follow(run, ["sleep", "20"], {}, (signal.SIGUSR1,))
-
-
-def test_words_given_to_the_scripts_run_instead_of_the_training(run, tmp_path):
-    """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
-    make_node(run)
-    program(tmp_path / "torchrun", f'#!/bin/sh\nprintf "%s\\n" "$@" > {run}/words\n')
-    make_hosts(run, SSH.format(run=run), "a")
-    words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
-    subprocess.run(["bash", run / "hosts.sh", *words], check=True)
-    said = (run / "words").read_text().splitlines()
-    assert said[:2] == ["-m", "torch.distributed.run"]
-    assert said[-len(words) :] == words
-    assert "megatron_infoentropy.pretrain" not in said
 
 
 def test_a_rank_that_is_torn_down_no_longer_hears_the_order_to_save():
