@@ -6,6 +6,12 @@ from machines import machines as start_machines
 from machines import why_not
 
 
+def pytest_runtest_setup(item):
+    """Skip all from here, so that pytest says it in one line."""
+    if "machines" in item.fixturenames and (reason := why_not()):
+        pytest.skip(f"{reason}: `make test-cluster` says what they need")
+
+
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     return make_tokens(tmp_path_factory.mktemp("tokens"))
@@ -20,8 +26,6 @@ def quick_ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def machines(request):
     """A head and two nodes, whose sbatch, scancel, ssh, ... are on PATH; ranks start fast."""
-    if reason := why_not():
-        pytest.skip(f"{reason}: `make test-cluster` says what they need")
     ranks = request.getfixturevalue("quick_ranks")
     with start_machines(ranks) as made, pytest.MonkeyPatch.context() as patch, made.on_path():
         for name, value in ranks.items():
