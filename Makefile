@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz sanitize audit lint docs bench gpu gpu-6.7b build status pages clean
+.PHONY: demo test test-slow test-cluster faults fuzz sanitize audit lint docs bench gpu gpu-6.7b build status pages clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -30,6 +30,17 @@ test: $(READY)
 # The long forms (faults, kills, fuzzing), whose short forms are in `make test`: hours.
 test-slow: $(READY)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+
+# Trainings under a real Slurm and by a real ssh, all of them: half an hour. As root; INSTALL=1 has apt
+# install the servers first.
+test-cluster: $(READY)
+	@[ -z "$(INSTALL)" ] || tools/servers.sh
+	@$(BIN)/python tests/cluster/machines.py
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/cluster
+
+# 100 faults at random moments on the same servers, a row each; it goes on where it stopped.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster/count_faults.py tools/results/faults_servers_cpu.csv
 
 # Every reader of files, 30 minutes or 10 million inputs each; nightly. SECONDS_EACH=60 is a look.
 fuzz: $(READY)

@@ -60,7 +60,7 @@ def run_features() -> None:
 
 
 def outcome_of(tests: list[str]) -> str:
-    """pytest's own closing words, e.g. "240 passed, 2 skipped"; what failed goes to stderr."""
+    """pytest's own closing words, e.g. "240 passed, 2 not run"; what failed goes to stderr."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ASIDE, *tests]
     command += ["-m", "not slow"]
     done = subprocess.run(
@@ -68,7 +68,7 @@ def outcome_of(tests: list[str]) -> str:
     )
     last = done.stdout.strip().splitlines()[-1]
     sys.stderr.write(done.stdout if done.returncode else f"{' '.join(tests)}: {last}\n")
-    return re.sub(r" in [\d.]+s.*", "", last)
+    return re.sub(r" in [\d.]+s.*", "", last).replace("skipped", "not run")
 
 
 def features() -> list[dict[str, Any]]:
