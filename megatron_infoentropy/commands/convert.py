@@ -73,6 +73,9 @@ def convert(
 def convert_from_hf(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder")],
     output: Annotated[Path, typer.Option(help="folder to write, for --pretrained-checkpoint")],
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="of Megatron's HybridModel, not of its GPTModel")
+    ] = False,
     verify: Verify = None,
     text: Text = None,
     data: Data = None,
@@ -85,6 +88,7 @@ def convert_from_hf(
     done = run(
         model,
         output,
+        hybrid=hybrid,
         overwrite=overwrite,
         check=lambda made: _prove(verify, made, model, text, data, imported=True),
     )

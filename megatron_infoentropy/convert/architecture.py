@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_infoentropy.config import OF_THE_MODEL, InfoEntropyConfig
 from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.hybrid import pattern_of, pattern_problems
 
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
 
@@ -107,12 +108,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
     "is_hybrid_model": (False,),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
     "mtp_num_layers": (None, 0),
     "use_mup": (False,),
     "spec": (None,),
     **{f"infoentropy_{name}": (getattr(InfoEntropyConfig, name),) for name in OF_THE_MODEL},
+}
+# The same of a HybridModel, which ignores some of them, and is given the layers it has by default.
+NEUTRAL_FOR_HYBRIDS: dict[str, tuple[Any, ...]] = {
+    "rotary_interleaved": (False,),
+    "use_rope_scaling": (False,),
+    "num_experts": (None,),
+    "spec": (
+        *(None, "hybrid_stack_spec", "megatron.core.models.hybrid.hybrid_layer_specs"),
+        *("mamba_stack_spec", "megatron.core.models.mamba.mamba_layer_specs"),
+    ),
 }
 # The same of models with experts; a dense model ignores them.
 NEUTRAL_FOR_EXPERTS: dict[str, tuple[Any, ...]] = {
@@ -146,8 +155,11 @@ def family_of(args: argparse.Namespace) -> Family:
         UnsupportedModelError: naming every argument that no family has a counterpart for.
     """
     has_experts = getattr(args, "num_experts", None) is not None
-    neutral = NEUTRAL | NEUTRAL_FOR_EXPERTS if has_experts else NEUTRAL
-    others = list(_deviations(args, neutral, optional=True))
+    pattern = pattern_of(args)
+    neutral = NEUTRAL | (NEUTRAL_FOR_EXPERTS if has_experts else {})
+    neutral |= {} if pattern is None else NEUTRAL_FOR_HYBRIDS
+    others = [] if pattern is None else list(pattern_problems(pattern))
+    others += _deviations(args, neutral, optional=True)
     candidates: list[tuple[Family, dict[str, tuple[Any, ...]]]] = [
         (family, table)
         for family, table in [*FAMILIES.items(), ("llama", _LLAMA_WITH_BIASES)]
@@ -225,6 +237,7 @@ class Architecture:
     # Conventions about stored numbers.
     interleaved_rotary: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
     zero_centered_norms: bool  # norm weights are stored minus 1
+    hybrid: bool = False  # two layers are stored for each one, see `hybrid`
     # Experts, of which a dense model has none.
     num_experts: int = 0
     experts_per_token: int = 0
@@ -266,9 +279,11 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
     grouped = _get(args, "group_query_attention")
     heads = _get(args, "num_attention_heads")
     biased = _get(args, "add_bias_linear")
+    pattern = pattern_of(args)
+    layers = _get(args, "num_layers")
     model = Architecture(
         family=family,
-        num_layers=_get(args, "num_layers"),
+        num_layers=layers if pattern is None else len(pattern.replace("|", "")) // 2,
         hidden_size=_get(args, "hidden_size"),
         ffn_hidden_size=_get(args, "ffn_hidden_size"),
         num_heads=heads,
@@ -290,6 +305,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         qkv_bias=biased or getattr(args, "add_qkv_bias", False),
         interleaved_rotary=family != "gpt2" and _get(args, "rotary_interleaved"),
         zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
+        hybrid=pattern is not None,
         **(_experts(args) if family in OF_EXPERTS else {}),
     )
     if family == "qwen2" and not _heads_fill(model):

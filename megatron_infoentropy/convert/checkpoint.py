@@ -56,6 +56,7 @@ def read_object(path: Path) -> dict[str, Any]:
 _RENAMED = {  # training arguments of Megatron-Core before 0.19: their names now
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "hybrid_override_pattern": "hybrid_layer_pattern",
 }
 _NOT_PARAMETERS = re.compile(
     r"(optimizer|chained_|rng_state|rerun_state|common_|opt_param_scheduler)|.*\._extra_state"

@@ -8,7 +8,7 @@ OUTPUT/model.yaml                          the flags that describe the model to 
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
+from megatron_infoentropy.convert.hybrid import hybrid_name
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import (
@@ -61,7 +62,8 @@ def arguments_of(model: Architecture, tokens: int | None = None) -> Namespace:
     return Namespace(
         **table
         | {
-            "num_layers": model.num_layers,
+            "num_layers": model.num_layers * (2 if model.hybrid else 1),
+            **({"hybrid_layer_pattern": "*-" * model.num_layers} if model.hybrid else {}),
             "hidden_size": model.hidden_size,
             "ffn_hidden_size": model.ffn_hidden_size,
             "num_attention_heads": model.num_heads,
@@ -116,7 +118,8 @@ def flags_of(model: Architecture) -> dict[str, Any]:
     flags = {
         name.replace("_", "-"): getattr(args, name)
         for name in (
-            *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+            "hybrid_layer_pattern" if model.hybrid else "num_layers",
+            *("hidden_size", "ffn_hidden_size", "num_attention_heads"),
             *("kv_channels", "max_position_embeddings", "seq_length", "position_embedding_type"),
             *("normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "init_method_std"),
             *("untie_embeddings_and_output_weights", "attention_dropout", "hidden_dropout"),
@@ -164,6 +167,7 @@ def convert_from_hf(
     folder: Path,
     output: Path,
     *,
+    hybrid: bool = False,
     overwrite: bool = False,
     check: Callable[[Path], None] = lambda checkpoint: None,
 ) -> ImportSummary:
@@ -172,11 +176,12 @@ def convert_from_hf(
     Args:
         folder: the Hugging Face folder, with safetensors files.
         output: the folder to make; give it to Megatron as `--pretrained-checkpoint`.
+        hybrid: of a HybridModel, each of whose layers is attention or an MLP; else of a GPTModel.
         overwrite: replace an existing output.
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
-        UnsupportedModelError: Megatron's GPTModel cannot compute this model.
+        UnsupportedModelError: Megatron's model cannot compute this one.
         UnreadableCheckpointError, IncompleteCheckpointError: the weights cannot be read.
         InvalidWeightsError: NaN or infinity in the weights.
         ValueError: too little space, an existing output, or a tokenizer in the folder that is
@@ -185,7 +190,13 @@ def convert_from_hf(
     require_place(output, _FILES, overwrite=overwrite, source=folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a Hugging Face model folder, got {folder} without config.json")
-    model = architecture_from_config(read_config(folder))
+    model = replace(architecture_from_config(read_config(folder)), hybrid=hybrid)
+    if hybrid and (model.num_experts or model.rope_scaling_factor is not None):
+        what = "experts" if model.num_experts else "Llama 3's rotary scaling, which it ignores,"
+        raise UnsupportedModelError(
+            f"Megatron's HybridModel with {what} cannot be proved: convert to a GPTModel, without "
+            "--hybrid"
+        )
     tokens = _tokens(folder, model)
     weights = HuggingFaceWeights(folder)
     names = _match(weights, model)
@@ -317,8 +328,12 @@ def _parts(
         return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
 
     for row, place in _rows(model):
-        whole = (*counts(model)[: len(place)], *shape_of(row, model))
-        yield row.megatron.replace("*.", ""), whole, place, partial(read, row, place)
+        shape, content = shape_of(row, model), partial(read, row, place)
+        if model.hybrid:
+            yield hybrid_name(row.megatron, place), shape, (), content
+        else:
+            stacked = (*counts(model)[: len(place)], *shape)
+            yield row.megatron.replace("*.", ""), stacked, place, content
 
 
 def _name(folder: Path) -> str:
@@ -339,17 +354,21 @@ def _objects(model: Architecture, tokens: int | None, name: str) -> dict[str, An
         "iteration": 0,
         "content_metadata": content_metadata,
     }
+    return {"common_state/shard_0_1": common, **dict.fromkeys(_extra_states(model))}
+
+
+def _extra_states(model: Architecture) -> Iterator[str]:
+    """Yield the names of what layers ask for beside their parameters."""
     experts = model.num_experts > 0
     of_mlp = [("mlp.experts.experts." if experts else "mlp.") + name for name in _MLP_STATES]
-    states = [
-        _shard(module, counts(model)[:axes], place)
-        for modules, axes in ((_EXTRA_STATES, 1), (of_mlp, 1 + experts))
-        for module in modules
-        for place in product(*map(range, counts(model)[:axes]))
-    ]
-    return {"common_state/shard_0_1": common, **dict.fromkeys(states)}
-
-
-def _shard(module: str, of: tuple[int, ...], place: tuple[int, ...]) -> str:
-    first, last = (".".join(map(str, numbers)) for numbers in (place, of))
-    return f"decoder.layers.{module}._extra_state/shard_{first}_{last}"
+    for modules, axes in ((_EXTRA_STATES, 1), (of_mlp, 1 + experts)):
+        of = counts(model)[:axes]
+        for module, place in product(modules, product(*map(range, of))):
+            if model.hybrid:
+                name = hybrid_name(f"decoder.layers.*.{module}", place)
+                yield f"{name}._extra_state/shard_0_1"
+            else:
+                first, last = (".".join(map(str, numbers)) for numbers in (place, of))
+                yield f"decoder.layers.{module}._extra_state/shard_{first}_{last}"
+    if model.hybrid:
+        yield "output_layer._extra_state/shard_0_1"

@@ -49,8 +49,8 @@ class MegatronModel(StoredModel):
         return logits
 
     def _build(self, advance: Callable[[int], None]) -> Any:
-        """Return a GPTModel that reads each layer, or expert, when it is run; then forgets it."""
-        model = gpt_model(self.args)
+        """Return a model that reads each layer, or expert, when it is run; then forgets it."""
+        model = build_model(self.args)
         outside = self._state(model, (), without="decoder.layers.")
         model.load_state_dict(outside, strict=False, assign=True)
         for number, layer in enumerate(model.decoder.layers):
@@ -82,20 +82,21 @@ def _record(routes: list[Tensor], router: Any, _: Any, output: tuple[Tensor, Ten
     routes.append(chosen.nonzero()[:, 1].view(len(chosen), -1))
 
 
-def gpt_model(saved: Namespace) -> Any:
-    """Return the GPTModel that a checkpoint's arguments describe, its parameters without storage.
+def build_model(saved: Namespace) -> Any:
+    """Return the model that a checkpoint's arguments describe, its parameters without storage.
+
+    It is a GPTModel, or a HybridModel where they have a pattern of its layers.
 
     Of these arguments those that the conversion reads are used, of others Megatron's defaults.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_infoentropy.integration.compat import model_config_from_args
 
     config = model_config_from_args(_model_arguments(saved))
     config.transformer.perform_initialization = False
     with torch.device("meta"):
-        return GPTModelBuilder(config).build_model(
+        return config.get_builder_cls()(config).build_model(
             ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True
         )
 
@@ -131,6 +132,8 @@ def _model_arguments(saved: Namespace) -> Namespace:
     neutral = NEUTRAL.keys() | NEUTRAL_FOR_EXPERTS.keys()
     for name in (arguments_read(saved) & vars(saved).keys()) - neutral:
         setattr(args, name, getattr(saved, name))
+    if args.hybrid_layer_pattern is not None:  # of several stages one rank would build the first
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
     args.params_dtype = torch.float32
     args.hidden_dropout = args.attention_dropout = 0.0
     # Local layers have neither: the other fused gelu, and norms that were stored minus 1.

@@ -3,15 +3,16 @@
 The first `*` stands for the layer. On Megatron's disk it is either a number
 (`decoder.layers.3.mlp...`) or absent (`decoder.layers.mlp...`): then the tensors of all layers are
 stacked into one, layer first, which is what Megatron writes for models whose layers are all alike.
-The second `*` is the expert's, in the same way; `SequentialMLP` and Transformer Engine's grouped
-layers write the same. A parameter's place is the number for each `*` of its name.
+A HybridModel's layers have the numbers that `hybrid` gives them. The second `*` is the expert's, in
+the same way; `SequentialMLP` and Transformer Engine's grouped layers write the same. A parameter's
+place is the number for each `*` of its name.
 
 `match_names` gives every stored tensor its row of the table, and every row its tensor, or refuses.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture, Family
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.hybrid import hybrid_name
 
 LayoutName = Literal[
     "same",
@@ -281,25 +283,37 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Conv
         IncompleteCheckpointError: parameters that the family has and were not stored.
         ValueError: a stored shape that does not follow from the training arguments; both are named.
     """
-    rows = {row.megatron: row for row in rows_of(model)}
-    sources, unknown = [], []
-    for name in tensors:
-        row = rows.get(_COUNTED.sub(r"\1*.", name))
-        if row is None:
-            unknown.append(name)
-        else:
-            numbers = (match[2] for match in _COUNTED.finditer(name))
-            sources.append(Source(name, row, tuple(n if n is None else int(n) for n in numbers)))
-    if unknown:
+    sources = (_hybrid_sources if model.hybrid else _sources)(tensors, model)
+    known = {source.name for source in sources}
+    if unknown := [name for name in tensors if name not in known]:
         raise UnsupportedModelError(
-            f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases or "
-            "norms that the training arguments do not tell of, other attention, or a HybridModel"
+            f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases, "
+            "norms or layers that the training arguments do not tell of, or other attention"
         )
     steps = _steps_of(sources, model)
     _require_exactly_once(steps, model)
     for source in sources:
         _require_shape(source, tuple(tensors[source.name].shape), model)
     return steps
+
+
+def _sources(names: Iterable[str], model: Architecture) -> list[Source]:
+    """Return those of a GPT that have a row, by the numbers in their names."""
+    rows, sources = {row.megatron: row for row in rows_of(model)}, []
+    for name in names:
+        if row := rows.get(_COUNTED.sub(r"\1*.", name)):
+            numbers = (match[2] for match in _COUNTED.finditer(name))
+            sources.append(Source(name, row, tuple(n if n is None else int(n) for n in numbers)))
+    return sources
+
+
+def _hybrid_sources(names: Collection[str], model: Architecture) -> list[Source]:
+    return [
+        Source(name, row, place)
+        for row in rows_of(model)
+        for place in places(row, model)
+        if (name := hybrid_name(row.megatron, place)) in names
+    ]
 
 
 def rows_of(model: Architecture) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Megatron's GPT model as plain PyTorch, straight from the stored parameters.
+"""Megatron's GPT or hybrid model as plain PyTorch, straight from the stored parameters.
 
 The other side of the check where Megatron's own model (`megatron_model`) cannot be run. It shares
 no code with the conversion. It does what Megatron's modules do in the arrangement they do it in:
@@ -27,13 +27,18 @@ class ReferenceModel(StoredModel):
         x = table[tokens]
         if self.args.position_embedding_type == "learned_absolute":
             x = x + self.read((), "embedding.position_embeddings.weight")[: len(x)]
-        for layer in range(self.args.num_layers):
-            x = x + self._attention(x, (layer,))
-            x = x + self._mlp(x, (layer,))
+        for layer, kinds in enumerate(self._layers()):
+            for kind in kinds:
+                x = x + {"*": self._attention, "-": self._mlp}[kind](x, (layer,))
             advance(1)
         if self.has((), "output_layer.weight"):
             table = self.read((), "output_layer.weight")
-        return self._norm(x, (), "decoder.final_layernorm.") @ table.T
+        return self._norm(x, (), "decoder.final_layernorm.", "decoder.final_norm.") @ table.T
+
+    def _layers(self) -> list[str]:
+        """Return what each layer is: attention (*), an MLP (-), a GPT's both."""
+        pattern = getattr(self.args, "hybrid_layer_pattern", None)
+        return ["*-"] * self.args.num_layers if pattern is None else [*pattern.replace("|", "")]
 
     def _attention(self, x: Tensor, place: Place) -> Tensor:
         args, length = self.args, len(x)

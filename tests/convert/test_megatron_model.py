@@ -21,7 +21,7 @@ from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPER
 from megatron_infoentropy.convert.errors import UnsupportedModelError
 from megatron_infoentropy.convert.megatron_model import (
     arguments_read,
-    gpt_model,
+    build_model,
     one_cpu_rank,
     one_rank_inputs,
 )
@@ -62,6 +62,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "moe_router_topk": (EXPERTS, 3),
     "moe_ffn_hidden_size": (EXPERTS, 48),
     "moe_router_pre_softmax": (FAMILIES["qwen3_moe"], False),
+    "hybrid_layer_pattern": ({}, {"hybrid_layer_pattern": "*-*-*-", "num_layers": 6}),
 }
 ELSEWHERE = {  # read as well, and no part of what the model computes
     "init_method_std": "of the weights before training",
@@ -80,7 +81,7 @@ ELSEWHERE = {  # read as well, and no part of what the model computes
 def computed(args: Namespace) -> dict[str, Tensor]:
     """Logits and parameters, drawn by their names, of the model Megatron builds of arguments."""
     with one_cpu_rank(), torch.no_grad():
-        model = gpt_model(args).to_empty(device="cpu").eval()
+        model = build_model(args).to_empty(device="cpu").eval()
         drawn = {}
         for name, parameter in sorted(model.named_parameters()):
             torch.manual_seed(0)

@@ -37,7 +37,6 @@ ARGUMENTS: dict[str, Any] = {
     "softmax_type": "learnable",
     "attention_output_gate": True,
     "apply_residual_connection_post_layernorm": True,
-    "hybrid_layer_pattern": "M*-",
     "mtp_num_layers": 1,
     "use_mup": True,
     "spec": ["some.module", "spec"],

@@ -45,7 +45,9 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("case", ["tp2", "pp2", "other", "rope32", "experts", "pre_softmax"])
+@pytest.mark.parametrize(
+    "case", ["tp2", "pp2", "other", "hybrid", "rope32", "experts", "pre_softmax"]
+)
 def test_an_export_computes_what_megatrons_model_computed(
     trained: Path, tmp_path: Path, case: str
 ) -> None:

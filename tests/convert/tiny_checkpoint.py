@@ -147,6 +147,26 @@ def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def hybrid_twin(args: Namespace, tensors: dict[str, Tensor], separator: str = "") -> Any:
+    """The same model as Megatron's HybridModel has it: (arguments, parameters).
+
+    Attention at even places, the MLP of the same layer behind it.
+    """
+    halves = {"self_attention": 0, "input_layernorm": 0, "mlp": 1, "pre_mlp_layernorm": 1}
+    pattern = separator.join(["*-"] * args.num_layers)
+    changes = {"hybrid_layer_pattern": pattern, "num_layers": 2 * args.num_layers}
+    twin = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(_LAYERS):
+            twin[name.replace("final_layernorm", "final_norm")] = tensor
+            continue
+        rest = name.removeprefix(_LAYERS)
+        for layer, part in enumerate(tensor):
+            number = 2 * layer + halves[rest.split(".")[0]]
+            twin[f"{_LAYERS}{number}.{rest}"] = part.clone()
+    return Namespace(**vars(args) | changes), twin
+
+
 def write_checkpoint(
     folder: Path, args: Namespace, tensors: dict[str, Tensor], *, legacy: bool = False
 ) -> Path:

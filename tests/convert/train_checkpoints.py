@@ -42,6 +42,7 @@ CASES = {  # name: (number of ranks, flags)
     "bf16": (2, GQA + " --bf16 --use-distributed-optimizer"),
     "experts": (2, GQA + EXPERTS + " --expert-model-parallel-size 2"),
     "pre_softmax": (1, EXPERTS + " --qk-layernorm --moe-router-pre-softmax --rotary-interleaved"),
+    "hybrid": (2, GQA + " --pipeline-model-parallel-size 2 --hybrid-layer-pattern *-*-|*-*-"),
     "rope32": (1, "--rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32"),
 }
 _LLAMA = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 256}
@@ -61,6 +62,8 @@ IMPORTED: dict[str, tuple[str, dict[str, Any], str]] = {  # model type, its conf
     "qwen3_moe": ("qwen3_moe", _EXPERTS | {"num_experts": 4, "norm_topk_prob": True}, PP2),
     "gpt_neox": ("gpt_neox", _NEOX, TP2),
     "gpt2": ("gpt2", _GPT2 | {"activation_function": "gelu", "initializer_range": 0.2}, PP2),
+    "hybrid_qwen2": ("qwen2", _LLAMA | {"tie_word_embeddings": True}, TP2),
+    "hybrid_gpt_neox": ("gpt_neox", _NEOX, PP2),
 }
 PROMPT, NEW_TOKENS = 16, 12
 
@@ -181,7 +184,7 @@ def main(folder: Path) -> None:
     from megatron_infoentropy.runtime import cpu
 
     imported = {
-        name: import_model(folder / name, kind, config) + layout
+        name: import_model(folder / name, kind, config, name.startswith("hybrid")) + layout
         for name, (kind, config, layout) in IMPORTED.items()
     }
     cpu.install()
@@ -193,7 +196,7 @@ def main(folder: Path) -> None:
         run_case(folder / name, flags, 2)
 
 
-def import_model(case: Path, kind: str, config: dict[str, Any]) -> str:
+def import_model(case: Path, kind: str, config: dict[str, Any], hybrid: bool) -> str:
     """Make a Hugging Face model and a Megatron checkpoint of it; return the flags to load it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -207,7 +210,7 @@ def import_model(case: Path, kind: str, config: dict[str, Any]) -> str:
             if parameter.ndim == 1:  # norms are all 1 and biases 0: mistakes would not show
                 parameter += 0.1 * torch.randn(parameter.shape)
     model.save_pretrained(case / "hf")
-    flags = convert_from_hf(case / "hf", case / "megatron").flags
+    flags = convert_from_hf(case / "hf", case / "megatron", hybrid=hybrid).flags
     words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
     load = f"--load {case / 'save'} --pretrained-checkpoint {case / 'megatron'}"
     # GPT-2's configuration asks for dropout, which the comparison with transformers leaves out.
