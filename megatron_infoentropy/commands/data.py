@@ -181,7 +181,7 @@ def merge(
     ],
     output: Annotated[Path, typer.Option(help="folder to write")],
     workers: Annotated[
-        int | None, typer.Option(min=1, help="domains at a time; default: one a core")
+        int | None, typer.Option(min=1, help="parts copied at a time; default: one a core")
     ] = None,
     allow_duplicates: Annotated[
         bool, typer.Option("--allow-duplicates", help="join datasets that hold the same documents")

@@ -1,7 +1,8 @@
 """Datasets made of datasets: shards or datasets of one kind joined, documents cut into pieces.
 
-Merging reads and writes every byte of ids once, several domains at a time. Shards joined in order
-are, byte for byte, what one run over all their inputs would have written.
+Merging copies the files of ids, each part to its place in a file that has its full size from the
+start, several parts at a time. Shards joined in order are, byte for byte, what one run over all
+their inputs would have written.
 
 Packing cuts a dataset into pieces of one length, as the published code does before it trains. Some
 documents of a domain are laid end to end and cut; what is left of them at the end is dropped, and
@@ -14,12 +15,12 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from threading import Event, Lock
 
 import numpy as np
 
@@ -45,7 +46,7 @@ from megatron_infoentropy.data.writer import (
 from megatron_infoentropy.files import new_folder, require_space
 from megatron_infoentropy.progress import Advance, progress
 
-_COPIED_AT_ONCE = 1 << 23  # bytes
+_COPIED_AT_ONCE = 1 << 17  # bytes
 
 
 def merge(
@@ -56,10 +57,10 @@ def merge(
     allow_duplicates: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write one dataset of several, in the order given, `workers` domains at a time.
+    """Write one dataset of several, in the order given, in `workers` threads.
 
     A folder that holds shards (`preprocess --shard`) stands for all of them. By default there is a
-    worker a core.
+    thread a core.
 
     Raises:
         ValueError: a shard is missing; tokenizers, options or versions differ; two datasets are of
@@ -75,29 +76,27 @@ def merge(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     prefixes, counts = _prefixes(parts), _counts(parts)
-    sizes = {name: sum(_tokens(part, name) for part in parts) for name in prefixes}
+    sizes = {name: sum(_bytes(part, name) for part in parts) for name in prefixes}
     left_out: Counter[str] = Counter()
     for part in parts:
         left_out.update(part.left_out)
-    require_space(output, sum(sizes.values()) * np.dtype(parts[0].dtype).itemsize)
+    require_space(output, sum(sizes.values()))
     with (
         new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder,
         full_disk_is_said(folder.parent),
         TemporaryDirectory(dir=folder) as lengths,
-        progress("merge", sum(sizes.values()), "tokens") as advance,
-        ThreadPoolExecutor(workers) as joins,
-        ThreadPoolExecutor(2 * workers) as lanes,  # on an error it ends first, and with it joins
+        progress("merge", sum(sizes.values()), "bytes") as advance,
+        _threads(workers) as (pool, stop),
     ):
         lists = [part.folder / REJECTED for part in parts if (part.folder / REJECTED).is_file()]
         if lists:
             (folder / REJECTED).write_bytes(b"".join(path.read_bytes() for path in lists))
-        tasks = {
-            name: joins.submit(
-                _join, parts, name, folder / prefixes[name], Path(lengths), lanes, advance
-            )
+        copier = _Copier(stop, advance)
+        joins = {
+            name: _Join(parts, name, folder / prefixes[name], Path(lengths), copier, pool)
             for name in sorted(prefixes, key=lambda name: -sizes[name])
         }
-        domains = {name: tasks[name].result() for name in sorted(tasks)}
+        domains = {name: joins[name].facts() for name in sorted(joins)}
         for name in [name for name, facts in domains.items() if not facts.tokens]:
             left_out[name] += domains.pop(name).documents
         inputs = tuple(facts for part in parts for facts in part.inputs)
@@ -106,76 +105,124 @@ def merge(
     return load_manifest(output)
 
 
-def _tokens(part: Manifest, name: str) -> int:
-    return part.domains[name].tokens if name in part.domains else 0
+def _bytes(part: Manifest, name: str) -> int:
+    facts = part.domains.get(name)
+    return 0 if facts is None else facts.tokens * np.dtype(part.dtype).itemsize
 
 
-def _join(
-    parts: Sequence[Manifest],
-    name: str,
-    prefix: Path,
-    side: Path,
-    lanes: Executor,
-    advance: Advance,
-) -> DomainFacts:
-    """Write one domain: the ids of the parts in a row, and an index of all their documents.
+@contextmanager
+def _threads(workers: int) -> Iterator[tuple[Executor, Event]]:
+    """Yield threads, and what tells them to stop; that is told whenever the block ends."""
+    stop = Event()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield pool, stop
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    A domain without any token has no file.
+
+class _Copier:
+    """Copies and hashes files, in pieces that stay in a core's cache, until it is told to stop."""
+
+    def __init__(self, stop: Event, advance: Advance) -> None:
+        self._stop, self._advance, self._lock = stop, advance, Lock()
+
+    def copy(self, source: Path, target: Path, offset: int) -> str:
+        """Write a file into its place in a larger one; returns its hash."""
+        digest = hashlib.sha256()
+        with target.open("r+b", buffering=0) as file:
+            file.seek(offset)
+            for piece in self._pieces(source):
+                digest.update(piece)
+                write_all(file, piece)
+                with self._lock:
+                    self._advance(len(piece))
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def hash(self, sources: Sequence[Path]) -> str:
+        """Return the hash of files in a row."""
+        digest = hashlib.sha256()
+        for source in sources:
+            for piece in self._pieces(source):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def _pieces(self, path: Path) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_COPIED_AT_ONCE))
+        with path.open("rb", buffering=0) as file:
+            while not self._stop.is_set() and (size := file.readinto(buffer)):
+                yield buffer[:size]
+
+
+class _Join:
+    """One domain that is being written: each part's ids to their place, and an index of them all.
+
+    The hash of the whole is that of the parts in a row, which are read once more for it: it cannot
+    be put together from theirs. A domain without any token gets no file.
     """
-    facts, dtype = DomainFacts(prefix.name, 0, 0, 0), np.dtype(parts[0].dtype)
-    whole, lengths = hashlib.sha256(), side / prefix.name
-    with (
-        bin_path(prefix).open("wb", buffering=0) as ids,
-        lengths.open("wb", buffering=0) as numbers,
-    ):
-        for part in parts:
-            if name not in part.domains:
-                continue
-            given, reader = part.domains[name], IndexedReader(part.prefix(name))
-            wrong = "" if reader.dtype == dtype else f"its ids are {reader.dtype}"
-            if reader.tokens.size != given.tokens:
-                wrong = f"it has {reader.tokens.size} tokens"
-            digest = _copy(bin_path(part.prefix(name)), ids, whole, lanes, advance, dtype.itemsize)
-            if given.bin_sha256 not in ("", digest):
-                wrong = "checksum"
-            if wrong:
+
+    def __init__(
+        self,
+        parts: Sequence[Manifest],
+        name: str,
+        prefix: Path,
+        side: Path,
+        copier: _Copier,
+        pool: Executor,
+    ) -> None:
+        having = [part for part in parts if name in part.domains]
+        self._facts = [part.domains[name] for part in having]
+        self._readers = [IndexedReader(part.prefix(name)) for part in having]
+        self._prefix, self._dtype = prefix, np.dtype(parts[0].dtype)
+        self._lengths = side / prefix.name
+        sizes = [reader.tokens.nbytes for reader in self._readers]
+        with bin_path(prefix).open("wb") as file:
+            file.truncate(sum(sizes))
+        sources = [bin_path(reader.prefix) for reader in self._readers]
+        self._whole = pool.submit(copier.hash, sources) if len(sources) > 1 else None
+        self._copies = [
+            pool.submit(copier.copy, source, bin_path(prefix), offset)
+            for source, offset in zip(sources, accumulate(sizes, initial=0), strict=False)
+        ]
+        self._index = pool.submit(self._write_index)
+
+    def facts(self) -> DomainFacts:
+        """Wait for all of it; return what it is.
+
+        Raises:
+            ValueError: a part is not what its manifest says.
+        """
+        digests = [copy.result() for copy in self._copies]
+        for facts, reader, digest in zip(self._facts, self._readers, digests, strict=True):
+            expected = (facts.tokens, self._dtype, facts.bin_sha256 or digest)
+            if (reader.tokens.size, reader.dtype, digest) != expected:
                 raise ValueError(
-                    f"{bin_path(part.prefix(name))} is not what its manifest says ({wrong}); look "
-                    "with `infoentropy verify`, or preprocess that part again"
+                    f"{bin_path(reader.prefix)} is not what its manifest says (checksum, size or "
+                    "type); look with `infoentropy verify`, or preprocess that part again"
                 )
-            for _, some in reader.pieces():
-                write_all(numbers, some.astype("<i4").tobytes())
-                facts.documents += some.size
-                facts.empty += int((some == 0).sum())
-            facts.tokens += given.tokens
-            facts.bytes += given.bytes
-            facts.rejected += given.rejected
-        os.fsync(ids.fileno())
-    if facts.tokens:
-        facts.bin_sha256 = whole.hexdigest()
-        facts.idx_sha256 = write_index(idx_path(prefix), lengths, dtype)
-    else:
-        bin_path(prefix).unlink()
-    return facts
+        done = self._index.result()
+        for facts in self._facts:
+            done.tokens += facts.tokens
+            done.bytes += facts.bytes
+            done.rejected += facts.rejected
+        done.bin_sha256 = digests[0] if self._whole is None else self._whole.result()
+        if not done.tokens:
+            bin_path(self._prefix).unlink()
+            idx_path(self._prefix).unlink()
+        return done
 
-
-def _copy(
-    source: Path, target: FileIO, whole: Any, lanes: Executor, advance: Advance, itemsize: int
-) -> str:
-    """Append a file to another one; `whole` is the hash of that, the file's own is returned.
-
-    The hash of all that is written cannot be cut into parts, so it is what takes longest: writing
-    and the other hash are done at the same time, on the same bytes.
-    """
-    own = hashlib.sha256()
-    with source.open("rb", buffering=0) as file:
-        while piece := file.read(_COPIED_AT_ONCE):
-            others = [lanes.submit(own.update, piece), lanes.submit(write_all, target, piece)]
-            whole.update(piece)
-            for each in others:
-                each.result()
-            advance(len(piece) // itemsize)
-    return own.hexdigest()
+    def _write_index(self) -> DomainFacts:
+        facts = DomainFacts(self._prefix.name, 0, 0, 0)
+        with self._lengths.open("wb", buffering=0) as file:
+            for reader in self._readers:
+                for _, lengths in reader.pieces():
+                    write_all(file, lengths.astype("<i4").tobytes())
+                    facts.documents += lengths.size
+                    facts.empty += int((lengths == 0).sum())
+        facts.idx_sha256 = write_index(idx_path(self._prefix), self._lengths, self._dtype)
+        return facts
 
 
 def _counts(parts: Sequence[Manifest]) -> dict[str, Counts]:

@@ -161,7 +161,7 @@ def _lengths(path: Path) -> Iterator[npt.NDArray[np.int32]]:
             yield np.frombuffer(raw, dtype="<i4")
 
 
-def write_all(file: FileIO, data: bytes) -> None:
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
     """Write without a buffer, as a full disk must be noticed here; it may take part of the data."""
     left = memoryview(data)
     while left:

@@ -120,7 +120,7 @@ def whole(inputs: list[Path], tokenizer_folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("b.bin", lambda raw: raw[:6] + b"x" + raw[7:], r"b\.bin is .* manifest says \(checksum\)"),
+        ("b.bin", lambda raw: raw[:6] + b"x" + raw[7:], r"b\.bin is .* manifest says \(checksum"),
         ("b.bin", lambda raw: raw[:-2], r"b\.bin is cut off"),
         ("b.bin", None, r"no such dataset file: .*b\.bin"),
         ("token_counts.npy", lambda raw: raw[:-8], r"token_counts\.npy can not be read: .*again"),
