@@ -14,10 +14,11 @@ def write_answers(
     *,
     tasks: Sequence[str] = ("first", "second"),
     shift: float = 0.0,
+    gain: float = 0.0,
     items: int = 60,
     version: str = "1.0",
 ) -> None:
-    """FOLDER/tasks/NAME.json; `shift` moves the bits per byte of every right answer.
+    """FOLDER/tasks/NAME.json; `shift` moves every right answer's bits per byte, `gain` the accuracy.
 
     What makes an item hard is the same for every seed; a seed adds to every item and to each.
     """
@@ -25,7 +26,7 @@ def write_answers(
         shared, own = np.random.default_rng(place), np.random.default_rng([seed, place])
         size = shared.integers(4, 30, items)
         per_byte = shared.gamma(4, 0.3, items) + own.normal(0, 0.01) + own.normal(0, 0.05, items)
-        right = (shared.random(items) + own.normal(0, 0.1, items) < 0.4).astype(float)
+        right = (shared.random(items) + own.normal(0, 0.1, items) < 0.4 + gain).astype(float)
         made = Items(
             [f"{name}-{number}" for number in range(items)],
             {name: items},

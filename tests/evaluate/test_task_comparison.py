@@ -110,6 +110,14 @@ def test_where_nothing_differs_a_claim_on_any_task_is_rare():
     assert claims <= 8
 
 
+def test_more_right_answers_are_better_and_more_bits_are_worse(tmp_path):
+    write_asked(tmp_path, range(1, 4), (("cross_entropy", 0.0),), items=300)
+    write_asked(tmp_path, range(1, 4), (("focal", 1.0),), items=300, gain=0.5)
+    (one,) = compare_folders([str(path) for path in sorted(tmp_path.iterdir())])
+    readings = {row.kind: row.reading for row in one.rows if row.kind != "tasks"}
+    assert readings == {"task": "worse", "accuracy": "better"}
+
+
 def test_few_tasks_have_no_interval_of_their_mean(tmp_path):
     (one,) = compare_folders(write_asked(tmp_path, range(1, 3), SETTINGS[:3:2]))
     assert (one.rows[0].documents, one.rows[0].low) == (2, None)
