@@ -243,7 +243,7 @@ def tasks(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="commonsense, commonsense-5shot, closed-book, mmlu or mmlu-texts; repeatable"
+            help="commonsense, closed-book, either with -5shot, mmlu or mmlu-texts; repeatable"
         ),
     ] = None,
     task: Annotated[

@@ -2,5 +2,5 @@
 
 ask       the paper's families by name, and what has not been answered yet, task by task
 harness   the only module that knows lm_eval
-results   one file a task, light to read
+results   one file a task and its items, light to read
 """

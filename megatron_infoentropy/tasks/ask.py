@@ -44,6 +44,7 @@ SUITES: dict[str, tuple[Question, ...]] = {
     "commonsense": tuple(Question(task, 0) for task in _COMMON_SENSE),
     "commonsense-5shot": tuple(Question(task, 5) for task in _COMMON_SENSE),
     "closed-book": tuple(Question(task, 0) for task in _CLOSED_BOOK),
+    "closed-book-5shot": tuple(Question(task, 5) for task in _CLOSED_BOOK),
     "mmlu": (Question("mmlu", 5),),  # letters A to D, as usual
     "mmlu-texts": (Question("mmlu_continuation", 5),),  # the options' texts, as in the paper's code
 }

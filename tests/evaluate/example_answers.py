@@ -18,7 +18,7 @@ def write_answers(
     items: int = 60,
     version: str = "1.0",
 ) -> None:
-    """FOLDER/tasks/NAME.json; `shift` moves every right answer's bits per byte, `gain` the accuracy.
+    """FOLDER/tasks/NAME.json; `shift` moves the right answers' bits per byte, `gain` the accuracy.
 
     What makes an item hard is the same for every seed; a seed adds to every item and to each.
     """
