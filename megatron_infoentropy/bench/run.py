@@ -17,18 +17,12 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.bench import results
 from megatron_infoentropy.bench.alone import measure_kernels, measure_output_layer
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.losses import measure_losses
 from megatron_infoentropy.bench.providers import Setting, failure
-from megatron_infoentropy.bench.results import (
-    Row,
-    file_name,
-    provenance,
-    read_csv,
-    row_of_case,
-    write_csv,
-)
+from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.bench.timing import prepare
 from megatron_infoentropy.runtime.device import Device, find_device
 
@@ -56,8 +50,8 @@ def bench(
         ValueError: results would be written without the commit they belong to.
     """
     end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
-    facts = provenance() if output else {}  # refuses before the work, not after it
-    path = output / file_name(facts) if output and output.is_dir() else output
+    facts = results.provenance() if output else {}  # refuses before the work, not after it
+    path = output / results.file_name(facts) if output and output.is_dir() else output
     rows = _measured_before(path, facts) if path and minutes is not None else []
     device = find_device()
     for case in cases:
@@ -68,7 +62,7 @@ def bench(
         if hidden and case is cases[0] and "linear" not in {row.kind for row in rows}:
             rows += _measured(case, "output layer", partial(_output_layer, case, hidden))
         if path:
-            write_csv(rows, facts, path)
+            results.write_csv(rows, facts, path)
     return rows
 
 
@@ -76,7 +70,7 @@ def _measured_before(path: Path, facts: dict[str, str]) -> list[Row]:
     """Rows that a run of the same commit on the same device left in the file."""
     if not path.exists():
         return []
-    rows, before = read_csv(path)
+    rows, before = results.read_csv(path)
     if any(before.get(fact) != facts[fact] for fact in ("device", "commit")):
         return []
     return [row for row in rows if row.reason != OVER]
@@ -152,4 +146,4 @@ def _group(rank: int, case: Case, device: Device, folder: str) -> Iterator[dist.
 
 def _left_out(case: Case, what: str, reason: str) -> Row:
     nothing = {"threads": 0, "clock": "", "by": "", "computes": "", "step": ""}
-    return row_of_case(case, kind="unavailable", provider=what, reason=reason, **nothing)
+    return results.row_of_case(case, kind="unavailable", provider=what, reason=reason, **nothing)

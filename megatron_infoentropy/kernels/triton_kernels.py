@@ -1,20 +1,13 @@
-"""The contract in Triton, for NVIDIA GPUs: launches `triton_statistics` and `triton_gradient`.
+"""The contract in Triton, for NVIDIA GPUs: launches the kernels of `triton_device`.
 
 Needs no host synchronisation and no shape that depends on data, so CUDA graphs capture both.
 Nothing is tuned by timing, which costs at the start and makes results differ from run to run; nor
 does the way through a row depend on how many rows there are, so neither does its result.
 
-The launch parameters come from arithmetic and are not measured yet. An H200 (132 SMs, 1.98 GHz,
-4.3 TB/s copied) reads 8.2 bf16 logits a clock and SM, and must have about 30 KB in flight on each.
-
-                        registers  threads an SM  in flight  instructions a logit  issue slots
-    statistics, bf16           48           1280      80 KB                  10.0         64 %
-    gradient, bf16             56           1152      72 KB                  15.7         50 %
-
-Both should therefore wait for memory: predicted are 90 % of the copy bandwidth or more. Counted in
-the machine code for sm_90; a softcap makes it 35 instructions, which limits the statistics to less
-than half. Where rows do not start at 16-byte boundaries the statistics read logit by logit, at
-about two thirds (predicted); the gradient does not.
+The launch parameters come from arithmetic and are not measured yet: docs/benchmarks.md has the
+registers and instructions counted in the machine code, and what is predicted of them. Where rows do
+not start at 16-byte boundaries the statistics read logit by logit, at about two thirds of the speed
+(predicted); the gradient does not.
 
 Importing this module imports no Triton; the first launch does.
 """

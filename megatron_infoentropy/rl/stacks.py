@@ -88,17 +88,15 @@ def verl_lm_head_logits_processor(
             raise RuntimeError(
                 f'verl\'s own {_VERL_PROCESSOR} is needed: call use_in("verl") first'
             )
-        options = {
-            "calculate_sum_pi_squared": calculate_sum_pi_squared,
-            "calculate_entropy": calculate_entropy,
-            "distillation_use_topk": distillation_use_topk,
-            "distillation_only": distillation_only,
-            "logits_processor_func": logits_processor_func,
-            "batch": batch,
-            "data_format": data_format,
-        }
         own: dict[str, torch.Tensor] = _stacks_own[_VERL_PROCESSOR](
-            self, logits, label, temperature, **options
+            *(self, logits, label, temperature),
+            calculate_sum_pi_squared=calculate_sum_pi_squared,
+            calculate_entropy=calculate_entropy,
+            distillation_use_topk=distillation_use_topk,
+            distillation_only=distillation_only,
+            logits_processor_func=logits_processor_func,
+            batch=batch,
+            data_format=data_format,
         )
         return own
     statistics = vocab_parallel_statistics(

@@ -25,7 +25,7 @@ def measured(monkeypatch, facts):
 
     measure.fails = None
     monkeypatch.setattr(run, "_measure", measure)
-    monkeypatch.setattr(run, "provenance", lambda: facts)
+    monkeypatch.setattr(run.results, "provenance", lambda: facts)
     monkeypatch.setattr(run, "gc", mock.Mock())  # which takes seconds where much is imported
     return found, measure
 
