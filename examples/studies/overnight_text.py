@@ -33,7 +33,7 @@ ONE_IN = 50
 GZIP = b"\x1f\x8b"
 
 
-def read_text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
     """Return a file's text, unpacked; None where it is no text, as an index of fortunes."""
     data = path.read_bytes()
     data = gzip.decompress(data) if data.startswith(GZIP) else data
@@ -64,7 +64,7 @@ def add_domain(name: str, paths: list[Path], lines: dict[str, list[str]]) -> Cou
     """Add the documents of some files to the lines of each split; return the bytes in each."""
     sizes: Counter[str] = Counter()
     for path in sorted({path.resolve() for path in paths}):  # some are links to others
-        for stretch in batched(documents(read_text(path) or ""), STRETCH):
+        for stretch in batched(documents(text_of(path) or ""), STRETCH):
             split = split_of(stretch)
             sizes[split] += len("".join(stretch).encode())
             for one in stretch:
