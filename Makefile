@@ -11,7 +11,8 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-cluster faults fuzz sanitize audit lint docs bench gpu gpu-6.7b build status pages clean
+.PHONY: demo test test-slow test-clients test-cluster faults fuzz sanitize audit lint docs bench gpu \
+  gpu-6.7b build status pages clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
@@ -45,6 +46,12 @@ faults: $(READY)
 # Every reader of files, 30 minutes or 10 million inputs each; nightly. SECONDS_EACH=60 is a look.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(SECONDS_EACH),1800)
+
+# vLLM, llama.cpp, CTranslate2, lm-evaluation-harness and Megatron-Bridge on an export of every family;
+# makes 12 GB of environments in build/clients. CLIENTS="vllm" FAMILIES="llama,gpt2" does a part.
+test-clients: $(READY)
+	$(BIN)/python -W ignore tools/clients.py $(if $(CLIENTS),--clients "$(CLIENTS)") \
+	  $(if $(FAMILIES),--families "$(FAMILIES)")
 
 # The CPU kernels under the address, undefined-behaviour and thread sanitizers.
 sanitize:
