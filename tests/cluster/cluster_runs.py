@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def kill_connection(machines: Machines, node: str, program: str) -> None:
     """Kill what holds a node's connection on its own side (ssh) or on the other one (sshd)."""
     place = machines.head if program == "ssh" else machines.nodes[f"n{int(node) + 1}"]
     for pid in place.processes():
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        words = words_of(pid).decode()
         if f"\0NODE={node} " in words if program == "ssh" else words.startswith("sshd: root@notty"):
             return os.kill(pid, signal.SIGKILL)
     raise AssertionError(f"no {program} of node {node}")
@@ -207,8 +207,14 @@ class Job:
 
 def ranks_on(machine: Machine) -> list[int]:
     """The ranks there, which are forks of the server: neither torchrun nor what it started."""
-    lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in machine.processes()}
-    return [pid for pid, path in lines.items() if b"quick_ranks.py\0serve" in path.read_bytes()]
+    return [pid for pid in machine.processes() if b"quick_ranks.py\0serve" in words_of(pid)]
+
+
+def words_of(pid: int) -> bytes:
+    """A process's command line; nothing, if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _say(*words: str) -> str:

@@ -97,8 +97,10 @@ class Training:
             self.until_ended()
 
     def note(self) -> None:
-        """Take down, right before a fault, which checkpoint is said to be complete."""
-        self.claimed = saved_in(self.run)
+        """Take down, right before a fault, the newest checkpoint that is named and described."""
+        named = saved_in(self.run)
+        described = [int(path.parent.name[5:]) for path in self.save.glob("iter_*/*_manifest.json")]
+        self.claimed = max([0, *(step for step in described if step <= named)])
 
     def said(self) -> str:
         """What the ranks said, also through a connection that is lost."""

@@ -40,6 +40,12 @@ if rank == 0:
         os.write(1, b"a step\\n")
         time.sleep(0.05)
     os._exit(3)
+def end(number, frame):  # as torchrun, whose ranks then have 30 seconds; here none
+    os.kill(rank, signal.SIGKILL)
+    os._exit(1)
+
+for name in os.environ.get("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT").split(","):
+    signal.signal(getattr(signal, name), end)
 _, status = os.waitpid(rank, 0)
 sys.exit(os.waitstatus_to_exitcode(status))
 """

@@ -6,10 +6,9 @@ Slurm and the scripts are real, what trains is a program of a few lines (`light_
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
-from cluster_runs import Job, wait_until
+from cluster_runs import Job, wait_until, words_of
 from light_run import LightRun
 from machines import NODES
 
@@ -189,7 +188,7 @@ def test_a_controller_that_does_not_answer_ends_no_job(new, slurm):
 
 def _signal_script(slurm):
     for pid in [pid for node in slurm.nodes.values() for pid in node.processes()]:
-        if b"slurm_script" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"slurm_script" in words_of(pid):
             os.kill(pid, signal.SIGUSR1)
 
 
