@@ -58,6 +58,13 @@ def prepared(tokens, run, cluster, *extra, settings=None):
     return made
 
 
+def complete_in(run):
+    """The newest checkpoint that Megatron has named and that has its manifest, written after."""
+    manifests = (run / "checkpoints").glob("iter_*/infoentropy_manifest.json")
+    steps = [int(path.parent.name.removeprefix("iter_")) for path in manifests]
+    return max([0, *(step for step in steps if step <= saved_in(run))])
+
+
 def make_tokens(folder: Path) -> Path:
     """data/{train,validation,test} and a tokenizer, of a few help texts of Python's."""
     from megatron_infoentropy.data.preprocess import preprocess
@@ -91,6 +98,7 @@ def serve_ranks(folder: Path) -> Iterator[dict[str, str]]:
     server = subprocess.Popen(
         [sys.executable, HERE / "quick_ranks.py", "serve", path],
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

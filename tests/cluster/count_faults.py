@@ -27,11 +27,11 @@ sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
 
 from cluster_runs import (  # noqa: E402
     Job,
+    complete_in,
     kill_connection,
     make_tokens,
     prepared,
     ranks_on,
-    saved_in,
     serve_ranks,
     text_of,
     train,
@@ -97,10 +97,8 @@ class Training:
             self.until_ended()
 
     def note(self) -> None:
-        """Take down, right before a fault, the newest checkpoint that is named and described."""
-        named = saved_in(self.run)
-        described = [int(path.parent.name[5:]) for path in self.save.glob("iter_*/*_manifest.json")]
-        self.claimed = max([0, *(step for step in described if step <= named)])
+        """Take down, right before a fault, which checkpoint is complete."""
+        self.claimed = complete_in(self.run)
 
     def said(self) -> str:
         """What the ranks said, also through a connection that is lost."""

@@ -316,6 +316,7 @@ def _write_slurm(base: Path, settings: dict[str, str]) -> None:
         "SwitchType": "switch/none",
         "ProctrackType": "proctrack/linuxproc",
         "TaskPlugin": "task/affinity",
+        "TaskPluginParam": "autobind=threads",
         "JobAcctGatherType": "jobacct_gather/none",
         "AccountingStorageType": "accounting_storage/none",
         "SelectType": "select/cons_tres",

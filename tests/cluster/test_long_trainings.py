@@ -15,6 +15,7 @@ from cluster_runs import (
     TIMEOUT_S,
     Job,
     assert_same_losses,
+    complete_in,
     losses,
     prepared,
     ranks_on,
@@ -107,11 +108,11 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
     slurm, submitted, tokens, tmp_path, victim
 ):
     run, job = submitted("--save-interval", 10, *SECONDS)
-    wait_until(lambda: saved_in(run) >= 10, run / "train.log", said=job.text)
+    wait_until(lambda: complete_in(run) >= 10, run / "train.log", said=job.text)
     node = slurm.nodes[victim]
     node.power_off()
     job.until(run / "train.log", "PENDING", restarts=1)
-    saved, reached = saved_in(run), trained(run)
+    saved, reached = complete_in(run), trained(run)
     assert saved >= 10
     node.power_on()
     slurm.serve_ssh(victim)
@@ -139,7 +140,7 @@ def test_both_nodes_restart_their_ranks_when_one_is_killed(
         training = pool.submit(train, made)
         job = Job(training.result()) if is_slurm else None
         process = None if is_slurm else training
-        wait_until(lambda: saved_in(run) >= 10, log, process)
+        wait_until(lambda: complete_in(run) >= 10, log, process)
         os.kill(ranks_on(slurm.nodes[victim])[0], signal.SIGKILL)
         wait_until(lambda: LOADED.search(text_of(log)), log, process)
         at = int(LOADED.search(text_of(log))[1])
