@@ -107,7 +107,11 @@ def test_a_study_makes_its_data_first_and_its_report_last_even_if_a_run_fails(
     command = tmp_path / "bin/infoentropy"
     command.parent.mkdir()
     failed = study.members[0].name
-    command.write_text(f'#!/bin/sh\necho "$6" >> "{parts}"\nexpr "$6" != "{failed}"\n')
+    command.write_text(
+        "#!/bin/sh\n"
+        'case "$6" in data) sleep 2 ;; report) ;; *) sleep 1 ;; esac\n'
+        f'echo "$6" >> "{parts}"\n[ "$6" != "{failed}" ]\n'
+    )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
     output = study.path.parent / "out"
