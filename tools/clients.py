@@ -345,18 +345,26 @@ def served(folder: Path, expected: list[dict[str, Any]]) -> Iterator[int]:
 
     import httpx
 
+    def answers(client: httpx.Client) -> bool:
+        try:
+            return client.get("/health", timeout=5).status_code == 200
+        except httpx.TransportError:  # it does not listen yet
+            return False
+
     with tempfile.TemporaryDirectory() as place:
         socket = f"{place}/socket"
         # The package's own command, `vllm serve`, looks for a package of another name.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
         command += ["--uds", socket, "--dtype", "float32", "--max-model-len", "192"]
         command += ["--enforce-eager"]
-        server = subprocess.Popen(command, stdout=sys.stderr)
+        variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        server = subprocess.Popen(command, stdout=sys.stderr, env=variables)
         client = httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://vllm")
         try:
-            while not Path(socket).exists() or client.get("/health", timeout=60).status_code != 200:
-                if server.poll() is not None:
-                    raise RuntimeError(f"the server ended with exit code {server.returncode}")
+            until = time.monotonic() + 600
+            while not answers(client):
+                if server.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"no server in 600 s, exit code {server.poll()}")
                 time.sleep(1)
             for text in expected:
                 asked = {"model": str(folder), "prompt": text["context"], "max_tokens": 32}
