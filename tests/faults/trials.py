@@ -71,14 +71,6 @@ def disturb(
         number += ITERATIONS in left
 
 
-def kill_any_rank(training: Training, rng: random.Random) -> None:
-    """At any time from the start on, most often while it trains."""
-    if rng.random() < 0.8:
-        training.until("saving checkpoint")
-    time.sleep(rng.uniform(0, 1.5))
-    training.kill(rng.randrange(RANKS))
-
-
 def kill_while_saving(training: Training, rng: random.Random) -> None:
     """Within the time that a save and its manifest take."""
     for _ in range(rng.randrange(1, 4)):
