@@ -8,8 +8,6 @@ take turns. Steady tokens/s is what the second half adds: it is free of start-up
     megatron   tools/preprocess_data.py of the checkout that MEGATRON_LM names, if it is set
     megatron fast   its preprocess_data_fast.py, in one process with gigatoken's threads, where the
                checkout has it and gigatoken and awkward are installed
-    pool       its pattern (Pool.imap over 32 lines, the parent writes) with the classes of the
-               installed megatron-core: not its tool, which no package holds
 
 Each provider's files are compared with those of the first, byte by byte.
 
@@ -20,7 +18,6 @@ megabyte: N workers need max(reader, workers / N).
 import argparse
 import csv
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -53,13 +50,6 @@ def ours(engine: str, workers: int) -> Callable[[Path, Path, Path], Command]:
     ]
 
 
-def pool(workers: int) -> Callable[[Path, Path, Path], Command]:
-    """A run of `run_pool` below."""
-    return lambda text, tokenizer, out: [
-        *(sys.executable, __file__, "--pool", str(workers), str(text), str(tokenizer), str(out)),
-    ]
-
-
 def megatron(checkout: Path, workers: int) -> Callable[[Path, Path, Path], Command]:
     """A run of Megatron's own tool."""
     return lambda text, tokenizer, out: [
@@ -82,7 +72,7 @@ def megatron_fast(checkout: Path) -> Callable[[Path, Path, Path], Command]:
 
 def providers() -> dict[str, Callable[[Path, Path, Path], Command]]:
     """What can be run here, by name."""
-    found = {"hf x1": ours("hf", 1), "hf x2": ours("hf", 2), "pool x2": pool(2)}
+    found = {"hf x1": ours("hf", 1), "hf x2": ours("hf", 2)}
     found["auto x2"] = ours("auto", 2)
     if find_spec("gigatoken"):
         found |= {"gigatoken x1": ours("gigatoken", 1), "gigatoken x2": ours("gigatoken", 2)}
@@ -93,40 +83,6 @@ def providers() -> dict[str, Callable[[Path, Path, Path], Command]]:
         if fast and find_spec("gigatoken") and find_spec("awkward"):
             found["megatron fast"] = megatron_fast(checkout)
     return found
-
-
-def run_pool(text: Path, tokenizer: Path, out: Path, workers: int) -> None:
-    """Tokenize as Megatron's tool does: a pool of processes, 32 lines at a time, one writer."""
-    from multiprocessing import Pool
-
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    with Pool(workers, initializer=_open_tokenizer, initargs=(tokenizer,)) as processes:
-        vocab_size = processes.apply(_vocab_size)
-        builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(vocab_size))
-        with text.open(encoding="utf-8") as lines:
-            for ids in processes.imap(_encode, lines, 32):
-                builder.add_document(ids, [len(ids)] if ids else [])
-        builder.finalize(f"{out}.idx")
-
-
-_tokenizer: Any = None
-
-
-def _open_tokenizer(folder: Path) -> None:
-    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
-
-    global _tokenizer
-    _tokenizer = HuggingFaceTokenizer(str(folder))
-
-
-def _vocab_size() -> int:
-    return int(_tokenizer.vocab_size)
-
-
-def _encode(line: str) -> list[int]:
-    ids: list[int] = _tokenizer.text_to_ids(json.loads(line)["text"])
-    return [*ids, _tokenizer.eod] if ids else ids
 
 
 def measure(command: Command) -> tuple[float, float]:
@@ -241,17 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--pool", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--only", nargs="*", default=[], help="providers; default: all, and a model"
     )
     parser.add_argument("--output", type=Path, help="CSV file to write")
     chosen = parser.parse_args()
-    if chosen.pool:
-        run_pool(chosen.text, chosen.tokenizer, chosen.out, chosen.pool)
-        return
     with tempfile.TemporaryDirectory() as name:
         texts = {"half": first_half(chosen.text, Path(name)), "whole": chosen.text}
         rows = compare(texts, chosen.tokenizer, chosen.repeats, Path(name), chosen.only)
