@@ -6,11 +6,12 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,13 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
 class _Pool:
     def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        folder = Path(self.folder.name)
-        with Listener(str(folder / "ranks"), "AF_UNIX", backlog=world) as listener:
-            _forker().send((world, str(folder / "store"), listener.address))
-            arrived = [listener.accept() for _ in range(world)]
+        store, address = (str(Path(self.folder.name) / name) for name in ("store", "ranks"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(TIMEOUT_S)  # where no rank comes, as of a package that is broken
+            listener.bind(address)
+            listener.listen(world)
+            _forker().send((world, store, address))
+            arrived = [Connection(listener.accept()[0].detach()) for _ in range(world)]
         self.ranks = dict(sorted((pipe.recv(), pipe) for pipe in arrived))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
@@ -93,8 +97,11 @@ def _fork_ranks(orders: Connection) -> None:
         world, store, address = orders.recv()
         for rank in range(world):
             if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _serve(rank, world, store, Client(address))
+                try:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    _serve(rank, world, store, Client(address))
+                finally:  # whatever happened, a rank is not to go on here
+                    os._exit(1)
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
@@ -108,7 +115,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         try:
             function, arguments = pipe.recv()
         except EOFError:
-            os._exit(0)
+            return
         try:
             pipe.send((False, function(*arguments)))
         except BaseException:
