@@ -16,11 +16,14 @@ from megatron_infoentropy.convert.hybrid import pattern_of, pattern_problems
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
 
 ROTARY, LEARNED = "rope", "learned_absolute"
-_RMS_SWIGLU: dict[str, tuple[Any, ...]] = {
+_LLAMA: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "position_embedding_type": (ROTARY,),
     "rotary_percent": (1.0,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False,),
+    "qk_layernorm": (False,),
 }
 _LAYER_NORM_GELU: dict[str, tuple[Any, ...]] = {
     "normalization": ("LayerNorm",),
@@ -32,40 +35,13 @@ _LAYER_NORM_GELU: dict[str, tuple[Any, ...]] = {
 }
 # Arguments that must be there, with the values that mean the family; the first that fits is it.
 FAMILIES: dict[Family, dict[str, tuple[Any, ...]]] = {
-    "llama": {
-        **_RMS_SWIGLU,
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (False,),
-        "qk_layernorm": (False,),
-    },
-    "qwen2": {
-        **_RMS_SWIGLU,
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (True,),
-        "qk_layernorm": (False,),
-    },
-    "qwen3": {
-        **_RMS_SWIGLU,
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (False,),
-        "qk_layernorm": (True,),
-    },
-    "mixtral": {
-        **_RMS_SWIGLU,
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (False,),
-        "qk_layernorm": (False,),
-        "moe_router_pre_softmax": (False,),
-    },
-    "qwen3_moe": {
-        **_RMS_SWIGLU,
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (False,),
-        "qk_layernorm": (True,),
-        "moe_router_pre_softmax": (False, True),
-    },
-    "gpt_neox": {**_LAYER_NORM_GELU, "position_embedding_type": (ROTARY,)},
-    "gpt2": {**_LAYER_NORM_GELU, "position_embedding_type": (LEARNED,)},
+    "llama": _LLAMA,
+    "qwen2": _LLAMA | {"add_qkv_bias": (True,)},
+    "qwen3": _LLAMA | {"qk_layernorm": (True,)},
+    "mixtral": _LLAMA | {"moe_router_pre_softmax": (False,)},
+    "qwen3_moe": _LLAMA | {"qk_layernorm": (True,), "moe_router_pre_softmax": (False, True)},
+    "gpt_neox": _LAYER_NORM_GELU | {"position_embedding_type": (ROTARY,)},
+    "gpt2": _LAYER_NORM_GELU | {"position_embedding_type": (LEARNED,)},
 }
 CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
@@ -78,11 +54,7 @@ CLASSES: dict[Family, str] = {
 }
 OF_EXPERTS: tuple[Family, ...] = ("mixtral", "qwen3_moe")
 # With biases everywhere Llama is exact too: its attention_bias and mlp_bias mean the same four.
-_LLAMA_WITH_BIASES = {
-    **FAMILIES["llama"],
-    "add_bias_linear": (True,),
-    "add_qkv_bias": (False, True),
-}
+_LLAMA_WITH_BIASES = _LLAMA | {"add_bias_linear": (True,), "add_qkv_bias": (False, True)}
 
 # Arguments that some versions lack; where they are there, these values leave the model as it is.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

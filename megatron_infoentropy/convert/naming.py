@@ -94,6 +94,22 @@ def _norms(
     )
 
 
+def _linear(
+    name: str,
+    hf: tuple[str, ...],
+    layout: LayoutName,
+    shape: tuple[Dim, ...],
+    needs: Needs = "",
+) -> tuple[Entry, Entry]:
+    """A linear layer's weight and bias, the latter only where the model has what it `needs`."""
+    weights, biases = (tuple(f"{each}.{kind}" for each in hf) for kind in ("weight", "bias"))
+    of_bias: LayoutName = "same" if layout == "transposed" else layout
+    return (
+        Entry(name + "weight", weights, layout, shape),
+        Entry(name + "bias", biases, of_bias, shape[:1], needs),
+    )
+
+
 _A, _M = "model.layers.*.self_attn.", "model.layers.*.mlp."
 _LLAMA_ATTENTION = (
     Entry(EMBEDDING, ("model.embed_tokens.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
@@ -103,21 +119,10 @@ _LLAMA_ATTENTION = (
         "model.norm.",
         ("weight",),
     ),
-    Entry(
-        _QKV + "weight",
-        (_A + "q_proj.weight", _A + "k_proj.weight", _A + "v_proj.weight"),
-        "qkv",
-        ("qkv", "hidden"),
+    *_linear(
+        _QKV, (_A + "q_proj", _A + "k_proj", _A + "v_proj"), "qkv", ("qkv", "hidden"), "qkv_bias"
     ),
-    Entry(
-        _QKV + "bias",
-        (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"),
-        "qkv",
-        ("qkv",),
-        "qkv_bias",
-    ),
-    Entry(_PROJ + "weight", (_A + "o_proj.weight",), "same", ("hidden", "heads")),
-    Entry(_PROJ + "bias", (_A + "o_proj.bias",), "same", ("hidden",), "linear_bias"),
+    *_linear(_PROJ, (_A + "o_proj",), "same", ("hidden", "heads"), "linear_bias"),
     Entry(
         _PROJ + "weight",
         (_A + "o_proj.weight", _A + "o_proj.bias"),
@@ -127,26 +132,16 @@ _LLAMA_ATTENTION = (
     ),
 )
 _LLAMA_MLP = (
-    Entry(
-        _FC1 + "weight",
-        (_M + "gate_proj.weight", _M + "up_proj.weight"),
-        "gate_up",
-        ("gate_and_up", "hidden"),
+    *_linear(
+        *(_FC1, (_M + "gate_proj", _M + "up_proj"), "gate_up", ("gate_and_up", "hidden")),
+        "linear_bias",
     ),
     # The format fsdp_dtensor keeps the two halves apart.
     Entry(_FC1 + "weight_w", (_M + "gate_proj.weight",), "same", ("ffn", "hidden")),
     Entry(_FC1 + "weight_v", (_M + "up_proj.weight",), "same", ("ffn", "hidden")),
-    Entry(
-        _FC1 + "bias",
-        (_M + "gate_proj.bias", _M + "up_proj.bias"),
-        "gate_up",
-        ("gate_and_up",),
-        "linear_bias",
-    ),
     Entry(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "linear_bias"),
     Entry(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
-    Entry(_FC2 + "weight", (_M + "down_proj.weight",), "same", ("hidden", "ffn")),
-    Entry(_FC2 + "bias", (_M + "down_proj.bias",), "same", ("hidden",), "linear_bias"),
+    *_linear(_FC2, (_M + "down_proj",), "same", ("hidden", "ffn"), "linear_bias"),
 )
 _LLAMA_HEAD = (
     Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
@@ -200,19 +195,10 @@ _GPT_NEOX = (
         "gpt_neox.final_layer_norm.",
         ("weight", "bias"),
     ),
-    Entry(
-        _QKV + "weight",
-        (_X + "attention.query_key_value.weight",),
-        "qkv_by_head",
-        ("qkv", "hidden"),
-    ),
-    Entry(_QKV + "bias", (_X + "attention.query_key_value.bias",), "qkv_by_head", ("qkv",)),
-    Entry(_PROJ + "weight", (_X + "attention.dense.weight",), "same", ("hidden", "heads")),
-    Entry(_PROJ + "bias", (_X + "attention.dense.bias",), "same", ("hidden",)),
-    Entry(_FC1 + "weight", (_X + "mlp.dense_h_to_4h.weight",), "same", ("ffn", "hidden")),
-    Entry(_FC1 + "bias", (_X + "mlp.dense_h_to_4h.bias",), "same", ("ffn",)),
-    Entry(_FC2 + "weight", (_X + "mlp.dense_4h_to_h.weight",), "same", ("hidden", "ffn")),
-    Entry(_FC2 + "bias", (_X + "mlp.dense_4h_to_h.bias",), "same", ("hidden",)),
+    *_linear(_QKV, (_X + "attention.query_key_value",), "qkv_by_head", ("qkv", "hidden")),
+    *_linear(_PROJ, (_X + "attention.dense",), "same", ("hidden", "heads")),
+    *_linear(_FC1, (_X + "mlp.dense_h_to_4h",), "same", ("ffn", "hidden")),
+    *_linear(_FC2, (_X + "mlp.dense_4h_to_h",), "same", ("hidden", "ffn")),
     Entry(OUTPUT, ("embed_out.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
 
@@ -221,14 +207,10 @@ _GPT2 = (
     Entry(EMBEDDING, ("transformer.wte.weight",), "vocabulary", ("padded_vocabulary", "hidden")),
     Entry(POSITIONS, ("transformer.wpe.weight",), "same", ("positions", "hidden")),
     *_norms(_H + "ln_1.", _H + "ln_2.", "transformer.ln_f.", ("weight", "bias")),
-    Entry(_QKV + "weight", (_H + "attn.c_attn.weight",), "qkv_in_columns", ("qkv", "hidden")),
-    Entry(_QKV + "bias", (_H + "attn.c_attn.bias",), "qkv_in_columns", ("qkv",)),
-    Entry(_PROJ + "weight", (_H + "attn.c_proj.weight",), "transposed", ("hidden", "heads")),
-    Entry(_PROJ + "bias", (_H + "attn.c_proj.bias",), "same", ("hidden",)),
-    Entry(_FC1 + "weight", (_H + "mlp.c_fc.weight",), "transposed", ("ffn", "hidden")),
-    Entry(_FC1 + "bias", (_H + "mlp.c_fc.bias",), "same", ("ffn",)),
-    Entry(_FC2 + "weight", (_H + "mlp.c_proj.weight",), "transposed", ("hidden", "ffn")),
-    Entry(_FC2 + "bias", (_H + "mlp.c_proj.bias",), "same", ("hidden",)),
+    *_linear(_QKV, (_H + "attn.c_attn",), "qkv_in_columns", ("qkv", "hidden")),
+    *_linear(_PROJ, (_H + "attn.c_proj",), "transposed", ("hidden", "heads")),
+    *_linear(_FC1, (_H + "mlp.c_fc",), "transposed", ("ffn", "hidden")),
+    *_linear(_FC2, (_H + "mlp.c_proj",), "transposed", ("hidden", "ffn")),
     Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
 )
 
