@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion
+from megatron_infoentropy.convert.architecture import architecture_of
+from megatron_infoentropy.convert.layout import plain_norm
 from megatron_infoentropy.convert.to_hf import Dtype
 
 
@@ -51,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"untie_embeddings_and_output_weights": True, "layernorm_zero_centered_gamma": True},
     "biases": {"add_bias_linear": True},
     "the scaling of Llama 3": {"use_rope_scaling": True, "rotary_base": 500000},
+    "a key for all queries": {"num_query_groups": 1},
     "a key for every query": {"group_query_attention": False, "num_query_groups": 1},
     "tied": {"untie_embeddings_and_output_weights": False, "kv_channels": 16},
     "interleaved": {"rotary_interleaved": True},
@@ -188,10 +191,12 @@ def test_without_a_tokenizer_no_special_ids_are_invented(tmp_path: Path) -> None
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
-def test_transformers_4_and_5_find_the_rotary_base(tmp_path: Path) -> None:
-    export_tiny(tmp_path, rotary_base=500000)
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000
+def test_zero_centred_norms_get_their_one_back_in_fp32() -> None:
+    model = architecture_of(tiny_args(layernorm_zero_centered_gamma=True), None)
+    stored = torch.full((32,), 0.001, dtype=torch.bfloat16)  # 1 + 0.001 is 1 in bf16
+    (weight,) = plain_norm(stored, model)
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, torch.full((32,), 1.001), atol=1e-5, rtol=0)
 
 
 def test_an_output_is_only_replaced_if_asked_and_only_by_a_whole_one(
