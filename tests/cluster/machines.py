@@ -23,6 +23,7 @@ TOOLS = ("ip", "unshare", "nsenter", "sbatch", "ssh", "ssh-keygen")
 ADDRESSES = {"head": "10.213.7.254", "n1": "10.213.7.1", "n2": "10.213.7.2"}
 NODES = ("n1", "n2")
 USER, PORT = "trainer", 2222  # a second user and port that every sshd takes
+SPACES = ("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc")
 SYSTEM_PATH = f"{os.defpath}:/usr/sbin:/sbin:/usr/local/sbin"
 PATIENCE_S = 60
 
@@ -53,7 +54,9 @@ def why_not() -> str:
     missing = [name for name in (*SERVERS, *TOOLS) if shutil.which(name, path=SYSTEM_PATH) is None]
     if missing:
         return f"no real Slurm and sshd here ({', '.join(missing)} not installed)"
-    words = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
+    needed = "mount -t tmpfs tmpfs /run && ip link add name b0 type bridge"
+    needed += " && ip link add name v0 type veth peer name v1"
+    words = ["unshare", *SPACES, "sh", "-c", needed]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         return f"no real Slurm and sshd here (they need root: {done.stderr.strip()})"
@@ -70,11 +73,10 @@ class Machine:
 
     def power_on(self) -> None:
         """Start it, with its network and without its servers."""
-        kinds = ("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc")
         errors = self.base / "log" / f"{self.name}.err"
         with errors.open("a") as file:
             self._shell = subprocess.Popen(
-                ["unshare", *kinds, "bash", "-c", INIT, "bash", self.name, self.base],
+                ["unshare", *SPACES, "bash", "-c", INIT, "bash", self.name, self.base],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
