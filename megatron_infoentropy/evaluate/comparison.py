@@ -46,7 +46,7 @@ Place = tuple[Kind, str]
 Reading = Literal["better", "worse", "no difference shown", "seed noise unknown"]
 Scores = NDArray[np.float16]
 
-_NOT_EVALUATED = "no run of it has been evaluated"
+NOT_EVALUATED = "no run of it has been evaluated"
 NO_BASELINE = "there is no cross-entropy run of the same size, steps, batch and sequence length"
 _SETTINGS = {"context_length": "context length", "stride": "stride of windows", "mode": "mode"}
 _BLOCK = 1 << 22  # tokens that are in memory at once
@@ -141,7 +141,7 @@ def _compare(
 ) -> tuple[Comparison, list[Estimate]]:
     """Return a comparison whose p-values are not adjusted yet, and the estimates of its rows."""
     if baseline is None:
-        return without_baseline(group, NO_BASELINE if group.evaluated else _NOT_EVALUATED), []
+        return without_baseline(group, NO_BASELINE if group.evaluated else NOT_EVALUATED), []
     matched = match(group, baseline)
     made = described(group, baseline, matched)
     if refusal := _refusal(group, baseline, matched, references):
@@ -176,7 +176,7 @@ def _refusal(
 ) -> str | None:
     """Return why two settings cannot be compared, if so."""
     if not group.evaluated:
-        return _NOT_EVALUATED
+        return NOT_EVALUATED
     scored = [*group.evaluations, *baseline.evaluations, *chain(*references)]
     return (
         _scored_differently(scored)

@@ -1,9 +1,8 @@
 """What the numbers show, in plain words, and what limits them. Every sentence is computed."""
 
 import math
-from collections.abc import Callable
 
-from megatron_infoentropy.evaluate.comparison import Comparison, Difference
+from megatron_infoentropy.evaluate.comparison import NOT_EVALUATED, Comparison, Difference
 from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.wording import PERCENT, compact, listed, nats, plural, signed
@@ -32,8 +31,7 @@ _PLACES = {
     ("difficulty", "medium"): "middling tokens",
     ("difficulty", "hard"): "hard tokens",
 }
-
-Judged = list[tuple[Comparison, str]]  # each with the name of a verdict
+_VERDICTS = ("better", "worse", "mixed", "none", "undecided", "too little", "identical")
 
 
 def answers(runs: list[Run], comparisons: list[Comparison]) -> list[dict[str, str]]:
@@ -63,10 +61,11 @@ def _did_it_help(
         reasons = {comparison.refusal for comparison in comparisons}
         reason = reasons.pop() if len(reasons) == 1 else "no two runs differ in the objective alone"
         return "Nothing to compare.", f"No two objectives can be compared: {reason}."
-    judged = [(c, _verdict_of(c)) for c in _main(made)]
-    count = {word: sum(verdict == word for _, verdict in judged) for word in _VERDICTS}
-    parts = [_VERDICTS[word](judged) for word in _VERDICTS if count[word]]
-    return _in_short(count, len(judged)), " ".join(parts)
+    main = _main(made)
+    of_verdict = {word: [c for c in main if _verdict_of(c) == word] for word in _VERDICTS}
+    more = [_in_words(word, chosen, len(main)) for word, chosen in of_verdict.items() if chosen]
+    count = {word: len(chosen) for word, chosen in of_verdict.items()}
+    return _in_short(count, len(main)), " ".join(more)
 
 
 def _main(made: list[Comparison]) -> list[Comparison]:
@@ -115,55 +114,33 @@ def _scope(comparison: Comparison) -> str:
     return f"on average over {tasks} tasks" if row.kind == "tasks" else "over all held-out text"
 
 
-def _by_how_much(word: str) -> Callable[[Judged], str]:
-    def say(judged: Judged) -> str:
-        chosen = [(c, _judged(c)) for c, verdict in judged if verdict == word]
-        first, rows = chosen[0]
-        sizes = [
-            f"{c.group} by {nats(abs(rows[0].difference))}" if len(rows) == 1 else c.group
-            for c, rows in chosen
-        ]
-        text = f"{word.capitalize()} than {first.baseline} {_scope(first)}: {listed(sizes)}"
+def _in_words(word: str, chosen: list[Comparison], settings: int) -> str:
+    """Say what the verdict `word` means, for the settings that it is given of, out of some."""
+    names, first = [c.group for c in chosen], chosen[0]
+    rows, scope = _judged(first), _scope(first)
+    unit, others = unit_of(rows[0]), f"other {_unit(rows[0])}s or seeds"
+    if word in _SHOWN:
+        text = f"{word.capitalize()} than {first.baseline} {scope}: "
         if len(rows) > 1:
-            return f"{text}."
-        return f"{text} {unit_of(rows[0])}, more than other {_unit(rows[0])}s or seeds explain."
-
-    return say
-
-
-def _not_shown(judged: Judged) -> str:
-    chosen = [c for c, verdict in judged if verdict == "none"]
-    names = [c.group for c in chosen]
-    if len(names) > _MOST_NAMES:
-        names = [f"{'the other ' * (len(chosen) < len(judged))}{len(chosen)} settings"]
-    first = chosen[0]
-    scope = _scope(first)
-    return f"{scope[:1].upper()}{scope[1:]} nothing tells {listed(names)} from {first.baseline}."
-
-
-def _undecided(judged: Judged) -> str:
-    chosen = [c for c, verdict in judged if verdict == "undecided"]
-    first = chosen[0]
-    gaps = [f"{c.group} by {signed(_judged(c)[0].difference)}" for c in chosen]
-    return (
-        f"The difference from {first.baseline} {_scope(first)} ({listed(gaps)} "
-        f"{unit_of(_judged(first)[0])}) may come from the luck of a seed: there is one of each."
-    )
-
-
-def _named(text: str, word: str) -> Callable[[Judged], str]:
-    return lambda judged: text.format(listed([c.group for c, verdict in judged if verdict == word]))
-
-
-_VERDICTS: dict[str, Callable[[Judged], str]] = {
-    "better": _by_how_much("better"),
-    "worse": _by_how_much("worse"),
-    "mixed": _named("Better on some tasks and worse on others: {}.", "mixed"),
-    "none": _not_shown,
-    "undecided": _undecided,
-    "too little": _named("There are too few documents to tell anything of {}.", "too little"),
-    "identical": _named("The evaluations of {} are identical to their baseline's.", "identical"),
-}
+            return f"{text}{listed(names)}."
+        sizes = [f"{c.group} by {nats(abs(_judged(c)[0].difference))}" for c in chosen]
+        return f"{text}{listed(sizes)} {unit}, more than {others} explain."
+    if word == "none":
+        if len(names) > _MOST_NAMES:
+            names = [f"{'the other ' if len(names) < settings else ''}{len(names)} settings"]
+        scope = f"{scope[:1].upper()}{scope[1:]}"
+        return f"{scope} nothing tells {listed(names)} from {first.baseline}."
+    if word == "undecided":
+        gaps = [f"{c.group} by {signed(_judged(c)[0].difference)}" for c in chosen]
+        return (
+            f"The difference from {first.baseline} {scope} ({listed(gaps)} {unit}) may come from "
+            "the luck of a seed: there is one of each."
+        )
+    return {
+        "mixed": "Better on some tasks and worse on others: {}.",
+        "too little": "There are too few documents to tell anything of {}.",
+        "identical": "The evaluations of {} are identical to their baseline's.",
+    }[word].format(listed(names))
 
 
 def _on_what(
@@ -348,12 +325,24 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
     left_out = [clause for comparison in comparisons for clause in comparison.left_out]
     left_out += [clause for group in groups for clause in repeats(group)]
     sentences += [f"Left out: {clause}." for clause in dict.fromkeys(left_out)]
+    sentences += _not_compared(comparisons)
     for comparison in comparisons:
         for one, other in comparison.identical:
             what = "answers" if comparison.of_tasks else "evaluations"
             sentences.append(f"The {what} of {one} and {other} are identical.")
     sentences += [f"{run.name} was trained in stages: {run.objective_label}."
                   for run in runs if len(run.stages) > 1]  # fmt: skip
+    return sentences
+
+
+def _not_compared(comparisons: list[Comparison]) -> list[str]:
+    """Name the settings that cannot be compared, where there was something to compare."""
+    sentences = []
+    for of_tasks, words in ((False, ""), (True, " by its answers to tasks")):
+        of_kind = [c for c in comparisons if c.of_tasks == of_tasks]
+        if {c.refusal for c in of_kind} != {NOT_EVALUATED}:
+            sentences += [f"{c.group} is not compared{words}: {c.refusal}."
+                          for c in of_kind if c.refusal]  # fmt: skip
     return sentences
 
 

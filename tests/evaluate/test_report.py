@@ -168,7 +168,10 @@ def runs_of(folder: Path, settings) -> list[Path]:
 
 def test_settings_are_counted_and_one_far_off_does_not_hide_the_others(tmp_path):
     settings = (("cross_entropy", 0.0), ("infoentropy", -0.3), ("focal", 0.0), ("dft", 4.0))
-    page, data = written(runs_of(tmp_path, settings), tmp_path)
+    runs = runs_of(tmp_path, settings)
+    runs.append(write_run(tmp_path / "eaft", objective="eaft", fingerprint="e" * 64))
+    page, data = written(runs, tmp_path)
+    assert ", paper normalization is not compared: the runs were evaluated on different" in page
     helped, where, sure = data["verdict"]["answers"]
     assert helped["short"] == "It depends: 1 of 3 helped, 1 hurt."
     assert "Over all held-out text nothing tells focal" in helped["more"]
