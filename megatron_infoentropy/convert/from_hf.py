@@ -207,7 +207,8 @@ def convert_from_hf(
     flags = flags_of(model)
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as new:
         release = new / "release"
-        with progress("import", len(names), "tensors") as advance:
+        reads = sum(len(row.hf) for row, _ in _rows(model))
+        with progress("import", reads, "tensors") as advance:
             parts = _parts(weights, names, model, dtype, advance)
             write_distcp(release, dtype, parts, _objects(model, tokens, _name(folder)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -296,10 +297,14 @@ def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Ar
 
 
 def _rows(model: Architecture) -> Iterator[tuple[Entry, tuple[int, ...]]]:
-    """Yield every row that has to be written, at every place; of several names the first."""
+    """Yield every row that has to be written, at every place; of several names the first.
+
+    With experts both names of the norm before them: local layers ask for the one that they have
+    without experts too, Transformer Engine's, which cannot join it to a linear layer then, do not.
+    """
     done: set[str] = set()
     for row in rows_of(model):
-        if not done & set(row.hf):
+        if not done & set(row.hf) or (model.num_experts and "pre_mlp_layernorm" in row.megatron):
             done |= set(row.hf)
             for place in places(row, model):
                 yield row, place

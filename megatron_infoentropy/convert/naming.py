@@ -272,6 +272,8 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Conv
             f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases, "
             "norms or layers that the training arguments do not tell of, or other attention"
         )
+    if model.num_experts:  # an import has the norm before them under two names
+        sources = list({(source.row.hf, source.numbers): source for source in sources}.values())
     steps = _steps_of(sources, model)
     _require_exactly_once(steps, model)
     for source in sources:

@@ -21,6 +21,7 @@ from megatron_infoentropy.convert import (
     verify_conversion,
     why_not_now,
 )
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.launch.recipe import load_recipe
 
 
@@ -43,6 +44,19 @@ def test_there_and_back_is_the_same_to_the_bit(
     assert config_differences(tmp_path / "megatron", tmp_path / "hf") == []
     verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
     assert verification.passed, verification
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_norm_before_experts_has_the_names_of_local_layers_and_of_transformer_engines(
+    tmp_path: Path, family: str
+) -> None:
+    """Transformer Engine's join it to the linear layer behind it, but not to a router."""
+    export_tiny(tmp_path, **FAMILIES[family])
+    convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    checkpoint = MegatronCheckpoint(tmp_path / "megatron")
+    local = checkpoint.read("decoder.layers.mlp.linear_fc1.layer_norm_weight")
+    assert torch.equal(checkpoint.read("decoder.layers.pre_mlp_layernorm.weight"), local)
+    assert len(local) == 2
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
