@@ -41,19 +41,22 @@ def started(run: LightRun, *words: str) -> subprocess.Popen[str]:
 
 
 SILENT = """
-import socket, time
+import pathlib, socket, sys, time
 listener = socket.create_server(("", 2224))
+pathlib.Path(sys.argv[1]).touch()
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("answer_s", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("answer_s", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_hosts_that_cannot_take_part_are_named_before_anything_starts(machines, tmp_path, answer_s):
     run = LightRun(tmp_path / "run", on("n1,wrong-key,n2:2223,n2:2224,second,nowhere"))
     script = run.folder / "hosts.sh"
     assert "answer_s=60" in script.read_text()
     script.write_text(script.read_text().replace("answer_s=60", f"answer_s={answer_s}"))
-    silent = machines.nodes["n2"].start(sys.executable, "-c", SILENT)
+    listens = tmp_path / "listens"
+    silent = machines.nodes["n2"].start(sys.executable, "-c", SILENT, listens)
+    wait_until(listens.exists, run.log)
     machines.nodes["n2"].check("mount", "-t", "tmpfs", "tmpfs", run.folder)
     training = started(run)
     said, _ = training.communicate(timeout=PATIENCE_S)
