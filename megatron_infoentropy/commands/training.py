@@ -13,7 +13,10 @@ Recipe = Annotated[Path, typer.Argument(help="YAML of Megatron flags; see exampl
 MegatronFlags = Annotated[
     list[str] | None, typer.Argument(help="more Megatron flags, after --; the last one counts")
 ]
-Data = Annotated[Path | None, typer.Option(help="folder with train/, validation/, test/ datasets")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="folder with train/, validation/, test/ datasets, or .jsonl of chats"),
+]
 Tokenizer = Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder")]
 Run = Annotated[Path | None, typer.Option(help="folder for this run: log, checkpoints, facts")]
 Objective = Annotated[

@@ -24,8 +24,10 @@ BIND = (
 )
 # Flags of Megatron that our trainer does not obey, and what to do instead.
 UNSERVED = {
+    "sft": "its datasets need packed attention, and its tokenizer masks no prompt of another chat "
+    "template than Nemotron's; use --infoentropy-conversations",
     **dict.fromkeys(
-        ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel"),
+        ("fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel"),
         f"this trainer reads plain packed text and would ignore the flag; {BIND}",
     ),
     "logits_load_dir": "this trainer has no loss against a teacher and would ignore the flag; use "
@@ -36,6 +38,12 @@ UNSERVED = {
     "inprocess_restart": "this trainer would ignore the flag; restarts are torchrun's, with "
     "--max-restarts",
 }
+
+# What cannot go with conversations, one a sequence, from .jsonl files.
+NO_CONVERSATIONS = (
+    *("mock_data", "infoentropy_whole_pieces", "reset_position_ids", "reset_attention_mask"),
+    "eod_mask_loss",
+)
 
 # What a HybridModel, of --hybrid-layer-pattern, cannot be trained with here.
 UNHYBRID = {
@@ -97,6 +105,13 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         f"--{PREFIX}-ignore-target",
         type=int,
         help="targets of this id take no part in the loss (the published code: 0)",
+    )
+    group.add_argument(
+        f"--{PREFIX}-conversations",
+        action="store_true",
+        help='data paths are .jsonl files, {"messages": [{"role": ..., "content": ...}, ...]} a '
+        "line; a sequence is one of them in the tokenizer's chat template, and only what the "
+        "assistant says has targets",
     )
     group.add_argument(
         f"--{PREFIX}-mtp-loss",
@@ -169,6 +184,13 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
     _check_histogram_interval(args)
     _check_prediction_heads(args)
+    if getattr(args, f"{PREFIX}_conversations", False):
+        for name in NO_CONVERSATIONS:
+            if getattr(args, name, False):
+                raise ValueError(
+                    f"--{PREFIX}-conversations cannot go with --{name.replace('_', '-')}: a "
+                    "sequence is one conversation of a .jsonl file; leave one of them out"
+                )
     # --hybrid-override-pattern is turned into this one.
     if getattr(args, "hybrid_layer_pattern", None) is not None:
         _check_hybrid_model(args)

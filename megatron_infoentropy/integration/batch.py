@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -105,6 +108,7 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """(train, validation, test) datasets from Megatron's data flags; its `datasets_provider`."""
     args = get_args()
     kind = PieceDataset if args.infoentropy_whole_pieces else GPTDataset
+    kind = ConversationDataset if args.infoentropy_conversations else kind
     builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else kind,
         num_samples,
@@ -130,6 +134,136 @@ class PieceDataset(GPTDataset):  # type: ignore[misc]
                 f"{lengths.max()}; make them with `infoentropy pack`"
             )
         super().__init__(indexed_dataset, dataset_path, *others)
+
+
+class Conversations:
+    """The lines of a .jsonl file, {"messages": [{"role": ..., "content": ...}, ...]} each.
+
+    They are all looked at once; what stays in memory is where each begins.
+
+    Raises:
+        ValueError: a line that is no conversation, or none that is one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        starts: list[int] = []
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._messages(line, f"{path}, line {number}")
+                    starts.append(file.tell() - len(line))
+        if not starts:
+            raise ValueError(f"{path} holds no conversation")
+        self.starts = np.array(starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        with Path(self.path).open("rb") as file:
+            file.seek(self.starts[index])
+            return self._messages(file.readline(), self.path)
+
+    @staticmethod
+    def _messages(line: bytes, where: str) -> list[dict[str, Any]]:
+        try:
+            messages: list[dict[str, Any]] = json.loads(line)["messages"]
+            roles = [message["role"] for message in messages]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, got '
+                f"{line[:80]!r} ({type(error).__name__}: {error})"
+            ) from error
+        if "assistant" not in roles:
+            raise ValueError(f"{where}: no message has the role assistant: nothing to learn there")
+        return messages
+
+
+class ConversationDataset(MegatronDataset):  # type: ignore[misc]
+    """Sequences that are a conversation each, of which the assistant's messages alone are targets.
+
+    The text is what the tokenizer's own chat template makes of the messages. A longer conversation
+    is cut at its end, a shorter one filled up, without targets. Training takes another order in
+    every epoch, validation that of the file.
+    """
+
+    @staticmethod
+    def build_low_level_dataset(path: str, _: GPTDatasetConfig) -> Conversations:
+        return Conversations(path)
+
+    @staticmethod
+    def numel_low_level_dataset(conversations: Conversations) -> int:
+        return len(conversations)
+
+    def __len__(self) -> int:
+        return self.num_samples or len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, place = divmod(int(index), len(self.indices))
+        if self.index_split is Split.train:
+            place = np.random.default_rng((self.config.random_seed, epoch)).permutation(
+                len(self.indices)
+            )[place]
+        number = int(self.indices[place])
+        try:
+            ids, is_target = conversation_tokens(self.dataset[number], self.config.tokenizer)
+        except Exception as error:  # a chat template is a program
+            where = f"{self.dataset_path}, conversation {number + 1}"
+            raise ValueError(f"{where}: {error} ({type(error).__name__})") from error
+        length = self.config.sequence_length
+        missing = max(0, length + 1 - len(ids))
+        text = torch.tensor(ids + [self.config.tokenizer.eod] * missing)
+        mask = torch.tensor(is_target + [False] * missing, dtype=torch.float32)
+        sample = {
+            "tokens": text[:length].contiguous(),
+            "labels": text[1 : length + 1].contiguous(),
+            "loss_mask": mask[1 : length + 1].contiguous(),
+            "position_ids": torch.arange(length),
+        }
+        if self.config.create_attention_mask:
+            sample["attention_mask"] = torch.ones(1, length, length, dtype=torch.bool).triu(1)
+        return sample
+
+
+def conversation_tokens(
+    messages: list[dict[str, Any]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation's ids, and which of them are the assistant's to say.
+
+    An answer is what its message adds to the prompt that a chat would have given the model, the
+    end of the turn included. What follows the last answer is left out.
+
+    tokenizer: Megatron's.
+
+    Raises:
+        ValueError: no chat template, or one with which an answer changes the text before it.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template: put a chat_template.jinja into its folder"
+        )
+
+    def ids_of(count: int, *, is_prompt: bool) -> list[int]:
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages[:count], add_generation_prompt=is_prompt, tokenize=True, return_dict=False
+        )
+        return list(ids)
+
+    ids, is_target = list[int](), list[bool]()
+    for count, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, whole = ids_of(count, is_prompt=True), ids_of(count + 1, is_prompt=False)
+        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
+            raise ValueError(
+                f"message {count + 1} changes the tokens before it, so that they are not those of "
+                "a chat: give conversations of one answer, or a chat template that only adds, and "
+                "whose prompt for the answer does not end within a token"
+            )
+        is_target += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
+        ids = whole
+    return ids, is_target
 
 
 def _is_built_on_this_rank(vp_stage: int | None) -> bool:

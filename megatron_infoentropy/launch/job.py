@@ -11,6 +11,7 @@ from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer, tokenizer_digest
 from megatron_infoentropy.launch.recipe import (
+    PREFIX,
     RecipeError,
     chosen_flags,
     last_value,
@@ -23,6 +24,7 @@ from megatron_infoentropy.launch.recipe import (
 from megatron_infoentropy.runtime.device import Device
 
 SPLITS = {"train": "train-data-path", "validation": "valid-data-path", "test": "test-data-path"}
+CONVERSATIONS = "{}.jsonl"  # in a data folder, in place of a split's tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
     Raises:
         ValueError: datasets that cannot be used, or a tokenizer that did not make them.
     """
+    if (data / CONVERSATIONS.format("train")).is_file():
+        return conversation_flags(words, data, tokenizer)
     _require_vocabulary(recipe, words, data)
     require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
@@ -76,6 +80,29 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
         "tokenizer-model": tokenizer,
         **{SPLITS[split]: _blend(data / split, weights.get(split, "natural")) for split in splits},
         "data-cache-path": _index_cache(data, splits),
+    }
+
+
+def conversation_flags(words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
+    """Return the flags of tokenizer and data where these are conversations, a file a split.
+
+    Raises:
+        ValueError: no tokenizer, or no conversations to validate with where that is asked for.
+    """
+    require_tokenizer(tokenizer)
+    paths = {split: data / CONVERSATIONS.format(split) for split in SPLITS}
+    if last_value(words, "eval-iters") == "0":
+        paths = {"train": paths["train"]}
+    elif not paths["validation"].is_file():
+        raise ValueError(
+            f"{paths['validation']} is not there: put conversations for validation there, or give "
+            "--eval-iters 0"
+        )
+    return {
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": tokenizer,
+        f"{PREFIX}-conversations": True,
+        **{SPLITS[split]: path for split, path in paths.items() if path.is_file()},
     }
 
 

@@ -104,7 +104,12 @@ def test_an_impossible_value_is_refused_by_the_configuration():
     [
         ({"trust_remote_code": True}, "paper", "--trust-remote-code is refused"),
         ({"fp16_lm_cross_entropy": True}, "paper", "--fp16-lm-cross-entropy is refused"),
-        ({"sft": True}, "paper", "--sft is refused"),
+        ({"sft": True}, "paper", "--sft is refused: .* use --infoentropy-conversations"),
+        (
+            {"infoentropy_conversations": True, "mock_data": True},
+            "paper",
+            "--infoentropy-conversations cannot go with --mock-data",
+        ),
         ({"cuda_graph_impl": "full_iteration"}, "paper", "full_iteration is refused"),
         ({"dataloader_inter_document_masking": True}, "paper", "would ignore the flag"),
         (hybrid("M*M-"), "paper", r"layers are attention \(\*\) or MLP \(-\), got M"),

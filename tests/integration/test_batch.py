@@ -1,5 +1,6 @@
-"""Packed pieces as sequences, and targets left out, as the published code has them."""
+"""Packed pieces, targets left out as the published code has them, and conversations."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,12 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_infoentropy.integration.batch import PieceDataset, _leave_out
+from megatron_infoentropy.integration.batch import (
+    ConversationDataset,
+    Conversations,
+    PieceDataset,
+    _leave_out,
+)
 
 PIECES = torch.arange(1, 8 * 6 + 1).view(6, 8)  # six pieces of eight different ids
 
@@ -64,3 +70,106 @@ def test_a_target_is_left_out_where_there_are_targets():
     first_stage = {"labels": None, "loss_mask": None}
     _leave_out(first_stage, 0)
     assert first_stage["loss_mask"] is None
+
+
+class Letters:
+    """A tokenizer of a token a letter; a turn is its role's first letter, its text and a dot."""
+
+    chat_template, eod, pad, vocab_size, unique_identifiers = "a template", 0, -1, 256, {}
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize, return_dict):
+        text = "".join(f"{m['role'][0]}{m['content']}." for m in messages)
+        return [ord(letter) for letter in text + "a" * add_generation_prompt]
+
+
+class Forgetful(Letters):
+    """Drops earlier answers, as templates do with what a model thought."""
+
+    def apply_chat_template(self, messages, **options):
+        kept = [m for m in messages[:-1] if m["role"] != "assistant"] + messages[-1:]
+        return super().apply_chat_template(kept, **options)
+
+
+def chat(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+
+def conversations_of(folder, chats, split, tokenizer, length=16):
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": each}) + "\n\n" for each in chats))
+    config = GPTDatasetConfig(
+        **{"random_seed": 1, "sequence_length": length, "split": "1", "tokenizer": tokenizer},
+        **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False),
+    )
+    lines = ConversationDataset.build_low_level_dataset(str(path), config)
+    indices = np.arange(ConversationDataset.numel_low_level_dataset(lines))
+    return ConversationDataset(lines, str(path), indices, 3 * len(chats), split, config)
+
+
+def spelled(ids):
+    return "".join(chr(i) if i else "_" for i in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("contents", "tokens", "targets"),
+    [
+        (("hi", "yo"), "uhi.ayo.________", "    yo.         "),
+        (("hi", "yo", "so", "no", "bye"), "uhi.ayo.uso.ano.", "    yo.     no. "),
+        (("hi", "a long answer"), "uhi.aa long answ", "    a long answe"),
+        (("a long question", "yo"), "ua long question", "                "),
+    ],
+)
+def test_only_what_the_assistant_says_has_targets(tmp_path, contents, tokens, targets):
+    sample = conversations_of(tmp_path, [chat(*contents)], Split.valid, Letters())[0]
+    assert spelled(sample["tokens"]) == tokens
+    labels, mask = spelled(sample["labels"]), sample["loss_mask"].tolist()
+    shown = "".join(x if m else " " for x, m in zip(labels, mask, strict=True))
+    assert shown == targets
+    assert labels[:-1] == tokens[1:]
+    future = torch.ones(1, 16, 16, dtype=torch.bool).triu(1)
+    assert torch.equal(sample["attention_mask"], future)
+    assert sample["position_ids"].tolist() == list(range(16))
+
+
+def test_training_takes_another_order_every_epoch_and_validation_that_of_the_file(tmp_path):
+    chats = [chat(letter, "yes") for letter in "bcdefghi"]
+    train, valid = (
+        conversations_of(tmp_path, chats, split, Letters()) for split in (Split.train, Split.valid)
+    )
+    assert len(train) == len(valid) == 24
+    seen, in_order = (
+        "".join(spelled(each[i]["tokens"])[1] for i in range(24)) for each in (train, valid)
+    )
+    assert in_order == "bcdefghi" * 3
+    epochs = [seen[:8], seen[8:16], seen[16:]]
+    assert len(set(epochs)) == 3
+    assert all("".join(sorted(epoch)) == "bcdefghi" for epoch in epochs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no conversation"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: no message has the role assistant"),
+        ('\n{"text": "hi"}\n', r"line 2: expected .* got b'{\"text\": \"hi\"}"),
+        ("{\n", "line 1: expected"),
+        ('{"messages": "hi"}\n', "line 1: expected"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_by_line(tmp_path, text, message):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Conversations(str(path))
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path):
+    chats = [chat("hi", "yo"), chat("hi", "yo", "so", "no")]
+    dataset = conversations_of(tmp_path, chats, Split.valid, Forgetful())
+    assert spelled(dataset[0]["tokens"]).startswith("uhi.ayo.")
+    with pytest.raises(ValueError, match="conversation 2: message 4 changes the tokens before it"):
+        dataset[1]
+    Forgetful.chat_template = None
+    with pytest.raises(ValueError, match=r"conversation 1: .* put a chat_template.jinja into its"):
+        dataset[0]

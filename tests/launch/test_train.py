@@ -62,6 +62,21 @@ def job(tmp_path, monkeypatch):
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
 
 
+def test_conversations_take_the_place_of_datasets(job):
+    train, validation = (job.data / f"{split}.jsonl" for split in ("train", "validation"))
+    train.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"validation\.jsonl is not there: .* --eval-iters 0"):
+        launch.build_command(job)
+    words = launch.build_command(replace(job, extra_flags=("--eval-iters", "0"))).words
+    assert values(words, "--train-data-path") == [str(train)]
+    assert "--valid-data-path" not in words
+    assert "--infoentropy-conversations" in words
+    validation.write_text("{}\n")
+    words = launch.build_command(job).words
+    assert values(words, "--valid-data-path") == [str(validation)]
+    assert "--test-data-path" not in words
+
+
 def write_dataset(prefix, tokens):
     lengths = prefix.with_suffix(".lengths")
     writer = DatasetWriter(prefix, vocab_size=100, lengths=lengths)
