@@ -143,10 +143,13 @@ def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
 
 
 @pytest.mark.parametrize("maker", [parquet, stream])
-def test_reading_goes_on_from_any_block(maker: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_reading_goes_on_from_any_block(
+    maker: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = maker(tmp_path / f"a.{'parquet' if maker is parquet else 'arrow'}")
     whole = list(read_blocks(path, keys=Keys("text", KEY)))
     assert len(whole) > 10
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2500)  # as of another version: blocks end elsewhere
     for first in (0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1):
         steps: list[int] = []
         rest = list(read_blocks(path, steps.append, whole[first].start, Keys("text", KEY)))
