@@ -158,7 +158,7 @@ def loss_flags(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 DEFAULTS: dict[str, Any] = {
-    **loss_flags(asdict(InfoEntropyConfig())),
+    **loss_flags({field.name: field.default for field in fields(InfoEntropyConfig)}),
     "seed": 1234,
     "tensor-model-parallel-size": 1,
     "pipeline-model-parallel-size": 1,

@@ -5,10 +5,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from megatron_infoentropy.config import InfoEntropyConfig, Objective
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.files import commit_of
@@ -16,7 +18,7 @@ from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.dry_run import dry_run
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_places
-from megatron_infoentropy.launch.recipe import loss_flags, read_facts
+from megatron_infoentropy.launch.recipe import loss_flags, read_facts, read_loss, written_flags
 from megatron_infoentropy.launch.run_folder import PACKAGE, STOPPED
 from megatron_infoentropy.launch.scripts import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
@@ -92,6 +94,12 @@ def values(words, flag):
     rest = words[start:]
     stop = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
     return rest[:stop]
+
+
+@pytest.mark.parametrize("objective", sorted({*get_args(Objective)} - {"custom"}))
+def test_an_objective_alone_is_normalized_as_the_configuration_would(objective):
+    words = written_flags({}, loss_flags({"objective": objective}))
+    assert read_loss(words) == InfoEntropyConfig(objective=objective)
 
 
 def test_the_command_tells_the_whole_objective_and_the_data_blend(job):

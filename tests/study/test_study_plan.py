@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from small_study import TEXT, write_study
 
-from megatron_infoentropy.config import UNNORMALIZED
 from megatron_infoentropy.study.plan import StudyError, load_study
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml"))
@@ -81,8 +80,3 @@ def test_the_examples_are_studies_with_several_seeds_and_a_baseline(path):
     objectives = {member.loss["objective"] for member in study.members}
     assert {"cross_entropy", "focal", "infoentropy"} <= objectives
     assert len({member.seed for member in study.members}) >= 2
-    for member in study.members:
-        if member.loss["objective"] in UNNORMALIZED:
-            assert member.loss["normalization"] == "none", (
-                "as published; a study's default is paper"
-            )
