@@ -235,7 +235,9 @@ def launchers() -> Iterator[dict[str, Any]]:
     """Yield a row for each launcher: the tests of examples/clusters, with its package at hand."""
     site = next((WORK / "launchers" / "venv" / "lib").glob("python*/site-packages"))
     program = f"import sys; sys.path.append({str(site)!r}); import pytest; sys.exit(pytest.main())"
-    versions = {each.name: each.version for each in distributions(path=[str(site)])}
+    versions = {
+        each.name.replace("_", "-"): each.version for each in distributions(path=[str(site)])
+    }
     test = "tests/launch/test_cluster_examples.py"
     about = {"kubeflow-trainer-api": "jobset", "skypilot": "skypilot", "torchx": "torchx"}
     for package, tests in about.items():
