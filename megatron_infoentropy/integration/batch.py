@@ -1,7 +1,8 @@
 """Batches and datasets for Megatron's trainer, from its own readers of indexed datasets."""
 
 import json
-from functools import partial
+import warnings
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from numpy.typing import NDArray
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -184,9 +186,11 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
     """Sequences that are a conversation each, of which the assistant's messages alone are targets.
 
     The text is what the tokenizer's own chat template makes of the messages. A longer conversation
-    is cut at its end, a shorter one filled up, without targets. Training takes another order in
-    every epoch, validation that of the file.
+    is cut at its end, which the first one says, a shorter one filled up, without targets. Training
+    takes another order in every epoch, validation that of the file.
     """
+
+    _has_cut = False
 
     @staticmethod
     def build_low_level_dataset(path: str, _: GPTDatasetConfig) -> Conversations:
@@ -202,9 +206,7 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(int(index), len(self.indices))
         if self.index_split is Split.train:
-            place = np.random.default_rng((self.config.random_seed, epoch)).permutation(
-                len(self.indices)
-            )[place]
+            place = _order(self.config.random_seed, epoch, len(self.indices))[place]
         number = int(self.indices[place])
         try:
             ids, is_target = conversation_tokens(self.dataset[number], self.config.tokenizer)
@@ -212,6 +214,13 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
             where = f"{self.dataset_path}, conversation {number + 1}"
             raise ValueError(f"{where}: {error} ({type(error).__name__})") from error
         length = self.config.sequence_length
+        if len(ids) > length + 1 and not self._has_cut:
+            self._has_cut = True
+            warnings.warn(
+                f"{self.dataset_path}, conversation {number + 1} has {len(ids)} tokens: it is cut "
+                f"to the {length + 1} of --seq-length {length}, and so are other long ones",
+                stacklevel=2,
+            )
         missing = max(0, length + 1 - len(ids))
         text = torch.tensor(ids + [self.config.tokenizer.eod] * missing)
         mask = torch.tensor(is_target + [False] * missing, dtype=torch.float32)
@@ -224,6 +233,11 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
         if self.config.create_attention_mask:
             sample["attention_mask"] = torch.ones(1, length, length, dtype=torch.bool).triu(1)
         return sample
+
+
+@lru_cache(maxsize=1)  # it takes time in proportion to the dataset, and every sample asks
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def conversation_tokens(

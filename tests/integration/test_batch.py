@@ -1,6 +1,7 @@
 """Packed pieces, targets left out as the published code has them, and conversations."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,19 @@ def test_only_what_the_assistant_says_has_targets(tmp_path, contents, tokens, ta
     future = torch.ones(1, 16, 16, dtype=torch.bool).triu(1)
     assert torch.equal(sample["attention_mask"], future)
     assert sample["position_ids"].tolist() == list(range(16))
+
+
+def test_the_first_conversation_that_is_cut_is_told_of(tmp_path):
+    chats = [chat("hi", "yo"), chat("hi", "just fits"), chat("hi", "a long answer"), chat("", "")]
+    dataset = conversations_of(tmp_path, chats, Split.valid, Letters(), length=14)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for index in (0, 1, 2, 3, 2):
+            dataset[index]
+    assert [str(each.message).partition(", ")[2] for each in said] == [
+        "conversation 3 has 18 tokens: it is cut to the 15 of --seq-length 14, and so are other "
+        "long ones"
+    ]
 
 
 def test_training_takes_another_order_every_epoch_and_validation_that_of_the_file(tmp_path):
