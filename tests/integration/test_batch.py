@@ -141,7 +141,7 @@ def test_the_first_conversation_that_is_cut_is_told_of(tmp_path):
         for index in (0, 1, 2, 3, 2):
             dataset[index]
     assert [str(each.message).partition(", ")[2] for each in said] == [
-        "conversation 3 has 18 tokens: it is cut to the 15 of --seq-length 14, and so are other "
+        "conversation 3 has 19 tokens: it is cut to the 15 of --seq-length 14, and so are other "
         "long ones"
     ]
 
