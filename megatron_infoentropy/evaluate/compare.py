@@ -21,7 +21,7 @@ from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
 from megatron_infoentropy.evaluate.task_comparison import compare_tasks
 from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words, tasks_in_words
-from megatron_infoentropy.files import write_atomically
+from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.tasks.results import load_results
 
 FORMAT = 2
@@ -71,17 +71,17 @@ def verdict_line(comparison: Comparison) -> str:
     if comparison.refusal:
         what = "the answers to tasks" if comparison.of_tasks else "the evaluations"
         return f"{against}: {what} cannot be compared: {comparison.refusal}"
-    if comparison.of_tasks and not comparison.is_identical:
+    if comparison.of_tasks:
+        if comparison.is_identical:
+            return f"{against}, tasks: the answers are identical, item by item"
         return f"{against}, tasks: {tasks_in_words(comparison)}"
-    total = comparison.rows[0]
-    against += ", tasks" if comparison.of_tasks else ", all tokens"
+    against += ", all tokens"
     if comparison.is_identical:
         return (
             f"{against}: the evaluations are identical, every document has the same cross entropy "
             "in both"
-            if not comparison.of_tasks
-            else f"{against}: the answers are identical, item by item"
         )
+    total = comparison.rows[0]
     if total.p is None:
         return f"{against}: too few documents ({total.documents}) to tell"
     words = {
@@ -186,17 +186,14 @@ def _write(comparisons: list[Comparison], output: Path) -> None:
             asdict(comparison) | {"verdict": verdict_line(comparison)} for comparison in comparisons
         ],
     }
-    with write_atomically(output / "comparison.json") as temporary:
-        text = json.dumps(content, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-    names = [field.name for field in fields(Difference)]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_whole(output / "comparison.json", text + "\n")
     # `group` is a column of Difference, its nats; the settings' names come first.
-    writer.writerow(["setting", "against", *names])
-    for comparison in comparisons:
-        for row in comparison.rows:
-            values = [getattr(row, name) for name in names]
-            writer.writerow([comparison.group, comparison.baseline, *values])
-    with write_atomically(output / "comparison.csv") as temporary:
-        temporary.write_text(table.getvalue(), encoding="utf-8")
+    columns = ["setting", "against", *(field.name for field in fields(Difference))]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    for one in comparisons:
+        names = {"setting": one.group, "against": one.baseline}
+        writer.writerows(names | asdict(row) for row in one.rows)
+    write_whole(output / "comparison.csv", table.getvalue())

@@ -28,7 +28,6 @@ from megatron_infoentropy.evaluate.groups import (
     Group,
     Match,
     Pairing,
-    are_identical,
     match,
     one_model_twice,
 )
@@ -39,6 +38,7 @@ from megatron_infoentropy.evaluate.inference import (
     estimate_differences,
     holm,
 )
+from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.tally import DIFFICULTY
 
 Kind = Literal["total", "bucket", "decile", "difficulty", "domain", "tasks", "task", "accuracy"]
@@ -75,12 +75,15 @@ class Difference:
     low: float | None
     high: float | None
     documents: int
-    reading: Reading
-    standard_error: float | None
-    p: float | None
-    p_adjusted: float | None
-    tests: int
-    detectable: float | None
+    reading: Reading = "no difference shown"
+    standard_error: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+    tests: int = 1
+    detectable: float | None = None
+
+
+Rows = list[tuple[Difference, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -138,18 +141,28 @@ def compare_pairs(
 
 def _compare(
     group: Group, baseline: Group | None, references: list[list[Evaluation]]
-) -> tuple[Comparison, list[Estimate]]:
-    """Return a comparison whose p-values are not adjusted yet, and the estimates of its rows."""
+) -> tuple[Comparison, Rows]:
+    """Return a comparison without its rows, and these, whose p-values are not adjusted yet."""
     if baseline is None:
         return without_baseline(group, NO_BASELINE if group.evaluated else NOT_EVALUATED), []
     matched = match(group, baseline)
     made = described(group, baseline, matched)
     if refusal := _refusal(group, baseline, matched, references):
         return replace(made, refusal=refusal), []
-    paired = zip(matched.ours, matched.theirs, strict=True) if made.pairing != "unpaired" else ()
-    identical = [[one.name, other.name] for one, other in paired if are_identical(one, other)]
-    rows, estimates = _rows(matched, references)
-    return replace(made, identical=identical, rows=rows), estimates
+    compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
+    rows = differences(*statistics(compared, references), matched)
+    return replace(made, identical=matched.identical(_are_identical)), rows
+
+
+def _are_identical(one: Run, other: Run) -> bool:
+    """Say whether every document has the same cross entropy in both, to the bit."""
+    first, second = (run.evaluation.documents.ce for run in (one, other) if run.evaluation)
+    return np.array_equal(first, second)
+
+
+def _are_one_model(one: Run, other: Run) -> bool:
+    models = [run.evaluation.summary["model"] for run in (one, other) if run.evaluation]
+    return models[0]["weights_sha256"] == models[1]["weights_sha256"] or _are_identical(one, other)
 
 
 def without_baseline(group: Group, reason: str) -> Comparison:
@@ -180,8 +193,8 @@ def _refusal(
     scored = [*group.evaluations, *baseline.evaluations, *chain(*references)]
     return (
         _scored_differently(scored)
-        or one_model_twice(group)
-        or one_model_twice(baseline)
+        or one_model_twice(group.evaluated, _are_one_model, "evaluated")
+        or one_model_twice(baseline.evaluated, _are_one_model, "evaluated")
         or (None if matched.ours else "no seed was trained and evaluated with both objectives")
     )
 
@@ -214,18 +227,7 @@ def _scored_alike(group: Group, every: list[list[Evaluation]]) -> list[list[Eval
     return [evaluations for evaluations in kept if evaluations]
 
 
-def _rows(
-    matched: Match, references: list[list[Evaluation]]
-) -> tuple[list[Difference], list[Estimate]]:
-    """Return the difference of every statistic that occurs, and its estimate."""
-    compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
-    places, sums = statistics(compared, references)
-    return differences(places, sums, matched)
-
-
-def differences(
-    places: list[Place], sums: Sums, matched: Match
-) -> tuple[list[Difference], list[Estimate]]:
+def differences(places: list[Place], sums: Sums, matched: Match) -> Rows:
     """Return the differences of all statistics that occur, not corrected, and their estimates.
 
     sums: of the runs that are matched, ours first.
@@ -234,35 +236,30 @@ def differences(
     sides = list(range(ours)), list(range(ours, len(sums.ce)))
     estimates = estimate_differences(sums, *sides, paired=matched.pairing != "unpaired")
     group, baseline = (sums.nats()[side].mean(axis=0).tolist() for side in sides)
-    rows = [
-        Difference(
-            kind=place[0],
-            name=place[1],
-            baseline=baseline[column],
-            group=group[column],
-            difference=one.difference,
-            low=one.low,
-            high=one.high,
-            documents=one.documents,
-            reading="no difference shown",
-            standard_error=one.standard_error,
-            p=one.p,
-            p_adjusted=None,
-            tests=1,
-            detectable=None,
-        )
-        for column, (place, one) in enumerate(zip(places, estimates, strict=True))
-        if one.difference is not None
-    ]
-    return rows, [one for one in estimates if one.difference is not None]
+    rows: Rows = []
+    for column, (place, one) in enumerate(zip(places, estimates, strict=True)):
+        if one.difference is not None:
+            row = Difference(
+                *place,
+                baseline[column],
+                group[column],
+                one.difference,
+                one.low,
+                one.high,
+                one.documents,
+                standard_error=one.standard_error,
+                p=one.p,
+            )
+            rows.append((row, one))
+    return rows
 
 
-def corrected(made: list[tuple[Comparison, list[Estimate]]]) -> list[Comparison]:
-    """Adjust the p-values over all rows of one kind, and read what they show."""
+def corrected(made: list[tuple[Comparison, Rows]]) -> list[Comparison]:
+    """Put rows into their comparisons: p-values adjusted over all of one kind, and readings."""
     adjusted: dict[Kind, Iterator[float | None]] = {}
     tests: dict[Kind, int] = {}
     for kind in get_args(Kind):
-        p_values = [row.p for comparison, _ in made for row in comparison.rows if row.kind == kind]
+        p_values = [row.p for _, rows in made for row, _ in rows if row.kind == kind]
         adjusted[kind] = iter(holm(p_values))
         tests[kind] = max(sum(p is not None for p in p_values), 1)
     return [
@@ -273,10 +270,10 @@ def corrected(made: list[tuple[Comparison, list[Estimate]]]) -> list[Comparison]
                     replace(row, p_adjusted=next(adjusted[row.kind]), tests=tests[row.kind]),
                     estimate if comparison.has_several_seeds else None,
                 )
-                for row, estimate in zip(comparison.rows, estimates, strict=True)
+                for row, estimate in rows
             ],
         )
-        for comparison, estimates in made
+        for comparison, rows in made
     ]
 
 

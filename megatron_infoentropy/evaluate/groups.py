@@ -6,11 +6,10 @@ unpaired  over all of both otherwise, if there are at least two of each
 one       otherwise one evaluation of each, which says nothing about other seeds
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
-
-import numpy as np
 
 from megatron_infoentropy.config import COMMON
 from megatron_infoentropy.evaluate.evaluation import Evaluation
@@ -67,6 +66,11 @@ class Match:
     pairing: Pairing
     left_out: list[str]
 
+    def identical(self, is_same: Callable[[Run, Run], bool]) -> list[list[str]]:
+        """Name the pairs whose scores or answers are the same."""
+        pairs = zip(self.ours, self.theirs, strict=True) if self.pairing != "unpaired" else ()
+        return [[one.name, other.name] for one, other in pairs if is_same(one, other)]
+
 
 def group_runs(runs: list[Run]) -> list[Group]:
     """Sort runs into groups, cross entropy first, otherwise in the order given.
@@ -104,19 +108,14 @@ def match(group: Group, baseline: Group) -> Match:
     return Match(ours, theirs, pairing, left_out)
 
 
-def one_model_twice(group: Group) -> str | None:
+def one_model_twice(
+    runs: list[Run], is_same: Callable[[Run, Run], bool], counted: str
+) -> str | None:
     """Name two runs of a setting that are the same model: they say nothing about seeds."""
-    for one, other in combinations(group.evaluated, 2):
-        if _weights(one) == _weights(other) or are_identical(one, other):
-            return f"{one.name} and {other.name} are one model evaluated twice, not two seeds"
+    for one, other in combinations(runs, 2):
+        if is_same(one, other):
+            return f"{one.name} and {other.name} are one model {counted} twice, not two seeds"
     return None
-
-
-def are_identical(one: Run, other: Run) -> bool:
-    """Say whether every document has the same cross entropy in both, to the bit."""
-    assert one.evaluation is not None
-    assert other.evaluation is not None
-    return np.array_equal(one.evaluation.documents.ce, other.evaluation.documents.ce)
 
 
 def repeats(group: Group) -> list[str]:
@@ -126,11 +125,6 @@ def repeats(group: Group) -> list[str]:
         f"{run.name}, as it repeats objective, set-up and seed of {first[run.seed]}"
         for run in group.repeated
     ]
-
-
-def _weights(run: Run) -> str:
-    assert run.evaluation is not None
-    return str(run.evaluation.summary["model"]["weights_sha256"])
 
 
 def _by_seed(first: list[Run], second: list[Run]) -> tuple[list[Run], list[Run], Pairing]:

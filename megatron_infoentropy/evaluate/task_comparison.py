@@ -14,7 +14,7 @@ compared, with the same items, prompts and version of the task.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,15 @@ from numpy.typing import NDArray
 from megatron_infoentropy.evaluate.comparison import (
     NO_BASELINE,
     Comparison,
-    Difference,
     Kind,
-    Place,
+    Rows,
     corrected,
     described,
     differences,
     without_baseline,
 )
-from megatron_infoentropy.evaluate.groups import Group, Match, match
-from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS, Estimate, Sums
+from megatron_infoentropy.evaluate.groups import Group, Match, match, one_model_twice
+from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS, Sums
 from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.tasks.results import Items, TaskResult
 
@@ -39,7 +38,6 @@ ALL_TASKS = "mean over tasks"
 _KINDS: tuple[Kind, ...] = ("task", "accuracy")
 _NOT_ASKED = "no run of it has been asked a task"
 
-Rows = list[tuple[Difference, Estimate]]
 Floats = NDArray[np.float64]
 
 
@@ -48,8 +46,8 @@ def compare_tasks(pairs: list[tuple[Group, Group | None]]) -> list[Comparison]:
     return corrected([_compare(group, baseline) for group, baseline in pairs])
 
 
-def _compare(group: Group, baseline: Group | None) -> tuple[Comparison, list[Estimate]]:
-    """Return a comparison whose p-values are not adjusted yet, and the estimates of its rows."""
+def _compare(group: Group, baseline: Group | None) -> tuple[Comparison, Rows]:
+    """Return a comparison without its rows, and these, whose p-values are not adjusted yet."""
     group = replace(group, counted="asked")
     if baseline is None or not group.compared:
         return without_baseline(group, NO_BASELINE if group.compared else _NOT_ASKED), []
@@ -63,23 +61,19 @@ def _compare(group: Group, baseline: Group | None) -> tuple[Comparison, list[Est
     names = dict.fromkeys(name for run in runs for name in run.tasks)
     reasons = {name: _why_not(name, runs) for name in names}
     made.left_out.extend(f"task {name}, as {reason}" for name, reason in reasons.items() if reason)
-    questions = {
-        name: [_items(run.tasks[name]) for run in runs] for name in names if not reasons[name]
-    }
+    questions = [name for name in names if not reasons[name]]
     if not questions:
         return replace(made, refusal="; ".join(made.left_out), left_out=[]), []
-    if refusal := _one_model_twice(questions, matched):
-        return replace(made, refusal=refusal), []
-    rows = _rows(questions, matched)
-    paired = zip(matched.ours, matched.theirs, strict=True) if made.pairing != "unpaired" else ()
-    identical = [
-        [one.name, other.name]
-        for place, (one, other) in enumerate(paired)
-        if _are_identical(questions, place, place + len(matched.ours))
-    ]
-    rows = sorted(rows, key=lambda row: ("tasks", *_KINDS).index(row[0].kind))
-    made = replace(made, rows=[row for row, _ in rows], identical=identical)
-    return made, [estimate for _, estimate in rows]
+
+    def is_same(one: Run, other: Run) -> bool:
+        return all(one.tasks[name].items == other.tasks[name].items for name in questions)
+
+    for side in (matched.ours, matched.theirs):
+        if refusal := one_model_twice(side, is_same, "asked"):
+            return replace(made, refusal=refusal), []
+    rows = _rows({name: [_items(run.tasks[name]) for run in runs] for name in questions}, matched)
+    rows.sort(key=lambda row: ("tasks", *_KINDS).index(row[0].kind))
+    return replace(made, identical=matched.identical(is_same)), rows
 
 
 def _why_not(name: str, runs: Sequence[Run]) -> str | None:
@@ -118,37 +112,19 @@ def _items(result: TaskResult) -> Items:
     return result.items
 
 
-def _one_model_twice(questions: dict[str, list[Items]], matched: Match) -> str | None:
-    """Name two runs of a setting that gave every answer alike: they say nothing about seeds."""
-    sides = list(enumerate(matched.ours)), list(enumerate(matched.theirs, len(matched.ours)))
-    for side in sides:
-        for (place, one), (other_place, other) in combinations(side, 2):
-            if _are_identical(questions, place, other_place):
-                return f"{one.name} and {other.name} are one model asked twice, not two seeds"
-    return None
-
-
-def _are_identical(questions: dict[str, list[Items]], place: int, other: int) -> bool:
-    return all(items[place] == items[other] for items in questions.values())
-
-
 def _rows(questions: dict[str, list[Items]], matched: Match) -> Rows:
     """Return the differences of all questions and of the mean over them, and their estimates."""
     rows: Rows = []
     means = []
     for name, items in questions.items():
         sums = question_sums(items)
-        rows += _of(sums, [(kind, name) for kind in _KINDS], matched)
+        rows += differences([(kind, name) for kind in _KINDS], sums, matched)
         means.append(sums.nats()[:, 0])
     known = np.array([mean for mean in means if np.isfinite(mean).all()])  # [questions, runs]
     if len(known) > 1:
         every = Sums(np.ones((len(known), 1)), known.T[:, :, None])
-        rows += _of(every, [("tasks", ALL_TASKS)], matched)
+        rows += differences([("tasks", ALL_TASKS)], every, matched)
     return rows
-
-
-def _of(sums: Sums, places: list[Place], matched: Match) -> Rows:
-    return list(zip(*differences(places, sums, matched), strict=True))
 
 
 def question_sums(items: list[Items]) -> Sums:
