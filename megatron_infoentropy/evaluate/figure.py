@@ -185,16 +185,6 @@ def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def evaluated_groups(data: Data) -> list[Data]:
-    return [group for group in data["groups"] if group["evaluated"]]
-
-
-def first_evaluation(data: Data, group: Data) -> Data:
-    """Return the evaluation of the first evaluated run of a group."""
-    evaluation: Data = data["runs"][group["evaluated"][0]]["evaluation"]
-    return evaluation
-
-
 def thin(series: Data) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a curve of at most 400 points, each the mean of a block of logged ones."""
     steps, values = (np.array(series[name], dtype=float) for name in ("iterations", "values"))

@@ -4,12 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_infoentropy.evaluate.figure import (
     MUTED,
@@ -27,28 +22,28 @@ from megatron_infoentropy.evaluate.wording import MINUS
 _MAIN_KINDS = ("total", "bucket", "domain")
 _FAR = 5  # times what is usual
 
+Shown = list[tuple[Data, list[Data]]]  # settings and rows of their comparison
+
 
 def differences_by(data: Data, kind: str) -> Figure | None:
     """Draw differences to cross entropy by frequency decile or difficulty, with intervals.
 
     Beside the parts are all tokens.
     """
-    shown = [(c, [row for row in c["rows"] if row["kind"] == kind]) for c in data["comparisons"]]
-    shown = [(c, [c["rows"][0], *rows]) for c, rows in shown if rows]
+    every = _shown(data, data["comparisons"], ("total", kind))
+    shown = [(group, rows) for group, rows in every if len(rows) > 1]
     if not shown:
         return None
     places = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))
-    by_label = {group["label"]: group for group in data["groups"]}
 
     def plot(axes: Axes) -> str:
         axes.axhline(0, color=MUTED, linewidth=1)
-        for number, (comparison, rows) in enumerate(shown):
-            color = color_of(by_label[comparison["group"]])
+        for number, (group, rows) in enumerate(shown):
+            color = color_of(group)
             shift = 0.5 * (number - (len(shown) - 1) / 2) / len(shown)
             x = [places.index(row["name"]) + shift for row in rows]
-            label = named(by_label[comparison["group"]])
             values = [row["difference"] for row in rows]
-            axes.plot(x[1:], values[1:], "o-", color=color, markersize=4, label=label)
+            axes.plot(x[1:], values[1:], "o-", color=color, markersize=4, label=named(group))
             axes.plot(x[0], values[0], "o", color=color, markersize=4)
             for at, row in zip(x, rows, strict=True):
                 if row["low"] is not None:
@@ -62,7 +57,7 @@ def differences_by(data: Data, kind: str) -> Figure | None:
             else "third of the tokens by predicted entropy"
         )
         legend(axes)
-        return f"Difference to cross entropy by {kind}, with 95 percent intervals."  # fmt: skip
+        return f"Difference to cross entropy by {kind}, with 95 percent intervals."
 
     return draw(f"differences-by-{kind}", plot, *_row_cells(shown))
 
@@ -84,12 +79,20 @@ def _compress_outliers(axes: Axes, settings: list[list[Data]]) -> None:
     axes.set_ylabel(f"{axes.get_ylabel()[:-1]},\nlogarithmic beyond {2 * usual:g})")
 
 
-def _row_cells(
-    shown: list[tuple[Data, list[Data]]],
-) -> tuple[tuple[str, ...], list[list[Cell]]]:
+def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
+    """Return the settings that have rows of these kinds, with these rows."""
+    groups = {group["label"]: group for group in data["groups"]}
+    every = [
+        (groups[c["group"]], [row for row in c["rows"] if row["kind"] in kinds])
+        for c in comparisons
+    ]
+    return [(group, rows) for group, rows in every if rows]
+
+
+def _row_cells(shown: Shown) -> tuple[tuple[str, ...], list[list[Cell]]]:
     """Return the columns and cells of comparison rows."""
     columns = tuple(shown[0][1][0])
-    cells = [[c["group"], *(row[name] for name in columns)] for c, rows in shown for row in rows]
+    cells = [[g["label"], *(row[name] for name in columns)] for g, rows in shown for row in rows]
     return ("setting", *columns), cells
 
 
@@ -108,22 +111,20 @@ def task_differences(data: Data) -> Figure | None:
 def _differences(
     data: Data, name: str, comparisons: list[Data], kinds: Sequence[str], unit: str
 ) -> Figure | None:
-    comparisons = [comparison for comparison in comparisons if comparison["rows"]]
-    if not comparisons:
+    shown = _shown(data, comparisons, kinds)
+    if not shown:
         return None
-    shown = [(c, [r for r in c["rows"] if r["kind"] in kinds]) for c in comparisons]
     names = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
-    by_label = {group["label"]: group for group in data["groups"]}
 
     def plot(axes: Axes) -> str:
-        step = 0.7 / len(comparisons)
-        for number, (comparison, rows) in enumerate(shown):
-            color = color_of(by_label[comparison["group"]])
+        step = 0.7 / len(shown)
+        for number, (group, rows) in enumerate(shown):
+            color = color_of(group)
             for row in rows:
                 y = names.index((row["kind"], row["name"]))
-                y_own = y + (number - (len(comparisons) - 1) / 2) * step
+                y_own = y + (number - (len(shown) - 1) / 2) * step
                 _difference(axes, row, y_own, color)
-            axes.plot([], [], "o-", color=color, label=named(by_label[comparison["group"]]))
+            axes.plot([], [], "o-", color=color, label=named(group))
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(names)), [short(_place(*name), 24) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -132,11 +133,11 @@ def _differences(
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(f"{unit} (below 0: better)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        if len(comparisons) > 1:
+        if len(shown) > 1:
             legend(axes)
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
-    height = 1.2 + (0.26 + 0.12 * len(comparisons)) * len(names)
+    height = 1.2 + (0.26 + 0.12 * len(shown)) * len(names)
     return draw(name, plot, *_row_cells(shown), height=height)
 
 

@@ -20,8 +20,6 @@ from megatron_infoentropy.evaluate.figure import (
     Figure,
     color_of,
     draw,
-    evaluated_groups,
-    first_evaluation,
     histogram_behind,
     legend,
     legend_label,
@@ -70,10 +68,9 @@ def weights_over_entropy(data: Data) -> Figure | None:
 
 def entropy_calibration(data: Data) -> Figure | None:
     """Draw mean cross entropy in every bin of predicted entropy, first run of a group."""
-    groups = evaluated_groups(data)
-    if not groups:
+    histograms = _first_evaluations(data, "entropy_histogram")
+    if not histograms:
         return None
-    histograms = [(g, first_evaluation(data, g)["entropy_histogram"]) for g in groups]
     points = [(g, *_filled(h, max(_ENOUGH, sum(h["tokens"]) // 2000))) for g, h in histograms]
 
     def plot(axes: Axes) -> str:
@@ -99,10 +96,9 @@ def entropy_calibration(data: Data) -> Figure | None:
 
 def confidence_calibration(data: Data) -> Figure | None:
     """Draw how often the most probable token is right, by its probability, first run of a group."""
-    groups = evaluated_groups(data)
-    if not groups:
+    calibrations = _first_evaluations(data, "calibration")
+    if not calibrations:
         return None
-    calibrations = [(group, first_evaluation(data, group)["calibration"]) for group in groups]
     rows: list[list[Cell]] = []
     for group, one in calibrations:
         parts = (one["tokens"], one["confidence_in_bin"], one["accuracy_in_bin"])
@@ -122,6 +118,12 @@ def confidence_calibration(data: Data) -> Figure | None:
 
     columns = ("setting", "tokens", "mean_confidence", "accuracy")
     return draw("confidence", plot, columns, rows)
+
+
+def _first_evaluations(data: Data, part: str) -> list[tuple[Data, Data]]:
+    """Return every evaluated group with a part of its first evaluated run's evaluation."""
+    groups = [group for group in data["groups"] if group["evaluated"]]
+    return [(group, data["runs"][group["evaluated"][0]]["evaluation"][part]) for group in groups]
 
 
 def _filled(histogram: Data, enough: int) -> tuple[list[float], list[float]]:

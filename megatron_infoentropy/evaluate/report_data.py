@@ -5,6 +5,7 @@ setting. The weights of tokens, over entropy and token by token in a passage, ar
 that trains, `loss.weighting`.
 """
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
@@ -77,8 +78,7 @@ def report_data(
         "passages": _passages(groups, weightings),
         "tasks": task_table([group.runs for group in groups]),
     }
-    finite = _finite(data)
-    assert isinstance(finite, dict)
+    finite: dict[str, Any] = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return finite
 
 
@@ -145,17 +145,6 @@ def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
                 series["iterations"].append(float(iteration))
                 series["values"].append(value)
     return result
-
-
-def _finite(value: object) -> object:
-    """Return the same structure with None for what JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
@@ -404,16 +393,13 @@ def _curve(
     ce = np.interp(entropy, occurring, mean_ce)
     weight = weigh(loss, np.append(mean_ce, ce), np.append(occurring, entropy))
     mean = float((weight[: len(tokens)] * tokens).sum() / tokens.sum())
+    plain = InfoEntropyConfig(gamma=loss.gamma, sigma=loss.sigma)
     label = f"{GAMMA} = {loss.gamma:g}" + (f", {SIGMA} = {loss.sigma:g}" if loss.sigma != 1 else "")
     return {
-        "label": label if loss == _plain(loss) else objective_in_words(loss.effective()),
+        "label": label if loss == plain else objective_in_words(loss.effective()),
         "objective": loss.objective,
         "gamma": loss.gamma,
         "sigma": loss.sigma,
         "run": place,
         "weight": (weight[len(tokens) :] / (mean or 1.0)).tolist(),
     }
-
-
-def _plain(loss: InfoEntropyConfig) -> InfoEntropyConfig:
-    return InfoEntropyConfig(gamma=loss.gamma, sigma=loss.sigma)

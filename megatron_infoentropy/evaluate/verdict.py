@@ -5,7 +5,15 @@ import math
 from megatron_infoentropy.evaluate.comparison import NOT_EVALUATED, Comparison, Difference
 from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.evaluate.wording import PERCENT, compact, listed, nats, plural, signed
+from megatron_infoentropy.evaluate.wording import (
+    PERCENT,
+    compact,
+    listed,
+    nats,
+    plural,
+    sentence,
+    signed,
+)
 
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 # Of one false claim where nothing differs, in a family of tests.
@@ -39,13 +47,13 @@ def answers(runs: list[Run], comparisons: list[Comparison]) -> list[dict[str, st
 
     comparisons: of tokens and of tasks.
     """
-    asked = ("Did it help?", _did_it_help), ("On what?", _on_what), ("How sure is that?", _how_sure)
     made = [comparison for comparison in comparisons if not comparison.refusal]
-    said = []
-    for question, answer in asked:
-        short, more = answer(runs, comparisons, made)
-        said.append({"question": question, "short": short, "more": more})
-    return said
+    asked = {
+        "Did it help?": _did_it_help(runs, comparisons, made),
+        "On what?": _on_what(made),
+        "How sure is that?": _how_sure(runs, made),
+    }
+    return [{"question": q, "short": short, "more": more} for q, (short, more) in asked.items()]
 
 
 def _did_it_help(
@@ -128,8 +136,7 @@ def _in_words(word: str, chosen: list[Comparison], settings: int) -> str:
     if word == "none":
         if len(names) > _MOST_NAMES:
             names = [f"{'the other ' if len(names) < settings else ''}{len(names)} settings"]
-        scope = f"{scope[:1].upper()}{scope[1:]}"
-        return f"{scope} nothing tells {listed(names)} from {first.baseline}."
+        return sentence(f"{scope} nothing tells {listed(names)} from {first.baseline}")
     if word == "undecided":
         gaps = [f"{c.group} by {signed(_judged(c)[0].difference)}" for c in chosen]
         return (
@@ -143,9 +150,7 @@ def _in_words(word: str, chosen: list[Comparison], settings: int) -> str:
     }[word].format(listed(names))
 
 
-def _on_what(
-    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
-) -> tuple[str, str]:
+def _on_what(made: list[Comparison]) -> tuple[str, str]:
     sure = [c for c in made if c.has_several_seeds and not c.is_identical]
     if not sure:
         seed = "With one seed of each, no part of the text can be told from the luck of a seed."
@@ -203,8 +208,7 @@ def _parts(rows: list[Difference], *, sizes: bool) -> str:
                 places.append(words.format(len(of_kind), tasks) + size)
         if places:
             said.append(f"{reading} on {listed(places)}")
-    text = "; ".join(said)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return sentence("; ".join(said)) if said else ""
 
 
 def unit_of(row: Difference) -> str:
@@ -219,9 +223,7 @@ def _unit(row: Difference) -> str:
     return {"tasks": "task", "task": "item"}.get(row.kind, "document")
 
 
-def _how_sure(
-    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
-) -> tuple[str, str]:
+def _how_sure(runs: list[Run], made: list[Comparison]) -> tuple[str, str]:
     if not made:
         return "Not at all.", "It takes evaluated runs of two objectives, two seeds of each."
     main = [c for c in _main(made) if not c.is_identical]
@@ -231,7 +233,7 @@ def _how_sure(
     sizes = sorted(row.detectable for row in rows if row.detectable)
     if not sizes:
         few = f"There are too few {_unit(_judged(main[0])[0])}s for an interval."
-        return "Not at all.", few if rows else f"{NO_POWER[:1].upper()}{NO_POWER[1:]}."
+        return "Not at all.", few if rows else sentence(NO_POWER)
     first = next(c for c in main if c.has_several_seeds)
     row, low, high = rows[0], nats(sizes[0]), nats(sizes[-1])
     size = f"A true difference of {low} {unit_of(row)}"
@@ -313,7 +315,13 @@ def chances(comparisons: list[Comparison]) -> str | None:
 
 def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) -> list[str]:
     """Return what a reader must know before believing a difference, or its absence."""
-    sentences = [_size_sentence(runs), *_tests_sentences(comparisons)]
+    sentences = [_size(runs)]
+    if max(int(run.info["parameters"]) for run in runs) < _SMALLEST_IN_PAPER:
+        sentences[0] += (
+            " The paper reports its gains at 468M to 6.7B parameters; at this size the effect is "
+            "likely below what a seed changes."
+        )
+    sentences += _tests_sentences(comparisons)
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):
         sentences.append("The evaluation scored a sample of the data, not all of it.")
     for run in runs:
@@ -357,16 +365,6 @@ def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
     ]
     chance = chances(comparisons)
     return [*sentences, chance] if chance else sentences
-
-
-def _size_sentence(runs: list[Run]) -> str:
-    text = _size(runs)
-    if max(int(run.info["parameters"]) for run in runs) >= _SMALLEST_IN_PAPER:
-        return text
-    return (
-        f"{text} The paper reports its gains at 468M to 6.7B parameters; at this size the effect "
-        "is likely below what a seed changes."
-    )
 
 
 def _size(runs: list[Run]) -> str:
