@@ -219,11 +219,6 @@ def places_sha256(
     return digest.hexdigest()
 
 
-def document_sha256(tokens: NDArray[np.int64]) -> bytes:
-    """Return 32 bytes that stand for a document's tokens, however these are stored."""
-    return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()
-
-
 def domain_weights(
     kind: str, scored: Mapping[str, int], token_counts: Path
 ) -> tuple[dict[str, float], str]:

@@ -26,6 +26,7 @@ An evaluation of the same plan takes what is there; one of another plan is refus
 when the result has been written.
 """
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -41,12 +42,7 @@ from numpy.typing import NDArray
 
 from megatron_infoentropy import kernels
 from megatron_infoentropy.evaluate.buckets import BANDS
-from megatron_infoentropy.evaluate.dataset import (
-    Selection,
-    TokenDataset,
-    document_sha256,
-    places_sha256,
-)
+from megatron_infoentropy.evaluate.dataset import Selection, TokenDataset, places_sha256
 from megatron_infoentropy.evaluate.evaluation import FORMAT, UNFINISHED, UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.model import ModelSource, ScoringModel
 from megatron_infoentropy.evaluate.tally import Tally
@@ -317,7 +313,8 @@ def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> ChunkScores:
     def by_band(values: NDArray[np.float32] | None) -> NDArray[Any]:
         return np.bincount(cell, weights=values, minlength=len(lengths) * BANDS).reshape(shape)
 
-    digests = b"".join(document_sha256(document) for document in documents)
+    stored = (document.astype("<i4").tobytes() for document in documents)
+    digests = b"".join(hashlib.sha256(document).digest() for document in stored)
     return ChunkScores(
         by_band(None),
         by_band(ce),
@@ -357,11 +354,8 @@ class ChunkJournal:
         self.folder = folder / UNFINISHED
         self._vocab_size = vocab_size
 
-    def start(self, plan: dict[str, Any], *, restart: bool) -> int:
+    def start(self, plan: dict[str, Any], *, restart: bool) -> None:
         """Begin, or go on with what is there; one rank does it for all.
-
-        Returns:
-            How many chunks are done already.
 
         Raises:
             UnfinishedEvaluationError: something else was interrupted here.
@@ -379,7 +373,6 @@ class ChunkJournal:
                 )
         else:
             write_whole(path, json.dumps(plan, indent=2) + "\n")
-        return len(list(self.folder.glob("[0-9]*.npz")))
 
     def has(self, chunk: int) -> bool:
         return self._path(chunk).is_file()

@@ -92,7 +92,7 @@ class Harness:
         numbers = results["results"] | results.get("groups", {})
         metrics = {name: _metrics(values) for name, values in numbers.items()}
         for name, of_task in samples.items():
-            metrics[name] |= _answers(_items({name: of_task}))
+            metrics[name] |= _items({name: of_task}).metrics()
         versions = {name: version(name) for name in ("lm_eval", "torch", "transformers")}
         task_version = results["versions"].get(question.task)
         return TaskResult(
@@ -101,7 +101,7 @@ class Harness:
             self._limit,
             sum(n["effective"] for n in results["n-samples"].values()),
             self.key(question),
-            metrics.pop(question.task) | _answers(items),
+            metrics.pop(question.task) | items.metrics(),
             metrics,
             versions | ({} if task_version is None else {"task": str(task_version)}),
             items,
@@ -224,16 +224,17 @@ def _first(value: Any) -> Any:
 def _items(samples: dict[str, list[Sample]]) -> Items:
     """Return one number an item of all tasks' samples."""
     every = [(name, sample) for name, of_task in samples.items() for sample in of_task]
-    right = [
-        (s["choice_bits"][place], s["choice_bytes"][place]) if place is not None else (None, 0)
-        for _, s in every
-        for place in (s["right_choice"],)
-    ]
+    bits: list[float | None] = []
+    sizes: list[int] = []
+    for _, sample in every:
+        place = sample["right_choice"]
+        bits.append(None if place is None else round(sample["choice_bits"][place], 6))
+        sizes.append(0 if place is None else sample["choice_bytes"][place])
     return Items(
         [_id(name, sample) for name, sample in every],
         {name: len(of_task) for name, of_task in samples.items()},
-        [None if bits is None else round(bits, 6) for bits, _ in right],
-        [size for _, size in right],
+        bits,
+        sizes,
         [_accuracy(sample) for _, sample in every],
         all(sample["is_running_text"] for _, sample in every),
     )
@@ -249,11 +250,6 @@ def _accuracy(sample: Sample) -> float | None:
         if isinstance(value := sample.get(name), int | float | np.generic):
             return float(value)
     return None
-
-
-def _answers(items: Items) -> Metrics:
-    metric = items.bits_per_byte()
-    return {} if metric is None else {"answer_bits_per_byte": metric}
 
 
 def _write_samples(samples: dict[str, list[Sample]], path: Path) -> None:

@@ -55,16 +55,16 @@ class Items:
     accuracy: list[float | None]
     pooled: bool
 
-    def bits_per_byte(self) -> Metric | None:
-        """Return the mean over items and its standard error; None where no item has an answer."""
+    def metrics(self) -> Metrics:
+        """Return the mean bits per byte and its standard error; empty without any answer."""
         pairs = zip(self.bits, self.bytes, strict=True)
         values = [bits / size for bits, size in pairs if bits is not None]
         if self.pooled or not values:
-            return None
+            return {}
         mean = sum(values) / len(values)
         squares = sum((value - mean) ** 2 for value in values)
         error = math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
-        return Metric(mean, error)
+        return {"answer_bits_per_byte": Metric(mean, error)}
 
 
 @dataclass(frozen=True)
