@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def write_run(
         scores = model_seed or seed, shift, same_as or objective
         example_evaluation(*scores, fingerprint).save(folder)
     return folder
+
+
+def write_runs(folder: Path, shifts: dict[str, float], seeds: Iterable[int], **info) -> list[Path]:
+    """Run folders OBJECTIVE-SEED, of every objective with its shift, and every seed."""
+    return [
+        write_run(folder / f"{name}-{seed}", objective=name, seed=seed, shift=shift, **info)
+        for name, shift in shifts.items()
+        for seed in seeds
+    ]
 
 
 def training_log(objective: str, seed: int, steps: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_runs import example_evaluation, write_run
+from example_runs import example_evaluation, write_run, write_runs
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
@@ -25,12 +25,8 @@ from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
 
 
-def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0, **info) -> list[str]:
-    folders = (folder / f"{objective}-{seed}" for seed in seeds)
-    return [
-        str(write_run(path, objective=objective, seed=seed, shift=shift, **info))
-        for path, seed in zip(folders, seeds, strict=True)
-    ]
+def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0) -> list[str]:
+    return list(map(str, write_runs(folder, {objective: shift}, seeds)))
 
 
 def rows_of(comparison: Comparison) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, open_browser
-from example_runs import write_run
+from example_runs import write_run, write_runs
 
 from megatron_infoentropy.evaluate.report import write_report
 
@@ -21,12 +21,8 @@ TEXT = "getComputedStyle(document.querySelector('figure svg text')).fill"
 def page(tmp_path_factory):
     """The report of six runs; REPORT_PICTURES names a folder to keep pictures in, to look at."""
     folder = tmp_path_factory.mktemp("browser")
-    runs = [
-        write_run(folder / f"{objective}-{seed}", objective=objective, seed=seed, shift=shift)
-        for objective, shift in (("cross_entropy", 0.0), ("focal", 0.02), ("infoentropy", -0.1))
-        for seed in (1, 2)
-    ]
-    file = write_report(runs, folder)
+    shifts = {"cross_entropy": 0.0, "focal": 0.02, "infoentropy": -0.1}
+    file = write_report(write_runs(folder, shifts, (1, 2)), folder)
     with open_browser(folder / "profile") as page:
         page.open(file)
         yield page

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from example_runs import write_run
+from example_runs import write_run, write_runs
 from matplotlib.figure import Figure
 
 from megatron_infoentropy.evaluate import plots_training
@@ -24,11 +24,7 @@ NOTE = "2 of 6 planned runs are missing: x, y."
 def folder(tmp_path_factory) -> Path:
     """A report of four runs: three have answered a task, one corpus text is a script."""
     folder = tmp_path_factory.mktemp("parts")
-    runs = [
-        write_run(folder / f"{objective}-{seed}", objective=objective, seed=seed, shift=shift)
-        for objective, shift in (("cross_entropy", 0.0), ("infoentropy", -0.3))
-        for seed in (1, 2)
-    ]
+    runs = write_runs(folder, {"cross_entropy": 0.0, "infoentropy": -0.3}, (1, 2))
     for index, run in enumerate(runs[:3]):
         metrics = {"acc": Metric(0.3 + index / 100, 0.02)}
         result = TaskResult("arc_easy", 5, None, 200, "key", metrics)

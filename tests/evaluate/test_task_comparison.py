@@ -198,3 +198,14 @@ def test_the_page_of_runs_that_were_only_asked_answers_from_the_tasks(asked, tmp
     assert 'href="report.figures/differences-by-task.svg"' in text[: text.index("<h2>")]
     for row in data["task_comparisons"][1]["rows"]:
         assert f"{row['detectable']:.4f}" in text
+
+
+def test_a_page_of_tasks_that_have_an_accuracy_alone_is_drawn_without_their_figure(tmp_path):
+    names = write_asked(tmp_path, range(1, 3), SETTINGS[:3:2])
+    for result in (path for name in names for path in Path(name).glob("tasks/*.json")):
+        content = json.loads(result.read_text())
+        content["items"]["bits"] = [None] * len(content["items"]["bits"])
+        result.write_text(json.dumps(content))
+    text = write_report([Path(name) for name in names], tmp_path).read_text()
+    assert "share of items answered right" in text
+    assert "differences-by-task" not in text
