@@ -113,14 +113,9 @@ class Comparison:
 
 def with_baselines(groups: list[Group]) -> list[tuple[Group, Group | None]]:
     """Return every other group with the cross-entropy group of its set-up, if there is one."""
-    pairs: list[tuple[Group, Group | None]] = []
-    for group in groups:
-        if group.is_baseline:
-            continue
-        setup = group.runs[0].setup
-        baselines = [g for g in groups if g.is_baseline and g.runs[0].setup == setup]
-        pairs.append((group, baselines[0] if baselines else None))
-    return pairs
+    baselines = {group.runs[0].setup: group for group in reversed(groups) if group.is_baseline}
+    others = [group for group in groups if not group.is_baseline]
+    return [(group, baselines.get(group.runs[0].setup)) for group in others]
 
 
 def compare_pairs(

@@ -12,6 +12,7 @@ width.
 import json
 import shlex
 from collections.abc import Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def render_report(data: dict[str, Any], figures: dict[str, Figure | None], stem:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in wording.__all__:
-        environment.filters[name] = getattr(wording, name)
+    functions = {name: one for name, one in vars(wording).items() if isfunction(one)}
+    environment.filters.update(functions)
     environment.filters["quote"] = shlex.quote
     drawn = {
         name: {"name": figure.name, "svg": Markup(figure.svg)} if figure else None

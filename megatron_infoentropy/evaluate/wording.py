@@ -1,19 +1,9 @@
-"""Numbers as the report writes them, in tables, figures and sentences alike."""
+"""Numbers as the report writes them, in tables, figures and sentences alike.
+
+Every function here is a filter of the page's template, by its name.
+"""
 
 import math
-
-__all__ = [
-    "compact",
-    "count",
-    "listed",
-    "nats",
-    "p_value",
-    "perplexity",
-    "plural",
-    "relative",
-    "sentence",
-    "signed",
-]
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
