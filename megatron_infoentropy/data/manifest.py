@@ -111,6 +111,7 @@ class InputFacts:
 class Manifest:
     """The dataset in `folder`; `dtype` of the ids is "uint16" or "int32".
 
+    `engine` made the ids: hf, or another with its version; of merged parts all, with ", " between.
     `left_out` are the domains none of whose documents has a token, with their documents: Megatron
     can not open an empty dataset. `shard` is (i, n) for one part of a larger dataset, and
     `shards_of` then a digest of what all parts share out among them. `token_counts` names the file

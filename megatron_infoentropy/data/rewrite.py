@@ -99,8 +99,14 @@ def merge(
         domains = {name: joins[name].facts() for name in sorted(joins)}
         for name in [name for name, facts in domains.items() if not facts.tokens]:
             left_out[name] += domains.pop(name).documents
-        inputs = tuple(facts for part in parts for facts in part.inputs)
-        whole = replace(parts[0], folder=folder, shard=None, shards_of="", inputs=inputs)
+        whole = replace(
+            parts[0],
+            folder=folder,
+            engine=", ".join(sorted({name for part in parts for name in part.engine.split(", ")})),
+            shard=None,
+            shards_of="",
+            inputs=tuple(facts for part in parts for facts in part.inputs),
+        )
         seal(whole, domains, counts, dict(sorted(left_out.items())))
     return load_manifest(output)
 
@@ -262,8 +268,7 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
                 f"{part.folder} and {first.folder} are shards of different lists of files, or of "
                 "files that changed between them: make both again, of one list"
             )
-        same = ("tokenizer", "dtype", "options", "versions")
-        for what in (*same, "engine") if part.shard else same:
+        for what in ("tokenizer", "dtype", "options", "versions"):
             ours, theirs = getattr(first, what), getattr(part, what)
             if ours != theirs:
                 raise ValueError(
