@@ -5,7 +5,9 @@ reading process cuts the file into such, without making anything of Python's of 
 number stands for that of a line, so a run goes on at a row, in the group or batch that has it.
 
 Only the two columns are read. Nothing is believed of a file: what says where a text begins and
-ends is checked before anything follows it.
+ends is checked before anything follows it. A dictionary, of which a few bytes a row can stand for
+one long text each time, stays one until its rows are few enough for a block; where pyarrow decodes
+it by itself, the rows of one reading are at most `_MOST_ROWS`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ except ModuleNotFoundError as missing:
         "pip install 'megatron-infoentropy[parquet]'"
     ) from missing
 
-_MOST_ROWS = 1 << 10  # of a block, as rows that repeat a text say little of its size
+_MOST_ROWS = 1 << 10  # of a block, as rows without any text have a size too
 _FILE_MAGIC = b"ARROW1"  # else it is a stream, as `datasets` writes
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -49,9 +51,10 @@ def read_tables(path: Path, advance: Advance, start: Position, keys: Keys) -> It
             for rows, read in parts(file, start.line - 1, keys):
                 advance(int(size * read) - told)
                 told = int(size * read)
-                block = Block(path, _packed(rows, keys), at, Position(0, at.line + rows.num_rows))
-                yield Block(path, block.data, at, block.end, is_table=True)
-                at = block.end
+                for some in _cut(_two_columns(rows, keys)):
+                    end = Position(0, at.line + some.num_rows)
+                    yield Block(path, _packed(some), at, end, is_table=True)
+                    at = end
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # for damage
         what = "Parquet" if path.suffix == ".parquet" else "Arrow"
         reason = f"no {what} file, or a damaged or truncated one: {error}"
@@ -81,8 +84,8 @@ def _parquet(file: BinaryIO, skip: int, keys: Keys) -> Iterator[Part]:
     for group in range(facts.num_row_groups):
         rows = facts.row_group(group).num_rows
         if skip < rows:
-            at_once = _rows_at_once(rows, facts.row_group(group).total_byte_size)
-            done = before
+            fitting = blocks.BLOCK_BYTES * rows // max(facts.row_group(group).total_byte_size, 1)
+            at_once, done = max(1, min(fitting, _MOST_ROWS)), before
             for batch in parquet.iter_batches(
                 at_once, [group], [key for key in keys if key], use_threads=False
             ):
@@ -110,15 +113,9 @@ def _arrow(file: BinaryIO, skip: int, keys: Keys) -> Iterator[Part]:
     numbers = range(reader.num_record_batches) if is_file else ()
     for batch in map(reader.get_batch, numbers) if is_file else reader:
         batch.validate()
-        rows = batch.num_rows
-        at_once = _rows_at_once(rows, batch.nbytes)
-        for first in range(skip, rows, at_once):
-            yield batch.slice(first, at_once), file.tell() / size
-        skip = max(skip - rows, 0)
-
-
-def _rows_at_once(rows: int, size: int) -> int:
-    return max(1, min(blocks.BLOCK_BYTES * rows // max(size, 1), _MOST_ROWS))
+        if skip < batch.num_rows:
+            yield batch.slice(skip), file.tell() / size
+        skip = max(skip - batch.num_rows, 0)
 
 
 def _require_text(schema: Any, keys: Keys) -> None:
@@ -137,11 +134,39 @@ def _require_text(schema: Any, keys: Keys) -> None:
         )
 
 
-def _packed(batch: Any, keys: Keys) -> bytes:
-    """Return the texts and domains of some rows as an Arrow stream."""
-    texts = _as_bytes(batch.column(keys.text))
-    domains = _as_bytes(_domains(batch, keys.domain))
-    packed = pa.record_batch([texts, domains], names=["text", "domain"])
+def _two_columns(batch: Any, keys: Keys) -> Any:
+    """Return the texts and domains of some rows, in bytes."""
+    columns = [_as_bytes(batch.column(keys.text)), _as_bytes(_domains(batch, keys.domain))]
+    return pa.record_batch(columns, names=["text", "domain"])
+
+
+def _cut(rows: Any) -> Iterator[Any]:
+    """Yield the rows in pieces that fit into a block; a row is not cut."""
+    size = sum(map(_size, rows.columns))
+    if rows.num_rows == 1 or (rows.num_rows <= _MOST_ROWS and size <= blocks.BLOCK_BYTES):
+        yield rows
+        return
+    half = rows.num_rows // 2
+    yield from _cut(rows.slice(0, half))
+    yield from _cut(rows.slice(half))
+
+
+def _size(column: Any) -> int:
+    """Return how many bytes a column has once a dictionary's texts are written out."""
+    if pa.types.is_dictionary(column.type):
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+    else:
+        lengths = compute.binary_length(column)
+    return compute.sum(lengths).as_py() or 0
+
+
+def _packed(rows: Any) -> bytes:
+    """Return texts and domains as an Arrow stream."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in rows.columns
+    ]
+    packed = pa.record_batch(columns, names=rows.schema.names)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, packed.schema) as stream:
         stream.write_batch(packed)
@@ -163,8 +188,7 @@ def _domains(batch: Any, key: str | None) -> Any:
 def _as_bytes(column: Any) -> Any:
     """Return a column's strings as bytes, checked; nulls where it has no strings."""
     if pa.types.is_dictionary(column.type):
-        column.validate(full=True)
-        column = column.dictionary_decode()
+        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary))
     if any(is_string(column.type) for is_string in _STRINGS):
         column = column.cast(pa.large_binary())
     if not pa.types.is_large_binary(column.type):

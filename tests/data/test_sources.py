@@ -158,6 +158,43 @@ def test_reading_goes_on_from_any_block(
         assert sum(steps) == path.stat().st_size
 
 
+def categories(path: Path, texts: Sequence[str]) -> Path:
+    """A file in which each of the texts is written once, however many rows have it."""
+    table = pa.table({"text": pa.array(texts).dictionary_encode()})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.arrow", categories),
+        ("a.parquet", categories),
+        ("a.parquet", lambda path, texts: parquet(path, [{"text": text} for text in texts])),
+    ],
+)
+def test_a_text_of_many_rows_is_written_out_for_one_block_at_a_time(
+    name: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a small file could fill the memory; pyarrow itself decodes a column of plain strings."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 19)
+    path = make(tmp_path / name, ["x" * (1 << 16)] * 1000)
+    assert path.stat().st_size < 1 << 20
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        sizes = [(block.lines, len(block.data)) for block in read_blocks(path)]
+    finally:
+        pa.set_memory_pool(before)
+    assert sum(lines for lines, _ in sizes) == 1000
+    assert max(size for _, size in sizes) < 2 << 19
+    assert make is not categories or pool.max_memory() < 16 << 20
+
+
 def test_bad_rows_are_counted_and_listed_by_their_number(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -219,9 +256,14 @@ def test_a_file_without_texts_or_a_damaged_one_ends_the_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda path, texts: stream(path, [{"text": text} for text in texts]), categories]
+)
+def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
     """Of a file that was not written by Arrow: each of its numbers is wrong in turn."""
-    path = stream(tmp_path / "a.arrow", [{"text": f"text {i}"} for i in range(8)])
+    path = make(tmp_path / "a.arrow", [f"text {i}" for i in range(8)])
     raw = path.read_bytes()
     for at in range(0, len(raw), 4):
         path.write_bytes(raw[:at] + b"\xf0\xff\xff\x7f" + raw[at + 4 :])
