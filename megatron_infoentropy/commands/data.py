@@ -112,26 +112,18 @@ def preprocess(
 
     Killed or failed, the same command goes on where it was.
     """
-    from megatron_infoentropy.data.jsonl import WHOLE
-    from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, DataOptions
-    from megatron_infoentropy.data.preprocess import decide_split, parse_shard
+    from megatron_infoentropy.data.manifest import DataOptions
+    from megatron_infoentropy.data.preprocess import parse_shard
     from megatron_infoentropy.data.preprocess import preprocess as run
     from megatron_infoentropy.data.sources import find_inputs
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip, got {on_error!r}")
-    options = DataOptions(append_eod, special_tokens, text_key, split_by or None)
-    inputs = find_inputs(input)
-    if split_by == AUTO and decide_split(options, inputs).split_by is None:
-        err.print(
-            f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for "
-            "all of them; to split them otherwise, stop this and name a key with --split-by"
-        )
     asked: dict[str, Any] = {
-        "inputs": inputs,
+        "inputs": find_inputs(input),
         "tokenizer": tokenizer,
         "output": output,
-        "options": options,
+        "options": DataOptions(append_eod, special_tokens, text_key, split_by or None),
         "workers": workers,
         "engine": engine,
         "max_errors": max_errors if on_error == "skip" else 0,

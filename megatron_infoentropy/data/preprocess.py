@@ -35,7 +35,7 @@ from megatron_infoentropy.data.blocks import (
 from megatron_infoentropy.data.fast_engine import choose_engine
 from megatron_infoentropy.data.indexed import require_whole, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
-from megatron_infoentropy.data.jsonl import BrokenRecordError, parse, rows_of
+from megatron_infoentropy.data.jsonl import WHOLE, BrokenRecordError, parse, rows_of
 from megatron_infoentropy.data.manifest import (
     AUTO,
     DEFAULT_OPTIONS,
@@ -255,17 +255,26 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
-def decide_split(options: DataOptions, inputs: Sequence[Path]) -> DataOptions:
+def decide_split(
+    options: DataOptions, inputs: Sequence[Path], say: Callable[[str], object]
+) -> DataOptions:
     """Return the options with AUTO replaced by what the first documents of the inputs call for.
 
     Those are the ones of the first block of the first file that has any. Without any, PILE_DOMAIN.
+    `say` is told where that is not to split.
     """
     if options.split_by != AUTO:
         return options
     for path in inputs:
         named = _named(path, Keys(options.text_key, PILE_DOMAIN))
+        if named and not any(named):
+            say(
+                f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', "
+                "for all of them; to split them otherwise, stop this and name a key with --split-by"
+            )
+            return replace(options, split_by=None)
         if named:
-            return replace(options, split_by=PILE_DOMAIN if any(named) else None)
+            break
     return replace(options, split_by=PILE_DOMAIN)
 
 
@@ -318,7 +327,7 @@ def preprocess(
     _require_usable(inputs, workers, max_errors)
     if shard is not None:
         require_parts(inputs)
-    asked, options = options, decide_split(options, inputs)
+    asked, options = options, decide_split(options, inputs, say)
     named = options.split_by is not None or asked.split_by is None
     shards_of = "" if shard is None else shards_digest(inputs)
     if shard is not None:

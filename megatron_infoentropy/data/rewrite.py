@@ -76,7 +76,10 @@ def merge(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     prefixes, counts = _prefixes(parts), _counts(parts)
-    sizes = {name: sum(_bytes(part, name) for part in parts) for name in prefixes}
+    sizes = dict.fromkeys(prefixes, 0)
+    for part in parts:
+        for name, domain in part.domains.items():
+            sizes[name] += domain.tokens * np.dtype(part.dtype).itemsize
     left_out: Counter[str] = Counter()
     for part in parts:
         left_out.update(part.left_out)
@@ -97,8 +100,6 @@ def merge(
             for name in sorted(prefixes, key=lambda name: -sizes[name])
         }
         domains = {name: joins[name].facts() for name in sorted(joins)}
-        for name in [name for name, facts in domains.items() if not facts.tokens]:
-            left_out[name] += domains.pop(name).documents
         whole = replace(
             parts[0],
             folder=folder,
@@ -106,14 +107,10 @@ def merge(
             shard=None,
             shards_of="",
             inputs=tuple(facts for part in parts for facts in part.inputs),
+            left_out=left_out,
         )
-        seal(whole, domains, counts, dict(sorted(left_out.items())))
+        seal(whole, domains, counts)
     return load_manifest(output)
-
-
-def _bytes(part: Manifest, name: str) -> int:
-    facts = part.domains.get(name)
-    return 0 if facts is None else facts.tokens * np.dtype(part.dtype).itemsize
 
 
 @contextmanager
@@ -166,7 +163,7 @@ class _Join:
     """One domain that is being written: each part's ids to their place, and an index of them all.
 
     The hash of the whole is that of the parts in a row, which are read once more for it: it cannot
-    be put together from theirs. A domain without any token gets no file.
+    be put together from theirs.
     """
 
     def __init__(
@@ -214,9 +211,6 @@ class _Join:
             done.bytes += facts.bytes
             done.rejected += facts.rejected
         done.bin_sha256 = digests[0] if self._whole is None else self._whole.result()
-        if not done.tokens:
-            bin_path(self._prefix).unlink()
-            idx_path(self._prefix).unlink()
         return done
 
     def _write_index(self) -> DomainFacts:
@@ -371,8 +365,9 @@ def pack(
                 writer.add(pieces, np.full(pieces.size // length, length))
                 advance(read)
         options = replace(source.options, piece_tokens=length, piece_documents=documents)
+        packed = replace(source, folder=folder, options=options, append_eod=False, left_out={})
         try:
-            finish(replace(source, folder=folder, options=options, append_eod=False), writers)
+            finish(packed, writers)
         except UnfitDocumentsError as error:
             raise ValueError(
                 f"no {documents} documents in a row of a domain have the {length} tokens of a "

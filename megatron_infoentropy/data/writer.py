@@ -14,6 +14,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,37 +210,31 @@ def _cut_back(path: Path, size: int) -> FileIO:
 
 
 def finish(manifest: Manifest, writers: Mapping[str, DatasetWriter]) -> Manifest:
-    """Complete the domains in the manifest's folder and save it with their facts.
+    """Complete the domains in the manifest's folder; see `seal`. Can be repeated."""
+    domains = {name: writer.finish() for name, writer in writers.items()}
+    return seal(manifest, domains, {name: writer.counts for name, writer in writers.items()})
+
+
+def seal(
+    manifest: Manifest, written: Mapping[str, DomainFacts], counts: Mapping[str, Counts]
+) -> Manifest:
+    """Write the token counts of the domains in the manifest's folder, and it with their facts.
 
     A domain without any token is left out, as Megatron can not open an empty dataset; in a shard it
-    is kept, as other shards may have tokens for it. Can be repeated.
+    is kept, as other shards may have tokens for it.
 
     Raises:
         UnfitDocumentsError: no domain has a token, and this is no shard.
     """
     domains: dict[str, DomainFacts] = {}
-    left_out: dict[str, int] = {}
-    for name, writer in sorted(writers.items()):
-        if writer.facts.tokens or manifest.shard:
-            domains[name] = writer.finish()
+    left_out = Counter(manifest.left_out)
+    for name, facts in sorted(written.items()):
+        if facts.tokens or manifest.shard:
+            domains[name] = facts
         else:
-            left_out[name] = writer.facts.documents
+            left_out[name] += facts.documents
             for path_of in (bin_path, idx_path):
-                path_of(writer.prefix).unlink(missing_ok=True)
-    return seal(manifest, domains, {name: writers[name].counts for name in domains}, left_out)
-
-
-def seal(
-    manifest: Manifest,
-    domains: dict[str, DomainFacts],
-    counts: Mapping[str, Counts],
-    left_out: dict[str, int],
-) -> Manifest:
-    """Write the token counts of the domains in the manifest's folder, and it with their facts.
-
-    Raises:
-        UnfitDocumentsError: there is no domain, and this is no shard.
-    """
+                path_of(manifest.folder / facts.prefix).unlink(missing_ok=True)
     if not domains and not manifest.shard:
         raise UnfitDocumentsError("the inputs hold no document with a token; nothing to write")
     shape = (len(domains), manifest.tokenizer.vocab_size)
@@ -248,7 +243,10 @@ def seal(
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         save_array(file, table)
     done = replace(
-        manifest, domains=domains, left_out=left_out, token_counts_sha256=file_sha256(path)
+        manifest,
+        domains=domains,
+        left_out=dict(sorted(left_out.items())),
+        token_counts_sha256=file_sha256(path),
     )
     done.save()
     return done
