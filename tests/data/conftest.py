@@ -1,12 +1,13 @@
 """A small tokenizer, and files written where the test may write."""
 
+import os
 from pathlib import Path
 
 import pytest
 from encoder_here import EncoderHere
 from text_files import WriteLines, line, write
 
-from megatron_infoentropy.data import workers
+from megatron_infoentropy.data import blocks, journal, workers
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer, train_tokenizer
 
 
@@ -19,6 +20,21 @@ def worker_processes() -> None:
 def encode_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "worker_processes" not in request.fixturenames:
         monkeypatch.setattr(workers, "_Worker", EncoderHere)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few lines, so that there is something to put in order and to add up."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
+
+
+@pytest.fixture
+def small_steps(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal written after each of them."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
+    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
 @pytest.fixture

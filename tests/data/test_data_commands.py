@@ -39,21 +39,6 @@ def test_plain_lines_become_one_dataset_and_the_screen_says_so(
     assert "--split-by ''" in str(refused.exception)
 
 
-def test_text_under_another_key_can_be_used_throughout(tmp_path: Path) -> None:
-    lines = [json.dumps({"content": f"words and words {number}"}) for number in range(20)]
-    path = write(tmp_path / "a.jsonl", lines)
-    asked = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
-    assert "the keys are ['content']; name another with --text-key" in str(
-        command(*asked).exception
-    )
-    assert command(*asked, "--text-key", "content").exit_code == 0
-    made = command(
-        *("preprocess", "--input", path, "--tokenizer", tmp_path / "bpe"),
-        *("--output", tmp_path / "out", "--text-key", "content"),
-    )
-    assert made.exit_code == 0, made.output
-
-
 def test_a_blend_names_its_cure_and_takes_no_negative_run(
     plain: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

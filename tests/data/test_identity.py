@@ -23,14 +23,8 @@ OTHERS = [each.replace("text 151", "next 151") for each in LINES]  # as many byt
 
 
 @pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of a few bytes, blocks of a few lines, and the journal written after each."""
+def small_samples(small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module, "_SAMPLE_BYTES", 16)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
-    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 import zstandard
 from text_files import WriteLines, line
 
-from megatron_infoentropy.data import blocks
-from megatron_infoentropy.data.blocks import BrokenLineError, Keys, read_blocks
+from megatron_infoentropy.data.blocks import BrokenLineError, Keys
 from megatron_infoentropy.data.jsonl import Record, read_documents
 
 KEY = "meta.pile_set_name"
@@ -63,26 +62,6 @@ def test_zeros_around_the_members_of_a_gz_are_no_damage(tmp_path: Path) -> None:
         assert (
             "damaged compressed data" in broken(path).reason or "truncated" in broken(path).reason
         )
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
-def test_reading_goes_on_from_the_start_of_any_block(
-    write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(blocks, "_READ_BYTES", 500)
-    path = write_lines(name, [line(str(hash(str(i))) * (i % 20)) for i in range(5000)])
-    whole = list(read_blocks(path))
-    assert len(whole) > 5
-    assert whole[-1].lines == 0
-    for first in (0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1):
-        steps: list[int] = []
-        rest = list(read_blocks(path, steps.append, whole[first].start))
-        data = b"".join(block.data for block in whole[first:])
-        assert b"".join(block.data for block in rest) == data
-        assert rest[0].start == whole[first].start
-        assert rest[-1].end == whole[-1].end
-        assert sum(steps) == path.stat().st_size
 
 
 @pytest.mark.parametrize(

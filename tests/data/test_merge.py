@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -202,8 +201,9 @@ def test_a_dataset_is_not_joined_with_itself_unless_asked(
     renamed = inputs[0].rename(tmp_path / "renamed.jsonl.zst")
     same = preprocess([renamed], tokenizer_folder, tmp_path / "same", max_errors=5).folder
     both = merge([a, b], tmp_path / "both").folder
+    (tmp_path / "link").symlink_to(a)
     for parts, what in (
-        ((a, a), "are the same folder"),
+        ((a, tmp_path / "link"), "are the same folder"),
         ((a, b, same), "hold the same tokens"),
         ((both, b), r"were both made of 1\.jsonl\.zst"),
     ):
@@ -212,16 +212,3 @@ def test_a_dataset_is_not_joined_with_itself_unless_asked(
         assert not (tmp_path / "out").exists()
     twice = merge([both, b], tmp_path / "out", allow_duplicates=True)
     assert sum(facts.documents for facts in twice.domains.values()) == 3 * 50
-
-
-def test_a_dataset_without_checksums_is_not_joined_with_itself(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    made = preprocess(inputs[:1], tokenizer_folder, tmp_path / "a", max_errors=5)
-    facts = {
-        name: replace(domain, bin_sha256="", idx_sha256="") for name, domain in made.domains.items()
-    }
-    replace(made, domains=facts, inputs=()).save()
-    (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(ValueError, match="are the same folder"):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")

@@ -16,7 +16,7 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import blocks, journal
+from megatron_infoentropy.data import journal
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import read_blocks
 from megatron_infoentropy.data.manifest import DataOptions
@@ -25,6 +25,7 @@ from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.data.writer import DiskFull
 from megatron_infoentropy.files import work_folder
 
+pytestmark = pytest.mark.usefixtures("small_steps")
 LINES = [line(f"text {i} " * (i % 50), f"domain {i % 3}") for i in range(600)]
 LINES[50] = "no document"
 LINES[599] = ""
@@ -37,16 +38,6 @@ def inputs(tmp_path: Path) -> list[Path]:
         write(tmp_path / "b.jsonl", LINES[200:400]),
         write(tmp_path / "c.jsonl.zst", LINES[400:]),
     ]
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few lines, and the journal written after each."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
-    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", 0.0)
 
 
 def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(

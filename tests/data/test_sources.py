@@ -26,18 +26,11 @@ from megatron_infoentropy.data.verify import verify
 pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
 
+pytestmark = pytest.mark.usefixtures("small_steps")
 DOCUMENTS = [(f"text {i} \u00e9 " * (i % 40), "AB"[i % 2]) for i in range(400)]
 LINES = [line(text, domain) for text, domain in DOCUMENTS]
 ROWS = [json.loads(each) for each in LINES]
 KEY = "meta.pile_set_name"
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, and the journal written after each."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
-    monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +132,21 @@ def test_the_same_documents_give_the_same_bytes(
 
 
 def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
-    return [row for block in blocks if block.lines for row in rows_of(block.data, True)]
+    return [row for block in blocks for row in rows_of(block.data, block.is_table)]
 
 
-@pytest.mark.parametrize("maker", [parquet, stream])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
 def test_reading_goes_on_from_any_block(
-    maker: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = maker(tmp_path / f"a.{'parquet' if maker is parquet else 'arrow'}")
+    path = MAKERS.get(name, lambda path: write(path, LINES))(tmp_path / name)
     whole = list(read_blocks(path, keys=Keys("text", KEY)))
     assert len(whole) > 10
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2500)  # as of another version: blocks end elsewhere
     for first in (0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1):
         steps: list[int] = []
         rest = list(read_blocks(path, steps.append, whole[first].start, Keys("text", KEY)))
+        assert rest[0].start == whole[first].start
         assert rows_of_all(rest) == rows_of_all(whole[first:])
         assert rest[-1] == whole[-1]
         assert sum(steps) == path.stat().st_size
@@ -278,15 +272,30 @@ def command(*words: object, given: str | None = None) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words], input=given)
 
 
-def test_columns_can_be_named_and_a_tokenizer_trained_on_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "what", "text", "domain"),
+    [
+        (parquet, "columns", "--text-column", "--domain-column"),
+        (
+            lambda path, rows: write(path, [*map(json.dumps, rows)]),
+            "keys",
+            "--text-key",
+            "--split-by",
+        ),
+    ],
+)
+def test_other_columns_and_keys_can_be_used_throughout(
+    make: Callable[..., Path], what: str, text: str, domain: str, tmp_path: Path
+) -> None:
     rows = [{"content": f"words and words {i}", "lang": "AB"[i % 2]} for i in range(20)]
-    path = parquet(tmp_path / "a.parquet", rows)
+    path = make(tmp_path / ("a.parquet" if what == "columns" else "a.jsonl"), rows)
     words = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
-    assert "the columns are ['content', 'lang']" in str(command(*words).exception)
-    assert command(*words, "--text-column", "content").exit_code == 0
+    refused = str(command(*words).exception)
+    assert f"the {what} are ['content', 'lang']; name another with --text-{what[:-1]}" in refused
+    assert command(*words, text, "content").exit_code == 0
     made = command(
         *("preprocess", "--input", path, "--tokenizer", tmp_path / "bpe", "--output"),
-        *(tmp_path / "out", "--text-column", "content", "--domain-column", "lang"),
+        *(tmp_path / "out", text, "content", domain, "lang"),
     )
     assert made.exit_code == 0, made.output
     assert {path.name for path in (tmp_path / "out").glob("*.bin")} == {"a.bin", "b.bin"}
