@@ -228,26 +228,20 @@ def read_blocks(
     size = 0
     damage: DamagedFileError | None = None
     digest = hashlib.sha256()
-    chunks = read_chunks(path, advance, start.offset, digest.update)
-    while True:
-        try:
-            chunk = next(chunks, None)
-        except DamagedFileError as error:
-            chunk, damage = None, error
-        if chunk is None:
-            break
-        pieces.append(chunk)
-        size += len(chunk)
-        if size >= BLOCK_BYTES and b"\n" in chunk:
-            lines, _, rest = b"".join(pieces).rpartition(b"\n")
-            block = _block(path, lines + b"\n", at)
-            yield block
-            at, pieces, size = block.end, [rest], len(rest)
-        if size > MAX_LINE_BYTES:
-            damage = DamagedFileError(
-                f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no document"
-            )
-            break
+    try:
+        for chunk in read_chunks(path, advance, start.offset, digest.update):
+            pieces.append(chunk)
+            size += len(chunk)
+            if size >= BLOCK_BYTES and b"\n" in chunk:
+                lines, _, rest = b"".join(pieces).rpartition(b"\n")
+                block = _block(path, lines + b"\n", at)
+                yield block
+                at, pieces, size = block.end, [rest], len(rest)
+            if size > MAX_LINE_BYTES:
+                what = f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no document"
+                raise DamagedFileError(what)
+    except DamagedFileError as error:
+        damage = error
     data = b"".join(pieces)
     if damage is not None:  # the line that was cut is not one that the file holds
         data = data[: data.rfind(b"\n") + 1]

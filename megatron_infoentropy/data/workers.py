@@ -188,17 +188,13 @@ def encode_blocks(
         pending: deque[Future[tuple[Block, Encoded]]] = deque()
         stack.callback(lambda: [future.cancel() for future in pending])
         unreadable = None
-        source = iter(blocks)
-        while True:
-            try:
-                block = next(source, None)
-            except BrokenLineError as error:  # a line before it may be broken too: that is first
-                block, unreadable = None, error
-            if block is None:
-                break
-            pending.append(threads.submit(_encode, idle, block))
-            if len(pending) > 2 * workers + 1:
-                yield pending.popleft().result()
+        try:
+            for block in blocks:
+                pending.append(threads.submit(_encode, idle, block))
+                if len(pending) > 2 * workers + 1:
+                    yield pending.popleft().result()
+        except BrokenLineError as error:  # a line before it may be broken too: that is first
+            unreadable = error
         while pending:
             yield pending.popleft().result()
         if unreadable is not None:
