@@ -60,11 +60,14 @@ def parquet(path: Path, rows: Sequence[dict[str, Any]] = ROWS, **options: Any) -
     return path
 
 
-def stream(path: Path, rows: Sequence[dict[str, Any]] = ROWS, of: Any = None) -> Path:
-    table = pa.Table.from_pylist(list(rows))
-    with (of or pa.ipc.new_stream)(path, table.schema) as writer:
+def arrow(path: Path, table: Any, of: Any = pa.ipc.new_stream) -> Path:
+    with of(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=150)
     return path
+
+
+def stream(path: Path, rows: Sequence[dict[str, Any]] = ROWS, **options: Any) -> Path:
+    return arrow(path, pa.Table.from_pylist(list(rows)), **options)
 
 
 def views(path: Path) -> Path:
@@ -75,9 +78,7 @@ def views(path: Path) -> Path:
             KEY: pa.array([domain for _, domain in DOCUMENTS]).dictionary_encode(),
         }
     )
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
-    return path
+    return arrow(path, table, pa.ipc.new_file)
 
 
 def saved(folder: Path) -> Path:
@@ -155,11 +156,9 @@ def test_reading_goes_on_from_any_block(
 def categories(path: Path, texts: Sequence[str]) -> Path:
     """A file in which each of the texts is written once, however many rows have it."""
     table = pa.table({"text": pa.array(texts).dictionary_encode()})
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table)
+    if path.suffix == ".arrow":
+        return arrow(path, table)
+    pq.write_table(table, path)
     return path
 
 
