@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ import pytest
 from golden import assert_same_files
 from text_files import line, write
 
-from megatron_infoentropy.data import journal
+from megatron_infoentropy.data import journal, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import read_blocks
 from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
+from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.data.writer import DiskFull
 from megatron_infoentropy.files import work_folder
 
 pytestmark = pytest.mark.usefixtures("small_steps")
+MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 LINES = [line(f"text {i} " * (i % 50), f"domain {i % 3}") for i in range(600)]
 LINES[50] = "no document"
 LINES[599] = ""
@@ -40,18 +44,70 @@ def inputs(tmp_path: Path) -> list[Path]:
     ]
 
 
+def die_at(moment: int) -> None:
+    """Have this process killed when it has come so far."""
+    left = moment
+    write_whole = writer.write_all
+
+    def step() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    def hook(event: str, _: Any) -> None:
+        if event in MOMENTS and step():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_all(file: Any, data: bytes) -> None:
+        if step():
+            file.write(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_whole(file, data)
+
+    sys.addaudithook(hook)
+    writer.write_all = write_all  # type: ignore[assignment]
+    journal.write_all = write_all  # type: ignore[assignment]
+
+
+def survives(inputs: list[Path], tokenizer: Path, output: Path, moment: int) -> bool:
+    """Say whether a forked process that dies at that moment was done before it."""
+    process = os.fork()
+    if process == 0:
+        try:
+            die_at(moment)
+            preprocess(inputs, tokenizer, output, max_errors=5)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+
 def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), tmp_path, "30", "0"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed, finished = map(int, done.stdout.split())
-    assert killed >= 30
-    assert finished >= 1
+    """A moment is the n-th opening, renaming, removing or making of a file, or write to one.
+
+    Of that write, half gets there. Each process goes on from what the one before it left.
+    """
+    loaded = load_tokenizer(tokenizer_folder)  # it opens files that are only read
+    monkeypatch.setattr(preprocess_module, "load_tokenizer", lambda _: loaded)
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    preprocess(inputs, tokenizer_folder, expected, max_errors=5)
+    rng = random.Random(0)
+    killed = finished = 0
+    while killed < 30 or finished == 0:
+        moment = rng.choice((20, 200, 2000)) * rng.randint(1, 10) // 10 + 1
+        if not survives(inputs, tokenizer_folder, out, moment):
+            killed += 1
+            continue
+        finished += 1
+        assert_same_files(out, expected)
+        assert_same_files(expected, out)
+        assert {path.name for path in tmp_path.glob(".*")} <= {".out.partial"}
+        shutil.rmtree(out)
 
 
 def interrupted(inputs: list[Path], tokenizer: Path, output: Path, at: int, **options: int) -> None:
