@@ -43,11 +43,13 @@ def require_readable(path: Path) -> None:
     Raises:
         ValueError: it does not exist, is a folder, or its name ends as that of no kind of file.
     """
+    if isinstance(path, StandardInput):
+        return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it, such as '{path}/*.jsonl'")
     if not path.is_file():
         raise ValueError(f"no such input file: {path}")
-    if not isinstance(path, StandardInput) and not path.name.endswith(SUFFIXES + TABLES):
+    if not path.name.endswith(SUFFIXES + TABLES):
         raise ValueError(
             f"the input must be a {', '.join(SUFFIXES)}, {' or '.join(TABLES)} file, got {path}; "
             "decompress or rename it first"

@@ -110,14 +110,6 @@ class StandardInput(Path):
         """Return nothing that is known: it has no size, and is never what it was."""
         return InputStatus(0, 0, 0, -1, -1)
 
-    def is_file(self, **_: Any) -> bool:
-        """Say that it can be read."""
-        return True
-
-    def is_dir(self, **_: Any) -> bool:
-        """Say that it is no folder."""
-        return False
-
     def resolve(self, strict: bool = False) -> "StandardInput":
         """Return standard input itself."""
         return self
