@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoder_here import interrupted
 from golden import assert_same_files
 from text_files import line, write
 
@@ -108,24 +109,6 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
         assert_same_files(expected, out)
         assert {path.name for path in tmp_path.glob(".*")} <= {".out.partial"}
         shutil.rmtree(out)
-
-
-def interrupted(inputs: list[Path], tokenizer: Path, output: Path, at: int, **options: int) -> None:
-    """A run that ends with an error when it takes in block number `at`."""
-    taken = 0
-    add = journal.JournalledRun.add
-
-    def stop(self: journal.JournalledRun, *block: object) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == at:
-            raise KeyboardInterrupt
-        add(self, *block)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal.JournalledRun, "add", stop)
-        with pytest.raises(KeyboardInterrupt):
-            preprocess(inputs, tokenizer, output, **options)  # type: ignore[arg-type]
 
 
 def test_what_is_finished_is_not_read_again(

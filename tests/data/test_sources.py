@@ -10,12 +10,12 @@ from typing import Any
 
 import fsspec
 import pytest
-from encoder_here import EncoderHere
+from encoder_here import EncoderHere, interrupted
 from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data import blocks, journal, sources, workers
+from megatron_infoentropy.data import blocks, sources, workers
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
 from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
@@ -115,21 +115,8 @@ def test_the_same_documents_give_the_same_bytes(
     made = preprocess(files, tokenizer_folder, tmp_path / "out", workers=2)
     assert_same_dataset(made, expected)
     assert verify(made.folder, inputs=files) == []
-    taken: list[int] = []
-    add = journal.JournalledRun.add
-
-    def stop(self: journal.JournalledRun, *block: Any) -> None:
-        taken.append(block[0].lines)
-        if len(taken) == 7:
-            raise KeyboardInterrupt
-        add(self, *block)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal.JournalledRun, "add", stop)
-        with pytest.raises(KeyboardInterrupt):
-            preprocess(files, tokenizer_folder, tmp_path / "again")
-        assert_same_dataset(preprocess(files, tokenizer_folder, tmp_path / "again"), expected)
-    assert 100 < sum(taken[7:]) < 390  # what was done before the stop was not done again
+    interrupted(files, tokenizer_folder, tmp_path / "again", 7)
+    assert_same_dataset(preprocess(files, tokenizer_folder, tmp_path / "again"), expected)
 
 
 def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
