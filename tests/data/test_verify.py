@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "lengths": (
         lambda d: change(d / "a.idx", 34, struct.pack("<ii", 7, -1)),
         "a.bin",
-        "is too long: 15550 bytes, expected 15538",
+        "is too long: ",
     ),
     "documents": (
         lambda d: change(d / "a.idx", BOUNDARIES + 16, struct.pack("<q", 50)),
