@@ -38,7 +38,8 @@ def inside(client: str, folders: list[Path]) -> None:
                 out(f"row {json.dumps(facts | said)}")
         except Exception as error:  # whatever the client raises is its answer
             traceback.print_exc()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            words = str(error).replace(f"{WORK}/", "")
+            reason = " ".join(f"{type(error).__name__}: {words}".split())[:200]
             out(f"row {json.dumps(facts | {'check': 'takes it', 'outcome': reason})}")
         out(f"done {folder.name}")
 
