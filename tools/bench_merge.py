@@ -7,7 +7,6 @@ medians of wall and of CPU time, and the bytes of ids.
 """
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from bench_preprocess import measure, remove
+from bench_preprocess import measure, remove, write_rows
 
 from megatron_infoentropy.bench.results import provenance
 from megatron_infoentropy.data.manifest import DataOptions, Manifest, TokenizerFacts
@@ -76,10 +75,7 @@ def main() -> None:
         rows[-1] |= {"cpu_s": cpu, **provenance()}
         sys.stdout.write(f"{each}: {wall} s, {cpu} s of CPU time, {size / wall / 1e6:.0f} MB/s\n")
     if chosen.output:
-        with chosen.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.output, rows)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,14 @@ def steady_rate(tokens: int, seconds: float) -> int | None:
     return round(tokens / seconds) if seconds > 2.0 else None
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the same columns as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("text", type=Path)
@@ -221,10 +229,7 @@ def main() -> None:
             f"{e}_{key}": value for e, found in models.items() for key, value in found.items()
         }
         rows = [row | facts for row in rows]
-        with chosen.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.output, rows)
 
 
 if __name__ == "__main__":

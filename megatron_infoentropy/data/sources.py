@@ -1,4 +1,4 @@
-"""What `--input` names: files and patterns, folders of `datasets`, objects of a store, `-`.
+"""The sources that `--input` names: files, patterns, `datasets` folders, stores' objects, `-`.
 
 The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) and standard input
 are Paths too, as far as reading goes: they have a name, and are opened and looked at.
@@ -20,7 +20,7 @@ _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
 class InputStatus(NamedTuple):
-    """What is asked of `Path.stat` here."""
+    """The two facts of an input that this package asks `Path.stat` for."""
 
     st_size: int
     st_mtime_ns: int
