@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -189,6 +190,25 @@ def test_datasets_of_one_kind_are_joined_in_the_order_given(
     preprocess(inputs[:2], tokenizer_folder, tmp_path / "whole", max_errors=5)
     assert_same_files(tmp_path / "both", tmp_path / "whole")
     assert load_manifest(tmp_path / "both").left_out == {"E": 2, "never": 2}
+
+
+def test_datasets_of_another_kind_are_not_joined(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for path, folder in zip(inputs, folders, strict=False):
+        preprocess([path], tokenizer_folder, folder, max_errors=5)
+    ours, theirs = map(load_manifest, folders)
+    others = {
+        "tokenizer": replace(theirs.tokenizer, vocab_size=9),
+        "dtype": "int32",
+        "options": replace(theirs.options, append_eod=False),
+        "versions": {"tokenizers": "0"},
+    }
+    for what, other in others.items():
+        with pytest.raises(ValueError, match=f"can not be merged .* their {what} differ"):
+            rewrite._require_same_kind([ours, replace(theirs, **{what: other})])
+    rewrite._require_same_kind([ours, theirs])
 
 
 def test_a_dataset_is_not_joined_with_itself_unless_asked(
