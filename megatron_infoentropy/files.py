@@ -184,9 +184,12 @@ def git(folder: Path, *words: str) -> str | None:
 def commit_of(folder: Path) -> str | None:
     """Return the short git commit of the checkout whose top is `folder`.
 
-    "-dirty" stands behind it where tracked files differ. None where `folder` is no checkout, or
-    lies in somebody else's.
+    "-dirty" stands behind it where tracked files differ, other than results: nothing that is
+    measured depends on them, and a measurement adds to them. None where `folder` is no checkout,
+    or lies in somebody else's.
     """
     if git(folder, "rev-parse", "--show-toplevel") != str(folder.resolve()):
         return None
-    return git(folder, "describe", "--always", "--dirty", "--exclude=*")
+    commit = git(folder, "rev-parse", "--short", "HEAD")
+    changed = git(folder, "status", "--porcelain", "-uno", "--", ".", ":!tools/results")
+    return f"{commit}-dirty" if commit and changed else commit

@@ -142,12 +142,17 @@ def git(folder, *words):
 
 def test_a_checkout_is_at_its_commit_and_says_when_it_is_not(package):
     assert commit_of(package.parent) is None
+    results = package.parent / "tools" / "results"
+    results.mkdir(parents=True)
+    (results / "rows.csv").write_text("a row")
     git(package.parent, "init")
     git(package.parent, "add", ".")
     git(package.parent, "commit", "-m", "first")
     git(package.parent, "tag", "-a", "v1", "-m", "a tag is no commit")
     clean = commit_of(package.parent)
     assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    (results / "rows.csv").write_text("a row more")
+    assert commit_of(package.parent) == clean
     (package / "__init__.py").write_text("changed = True")
     assert commit_of(package.parent) == f"{clean}-dirty"
 

@@ -81,7 +81,6 @@ def main() -> None:
         )
     from megatron_infoentropy.files import commit_of
 
-    # Before the result file differs from the commit's.
     facts = {"commit": commit_of(ROOT), "date": datetime.date.today().isoformat()}
     write_exports(families)
     rows: list[dict[str, Any]] = []
