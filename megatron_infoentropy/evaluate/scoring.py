@@ -30,7 +30,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -60,109 +60,70 @@ _TALLY = ("by_entropy", "by_confidence")
 
 
 @dataclass(frozen=True)
-class Windows:
-    """All windows of a set of texts; four int64 arrays of one length.
+class Window:
+    """A slice of the stream: the model reads [begin, end - 1) and predicts [first, end)."""
 
-    `text` counts through the texts given, `start` is the position of the first predicted token in
-    its text, `length` the number of predicted tokens, `context` how many tokens are seen before
-    the first predicted one, those in front of the text included.
-    """
-
-    text: NDArray[np.int64]
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-    context: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.text)
+    begin: int
+    first: int
+    end: int
 
     @property
-    def positions(self) -> NDArray[np.int64]:
-        """Return how many tokens the model reads of every window."""
-        return self.context + self.length - 1
+    def positions(self) -> int:
+        """Return how many tokens the model reads."""
+        return self.end - 1 - self.begin
 
 
 def cut_windows(
-    text_lengths: NDArray[np.int64], context_length: int, stride: int, in_front: int = 1
-) -> Windows:
-    """Cut texts of the given lengths (tokens, all > 0); 1 <= stride <= context_length.
+    text_lengths: Iterable[int], context_length: int, stride: int, in_front: int = 1
+) -> list[Window]:
+    """Cut a stream of texts (all of one token or more); 1 <= stride <= context_length.
 
     in_front: tokens of context in front of every text, 1 to context_length.
     """
-    longest_first = context_length - in_front + 1
-    later = -(-np.maximum(text_lengths - longest_first, 0) // stride)
-    text = np.repeat(np.arange(len(text_lengths)), 1 + later)
-    first = np.cumsum(1 + later) - (1 + later)
-    number = np.arange(len(text)) - first[text]
-    start = np.where(number == 0, 0, longest_first + (number - 1) * stride)
-    longest = np.where(number == 0, longest_first, stride)
-    length = np.minimum(text_lengths[text] - start, longest)
-    context = np.where(number == 0, in_front, context_length - stride + 1)
-    return Windows(text, start, length, context)
+    windows, start = [], 0
+    for length in text_lengths:
+        stop = start + in_front + length
+        end = min(start + context_length + 1, stop)
+        windows.append(Window(start, start + in_front, end))
+        for first in range(end, stop, stride):
+            begin = first - (context_length - stride + 1)
+            windows.append(Window(begin, first, min(first + stride, stop)))
+        start = stop
+    return windows
 
 
-def batches_of_similar_length(windows: Windows, batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+def batches_of_similar_length(
+    windows: Iterable[Window], batch_tokens: int
+) -> Iterator[list[Window]]:
     """Group windows so that little is padded; the longest first, so that memory runs out early.
 
     Yields:
-        Indices of the windows of one batch: at most `batch_tokens` positions after padding to the
-        longest of them, and at least one window.
+        At most `batch_tokens` positions after padding to the longest, and at least one window.
     """
-    order = np.argsort(-windows.positions, kind="stable")
+    ordered = sorted(windows, key=lambda window: -window.positions)
     first = 0
-    while first < len(order):
-        rows = max(1, batch_tokens // int(windows.positions[order[first]]))
-        yield order[first : first + rows]
+    while first < len(ordered):
+        rows = max(1, batch_tokens // ordered[first].positions)
+        yield ordered[first : first + rows]
         first += rows
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What the model reads and what it shall predict, int64 [windows, longest].
+def make_batch(
+    stream: NDArray[np.int64], windows: list[Window], padding: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what the model reads and what it shall predict, int64 [windows, longest].
 
     Padding is to the right, where a causal model cannot see it. Targets that are only context or
-    padding are `IGNORED`; `place` [scored tokens] are the others' positions in the stream of
-    tokens that the windows were cut from, in the order of the targets.
+    padding are `IGNORED`.
     """
-
-    inputs: NDArray[np.int64]
-    target: NDArray[np.int64]
-    place: NDArray[np.int64]
-
-
-def make_batch(
-    tokens: NDArray[np.int64],
-    text_starts: NDArray[np.int64],
-    windows: Windows,
-    chosen: NDArray[np.int64],
-    in_front: Sequence[int],
-) -> Batch:
-    """Make one batch of windows of the texts that start at `text_starts` in `tokens`.
-
-    Args:
-        tokens: the texts one after the other, int64.
-        text_starts: where each starts, int64 [texts].
-        windows: all windows of the texts.
-        chosen: which of them make the batch.
-        in_front: ids in front of every text; the last one is the padding too. Never scored.
-    """
-    shape = len(chosen), int(windows.positions[chosen].max())
-    inputs = np.full(shape, in_front[-1], dtype=np.int64)
+    shape = len(windows), max(window.positions for window in windows)
+    inputs = np.full(shape, padding, dtype=np.int64)
     target = np.full(shape, IGNORED, dtype=np.int64)
-    places = []
-    for row, window in enumerate(chosen):
-        begin = int(text_starts[windows.text[window]])
-        first = begin + int(windows.start[window])
-        last = first + int(windows.length[window])
-        context = int(windows.context[window])
-        read = tokens[max(first - context, begin) : last - 1]
-        positions = context + last - first - 1
-        missing = positions - len(read)  # of the context, where the text begins after it
-        inputs[row, :missing] = in_front[len(in_front) - missing :]
-        inputs[row, missing:positions] = read
-        target[row, context - 1 : positions] = tokens[first:last]
-        places.append(np.arange(first, last))
-    return Batch(inputs, target, np.concatenate(places))
+    for row, window in enumerate(windows):
+        scored = slice(window.first - window.begin - 1, window.positions)
+        inputs[row, : window.positions] = stream[window.begin : window.end - 1]
+        target[row, scored] = stream[window.first : window.end]
+    return inputs, target
 
 
 def token_scores(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -245,18 +206,6 @@ def cut_chunks(selection: Selection, batch_tokens: int) -> list[slice]:
     return [*chunks, slice(first, len(selection))]
 
 
-def chunk_batches(
-    tokens: NDArray[np.int64], lengths: NDArray[np.int64], scoring: Scoring
-) -> Iterator[Batch]:
-    """Yield the batches of one chunk's tokens, which are documents of these lengths."""
-    texts = np.array([len(tokens)]) if scoring.packed else lengths
-    starts = np.cumsum(texts) - texts
-    context = scoring.context[-scoring.context_length :]
-    windows = cut_windows(texts, scoring.context_length, scoring.stride, len(context))
-    for chosen in batches_of_similar_length(windows, scoring.batch_tokens):
-        yield make_batch(tokens, starts, windows, chosen, context)
-
-
 @dataclass(frozen=True)
 class ScoringJob:
     """A model, the documents it scores, and how."""
@@ -296,13 +245,7 @@ def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> ChunkScores:
     lengths = job.selection.length[rows]
     documents = job.selection.read(job.dataset, rows)
     tokens = np.concatenate(documents)
-    per_token = np.empty((4, len(tokens)), dtype=np.float32)
-    with torch.inference_mode():
-        for batch in chunk_batches(tokens, lengths, job.scoring):
-            inputs, target = torch.from_numpy(batch.inputs), torch.from_numpy(batch.target)
-            # Without a name the logits go before the next batch has its own.
-            per_token[:, batch.place] = token_scores(job.model.logits(inputs), target)
-            advance(len(batch.place))
+    per_token = _score_texts(job, [tokens] if job.scoring.packed else documents, advance)
     _require_finite(per_token, job, rows)
     ce, entropy = per_token[:2]
     tally = Tally(job.model.vocab_size)
@@ -323,6 +266,27 @@ def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> ChunkScores:
         per_token[:2].T.astype(np.float16),
         tally,
     )
+
+
+def _score_texts(
+    job: ScoringJob, texts: list[NDArray[np.int64]], advance: Advance
+) -> NDArray[np.float32]:
+    """Return `token_scores` of all tokens of the texts, each behind a context of its own."""
+    scoring = job.scoring
+    context = np.array(scoring.context[-scoring.context_length :])
+    stream = np.concatenate([part for text in texts for part in (context, text)])
+    is_scored = np.zeros(len(stream), dtype=bool)
+    per_token = np.empty((4, len(stream)), dtype=np.float32)
+    windows = cut_windows(map(len, texts), scoring.context_length, scoring.stride, len(context))
+    with torch.inference_mode():
+        for batch in batches_of_similar_length(windows, scoring.batch_tokens):
+            inputs, target = map(torch.from_numpy, make_batch(stream, batch, int(context[-1])))
+            place = np.concatenate([np.arange(window.first, window.end) for window in batch])
+            # Without a name the logits go before the next batch has its own.
+            per_token[:, place] = token_scores(job.model.logits(inputs), target)
+            is_scored[place] = True
+            advance(len(place))
+    return per_token[:, is_scored]
 
 
 def _require_finite(per_token: NDArray[np.float32], job: ScoringJob, rows: slice) -> None:
