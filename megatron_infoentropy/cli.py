@@ -10,6 +10,7 @@ import typer
 from megatron_infoentropy import __version__
 from megatron_infoentropy.commands import convert, data, evaluation, machine, training
 from megatron_infoentropy.console import make_console
+from megatron_infoentropy.runtime.device import use_huge_pages
 
 app = typer.Typer(
     name="infoentropy",
@@ -24,6 +25,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; an expected error is one sentence on stderr and exit code 1."""
     _require_utf8()
+    use_huge_pages()
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:

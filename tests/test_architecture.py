@@ -57,7 +57,7 @@ MAY_IMPORT = {
         "study",
         "tasks",
     },
-    "cli": {"commands", "console"},
+    "cli": {"commands", "console", "runtime"},
     "__main__": {"cli"},
 }
 PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong to these rooms

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_infoentropy.runtime.device import use_huge_pages
+
 _log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
@@ -181,6 +183,7 @@ def install(*, hide_gpu: bool = False) -> None:
         return
     if not hide_gpu and os.environ.get("RANK", "0") == "0":
         _log.warning("no GPU found: Megatron runs on the CPU (see infoentropy doctor)")
+    use_huge_pages()
     # torch._dynamo registers torch.cuda's functions when it is imported: let it see the originals.
     import_module("torch._dynamo")
     with ExitStack() as stack:

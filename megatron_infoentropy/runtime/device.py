@@ -1,5 +1,6 @@
 """What this machine computes on, and what its ranks talk through."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,3 +26,12 @@ def find_device() -> Device:
     if cpu.is_installed() or not torch.cuda.is_available():
         return Device("cpu", "gloo", 1)
     return Device("cuda", "nccl", torch.cuda.device_count())
+
+
+def use_huge_pages() -> None:
+    """Have PyTorch ask for huge pages for tensors in main memory; what the user set stays.
+
+    With pages of 4 KiB, writing a large tensor for the first time costs more time in the kernel
+    than in the computation. PyTorch reads the variable once, when the first tensor is made.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -56,6 +56,37 @@ def test_a_gpt_model_of_megatron_learns_on_the_cpu() -> None:
     assert "RNG state changed" not in done.stderr  # the false alarm of every dropout
 
 
+CHECK_LARGE_TENSORS = """
+import contextlib, sys
+from megatron_infoentropy import cli
+from megatron_infoentropy.runtime import cpu
+if sys.argv[1:] == ["--version"]:
+    with contextlib.suppress(SystemExit):
+        cli.main()
+else:
+    cpu.install()
+import torch
+large, mapping = torch.ones(1 << 22), ()
+place = large.data_ptr()
+with open("/proc/self/smaps") as file:
+    for words in map(str.split, file):
+        if not words[0].endswith(":"):
+            first, last = (int(end, 16) for end in words[0].split("-"))
+        elif words[0] == "VmFlags:" and first <= place < last:
+            assert "hg" in words, words
+            mapping = words
+assert mapping
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no such pages")
+@pytest.mark.parametrize("start", [pytest.param("--version", id="command"), "training"])
+def test_large_tensors_ask_for_huge_pages(start: str) -> None:
+    if start == "training" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run_python("-c", CHECK_LARGE_TENSORS, start)
+
+
 CHECK_EVERY_SYMBOL = """
 import logging, torch
 logging.basicConfig()
