@@ -175,17 +175,20 @@ def compare(
         Path | None, typer.Option(help="folder for comparison.json and comparison.csv")
     ] = None,
 ) -> None:
-    """Differences to the first setting, with intervals over documents and seeds, and a verdict.
+    """Differences to the first setting, with intervals over documents and seeds: did it help?
 
     Answers to tasks are compared item by item in the same way, where there are some.
     """
-    from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
-    from megatron_infoentropy.evaluate.verdict import chances
+    from megatron_infoentropy.evaluate.compare import compare_folders
+    from megatron_infoentropy.evaluate.verdict import answers, chances, not_compared
 
     made = compare_folders(runs, difficulty_from=difficulty_from, output=output)
     for comparison in made:
         _show_comparison(comparison)
-        out.print(verdict_line(comparison))
+    for sentence in not_compared(made):
+        out.print(sentence)
+    for answer in answers(made):
+        out.print(f"{answer['question']} {answer['short']} {answer['more']}".rstrip())
     if chance := chances(made):
         out.print(chance)
 

@@ -1,4 +1,4 @@
-"""`infoentropy compare`: folders in, settings against the first of them, tables and a verdict out.
+"""`infoentropy compare`: folders in, settings against the first of them, tables and answers out.
 
 A folder is a run folder, whose objective, set-up and seed are known from run.json, so that runs of
 one setting are put together; or any folder with an evaluation, or with answers to tasks, which is a
@@ -20,11 +20,11 @@ from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
 from megatron_infoentropy.evaluate.task_comparison import compare_tasks
-from megatron_infoentropy.evaluate.verdict import NO_POWER, seeds_in_words, tasks_in_words
+from megatron_infoentropy.evaluate.verdict import answers
 from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.tasks.results import load_results
 
-FORMAT = 2
+FORMAT = 3
 
 
 def compare_folders(
@@ -63,45 +63,6 @@ def compare_folders(
     if output is not None:
         _write(made, output)
     return made
-
-
-def verdict_line(comparison: Comparison) -> str:
-    """Say what is shown, over all tokens or by task, and what could have been, in a sentence."""
-    against = f"{comparison.group} against {comparison.baseline}"
-    if comparison.refusal:
-        what = "the answers to tasks" if comparison.of_tasks else "the evaluations"
-        return f"{against}: {what} cannot be compared: {comparison.refusal}"
-    if comparison.of_tasks:
-        if comparison.is_identical:
-            return f"{against}, tasks: the answers are identical, item by item"
-        return f"{against}, tasks: {tasks_in_words(comparison)}"
-    against += ", all tokens"
-    if comparison.is_identical:
-        return (
-            f"{against}: the evaluations are identical, every document has the same cross entropy "
-            "in both"
-        )
-    total = comparison.rows[0]
-    if total.p is None:
-        return f"{against}: too few documents ({total.documents}) to tell"
-    words = {
-        "seed noise unknown": "a difference between these two models, which other seeds may not "
-        "show: with one seed nothing is known of them"
-    }
-    text = (
-        f"{against}: {words.get(total.reading, total.reading)} ({total.difference:+.4f} nats per "
-        f"token, 95 % (single) {total.low:+.4f} to {total.high:+.4f}, p (Holm) "
-        f"{total.p_adjusted:.2g})"
-    )
-    if not comparison.has_several_seeds:
-        return f"{text}; {NO_POWER}"
-    if total.detectable:
-        text += (
-            f"; with {total.documents} documents and {seeds_in_words(comparison)} a true "
-            f"difference of {total.detectable:.4f} nats ({100 * total.detectable:.2g} % of "
-            "perplexity) would be shown in 80 of 100 cases"
-        )
-    return text
 
 
 def _groups(names: list[str]) -> list[Group]:
@@ -182,9 +143,8 @@ def _require_one_setting(groups: list[Group]) -> None:
 def _write(comparisons: list[Comparison], output: Path) -> None:
     content: dict[str, Any] = {
         "format": FORMAT,
-        "comparisons": [
-            asdict(comparison) | {"verdict": verdict_line(comparison)} for comparison in comparisons
-        ],
+        "answers": answers(comparisons),
+        "comparisons": list(map(asdict, comparisons)),
     }
     text = json.dumps(content, indent=1, allow_nan=False)
     write_whole(output / "comparison.json", text + "\n")

@@ -59,7 +59,9 @@ def report_data(
         "format": FORMAT,
         "version": __version__,
         "verdict": {
-            "answers": verdict.answers(runs, of_all),
+            "answers": verdict.answers(
+                of_all, measured=any(run.evaluation or run.tasks for run in runs)
+            ),
             "chances": verdict.chances(of_all),
             "limits": [
                 *notes,

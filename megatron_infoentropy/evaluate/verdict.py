@@ -18,7 +18,6 @@ from megatron_infoentropy.evaluate.wording import (
 _SMALLEST_IN_PAPER = 468_000_000  # parameters
 # Of one false claim where nothing differs, in a family of tests.
 FAMILY_ERROR = 5  # percent
-NO_POWER = "no difference of any size could have been shown: it takes two seeds of both settings"
 KINDS = {
     "total": "over all tokens",
     "bucket": "by bucket",
@@ -42,25 +41,25 @@ _PLACES = {
 _VERDICTS = ("better", "worse", "mixed", "none", "undecided", "too little", "identical")
 
 
-def answers(runs: list[Run], comparisons: list[Comparison]) -> list[dict[str, str]]:
+def answers(comparisons: list[Comparison], *, measured: bool = True) -> list[dict[str, str]]:
     """Return three questions of a reader and their answers, a short one and more about it.
 
-    comparisons: of tokens and of tasks.
+    comparisons: of tokens and of tasks. measured: whether any run was evaluated or asked tasks.
     """
     made = [comparison for comparison in comparisons if not comparison.refusal]
     asked = {
-        "Did it help?": _did_it_help(runs, comparisons, made),
+        "Did it help?": _did_it_help(comparisons, made, measured=measured),
         "On what?": _on_what(made),
-        "How sure is that?": _how_sure(runs, made),
+        "How sure is that?": _how_sure(made),
     }
     return [{"question": q, "short": short, "more": more} for q, (short, more) in asked.items()]
 
 
 def _did_it_help(
-    runs: list[Run], comparisons: list[Comparison], made: list[Comparison]
+    comparisons: list[Comparison], made: list[Comparison], *, measured: bool
 ) -> tuple[str, str]:
     """Judge by all tokens alone, or where only tasks are compared by their mean: one family."""
-    if not any(run.evaluation or run.tasks for run in runs):
+    if not measured:
         return (
             "Not measured.",
             "These are training curves only: no run has been evaluated, so nothing is compared.",
@@ -223,7 +222,7 @@ def _unit(row: Difference) -> str:
     return {"tasks": "task", "task": "item"}.get(row.kind, "document")
 
 
-def _how_sure(runs: list[Run], made: list[Comparison]) -> tuple[str, str]:
+def _how_sure(made: list[Comparison]) -> tuple[str, str]:
     if not made:
         return "Not at all.", "It takes evaluated runs of two objectives, two seeds of each."
     main = [c for c in _main(made) if not c.is_identical]
@@ -233,7 +232,9 @@ def _how_sure(runs: list[Run], made: list[Comparison]) -> tuple[str, str]:
     sizes = sorted(row.detectable for row in rows if row.detectable)
     if not sizes:
         few = f"There are too few {_unit(_judged(main[0])[0])}s for an interval."
-        return "Not at all.", few if rows else sentence(NO_POWER)
+        return "Not at all.", few if rows else (
+            "No difference of any size could have been shown: it takes two seeds of both settings."
+        )
     first = next(c for c in main if c.has_several_seeds)
     row, low, high = rows[0], nats(sizes[0]), nats(sizes[-1])
     size = f"A true difference of {low} {unit_of(row)}"
@@ -248,36 +249,8 @@ def _how_sure(runs: list[Run], made: list[Comparison]) -> tuple[str, str]:
         f"That is in 80 of 100 studies like this, of {seeds_in_words(first)} and "
         f"{plural(row.documents, _unit(row))}; smaller ones are easily missed. Where nothing "
         f"differs, the first answer claims a difference in at most {FAMILY_ERROR} of 100 studies, "
-        f"the second in at most {FAMILY_ERROR * len(kinds)}. {_size(runs)}",
+        f"the second in at most {FAMILY_ERROR * len(kinds)}.",
     )
-
-
-def tasks_in_words(comparison: Comparison) -> str:
-    """Say which tasks show a difference and what their mean shows, without a full stop."""
-    rows = [row for row in comparison.rows if row.kind == "task"]
-    names = {
-        reading: [row.name for row in rows if row.reading == reading]
-        for reading in (*_SHOWN, "seed noise unknown")
-    }
-    parts = [f"{reading} on {listed(names[reading])}" for reading in _SHOWN if names[reading]]
-    if unknown := names["seed noise unknown"]:
-        parts.append(f"a difference, which other seeds may not show, on {listed(unknown)}")
-    left = len(rows) - sum(map(len, names.values()))
-    if left:
-        parts.append(f"no difference shown on {plural(left, 'task')}")
-    if comparison.rows[0].kind == "tasks":
-        parts.append(_mean_in_words(comparison.rows[0]))
-    return "; ".join(parts if comparison.has_several_seeds else [*parts, NO_POWER])
-
-
-def _mean_in_words(row: Difference) -> str:
-    text = f"the mean over {row.documents} tasks differs by {row.difference:+.4f} bits per byte"
-    if row.low is None or row.high is None:
-        return f"{text}, too few tasks for an interval"
-    text += f" (95 % (single) {row.low:+.4f} to {row.high:+.4f}, p (Holm) {row.p_adjusted:.2g})"
-    if row.detectable is None:
-        return text
-    return f"{text}, of which {row.detectable:.4f} would be shown in 80 of 100 cases"
 
 
 def seeds_in_words(comparison: Comparison) -> str:
@@ -333,7 +306,7 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
     left_out = [clause for comparison in comparisons for clause in comparison.left_out]
     left_out += [clause for group in groups for clause in repeats(group)]
     sentences += [f"Left out: {clause}." for clause in dict.fromkeys(left_out)]
-    sentences += _not_compared(comparisons)
+    sentences += not_compared(comparisons)
     for comparison in comparisons:
         for one, other in comparison.identical:
             what = "answers" if comparison.of_tasks else "evaluations"
@@ -343,7 +316,7 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
     return sentences
 
 
-def _not_compared(comparisons: list[Comparison]) -> list[str]:
+def not_compared(comparisons: list[Comparison]) -> list[str]:
     """Name the settings that cannot be compared, where there was something to compare."""
     sentences = []
     for of_tasks, words in ((False, ""), (True, " by its answers to tasks")):

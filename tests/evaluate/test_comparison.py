@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
-from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
+from megatron_infoentropy.evaluate.compare import compare_folders
 from megatron_infoentropy.evaluate.comparison import (
     Comparison,
     compare_pairs,
@@ -23,6 +23,7 @@ from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs, match
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
+from megatron_infoentropy.evaluate.verdict import answers
 
 
 def runs(folder: Path, objective: str, seeds: range, shift: float = 0.0) -> list[str]:
@@ -71,9 +72,10 @@ def test_an_effect_is_shown_where_it_is_and_none_where_there_is_none(made):
     assert low.reading == "better"
     assert low.low < -0.3 < low.high
     assert 0 < low.detectable < 0.3
-    assert "no difference shown" in verdict_line(same)
-    assert "would be shown in 80 of 100 cases" in verdict_line(same)
-    assert "250 documents and 3 seeds" in verdict_line(same)
+    helped, where, sure = answers([same])
+    assert helped["short"] == "No difference shown."
+    assert where["short"] == "No part shows a difference."
+    assert "in 80 of 100 studies like this, of 3 seeds and 250 documents" in sure["more"]
 
 
 def test_the_difference_is_the_mean_over_seeds_of_differences_of_the_same_seed(made, folders):
@@ -98,7 +100,7 @@ def test_the_first_setting_named_is_what_the_others_are_compared_with(folders):
 def test_json_and_table_hold_every_row(made):
     comparisons, output = made
     content = json.loads((output / "comparison.json").read_text())
-    assert [c["verdict"] for c in content["comparisons"]] == [verdict_line(c) for c in comparisons]
+    assert content["answers"] == answers(comparisons)
     with (output / "comparison.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == sum(len(c.rows) for c in comparisons)
@@ -150,13 +152,14 @@ def test_seeds_are_paired_where_at_least_two_are_shared(first, second, expected)
     assert (*seeds, found.pairing) == expected
 
 
-def test_the_command_prints_a_line_for_each_statistic_and_the_verdict(folders):
+def test_the_command_prints_a_line_for_each_statistic_and_the_answers(folders):
     done = CliRunner().invoke(app, ["compare", *folders["base"], *folders["better"]])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert len([line for line in lines if line.startswith("domain")]) == 2
-    assert lines[-2].startswith("InfoEntropy")
-    assert "against cross entropy, all tokens: " in lines[-2]
+    questions = [line[: line.index("?") + 1] for line in lines[-4:-1]]
+    assert questions == ["Did it help?", "On what?", "How sure is that?"]
+    assert "than cross entropy over all held-out text: InfoEntropy" in lines[-4]
     assert "at most 5\xa0% in each kind of difference (over all tokens, " in lines[-1]
     assert "25\xa0% over all of them" in lines[-1]
 

@@ -12,10 +12,11 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.evaluate.compare import compare_folders, verdict_line
+from megatron_infoentropy.evaluate.compare import compare_folders
 from megatron_infoentropy.evaluate.inference import Sums, estimate_differences
 from megatron_infoentropy.evaluate.report import write_report
 from megatron_infoentropy.evaluate.task_comparison import question_sums
+from megatron_infoentropy.evaluate.verdict import answers
 from megatron_infoentropy.tasks.results import Items, load_results
 
 SETTINGS = (("cross_entropy", 0.0), ("focal", 0.0), ("infoentropy", -0.4))
@@ -57,8 +58,10 @@ def test_an_effect_is_shown_on_tasks_and_their_mean_and_none_where_there_is_none
     assert 0 < better.rows[0].detectable < 0.1
     assert (better.rows[0].documents, better.rows[1].documents) == (9, 60), "tasks, items"
     assert better.pairing == "seed"
-    assert "better on task_0, task_1" in verdict_line(better)
-    assert "would be shown in 80 of 100 cases" in verdict_line(better)
+    helped, where, sure = answers([better])
+    assert "on average over 9 tasks" in helped["more"]
+    assert where["short"] == "Better on 9 of 9 tasks."
+    assert "of 3 seeds and 9 tasks" in sure["more"]
 
 
 def test_the_difference_and_its_interval_are_those_of_the_paired_t_test_over_tasks(made, asked):
@@ -122,7 +125,7 @@ def test_few_tasks_have_no_interval_of_their_mean(tmp_path):
     (one,) = compare_folders(write_asked(tmp_path, range(1, 3), SETTINGS[:3:2]))
     assert (one.rows[0].documents, one.rows[0].low) == (2, None)
     assert one.rows[1].low is not None
-    assert "too few tasks for an interval" in verdict_line(one)
+    assert "on some of 2 tasks" in answers([one])[0]["more"], "not by their mean"
 
 
 def change(folder: Path, name: str, **changes) -> None:
@@ -162,7 +165,7 @@ def test_one_model_asked_twice_is_not_two_seeds(tmp_path):
 def test_with_one_seed_nothing_is_called_shown(tmp_path):
     (one,) = compare_folders(write_asked(tmp_path, range(1, 2), SETTINGS[:3:2]))
     assert {row.reading for row in one.rows if row.kind == "task"} == {"seed noise unknown"}
-    assert "no difference of any size could have been shown" in verdict_line(one)
+    assert "No difference of any size could have been shown" in answers([one])[2]["more"]
 
 
 def test_runs_that_were_evaluated_and_asked_are_compared_in_both(tmp_path):
@@ -176,8 +179,8 @@ def test_runs_that_were_evaluated_and_asked_are_compared_in_both(tmp_path):
     assert done.exit_code == 0, done.output
     assert "nats per token, paired by seed (1, 2)" in done.output
     assert "bits per byte of the right answers" in done.output
-    assert "against cross entropy, all tokens: " in done.output
-    assert "against cross entropy, tasks: better on first and second" in done.output
+    assert "all held-out text" in done.output
+    assert "2 of 2 tasks" in done.output
     bare = [tmp_path / "a", tmp_path / "b"]  # neither runs nor evaluations
     for seed, folder in enumerate(bare):
         write_answers(folder, seed)
