@@ -36,11 +36,11 @@ from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import (
     EMBEDDING,
     TABLES,
-    Entry,
+    ConversionStep,
     counts,
-    places,
+    hf_shapes,
     rows_of,
-    shape_of,
+    steps_for,
 )
 from megatron_infoentropy.convert.to_hf import require_finite, require_place
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
@@ -207,9 +207,9 @@ def convert_from_hf(
     flags = flags_of(model)
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as new:
         release = new / "release"
-        reads = sum(len(row.hf) for row, _ in _rows(model))
-        with progress("import", reads, "tensors") as advance:
-            parts = _parts(weights, names, model, dtype, advance)
+        steps = list(_steps(model))
+        with progress("import", sum(len(step.hf) for step in steps), "tensors") as advance:
+            parts = _parts(steps, weights, names, model, dtype, advance)
             write_distcp(release, dtype, parts, _objects(model, tokens, _name(folder)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (release / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
@@ -242,9 +242,8 @@ def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     if not model.untied:
         stored = _without_tied_head(weights, stored, model)
     wanted: dict[str, str] = {}
-    for row, place in _rows(model):
-        shapes = [part.shape for part in _hf_parts(row, model)]
-        for name, shape in zip(row.names(place), shapes, strict=True):
+    for step in _steps(model):
+        for name, shape in zip(step.hf, hf_shapes(step.row, model), strict=True):
             if name not in stored:
                 raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
             got = weights.tensors[stored[name]].shape
@@ -284,9 +283,9 @@ def _without_tied_head(
 
 def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Architecture) -> None:
     """Look at the biases of Llama's attention that Megatron leaves out with --add-qkv-bias."""
-    for row, place in _rows(model):
-        if row.layout == "and_zeros":
-            *_, name = row.names(place)
+    for step in _steps(model):
+        if step.row.layout == "and_zeros":
+            *_, name = step.hf
             if largest := weights.read(names[name]).abs().max().item():
                 raise UnsupportedModelError(
                     f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
@@ -296,8 +295,8 @@ def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Ar
                 )
 
 
-def _rows(model: Architecture) -> Iterator[tuple[Entry, tuple[int, ...]]]:
-    """Yield every row that has to be written, at every place; of several names the first.
+def _steps(model: Architecture) -> Iterator[ConversionStep]:
+    """Yield every parameter that has to be written, at every place; of several names the first.
 
     With experts both names of the norm before them: local layers ask for the one that they have
     without experts too, Transformer Engine's, which cannot join it to a linear layer then, do not.
@@ -306,15 +305,11 @@ def _rows(model: Architecture) -> Iterator[tuple[Entry, tuple[int, ...]]]:
     for row in rows_of(model):
         if not done & set(row.hf) or (model.num_experts and "pre_mlp_layernorm" in row.megatron):
             done |= set(row.hf)
-            for place in places(row, model):
-                yield row, place
-
-
-def _hf_parts(row: Entry, model: Architecture) -> tuple[torch.Tensor, ...]:
-    return LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
+            yield from (ways[0] for ways in steps_for(row, model))
 
 
 def _parts(
+    steps: list[ConversionStep],
     weights: HuggingFaceWeights,
     names: dict[str, str],
     model: Architecture,
@@ -323,22 +318,17 @@ def _parts(
 ) -> Iterator[Part]:
     """Yield what to write: every parameter at every place, with what reads it."""
 
-    def read(row: Entry, place: tuple[int, ...]) -> torch.Tensor:
+    def read(step: ConversionStep) -> torch.Tensor:
         parts = []
-        for name in row.names(place):
+        for name in step.hf:
             part = weights.read(names[name])
             require_finite(name, part)
             parts.append(part.to(dtype))
             advance(1)
-        return LAYOUTS[row.layout].to_megatron(tuple(parts), model)
+        return LAYOUTS[step.row.layout].to_megatron(tuple(parts), model)
 
-    for row, place in _rows(model):
-        shape, content = shape_of(row, model), partial(read, row, place)
-        if model.hybrid:
-            yield hybrid_name(row.megatron, place), shape, (), content
-        else:
-            stacked = (*counts(model)[: len(place)], *shape)
-            yield row.megatron.replace("*.", ""), stacked, place, content
+    for step in steps:
+        yield step.name, step.shape, step.part, partial(read, step)
 
 
 def _name(folder: Path) -> str:

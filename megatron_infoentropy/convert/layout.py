@@ -22,14 +22,17 @@ import torch
 from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.naming import LayoutName
+
+
+def _only(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
+    return parts[0]
 
 
 class Layout(NamedTuple):
     """Megatron's tensor as the family's, and the way back (for plain norms, halves paired)."""
 
     to_hf: Callable[[Tensor, Architecture], tuple[Tensor, ...]]
-    to_megatron: Callable[[tuple[Tensor, ...], Architecture], Tensor]
+    to_megatron: Callable[[tuple[Tensor, ...], Architecture], Tensor] = _only
 
 
 def split_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,25 +104,17 @@ def and_zeros(weight: Tensor, model: Architecture) -> tuple[Tensor, Tensor]:
     return weight, weight.new_zeros(len(weight))
 
 
-def _same(tensor: Tensor, model: Architecture) -> tuple[Tensor]:
-    return (tensor,)
-
-
-def _only(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
-    return parts[0]
-
-
-LAYOUTS: dict[LayoutName, Layout] = {
-    "same": Layout(_same, _only),
+LAYOUTS = {
+    "same": Layout(lambda tensor, _: (tensor,)),
     "transposed": Layout(
         lambda tensor, _: (tensor.t().contiguous(),), lambda parts, _: parts[0].t().contiguous()
     ),
-    "norm": Layout(plain_norm, _only),
-    "head_norm": Layout(head_norm, _only),
-    "vocabulary": Layout(cut_vocabulary, _only),
+    "norm": Layout(plain_norm),
+    "head_norm": Layout(head_norm),
+    "vocabulary": Layout(cut_vocabulary),
     "qkv": Layout(split_qkv, join_qkv),
-    "qkv_by_head": Layout(split_by_head, _only),
+    "qkv_by_head": Layout(split_by_head),
     "qkv_in_columns": Layout(split_in_columns, join_from_columns),
     "gate_up": Layout(split_gate_up, lambda parts, _: torch.cat(parts)),
-    "and_zeros": Layout(and_zeros, _only),
+    "and_zeros": Layout(and_zeros),
 }

@@ -10,44 +10,18 @@ place is the number for each `*` of its name.
 `match_names` gives every stored tensor its row of the table, and every row its tensor, or refuses.
 """
 
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture, Family
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.hybrid import hybrid_name
-
-LayoutName = Literal[
-    "same",
-    "transposed",
-    "norm",
-    "head_norm",
-    "vocabulary",
-    "qkv",
-    "qkv_by_head",
-    "qkv_in_columns",
-    "gate_up",
-    "and_zeros",
-]
-Dim = Literal[
-    "hidden",
-    "ffn",
-    "gate_and_up",
-    "experts",
-    "expert_ffn",
-    "expert_gate_and_up",
-    "heads",
-    "head",
-    "qkv",
-    "padded_vocabulary",
-    "positions",
-]
-Needs = Literal["", "untied", "linear_bias", "qkv_bias", "zero_proj_bias"]
+from megatron_infoentropy.convert.layout import LAYOUTS
 
 
 class Entry(NamedTuple):
@@ -58,9 +32,9 @@ class Entry(NamedTuple):
 
     megatron: str
     hf: tuple[str, ...]
-    layout: LayoutName
-    shape: tuple[Dim, ...]  # of Megatron's, at one place
-    needs: Needs = ""  # the property of an Architecture without which it is absent
+    layout: str  # in LAYOUTS
+    shape: tuple[str, ...]  # of Megatron's, at one place
+    needs: str = ""  # the property of an Architecture without which it is absent
 
     def names(self, place: tuple[int, ...]) -> tuple[str, ...]:
         """Return the family's names at one place."""
@@ -97,13 +71,13 @@ def _norms(
 def _linear(
     name: str,
     hf: tuple[str, ...],
-    layout: LayoutName,
-    shape: tuple[Dim, ...],
-    needs: Needs = "",
+    layout: str,
+    shape: tuple[str, ...],
+    needs: str = "",
 ) -> tuple[Entry, Entry]:
     """A linear layer's weight and bias, the latter only where the model has what it `needs`."""
     weights, biases = (tuple(f"{each}.{kind}" for each in hf) for kind in ("weight", "bias"))
-    of_bias: LayoutName = "same" if layout == "transposed" else layout
+    of_bias = "same" if layout == "transposed" else layout
     return (
         Entry(name + "weight", weights, layout, shape),
         Entry(name + "bias", biases, of_bias, shape[:1], needs),
@@ -223,36 +197,44 @@ TABLES: dict[Family, tuple[Entry, ...]] = {
     "gpt_neox": _GPT_NEOX,
     "gpt2": _GPT2,
 }
-_COUNTED = re.compile(r"(^decoder\.layers\.|\.experts\.experts\.)(?:(\d+)\.)?")  # by a number
-
-
-class Source(NamedTuple):
-    """A stored tensor, its row of the table, and where in the model it belongs.
-
-    `numbers` has one for every `*` of the row; None says that the tensor holds all of them.
-    """
-
-    name: str
-    row: Entry
-    numbers: tuple[int | None, ...]
 
 
 class ConversionStep(NamedTuple):
-    """One thing to convert at a time: a stored tensor, or the part of it that has one place."""
+    """One thing to convert at a time: a parameter at one place, and where it is stored."""
 
-    source: Source
+    row: Entry
     place: tuple[int, ...]
-    hf: tuple[str, ...]
+    name: str  # of the stored tensor
+    shape: tuple[int, ...]  # of all of that
+    part: tuple[int, ...]  # where in it, along its first axes
 
     @property
-    def part(self) -> tuple[int, ...]:
-        """Where in the stored tensor the part is, along its first axes."""
-        pairs = zip(self.place, self.source.numbers, strict=True)
-        return tuple(number for number, alone in pairs if alone is None)
+    def hf(self) -> tuple[str, ...]:
+        return self.row.names(self.place)
 
     def __str__(self) -> str:
         at = [f"{kind} {n}" for kind, n in zip(("layer", "expert"), self.place, strict=False)]
-        return f"{self.source.name} ({', '.join(at)})" if at else self.source.name
+        return f"{self.name} ({', '.join(at)})" if at else self.name
+
+
+def steps_for(row: Entry, model: Architecture) -> Iterator[list[ConversionStep]]:
+    """Yield for every place of a row in how many ways it may be stored, first as Megatron does."""
+    shape = shape_of(row, model)
+    of = counts(model)[: row.megatron.count("*")]
+    for place in product(*map(range, of)):
+        if model.hybrid:
+            yield [ConversionStep(row, place, hybrid_name(row.megatron, place), shape, ())]
+            continue
+        steps = []
+        for alone in product((False, True), repeat=len(place)):
+            name, stacked = row.megatron, [n for n, one in enumerate(alone) if not one]
+            for number, one in zip(place, alone, strict=True):
+                name = name.replace("*.", f"{number}." if one else "", 1)
+            part = tuple(place[n] for n in stacked)
+            steps.append(
+                ConversionStep(row, place, name, (*(of[n] for n in stacked), *shape), part)
+            )
+        yield steps
 
 
 def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[ConversionStep]:
@@ -261,43 +243,42 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Conv
     The order is the model's: embeddings, layers, the rest.
 
     Raises:
-        UnsupportedModelError: parameters that the family has not.
+        UnsupportedModelError: parameters that the family has not, or one that is there twice.
         IncompleteCheckpointError: parameters that the family has and were not stored.
         ValueError: a stored shape that does not follow from the training arguments; both are named.
     """
-    sources = (_hybrid_sources if model.hybrid else _sources)(tensors, model)
-    known = {source.name for source in sources}
-    if unknown := [name for name in tensors if name not in known]:
+    wanted = [ways for row in rows_of(model) for ways in steps_for(row, model)]
+    steps = [step for ways in wanted for step in ways if step.name in tensors]
+    shapes = {step.name: step.shape for step in steps}
+    if unknown := [name for name in tensors if name not in shapes]:
         raise UnsupportedModelError(
             f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases, "
             "norms or layers that the training arguments do not tell of, or other attention"
         )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"expected {name} of shape {list(shapes[name])}, from the training arguments; got "
+                f"{list(tensor.shape)}"
+            )
     if model.num_experts:  # an import has the norm before them under two names
-        sources = list({(source.row.hf, source.numbers): source for source in sources}.values())
-    steps = _steps_of(sources, model)
-    _require_exactly_once(steps, model)
-    for source in sources:
-        _require_shape(source, tuple(tensors[source.name].shape), model)
-    return steps
+        steps = list({(step.row.hf, step.place, step.part): step for step in steps}.values())
+    stored = Counter(name for step in steps for name in step.hf)
+    if missing := sorted({n for ways in wanted for n in ways[0].hf} - stored.keys()):
+        raise IncompleteCheckpointError(
+            f"the checkpoint lacks the parameters behind {_some(missing)}"
+        )
+    if twice := sorted(name for name, count in stored.items() if count > 1):
+        raise UnsupportedModelError(
+            f"the checkpoint holds more than one parameter for {_some(twice)}"
+        )
+    order = {row: number for number, row in enumerate(TABLES[model.family])}
 
+    def order_of(step: ConversionStep) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:
+        last = not step.place and not step.name.startswith("embedding.")
+        return last, step.place[:1], order[step.row], step.place
 
-def _sources(names: Iterable[str], model: Architecture) -> list[Source]:
-    """Return those of a GPT that have a row, by the numbers in their names."""
-    rows, sources = {row.megatron: row for row in rows_of(model)}, []
-    for name in names:
-        if row := rows.get(_COUNTED.sub(r"\1*.", name)):
-            numbers = (match[2] for match in _COUNTED.finditer(name))
-            sources.append(Source(name, row, tuple(n if n is None else int(n) for n in numbers)))
-    return sources
-
-
-def _hybrid_sources(names: Collection[str], model: Architecture) -> list[Source]:
-    return [
-        Source(name, row, place)
-        for row in rows_of(model)
-        for place in places(row, model)
-        if (name := hybrid_name(row.megatron, place)) in names
-    ]
+    return sorted(steps, key=order_of)
 
 
 def rows_of(model: Architecture) -> list[Entry]:
@@ -311,14 +292,9 @@ def counts(model: Architecture) -> tuple[int, ...]:
     return model.num_layers, model.num_experts
 
 
-def places(row: Entry, model: Architecture) -> Iterator[tuple[int, ...]]:
-    """Yield every place of a row: () outside the layers."""
-    return product(*map(range, counts(model)[: row.megatron.count("*")]))
-
-
 def shape_of(row: Entry, model: Architecture) -> tuple[int, ...]:
     """Return the shape that Megatron's parameter has in one place."""
-    sizes: dict[Dim, int] = {
+    sizes = {
         "hidden": model.hidden_size,
         "ffn": model.ffn_hidden_size,
         "gate_and_up": 2 * model.ffn_hidden_size,
@@ -334,48 +310,10 @@ def shape_of(row: Entry, model: Architecture) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in row.shape)
 
 
-def _steps_of(sources: list[Source], model: Architecture) -> list[ConversionStep]:
-    order = {row: number for number, row in enumerate(TABLES[model.family])}
-    steps = []
-    for source in sources:
-        ranges = [
-            range(count) if number is None else (number,)
-            for number, count in zip(source.numbers, counts(model), strict=False)
-        ]
-        steps += [
-            ConversionStep(source, place, source.row.names(place)) for place in product(*ranges)
-        ]
-
-    def order_of(step: ConversionStep) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:
-        last = not step.place and not step.source.name.startswith("embedding.")
-        return last, step.place[:1], order[step.source.row], step.place
-
-    return sorted(steps, key=order_of)
-
-
-def _require_shape(source: Source, shape: tuple[int, ...], model: Architecture) -> None:
-    pairs = zip(source.numbers, counts(model), strict=False)
-    stacked = tuple(count for number, count in pairs if number is None)
-    expected = (*stacked, *shape_of(source.row, model))
-    if shape != expected:
-        raise ValueError(
-            f"expected {source.name} of shape {list(expected)}, from the training arguments; got "
-            f"{list(shape)}"
-        )
-
-
-def _require_exactly_once(steps: list[ConversionStep], model: Architecture) -> None:
-    stored = Counter(name for step in steps for name in step.hf)
-    wanted = {n for row in rows_of(model) for at in places(row, model) for n in row.names(at)}
-    if missing := sorted(wanted - set(stored)):
-        raise IncompleteCheckpointError(
-            f"the checkpoint lacks the parameters behind {_some(missing)}"
-        )
-    twice = [name for name, count in stored.items() if count > 1]
-    if extra := sorted(set(stored) - wanted) or sorted(twice):
-        raise UnsupportedModelError(
-            f"the checkpoint holds more than one parameter, or one too many, for {_some(extra)}"
-        )
+def hf_shapes(row: Entry, model: Architecture) -> list[torch.Size]:
+    """Return the shapes of the family's parameters; the layout runs on a tensor without numbers."""
+    made = LAYOUTS[row.layout].to_hf(torch.empty(shape_of(row, model), device="meta"), model)
+    return [tensor.shape for tensor in made]
 
 
 def _some(names: list[str]) -> str:

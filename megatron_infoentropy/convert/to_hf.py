@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import model_card
-from megatron_infoentropy.convert.naming import ConversionStep, match_names, shape_of
+from megatron_infoentropy.convert.naming import ConversionStep, hf_shapes, match_names
 from megatron_infoentropy.convert.tokenizer import (
     class_to_name,
     copy_tokenizer,
@@ -110,7 +111,7 @@ def convert_checkpoint(
     named = None if tokenizer is None else class_to_name(tokenizer, model.family)
     steps = match_names(opened.tensors, model)
     torch_dtype = _choose_dtype(dtype, opened)
-    numbers = _numbers(steps, model)
+    numbers = {step: sum(map(math.prod, hf_shapes(step.row, model))) for step in steps}
     parameters = sum(numbers.values())
     require_space(output, parameters * torch_dtype.itemsize)
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as folder:
@@ -192,19 +193,6 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     return stored.pop() if len(stored) == 1 else torch.float32
 
 
-def _numbers(steps: Iterable[ConversionStep], model: Architecture) -> dict[ConversionStep, int]:
-    """Return how many numbers each step makes.
-
-    The layouts run on tensors without numbers (device "meta"), before anything is written.
-    """
-    numbers = {}
-    for step in steps:
-        shape = shape_of(step.source.row, model)
-        made = LAYOUTS[step.source.row.layout].to_hf(torch.empty(shape, device="meta"), model)
-        numbers[step] = sum(tensor.numel() for tensor in made)
-    return numbers
-
-
 def _write_weights(
     folder: Path,
     numbers: dict[ConversionStep, int],
@@ -251,8 +239,8 @@ def convert_steps(
         InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
     """
     for step in steps:
-        stored = checkpoint.read(step.source.name, step.part)
-        made = LAYOUTS[step.source.row.layout].to_hf(stored, model)
+        stored = checkpoint.read(step.name, step.part)
+        made = LAYOUTS[step.row.layout].to_hf(stored, model)
         for name, tensor in zip(step.hf, made, strict=True):
             yield name, _rounded(str(step), tensor, dtype)
 

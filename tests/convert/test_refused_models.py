@@ -173,7 +173,7 @@ def test_parameters_of_another_model_are_named(tmp_path: Path) -> None:
     twice = tiny_tensors(args) | {LAYERS + "input_layernorm.weight": torch.zeros(2, 32)}
     refuse(tmp_path / "twice", args, twice, "input_layernorm")
     deeper = unstacked(tiny_tensors(tiny_args(num_layers=3)))
-    refuse(tmp_path / "deeper", args, deeper, r"model\.layers\.2")
+    refuse(tmp_path / "deeper", args, deeper, r"no counterpart for decoder\.layers\.2")
     tied = tiny_args(untie_embeddings_and_output_weights=False)
     refuse(tmp_path / "tied", tied, untied, r"output_layer\.weight")
 

@@ -25,7 +25,6 @@ from megatron_infoentropy.convert import (
 )
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.layout import LAYOUTS
-from megatron_infoentropy.convert.naming import LayoutName
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.verify import TOLERANCE
 
@@ -82,7 +81,7 @@ def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
 def test_a_wrong_layout_fails_the_check(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    layout: LayoutName,
+    layout: str,
     mistake: Callable[[Tensor, Architecture], tuple[Tensor, ...]],
     changes: dict[str, Any],
 ) -> None:
