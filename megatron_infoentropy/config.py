@@ -24,6 +24,7 @@ Objective = Literal[
 ]
 Schedule = Literal["constant", "linear", "cosine"]
 Normalization = Literal["auto", "paper", "global", "none"]
+HeadLoss = Literal["megatron", "weighted"]
 Backend = Literal["auto", "triton", "cuda", "native", "reference"]
 Collective = Literal["gather", "all_reduce"]
 
@@ -47,7 +48,7 @@ WITHOUT_GAMMA = ("deft", "eslm", "custom")
 # Fields that say how the loss is computed, not what it is.
 MEANS = ("backend", "collective", "fused_linear", "chunk_tokens", "skip_masked")
 # Fields that change every objective alike, plain cross entropy too.
-COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature")
+COMMON = ("label_smoothing", "z_loss", "entropy_bonus", "softcap", "temperature", "ignore_target")
 # Those of them that are a part of the model: no Hugging Face class has them, so no export.
 OF_THE_MODEL = ("softcap", "temperature")
 NO_EXPORT = "infoentropy-no-export"  # the flag of a training whose model need not be exported
@@ -120,6 +121,17 @@ class InfoEntropyConfig:
         0.0, "bounds every logit z by c tanh(z / c), as a part of the model; 0 is no bound"
     )
     temperature: float = _setting(1.0, "divides the (capped) logits, as a part of the model")
+    ignore_target: int = _setting(
+        -1,
+        "targets of this id take no part in the loss (the published code: 0); -1 is none; the "
+        "trainer's, functions have ignore_index",
+    )
+    mtp_loss: HeadLoss = _setting(
+        "megatron",
+        "of multi-token-prediction heads, which the trainer alone serves: Megatron's own cross "
+        "entropy, or this objective (weighted), each head's alpha over its own tokens; "
+        "--mtp-loss-scaling-factor multiplies either",
+    )
     backend: Backend = _setting(
         "auto",
         "kernels: triton or cuda (GPU), native (C++ on the CPU), reference (PyTorch, anywhere), or "
@@ -207,6 +219,10 @@ class InfoEntropyConfig:
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}; 1 leaves logits as they are"
+            )
+        if self.ignore_target < -1:
+            raise ValueError(
+                f"ignore_target must be a token's id, or -1 for none, got {self.ignore_target}"
             )
         if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
@@ -319,17 +335,23 @@ class InfoEntropyConfig:
                     "not be"
                 )
 
-    def require_constant_gamma(self) -> None:
-        """For functions that see no training samples go by.
+    def require_no_trainer(self) -> None:
+        """For functions that see neither training samples go by nor prediction heads.
 
         Raises:
-            ValueError: gamma is scheduled.
+            ValueError: gamma is scheduled, or a setting that the trainer alone obeys.
         """
         if self.gamma_schedule != "constant":
             raise ValueError(
                 f"gamma_schedule={self.gamma_schedule!r} needs to know how far training is, which "
                 "only the trainer does: pass config.at(samples)"
             )
+        for name, instead in (("ignore_target", "pass ignore_index"), ("mtp_loss", "leave it out")):
+            if getattr(self, name) != getattr(InfoEntropyConfig, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for megatron_infoentropy.pretrain alone: "
+                    f"{instead}"
+                )
 
     def at(self, samples: int) -> "InfoEntropyConfig":
         """The configuration after so many training samples, its gamma no longer scheduled."""

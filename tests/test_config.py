@@ -55,6 +55,7 @@ from megatron_infoentropy import InfoEntropyConfig
             {"gamma_schedule": "linear", "gamma_end": 20.0, "gamma_samples": 9},
             "gamma_end=20 with sigma=1",
         ),
+        ({"ignore_target": -100}, "ignore_target must be a token's id, or -1 for none, got -100"),
         ({"gamma": np.bool_(True)}, "gamma must be a finite number"),
         ({"gamma_samples": np.float32(3)}, "gamma_samples must be an integer"),
         ({"objective": "custom"}, "belong together"),

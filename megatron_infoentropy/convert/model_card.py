@@ -14,8 +14,6 @@ from megatron_infoentropy.files import commit_of
 BASE = "hf_model"  # in the arguments of a checkpoint that was converted: the model's name
 _PREFIX = "infoentropy_"
 _OBJECTIVE = ("objective", "gamma", "sigma", "normalization")
-# Of the trainer: which tokens are in the loss.
-_MASKING = {"ignore_target": None, "whole_pieces": False}
 
 
 def model_card(checkpoint: MegatronCheckpoint, model: Architecture, parameters: int) -> str:
@@ -85,7 +83,7 @@ def _run_facts(folder: Path) -> dict[str, Any]:
 def _other_settings(args: dict[str, Any]) -> str | None:
     """Return what changes the loss and has another value than by default."""
     usual = {field.name: field.default for field in dataclasses.fields(InfoEntropyConfig)}
-    usual |= _MASKING
+    usual["whole_pieces"] = False  # of the trainer: the last token of a piece is not in the loss
     given = {name: args.get(_PREFIX + name) for name in usual if name not in (*_OBJECTIVE, *MEANS)}
     return _listed({k: v for k, v in given.items() if v is not None and v != usual[k]})
 

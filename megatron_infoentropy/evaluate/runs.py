@@ -70,8 +70,9 @@ def in_words(stages: list[Stage]) -> str:
 
 def objective_in_words(loss: InfoEntropyConfig) -> str:
     """Name the objective and every setting that is not the published one; `loss` is effective."""
+    heads = ", of prediction heads too" if loss.mtp_loss == "weighted" else ""
     if loss.objective == "cross_entropy":
-        return "cross entropy"
+        return f"cross entropy{heads}"
     label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
     if loss.weighting:
         label += f" {loss.weighting}"
@@ -87,7 +88,7 @@ def objective_in_words(loss: InfoEntropyConfig) -> str:
         label += f", blended by {loss.blend:g}"
     if loss.normalization != replace(loss, normalization="auto").normalization:
         label += f", {loss.normalization} normalization"
-    return label if loss.detach_weight else f"{label}, weight differentiated"
+    return label + ("" if loss.detach_weight else ", weight differentiated") + heads
 
 
 SETUP_FIELDS = ("parameters", "train_iters", "global_batch_size", "seq_length")

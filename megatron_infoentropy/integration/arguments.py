@@ -102,24 +102,11 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "has no target, and nothing of another piece is seen",
     )
     group.add_argument(
-        f"--{PREFIX}-ignore-target",
-        type=int,
-        help="targets of this id take no part in the loss (the published code: 0)",
-    )
-    group.add_argument(
         f"--{PREFIX}-conversations",
         action="store_true",
         help='data paths are .jsonl files, {"messages": [{"role": ..., "content": ...}, ...]} a '
         "line; a sequence is one of them in the tokenizer's chat template, and only what the "
         "assistant says has targets",
-    )
-    group.add_argument(
-        f"--{PREFIX}-mtp-loss",
-        choices=("megatron", "weighted"),
-        default="megatron",
-        help="of multi-token-prediction heads: Megatron's own cross entropy, or this objective, "
-        "each head's alpha over its own tokens; --mtp-loss-scaling-factor multiplies either "
-        "(default: megatron)",
     )
     group.add_argument(
         f"--{PREFIX}-unscaled-init",
@@ -183,7 +170,8 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
         )
     config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
     _check_histogram_interval(args)
-    _check_prediction_heads(args)
+    if config.mtp_loss == "weighted":
+        _check_prediction_heads(args)
     if getattr(args, f"{PREFIX}_conversations", False):
         for name in NO_CONVERSATIONS:
             if getattr(args, name, False):
@@ -217,8 +205,6 @@ def _check_histogram_interval(args: argparse.Namespace) -> None:
 
 
 def _check_prediction_heads(args: argparse.Namespace) -> None:
-    if getattr(args, f"{PREFIX}_mtp_loss", "megatron") == "megatron":
-        return
     if not args.mtp_num_layers:
         raise ValueError(
             f"--{PREFIX}-mtp-loss weighted has no effect without multi-token-prediction heads: "
@@ -327,11 +313,10 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
         theirs = dataclasses.replace(config, **_defaults(fields) | {"objective": "cross_entropy"})
         whose += " Megatron's own cross entropy,"
     else:
-        # A checkpoint of an earlier version lacks the newer fields: they had their defaults.
-        before = {
-            name: getattr(saved, f"{PREFIX}_{name}", default)
-            for name, default in _defaults(fields).items()
-        }
+        # A checkpoint of an earlier version lacks the newer fields, or says None of one: they had
+        # their defaults.
+        before = {name: getattr(saved, f"{PREFIX}_{name}", None) for name in _defaults(fields)}
+        before = _defaults(fields) | {n: v for n, v in before.items() if v is not None}
         theirs = dataclasses.replace(config, **before)
     theirs, ours = theirs.effective(), config.effective()
     if theirs == ours:

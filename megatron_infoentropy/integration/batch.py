@@ -64,9 +64,9 @@ def get_batch(
     return {name: batch.get(name) for name in FIELDS}
 
 
-def _leave_out(batch: dict[str, Any], target: int | None) -> None:
-    """Mask the tokens that have this target, on stages that have targets."""
-    if target is not None and batch.get("labels") is not None:
+def _leave_out(batch: dict[str, Any], target: int) -> None:
+    """Mask the tokens that have this target, on stages that have targets; -1 is none."""
+    if target >= 0 and batch.get("labels") is not None:
         batch["loss_mask"] = batch["loss_mask"] * (batch["labels"] != target)
 
 

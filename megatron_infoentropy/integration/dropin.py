@@ -156,7 +156,7 @@ def use_infoentropy_loss(
         ValueError: the model has no such method, or it or a setting cannot be used here.
     """
     config = InfoEntropyConfig() if config is None else config
-    config.require_constant_gamma()
+    config.require_no_trainer()
     if config.fused_linear:
         raise ValueError(
             "fused_linear needs the hidden states, and a bound loss is handed logits: leave it "

@@ -181,11 +181,12 @@ class InfoEntropyForwardStep:
 
         forward = model.build_schedule_plan if return_schedule_plan else model
         config = self.config.at(get_args().consumed_train_samples)  # saved and resumed by Megatron
-        settings = OutputSettings(config, mpu.get_tensor_model_parallel_group(), self.vocab_size)
+        of_logits = replace(config, ignore_target=-1, mtp_loss="megatron")  # both are seen to here
+        settings = OutputSettings(of_logits, mpu.get_tensor_model_parallel_group(), self.vocab_size)
         module, mask = find_language_module(model), batch["loss_mask"]
         options: dict[str, Any] = {"labels": batch["labels"], "loss_mask": mask}
         heads = None
-        if model.training and get_args().infoentropy_mtp_loss == "weighted":
+        if model.training and config.mtp_loss == "weighted":
             heads = HeadLoss(module, mask, settings, _groups(), get_args().consumed_train_samples)
         door: AbstractContextManager[None] = nullcontext()
         if not takes_output_processor(module):

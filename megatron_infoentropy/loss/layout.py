@@ -209,7 +209,7 @@ def arguments_of(
     ignore_index: int,
 ) -> StatisticsArguments:
     """Return what a configuration asks of the statistics."""
-    config.require_constant_gamma()
+    config.require_no_trainer()
     return StatisticsArguments(
         group,
         vocab_size,

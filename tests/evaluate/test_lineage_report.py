@@ -53,10 +53,12 @@ def test_another_seed_on_the_way_is_named_and_is_no_baseline(tmp_path):
 
 
 def test_what_changes_every_objective_alike_is_named_where_it_changed(tmp_path):
-    stages = [stage(0, label_smoothing=0.1), stage(8)]
+    heads = {"label_smoothing": 0.1, "mtp_loss": "weighted"}
+    stages = [stage(0, label_smoothing=0.1), stage(8), stage(9, **heads)]
     run = load_run(write_run(tmp_path / "a", lineage=stages))
     assert run.objective_label == (
-        "cross entropy label_smoothing 0.1 then cross entropy label_smoothing 0 from step 8"
+        "cross entropy label_smoothing 0.1 then cross entropy label_smoothing 0 from step 8 then "
+        "cross entropy, of prediction heads too label_smoothing 0.1 from step 9"
     )
 
 

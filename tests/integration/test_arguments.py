@@ -47,10 +47,6 @@ def hybrid(pattern="*-", **changes):
     return {"hybrid_layer_pattern": pattern, **plain, **changes}
 
 
-def heads(**changes):
-    return {"infoentropy_mtp_loss": "weighted", "mtp_num_layers": 1, **changes}
-
-
 def test_no_flags_give_the_default_configuration():
     assert config_from_args(parse()) == InfoEntropyConfig()
 
@@ -78,6 +74,8 @@ def test_every_field_can_be_set_by_its_flag():
         "fused_linear": True,
         "chunk_tokens": 512,
         "skip_masked": False,
+        "ignore_target": 0,
+        "mtp_loss": "weighted",
     }
     assert given.keys() == {field.name for field in dataclasses.fields(InfoEntropyConfig)}
     words = []
@@ -119,9 +117,6 @@ def test_an_impossible_value_is_refused_by_the_configuration():
             "paper",
             "need the package mamba_ssm",
         ),
-        (heads(mtp_num_layers=None), "paper", "has no effect without multi-token-prediction heads"),
-        (heads(overlap_moe_expert_parallel_comm=True), "paper", "when the forward step has ended"),
-        (heads(), "global", "cannot go with --mtp-num-layers"),
         (hybrid(use_rope_scaling=True), "paper", "--use-rope-scaling: .* ignores the flag"),
         (hybrid(rotary_interleaved=True), "paper", "--rotary-interleaved: .* different angles"),
         (hybrid(overlap_moe_expert_parallel_comm=True), "paper", "has no schedule plan"),
@@ -145,9 +140,25 @@ def test_incompatible_megatron_flags_are_refused(changes, normalization, message
         check_megatron_args(megatron_args(**changes), InfoEntropyConfig())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mtp_num_layers": None}, "has no effect without multi-token-prediction heads"),
+        ({"overlap_moe_expert_parallel_comm": True}, "when the forward step has ended"),
+    ],
+)
+def test_heads_that_cannot_have_this_loss_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_megatron_args(
+            megatron_args(**{"mtp_num_layers": 1} | changes), InfoEntropyConfig(mtp_loss="weighted")
+        )
+
+
 def test_hybrid_patterns_of_attention_and_mlp_are_taken():
-    for given in (hybrid("*-*-|--"), hybrid("*-|*-/*-", **heads())):
-        check_megatron_args(megatron_args(**given), InfoEntropyConfig(fused_linear=True))
+    config = InfoEntropyConfig(fused_linear=True)
+    check_megatron_args(megatron_args(**hybrid("*-*-|--")), config)
+    heads = megatron_args(**hybrid("*-|*-/*-", mtp_num_layers=1))
+    check_megatron_args(heads, dataclasses.replace(config, mtp_loss="weighted"))
     given = hybrid("M*E-", spec=["package.module", "stack"])  # layers of one's own
     with mock.patch.object(arguments, "find_spec"):
         check_megatron_args(megatron_args(**given), InfoEntropyConfig())
@@ -213,6 +224,8 @@ def saved_by(config, without=()):
         ({"sigma": 3.0, "objective": "focal"}, {"objective": "focal"}, None),  # without effect
         ({"objective": "cross_entropy", "gamma": 2.0}, {"gamma": 0.0}, None),
         ({"gamma": 0.0}, {"gamma": 0.0, "z_loss": 1e-4}, "z_loss=0.0 and this run goes on"),
+        ({}, {"mtp_loss": "weighted"}, "mtp_loss=megatron and this run goes on with"),
+        ({"ignore_target": 0}, {}, "ignore_target=0 and this run goes on with"),
         (
             {"gamma": 2.0},
             {"normalization": "global"},
@@ -240,6 +253,8 @@ def test_fields_that_an_earlier_version_did_not_have_had_their_defaults():
     earlier = saved_by(InfoEntropyConfig(), without=("blend", "z_loss"))
     assert other_objective(earlier, InfoEntropyConfig()) is None
     assert "blend=0.0" in other_objective(earlier, InfoEntropyConfig(blend=0.5))
+    earlier.infoentropy_ignore_target = None  # which was none
+    assert other_objective(earlier, InfoEntropyConfig()) is None
 
 
 def test_the_trainer_says_it_before_the_first_step(tmp_path):

@@ -66,7 +66,7 @@ def test_a_target_is_left_out_where_there_are_targets():
     _leave_out(batch, 0)
     assert batch["loss_mask"].tolist() == [[1.0, 0.0, 0.0]]
     batch = {"labels": labels, "loss_mask": mask}
-    _leave_out(batch, None)
+    _leave_out(batch, -1)
     assert batch["loss_mask"] is mask
     first_stage = {"labels": None, "loss_mask": None}
     _leave_out(first_stage, 0)

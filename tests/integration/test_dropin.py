@@ -234,6 +234,8 @@ def test_what_cannot_work_is_refused_in_words(make, message):
 def test_settings_that_a_bound_loss_cannot_serve_are_refused_in_words():
     with pytest.raises(ValueError, match="fused_linear needs the hidden states"):
         bound(InfoEntropyConfig(fused_linear=True))
+    with pytest.raises(ValueError, match=r"mtp_loss='weighted' is for .*pretrain alone: leave it"):
+        bound(InfoEntropyConfig(mtp_loss="weighted"))
     schedule = {"gamma_schedule": "linear", "gamma_samples": 10}
     with pytest.raises(ValueError, match=r"pass config.at\(samples\)"):
         bound(InfoEntropyConfig(**schedule))

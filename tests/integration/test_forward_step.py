@@ -57,7 +57,6 @@ def forward_step(monkeypatch):
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)
     args = SimpleNamespace(consumed_train_samples=96, calculate_per_token_loss=False)
-    args.infoentropy_mtp_loss = "megatron"
     args.check_for_nan_in_loss_and_grad = args.check_for_spiky_loss = False
     monkeypatch.setattr(step, "get_args", lambda: args)
     monkeypatch.setattr(step, "get_rerun_state_machine", lambda: None)

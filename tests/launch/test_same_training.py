@@ -73,6 +73,8 @@ def require(run, *settings, switch=False, load=None):
         (IE, "objective cross_entropy, and this command line says objective infoentropy"),
         ({"seed": 2}, "seed 1234, and this command line says seed 2"),
         ({"infoentropy-z-loss": 0.1}, "z_loss 0.0, and this command line says z_loss 0.1"),
+        ({"infoentropy-mtp-loss": "weighted"}, "mtp_loss megatron, and .* says mtp_loss weighted"),
+        ({"infoentropy-ignore-target": 0}, "ignore_target -1, and .* says ignore_target 0"),
     ],
 )
 def test_another_loss_or_seed_needs_a_switch_once_there_is_a_checkpoint(run, other, said):
