@@ -5,7 +5,12 @@ for failed ones: a run that was cut goes on.
 """
 
 import csv
+import os
 from pathlib import Path
+
+# Before torch: by default a thread that waits for the others turns in circles, on a core that
+# another test needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
