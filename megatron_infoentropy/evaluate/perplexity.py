@@ -136,7 +136,7 @@ def evaluate_model(
             raise ValueError("several processes need an output folder that they share; name one")
         job = open_job(source, data, token_counts, options or ScoringOptions())
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        journal = ChunkJournal(folder, job.model.vocab_size)
+        journal = ChunkJournal(folder)
         _score(job, ranks, journal, restart=restart)
         if ranks.rank == 0:
             assemble(job, journal, token_scores=token_scores).save(folder)
@@ -226,11 +226,15 @@ def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> E
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for number, rows in enumerate(job.chunks):
-            chunk = journal.read(number)
-            tokens[rows], ce[rows], entropy[rows] = chunk.tokens, chunk.ce, chunk.entropy
-            file.write(chunk.scores.tobytes())
-            fingerprint.update(chunk.sha256.tobytes())
-            tally += chunk.tally
+            lengths, ids = selection.length[rows], selection.read(job.dataset, rows)
+            chunk = journal.read(number, int(lengths.sum()))
+            bands = job.band_of_token[np.concatenate(ids)]
+            tokens[rows] = _by_band(lengths, bands)
+            ce[rows], entropy[rows] = (_by_band(lengths, bands, sums) for sums in chunk[:2])
+            file.write(chunk[:2].T.astype(np.float16).tobytes())
+            for document in ids:
+                fingerprint.update(hashlib.sha256(document.astype("<i4").tobytes()).digest())
+            tally.add(*chunk)
     scores: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
     documents = DocumentSums(selection.domain, selection.document, tokens, ce, entropy)
     summary = {
@@ -242,6 +246,15 @@ def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> E
         "passage": _passage(job, scores),
     }
     return Evaluation(summary, documents, scores if token_scores else None)
+
+
+def _by_band(
+    lengths: NDArray[np.int64], bands: NDArray[np.int8], values: NDArray[np.float32] | None = None
+) -> NDArray[Any]:
+    """Return the sums [documents, bands] of the documents' numbers a token, else counts."""
+    cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + bands
+    sums = np.bincount(cell, weights=values, minlength=len(lengths) * BANDS)
+    return sums.reshape(len(lengths), BANDS)
 
 
 def _description(job: ScoringJob, fingerprint: str) -> dict[str, Any]:

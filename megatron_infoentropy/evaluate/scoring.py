@@ -13,25 +13,23 @@ times the work.
 
 **Chunks.** A chunk is a run of documents of one domain: what is read at once, what one rank does,
 and what an interrupted evaluation does not repeat. Which documents form a chunk depends on the
-selection and the batch size alone, and inside a chunk every sum runs over the tokens in their
-order: numbers depend neither on how many ranks there are nor on where an evaluation was
-interrupted.
+selection and the batch size alone, and sums run over the tokens in their order: numbers depend
+neither on how many ranks there are nor on where an evaluation was interrupted.
 
 **The journal** holds the chunks that are done, beside the result:
 
-    FOLDER/evaluation.unfinished/plan.json      what is scored, with what, and how
-    FOLDER/evaluation.unfinished/000017.npz     the scores of one chunk, whole or not there
+    evaluation.unfinished/plan.json            what is scored, with what, and how
+    evaluation.unfinished/scores_000017.npz    of one chunk's tokens, whole or not there
 
 An evaluation of the same plan takes what is there; one of another plan is refused. The folder goes
 when the result has been written.
 """
 
-import hashlib
 import json
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,11 +39,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_infoentropy import kernels
-from megatron_infoentropy.evaluate.buckets import BANDS
 from megatron_infoentropy.evaluate.dataset import Selection, TokenDataset, places_sha256
 from megatron_infoentropy.evaluate.evaluation import FORMAT, UNFINISHED, UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.model import ModelSource, ScoringModel
-from megatron_infoentropy.evaluate.tally import Tally
 from megatron_infoentropy.files import write_atomically, write_whole
 from megatron_infoentropy.kernels.contract import PLAIN, Shard
 from megatron_infoentropy.loss.collective import merge_shards
@@ -56,7 +52,6 @@ from megatron_infoentropy.progress import Advance
 IGNORED = -100  # a target that is not scored
 _BATCHES = 16  # about, in a chunk
 _PLAN = "plan.json"
-_TALLY = ("by_entropy", "by_confidence")
 
 
 @dataclass(frozen=True)
@@ -179,21 +174,6 @@ class Scoring:
         )
 
 
-@dataclass(frozen=True)
-class ChunkScores:
-    """The scores of one chunk's documents: sums [documents, bands], and two numbers a token."""
-
-    tokens: NDArray[np.int64]
-    ce: NDArray[np.float64]
-    entropy: NDArray[np.float64]
-    sha256: NDArray[np.uint8]  # [documents, 32]
-    scores: NDArray[np.float16]  # [tokens, 2]
-    tally: Tally
-
-
-_ARRAYS = tuple(field.name for field in fields(ChunkScores) if field.name != "tally")
-
-
 def cut_chunks(selection: Selection, batch_tokens: int) -> list[slice]:
     """Return the documents of every chunk, in order: of one domain, about 16 batches of tokens."""
     chunks, first, filled = [], 0, 0
@@ -236,36 +216,17 @@ class ScoringJob:
         return cut_chunks(self.selection, self.scoring.batch_tokens)
 
 
-def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> ChunkScores:
-    """Score the documents `rows` of a job's selection.
+def score_chunk(job: ScoringJob, rows: slice, advance: Advance) -> NDArray[np.float32]:
+    """Return `token_scores` of the documents `rows` of a job's selection, in their order.
 
     Raises:
         ValueError: a NaN or infinite score, naming the first document with one.
     """
-    lengths = job.selection.length[rows]
     documents = job.selection.read(job.dataset, rows)
-    tokens = np.concatenate(documents)
-    per_token = _score_texts(job, [tokens] if job.scoring.packed else documents, advance)
+    texts = [np.concatenate(documents)] if job.scoring.packed else documents
+    per_token = _score_texts(job, texts, advance)
     _require_finite(per_token, job, rows)
-    ce, entropy = per_token[:2]
-    tally = Tally(job.model.vocab_size)
-    tally.add(*per_token)
-    cell = np.repeat(np.arange(len(lengths)) * BANDS, lengths) + job.band_of_token[tokens]
-    shape = len(lengths), BANDS
-
-    def by_band(values: NDArray[np.float32] | None) -> NDArray[Any]:
-        return np.bincount(cell, weights=values, minlength=len(lengths) * BANDS).reshape(shape)
-
-    stored = (document.astype("<i4").tobytes() for document in documents)
-    digests = b"".join(hashlib.sha256(document).digest() for document in stored)
-    return ChunkScores(
-        by_band(None),
-        by_band(ce),
-        by_band(entropy),
-        np.frombuffer(digests, np.uint8).reshape(-1, 32),
-        per_token[:2].T.astype(np.float16),
-        tally,
-    )
+    return per_token
 
 
 def _score_texts(
@@ -307,16 +268,10 @@ def _require_finite(per_token: NDArray[np.float32], job: ScoringJob, rows: slice
 
 
 class ChunkJournal:
-    """The chunks that are done, below the folder of an evaluation's result.
+    """The chunks that are done, below the folder of an evaluation's result; ranks share it."""
 
-    Args:
-        folder: where the result will be written; several ranks share it.
-        vocab_size: of the tally.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder / UNFINISHED
-        self._vocab_size = vocab_size
 
     def start(self, plan: dict[str, Any], *, restart: bool) -> None:
         """Begin, or go on with what is there; one rank does it for all.
@@ -341,34 +296,32 @@ class ChunkJournal:
     def has(self, chunk: int) -> bool:
         return self._path(chunk).is_file()
 
-    def write(self, chunk: int, done: ChunkScores) -> None:
-        arrays = {name: getattr(done, name) for name in _ARRAYS}
-        arrays |= {name: getattr(done.tally, name) for name in _TALLY}
+    def write(self, chunk: int, scores: NDArray[np.float32]) -> None:
         with write_atomically(self._path(chunk)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, scores=scores)
 
-    def read(self, chunk: int) -> ChunkScores:
-        """Read a chunk's scores.
+    def read(self, chunk: int, tokens: int) -> NDArray[np.float32]:
+        """Read the scores of a chunk of so many tokens.
 
         Raises:
             UnfinishedEvaluationError: the chunk is missing or damaged.
         """
         try:
             with np.load(self._path(chunk), allow_pickle=False) as arrays:
-                tally = Tally(self._vocab_size)
-                for name in _TALLY:
-                    getattr(tally, name)[:] = arrays[name]
-                return ChunkScores(**{name: arrays[name] for name in _ARRAYS}, tally=tally)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                scores: NDArray[np.float32] = arrays["scores"]
+            if scores.shape != (4, tokens):
+                raise ValueError(f"expected the scores of {tokens} tokens, got {scores.shape}")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             self._path(chunk).unlink(missing_ok=True)
             raise UnfinishedEvaluationError(
                 f"part {chunk} of the evaluation in {self.folder} cannot be read ({error}) and was "
                 "removed: repeat the command, which scores it again; several ranks need one folder"
             ) from error
+        return scores
 
     def finish(self) -> None:
         """Remove it: the result has been written."""
         shutil.rmtree(self.folder)
 
     def _path(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:06d}.npz"
+        return self.folder / f"scores_{chunk:06d}.npz"

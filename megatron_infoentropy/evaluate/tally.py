@@ -95,7 +95,7 @@ Floats = NDArray[np.floating[Any]]
 class Tally:
     """`by_entropy` [tokens, ce, entropy; bins], `by_confidence` [tokens, confidence, right; bins].
 
-    A tally of other tokens is added by `+=`; adding in the same order gives the same bits.
+    Adding in the same order gives the same bits.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -110,11 +110,6 @@ class Tally:
         self.by_entropy += _binned(place, FINE_BINS, ce, entropy)
         place = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
         self.by_confidence += _binned(place, CONFIDENCE_BINS, confidence, right)
-
-    def __iadd__(self, other: "Tally") -> "Tally":
-        self.by_entropy += other.by_entropy
-        self.by_confidence += other.by_confidence
-        return self
 
     def histogram(self) -> dict[str, Any]:
         """Return tokens by predicted entropy, with each bin's mean cross entropy and entropy."""

@@ -104,7 +104,7 @@ def test_another_evaluation_is_not_mixed_in(model, other_model, dataset, interru
 
 
 def test_a_damaged_part_is_scored_again(model, dataset, interrupted):
-    part = interrupted / PARTS / "000001.npz"
+    part = interrupted / PARTS / "scores_000001.npz"
     part.write_bytes(part.read_bytes()[:-40])
     with pytest.raises(UnfinishedEvaluationError, match=r"part 1 of .* repeat the command"):
         evaluate(model, dataset, interrupted)

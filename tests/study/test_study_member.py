@@ -25,11 +25,11 @@ def evaluate(tmp_path, monkeypatch):
 
         def evaluate_model(model, data, how, *, output, restart=False, **options):
             tried.append(restart)
-            journal = ChunkJournal(output, vocab_size=8)
+            journal = ChunkJournal(output)
             journal.start({"scoring": plan}, restart=restart)
             for part in range(2):
                 if journal.has(part):
-                    journal.read(part)
+                    journal.read(part, 1)
 
         monkeypatch.setattr(perplexity, "evaluate_model", evaluate_model)
         steps._evaluate(study, places(study, tmp_path), tmp_path)
@@ -49,11 +49,11 @@ def test_leftovers_of_another_evaluation_are_discarded(evaluate, tmp_path):
 def test_a_damaged_part_does_not_discard_the_others(evaluate, tmp_path):
     evaluate("one")
     parts = tmp_path / "evaluation.unfinished"
-    (parts / "000000.npz").write_bytes(b"damaged")
-    (parts / "000001.npz").write_bytes(b"not looked at")
+    (parts / "scores_000000.npz").write_bytes(b"damaged")
+    (parts / "scores_000001.npz").write_bytes(b"not looked at")
     with pytest.raises(UnfinishedEvaluationError, match="part 0"):
         evaluate("one")
-    assert sorted(path.name for path in parts.iterdir()) == ["000001.npz", "plan.json"]
+    assert sorted(path.name for path in parts.iterdir()) == ["plan.json", "scores_000001.npz"]
 
 
 def test_an_edited_task_is_asked_again(tmp_path, monkeypatch):
