@@ -30,11 +30,8 @@ def doctor(
     tensor_parallel: training.TensorParallel = None,
     pipeline_parallel: training.PipelineParallel = None,
     data: Annotated[
-        Path | None, typer.Option(help="folder with train/, validation/, test/: compare checksums")
+        Path | None, typer.Option(help="folder with train/, validation/, test/: open each file")
     ] = None,
-    local_data: Annotated[
-        bool, typer.Option("--local-data", help="every host has a copy of its own: read each")
-    ] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="must be the one that the data were made with")
     ] = None,
@@ -63,7 +60,7 @@ def doctor(
     if "RANK" not in os.environ:
         raise typer.Exit(start_ranks(sys.argv[2:], ranks))
     disk = int(disk_gib * 2**30)
-    order = Order(recipe, settings, flags, data, local_data, tokenizer, run, disk, timeout)
+    order = Order(recipe, settings, flags, data, tokenizer, run, disk, timeout)
     if examine_job(order, out.print):
         raise typer.Exit(1)
 

@@ -15,22 +15,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_infoentropy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.files import file_sha256
 from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_tokenizer
-from megatron_infoentropy.progress import progress
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
 GIB, MIB = 2**30, 2**20
-LOOKING = timedelta(hours=6)  # the longest that a rank may read its share of the data
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
@@ -40,15 +37,13 @@ ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragme
 class Order:
     """What to look at; `settings` and `flags` change the recipe as they do in a training.
 
-    `disk` are the bytes that must be free, `timeout_s` is how long to wait for a rank; with
-    `local_data` every host has a copy of the data.
+    `disk` are the bytes that must be free, `timeout_s` is how long to wait for a rank.
     """
 
     recipe: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     data: Path | None = None
-    local_data: bool = False
     tokenizer: Path | None = None
     run: Path = Path()
     disk: int = 20 * GIB
@@ -123,7 +118,6 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     arrive(store, me, order.timeout_s)
     facts = look(me, order)
     plan: list[Any] = [_plan(order, facts, me.world) if me.rank == 0 else None]
-    wait_for_all(store, me, LOOKING)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", me.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -199,12 +193,6 @@ def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
         )
 
 
-def wait_for_all(store: Any, me: JobRank, longest: timedelta) -> None:
-    """Wait until every rank has looked: a collective would give up after the time-out of one."""
-    store.set(f"doctor/looked/{me.rank}", "")
-    store.wait([f"doctor/looked/{rank}" for rank in range(me.world)], longest)
-
-
 def look(me: JobRank, order: Order) -> Facts:
     """Look at this rank's device, disk, versions, data and tokenizer."""
     device, free = _device(me)
@@ -225,8 +213,7 @@ def look(me: JobRank, order: Order) -> Facts:
             f"{order.disk / GIB:.1f}: make room, or name another --run"
         )
     if order.data is not None:
-        share = me[2:] if order.local_data else me[:2]
-        look_at_data(facts, order.data, *share)
+        look_at_data(facts, order.data)
     if order.tokenizer is not None:
         try:
             require_tokenizer(order.tokenizer, facts.made_with or None)
@@ -249,37 +236,21 @@ def _device(me: JobRank) -> tuple[str, int]:
     return f"CPU, {os.cpu_count()} cores", int(available.split()[1]) * 1024 // me.local_world
 
 
-def look_at_data(facts: Facts, data: Path, index: int, of: int) -> None:
-    """Open every dataset below `data`, compare the checksum of every `of`-th file."""
-    digest, sums = hashlib.sha256(), dict[Path, str]()
+def look_at_data(facts: Facts, data: Path) -> None:
+    """Open every dataset below `data`; `infoentropy verify` reads every byte."""
+    digest, opened = hashlib.sha256(), 0
     for split in SPLITS:
         try:
             manifest = load_manifest(data / split)
             digest.update((data / split / MANIFEST).read_bytes())
             facts.made_with = facts.made_with or manifest.tokenizer.sha256  # of the training data
-            for name, domain in manifest.domains.items():
-                prefix = manifest.prefix(name)
-                IndexedReader(prefix)
-                sums |= {bin_path(prefix): domain.bin_sha256, idx_path(prefix): domain.idx_sha256}
+            for name in manifest.domains:
+                IndexedReader(manifest.prefix(name))
+                opened += 2
         except (OSError, ValueError) as error:
             facts.problems.append(str(error))
-    written = [path for path in sums if sums[path]]  # an old version wrote no checksums
-    mine = sorted(written, key=lambda path: -path.stat().st_size)[index::of]
-    size = sum(path.stat().st_size for path in mine)
-    with progress("checksums", size, "bytes") if not index else nullcontext(int) as advance:
-        for path in mine:
-            try:
-                if file_sha256(path) != sums[path]:
-                    facts.problems.append(
-                        f"{path} is not what was written, its checksum differs from the "
-                        "manifest's: look with `infoentropy verify`, or preprocess it again"
-                    )
-            except OSError as error:
-                facts.problems.append(f"{path} cannot be read: {error}")
-            advance(path.stat().st_size)
     facts.same["data with the manifests"] = digest.hexdigest()[:12]
-    files = f"{len(sums)} data files opened, {len(mine)} checksums compared"
-    facts.seen.append(f"  {files}, of {size / 1e6:.1f} MB")
+    facts.seen.append(f"  {opened} data files opened")
 
 
 def require_memory(facts: Facts, needed: int) -> None:
