@@ -21,20 +21,12 @@ from rich.table import Table
 from megatron_infoentropy.bench.results import file_name, provenance, write_csv
 from megatron_infoentropy.bench.table import number, table_of, with_range
 from megatron_infoentropy.bench.timing import median_difference, spread
-from megatron_infoentropy.launch.dry_run import stand_ins
-from megatron_infoentropy.launch.job import reading_flags, require_layout
-from megatron_infoentropy.launch.recipe import (
-    chosen_flags,
-    load_recipe,
-    machine_environment,
-    read_facts,
-    to_command_line,
-    useful_ranks,
-)
+from megatron_infoentropy.launch.job import command_line, require_layout
+from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
 from megatron_infoentropy.launch.run_folder import LOG, parameters_in
 from megatron_infoentropy.launch.train import follow
 from megatron_infoentropy.runtime import cpu, orphans
-from megatron_infoentropy.runtime.device import Device, find_device
+from megatron_infoentropy.runtime.device import find_device
 
 PARTS = ("forward", "loss", "backward", "gradients", "optimizer")  # of a step, in order
 # Every step pays for a report, ours and Megatron's: more than a training that logs now and then.
@@ -112,7 +104,8 @@ def bench_recipe(
     """
     facts = provenance() if output else {}  # refuses before the work, not after it
     device = find_device()
-    words = _flags(recipe, settings, (*extra_flags, *NOTHING_ELSE), data, tokenizer, device)
+    flags = (*extra_flags, *NOTHING_ELSE)
+    words = command_line(device, recipe, settings, flags, data=data, tokenizer=tokenizer)
     layout = read_facts(words)
     ranks = ranks or useful_ranks(layout, device.count if device.type == "cuda" else 1)
     require_layout(ranks, layout)
@@ -142,23 +135,6 @@ def _answer(folder: Path, rank: int) -> str:
             f"the training ended before every loss had taken a step; its log is under {folder}"
         )
     return path.read_text(encoding="utf-8")
-
-
-def _flags(
-    recipe: Path,
-    settings: dict[str, Any],
-    extra_flags: tuple[str, ...],
-    data: Path | None,
-    tokenizer: Path | None,
-    device: Device,
-) -> list[str]:
-    words = chosen_flags(device, load_recipe(recipe), settings)
-    if data is None:
-        return [*words, *stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
-    if tokenizer is None:
-        raise ValueError("--data needs the --tokenizer it was made with")
-    places = reading_flags(recipe, [*words, *extra_flags], data, tokenizer)
-    return [*words, *to_command_line(places), *extra_flags]
 
 
 def rows_of(recipe: str, parameters: int | None, ranks: list[RankResult]) -> list[RecipeRow]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.launch.job import SPLITS, TrainingJob, require_tokenizer
+from megatron_infoentropy.launch.job import SPLITS, command_line, require_tokenizer
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
 GIB, MIB = 2**30, 2**20
@@ -273,8 +273,8 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int
 
     try:
         if order.data and order.tokenizer and not facts.problems:  # else told elsewhere
-            places = (order.recipe, order.data, order.tokenizer, order.run)
-            TrainingJob(*places, order.settings, extra_flags=order.flags).flags(find_device())
+            places = {"data": order.data, "tokenizer": order.tokenizer}
+            command_line(find_device(), order.recipe, order.settings, order.flags, **places)
         args = dry_run(
             order.recipe, order.settings, order.flags, tokenizer=order.tokenizer, ranks=world
         )

@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infoentropy.launch.failures import refusal
-from megatron_infoentropy.launch.job import require_layout, require_tokenizer
+from megatron_infoentropy.launch.job import command_line, require_layout
 from megatron_infoentropy.launch.recipe import (
-    RecipeError,
-    chosen_flags,
-    last_value,
     load_plan,
-    load_recipe,
     machine_environment,
     read_facts,
-    to_command_line,
     useful_ranks,
 )
 from megatron_infoentropy.runtime.device import Device, find_device
@@ -56,9 +51,8 @@ def dry_run(
         ValueError: flags that a training would refuse, or a model that the arithmetic does not
             cover.
     """
-    device, flags = find_device(), load_recipe(recipe)
-    words = chosen_flags(device, flags, settings)
-    words += [*stand_ins(recipe, [*words, *extra_flags], tokenizer), *extra_flags]
+    device = find_device()
+    words = command_line(device, recipe, settings, extra_flags, tokenizer=tokenizer)
     facts = read_facts(words)
     on_machine = useful_ranks(facts, device.count)
     ranks = ranks or load_plan(recipe).ranks or on_machine
@@ -69,22 +63,6 @@ def dry_run(
 def report(args: Namespace) -> list[str]:
     """Return one fact a line, for a reader."""
     return [*_training_lines(args), *_memory_lines(args), *_traffic_lines(args)]
-
-
-def stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> list[str]:
-    """Return flags for a tokenizer, if there is none yet, and for data, which nobody will read.
-
-    Raises:
-        ValueError: no such tokenizer, or without one `words` do not say how large the vocabulary
-            is.
-    """
-    named: dict[str, Any] = {"tokenizer-type": "NullTokenizer", "mock-data": True}
-    if tokenizer is not None:
-        require_tokenizer(tokenizer)
-        named |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": tokenizer}
-    elif last_value(words, "vocab-size") is None:
-        raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")
-    return to_command_line(named)
 
 
 def parse(words: list[str], ranks: int, device: Device) -> Namespace:

@@ -51,26 +51,58 @@ class TrainingJob:
         Raises:
             ValueError: a recipe, a setting or a dataset that cannot be used.
         """
-        recipe = load_recipe(self.recipe)
-        chosen = chosen_flags(device, recipe, self.settings)
-        words = [*chosen, *self.extra_flags]
-        read_facts(words)  # what was mistyped, before any file is opened
-        places = reading_flags(self.recipe, words, self.data, self.tokenizer)
-        places |= dict.fromkeys(("save", "load"), self.run / "checkpoints")
-        return [*chosen, *to_command_line(places), *self.extra_flags]
+        places = {"data": self.data, "tokenizer": self.tokenizer, "run": self.run}
+        return command_line(device, self.recipe, self.settings, self.extra_flags, **places)
 
 
-def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
-    """Return the flags of tokenizer and data, the latter blended as the recipe plans.
-
-    words: the flags of the training. With --eval-iters 0 only training data are named: Megatron
-    fails on others of which it wants no sample.
+def command_line(
+    device: Device,
+    recipe: Path,
+    settings: dict[str, Any],
+    extra_flags: tuple[str, ...],
+    *,
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+    run: Path | None = None,
+) -> list[str]:
+    """Return the flags of a training; without data Megatron makes some up.
 
     Raises:
-        ValueError: datasets that cannot be used, or a tokenizer that did not make them.
+        ValueError: a recipe, a setting or a dataset that cannot be used.
+    """
+    chosen = chosen_flags(device, load_recipe(recipe), settings)
+    words = [*chosen, *extra_flags]
+    read_facts(words)  # what was mistyped, before any file is opened
+    if data is None:
+        places = _stand_ins(recipe, words, tokenizer)
+    elif tokenizer is None:
+        raise ValueError("--data needs the --tokenizer it was made with")
+    else:
+        places = _reading_flags(recipe, words, data, tokenizer)
+    if run is not None:
+        places |= dict.fromkeys(("save", "load"), run / "checkpoints")
+    return [*chosen, *to_command_line(places), *extra_flags]
+
+
+def _stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> dict[str, Any]:
+    """Return flags for a tokenizer, if there is none yet, and for data, which nobody has."""
+    if tokenizer is not None:
+        require_tokenizer(tokenizer)
+        named: dict[str, Any] = {"tokenizer-type": "HuggingFaceTokenizer"}
+        return named | {"tokenizer-model": tokenizer, "mock-data": True}
+    if last_value(words, "vocab-size") is None:
+        raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")
+    return {"tokenizer-type": "NullTokenizer", "mock-data": True}
+
+
+def _reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
+    """Return the flags of tokenizer and data, the latter blended as the recipe plans.
+
+    With --eval-iters 0 only training data are named: Megatron fails on others of which it wants no
+    sample.
     """
     if (data / CONVERSATIONS.format("train")).is_file():
-        return conversation_flags(words, data, tokenizer)
+        return _conversation_flags(words, data, tokenizer)
     _require_vocabulary(recipe, words, data)
     require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
@@ -83,12 +115,8 @@ def reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -
     }
 
 
-def conversation_flags(words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
-    """Return the flags of tokenizer and data where these are conversations, a file a split.
-
-    Raises:
-        ValueError: no tokenizer, or no conversations to validate with where that is asked for.
-    """
+def _conversation_flags(words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
+    """Return the flags of tokenizer and data where these are conversations, a file a split."""
     require_tokenizer(tokenizer)
     paths = {split: data / CONVERSATIONS.format(split) for split in SPLITS}
     if last_value(words, "eval-iters") == "0":
