@@ -308,19 +308,19 @@ def study(
 
     Ended by whatever, the same command goes on where it was.
     """
-    from megatron_infoentropy.study import runner, states
+    from megatron_infoentropy.study import runner
     from megatron_infoentropy.study.plan import load_study
 
     plan, output = load_study(study), output.resolve()
     if dry_run:
-        for state in states.find_states(plan, output):
+        for state in runner.find_states(plan, output):
             out.print(f"{state.number:3}  {state.member.name:36}  {state}")
     elif slurm:
-        out.print(f"{states.write_script(plan, output, jobs)}: see there how to submit it")
+        out.print(f"{runner.write_script(plan, output, jobs)}: see there how to submit it")
     else:
         with runner.terminated_as_interrupted():
             if only is not None:
-                page = states.do_part(plan, output, only)
+                page = runner.do_part(plan, output, only)
             else:
                 page = runner.run_study(plan, output, jobs=jobs, say=lambda line: out.print(line))
         if page is not None:

@@ -85,25 +85,30 @@ class Step:
 
 @dataclass(frozen=True)
 class Progress:
-    """The steps of a folder that are finished, and a hash of all that they wrote."""
+    """The steps of a folder that are finished and that are not; a hash of all that they wrote."""
 
     done: tuple[str, ...]
+    left: tuple[str, ...]
     seconds: float
     digest: str
 
 
-def read_progress(folder: Path, steps: list[Step], after: str) -> Progress:
-    """Return which steps are finished, from the first; `after`: what they build upon, a digest."""
+def read_progress(folder: Path, steps: list[Step], after: str | None) -> Progress:
+    """Return which steps are finished, from the first.
+
+    after: what they build upon, a digest; None where that is not there.
+    """
+    names = tuple(step.name for step in steps)
+    if after is None:
+        return Progress((), names, 0.0, "")
     entries, digest, seconds = _read(folder)[0], after, 0.0
-    done: list[str] = []
-    for step in steps:
+    for done, step in enumerate(steps):
         entry = entries.get(step.name, {})
         if _find_outputs(folder, step, entry, _key(step, digest)) is None:
-            break
+            return Progress(names[:done], names[done:], seconds, digest)
         digest = _digest_of(entry)
         seconds += entry["seconds"]
-        done.append(step.name)
-    return Progress(tuple(done), seconds, digest)
+    return Progress(names, (), seconds, digest)
 
 
 def read_given(folder: Path) -> Given:

@@ -4,11 +4,13 @@ Every run is a process of its own, so that one that fails, or is killed for its 
 other with it. Its words are kept in OUTPUT/logs/NAME.log and passed on, with its place in the study
 and the time left.
 
-Such a process is `infoentropy study --only PART`.
+Such a process is `infoentropy study --only PART`; as a Slurm job array a study is one task for the
+data, one for every run, one for the report.
 """
 
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,18 +23,139 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_infoentropy.runtime.device import find_device
-from megatron_infoentropy.study.plan import Study
-from megatron_infoentropy.study.states import (
-    DATA,
-    State,
-    StudyFailed,
-    duration,
-    find_states,
-    report,
-)
-from megatron_infoentropy.study.steps import find_digest
+from megatron_infoentropy.study.ledger import Progress, read_progress, run_steps
+from megatron_infoentropy.study.plan import Member, Study
+from megatron_infoentropy.study.steps import find_digest, member_steps, prepare
 
+DATA, REPORT = "data", "report"
+LOGS, SCRIPT = "logs", "study.slurm"
 Worker = subprocess.Popen[str]
+Say = Callable[[str], object]
+
+
+class StudyFailed(RuntimeError):
+    """Something of a study failed; says what, where to read on, and what was done all the same."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A run, its place in the study from 1, and what is finished of it."""
+
+    number: int
+    member: Member
+    progress: Progress
+
+    @property
+    def is_done(self) -> bool:
+        return not self.progress.left
+
+    def __str__(self) -> str:
+        done, left = (", ".join(steps) for steps in (self.progress.done, self.progress.left))
+        if self.is_done:
+            return f"done in {duration(self.progress.seconds)}"
+        return f"to do: {left}" + (f" (done: {done})" if done else "")
+
+
+def find_states(study: Study, output: Path) -> list[State]:
+    """Return what is finished of every run; reads what is not as recorded, starts nothing."""
+    digest = find_digest(study, output)
+    every = [(member, member_steps(study, member, output)) for member in study.members]
+    return [
+        State(number, member, read_progress(output / member.name, steps, digest))
+        for number, (member, steps) in enumerate(every, start=1)
+    ]
+
+
+def do_part(study: Study, output: Path, part: str) -> Path | None:
+    """Do one part of a study in this process: "data", the name of a run, or "report".
+
+    Returns:
+        The page, if it was the report.
+
+    Raises:
+        ValueError, RuntimeError: what stopped it, in words.
+    """
+    if part == REPORT:
+        return report(study, output)
+    member = None if part == DATA else study.member(part)
+    digest = prepare(study, output)
+    if member is not None:
+        run_steps(output / member.name, member_steps(study, member, output), digest)
+    return None
+
+
+def report(study: Study, output: Path) -> Path:
+    """Write the report of all runs that are finished; it names those that are not.
+
+    Raises:
+        StudyFailed: no run is finished.
+    """
+    states = find_states(study, output)
+    done = [output / state.member.name for state in states if state.is_done]
+    missing = [state.member.name for state in states if not state.is_done]
+    if not done:
+        raise StudyFailed(f"no run of {study.path} is finished, so there is nothing to report")
+    notes = [f"{len(missing)} of {len(states)} planned runs are missing: {', '.join(missing)}."]
+    return _write(done, output, notes if missing else [])
+
+
+def _write(runs: list[Path], output: Path, notes: list[str]) -> Path:
+    from megatron_infoentropy.evaluate.report import write_report
+
+    return write_report(runs, output, notes=notes)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `45 s`, `12 min` or `3 h 05 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def write_script(study: Study, output: Path, jobs: int) -> Path:
+    """Write OUTPUT/study.slurm, an array of which `jobs` tasks may run at a time."""
+    script = output / SCRIPT
+    (output / LOGS).mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+    count, last = len(study.members), len(study.members) + 1
+    # Slurm takes quotes as a shell does, and %% for a percent sign.
+    log = shlex.quote(f"{str(output).replace('%', '%%')}/{LOGS}/slurm-%A-%a.log")
+    runs = "\n".join(f"  {shlex.quote(member.name)}" for member in study.members)
+    file, name, word, path = (
+        shlex.quote(str(each)) for each in (script, study.name, study.path, output)
+    )
+    script.write_text(
+        f"""\
+#!/usr/bin/env bash
+# The study {study.name}: {count} runs, each a task of this array; task 0 makes the data,
+# task {last} the report. Adapt partition, account, time and GPUs, then submit:
+#
+#   data=$(sbatch --parsable --array=0 {file})
+#   runs=$(sbatch --parsable --dependency=afterok:$data {file})
+#   sbatch --dependency=afterany:$runs --array={last} {file}
+#
+# The last line again, later, renews the report. A task that was ended goes on where it was.
+#SBATCH --job-name={name}
+#SBATCH --array=1-{count}%{jobs}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-task=1
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --output={log}
+set -euo pipefail
+
+parts=(
+  {DATA}
+{runs}
+  {REPORT}
+)
+exec infoentropy study {word} --output {path} --only "${{parts[$SLURM_ARRAY_TASK_ID]}}"
+""",
+        encoding="utf-8",
+    )
+    return script
 
 
 def start_worker(study: Study, output: Path, part: str, *, slot: int, jobs: int) -> Worker:
@@ -80,10 +203,6 @@ def terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-LOGS = "logs"
-Say = Callable[[str], object]
 
 
 def run_study(study: Study, output: Path, *, jobs: int = 1, say: Say) -> Path:
@@ -155,7 +274,7 @@ class _Runs:
         self.states = find_states(study, output)
         self.failed: list[str] = []
         self._waiting = [state for state in self.states if not state.is_done]
-        self._took = [state.seconds for state in self.states if state.is_done]
+        self._took = [state.progress.seconds for state in self.states if state.is_done]
         self._active: list[_Active] = []
         self._said: queue.Queue[tuple[_Active, str | None]] = queue.Queue()  # None: it ended
 

@@ -62,7 +62,7 @@ def find_digest(study: Study, output: Path) -> str | None:
     steps = _data_steps(study, output)
     after = _digest_of_given(_given(study, output))
     progress = read_progress(output / FOLDER, steps, after)
-    return progress.digest if len(progress.done) == len(steps) else None
+    return None if progress.left else progress.digest
 
 
 def _digest_of_tokens(tokens: Path) -> str:

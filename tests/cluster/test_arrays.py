@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.study.plan import load_study
-from megatron_infoentropy.study.states import find_states, write_script
+from megatron_infoentropy.study.runner import find_states, write_script
 
 STUDY = """
 recipe: {recipe}

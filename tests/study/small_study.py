@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from textwrap import dedent
 
-from megatron_infoentropy.study import states, steps
+from megatron_infoentropy.study import runner, steps
 from megatron_infoentropy.study.plan import Study, load_study
 
 TEXT = """
@@ -70,7 +70,7 @@ def fake_steps() -> None:
         return page
 
     steps._train, steps._export, steps._evaluate = train, export, evaluate
-    states._write = write
+    runner._write = write
 
 
 def did(output: Path, name: str) -> list[str]:
@@ -84,4 +84,4 @@ if __name__ == "__main__":  # a worker: STUDY OUTPUT PART
     fake_steps()
     with terminated_as_interrupted():
         sys.stdout.write(f"doing {sys.argv[3]}\n")
-        states.do_part(load_study(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3])
+        runner.do_part(load_study(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3])

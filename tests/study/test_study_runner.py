@@ -10,9 +10,13 @@ import pytest
 import small_study
 from small_study import did, fake_steps, write_study
 
-from megatron_infoentropy.study import runner, states, steps
-from megatron_infoentropy.study.runner import terminated_as_interrupted
-from megatron_infoentropy.study.states import StudyFailed, duration, find_states
+from megatron_infoentropy.study import runner, steps
+from megatron_infoentropy.study.runner import (
+    StudyFailed,
+    duration,
+    find_states,
+    terminated_as_interrupted,
+)
 
 NAMES = ["cross_entropy-seed1", "infoentropy-gamma1-seed1",
          "cross_entropy-seed2", "infoentropy-gamma1-seed2"]  # fmt: skip
@@ -23,8 +27,7 @@ STEPS = ["train", "export", "evaluate"]
 def study(tmp_path, monkeypatch):
     for module, names in (
         (steps, ("_train", "_export", "_evaluate")),
-        (states, ("_write",)),
-        (runner, ("start_worker",)),
+        (runner, ("_write", "start_worker")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
@@ -91,26 +94,26 @@ def test_an_interrupted_study_ends_its_runs_and_goes_on_from_there(study, tmp_pa
 
     with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
         runner.run_study(study, output, say=interrupt)
-    assert find_states(study, output)[0].done == ("train",)
+    assert find_states(study, output)[0].progress.done == ("train",)
     (output / f"{NAMES[0]}.hangs").unlink()
-    states.do_part(study, output, NAMES[0])  # nobody holds its lock
+    runner.do_part(study, output, NAMES[0])  # nobody holds its lock
     assert did(output, NAMES[0]) == ["train", "export", "export", "evaluate"]
 
 
 def test_without_a_finished_run_there_is_nothing_to_report(study, tmp_path):
     with pytest.raises(StudyFailed, match="nothing to report"):
-        states.do_part(study, tmp_path / "out", "report")
+        runner.do_part(study, tmp_path / "out", "report")
 
 
 def test_an_unknown_part_is_refused_with_those_there_are(study, tmp_path):
     with pytest.raises(ValueError, match=f"has no run 'x'; its runs are {NAMES[0]}"):
-        states.do_part(study, tmp_path / "out", "x")
+        runner.do_part(study, tmp_path / "out", "x")
 
 
 def test_a_change_of_the_grid_leaves_the_other_runs_alone(study, tmp_path):
     output = tmp_path / "out"
     for name in NAMES[:2]:
-        states.do_part(study, output, name)
+        runner.do_part(study, output, name)
     changed = write_study(tmp_path, small_study.TEXT.replace("gamma: 1", "gamma: [1, 2]"))
     done = [state.member.name for state in find_states(changed, output) if state.is_done]
     assert done == NAMES[:2]

@@ -5,7 +5,7 @@ import subprocess
 
 from small_study import write_study
 
-from megatron_infoentropy.study.states import write_script
+from megatron_infoentropy.study.runner import write_script
 
 
 def test_every_task_does_its_part(tmp_path):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
 from megatron_infoentropy.study.plan import load_study
-from megatron_infoentropy.study.states import find_states
+from megatron_infoentropy.study.runner import find_states
 
 STUDY = """
 recipe: {recipe}
