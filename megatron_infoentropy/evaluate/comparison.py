@@ -22,7 +22,6 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_infoentropy.evaluate.buckets import BANDS_OF, BUCKETS, DECILES
 from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.groups import (
     Group,
@@ -39,7 +38,7 @@ from megatron_infoentropy.evaluate.inference import (
     holm,
 )
 from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.evaluate.tally import DIFFICULTY
+from megatron_infoentropy.evaluate.tally import BANDS_OF, BUCKETS, DECILES, DIFFICULTY
 
 Kind = Literal["total", "bucket", "decile", "difficulty", "domain", "tasks", "task", "accuracy"]
 Place = tuple[Kind, str]

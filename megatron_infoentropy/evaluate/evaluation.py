@@ -59,7 +59,7 @@ class UnfinishedEvaluationError(ValueError):
 class DocumentSums:
     """Sums over the scored tokens of every document, in the order they were selected.
 
-    D documents, B = `buckets.BANDS` frequency bands:
+    D documents, B = `tally.BANDS` frequency bands:
         domain: index into the evaluation's domains, int64 [D].
         document: index in the domain's dataset, int64 [D].
         tokens: scored tokens, int64 [D, B].

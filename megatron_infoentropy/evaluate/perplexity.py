@@ -19,15 +19,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megatron_infoentropy.data.tokenizer import TOKENIZER
-from megatron_infoentropy.evaluate.buckets import (
-    BANDS,
-    BUCKETS,
-    DECILES,
-    RULE,
-    describe_bands,
-    frequency_bands,
-    read_token_counts,
-)
 from megatron_infoentropy.evaluate.dataset import (
     TokenDataset,
     domain_weights,
@@ -55,8 +46,15 @@ from megatron_infoentropy.evaluate.model import (
 )
 from megatron_infoentropy.evaluate.scoring import ChunkJournal, Scoring, ScoringJob, score_chunk
 from megatron_infoentropy.evaluate.tally import (
+    BANDS,
+    BUCKETS,
+    DECILES,
+    RULE,
     Tally,
     bits_per_byte,
+    describe_bands,
+    frequency_bands,
+    read_token_counts,
     summarise_documents,
     weighted_average,
 )

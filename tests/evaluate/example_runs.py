@@ -8,9 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_infoentropy.evaluate.buckets import BANDS, BUCKETS, DECILES, RULE
 from megatron_infoentropy.evaluate.evaluation import FORMAT, DocumentSums, Evaluation
-from megatron_infoentropy.evaluate.tally import Tally, summarise_documents, weighted_average
+from megatron_infoentropy.evaluate.tally import (
+    BANDS,
+    BUCKETS,
+    DECILES,
+    RULE,
+    Tally,
+    summarise_documents,
+    weighted_average,
+)
 
 VOCAB = 8192
 DOMAINS = {"Python documentation": 90, "Python source code": 160}

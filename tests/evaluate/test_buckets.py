@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_infoentropy.evaluate.buckets import (
+from megatron_infoentropy.evaluate.tally import (
     BANDS,
     BANDS_OF,
     BUCKETS,

@@ -11,7 +11,6 @@ from example_runs import example_evaluation, write_run, write_runs
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.evaluate.buckets import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.compare import compare_folders
 from megatron_infoentropy.evaluate.comparison import (
     Comparison,
@@ -23,6 +22,7 @@ from megatron_infoentropy.evaluate.evaluation import DocumentSums, Evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs, match
 from megatron_infoentropy.evaluate.runlog import TrainingLog
 from megatron_infoentropy.evaluate.runs import Run, load_run
+from megatron_infoentropy.evaluate.tally import BUCKETS, DECILES
 from megatron_infoentropy.evaluate.verdict import answers
 
 

@@ -11,8 +11,8 @@ from tiny_llama import CONTEXT, score, write_model
 from token_folder import EOD, VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
-from megatron_infoentropy.evaluate.buckets import BANDS, frequency_bands
 from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.tally import BANDS, frequency_bands
 
 LN2 = math.log(2)
 
