@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 Values = dict[str, float]
 
@@ -32,30 +33,16 @@ _FIELD = re.compile(
 
 
 @dataclass(frozen=True)
-class TrainingLine:
-    """What one logged interval of training reported; means over the interval, as Megatron logs."""
+class LogLine:
+    """What one line reported: of training, means over a logged interval, as Megatron logs; of a
+    validation; or, observed, percentiles of entropies and weights over an interval's tokens."""
 
-    iteration: int
-    train_iters: int
-    values: Values
-
-
-@dataclass(frozen=True)
-class ValidationLine:
-    """What one evaluation during training reported."""
-
+    kind: Literal["training", "validation", "observed"]
     iteration: int
     values: Values
-    split: str = "validation"
+    train_iters: int = 0  # of training
+    split: str = ""  # of a validation: validation or test
     name: str = ""  # of the validation set, where there are several
-
-
-@dataclass(frozen=True)
-class ObservationLine:
-    """Percentiles of entropies and weights over the tokens of one logged interval."""
-
-    iteration: int
-    values: Values
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class TrainingLog:
         return max(self.training, default=0)
 
 
-def parse_line(line: str) -> TrainingLine | ValidationLine | ObservationLine | None:
+def parse_line(line: str) -> LogLine | None:
     """Understand one line of the log.
 
     Returns:
@@ -85,15 +72,16 @@ def parse_line(line: str) -> TrainingLine | ValidationLine | ObservationLine | N
         without "value" for validation losses); None for any other text.
     """
     if match := _OBSERVATION.search(line):
-        return ObservationLine(int(match["iteration"]), _fields(match["fields"]))
+        return LogLine("observed", int(match["iteration"]), _fields(match["fields"]))
     if match := _VALIDATION.search(line):
         values = {
             name.removesuffix(" value"): value for name, value in _fields(match["fields"]).items()
         }
-        split = match["split"] or "validation"
-        return ValidationLine(int(match["iteration"]), values, split, match["name"] or "")
+        split, name = match["split"] or "validation", match["name"] or ""
+        return LogLine("validation", int(match["iteration"]), values, split=split, name=name)
     if match := _TRAINING.search(line):
-        return TrainingLine(int(match["iteration"]), int(match["total"]), _fields(match["fields"]))
+        fields = _fields(match["fields"])
+        return LogLine("training", int(match["iteration"]), fields, int(match["total"]))
     return None
 
 
@@ -105,11 +93,11 @@ def parse_log(lines: Iterable[str]) -> TrainingLog:
     train_iters = 0
     for line in lines:
         match parse_line(line):
-            case TrainingLine(iteration, train_iters, values):
+            case LogLine("training", iteration, values, train_iters):
                 training[iteration] = values
-            case ValidationLine(iteration, values, "validation", ""):
+            case LogLine("validation", iteration, values, split="validation", name=""):
                 validation[iteration] = values
-            case ObservationLine(iteration, values):
+            case LogLine("observed", iteration, values):
                 observed[iteration] = values
             case _:
                 pass

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infoentropy.evaluate.runlog import TrainingLine, ValidationLine, parse_line
+from megatron_infoentropy.evaluate.runlog import LogLine, parse_line
 from megatron_infoentropy.launch.failures import describe, explain, refusal, tail
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
@@ -121,19 +121,19 @@ class Said:
     """What a training that ended well said of itself."""
 
     was_stopped: bool = False  # by a signal, after a checkpoint
-    last: TrainingLine | None = None
-    validation: ValidationLine | None = None  # the last one
+    last: LogLine | None = None  # of training
+    validation: LogLine | None = None  # the last one
 
-    def hear(self, line: str) -> TrainingLine | None:
+    def hear(self, line: str) -> LogLine | None:
         """Take note of a line of the log; returns the step that it tells of, if it does."""
         self.was_stopped |= STOPPED in line
         try:
             parsed = parse_line(line)
         except ValueError:  # what two ranks made of their lines
             return None
-        if isinstance(parsed, ValidationLine):
+        if parsed and parsed.kind == "validation":
             self.validation = parsed
-        if not isinstance(parsed, TrainingLine):
+        if parsed is None or parsed.kind != "training":
             return None
         self.last = parsed
         return parsed

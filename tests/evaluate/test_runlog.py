@@ -1,14 +1,10 @@
 """Megatron's console log: what is understood, and what is passed over."""
 
+import math
+
 import pytest
 
-from megatron_infoentropy.evaluate.runlog import (
-    TrainingLine,
-    ValidationLine,
-    parse_line,
-    parse_log,
-    read_log,
-)
+from megatron_infoentropy.evaluate.runlog import LogLine, parse_line, parse_log, read_log
 
 TRAINING = (
     " [2026-11-23 05:00:00.123456] iteration       10/     100 | consumed samples:          160 | "
@@ -51,8 +47,7 @@ def test_an_observation_line_gives_percentiles_of_entropies_and_weights():
 
 def test_a_training_line_gives_every_number_by_name():
     line = parse_line(TRAINING)
-    assert isinstance(line, TrainingLine)
-    assert (line.iteration, line.train_iters) == (10, 100)
+    assert (line.kind, line.iteration, line.train_iters) == ("training", 10, 100)
     assert line.values == {
         "consumed samples": 160,
         "elapsed time per iteration (ms)": 612.3,
@@ -71,7 +66,7 @@ def test_a_training_line_gives_every_number_by_name():
 
 def test_a_validation_line_keeps_loss_and_perplexity_apart():
     values = {"cross entropy": 7.1, "cross entropy PPL": 1200}
-    assert parse_line(VALIDATION) == ValidationLine(50, values)
+    assert parse_line(VALIDATION) == LogLine("validation", 50, values, split="validation")
 
 
 @pytest.mark.parametrize(
@@ -90,11 +85,8 @@ def test_a_torn_line_gives_what_is_whole():
     line = parse_line(TRAINING[: TRAINING.index("8.912345") + 4])
     assert line is not None
     assert "learning rate" in line.values
-    assert parse_line(" iteration 1/ 2 | loss: nan | grad norm: inf | note: see log |") == (
-        TrainingLine(
-            1, 2, pytest.approx({"loss": float("nan"), "grad norm": float("inf")}, nan_ok=True)
-        )
-    )
+    line = parse_line(" iteration 1/ 2 | loss: nan | grad norm: inf | note: see log |")
+    assert line.values == pytest.approx({"loss": math.nan, "grad norm": math.inf}, nan_ok=True)
 
 
 def test_numbers_of_two_ranks_in_one_are_left_out():
