@@ -2,14 +2,8 @@
 
 import numpy as np
 import pytest
-from token_folder import EOD
 
-from megatron_infoentropy.evaluate.scoring import (
-    IGNORED,
-    batches_of_similar_length,
-    cut_windows,
-    make_batch,
-)
+from megatron_infoentropy.evaluate.scoring import batches_of_similar_length, cut_windows
 
 LENGTHS = (1, 15, 16, 17, 33, 64)
 
@@ -42,24 +36,3 @@ def test_batches_hold_every_window_and_stay_within_the_budget():
     assert all(len(batch) * batch[0].positions <= 40 for batch in batches)
     longest_first = [window.positions for batch in batches for window in batch]
     assert longest_first == sorted(longest_first, reverse=True)
-
-
-def test_a_batch_reads_its_context_scores_the_rest_and_is_padded_to_the_right():
-    stream = np.array([EOD, 11, 12, 13, 14, 15, 16, EOD, 21])  # two texts, of 6 and of 1
-    inputs, target = make_batch(stream, cut_windows([6, 1], 4, 2), EOD)
-    assert inputs.tolist() == [[EOD, 11, 12, 13], [12, 13, 14, 15], [EOD] * 4]
-    no = IGNORED
-    assert target.tolist() == [[11, 12, 13, 14], [no, no, 15, 16], [21, no, no, no]]
-
-
-def test_a_window_reads_what_is_left_of_two_tokens_in_front_of_the_text():
-    stream = np.array([1, 2, 11, 12, 13, 14, 15, 16])
-    inputs, target = make_batch(stream, cut_windows([6], 4, 1, 2), 2)
-    assert inputs.tolist() == [
-        [1, 2, 11, 12],
-        [2, 11, 12, 13],
-        [11, 12, 13, 14],
-        [12, 13, 14, 15],
-    ]
-    no = IGNORED
-    assert target.tolist() == [[no, 11, 12, 13], *([no, no, no, t] for t in (14, 15, 16))]
