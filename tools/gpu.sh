@@ -70,8 +70,8 @@ prepare() { # packages, the extension, what a GPU must show; then who measures w
   } || return 1
   export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
   # Transformer Engine looks for these by name; the driver's own folder stays first.
-  LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$("$python" -c "import pathlib, torch
-root = pathlib.Path(torch.__file__).parents[1]
+  LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$("$python" -c "import importlib.util, pathlib
+root = pathlib.Path(importlib.util.find_spec('torch').origin).parents[1]
 print(*(f for p in ('nccl', 'cu13', 'cudnn') for f in root.glob(f'nvidia/{p}/lib')), sep=':')")
   export LD_LIBRARY_PATH
   local there="from megatron_infoentropy.kernels import cuda; assert hasattr(cuda._C, 'cuda_shard_statistics')"
