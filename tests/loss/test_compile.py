@@ -128,9 +128,7 @@ def compiled_on_rank(collective, dynamic):
     return compare_compiled(shard, target, config, "aot_eager", dist.group.WORLD, dynamic)
 
 
-@pytest.mark.parametrize(
-    ("collective", "dynamic"), [("gather", False), ("gather", True), ("all_reduce", True)]
-)
+@pytest.mark.parametrize(("collective", "dynamic"), [("gather", True), ("all_reduce", True)])
 def test_the_collective_is_part_of_the_graph(collective, dynamic):
     results = run_ranks(compiled_on_rank, 2, collective, dynamic)
     for (loss, gradient), (compiled, its_gradient) in results:
