@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_infoentropy.evaluate import plots_scores, plots_training, wording
+from megatron_infoentropy.evaluate import plots, wording
 from megatron_infoentropy.evaluate.figure import Data, Figure, write_figures
 from megatron_infoentropy.evaluate.report_data import report_data
 from megatron_infoentropy.evaluate.runs import load_run
@@ -68,17 +68,17 @@ _FIRST_FIGURES = ("difficulty", "differences", "tasks", "training_ce")
 def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
-        "training_ce": plots_training.training_curves(data, "cross entropy", validation=True),
-        "training_objective": plots_training.training_curves(data, "objective", validation=False),
-        "entropies": plots_training.entropies_over_training(data),
-        "weights_in_training": plots_training.weights_over_training(data),
-        "differences": plots_scores.differences(data),
-        "tasks": plots_scores.task_differences(data),
-        "deciles": plots_scores.differences_by(data, "decile"),
-        "difficulty": plots_scores.differences_by(data, "difficulty"),
-        "weights": plots_training.weights_over_entropy(data),
-        "calibration": plots_training.entropy_calibration(data),
-        "confidence": plots_training.confidence_calibration(data),
+        "training_ce": plots.training_curves(data, "cross entropy", validation=True),
+        "training_objective": plots.training_curves(data, "objective", validation=False),
+        "entropies": plots.entropies_over_training(data),
+        "weights_in_training": plots.weights_over_training(data),
+        "differences": plots.differences(data),
+        "tasks": plots.task_differences(data),
+        "deciles": plots.differences_by(data, "decile"),
+        "difficulty": plots.differences_by(data, "difficulty"),
+        "weights": plots.weights_over_entropy(data),
+        "calibration": plots.entropy_calibration(data),
+        "confidence": plots.confidence_calibration(data),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from example_runs import write_run, write_runs
 from matplotlib.figure import Figure
 
-from megatron_infoentropy.evaluate import plots_training
+from megatron_infoentropy.evaluate import plots
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
@@ -168,6 +168,6 @@ def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkey
         plot(axes)
         tops.append(axes.get_ylim()[1] - max(line.get_ydata().max() for line in axes.lines))
 
-    monkeypatch.setattr(plots_training, "draw", draw)
-    plots_training.weights_over_training(report_data([load_run(run) for run in runs]))
+    monkeypatch.setattr(plots, "draw", draw)
+    plots.weights_over_training(report_data([load_run(run) for run in runs]))
     assert tops[0] >= 0
