@@ -79,7 +79,9 @@ assert mapping
 """
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no such pages")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no such pages"
+)
 @pytest.mark.parametrize("start", [pytest.param("--version", id="command"), "training"])
 def test_large_tensors_ask_for_huge_pages(start: str) -> None:
     if start == "training" and torch.cuda.is_available():
