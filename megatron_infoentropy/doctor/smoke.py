@@ -28,6 +28,7 @@ from megatron_infoentropy.launch.job import SPLITS, command_line, require_tokeni
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
 GIB, MIB = 2**30, 2**20
+LOOKING = timedelta(hours=6)  # the longest that a rank may take to look, or to plan
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
@@ -118,6 +119,7 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     arrive(store, me, order.timeout_s)
     facts = look(me, order)
     plan: list[Any] = [_plan(order, facts, me.world) if me.rank == 0 else None]
+    wait_for_all(store, me, LOOKING)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", me.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -191,6 +193,15 @@ def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
             f"are there, from {', '.join(sorted(set(came.values())))}: look at what the missing "
             "ones said last, and whether their host is up"
         )
+
+
+def wait_for_all(store: Any, me: JobRank, longest: timedelta) -> None:
+    """Wait until every rank has looked, and rank 0 has planned, whose Megatron takes long to start.
+
+    A collective would give up after the time-out of one.
+    """
+    store.set(f"doctor/looked/{me.rank}", "")
+    store.wait([f"doctor/looked/{rank}" for rank in range(me.world)], longest)
 
 
 def look(me: JobRank, order: Order) -> Facts:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -131,6 +132,37 @@ def test_groups_are_those_that_megatron_makes_of_its_world():
 def store_of(world, seconds):
     wait = timedelta(seconds=seconds)
     return dist.TCPStore("127.0.0.1", 0, world, True, wait, wait_for_workers=False)
+
+
+def test_a_rank_that_has_looked_waits_for_one_that_takes_long():
+    store, long = store_of(2, 0.1), timedelta(seconds=60)
+    first, second = JobRank(0, 2, 0, 2), JobRank(1, 2, 1, 2)
+    with pytest.raises(dist.DistStoreError):
+        smoke.wait_for_all(store, first, timedelta(seconds=0.2))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(smoke.wait_for_all, store, first, long)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)  # longer than the store's own patience
+        other = dist.TCPStore("127.0.0.1", store.port, 2, False, wait_for_workers=False)
+        smoke.wait_for_all(other, second, long)
+        waiting.result(timeout=60)
+
+
+def test_nobody_joins_the_others_before_the_recipe_is_planned(monkeypatch, tmp_path):
+    """To plan takes a start of Megatron, which can be longer than a rank is waited for."""
+    world = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    for name, value in ({"MASTER_ADDR": "localhost"} | world).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    did = []
+
+    def noted(name, do):
+        return lambda *words, **options: (did.append(name), do(*words, **options))[1]
+
+    for place, name in ((smoke, "_plan"), (smoke, "wait_for_all"), (dist, "init_process_group")):
+        monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+    assert smoke.examine_job(Order(run=tmp_path, disk=0), did.append) == []
+    assert did[:3] == ["_plan", "wait_for_all", "init_process_group"]
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_host():
