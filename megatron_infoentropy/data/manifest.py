@@ -56,7 +56,7 @@ OUTPUT_FILES = ("*.bin", "*.idx", MANIFEST, TOKEN_COUNTS, REJECTED)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer that the ids belong to; `sha256` is the digest that `is_tokenizer` compares.
+    """The tokenizer that the ids belong to; `sha256` is its `tokenizer_digest`.
 
     `start_ids` begin every document, where the tokenizer puts a start token before a text.
     """
@@ -75,7 +75,7 @@ class DomainFacts:
     """The sizes of one domain: `bytes` of UTF-8 text, and `tokens` ids with the ends of documents.
 
     `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
-    document and were skipped. The checksums are SHA-256, "" where an older version wrote none.
+    document and were skipped. The checksums are SHA-256.
     """
 
     prefix: str
@@ -92,8 +92,7 @@ class DomainFacts:
 class InputFacts:
     """The counts of one input file's lines: documents, rejected, or blank (at the file's end).
 
-    `sha256` is that of its bytes, `samples` that of some of them (`preprocess.input_of`); both are
-    "" where an older version recorded none.
+    `sha256` is that of its bytes, `samples` that of some of them (`preprocess.input_of`).
     """
 
     name: str
@@ -145,7 +144,7 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a token dataset folder; format 1, with fewer facts, is read too.
+    """Read the manifest of a token dataset folder.
 
     Raises:
         ValueError: there is none, or it is of no format that this version knows.
@@ -159,8 +158,8 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
-        if found not in (1, FORMAT):
-            raise ValueError(f"expected format 1 or {FORMAT}, got {found!r}; preprocess again")
+        if found != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {found!r}; preprocess again")
         return _parse(folder, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -168,7 +167,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
-    shard = content.get("shard")
+    shard = content["shard"]
     for facts in content["domains"].values():
         prefix = facts["prefix"]
         if prefix in ("", ".", "..") or "/" in prefix or "\0" in prefix:
@@ -179,12 +178,12 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         dtype=content["dtype"],
         append_eod=content["append_eod"],
         domains={name: DomainFacts(**facts) for name, facts in content["domains"].items()},
-        options=DataOptions(**content.get("options", {"split_by": PILE_DOMAIN})),
-        versions=content.get("versions", {}),
-        engine=content.get("engine", "hf"),
-        inputs=tuple(InputFacts(**facts) for facts in content.get("inputs", ())),
-        left_out=content.get("left_out", {}),
+        options=DataOptions(**content["options"]),
+        versions=content["versions"],
+        engine=content["engine"],
+        inputs=tuple(InputFacts(**facts) for facts in content["inputs"]),
+        left_out=content["left_out"],
         shard=None if shard is None else (shard[0], shard[1]),
-        shards_of=content.get("shards_of", ""),
-        token_counts_sha256=content.get("token_counts_sha256", ""),
+        shards_of=content["shards_of"],
+        token_counts_sha256=content["token_counts_sha256"],
     )

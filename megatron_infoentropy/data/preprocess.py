@@ -183,14 +183,10 @@ class Task:
 
 
 def _is_that_of(facts: InputFacts, file: Input, made_ns: int) -> bool:
-    """Say whether a file is the one in a manifest; all of it is read if it changed since then.
-
-    Where an older version recorded no content, name and size decide.
-    """
-    if (facts.name, facts.bytes) != (file.facts.name, file.facts.bytes):
+    """Say whether a file is the one in a manifest; all of it is read if it changed since then."""
+    ours, theirs = file.facts, facts
+    if (ours.name, ours.bytes, ours.samples) != (theirs.name, theirs.bytes, theirs.samples):
         return False
-    if not facts.sha256 or facts.samples != file.facts.samples:
-        return not facts.sha256
     return file.changed_ns < made_ns or file_sha256(file.path) == facts.sha256
 
 

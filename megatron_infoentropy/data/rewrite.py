@@ -199,7 +199,7 @@ class _Join:
         """
         digests = [copy.result() for copy in self._copies]
         for facts, reader, digest in zip(self._facts, self._readers, digests, strict=True):
-            expected = (facts.tokens, self._dtype, facts.bin_sha256 or digest)
+            expected = (facts.tokens, self._dtype, facts.bin_sha256)
             if (reader.tokens.size, reader.dtype, digest) != expected:
                 raise ValueError(
                     f"{bin_path(reader.prefix)} is not what its manifest says (checksum, size or "
@@ -297,11 +297,11 @@ def _identities(part: Manifest) -> Iterator[tuple[Hashable, str]]:
     """Yield what no two parts may have in common, and how to say that they do."""
     yield part.folder.resolve(), "are the same folder"
     checksums = frozenset(facts.bin_sha256 for facts in part.domains.values())
-    if checksums and "" not in checksums:
+    if checksums:
         yield checksums, "hold the same tokens"
     for facts in part.inputs:
         if facts.documents:
-            yield facts.sha256 or repr(facts), f"were both made of {facts.name}"
+            yield facts.sha256, f"were both made of {facts.name}"
 
 
 def _prefixes(parts: Sequence[Manifest]) -> dict[str, str]:

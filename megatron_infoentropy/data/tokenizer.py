@@ -41,7 +41,6 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-_OF_FOLDER = ":folder"  # ends a digest; without it, it is the SHA-256 of tokenizer.json alone
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of transformers 5 and 4
 _READ_BY_TRANSFORMERS = (CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS, "config.json")
 _PROBES = (
@@ -256,21 +255,7 @@ def tokenizer_digest(folder: Path) -> str:
     if settings.get("tokenizer_class") in GENERIC_CLASSES:
         del settings["tokenizer_class"]  # as if none were named
     content = json.dumps([rules, settings, added], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest() + _OF_FOLDER
-
-
-def is_tokenizer(folder: Path, recorded: str) -> bool:
-    """Say whether a folder holds the tokenizer of which `recorded` is the digest.
-
-    Earlier versions recorded the SHA-256 of tokenizer.json alone: then that alone is compared.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    digest = tokenizer_digest(folder)
-    if recorded.endswith(_OF_FOLDER):
-        return digest == recorded
-    return hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest() == recorded
+    return f"{hashlib.sha256(content.encode()).hexdigest()}:folder"
 
 
 def read_json(path: Path) -> dict[str, Any]:

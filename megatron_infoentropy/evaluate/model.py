@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
+from megatron_infoentropy.data.tokenizer import TOKENIZER, tokenizer_digest
 
 # The others may have much more to do; one that died ends all of them, which is torchrun's work.
 _TIMEOUT = timedelta(days=7)
@@ -181,13 +181,14 @@ def require_same_tokenizer(source: ModelSource, sha256: str) -> None:
             f"{folder} holds no {TOKENIZER}, so nothing tells whether the data's token ids mean "
             "the same to this model: copy the model's tokenizer there"
         )
-    if not is_tokenizer(folder, sha256):
+    digest = tokenizer_digest(folder)
+    if digest != sha256:
         raise ValueError(
             f"the tokenizer in {folder} is not the one the data was written with: token ids would "
             "not mean the same; preprocess the data with this tokenizer, or evaluate the model "
             "that belongs to it"
         )
-    if source.trained_on is not None and not is_tokenizer(folder, source.trained_on):
+    if source.trained_on not in (None, digest):
         raise ValueError(
             f"the model was trained on data of another tokenizer than the one in {folder}: name "
             "the tokenizer of the training data, and preprocess this data with it"

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer, tokenizer_digest
+from megatron_infoentropy.data.tokenizer import TOKENIZER, tokenizer_digest
 from megatron_infoentropy.launch.recipe import (
     PREFIX,
     RecipeError,
@@ -173,9 +173,8 @@ def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
             f"{tokenizer} holds no {TOKENIZER}: give --tokenizer the folder that "
             "`infoentropy preprocess` was given"
         )
-    if sha256 is None:
-        tokenizer_digest(tokenizer)  # names a damaged file, which Megatron does not
-    elif not is_tokenizer(tokenizer, sha256):
+    digest = tokenizer_digest(tokenizer)  # names a damaged file, which Megatron does not
+    if sha256 not in (None, digest):
         raise ValueError(
             f"{tokenizer} is not the tokenizer that the training data were made with: its "
             f"{TOKENIZER}, special tokens or settings differ; name theirs, or preprocess the text "

@@ -23,7 +23,6 @@ from typing import Any
 
 from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.data.tokenizer import TOKENIZER, is_tokenizer
 from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
 from megatron_infoentropy.files import commit_of, write_whole
 from megatron_infoentropy.launch.recipe import (
@@ -105,10 +104,7 @@ def _require_same_model(run: Path, known: dict[str, Any], words: list[str]) -> N
             f"{run} holds a hybrid model, and Megatron goes on from it with a hybrid alone: add "
             "--infoentropy-hybrid, or name another --run"
         )
-    folder = Path(last_value(words, "tokenizer-model") or "")
-    # An earlier version recorded another digest of the same tokenizer.
-    if not (recorded and (folder / TOKENIZER).is_file() and is_tokenizer(folder, recorded)):
-        shapes["tokenizer"] = (recorded, _tokenizer_sha256(words))
+    shapes["tokenizer"] = (recorded, _tokenizer_sha256(words))
     for name, (theirs, ours) in shapes.items():
         if theirs and ours and theirs != ours:
             raise ValueError(

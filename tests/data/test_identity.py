@@ -108,12 +108,6 @@ def test_inputs_are_verified_by_name_and_content(tokenizer_folder: Path, tmp_pat
     assert verify(tmp_path / "out", inputs=[*texts, other]) == [
         Fault(other, "is not what the dataset was made of")
     ]
-    path = tmp_path / "out" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["inputs"][0]["sha256"] = ""
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="does not record its inputs"):
-        verify(tmp_path / "out", inputs=texts)
     with pytest.raises(ValueError, match="only the manifest of its folder has inputs"):
         verify(tmp_path / "out" / "a", inputs=texts)
 

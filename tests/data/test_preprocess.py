@@ -159,22 +159,6 @@ def test_counts_of_everything_add_up(
         assert replace(facts, sha256="", samples="") == counts
 
 
-def test_a_manifest_of_the_first_format_is_read(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    manifest = preprocess(inputs, tokenizer_folder, tmp_path / "out")
-    path = tmp_path / "out" / "manifest.json"
-    content = json.loads(path.read_text())
-    old = {key: content[key] for key in ("tokenizer", "dtype", "append_eod", "token_counts")}
-    facts = ("prefix", "documents", "tokens", "bytes")
-    domains = {n: {k: d[k] for k in facts} for n, d in content["domains"].items()}
-    path.write_text(json.dumps({"format": 1, **old, "domains": domains}))
-    found = load_manifest(tmp_path / "out")
-    assert found.tokenizer == manifest.tokenizer
-    assert found.domains[A].tokens == manifest.domains[A].tokens
-    assert found.domains[A].bin_sha256 == ""
-
-
 def test_a_manifest_that_can_not_be_used_is_named(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +166,7 @@ def test_a_manifest_that_can_not_be_used_is_named(
     preprocess(inputs, tokenizer_folder, out)
     content = json.loads((out / "manifest.json").read_text())
     for change, message in (
-        ({"format": 3}, "expected format 1 or 2, got 3; preprocess again"),
+        ({"format": 1}, "expected format 2, got 1; preprocess again"),
         ({"domains": {"A": {"prefix": "a"}}}, "missing 3 required"),
         ({"tokenizer": None}, "must be a mapping"),
     ):

@@ -1,6 +1,5 @@
 """The command that trains, and what a run leaves behind, with ranks that only pretend."""
 
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_infoentropy.config import InfoEntropyConfig, Objective
 from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.files import commit_of
 from megatron_infoentropy.launch import train as launch
@@ -55,7 +55,7 @@ def job(tmp_path, monkeypatch):
             write_dataset(folder / facts.prefix, facts.tokens)
         Manifest(
             folder=folder,
-            tokenizer=TokenizerFacts(hashlib.sha256(b"{}").hexdigest(), 100, 0),
+            tokenizer=TokenizerFacts(tokenizer_digest(tmp_path / "tok"), 100, 0),
             dtype="uint16",
             append_eod=True,
             domains=domains,
