@@ -10,9 +10,12 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+_READ_AT_ONCE = 1 << 17  # bytes: they stay in a core's cache while they are hashed and written
 
 
 @contextmanager
@@ -145,10 +148,25 @@ def write_whole(path: Path, content: bytes | str, *, executable: bool = False) -
             temporary.chmod(0o755)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_pieces(path: Path, start: int = 0, size: int = sys.maxsize) -> Iterator[memoryview]:
+    """Yield `size` bytes of a file from `start` on, or up to its end, some at a time.
+
+    What is yielded is only good until the next.
+    """
+    buffer = memoryview(bytearray(_READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while size > 0 and (read := file.readinto(buffer[:size])):
+            yield buffer[:read]
+            size -= read
+
+
+def file_sha256(path: Path, start: int = 0, size: int = sys.maxsize) -> str:
+    """Return the SHA-256 of a file, or of `size` bytes of it from `start` on, in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in file_pieces(path, start, size):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def require_space(output: Path, size: int) -> None:

@@ -3,7 +3,8 @@
     python tools/bench_preprocess.py TEXT.jsonl TOKENIZER [--repeats 3] [--only NAME ...]
 
 Every run is a process of its own, started cold, on the whole text and on its first half; providers
-take turns. Steady tokens/s is what the second half adds: it is free of start-up. Peers:
+take turns, and of each the best counts, as other work on a machine only adds. Steady tokens/s is
+what the second half adds: it is free of start-up. Peers:
 
     megatron   tools/preprocess_data.py of the checkout that MEGATRON_LM names, if it is set
     megatron fast   its preprocess_data_fast.py, in one process with gigatoken's threads, where the
@@ -21,7 +22,6 @@ import hashlib
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +31,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.preprocess import preprocess
@@ -156,7 +154,7 @@ def remove(out: Path) -> None:
 def compare(
     texts: dict[str, Path], tokenizer: Path, repeats: int, folder: Path, only: list[str]
 ) -> list[dict[str, Any]]:
-    """One row a provider: medians over repeats in which all take turns."""
+    """One row a provider: the best of repeats in which all take turns."""
     chosen = {name: make for name, make in providers().items() if not only or name in only}
     walls: dict[tuple[str, str], list[float]] = {}
     cpus: dict[tuple[str, str], list[float]] = {}
@@ -173,13 +171,13 @@ def compare(
                 remove(out)
     rows = []
     for name in chosen:
-        half, whole = (float(np.median(walls[name, size])) for size in texts)
+        half, whole = (min(walls[name, size]) for size in texts)
         rows.append(
             {
                 "provider": name,
                 "whole_run_s": round(whole, 2),
                 "steady_tokens_per_s": steady_rate(tokens["whole"] - tokens["half"], whole - half),
-                "cpu_s": round(statistics.median(cpus[name, "whole"]), 2),
+                "cpu_s": round(min(cpus[name, "whole"]), 2),
                 "same_bytes": all(
                     hashes[name, size] == hashes[next(iter(chosen)), size] for size in texts
                 ),

@@ -185,6 +185,8 @@ class JournalledRun:
                 f"{facts.rejected} rejected and {facts.blank} blank ones were counted; "
                 "this is a mistake in this program, please report it"
             )
+        for writer in self.writers.values():
+            writer.end_span()
         facts.sha256 = block.sha256
         facts.bytes = facts.bytes or block.end.offset  # of standard input it is only known now
         self.state.file, self.state.offset, self.state.line = self.state.file + 1, 0, 1

@@ -12,7 +12,9 @@ Nothing in it depends on the machine, the day or the number of workers.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from megatron_infoentropy.files import write_whole
 
@@ -47,7 +49,7 @@ class DataOptions:
 DEFAULT_OPTIONS = DataOptions()
 
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
 REJECTED = "rejected.tsv"
@@ -70,12 +72,20 @@ class TokenizerFacts:
         object.__setattr__(self, "start_ids", tuple(self.start_ids))  # JSON has lists
 
 
+class Span(NamedTuple):
+    """So many bytes of a `.bin` behind those of the span before, and their SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass
 class DomainFacts:
     """The sizes of one domain: `bytes` of UTF-8 text, and `tokens` ids with the ends of documents.
 
     `empty` of the `documents` have no token; `rejected` are lines that name this domain but hold no
-    document and were skipped. The checksums are SHA-256.
+    document and were skipped. The ids of one input are a span of the `.bin`, so that datasets can
+    be joined, and checked in parallel, without a new checksum of all bytes.
     """
 
     prefix: str
@@ -84,8 +94,11 @@ class DomainFacts:
     bytes: int
     empty: int = 0
     rejected: int = 0
-    bin_sha256: str = ""
+    bin_spans: list[Span] = field(default_factory=list)
     idx_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        self.bin_spans = [Span(*each) for each in self.bin_spans]  # JSON has lists
 
 
 @dataclass
@@ -158,8 +171,8 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
-        if found != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, got {found!r}; preprocess again")
+        if found not in (2, FORMAT):
+            raise ValueError(f"expected format 2 or {FORMAT}, got {found!r}; preprocess again")
         return _parse(folder, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -172,6 +185,11 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         prefix = facts["prefix"]
         if prefix in ("", ".", "..") or "/" in prefix or "\0" in prefix:
             raise ValueError(f"the prefix {prefix!r} is no name of a file in this folder")
+        size = facts["tokens"] * np.dtype(content["dtype"]).itemsize
+        if "bin_sha256" in facts:  # format 2 had one checksum of the whole file
+            facts["bin_spans"] = [(size, facts.pop("bin_sha256"))]
+        if sum(span[0] for span in facts["bin_spans"]) != size:
+            raise ValueError(f"the spans of {prefix}.bin do not add up to its {size} bytes")
     return Manifest(
         folder=folder,
         tokenizer=TokenizerFacts(**content["tokenizer"]),

@@ -1,8 +1,9 @@
 """Datasets made of datasets: shards or datasets of one kind joined, documents cut into pieces.
 
 Merging copies the files of ids, each part to its place in a file that has its full size from the
-start, several parts at a time. Shards joined in order are, byte for byte, what one run over all
-their inputs would have written.
+start, several parts at a time, and holds every span of a part to its checksum on the way; these are
+the checksums of the whole. Shards joined in order are, byte for byte, what one run over all their
+inputs would have written.
 
 Packing cuts a dataset into pieces of one length, as the published code does before it trains. Some
 documents of a domain are laid end to end and cut; what is left of them at the end is dropped, and
@@ -32,6 +33,7 @@ from megatron_infoentropy.data.manifest import (
     REJECTED,
     DomainFacts,
     Manifest,
+    Span,
     load_manifest,
 )
 from megatron_infoentropy.data.writer import (
@@ -43,10 +45,8 @@ from megatron_infoentropy.data.writer import (
     write_all,
     write_index,
 )
-from megatron_infoentropy.files import new_folder, require_space
+from megatron_infoentropy.files import file_pieces, new_folder, require_space
 from megatron_infoentropy.progress import Advance, progress
-
-_COPIED_AT_ONCE = 1 << 17  # bytes
 
 
 def merge(
@@ -126,45 +126,44 @@ def _threads(workers: int) -> Iterator[tuple[Executor, Event]]:
 
 
 class _Copier:
-    """Copies and hashes files, in pieces that stay in a core's cache, until it is told to stop."""
+    """Copies and hashes files until it is told to stop."""
 
     def __init__(self, stop: Event, advance: Advance) -> None:
         self._stop, self._advance, self._lock = stop, advance, Lock()
 
-    def copy(self, source: Path, target: Path, offset: int) -> str:
-        """Write a file into its place in a larger one; returns its hash."""
-        digest = hashlib.sha256()
+    def copy(self, source: Path, target: Path, offset: int, spans: Sequence[Span]) -> None:
+        """Write a file of these spans into its place in a larger one.
+
+        Raises:
+            ValueError: a span is not what its checksum says.
+        """
+        start = 0
         with target.open("r+b", buffering=0) as file:
             file.seek(offset)
-            for piece in self._pieces(source):
-                digest.update(piece)
-                write_all(file, piece)
-                with self._lock:
-                    self._advance(len(piece))
+            for span in spans:
+                digest = hashlib.sha256()
+                for piece in file_pieces(source, start, span.bytes):
+                    if self._stop.is_set():
+                        return
+                    digest.update(piece)
+                    write_all(file, piece)
+                    with self._lock:
+                        self._advance(len(piece))
+                if digest.hexdigest() != span.sha256:
+                    raise _not_as_recorded(source)
+                start += span.bytes
             os.fsync(file.fileno())
-        return digest.hexdigest()
 
-    def hash(self, sources: Sequence[Path]) -> str:
-        """Return the hash of files in a row."""
-        digest = hashlib.sha256()
-        for source in sources:
-            for piece in self._pieces(source):
-                digest.update(piece)
-        return digest.hexdigest()
 
-    def _pieces(self, path: Path) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(_COPIED_AT_ONCE))
-        with path.open("rb", buffering=0) as file:
-            while not self._stop.is_set() and (size := file.readinto(buffer)):
-                yield buffer[:size]
+def _not_as_recorded(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not what its manifest says (checksum, size or type); look with "
+        "`infoentropy verify`, or preprocess that part again"
+    )
 
 
 class _Join:
-    """One domain that is being written: each part's ids to their place, and an index of them all.
-
-    The hash of the whole is that of the parts in a row, which are read once more for it: it cannot
-    be put together from theirs.
-    """
+    """One domain that is being written: every part's ids to their place, and an index of all."""
 
     def __init__(
         self,
@@ -180,14 +179,18 @@ class _Join:
         self._readers = [IndexedReader(part.prefix(name)) for part in having]
         self._prefix, self._dtype = prefix, np.dtype(parts[0].dtype)
         self._lengths = side / prefix.name
+        for facts, reader in zip(self._facts, self._readers, strict=True):
+            if (reader.tokens.size, reader.dtype) != (facts.tokens, self._dtype):
+                raise _not_as_recorded(bin_path(reader.prefix))
         sizes = [reader.tokens.nbytes for reader in self._readers]
         with bin_path(prefix).open("wb") as file:
             file.truncate(sum(sizes))
-        sources = [bin_path(reader.prefix) for reader in self._readers]
-        self._whole = pool.submit(copier.hash, sources) if len(sources) > 1 else None
+        offsets = accumulate(sizes, initial=0)
         self._copies = [
-            pool.submit(copier.copy, source, bin_path(prefix), offset)
-            for source, offset in zip(sources, accumulate(sizes, initial=0), strict=False)
+            pool.submit(
+                copier.copy, bin_path(reader.prefix), bin_path(prefix), offset, facts.bin_spans
+            )
+            for facts, reader, offset in zip(self._facts, self._readers, offsets, strict=False)
         ]
         self._index = pool.submit(self._write_index)
 
@@ -197,20 +200,14 @@ class _Join:
         Raises:
             ValueError: a part is not what its manifest says.
         """
-        digests = [copy.result() for copy in self._copies]
-        for facts, reader, digest in zip(self._facts, self._readers, digests, strict=True):
-            expected = (facts.tokens, self._dtype, facts.bin_sha256)
-            if (reader.tokens.size, reader.dtype, digest) != expected:
-                raise ValueError(
-                    f"{bin_path(reader.prefix)} is not what its manifest says (checksum, size or "
-                    "type); look with `infoentropy verify`, or preprocess that part again"
-                )
+        for copy in self._copies:
+            copy.result()
         done = self._index.result()
         for facts in self._facts:
             done.tokens += facts.tokens
             done.bytes += facts.bytes
             done.rejected += facts.rejected
-        done.bin_sha256 = digests[0] if self._whole is None else self._whole.result()
+            done.bin_spans += facts.bin_spans
         return done
 
     def _write_index(self) -> DomainFacts:
@@ -296,9 +293,9 @@ def _require_distinct(parts: Sequence[Manifest]) -> None:
 def _identities(part: Manifest) -> Iterator[tuple[Hashable, str]]:
     """Yield what no two parts may have in common, and how to say that they do."""
     yield part.folder.resolve(), "are the same folder"
-    checksums = frozenset(facts.bin_sha256 for facts in part.domains.values())
-    if checksums:
-        yield checksums, "hold the same tokens"
+    if part.domains:  # of spans nothing is seen where the same text was cut into other files
+        lengths = frozenset(facts.idx_sha256 for facts in part.domains.values())
+        yield (part.token_counts_sha256, lengths), "hold the same tokens"
     for facts in part.inputs:
         if facts.documents:
             yield facts.sha256, f"were both made of {facts.name}"

@@ -1,8 +1,12 @@
 """Checks every byte of a dataset, and shows what it holds: lengths and documents."""
 
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,8 @@ from megatron_infoentropy.data.indexed import (
 from megatron_infoentropy.data.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
-    DomainFacts,
     Manifest,
+    Span,
     load_manifest,
 )
 from megatron_infoentropy.data.tokenizer import load_tokenizer
@@ -103,7 +107,9 @@ def verify(
         require_prefix(target)
         if inputs:
             raise ValueError(f"{target} is one dataset: only the manifest of its folder has inputs")
-        return list(_check(target, None if loaded is None else loaded.vocab_size, None, None))
+        reader = _open(target)
+        vocab_size = None if loaded is None else loaded.vocab_size
+        return [reader] if isinstance(reader, Fault) else list(_check(reader, vocab_size, None))
     manifest = load_manifest(target)
     faults = []
     if loaded is not None and loaded.sha256 != manifest.tokenizer.sha256:
@@ -111,11 +117,9 @@ def verify(
         faults.append(Fault(target / MANIFEST, problem))
     if inputs:
         faults += _check_inputs(manifest, inputs)
-    vocab, eod = manifest.tokenizer.vocab_size, manifest.tokenizer.eod_id
     with progress("verify", len(manifest.domains), "domains") as advance:
-        for name, facts in manifest.domains.items():
-            end = eod if manifest.append_eod else None
-            faults += _check(manifest.prefix(name), vocab, end, facts)
+        for name in manifest.domains:
+            faults += _check_domain(manifest, name)
             advance(1)
     return [*faults, *_check_counts(manifest)]
 
@@ -139,35 +143,42 @@ def _check_inputs(manifest: Manifest, inputs: Sequence[Path]) -> Iterator[Fault]
             yield Fault(manifest.folder / MANIFEST, problem)
 
 
-def _check(
-    prefix: Path, vocab_size: int | None, eod: int | None, facts: DomainFacts | None
-) -> Iterator[Fault]:
-    """Yield all that is wrong with one dataset; if it can not be opened, only that."""
-    try:
-        reader = IndexedReader(prefix)
-    except ValueError as error:
-        yield _unreadable(prefix, str(error))
+def _check_domain(manifest: Manifest, name: str) -> Iterator[Fault]:
+    """Yield all that is wrong with one dataset of a folder; if it can not be opened, only that."""
+    reader, facts = _open(manifest.prefix(name)), manifest.domains[name]
+    if isinstance(reader, Fault):
+        yield reader
         return
+    starts = accumulate((span.bytes for span in facts.bin_spans), initial=0)
+    parts = [(idx_path(reader.prefix), 0, Span(sys.maxsize, facts.idx_sha256))]
+    parts += zip(repeat(bin_path(reader.prefix)), starts, facts.bin_spans, strict=False)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        digests = pool.map(lambda part: file_sha256(part[0], part[1], part[2].bytes), parts)
+        eod = manifest.tokenizer.eod_id if manifest.append_eod else None
+        yield from _check(reader, manifest.tokenizer.vocab_size, eod)
+        size = (len(reader), reader.tokens.size)
+        if size != (facts.documents, facts.tokens):
+            problem = f"has {size[0]} documents and {size[1]} tokens, the manifest says "
+            yield Fault(idx_path(reader.prefix), f"{problem}{facts.documents} and {facts.tokens}")
+        for (path, start, span), digest in zip(parts, digests, strict=True):
+            if digest != span.sha256:
+                problem = "does not have the checksum that the manifest says, from byte "
+                yield Fault(path, f"{problem}{start} on")
+
+
+def _check(reader: IndexedReader, vocab_size: int | None, eod: int | None) -> Iterator[Fault]:
     disorder = reader.disorder()
     if disorder:
-        yield Fault(idx_path(prefix), disorder)
+        yield Fault(idx_path(reader.prefix), disorder)
     else:
         yield from _check_tokens(reader, vocab_size, eod)
-    if facts is None:
-        return
-    size = (len(reader), reader.tokens.size)
-    if size != (facts.documents, facts.tokens):
-        problem = f"has {size[0]} documents and {size[1]} tokens, the manifest says "
-        yield Fault(idx_path(prefix), f"{problem}{facts.documents} and {facts.tokens}")
-    for path, expected in (
-        (bin_path(prefix), facts.bin_sha256),
-        (idx_path(prefix), facts.idx_sha256),
-    ):
-        if file_sha256(path) != expected:
-            yield Fault(path, "does not have the checksum that the manifest says")
 
 
-def _unreadable(prefix: Path, problem: str) -> Fault:
+def _open(prefix: Path) -> IndexedReader | Fault:
+    try:
+        return IndexedReader(prefix)
+    except ValueError as error:
+        problem = str(error)
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             return Fault(path, "is missing")

@@ -37,8 +37,8 @@ from megatron_infoentropy.data.indexed import (
     idx_path,
     token_dtype,
 )
-from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest
-from megatron_infoentropy.files import file_sha256, write_atomically
+from megatron_infoentropy.data.manifest import TOKEN_COUNTS, DomainFacts, Manifest, Span
+from megatron_infoentropy.files import file_pieces, file_sha256, write_atomically
 
 LENGTHS_AT_ONCE = 1 << 18
 Counts = npt.NDArray[np.int64]  # [vocab_size], occurrences of every id
@@ -69,8 +69,9 @@ class DatasetWriter:
         self._lengths_path = lengths
         self._bin = _cut_back(bin_path(prefix), self.facts.tokens * self.dtype.itemsize)
         self._lengths = _cut_back(lengths, self.facts.documents * 4)
-        with bin_path(prefix).open("rb") as file:  # a running hash can not be stored
-            self._hash = hashlib.file_digest(file, "sha256")
+        self._hash = hashlib.sha256()
+        for piece in file_pieces(bin_path(prefix), self._hashed()):  # it can not be stored
+            self._hash.update(piece)
 
     def add(self, tokens: Integers, lengths: Integers) -> None:
         """Append documents: `tokens` [sum of lengths], their ids in a row, `lengths` [documents].
@@ -106,6 +107,16 @@ class DatasetWriter:
                 f"{tokens.min()}..{tokens.max()}; is this the tokenizer the vocabulary size is of?"
             )
 
+    def end_span(self) -> None:
+        """Begin a new checksum: what was added since the last one is all of an input."""
+        size = self.facts.tokens * self.dtype.itemsize - self._hashed()
+        if size:
+            self.facts.bin_spans.append(Span(size, self._hash.hexdigest()))
+            self._hash = hashlib.sha256()
+
+    def _hashed(self) -> int:
+        return sum(span.bytes for span in self.facts.bin_spans)
+
     def sync(self) -> None:
         """Have everything so far on the disk."""
         for file in (self._bin, self._lengths):
@@ -114,8 +125,8 @@ class DatasetWriter:
     def finish(self) -> DomainFacts:
         """Write the index and add the checksums to the facts; can be repeated."""
         self.sync()
+        self.end_span()
         self.facts.idx_sha256 = write_index(idx_path(self.prefix), self._lengths_path, self.dtype)
-        self.facts.bin_sha256 = self._hash.hexdigest()
         return self.facts
 
     def close(self) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.data.blend import PAPER_WEIGHTS, blend, data_path
-from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+from megatron_infoentropy.data.manifest import DomainFacts, Manifest, Span, TokenizerFacts
 
 
 def dataset(folder: Path, sizes: dict[str, int]) -> Path:
     folder.mkdir()
-    domains = {name: DomainFacts(name.lower(), 1, size, size) for name, size in sizes.items()}
+    domains = {
+        name: DomainFacts(name.lower(), 1, size, size, bin_spans=[Span(2 * size, "")])
+        for name, size in sizes.items()
+    }
     Manifest(
         folder=folder,
         tokenizer=TokenizerFacts("0" * 64, 300, 0),

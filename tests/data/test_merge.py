@@ -18,6 +18,7 @@ from megatron_infoentropy.data import rewrite
 from megatron_infoentropy.data.manifest import DataOptions, load_manifest
 from megatron_infoentropy.data.preprocess import parse_shard, preprocess, shard_inputs
 from megatron_infoentropy.data.rewrite import merge
+from megatron_infoentropy.data.verify import verify
 from megatron_infoentropy.data.writer import DiskFull
 
 
@@ -45,7 +46,7 @@ def test_merged_shards_are_what_one_run_writes(
     workers: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rewrite, "_COPIED_AT_ONCE", 1 << 10)
+    monkeypatch.setattr("megatron_infoentropy.files._READ_AT_ONCE", 1 << 10)
     for index in range(number):
         shard = (index, number)
         preprocess(inputs, tokenizer_folder, tmp_path / "shards", shard=shard, max_errors=5)
@@ -192,6 +193,35 @@ def test_datasets_of_one_kind_are_joined_in_the_order_given(
     assert load_manifest(tmp_path / "both").left_out == {"E": 2, "never": 2}
 
 
+def test_damage_and_swapped_parts_are_seen_in_what_was_merged(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Every part has its own checksum there, also after it was merged twice."""
+    parts = [
+        preprocess([path], tokenizer_folder, tmp_path / f"part-{path.stem}", max_errors=5).folder
+        for path in inputs[:3]
+    ]
+    two = merge(parts[:2], tmp_path / "two").folder
+    whole = merge([two, parts[2]], tmp_path / "whole")
+    assert verify(whole.folder) == []
+    path = whole.folder / "b.bin"
+    first, second, third = (load_manifest(part).domains["B"].bin_spans[0] for part in parts)
+    assert whole.domains["B"].bin_spans == [first, second, third]
+    raw = path.read_bytes()
+    ids = [raw[: first.bytes], raw[first.bytes : -third.bytes], raw[-third.bytes :]]
+
+    def damaged() -> list[str]:
+        return [each.problem for each in verify(whole.folder) if each.path == path]
+
+    wrong = "does not have the checksum that the manifest says, from byte {} on"
+    path.write_bytes(b"".join([ids[0], bytes([ids[1][0] ^ 1]), ids[1][1:], ids[2]]))
+    assert damaged() == [wrong.format(first.bytes)]
+    path.write_bytes(b"".join([ids[1], ids[0], ids[2]]))
+    assert damaged()[0] == wrong.format(0)
+    with pytest.raises(ValueError, match=r"b\.bin is not what its manifest says"):
+        merge([whole.folder], tmp_path / "out")
+
+
 def test_datasets_of_another_kind_are_not_joined(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -221,10 +251,14 @@ def test_a_dataset_is_not_joined_with_itself_unless_asked(
     renamed = inputs[0].rename(tmp_path / "renamed.jsonl.zst")
     same = preprocess([renamed], tokenizer_folder, tmp_path / "same", max_errors=5).folder
     both = merge([a, b], tmp_path / "both").folder
+    joined = [zstandard.decompress(path.read_bytes()) for path in (renamed, inputs[1])]
+    (tmp_path / "one.jsonl").write_bytes(b"".join(joined))
+    one = preprocess([tmp_path / "one.jsonl"], tokenizer_folder, tmp_path / "o", max_errors=5)
     (tmp_path / "link").symlink_to(a)
     for parts, what in (
         ((a, tmp_path / "link"), "are the same folder"),
         ((a, b, same), "hold the same tokens"),
+        ((both, one.folder), "hold the same tokens"),
         ((both, b), r"were both made of 1\.jsonl\.zst"),
     ):
         with pytest.raises(ValueError, match=f"{what}: .*--allow-duplicates"):

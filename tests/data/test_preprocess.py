@@ -137,7 +137,7 @@ def test_counts_of_everything_add_up(
     manifest = preprocess(inputs, tokenizer_folder, out)
     assert manifest == load_manifest(out)
     content = json.loads((out / "manifest.json").read_text())
-    assert content["format"] == 2
+    assert content["format"] == 3
     assert set(content["versions"]) == {"megatron-infoentropy", "tokenizers", "transformers"}
     assert content["tokenizer"] == {
         "sha256": tokenizer.sha256, "vocab_size": 600, "eod_id": tokenizer.eod_id, "start_ids": [],
@@ -166,8 +166,9 @@ def test_a_manifest_that_can_not_be_used_is_named(
     preprocess(inputs, tokenizer_folder, out)
     content = json.loads((out / "manifest.json").read_text())
     for change, message in (
-        ({"format": 1}, "expected format 2, got 1; preprocess again"),
-        ({"domains": {"A": {"prefix": "a"}}}, "missing 3 required"),
+        ({"format": 1}, "expected format 2 or 3, got 1; preprocess again"),
+        ({"dtype": "int32"}, "spans of .*bin do not add up to its [0-9]+ bytes"),
+        ({"domains": {"A": {"prefix": "a"}}}, "no entry 'tokens'"),
         ({"tokenizer": None}, "must be a mapping"),
     ):
         (out / "manifest.json").write_text(json.dumps({**content, **change}))
@@ -252,7 +253,7 @@ def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
     options = DataOptions(split_by=None)
     whole = preprocess([path], tokenizer_folder, tmp_path / "whole", options=options)
     facts = whole.domains["all"]
-    assert facts == DomainFacts("all", 2, 4, 2, 0, 0, facts.bin_sha256, facts.idx_sha256)
+    assert facts == DomainFacts("all", 2, 4, 2, 0, 0, facts.bin_spans, facts.idx_sha256)
     options = DataOptions(split_by="lang")
     split = preprocess([path], tokenizer_folder, tmp_path / "split", options=options)
     assert list(split.domains) == ["de", "en"]

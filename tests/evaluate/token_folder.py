@@ -29,6 +29,13 @@ def tokenizer_json(vocab_size: int) -> bytes:
 TOKENIZER = tokenizer_json(VOCAB)
 
 
+def tokenizer_sha256(vocab_size: int) -> str:
+    """The digest of a folder that has this tokenizer, and no other file that changes ids."""
+    rules = json.loads(tokenizer_json(vocab_size)) | {"truncation": None, "padding": None}
+    content = json.dumps([[rules], {}, {}], sort_keys=True)
+    return f"{hashlib.sha256(content.encode()).hexdigest()}:folder"
+
+
 def write_token_folder(
     folder: Path,
     domains: dict[str, list[np.ndarray]],
@@ -39,9 +46,17 @@ def write_token_folder(
     """One .bin/.idx a domain, manifest.json and token_counts.npy; returns the folder."""
     folder.mkdir(parents=True)
     manifest: dict = {
-        "format": 1,
+        "format": 3,
+        "versions": {},
+        "engine": "hf",
+        "options": {"split_by": "meta.pile_set_name"},
+        "shard": None,
+        "shards_of": "",
+        "inputs": [],
+        "left_out": {},
+        "token_counts_sha256": "",
         "tokenizer": {
-            "sha256": hashlib.sha256(tokenizer_json(vocab_size)).hexdigest(),
+            "sha256": tokenizer_sha256(vocab_size),
             "vocab_size": vocab_size,
             "eod_id": EOD,
             **({"start_ids": start_ids} if start_ids else {}),
@@ -68,6 +83,7 @@ def write_token_folder(
             "documents": len(documents),
             "tokens": len(tokens),
             "bytes": len(tokens) * bytes_per_token,
+            "bin_spans": [[2 * len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest()]],
         }
     np.save(folder / "token_counts.npy", counts)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -1,6 +1,5 @@
 """A run folder takes one loss and one seed, or says when they changed."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infoentropy.checkpoints import write_manifest
-from megatron_infoentropy.data.tokenizer import tokenizer_digest
+from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
 from megatron_infoentropy.launch import run_folder
 from megatron_infoentropy.launch.recipe import chosen_flags, warnings
 from megatron_infoentropy.launch.run_folder import (
@@ -203,26 +202,13 @@ def test_what_is_hardly_ever_meant_is_warned_of(tmp_path, settings, warned):
     assert re.search(warned, "".join(said))
 
 
-def test_the_same_tokenizer_goes_on_whatever_digest_a_version_recorded(run, tmp_path, monkeypatch):
-    content = b'{"model": {}}'
-    (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.json").write_bytes(content)
-    ours = tokenizer_digest(tmp_path / "tok")
-    monkeypatch.setattr(run_folder, "_tokenizer_sha256", lambda words: ours)
-    here = {**CE, "tokenizer-model": tmp_path / "tok"}
-    train(run, 16, here)
-    for digest in (ours, hashlib.sha256(content).hexdigest()):
-        (run / "run.json").write_text(json.dumps(facts(run) | {"tokenizer_sha256": digest}))
-        require(run, here)
-    with pytest.raises(ValueError, match="holds a model of tokenizer"):
-        require(run, CE)  # the folder is not known, so nothing shows it
-
-
-MANIFEST = {
-    **{"format": 1, "dtype": "uint16", "append_eod": True, "token_counts": "token_counts.npy"},
-    "tokenizer": {"sha256": "ab12", "vocab_size": 300, "eod_id": 0},
-    "domains": {"A": {"prefix": "a", "documents": 1, "tokens": 2, "bytes": 3}},
-}
+def test_a_run_goes_on_with_its_own_tokenizer(run, monkeypatch):
+    monkeypatch.setattr(run_folder, "_tokenizer_sha256", lambda words: "ab12")
+    train(run, 16, CE)
+    require(run, CE)
+    (run / "run.json").write_text(json.dumps(facts(run) | {"tokenizer_sha256": "cd34"}))
+    with pytest.raises(ValueError, match=r"holds a model of tokenizer cd34, this .* one of ab12"):
+        require(run, CE)
 
 
 def test_the_recorded_tokenizer_is_that_of_the_data(run, tmp_path):
@@ -231,7 +217,9 @@ def test_the_recorded_tokenizer_is_that_of_the_data(run, tmp_path):
     told = []
     for there, flags in ((False, data), (True, data), (True, {})):
         if there:
-            (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+            tokenizer = TokenizerFacts("ab12", 300, 0)
+            choices = {"tokenizer": tokenizer, "dtype": "uint16", "append_eod": True}
+            Manifest(folder=tmp_path, domains={}, **choices).save()
         train(run, None, CE, flags)
         told.append(facts(run)["tokenizer_sha256"])
     assert told == [None, "ab12", None]

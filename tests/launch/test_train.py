@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_infoentropy.config import InfoEntropyConfig, Objective
-from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
+from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
 from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.files import commit_of
@@ -48,11 +48,9 @@ def job(tmp_path, monkeypatch):
         folder = tmp_path / "data" / split
         folder.mkdir(parents=True)
         domains = {
-            "B text": DomainFacts(prefix="b_text", documents=1, tokens=30, bytes=90),
-            "A text": DomainFacts(prefix="a_text", documents=1, tokens=10, bytes=30),
+            "B text": write_dataset(folder / "b_text", 30),
+            "A text": write_dataset(folder / "a_text", 10),
         }
-        for facts in domains.values():
-            write_dataset(folder / facts.prefix, facts.tokens)
         Manifest(
             folder=folder,
             tokenizer=TokenizerFacts(tokenizer_digest(tmp_path / "tok"), 100, 0),
@@ -83,9 +81,10 @@ def write_dataset(prefix, tokens):
     lengths = prefix.with_suffix(".lengths")
     writer = DatasetWriter(prefix, vocab_size=100, lengths=lengths)
     writer.add(np.zeros(tokens, np.int64), np.array([tokens]))
-    writer.finish()
+    facts = writer.finish()
     writer.close()
     lengths.unlink()
+    return facts
 
 
 def values(words, flag):

@@ -26,7 +26,7 @@ OUTSIDE = ["../secret", "/etc/passwd", "..", ".", "", "a/../../b", "sub/a", "a\0
 def test_a_dataset_manifest_cannot_name_files_elsewhere(tmp_path, name):
     facts = {"prefix": name, "documents": 1, "tokens": 1, "bytes": 1}
     tokenizer = {"sha256": "0", "vocab_size": 10, "eod_id": 0}
-    content = {"format": 1, "tokenizer": tokenizer, "dtype": "uint16", "append_eod": True}
+    content = {"format": 3, "shard": None, "tokenizer": tokenizer, "dtype": "uint16"}
     (tmp_path / "manifest.json").write_text(json.dumps({**content, "domains": {"a": facts}}))
     with pytest.raises(ValueError, match="is no name of a file in this folder"):
         load_manifest(tmp_path)
