@@ -2,7 +2,8 @@
 
 A folder is loaded by transformers, as by Megatron's own tool: some ids depend on other files than
 tokenizer.json, and on rules that transformers has for a class or a model. What it makes of them is
-taken over into `tokenizers` alone, which is faster and needs no transformers in a worker process.
+taken over into `tokenizers` alone, which is faster. Where transformers would leave tokenizer.json
+as it is, which can be told from the other files, it is not asked: it takes seconds to import.
 
 A trained folder holds `tokenizer.json` and `tokenizer_config.json`, which is what Megatron's
 HuggingFaceTokenizer and transformers' AutoTokenizer open, offline too.
@@ -22,13 +23,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_infoentropy.data.blocks import Keys, require_readable
 from megatron_infoentropy.data.indexed import Integers
@@ -58,6 +60,10 @@ _CHANGE_NO_ID = {
     *("pad_to_multiple_of", "padding", "padding_side", "processor_class", "return_token_type_ids"),
     *("special_tokens_map_file", "stride", "tokenizer_file", "truncation", "truncation_side"),
     *("truncation_strategy", "use_default_system_prompt"),
+}
+_SPECIAL_SETTINGS = {
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"),
 }
 _TRAINED_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -139,20 +145,63 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
             drawn at random, or it names no end-of-document (eos) token.
     """
     digest = tokenizer_digest(folder)
+    tokenizer, end = _load_alone(folder) or _load_as_transformers(folder)
+    return LoadedTokenizer(
+        tokenizer=tokenizer,
+        eod_id=_eod_id(folder, tokenizer, end),
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        sha256=digest,
+    )
+
+
+def _load_alone(folder: Path) -> tuple[Tokenizer, str | None] | None:
+    """Open tokenizer.json and name the end token, where transformers would take it as it is.
+
+    It does (`TokenizersBackend.__init__` in version 5) for its generic class, beside no model's
+    configuration, where the settings name none but special tokens that tokenizer.json has. Else
+    returns None, also for what it has to say no to.
+    """
+    settings, added = _settings(folder)
+    is_generic = settings.pop("tokenizer_class", None) in GENERIC_CLASSES
+    is_of_model = (folder / "config.json").exists()
+    if added or is_of_model or not is_generic or not settings.keys() <= _SPECIAL_SETTINGS:
+        return None
+    described = settings.pop("added_tokens_decoder", {})
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        there = tokenizer.get_added_tokens_decoder()
+        is_as_described = all(
+            repr(AddedToken(**token)) == repr(there.get(int(number)))
+            for number, token in described.items()
+        )
+    except Exception:  # the library has no narrower one
+        return None
+    texts = {token.content for token in there.values()}
+    named = chain.from_iterable(
+        value if isinstance(value, list) else [value] for value in settings.values()
+    )
+    if (
+        version("transformers").partition(".")[0] != "5"
+        or tokenizer.padding  # its token may be a new one
+        or not is_as_described
+        or not all(isinstance(name, str) and name in texts for name in named)
+    ):
+        return None
+    _require_no_chance(folder, tokenizer)
+    tokenizer.no_truncation()
+    return tokenizer, settings.get("eos_token") or settings.get("sep_token")
+
+
+def _load_as_transformers(folder: Path) -> tuple[Tokenizer, str | None]:
+    """Return the tokenizer that transformers makes of a folder, and its end token."""
     used = load_with_transformers(folder)
-    tokenizer = used.backend_tokenizer
+    tokenizer: Tokenizer = used.backend_tokenizer
     # A file saved with truncation or padding switched on would cut every document short;
     # transformers switches them off for a plain call too.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    loaded = LoadedTokenizer(
-        tokenizer=tokenizer,
-        eod_id=_eod_id(folder, used),
-        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
-        sha256=digest,
-    )
     _require_same_ids(folder, tokenizer, used)
-    return loaded
+    return tokenizer, used.eos_token or used.sep_token  # which Megatron takes for want of an eos
 
 
 def load_with_transformers(folder: Path) -> Any:
@@ -177,13 +226,17 @@ def load_with_transformers(folder: Path) -> Any:
             f"transformers has only a slow tokenizer for {folder}, a {type(used).__name__}: save a "
             f"fast one, or name another tokenizer_class in {folder / CONFIG}"
         )
-    model = used.backend_tokenizer.model
+    _require_no_chance(folder, used.backend_tokenizer)
+    return used
+
+
+def _require_no_chance(folder: Path, tokenizer: Tokenizer) -> None:
+    model = tokenizer.model
     if getattr(model, "dropout", None) or getattr(model, "nbest_size", None) not in (None, 0, 1):
         raise ValueError(
             f"{folder / TOKENIZER} draws ids at random (dropout, or sampling): every run would "
             "give other data; remove that setting"
         )
-    return used
 
 
 def _why_not_loaded(folder: Path, error: Exception) -> str:
@@ -230,23 +283,30 @@ def tokenizer_digest(folder: Path) -> str:
     Raises:
         ValueError: a file is missing or damaged.
     """
-    config = _optional_json(folder / CONFIG)
-    settings = {key: value for key, value in config.items() if key not in _CHANGE_NO_ID}
-    added: dict[str, Any] = {}
-    if "added_tokens_decoder" not in config:  # else transformers leaves these files alone
-        settings |= _optional_json(folder / _SPECIAL_TOKENS)
-        added = _optional_json(folder / _ADDED_TOKENS)
-    versions = config.get("fast_tokenizer_files")  # from which transformers chooses by its own
+    settings, added = _settings(folder)
+    versions = settings.get("fast_tokenizer_files")  # from which transformers chooses by its own
     names = [TOKENIZER, *map(str, versions if isinstance(versions, list) else ())]
     rules = [
         read_json(folder / Path(name).name) | {"truncation": None, "padding": None}
         for name in names
     ]
-    settings = {key: value for key, value in settings.items() if value is not None}
     if settings.get("tokenizer_class") in GENERIC_CLASSES:
         del settings["tokenizer_class"]  # as if none were named
     content = json.dumps([rules, settings, added], sort_keys=True)
     return f"{hashlib.sha256(content.encode()).hexdigest()}:folder"
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings beside tokenizer.json that may change ids, and added tokens."""
+    config, special, added = (
+        _optional_json(folder / name) for name in (CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS)
+    )
+    settings = {key: value for key, value in config.items() if key not in _CHANGE_NO_ID}
+    if "added_tokens_decoder" in config:  # transformers leaves the other files alone
+        added = {}
+    else:
+        settings |= special
+    return {key: value for key, value in settings.items() if value is not None}, added
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -305,16 +365,14 @@ def _texts(paths: Sequence[Path], text_key: str, advance: Callable[[int], None])
             yield record.text
 
 
-def _eod_id(folder: Path, used: Any) -> int:
-    """Return the id of the end token, which Megatron takes for `sep_token` where there is none."""
-    token = used.eos_token or used.sep_token
-    eod_id = None if token is None else used.backend_tokenizer.token_to_id(str(token))
+def _eod_id(folder: Path, tokenizer: Tokenizer, token: str | None) -> int:
+    eod_id = None if token is None else tokenizer.token_to_id(str(token))
     if eod_id is None:
         raise ValueError(
             f"{folder / CONFIG} must name an eos_token, which ends documents; it names {token!r}. "
             "Add one, as Megatron needs it too"
         )
-    return int(eod_id)
+    return eod_id
 
 
 Engine = Callable[[Sequence[str]], tuple[Integers, npt.NDArray[np.int64]]]

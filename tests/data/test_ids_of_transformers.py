@@ -1,6 +1,8 @@
 """Ids are those of transformers and Megatron, whichever file of a tokenizer folder says so."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path: Pat
             same.append(kind)
     assert same == [
         *("no class", "GPT-2's class", "a start token asked for", "Llama 2, generic class"),
-        *("rules for added tokens", "the end token elsewhere", "a separator for an end token"),
+        *("rules for added tokens", "saved by version 4", "the end token elsewhere"),
+        "a separator for an end token",
     ]
 
 
@@ -168,3 +171,28 @@ def test_a_tokenizer_without_fast_rules_is_refused(
     )
     with pytest.raises(ValueError, match=r"has only a slow tokenizer for .*, a Slow"):
         load_tokenizer(folder)
+
+
+def test_transformers_is_asked_only_where_it_may_change_ids(tmp_path: Path) -> None:
+    """It takes seconds to import, and torch with it."""
+    folders = {kind: str(write_tokenizer(tmp_path / kind, kind)) for kind in KINDS}
+    program = f"""
+import sys
+from pathlib import Path
+from megatron_infoentropy.data import preprocess, tokenizer
+def ask(folder):
+    raise KeyError
+tokenizer.load_with_transformers = ask
+for kind, folder in {folders!r}.items():
+    try:
+        tokenizer.load_tokenizer(Path(folder))
+        print(kind)
+    except KeyError:
+        pass
+heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE)
+    assert done.stdout.decode().splitlines() == [
+        *("Llama 2, generic class", "rules for added tokens", "saved by version 4"),
+    ]

@@ -63,6 +63,19 @@ def with_own_rules_for_added_tokens() -> Tokenizer:
     return tokenizer
 
 
+def with_padding_by_a_new_token() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.enable_padding(pad_token="mat sat", pad_id=330)
+    return tokenizer
+
+
+def described(**flags: bool) -> dict[str, Any]:
+    """What version 4 of transformers says of the tokens in its settings."""
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    plain["special"] = True
+    return {"0": {"content": END} | plain, "1": {"content": "<s>"} | plain | flags}
+
+
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast"}
 STARTING = GENERIC | {"add_bos_token": True, "bos_token": "<s>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -88,6 +101,17 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any], Files]] = {
     "tokens in another file": (byte_level, GENERIC, {"added_tokens.json": {"mat sat": 330}}),
     "an end token without an id": (byte_level, GENERIC | {"eos_token": "<end>"}, {}),
     "special tokens are text": (byte_level, GENERIC | {"split_special_tokens": True}, {}),
+    "saved by version 4": (
+        byte_level,
+        GENERIC | {"added_tokens_decoder": described(), "additional_special_tokens": ["<s>"]},
+        {"special_tokens_map.json": {"eos_token": "the"}},
+    ),
+    "tokens described otherwise": (
+        byte_level,
+        GENERIC | {"added_tokens_decoder": described(lstrip=True)},
+        {},
+    ),
+    "padding by a new token": (with_padding_by_a_new_token, GENERIC, {}),
     "the end token elsewhere": (
         byte_level,
         GENERIC | {"eos_token": None},
