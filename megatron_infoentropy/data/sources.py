@@ -144,8 +144,8 @@ def find_inputs(given: Iterable[str]) -> list[Path]:
         elif Path(name).is_dir():
             files += _files_of(Path(name))
         else:
-            names = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207 takes absolute
-            files += map(Path, names or [name])
+            names = [] if Path(name).exists() else glob.glob(name, recursive=True)  # noqa: PTH207 takes absolute
+            files += map(Path, sorted(names) or [name])
     return files
 
 
@@ -177,11 +177,19 @@ def _files_of(folder: Path) -> list[Path]:
             folder / str(file["filename"]) for file in _read(folder / "state.json", "_data_files")
         ]
     files = sorted(folder.rglob("*.parquet"))
+    lines = next(folder.rglob("*.jsonl*"), None)
+    if files and lines:
+        raise ValueError(
+            f"{folder} holds Parquet files and others of lines, such as {lines}: name what to read "
+            f"by patterns, such as '{folder}/**/*.parquet'"
+        )
     splits = sorted({split for file in files for split in _splits_of(file.relative_to(folder))})
     if len(splits) > 1:
+        by_name = any(_splits_of(Path(file.name)) for file in files)
+        pattern = "{}*.parquet" if by_name else "{}/**/*.parquet"
         raise ValueError(
             f"{folder} holds the splits {', '.join(splits)}: name the files of one, such as "
-            f"'{folder}/**/{splits[0]}*.parquet'"
+            f"'{folder}/**/{pattern.format(splits[0])}'"
         )
     return files or [folder]
 

@@ -289,14 +289,27 @@ def test_other_columns_and_keys_can_be_used_throughout(
     assert {path.name for path in (tmp_path / "out").glob("*.bin")} == {"a.bin", "b.bin"}
 
 
+@pytest.mark.parametrize("names", [("{}-0.parquet", "x/y/{}-1.parquet"), ("{}/0.parquet",)])
+def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    for file in (tmp_path / name.format(split) for split in ("train", "test") for name in names):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    with pytest.raises(ValueError, match="holds the splits test, train: name the files") as refused:
+        find_inputs([str(tmp_path)])
+    pattern = str(refused.value).split("'")[1]
+    assert find_inputs([pattern]) == [tmp_path / name.format("test") for name in names]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["train", "test"]}'), "/train"),
         (lambda p: (p / "state.json").write_text("{}"), "is no file of `datasets`"),
         (
-            lambda p: [(p / f"{name}-0.parquet").touch() for name in ("train", "validation")],
-            r"holds the splits train, validation: .*'.*/\*\*/train\*\.parquet'",
+            lambda p: [(p / name).touch() for name in ("a.parquet", "b.jsonl.zst")],
+            r"holds Parquet files and others of lines, such as .*/b\.jsonl\.zst: name what to read",
         ),
     ],
 )
