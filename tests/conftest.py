@@ -6,6 +6,7 @@ for failed ones: a run that was cut goes on.
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch: by default a thread that waits for the others turns in circles, on a core that
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from launch import serve_ranks
 
 from megatron_infoentropy.bench.results import provenance
 
@@ -41,6 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         known = known_tests(path)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
         items[:] = [item for item in items if item.nodeid not in known]
+
+
+@pytest.fixture(scope="session")
+def quick_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment variables with which torchrun's ranks need not import Megatron."""
+    with serve_ranks(tmp_path_factory.mktemp("ranks")) as environment:
+        yield environment
 
 
 def known_tests(path: Path) -> set[str]:

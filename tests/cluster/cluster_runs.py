@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,37 +81,6 @@ def make_tokens(folder: Path) -> Path:
     for split in ("validation", "test"):
         shutil.copytree(folder / "data" / "train", folder / "data" / split)
     return folder
-
-
-@contextmanager
-def serve_ranks(folder: Path) -> Iterator[dict[str, str]]:
-    """Environment variables that make torchrun's ranks forks of one process."""
-    path = folder / "socket"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{HERE.parent / 'integration'}:{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
-    server = subprocess.Popen(
-        [sys.executable, HERE / "quick_ranks.py", "serve", path],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    shim = path.with_name("python")
-    # -S and -I: the client needs nothing but the standard library, and starts at once.
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {HERE}/quick_ranks.py "$@"\n')
-    shim.chmod(0o755)
-    assert server.stdout.readline() == b"ready\n", "the server of forked ranks did not start"
-    try:
-        yield {"QUICK_RANKS": str(path), "PYTHON_EXEC": str(shim), "OMP_NUM_THREADS": "1"}
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def kill_connection(machines: Machines, node: str, program: str) -> None:
@@ -215,7 +183,7 @@ class Job:
 
 def ranks_on(machine: Machine) -> list[int]:
     """The ranks there, which are forks of the server: neither torchrun nor what it started."""
-    return [pid for pid in machine.processes() if b"quick_ranks.py\0serve" in words_of(pid)]
+    return [pid for pid in machine.processes() if b"multiprocessing.forkserver" in words_of(pid)]
 
 
 def words_of(pid: int) -> bytes:

@@ -1,7 +1,7 @@
 """A tiny data set, ranks that start fast, and machines with a real Slurm and a real sshd."""
 
 import pytest
-from cluster_runs import make_tokens, serve_ranks
+from cluster_runs import make_tokens
 from machines import machines as start_machines
 from machines import why_not
 
@@ -15,12 +15,6 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     return make_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="session")
-def quick_ranks(tmp_path_factory):
-    with serve_ranks(tmp_path_factory.mktemp("ranks")) as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")

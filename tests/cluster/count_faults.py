@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
+sys.path += [str(HERE), *(str(HERE.parent / name) for name in ("", "faults", "integration"))]
 
 from cluster_runs import (  # noqa: E402
     Job,
@@ -32,11 +32,11 @@ from cluster_runs import (  # noqa: E402
     make_tokens,
     prepared,
     ranks_on,
-    serve_ranks,
     text_of,
     train,
     wait_until,
 )
+from launch import serve_ranks  # noqa: E402
 from machines import Machines, ended, machines, why_not  # noqa: E402
 from trials import complete_iterations  # noqa: E402
 

@@ -30,7 +30,7 @@ def train(folder, run, *words, extra=()):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, ranks_start_fast):
     """Text, tokenizer, datasets and two trainings: whole, and resumed elsewhere after step 8."""
     folder = tmp_path_factory.mktemp("pipeline")
     topics = sorted(pydoc_data.topics.topics.items())

@@ -52,7 +52,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, ranks_start_fast):
     """A reader's folder after the first four tutorials, and what each command printed."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "examples").symlink_to(ROOT / "examples")

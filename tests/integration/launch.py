@@ -1,22 +1,25 @@
 """Starts Megatron's trainer on gloo ranks of this machine.
 
 Ranks are forked from a server that has imported Megatron already: importing it takes ten seconds,
-training these models one or two. (A user's own way, torchrun, is what tests/end_to_end takes.)
+training these models one or two. (A user's own way, torchrun, is what tests/end_to_end takes, by
+`serve_ranks`; test_more_rows there has its rank import Megatron, too.)
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import torch
+import quick_ranks
 import torch.distributed as dist
 from ranks import open_store
 
@@ -96,12 +99,31 @@ def run_forked(function: Callable[..., Any], ranks: int, *arguments: Any) -> lis
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_trainer(ranks, _answer, (function, arguments, folder), [], folder)
-        return [torch.load(folder / str(rank)) for rank in range(ranks)]
+        return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(ranks)]
 
 
 def _answer(function, arguments, folder):
     dist.init_process_group("gloo")
-    torch.save(function(*arguments), folder / str(dist.get_rank()))
+    (folder / str(dist.get_rank())).write_bytes(pickle.dumps(function(*arguments)))
+
+
+@contextmanager
+def serve_ranks(folder: Path) -> Iterator[dict[str, str]]:
+    """Environment variables that make torchrun's ranks forks of the server: see quick_ranks."""
+    _start_server()
+    shim, path = folder / "python", folder / "socket"
+    # -S and -I: the client needs nothing but the standard library, and starts at once.
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {quick_ranks.__file__} "$@"\n')
+    shim.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(16)
+        server = _server.Process(target=quick_ranks.serve, args=(listener,))
+        server.start()
+    try:
+        yield {"QUICK_RANKS": str(path), "PYTHON_EXEC": str(shim), "OMP_NUM_THREADS": "1"}
+    finally:
+        _end_group(server)
 
 
 def _end_group(process):

@@ -6,8 +6,7 @@ machine it runs on) and signals, and runs the module as __main__. The client pas
 ends as the fork does; if it is killed, so is the fork. Everything else (torchrun, rendezvous,
 scripts) is real.
 
-    quick_ranks.py serve SOCKET               the server
-    quick_ranks.py MODULE...                  the client, by way of QUICK_RANKS=SOCKET
+`launch.serve_ranks` starts the server; this file run as a program is the client.
 """
 
 import json
@@ -54,17 +53,16 @@ def client() -> None:
     sys.exit(code)
 
 
-def serve(path: str) -> None:
-    import preloaded  # noqa: F401
+def serve(listener: socket.socket) -> None:
+    """Fork a rank for every client, until the process that has started this one is gone."""
+    import multiprocessing
 
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen(16)
+    os.setpgid(0, 0)
+    starter = multiprocessing.parent_process().sentinel
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nannies need no burial
-    print("ready", flush=True)  # noqa: T201
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:  # the pipe of who has started this, who is gone
+        ready, _, _ = select.select([listener, starter], [], [])
+        if starter in ready:
             os.killpg(0, signal.SIGKILL)
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -137,6 +135,4 @@ def become_rank(order: dict, standard: list[int], spaces: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        serve(sys.argv[2])
     client()
