@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoder_here import interrupted
 from golden import assert_same_files
+from interruption import interrupted
 from text_files import line, write
 
 from megatron_infoentropy.data import journal, writer
@@ -46,13 +47,13 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 def die_at(moment: int) -> None:
     """Have this process killed when it has come so far."""
-    left = moment
+    left, me = moment, os.getpid()
     write_whole = writer.write_all
 
     def step() -> bool:
         nonlocal left
-        left -= 1
-        return left == 0
+        left -= os.getpid() == me  # workers are forked, with the hook
+        return left == 0 and os.getpid() == me
 
     def hook(event: str, _: Any) -> None:
         if event in MOMENTS and step():
@@ -162,7 +163,6 @@ def test_two_runs_do_not_write_the_same_output(
         assert (tmp_path / ".out.partial" / "lock").exists()
 
 
-@pytest.mark.usefixtures("worker_processes")
 def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -173,11 +173,8 @@ def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
         me = os.getpid()
         while not found:
             children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-            busy = [
-                c for c in children if b"data.workers" in Path(f"/proc/{c}/cmdline").read_bytes()
-            ]
-            if busy and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
-                found.append(int(busy[0]))
+            if children and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
+                found.append(int(children[0]))
                 os.kill(found[0], signal.SIGKILL)
             time.sleep(0.01)
 
@@ -188,25 +185,25 @@ def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
     assert preprocess([many], tokenizer_folder, tmp_path / "out").domains["A"].documents == 300
 
 
-@pytest.mark.usefixtures("worker_processes")
 def test_workers_end_with_the_process_that_feeds_them(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     """Killed with no chance to tidy up, it leaves nobody behind."""
     many = write(tmp_path / "a.jsonl", [line("some words " * 300)] * 3000)
-    process = os.fork()
-    if process == 0:
-        try:
-            preprocess([many], tokenizer_folder, tmp_path / "out", workers=2)
-        finally:
-            os._exit(1)
-    children: list[str] = []
-    while len(children) < 2:
-        assert os.waitpid(process, os.WNOHANG) == (0, 0), "it has ended"
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-        time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    program = f"""
+from pathlib import Path
+from typing import Any
+from megatron_infoentropy.data.preprocess import preprocess
+preprocess([Path({str(many)!r})], Path({str(tokenizer_folder)!r}), Path({str(tmp_path / "o")!r}),
+    workers=2)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        children: list[str] = []
+        while len(children) < 2:
+            assert process.poll() is None
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            time.sleep(0.01)
+        process.kill()
     for child in children:
         while Path(f"/proc/{child}").exists() and "Z" not in state(child):
             time.sleep(0.01)  # pytest's own limit ends a wait that is in vain
