@@ -45,7 +45,6 @@ class Corpus:
     megabytes: float
     files: int
     domains: int
-    largest: float  # domain, of all tokens
     stored: float
     ids: float
 
@@ -58,7 +57,7 @@ class Machine:
     disk: float
 
 
-PILE = Corpus(800e3, 30, 22, largest=0.18, stored=0.35, ids=0.58)
+PILE = Corpus(800e3, 30, 22, stored=0.35, ids=0.58)
 MACHINE = Machine(cores=32, disk=2000.0)
 
 
@@ -113,13 +112,10 @@ def predict(costs: Costs, machines: int, corpus: Corpus = PILE, machine: Machine
 
 
 def merge_seconds(corpus: Corpus, machine: Machine) -> float:
-    """Return what one machine takes to join the shards.
-
-    About half of the CPU time is the hash of each whole domain, which one thread takes.
-    """
+    """Return what one machine takes to join the shards, part by part on all its cores."""
     (row,) = (row for row in rows_of("merge_cpu_202611.csv") if row["command"] == "merge")
     work, ids = float(row["cpu_s"]) / float(row["bytes"]) * 1e6, corpus.megabytes * corpus.ids
-    return max(ids * work / machine.cores, ids * corpus.largest * work / 2, 2 * ids / machine.disk)
+    return max(ids * work / machine.cores, 2 * ids / machine.disk)
 
 
 def files_of(plan: Plan, corpus: Corpus = PILE) -> int:
