@@ -116,7 +116,10 @@ NEUTRAL_FOR_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_latent_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
 }
-_ABSENT_MEANS = {"add_qkv_bias": False, "qk_layernorm": False, "use_rope_scaling": False}
+_ABSENT_MEANS: dict[str, Any] = {
+    **{"add_qkv_bias": False, "qk_layernorm": False, "use_rope_scaling": False},
+    **{"attention_dropout": 0.0, "hidden_dropout": 0.0},
+}
 _FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named as the argument
 
 
@@ -182,53 +185,59 @@ ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and constants of a model, with the conventions Megatron has about its weights."""
+    """Sizes and constants of a model, by Megatron's names, and how its weights are stored."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    num_heads: int
-    num_groups: int  # key/value heads
-    head_dim: int
-    norm_epsilon: float
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    kv_channels: int
+    layernorm_epsilon: float
     activation: Activation
     rotary_base: float
     rotary_percent: float  # of the head, from its start
     rope_scaling_factor: float | None  # Llama 3's stretching of slow rotations
-    max_positions: int
+    max_position_embeddings: int
     vocab_size: int  # the true one
     padded_vocab_size: int
-    initializer_range: float
+    init_method_std: float
     attention_dropout: float
     hidden_dropout: float
     # Which parameters there are, by the names that `naming` uses for it.
-    untied: bool
-    linear_bias: bool
+    untie_embeddings_and_output_weights: bool
+    add_bias_linear: bool
     qkv_bias: bool
     # Conventions about stored numbers.
-    interleaved_rotary: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
-    zero_centered_norms: bool  # norm weights are stored minus 1
+    rotary_interleaved: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
+    layernorm_zero_centered_gamma: bool  # norm weights are stored minus 1
     hybrid: bool = False  # two layers are stored for each one, see `hybrid`
     # Experts, of which a dense model has none.
     num_experts: int = 0
-    experts_per_token: int = 0
-    expert_ffn_size: int = 0
+    moe_router_topk: int = 0
+    moe_ffn_hidden_size: int = 0
     norm_topk_prob: bool = True  # the shares of a token's experts are made to sum to 1
-    router_aux_loss: float = 0.0
+    moe_aux_loss_coeff: float = 0.0
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rotary_percent)
-
-    @property
-    def rms_norm(self) -> bool:
-        return self.family not in ("gpt_neox", "gpt2")
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def zero_proj_bias(self) -> bool:
         """Llama's attention has biases everywhere or nowhere: the one Megatron lacks is zero."""
-        return self.family == "llama" and self.qkv_bias and not self.linear_bias
+        return self.family == "llama" and self.qkv_bias and not self.add_bias_linear
+
+
+# What training arguments say as it is. They have no value for a dense model's experts.
+SAME = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "rotary_percent"),
+    *("layernorm_epsilon", "layernorm_zero_centered_gamma", "max_position_embeddings"),
+    *("padded_vocab_size", "untie_embeddings_and_output_weights", "add_bias_linear"),
+    *("init_method_std", "attention_dropout", "hidden_dropout"),
+)
+SAME_OF_EXPERTS = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
 
 
 def activation_named(name: object) -> Activation | None:
@@ -247,38 +256,24 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         UnsupportedModelError: naming every argument that no family has a counterpart for.
         ValueError: the vocabulary sizes do not fit each other.
     """
-    family = family_of(args)
+    family, pattern, layers = family_of(args), pattern_of(args), _get(args, "num_layers")
+    has_experts = family in OF_EXPERTS
     grouped = _get(args, "group_query_attention")
-    heads = _get(args, "num_attention_heads")
-    biased = _get(args, "add_bias_linear")
-    pattern = pattern_of(args)
-    layers = _get(args, "num_layers")
     model = Architecture(
         family=family,
         num_layers=layers if pattern is None else len(pattern.replace("|", "")) // 2,
-        hidden_size=_get(args, "hidden_size"),
-        ffn_hidden_size=_get(args, "ffn_hidden_size"),
-        num_heads=heads,
-        num_groups=_get(args, "num_query_groups") if grouped else heads,
-        head_dim=_get(args, "kv_channels"),
-        norm_epsilon=_get(args, "layernorm_epsilon"),
+        num_query_groups=_get(args, "num_query_groups" if grouped else "num_attention_heads"),
         activation=_activation(args),
         rotary_base=float(_get(args, "rotary_base")),
-        rotary_percent=_get(args, "rotary_percent"),
         rope_scaling_factor=_rope_scaling_factor(args),
-        max_positions=_get(args, "max_position_embeddings"),
         vocab_size=_true_vocab_size(args, vocab_size),
-        padded_vocab_size=_get(args, "padded_vocab_size"),
-        initializer_range=_get(args, "init_method_std"),
-        attention_dropout=getattr(args, "attention_dropout", 0.0),
-        hidden_dropout=getattr(args, "hidden_dropout", 0.0),
-        untied=_get(args, "untie_embeddings_and_output_weights"),
-        linear_bias=biased,
-        qkv_bias=biased or getattr(args, "add_qkv_bias", False),
-        interleaved_rotary=family != "gpt2" and _get(args, "rotary_interleaved"),
-        zero_centered_norms=_get(args, "layernorm_zero_centered_gamma"),
+        qkv_bias=_get(args, "add_bias_linear") or _get(args, "add_qkv_bias"),
+        rotary_interleaved=family != "gpt2" and _get(args, "rotary_interleaved"),
         hybrid=pattern is not None,
-        **(_experts(args) if family in OF_EXPERTS else {}),
+        # Softmax over the best logits is softmax over all, of the best, made to sum to 1.
+        norm_topk_prob=not (has_experts and _get(args, "moe_router_pre_softmax")),
+        moe_aux_loss_coeff=_aux_loss(args) if has_experts else 0.0,
+        **{name: _get(args, name) for name in (*SAME, *(SAME_OF_EXPERTS if has_experts else ()))},
     )
     if family == "qwen2" and not _heads_fill(model):
         return as_family(model, "llama")
@@ -292,7 +287,7 @@ def as_family(model: Architecture, family: str) -> Architecture:
     Raises:
         UnsupportedModelError: this family does not; those that do are named.
     """
-    biased_qkv = model.qkv_bias and not model.linear_bias
+    biased_qkv = model.qkv_bias and not model.add_bias_linear
     twins: tuple[Family, ...] = ("qwen2", "llama") if biased_qkv else (model.family,)
     for twin in twins:
         if twin == family:
@@ -312,17 +307,6 @@ def _activation(args: argparse.Namespace) -> Activation:
     te = te and getattr(args, "use_te_activation_func", False)
     approximate = _get(args, "bias_gelu_fusion") or te
     return "gelu_tanh" if approximate else "gelu"
-
-
-def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "num_experts": _get(args, "num_experts"),
-        "experts_per_token": _get(args, "moe_router_topk"),
-        "expert_ffn_size": _get(args, "moe_ffn_hidden_size"),
-        # Softmax over the best logits is softmax over all, of the best, made to sum to 1.
-        "norm_topk_prob": not _get(args, "moe_router_pre_softmax"),
-        "router_aux_loss": _aux_loss(args),
-    }
 
 
 def _aux_loss(args: argparse.Namespace) -> float:
@@ -357,18 +341,18 @@ def _require_expressible(model: Architecture) -> None:
     if model.family in ("qwen2", "gpt_neox", "gpt2") and not _heads_fill(model):
         raise UnsupportedModelError(
             f"{CLASSES[model.family]} has heads of hidden_size / num_attention_heads = "
-            f"{model.hidden_size} / {model.num_heads} numbers; got kv_channels={model.head_dim} "
-            "(flag --kv-channels)"
+            f"{model.hidden_size} / {model.num_attention_heads} numbers; got "
+            f"kv_channels={model.kv_channels} (flag --kv-channels)"
         )
-    if model.family == "llama" and model.hidden_size % model.num_heads:
+    if model.family == "llama" and model.hidden_size % model.num_attention_heads:
         raise UnsupportedModelError(
             f"LlamaForCausalLM refuses a hidden_size ({model.hidden_size}) that "
-            f"num_attention_heads ({model.num_heads}) does not divide"
+            f"num_attention_heads ({model.num_attention_heads}) does not divide"
         )
 
 
 def _heads_fill(model: Architecture) -> bool:
-    return model.num_heads * model.head_dim == model.hidden_size
+    return model.num_attention_heads * model.kv_channels == model.hidden_size
 
 
 def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
@@ -397,7 +381,7 @@ def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
 
 
 def _get(args: argparse.Namespace, name: str) -> Any:
-    value = getattr(args, name, None)
+    value = getattr(args, name, _ABSENT_MEANS.get(name))
     if value is None:
         raise UnsupportedModelError(f"the checkpoint's training arguments lack {name}")
     return value

@@ -23,6 +23,8 @@ from megatron_infoentropy.convert.architecture import (
     FAMILIES,
     LEARNED,
     OBEYED_FACTOR,
+    SAME,
+    SAME_OF_EXPERTS,
     TOKENS,
     Architecture,
 )
@@ -58,57 +60,41 @@ def arguments_of(model: Architecture, tokens: int | None = None) -> Namespace:
     tokens: of the model's tokenizer, where that is known; the model may have more rows.
     """
     table = {name: values[0] for name, values in FAMILIES[model.family].items()}
+    same = (*SAME, *(SAME_OF_EXPERTS if model.num_experts else ()))
     scaled = model.rope_scaling_factor is not None
+    values = table | {name: getattr(model, name) for name in same}
+    if model.hybrid:
+        values["hybrid_layer_pattern"] = "*-" * model.num_layers
+    if scaled:
+        values[OBEYED_FACTOR] = model.rope_scaling_factor
+    if model.num_experts:
+        values |= {
+            "moe_router_pre_softmax": not model.norm_topk_prob,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        }
     return Namespace(
-        **table
+        **values
         | {
             "num_layers": model.num_layers * (2 if model.hybrid else 1),
-            **({"hybrid_layer_pattern": "*-" * model.num_layers} if model.hybrid else {}),
-            "hidden_size": model.hidden_size,
-            "ffn_hidden_size": model.ffn_hidden_size,
-            "num_attention_heads": model.num_heads,
-            "group_query_attention": model.num_groups != model.num_heads,
-            "num_query_groups": model.num_groups,
-            "kv_channels": model.head_dim,
-            "max_position_embeddings": model.max_positions,
-            "seq_length": min(model.max_positions, _SEQUENCE),
+            "group_query_attention": model.num_query_groups != model.num_attention_heads,
+            "num_query_groups": model.num_query_groups,
+            "seq_length": min(model.max_position_embeddings, _SEQUENCE),
             "add_position_embedding": True,
             "rotary_base": int(model.rotary_base),
-            "rotary_percent": model.rotary_percent,
-            "rotary_interleaved": model.interleaved_rotary,
+            "rotary_interleaved": model.rotary_interleaved,
             "use_rope_scaling": scaled,
             "rope_scaling_factor": model.rope_scaling_factor if scaled else 8.0,
-            **({OBEYED_FACTOR: model.rope_scaling_factor} if scaled else {}),
-            "layernorm_epsilon": model.norm_epsilon,
-            "layernorm_zero_centered_gamma": model.zero_centered_norms,
-            "add_bias_linear": model.linear_bias,
-            "add_qkv_bias": model.qkv_bias and not model.linear_bias,
+            "add_qkv_bias": model.qkv_bias and not model.add_bias_linear,
             "bias_gelu_fusion": model.activation == "gelu_tanh",
-            "init_method_std": model.initializer_range,
-            "attention_dropout": model.attention_dropout,
-            "hidden_dropout": model.hidden_dropout,
-            "untie_embeddings_and_output_weights": model.untied,
             "vocab_size": model.vocab_size,
             TOKENS: tokens,
-            "padded_vocab_size": model.padded_vocab_size,
-            **(_expert_arguments(model) if model.num_experts else {}),
             "tensor_model_parallel_size": 1,
             "pipeline_model_parallel_size": 1,
             "iteration": 0,
             "consumed_train_samples": 0,
         }
     )
-
-
-def _expert_arguments(model: Architecture) -> dict[str, Any]:
-    return {
-        "num_experts": model.num_experts,
-        "moe_router_topk": model.experts_per_token,
-        "moe_ffn_hidden_size": model.expert_ffn_size,
-        "moe_router_pre_softmax": not model.norm_topk_prob,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": model.router_aux_loss,
-    }
 
 
 def flags_of(model: Architecture) -> dict[str, Any]:
@@ -239,7 +225,7 @@ def _tokens(folder: Path, model: Architecture) -> int | None:
 def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
     """Return {name in the table: name in the files}; both sides complete, with the right shapes."""
     stored = parameter_names(weights.tensors, model.family)
-    if not model.untied:
+    if not model.untie_embeddings_and_output_weights:
         stored = _without_tied_head(weights, stored, model)
     wanted: dict[str, str] = {}
     for step in _steps(model):

@@ -25,44 +25,44 @@ _LLAMA_FIELDS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_groups",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_positions",
-    "initializer_range": "initializer_range",
-    "rms_norm_eps": "norm_epsilon",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "initializer_range": "init_method_std",
+    "rms_norm_eps": "layernorm_epsilon",
     "attention_dropout": "attention_dropout",
 }
 _FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
-    "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "linear_bias"},
+    "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "add_bias_linear"},
     "mistral": _LLAMA_FIELDS,
     "qwen2": _LLAMA_FIELDS,
     "qwen3": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias"},
     "mixtral": {
         **_LLAMA_FIELDS,
-        "intermediate_size": "expert_ffn_size",
+        "intermediate_size": "moe_ffn_hidden_size",
         "num_local_experts": "num_experts",
-        "num_experts_per_tok": "experts_per_token",
-        "router_aux_loss_coef": "router_aux_loss",
+        "num_experts_per_tok": "moe_router_topk",
+        "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
     "qwen3_moe": {
         **_LLAMA_FIELDS,
         "attention_bias": "qkv_bias",
-        "moe_intermediate_size": "expert_ffn_size",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
         "num_experts": "num_experts",
-        "num_experts_per_tok": "experts_per_token",
+        "num_experts_per_tok": "moe_router_topk",
         "norm_topk_prob": "norm_topk_prob",
-        "router_aux_loss_coef": "router_aux_loss",
+        "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
     "gpt_neox": {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
         "intermediate_size": "ffn_hidden_size",
         "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "max_position_embeddings": "max_positions",
-        "initializer_range": "initializer_range",
-        "layer_norm_eps": "norm_epsilon",
+        "num_attention_heads": "num_attention_heads",
+        "max_position_embeddings": "max_position_embeddings",
+        "initializer_range": "init_method_std",
+        "layer_norm_eps": "layernorm_epsilon",
         "attention_dropout": "attention_dropout",
         "hidden_dropout": "hidden_dropout",
     },
@@ -71,10 +71,10 @@ _FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
         "n_embd": "hidden_size",
         "n_inner": "ffn_hidden_size",
         "n_layer": "num_layers",
-        "n_head": "num_heads",
-        "n_positions": "max_positions",
-        "initializer_range": "initializer_range",
-        "layer_norm_epsilon": "norm_epsilon",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "initializer_range": "init_method_std",
+        "layer_norm_epsilon": "layernorm_epsilon",
         "attn_pdrop": "attention_dropout",
         # Megatron has one number for both: of two fields the later is read.
         "embd_pdrop": "hidden_dropout",
@@ -117,8 +117,8 @@ def hf_config(model: Architecture, dtype: torch.dtype, ids: dict[str, int]) -> d
         **_CONSTANTS[model.family],
         _activation_field(model.family): ACTIVATIONS[model.activation][0],
         # llama.cpp reads n_ctx, as in GPT-2's own config.json.
-        **({"n_ctx": model.max_positions} if model.family == "gpt2" else _rope(model)),
-        "tie_word_embeddings": not model.untied,
+        **({"n_ctx": model.max_position_embeddings} if model.family == "gpt2" else _rope(model)),
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids},
@@ -184,8 +184,8 @@ def architecture_from_config(config: Any) -> Architecture:
         raise UnsupportedModelError(
             f"Megatron's GPTModel cannot compute this {kind} model: {'; '.join(problems)}"
         )
-    values.setdefault("linear_bias", family in _GELU_FAMILIES)
-    values.setdefault("qkv_bias", values["linear_bias"] or family == "qwen2")
+    values.setdefault("add_bias_linear", family in _GELU_FAMILIES)
+    values.setdefault("qkv_bias", values["add_bias_linear"] or family == "qwen2")
     values.setdefault("hidden_dropout", 0.0)
     return Architecture(
         family=family,
@@ -194,9 +194,9 @@ def architecture_from_config(config: Any) -> Architecture:
         rotary_percent=float(rope.get("partial_rotary_factor", 1.0)),
         rope_scaling_factor=rope.get("factor") if rope.get("rope_type") == "llama3" else None,
         padded_vocab_size=config.vocab_size,
-        untied=not config.tie_word_embeddings,
-        interleaved_rotary=False,
-        zero_centered_norms=False,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        rotary_interleaved=False,
+        layernorm_zero_centered_gamma=False,
     )
 
 
@@ -206,14 +206,14 @@ def _values(config: Any, family: Family) -> dict[str, Any]:
         name: getattr(config, field, None) for field, name in _FIELDS[config.model_type].items()
     }
     values["activation"] = activation_named(getattr(config, _activation_field(family)))
-    heads, hidden = values["num_heads"], values["hidden_size"]
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if family == "gpt2" and values["ffn_hidden_size"] is None:
         values["ffn_hidden_size"] = 4 * hidden
-    if values.get("head_dim") is None:
-        values["head_dim"] = hidden // heads if heads else 0
-    values.setdefault("num_groups", heads)
-    if "expert_ffn_size" in values:
-        values.setdefault("ffn_hidden_size", values["expert_ffn_size"])
+    if values.get("kv_channels") is None:
+        values["kv_channels"] = hidden // heads if heads else 0
+    values.setdefault("num_query_groups", heads)
+    if "moe_ffn_hidden_size" in values:
+        values.setdefault("ffn_hidden_size", values["moe_ffn_hidden_size"])
     return values
 
 
@@ -225,16 +225,16 @@ def _size_problems(config: Any, values: dict[str, Any]) -> list[str]:
         for field, name in _FIELDS[config.model_type].items()
         if not _is_valid(values[name], kinds[name])
     ]
-    if not problems and values["num_heads"] % values["num_groups"]:
+    if not problems and values["num_attention_heads"] % values["num_query_groups"]:
         problems.append(
-            f"num_key_value_heads={values['num_groups']} (expected a divisor of "
-            f"num_attention_heads={values['num_heads']})"
+            f"num_key_value_heads={values['num_query_groups']} (expected a divisor of "
+            f"num_attention_heads={values['num_attention_heads']})"
         )
     if not problems and "num_experts" in values:
         normalised, most = values.get("norm_topk_prob", True), values["num_experts"]
-        if not 1 + normalised <= values["experts_per_token"] <= most:
+        if not 1 + normalised <= values["moe_router_topk"] <= most:
             problems.append(
-                f"num_experts_per_tok={values['experts_per_token']} (expected at most {most}, and "
+                f"num_experts_per_tok={values['moe_router_topk']} (expected at most {most}, and "
                 "from 2 on where their shares are made to sum to 1: Megatron refuses a single one)"
             )
     return problems

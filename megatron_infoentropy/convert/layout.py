@@ -37,10 +37,10 @@ class Layout(NamedTuple):
 
 def split_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, Tensor, Tensor]:
     """Return q [H * D, ...], k and v [G * D, ...], rotary halves paired as in Hugging Face."""
-    queries, rest = model.num_heads // model.num_groups, qkv.shape[1:]
-    heads = qkv.view(model.num_groups, queries + 2, model.head_dim, *rest)
+    queries, rest = model.num_attention_heads // model.num_query_groups, qkv.shape[1:]
+    heads = qkv.view(model.num_query_groups, queries + 2, model.kv_channels, *rest)
     q, k, v = heads[:, :queries], heads[:, queries : queries + 1], heads[:, queries + 1 :]
-    if model.interleaved_rotary:
+    if model.rotary_interleaved:
         q, k = pair_halves(q, 2, model.rotary_dim), pair_halves(k, 2, model.rotary_dim)
     return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
 
@@ -48,7 +48,7 @@ def split_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, Tensor, Tensor]
 def join_qkv(parts: tuple[Tensor, ...], model: Architecture) -> Tensor:
     """Return [G * (H/G + 2) * D, ...], group by group."""
     rest = parts[0].shape[1:]
-    groups = [part.view(model.num_groups, -1, model.head_dim, *rest) for part in parts]
+    groups = [part.view(model.num_query_groups, -1, model.kv_channels, *rest) for part in parts]
     return torch.cat(groups, dim=1).reshape(-1, *rest)
 
 
@@ -63,7 +63,7 @@ def pair_halves(tensor: Tensor, axis: int, rotary_dim: int) -> Tensor:
 
 def split_by_head(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
     """Return GPT-NeoX's: for every head its query, key and value, as in Megatron."""
-    if not model.interleaved_rotary:
+    if not model.rotary_interleaved:
         return (qkv,)
     return (join_qkv(split_qkv(qkv, model), model),)
 
@@ -85,13 +85,13 @@ def cut_vocabulary(table: Tensor, model: Architecture) -> tuple[Tensor]:
 def plain_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
     """Return the factor that multiplies the normalised vector."""
     # In fp32: a bf16 sum would lose most of what the stored weight says.
-    return (weight.float() + 1 if model.zero_centered_norms else weight,)
+    return (weight.float() + 1 if model.layernorm_zero_centered_gamma else weight,)
 
 
 def head_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
     """Return the factor [D] of a normalised query or key, in the order of its rows."""
     (plain,) = plain_norm(weight, model)
-    return (pair_halves(plain, 0, model.rotary_dim) if model.interleaved_rotary else plain,)
+    return (pair_halves(plain, 0, model.rotary_dim) if model.rotary_interleaved else plain,)
 
 
 def split_gate_up(fc1: Tensor, model: Architecture) -> tuple[Tensor, ...]:

@@ -96,7 +96,7 @@ _LLAMA_ATTENTION = (
     *_linear(
         _QKV, (_A + "q_proj", _A + "k_proj", _A + "v_proj"), "qkv", ("qkv", "hidden"), "qkv_bias"
     ),
-    *_linear(_PROJ, (_A + "o_proj",), "same", ("hidden", "heads"), "linear_bias"),
+    *_linear(_PROJ, (_A + "o_proj",), "same", ("hidden", "heads"), "add_bias_linear"),
     Entry(
         _PROJ + "weight",
         (_A + "o_proj.weight", _A + "o_proj.bias"),
@@ -108,17 +108,23 @@ _LLAMA_ATTENTION = (
 _LLAMA_MLP = (
     *_linear(
         *(_FC1, (_M + "gate_proj", _M + "up_proj"), "gate_up", ("gate_and_up", "hidden")),
-        "linear_bias",
+        "add_bias_linear",
     ),
     # The format fsdp_dtensor keeps the two halves apart.
     Entry(_FC1 + "weight_w", (_M + "gate_proj.weight",), "same", ("ffn", "hidden")),
     Entry(_FC1 + "weight_v", (_M + "up_proj.weight",), "same", ("ffn", "hidden")),
-    Entry(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "linear_bias"),
-    Entry(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "linear_bias"),
-    *_linear(_FC2, (_M + "down_proj",), "same", ("hidden", "ffn"), "linear_bias"),
+    Entry(_FC1 + "bias_w", (_M + "gate_proj.bias",), "same", ("ffn",), "add_bias_linear"),
+    Entry(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "add_bias_linear"),
+    *_linear(_FC2, (_M + "down_proj",), "same", ("hidden", "ffn"), "add_bias_linear"),
 )
 _LLAMA_HEAD = (
-    Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(
+        OUTPUT,
+        ("lm_head.weight",),
+        "vocabulary",
+        ("padded_vocabulary", "hidden"),
+        "untie_embeddings_and_output_weights",
+    ),
 )
 _LLAMA = _LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_HEAD
 _QK_NORMS = tuple(
@@ -173,7 +179,13 @@ _GPT_NEOX = (
     *_linear(_PROJ, (_X + "attention.dense",), "same", ("hidden", "heads")),
     *_linear(_FC1, (_X + "mlp.dense_h_to_4h",), "same", ("ffn", "hidden")),
     *_linear(_FC2, (_X + "mlp.dense_4h_to_h",), "same", ("hidden", "ffn")),
-    Entry(OUTPUT, ("embed_out.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(
+        OUTPUT,
+        ("embed_out.weight",),
+        "vocabulary",
+        ("padded_vocabulary", "hidden"),
+        "untie_embeddings_and_output_weights",
+    ),
 )
 
 _H = "transformer.h.*."
@@ -185,7 +197,13 @@ _GPT2 = (
     *_linear(_PROJ, (_H + "attn.c_proj",), "transposed", ("hidden", "heads")),
     *_linear(_FC1, (_H + "mlp.c_fc",), "transposed", ("ffn", "hidden")),
     *_linear(_FC2, (_H + "mlp.c_proj",), "transposed", ("hidden", "ffn")),
-    Entry(OUTPUT, ("lm_head.weight",), "vocabulary", ("padded_vocabulary", "hidden"), "untied"),
+    Entry(
+        OUTPUT,
+        ("lm_head.weight",),
+        "vocabulary",
+        ("padded_vocabulary", "hidden"),
+        "untie_embeddings_and_output_weights",
+    ),
 )
 
 TABLES: dict[Family, tuple[Entry, ...]] = {
@@ -299,13 +317,13 @@ def shape_of(row: Entry, model: Architecture) -> tuple[int, ...]:
         "ffn": model.ffn_hidden_size,
         "gate_and_up": 2 * model.ffn_hidden_size,
         "experts": model.num_experts,
-        "expert_ffn": model.expert_ffn_size,
-        "expert_gate_and_up": 2 * model.expert_ffn_size,
-        "heads": model.num_heads * model.head_dim,
-        "head": model.head_dim,
-        "qkv": (model.num_heads + 2 * model.num_groups) * model.head_dim,
+        "expert_ffn": model.moe_ffn_hidden_size,
+        "expert_gate_and_up": 2 * model.moe_ffn_hidden_size,
+        "heads": model.num_attention_heads * model.kv_channels,
+        "head": model.kv_channels,
+        "qkv": (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels,
         "padded_vocabulary": model.padded_vocab_size,
-        "positions": model.max_positions,
+        "positions": model.max_position_embeddings,
     }
     return tuple(sizes[dim] for dim in row.shape)
 

@@ -133,7 +133,7 @@ def convert_checkpoint(
         files=files,
         vocab_size=model.vocab_size,
         padded_vocab_size=model.padded_vocab_size,
-        tied_embeddings=not model.untied,
+        tied_embeddings=not model.untie_embeddings_and_output_weights,
         not_qwen2=not_qwen2,
     )
 

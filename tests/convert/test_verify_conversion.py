@@ -31,7 +31,10 @@ from megatron_infoentropy.convert.verify import TOLERANCE
 
 def naive_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
     """All queries, then all keys, then all values: not how Megatron stores them."""
-    queries, keys = model.num_heads * model.head_dim, model.num_groups * model.head_dim
+    queries, keys = (
+        model.num_attention_heads * model.kv_channels,
+        model.num_query_groups * model.kv_channels,
+    )
     return tuple(qkv.split([queries, keys, keys]))
 
 
@@ -56,10 +59,10 @@ def by_head_in_columns(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
 
 
 def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
-    heads = qkv.view(model.num_groups, -1, model.head_dim, model.hidden_size)
+    heads = qkv.view(model.num_query_groups, -1, model.kv_channels, model.hidden_size)
     return tuple(
         part.reshape(-1, model.hidden_size)
-        for part in heads.split([model.num_heads // model.num_groups, 1, 1], dim=1)
+        for part in heads.split([model.num_attention_heads // model.num_query_groups, 1, 1], dim=1)
     )
 
 
