@@ -31,7 +31,7 @@ from megatron_infoentropy.convert.architecture import (
 from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
-from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
+from megatron_infoentropy.convert.hf_weights import HEADS, HuggingFaceWeights
 from megatron_infoentropy.convert.hybrid import hybrid_name
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import BASE
@@ -184,18 +184,16 @@ def convert_from_hf(
             "--hybrid"
         )
     tokens = _tokens(folder, model)
-    weights = HuggingFaceWeights(folder)
-    names = _match(weights, model)
-    _require_zeros(weights, names, model)
-    dtype = weights.dtype
-    parameters = sum(torch.Size(weights.tensors[name].shape).numel() for name in names.values())
-    require_space(output, parameters * dtype.itemsize)
+    weights = HuggingFaceWeights(folder, model.family)
+    dtype, steps = weights.dtype, list(_steps(model))
+    _match(weights, steps, model)
+    _require_zeros(weights, steps)
+    require_space(output, weights.parameters * dtype.itemsize)
     flags = flags_of(model)
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as new:
         release = new / "release"
-        steps = list(_steps(model))
         with progress("import", sum(len(step.hf) for step in steps), "tensors") as advance:
-            parts = _parts(steps, weights, names, model, dtype, advance)
+            parts = _parts(steps, weights, model, dtype, advance)
             write_distcp(release, dtype, parts, _objects(model, tokens, _name(folder)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (release / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
@@ -206,7 +204,7 @@ def convert_from_hf(
         )
         check(new)
     name = str(dtype).removeprefix("torch.")
-    return ImportSummary(output, model.family, parameters, name, model.vocab_size, flags)
+    return ImportSummary(output, model.family, weights.parameters, name, model.vocab_size, flags)
 
 
 def _tokens(folder: Path, model: Architecture) -> int | None:
@@ -222,57 +220,49 @@ def _tokens(folder: Path, model: Architecture) -> int | None:
     return tokens
 
 
-def _match(weights: HuggingFaceWeights, model: Architecture) -> dict[str, str]:
-    """Return {name in the table: name in the files}; both sides complete, with the right shapes."""
-    stored = parameter_names(weights.tensors, model.family)
+def _match(weights: HuggingFaceWeights, steps: list[ConversionStep], model: Architecture) -> None:
+    """Require of both sides that they have what the other has, with the right shapes."""
     if not model.untie_embeddings_and_output_weights:
-        stored = _without_tied_head(weights, stored, model)
-    wanted: dict[str, str] = {}
-    for step in _steps(model):
+        _leave_out_tied_head(weights, model)
+    wanted = set()
+    for step in steps:
         for name, shape in zip(step.hf, hf_shapes(step.row, model), strict=True):
-            if name not in stored:
+            if name not in weights.tensors:
                 raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
-            got = weights.tensors[stored[name]].shape
+            got = weights.tensors[name].shape
             if got != tuple(shape):
                 raise ValueError(
                     f"expected {name} of shape {list(shape)}, from config.json; got {list(got)}"
                 )
-            wanted[name] = stored[name]
-    if unknown := sorted(set(stored) - set(wanted)):
+            wanted.add(name)
+    if unknown := sorted(weights.tensors.keys() - wanted):
         raise UnsupportedModelError(
             f"Megatron has no counterpart for {len(unknown)} tensors of this "
             f"{CLASSES[model.family]}: {', '.join(unknown[:4])}"
         )
-    return wanted
 
 
-def _without_tied_head(
-    weights: HuggingFaceWeights, stored: dict[str, str], model: Architecture
-) -> dict[str, str]:
+def _leave_out_tied_head(weights: HuggingFaceWeights, model: Architecture) -> None:
     """Leave out the shared table where an export keeps it twice, if it is the same twice.
 
     transformers does not share tables that differ, whatever config.json says.
     """
     (table,) = (row.hf[0] for row in TABLES[model.family] if row.megatron == EMBEDDING)
-    for head in ("lm_head.weight", "embed_out.weight"):
-        if head in stored and table in stored and not weights.equal(stored[head], stored[table]):
+    for head in HEADS:
+        if {head, table} <= weights.tensors.keys() and not weights.equal(head, table):
             raise UnsupportedModelError(
                 f"config.json says tie_word_embeddings: true, but {head} holds other numbers than "
                 f"{table}; say false there to keep both, or remove {head} to keep the one"
             )
-    return {
-        name: at
-        for name, at in stored.items()
-        if name not in ("lm_head.weight", "embed_out.weight")
-    }
+        weights.tensors.pop(head, None)
 
 
-def _require_zeros(weights: HuggingFaceWeights, names: dict[str, str], model: Architecture) -> None:
+def _require_zeros(weights: HuggingFaceWeights, steps: list[ConversionStep]) -> None:
     """Look at the biases of Llama's attention that Megatron leaves out with --add-qkv-bias."""
-    for step in _steps(model):
+    for step in steps:
         if step.row.layout == "and_zeros":
             *_, name = step.hf
-            if largest := weights.read(names[name]).abs().max().item():
+            if largest := weights.read(name).abs().max().item():
                 raise UnsupportedModelError(
                     f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
                     "has biases for queries, keys and values alone (--add-qkv-bias) or in every "
@@ -297,7 +287,6 @@ def _steps(model: Architecture) -> Iterator[ConversionStep]:
 def _parts(
     steps: list[ConversionStep],
     weights: HuggingFaceWeights,
-    names: dict[str, str],
     model: Architecture,
     dtype: torch.dtype,
     advance: Advance,
@@ -307,7 +296,7 @@ def _parts(
     def read(step: ConversionStep) -> torch.Tensor:
         parts = []
         for name in step.hf:
-            part = weights.read(names[name])
+            part = weights.read(name)
             require_finite(name, part)
             parts.append(part.to(dtype))
             advance(1)

@@ -13,7 +13,7 @@ from megatron_infoentropy.convert.architecture import CLASSES, OF_EXPERTS, archi
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import IncompleteCheckpointError
 from megatron_infoentropy.convert.hf_config import hf_config
-from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights, parameter_names
+from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.layers import read_when_run
 from megatron_infoentropy.convert.naming import match_names
 from megatron_infoentropy.convert.to_hf import convert_steps
@@ -62,21 +62,21 @@ def streamed_model(folder: Path, config: Any) -> Any:
         base.rotary_emb = type(base.rotary_emb)(config)
     layers = base.h if config.model_type == "gpt2" else base.layers
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
-    weights = HuggingFaceWeights(folder)
-    stored = parameter_names(weights.tensors, config.model_type)
+    weights = HuggingFaceWeights(folder, config.model_type)
     for old, new in _RENAMED:
-        stored = {name.replace(old, new): at for name, at in stored.items()}
+        weights.tensors = {name.replace(old, new): t for name, t in weights.tensors.items()}
+    stored = set(weights.tensors)
     if config.model_type in OF_EXPERTS:
         for number, layer in enumerate(layers):
             _replace_experts(layer.mlp.experts, f"{prefix}{number}.mlp.experts.", stored, weights)
     _require_all(model, stored, weights)
-    outside = {name: at for name, at in stored.items() if not name.startswith(prefix)}
+    outside = [name for name in stored if not name.startswith(prefix)]
     model.load_state_dict(_read(weights, outside), strict=False, assign=True)
     model.tie_weights()
     for number, layer in enumerate(layers):
         start = f"{prefix}{number}."
-        names = {n.removeprefix(start): at for n, at in stored.items() if n.startswith(start)}
-        read_when_run(layer, partial(_read, weights, names))
+        inside = [name for name in stored if name.startswith(start)]
+        read_when_run(layer, partial(_read, weights, inside, start))
     return model
 
 
@@ -91,7 +91,7 @@ class _Experts:
 
 
 def _replace_experts(
-    experts: Any, prefix: str, stored: dict[str, str], weights: HuggingFaceWeights
+    experts: Any, prefix: str, stored: set[str], weights: HuggingFaceWeights
 ) -> None:
     """Let a layer's experts be read one by one; their matrices are no longer among `stored`."""
     for attribute, parts in _OF_EXPERT.items():
@@ -100,27 +100,28 @@ def _replace_experts(
             wanted = [f"{prefix}{expert}.{part}.weight" for part in parts]
             if missing := [name for name in wanted if name not in stored]:
                 raise IncompleteCheckpointError(f"the folder lacks the tensor {missing[0]}")
-            names.append([stored.pop(name) for name in wanted])
+            stored.difference_update(wanted)
+            names.append(wanted)
         delattr(experts, attribute)
         setattr(experts, attribute, _Experts(weights, names))
 
 
-def _require_all(model: Any, stored: dict[str, str], weights: HuggingFaceWeights) -> None:
+def _require_all(model: Any, stored: set[str], weights: HuggingFaceWeights) -> None:
     for name, parameter in model.named_parameters():
         if name not in stored:
             raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
-        shape = weights.tensors[stored[name]].shape
+        shape = weights.tensors[name].shape
         if shape != tuple(parameter.shape):
             raise IncompleteCheckpointError(
                 f"the weights do not fit config.json: expected {name} of shape "
                 f"{list(parameter.shape)}, got {list(shape)}"
             )
-    if unknown := sorted(stored.keys() - model.state_dict().keys()):
+    if unknown := sorted(stored - model.state_dict().keys()):
         raise IncompleteCheckpointError(f"config.json describes no {', '.join(unknown[:4])}")
 
 
-def _read(weights: HuggingFaceWeights, names: dict[str, str]) -> dict[str, Tensor]:
-    return {name: weights.read(stored).float() for name, stored in names.items()}
+def _read(weights: HuggingFaceWeights, names: list[str], prefix: str = "") -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weights.read(name).float() for name in names}
 
 
 def network_of(checkpoint: MegatronCheckpoint, tokenizer: Path, dtype: torch.dtype) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,28 +19,24 @@ WHOLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
+HEADS = ("lm_head.weight", "embed_out.weight")
 _COMPARED_ROWS = 4096  # of each of two tables, at a time
 
 
-def parameter_names(stored: Iterable[str], family: str) -> dict[str, str]:
-    """{a parameter's name in transformers' model: its name in the files}."""
-    prefix = _PREFIXES.get(family, "")
-    return {
-        name if name.startswith((prefix, "lm_head.", "embed_out.")) else prefix + name: name
-        for name in stored
-    }
-
-
 class Stored(NamedTuple):
-    """A tensor on disk."""
+    """A tensor on disk, and its name there."""
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class HuggingFaceWeights:
     """What parameters a folder holds, and their numbers on request; old buffers are left out.
+
+    They have the names of transformers' model, where `model_type` says which: some old files lack
+    a prefix.
 
     Raises:
         UnreadableCheckpointError: no safetensors files, or one that is damaged or cut off.
@@ -51,22 +46,12 @@ class HuggingFaceWeights:
 
     tensors: dict[str, Stored]
 
-    def __init__(self, folder: Path) -> None:
-        wanted = _weight_map(folder)
-        if wanted is None:
-            self.tensors = _read_header(folder / WHOLE)
-            return
-        self.tensors = {}
-        for file in sorted(set(wanted.values())):
-            stored = _read_header(folder / file)
-            said = {name for name, place in wanted.items() if place == file}
-            if other := min(said ^ stored.keys(), default=None):  # transformers reads all there is
-                does, does_not = ("says", "does not") if other in said else ("does not say", "does")
-                raise IncompleteCheckpointError(
-                    f"{folder / INDEX} {does} that {file} holds {other}, and it {does_not}: the "
-                    "folder mixes two exports; copy it again"
-                )
-            self.tensors |= stored
+    def __init__(self, folder: Path, model_type: str = "") -> None:
+        prefix = _PREFIXES.get(model_type, "")
+        self.tensors = {
+            name if name.startswith((prefix, *HEADS)) else prefix + name: tensor
+            for name, tensor in _read_headers(folder).items()
+        }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +69,7 @@ class HuggingFaceWeights:
         The file is opened for each: what was read of it counts as used memory until it is closed.
         """
         with safe_open(self.tensors[name].path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(self.tensors[name].name)
         return tensor
 
     def equal(self, one: str, other: str) -> bool:
@@ -95,6 +80,24 @@ class HuggingFaceWeights:
             for at in range(0, len(first), _COMPARED_ROWS)
             for rows in [slice(at, at + _COMPARED_ROWS)]
         )
+
+
+def _read_headers(folder: Path) -> dict[str, Stored]:
+    wanted = _weight_map(folder)
+    if wanted is None:
+        return _read_header(folder / WHOLE)
+    tensors: dict[str, Stored] = {}
+    for file in sorted(set(wanted.values())):
+        stored = _read_header(folder / file)
+        said = {name for name, place in wanted.items() if place == file}
+        if other := min(said ^ stored.keys(), default=None):  # transformers reads all there is
+            does, does_not = ("says", "does not") if other in said else ("does not say", "does")
+            raise IncompleteCheckpointError(
+                f"{folder / INDEX} {does} that {file} holds {other}, and it {does_not}: the "
+                "folder mixes two exports; copy it again"
+            )
+        tensors |= stored
+    return tensors
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -143,7 +146,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
                         f"{header.get_dtype()}; take the model before it was quantised"
                     )
                 dtype, shape = DTYPES[header.get_dtype()], tuple(header.get_shape())
-                tensors[name] = Stored(path, dtype, shape)
+                tensors[name] = Stored(path, name, dtype, shape)
     except (SafetensorError, OSError) as error:
         raise UnreadableCheckpointError(
             f"{path} is no safetensors file, or one that is damaged or was cut off ({error}); copy "
