@@ -7,13 +7,7 @@ writing    to_hf (tokenizer, model_card), from_hf
 proof      verify: megatron_model or reference_model, by layers, beside hf_model; tokenizer
 """
 
-from megatron_infoentropy.convert.errors import (
-    IncompleteCheckpointError,
-    InvalidWeightsError,
-    UnprovenConversionError,
-    UnreadableCheckpointError,
-    UnsupportedModelError,
-)
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.from_hf import ImportSummary, convert_from_hf
 from megatron_infoentropy.convert.to_hf import (
     ConversionSummary,
@@ -29,13 +23,9 @@ from megatron_infoentropy.convert.verify import (
 )
 
 __all__ = [
+    "ConversionError",
     "ConversionSummary",
     "ImportSummary",
-    "IncompleteCheckpointError",
-    "InvalidWeightsError",
-    "UnprovenConversionError",
-    "UnreadableCheckpointError",
-    "UnsupportedModelError",
     "Verification",
     "convert_checkpoint",
     "convert_from_hf",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_infoentropy.config import OF_THE_MODEL, InfoEntropyConfig
-from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hybrid import pattern_of, pattern_problems
 
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
@@ -124,11 +124,7 @@ _FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named a
 
 
 def family_of(args: argparse.Namespace) -> Family:
-    """Return the family that computes what these training arguments describe.
-
-    Raises:
-        UnsupportedModelError: naming every argument that no family has a counterpart for.
-    """
+    """Return the family that computes what these training arguments describe."""
     has_experts = getattr(args, "num_experts", None) is not None
     pattern = pattern_of(args)
     neutral = NEUTRAL | (NEUTRAL_FOR_EXPERTS if has_experts else {})
@@ -146,7 +142,7 @@ def family_of(args: argparse.Namespace) -> Family:
     nearest = min(problems, key=lambda index: len(problems[index]))
     if others or problems[nearest]:
         classes = dict.fromkeys(CLASSES[family] for family, _ in candidates)
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{CLASSES[candidates[nearest][0]]}, the nearest of {', '.join(classes)}, "
             f"cannot compute this model: {'; '.join(problems[nearest] + others)}"
         )
@@ -251,10 +247,6 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
     Args:
         args: Megatron's training arguments, as a checkpoint holds them.
         vocab_size: the true size of the vocabulary; by default that of the arguments.
-
-    Raises:
-        UnsupportedModelError: naming every argument that no family has a counterpart for.
-        ValueError: the vocabulary sizes do not fit each other.
     """
     family, pattern, layers = family_of(args), pattern_of(args), _get(args, "num_layers")
     has_experts = family in OF_EXPERTS
@@ -282,18 +274,14 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
 
 
 def as_family(model: Architecture, family: str) -> Architecture:
-    """Return the same model as another family that computes it: with --add-qkv-bias there are two.
-
-    Raises:
-        UnsupportedModelError: this family does not; those that do are named.
-    """
+    """Return the model as another family that computes it: with --add-qkv-bias there are two."""
     biased_qkv = model.qkv_bias and not model.add_bias_linear
     twins: tuple[Family, ...] = ("qwen2", "llama") if biased_qkv else (model.family,)
     for twin in twins:
         if twin == family:
             _require_expressible(new := replace(model, family=twin))
             return new
-    raise UnsupportedModelError(
+    raise ConversionError(
         f"expected a family that computes this model, {' or '.join(twins)}; got {family!r}"
     )
 
@@ -318,16 +306,12 @@ def _aux_loss(args: argparse.Namespace) -> float:
 
 
 def _rope_scaling_factor(args: argparse.Namespace) -> float | None:
-    """Return the factor that the model was built with, which is not always the argument's.
-
-    Raises:
-        UnsupportedModelError: the trainer does not say that it obeyed the argument.
-    """
+    """Return the factor that the model was built with, which is not always the argument's."""
     if not getattr(args, "use_rope_scaling", False):
         return None
     factor = float(_get(args, "rope_scaling_factor"))
     if factor != IGNORANT_FACTOR and not hasattr(args, OBEYED_FACTOR):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"the checkpoint says --rope-scaling-factor {factor:g}, but its trainer does not say "
             f"that it obeyed: Megatron-Core up to 0.19.2 trains with {IGNORANT_FACTOR:g} whatever "
             "is asked for; name the one that the model was trained with by `infoentropy convert "
@@ -339,13 +323,13 @@ def _rope_scaling_factor(args: argparse.Namespace) -> float | None:
 def _require_expressible(model: Architecture) -> None:
     """Refuse sizes that the configuration class of the family has no field for."""
     if model.family in ("qwen2", "gpt_neox", "gpt2") and not _heads_fill(model):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{CLASSES[model.family]} has heads of hidden_size / num_attention_heads = "
             f"{model.hidden_size} / {model.num_attention_heads} numbers; got "
             f"kv_channels={model.kv_channels} (flag --kv-channels)"
         )
     if model.family == "llama" and model.hidden_size % model.num_attention_heads:
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"LlamaForCausalLM refuses a hidden_size ({model.hidden_size}) that "
             f"num_attention_heads ({model.num_attention_heads}) does not divide"
         )
@@ -383,5 +367,5 @@ def _true_vocab_size(args: argparse.Namespace, given: int | None) -> int:
 def _get(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name, _ABSENT_MEANS.get(name))
     if value is None:
-        raise UnsupportedModelError(f"the checkpoint's training arguments lack {name}")
+        raise ConversionError(f"the checkpoint's training arguments lack {name}")
     return value

@@ -29,27 +29,20 @@ from megatron_infoentropy.checkpoints import (
     read_tracker,
 )
 from megatron_infoentropy.convert.distcp import DistcpReader
-from megatron_infoentropy.convert.errors import (
-    IncompleteCheckpointError,
-    UnreadableCheckpointError,
-)
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.unpickle import load_object
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a file; an empty one where there is no file.
-
-    Raises:
-        UnreadableCheckpointError: it holds something else, or is damaged.
-    """
+    """Return the object in a file; an empty one where there is no file."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UnreadableCheckpointError(f"{path} is no JSON: {error}; copy it again") from None
+        raise ConversionError(f"{path} is no JSON: {error}; copy it again") from None
     if not isinstance(content, dict):
-        raise UnreadableCheckpointError(f"expected a JSON object in {path}, got {content!r:.40}")
+        raise ConversionError(f"expected a JSON object in {path}, got {content!r:.40}")
     return content
 
 
@@ -76,8 +69,8 @@ class MegatronCheckpoint:
             say.
 
     Raises:
-        UnreadableCheckpointError: nothing there that could be read, naming what was looked for.
-        IncompleteCheckpointError: a file is missing, cut off, or not as its manifest says.
+        ConversionError: nothing there that could be read, or a file is missing, cut off, or not as
+            its manifest says.
     """
 
     folder: Path
@@ -135,7 +128,7 @@ class MegatronCheckpoint:
         if isinstance(state, list) and len(state) == 1:
             (state,) = state
         if not isinstance(state, dict) or not isinstance(state.get("args"), argparse.Namespace):
-            raise UnreadableCheckpointError(
+            raise ConversionError(
                 f"{self.folder} holds no training arguments, from which the model's configuration "
                 "is made; expected them as common.pt, or as the entry common_state or args"
             )
@@ -143,43 +136,37 @@ class MegatronCheckpoint:
 
 
 def find_iteration(checkpoint: Path, iteration: int | None) -> Path:
-    """Return the folder of one iteration below a `--save` folder (or the folder itself).
-
-    Raises:
-        UnreadableCheckpointError: there is no such folder, or the wrong one was named.
-    """
+    """Return the folder of one iteration below a `--save` folder (or the folder itself)."""
     if (checkpoint / ".metadata").is_file() and iteration is None:
         return checkpoint
     name = read_tracker(checkpoint) if iteration is None else str(iteration)
     if name is None:
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"expected {checkpoint} to be a Megatron checkpoint: the folder given to --save, with "
             f"{TRACKER}, or an iter_... folder, with .metadata; got neither"
         )
     if not name:
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"{checkpoint / TRACKER} is empty or damaged: name the iteration (--iteration)"
         )
     folder = path_of(checkpoint, name)
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))) or "none"
-        raise UnreadableCheckpointError(
-            f"expected the checkpoint {folder}; in {checkpoint} is {there}"
-        )
+        raise ConversionError(f"expected the checkpoint {folder}; in {checkpoint} is {there}")
     return folder
 
 
 def _require_undamaged(folder: Path, checksums: bool) -> None:
     damage = find_damage(folder, checksums=checksums) if has_manifest(folder) else ""
     if damage:
-        raise IncompleteCheckpointError(f"{damage}: copy it again, or take another iteration")
+        raise ConversionError(f"{damage}: copy it again, or take another iteration")
 
 
 def _require_known_format(folder: Path) -> None:
     backend = read_object(folder / "metadata.json").get("sharded_backend")
     if backend not in (None, "torch_dist", "fsdp_dtensor") or not (folder / ".metadata").is_file():
         legacy = "torch, one file a rank" if list(folder.glob("mp_rank_*")) else "no .metadata"
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"expected {folder} to be of the format torch_dist or fsdp_dtensor, got "
             f"{backend or legacy}; save it from Megatron with --ckpt-format torch_dist"
         )

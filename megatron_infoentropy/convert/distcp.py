@@ -49,10 +49,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _ReaderView
 
-from megatron_infoentropy.convert.errors import (
-    IncompleteCheckpointError,
-    UnreadableCheckpointError,
-)
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.unpickle import DTYPES, load_object, pickle_of, unpickle
 
 Shape = tuple[int, ...]
@@ -63,7 +60,7 @@ class DistcpReader(FileSystemReader):
     """PyTorch's reader of a checkpoint's folder, for files that may come from anywhere.
 
     Raises:
-        UnreadableCheckpointError: `.metadata` is not the index of a checkpoint, or of an unknown
+        ConversionError: `.metadata` is not the index of a checkpoint, or of an unknown
             version.
     """
 
@@ -92,7 +89,7 @@ class DistcpReader(FileSystemReader):
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             state = getattr(root, "state", None)
             version = state.get("version", "unknown") if isinstance(state, dict) else "unknown"
-            raise UnreadableCheckpointError(
+            raise ConversionError(
                 f"{path} is not the index of a checkpoint that can be read here: it was written in "
                 f"version {reprlib.repr(version).strip("'")} of PyTorch's format; known are "
                 f"those up to 1.0.0, of PyTorch up to 2.15 (installed: {torch.__version__}). Save "
@@ -100,13 +97,7 @@ class DistcpReader(FileSystemReader):
             ) from error
 
     def require_complete(self, names: Iterable[str]) -> None:
-        """Look whether every piece of these tensors is on disk, without reading it.
-
-        Raises:
-            UnreadableCheckpointError: the index contradicts itself.
-            IncompleteCheckpointError: naming the tensor, and the file with its size if there is
-                one.
-        """
+        """Look whether every piece of these tensors is on disk, without reading it."""
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         for name in names:
             tensor, stored = self.tensors[name], 0
@@ -115,30 +106,26 @@ class DistcpReader(FileSystemReader):
                 file, end = place.relative_path, place.offset + place.length
                 numbers = math.prod(chunk.sizes)
                 if numbers * tensor.itemsize > place.length:
-                    raise UnreadableCheckpointError(
+                    raise ConversionError(
                         f"{self.folder / '.metadata'} says that {place.length} bytes hold "
                         f"{list(chunk.sizes)} numbers of {name}: it is damaged"
                     )
                 if sizes.get(file, -1) < end:
                     has = f"has {sizes[file]} bytes" if file in sizes else "is missing"
-                    raise IncompleteCheckpointError(
+                    raise ConversionError(
                         f"{self.folder / file} {has}; {name} needs {end} of it: the copy is "
                         "incomplete, or saving was interrupted; copy it again or take another "
                         "iteration"
                     )
                 stored += numbers
             if stored < tensor.numel():
-                raise IncompleteCheckpointError(
+                raise ConversionError(
                     f"{self.folder} has {stored} of the {tensor.numel()} numbers of {name}: "
                     "ranks did not write their part; take another iteration"
                 )
 
     def read(self, name: str, index: Shape = ()) -> Tensor:
-        """Return what is at an index of the first axes, joined from the pieces that have some.
-
-        Raises:
-            UnreadableCheckpointError: a file does not hold what the index says.
-        """
+        """Return what is at an index of the first axes, joined from the pieces that have some."""
         whole = self.tensors[name]
         shape = whole.shape[len(index) :]
         wanted = _chunk(index, shape)
@@ -165,7 +152,7 @@ class DistcpReader(FileSystemReader):
         place = self.storage_data[MetadataIndex(name)]
         path = self.folder / place.relative_path
         if not path.is_file():
-            raise UnreadableCheckpointError(f"{path} is missing; {name} is in it")
+            raise ConversionError(f"{path} is missing; {name} is in it")
         with path.open("rb") as file:
             return load_object(self._slice_file(file, place), f"{path} ({name})")
 
@@ -201,7 +188,7 @@ class DistcpReader(FileSystemReader):
                 return piece.view(sizes)
             except Exception as error:  # damage ends in errors of every kind
                 said = error if isinstance(error, ValueError) else type(error).__name__
-                raise UnreadableCheckpointError(
+                raise ConversionError(
                     f"{where}: expected {tensor.dtype} {list(sizes)} as torch.save writes: {said}"
                 ) from error
 

@@ -29,7 +29,7 @@ from megatron_infoentropy.convert.architecture import (
     Architecture,
 )
 from megatron_infoentropy.convert.distcp import Part, write_distcp
-from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
 from megatron_infoentropy.convert.hf_weights import HEADS, HuggingFaceWeights
 from megatron_infoentropy.convert.hybrid import hybrid_name
@@ -167,9 +167,8 @@ def convert_from_hf(
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
-        UnsupportedModelError: Megatron's model cannot compute this one.
-        UnreadableCheckpointError, IncompleteCheckpointError: the weights cannot be read.
-        InvalidWeightsError: NaN or infinity in the weights.
+        ConversionError: the weights cannot be read, Megatron's model cannot compute this one, or
+            there are NaN or infinity in it.
         ValueError: too little space, an existing output, or a tokenizer in the folder that is
             damaged or has more tokens than the model has rows.
     """
@@ -179,7 +178,7 @@ def convert_from_hf(
     model = replace(architecture_from_config(read_config(folder)), hybrid=hybrid)
     if hybrid and (model.num_experts or model.rope_scaling_factor is not None):
         what = "experts" if model.num_experts else "Llama 3's rotary scaling, which it ignores,"
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"Megatron's HybridModel with {what} cannot be proved: convert to a GPTModel, without "
             "--hybrid"
         )
@@ -228,7 +227,7 @@ def _match(weights: HuggingFaceWeights, steps: list[ConversionStep], model: Arch
     for step in steps:
         for name, shape in zip(step.hf, hf_shapes(step.row, model), strict=True):
             if name not in weights.tensors:
-                raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
+                raise ConversionError(f"the folder lacks the tensor {name}")
             got = weights.tensors[name].shape
             if got != tuple(shape):
                 raise ValueError(
@@ -236,7 +235,7 @@ def _match(weights: HuggingFaceWeights, steps: list[ConversionStep], model: Arch
                 )
             wanted.add(name)
     if unknown := sorted(weights.tensors.keys() - wanted):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"Megatron has no counterpart for {len(unknown)} tensors of this "
             f"{CLASSES[model.family]}: {', '.join(unknown[:4])}"
         )
@@ -250,7 +249,7 @@ def _leave_out_tied_head(weights: HuggingFaceWeights, model: Architecture) -> No
     (table,) = (row.hf[0] for row in TABLES[model.family] if row.megatron == EMBEDDING)
     for head in HEADS:
         if {head, table} <= weights.tensors.keys() and not weights.equal(head, table):
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"config.json says tie_word_embeddings: true, but {head} holds other numbers than "
                 f"{table}; say false there to keep both, or remove {head} to keep the one"
             )
@@ -263,7 +262,7 @@ def _require_zeros(weights: HuggingFaceWeights, steps: list[ConversionStep]) -> 
         if step.row.layout == "and_zeros":
             *_, name = step.hf
             if largest := weights.read(name).abs().max().item():
-                raise UnsupportedModelError(
+                raise ConversionError(
                     f"expected {name} to be all zeros, got numbers up to {largest:.2g}: Megatron "
                     "has biases for queries, keys and values alone (--add-qkv-bias) or in every "
                     "linear layer; this model's MLP has none. Biases of zeros there, and "

@@ -18,7 +18,7 @@ from megatron_infoentropy.convert.architecture import (
     Family,
     activation_named,
 )
-from megatron_infoentropy.convert.errors import UnreadableCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 
 _LLAMA_FIELDS = {
     "vocab_size": "vocab_size",
@@ -143,11 +143,7 @@ def _rope(model: Architecture) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Any:
-    """Return config.json as transformers understands it; no code of the folder is run.
-
-    Raises:
-        UnreadableCheckpointError: transformers does not take it; with what it says.
-    """
+    """Return config.json as transformers understands it; no code of the folder is run."""
     from transformers import AutoConfig
 
     try:
@@ -156,7 +152,7 @@ def read_config(folder: Path) -> Any:
         )
     except Exception as error:  # wrong types end in errors of every kind
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"{folder / 'config.json'} is no configuration that transformers can read: {said}"
         ) from error
 
@@ -166,13 +162,10 @@ def architecture_from_config(config: Any) -> Architecture:
 
     Args:
         config: a configuration as transformers loaded it.
-
-    Raises:
-        UnsupportedModelError: naming every field that Megatron has no counterpart for.
     """
     kind = config.model_type
     if kind not in _FIELDS:
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"expected a model of {', '.join(CLASSES.values())}, or Mistral without a sliding "
             f"window; got model_type={kind!r}"
         )
@@ -181,7 +174,7 @@ def architecture_from_config(config: Any) -> Architecture:
     values = _values(config, family)
     problems = [*_size_problems(config, values), *_rope_problems(family, rope)]
     if problems := problems + _problems(config, family):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"Megatron's GPTModel cannot compute this {kind} model: {'; '.join(problems)}"
         )
     values.setdefault("add_bias_linear", family in _GELU_FAMILIES)

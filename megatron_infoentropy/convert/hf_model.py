@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_infoentropy.checkpoints import TRACKER
 from megatron_infoentropy.convert.architecture import CLASSES, OF_EXPERTS, architecture_of
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.errors import IncompleteCheckpointError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.layers import read_when_run
@@ -48,9 +48,6 @@ def streamed_model(folder: Path, config: Any) -> Any:
     Args:
         folder: the Hugging Face folder.
         config: its configuration, as transformers loaded it.
-
-    Raises:
-        IncompleteCheckpointError: the folder lacks weights, or has others than the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +96,7 @@ def _replace_experts(
         for expert in range(getattr(experts, attribute).shape[0]):
             wanted = [f"{prefix}{expert}.{part}.weight" for part in parts]
             if missing := [name for name in wanted if name not in stored]:
-                raise IncompleteCheckpointError(f"the folder lacks the tensor {missing[0]}")
+                raise ConversionError(f"the folder lacks the tensor {missing[0]}")
             stored.difference_update(wanted)
             names.append(wanted)
         delattr(experts, attribute)
@@ -109,15 +106,15 @@ def _replace_experts(
 def _require_all(model: Any, stored: set[str], weights: HuggingFaceWeights) -> None:
     for name, parameter in model.named_parameters():
         if name not in stored:
-            raise IncompleteCheckpointError(f"the folder lacks the tensor {name}")
+            raise ConversionError(f"the folder lacks the tensor {name}")
         shape = weights.tensors[name].shape
         if shape != tuple(parameter.shape):
-            raise IncompleteCheckpointError(
+            raise ConversionError(
                 f"the weights do not fit config.json: expected {name} of shape "
                 f"{list(parameter.shape)}, got {list(shape)}"
             )
     if unknown := sorted(stored - model.state_dict().keys()):
-        raise IncompleteCheckpointError(f"config.json describes no {', '.join(unknown[:4])}")
+        raise ConversionError(f"config.json describes no {', '.join(unknown[:4])}")
 
 
 def _read(weights: HuggingFaceWeights, names: list[str], prefix: str = "") -> dict[str, Tensor]:
@@ -125,12 +122,7 @@ def _read(weights: HuggingFaceWeights, names: list[str], prefix: str = "") -> di
 
 
 def network_of(checkpoint: MegatronCheckpoint, tokenizer: Path, dtype: torch.dtype) -> Any:
-    """Return a checkpoint's model in evaluation mode, its vocabulary cut to the tokenizer's.
-
-    Raises:
-        UnsupportedModelError, InvalidWeightsError: as for `convert_checkpoint`.
-        IncompleteCheckpointError: a parameter of the model is not in the checkpoint.
-    """
+    """Return a checkpoint's model in evaluation mode, its vocabulary cut to the tokenizer's."""
     import transformers
 
     facts = read_tokenizer(tokenizer)
@@ -144,7 +136,7 @@ def network_of(checkpoint: MegatronCheckpoint, tokenizer: Path, dtype: torch.dty
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     if wrong := {name: keys for name, keys in info.items() if keys}:
-        raise IncompleteCheckpointError(f"transformers could not fill the model: {wrong}")
+        raise ConversionError(f"transformers could not fill the model: {wrong}")
     return network.eval()
 
 
@@ -154,11 +146,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def tokenizer_of(checkpoint: MegatronCheckpoint) -> Path:
-    """Return the tokenizer folder that the training arguments name.
-
-    Raises:
-        ValueError: there is none now.
-    """
+    """Return the tokenizer folder that the training arguments name."""
     named = getattr(checkpoint.args, "tokenizer_model", None)
     if not named or not (Path(named) / "tokenizer.json").is_file():
         raise ValueError(

@@ -8,11 +8,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_infoentropy.convert.errors import (
-    IncompleteCheckpointError,
-    UnreadableCheckpointError,
-    UnsupportedModelError,
-)
+from megatron_infoentropy.convert.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -39,9 +35,8 @@ class HuggingFaceWeights:
     a prefix.
 
     Raises:
-        UnreadableCheckpointError: no safetensors files, or one that is damaged or cut off.
-        IncompleteCheckpointError: a file of the index or a tensor is missing.
-        UnsupportedModelError: a tensor in another dtype than fp32, bf16 or fp16.
+        ConversionError: a safetensors file or a tensor is missing or damaged, or of another dtype
+            than fp32, bf16 or fp16.
     """
 
     tensors: dict[str, Stored]
@@ -92,7 +87,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
         said = {name for name, place in wanted.items() if place == file}
         if other := min(said ^ stored.keys(), default=None):  # transformers reads all there is
             does, does_not = ("says", "does not") if other in said else ("does not say", "does")
-            raise IncompleteCheckpointError(
+            raise ConversionError(
                 f"{folder / INDEX} {does} that {file} holds {other}, and it {does_not}: the "
                 "folder mixes two exports; copy it again"
             )
@@ -105,14 +100,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if (folder / INDEX).is_file():
         wanted = _read_index(folder / INDEX)
         if (folder / WHOLE).is_file() and set(wanted.values()) != {WHOLE}:
-            raise UnreadableCheckpointError(
+            raise ConversionError(
                 f"{folder} holds {WHOLE}, which transformers would read, and {INDEX}, which names "
                 "other files: one of them is of an earlier export; remove that"
             )
         return wanted
     if not (folder / WHOLE).is_file():
         other = [path.name for path in folder.glob("*.bin")]
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"expected {WHOLE} or {INDEX} in {folder}, got {other or 'no weights'}; .bin files "
             "are pickles: load the model with transformers and save it again as safetensors"
         )
@@ -126,13 +121,13 @@ def _read_index(path: Path) -> dict[str, str]:
             if file in ("", ".", "..") or "/" in file or "\0" in file:
                 raise ValueError(f"{file!r} is no name of a file in this folder")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UnreadableCheckpointError(f"{path} is no index of weights: {error}") from None
+        raise ConversionError(f"{path} is no index of weights: {error}") from None
     return {name: file for name, file in files.items() if not name.endswith(_BUFFERS)}
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
     if not path.is_file():
-        raise IncompleteCheckpointError(f"{path} is missing; the index names it; copy it again")
+        raise ConversionError(f"{path} is missing; the index names it; copy it again")
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -141,14 +136,14 @@ def _read_header(path: Path) -> dict[str, Stored]:
                     continue
                 header = file.get_slice(name)
                 if header.get_dtype() not in DTYPES:
-                    raise UnsupportedModelError(
+                    raise ConversionError(
                         f"expected weights in {', '.join(DTYPES)}, got {name} in "
                         f"{header.get_dtype()}; take the model before it was quantised"
                     )
                 dtype, shape = DTYPES[header.get_dtype()], tuple(header.get_shape())
                 tensors[name] = Stored(path, name, dtype, shape)
     except (SafetensorError, OSError) as error:
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"{path} is no safetensors file, or one that is damaged or was cut off ({error}); copy "
             "it again"
         ) from None

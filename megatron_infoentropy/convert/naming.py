@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture, Family
-from megatron_infoentropy.convert.errors import IncompleteCheckpointError, UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hybrid import hybrid_name
 from megatron_infoentropy.convert.layout import LAYOUTS
 
@@ -259,17 +259,12 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Conv
     """Match every stored parameter with the family's table; return what to convert, in order.
 
     The order is the model's: embeddings, layers, the rest.
-
-    Raises:
-        UnsupportedModelError: parameters that the family has not, or one that is there twice.
-        IncompleteCheckpointError: parameters that the family has and were not stored.
-        ValueError: a stored shape that does not follow from the training arguments; both are named.
     """
     wanted = [ways for row in rows_of(model) for ways in steps_for(row, model)]
     steps = [step for ways in wanted for step in ways if step.name in tensors]
     shapes = {step.name: step.shape for step in steps}
     if unknown := [name for name in tensors if name not in shapes]:
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{CLASSES[model.family]} has no counterpart for {_some(unknown)}: experts, biases, "
             "norms or layers that the training arguments do not tell of, or other attention"
         )
@@ -283,13 +278,9 @@ def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[Conv
         steps = list({(step.row.hf, step.place, step.part): step for step in steps}.values())
     stored = Counter(name for step in steps for name in step.hf)
     if missing := sorted({n for ways in wanted for n in ways[0].hf} - stored.keys()):
-        raise IncompleteCheckpointError(
-            f"the checkpoint lacks the parameters behind {_some(missing)}"
-        )
+        raise ConversionError(f"the checkpoint lacks the parameters behind {_some(missing)}")
     if twice := sorted(name for name, count in stored.items() if count > 1):
-        raise UnsupportedModelError(
-            f"the checkpoint holds more than one parameter for {_some(twice)}"
-        )
+        raise ConversionError(f"the checkpoint holds more than one parameter for {_some(twice)}")
     order = {row: number for number, row in enumerate(TABLES[model.family])}
 
     def order_of(step: ConversionStep) -> tuple[bool, tuple[int, ...], int, tuple[int, ...]]:

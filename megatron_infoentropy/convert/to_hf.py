@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from megatron_infoentropy.convert.architecture import Architecture, architecture_of, as_family
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.errors import InvalidWeightsError, UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_config import hf_config
 from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
@@ -95,9 +95,8 @@ def convert_checkpoint(
         check: called with the finished folder before it gets its name; if it raises, it never does.
 
     Raises:
-        UnsupportedModelError: the model is none that a family of transformers could compute.
-        UnreadableCheckpointError, IncompleteCheckpointError: the checkpoint cannot be read.
-        InvalidWeightsError: NaN or infinity in the weights.
+        ConversionError: the checkpoint cannot be read, no family of transformers could compute the
+            model, or its weights hold NaN or infinity.
         ValueError: a tokenizer that does not fit, too little space, or an existing output.
     """
     require_place(output, _FILES, overwrite=overwrite, source=checkpoint)
@@ -165,11 +164,7 @@ def _choose_family(
 def require_place(
     output: Path, replaceable: tuple[str, ...], *, overwrite: bool, source: Path
 ) -> None:
-    """Look whether a folder may be made there, before anything is read.
-
-    Raises:
-        ValueError: something is there and must not be overwritten, or it is what is read.
-    """
+    """Look whether a folder may be made there, before anything is read."""
     if source.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"{output} would take the place of {source}; name another output")
     require_free(output, replaceable, overwrite)
@@ -183,7 +178,7 @@ def _require_known(dtype: str) -> None:
 def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype not in DTYPES.values():
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"expected parameters in fp32, bf16 or fp16, got {name} in {tensor.dtype}; save "
                 "the model in a floating-point type without quantisation"
             )
@@ -233,11 +228,7 @@ def convert_steps(
     model: Architecture,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time.
-
-    Raises:
-        InvalidWeightsError: NaN or infinity among them, or numbers beyond the dtype's.
-    """
+    """Yield (name, tensor) of the family in a dtype, reading one step's numbers at a time."""
     for step in steps:
         stored = checkpoint.read(step.name, step.part)
         made = LAYOUTS[step.row.layout].to_hf(stored, model)
@@ -248,29 +239,28 @@ def convert_steps(
 def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert to the dtype that is written, and look at what that gives."""
     rounded = tensor.to(dtype)
-    try:
-        require_finite(where, rounded)
-    except InvalidWeightsError:
+    if not _is_finite(rounded):
         require_finite(where, tensor)
         name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
-        raise InvalidWeightsError(
+        raise ConversionError(
             f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
             f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
             "bfloat16 or float32)"
-        ) from None
+        )
     return rounded
 
 
-def require_finite(where: str, tensor: torch.Tensor) -> None:
-    """Look for NaN and infinity: both show in the extremes, which is the quickest way to see them.
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Look at the extremes, where NaN and infinity show: it is the quickest way."""
+    return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
-    Raises:
-        InvalidWeightsError: naming the tensor and how many there are.
-    """
-    if not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+
+def require_finite(where: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinity, naming the tensor and how many there are."""
+    if _is_finite(tensor):
         return
     bad = int((~torch.isfinite(tensor)).sum())
-    raise InvalidWeightsError(
+    raise ConversionError(
         f"{where} holds {bad} numbers that are NaN or infinite, of {tensor.numel()}: the training "
         "had diverged when this was saved; take an earlier iteration"
     )

@@ -48,11 +48,7 @@ class TokenizerFolder:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFolder:
-    """Look at a Hugging Face tokenizer folder, as transformers loads it.
-
-    Raises:
-        ValueError: there is no tokenizer.json in it, or one of its files is damaged.
-    """
+    """Look at a Hugging Face tokenizer folder, as transformers loads it."""
     used = load_with_transformers(folder)
     ids = _special_ids(used)
     return TokenizerFolder(

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from megatron_infoentropy.convert.errors import UnreadableCheckpointError
+from megatron_infoentropy.convert.errors import ConversionError
 
 DTYPES: dict[tuple[str, str], Any] = {
     ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
@@ -140,35 +140,23 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes, allowed: Mapping[tuple[str, str], Any] | None = None) -> Any:
-    """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins.
-
-    Raises:
-        UnreadableCheckpointError: the bytes are not a complete pickle.
-    """
+    """Load a pickle with the classes of `allowed`, {(module, name): class}, and stand-ins."""
     try:
         require_bounded(data)
         return _Unpickler(data, allowed or {}).load()
     except _DAMAGE as error:
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"expected a pickle of plain data, got one that fails: {error}"
         ) from error
 
 
 def load_object(file: IO[bytes], where: str) -> Any:
-    """Load what torch.save wrote, without the numbers of its tensors and without running it.
-
-    Raises:
-        UnreadableCheckpointError: it is not the archive that torch.save writes.
-    """
+    """Load what torch.save wrote, without the numbers of its tensors and without running it."""
     return unpickle(pickle_of(file, where), DTYPES)
 
 
 def pickle_of(file: IO[bytes], where: str) -> bytes:
-    """Return the pickle in the archive that torch.save writes, when it is known to be bounded.
-
-    Raises:
-        UnreadableCheckpointError: it is no such archive.
-    """
+    """Return the pickle in the archive that torch.save writes, when it is known to be bounded."""
     try:
         if file.read(4) != b"PK\x03\x04":
             raise ValueError("it begins otherwise")
@@ -179,7 +167,7 @@ def pickle_of(file: IO[bytes], where: str) -> bytes:
         content = archive.read(member)
         require_bounded(content)
     except Exception as error:  # damage ends in errors of every kind
-        raise UnreadableCheckpointError(
+        raise ConversionError(
             f"{where}: expected the archive that torch.save writes, got something else; the file "
             f"is damaged or was cut off, copy it again ({type(error).__name__}: {error})"
         ) from error

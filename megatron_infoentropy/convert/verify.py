@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_infoentropy.convert.architecture import OF_EXPERTS
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.errors import UnprovenConversionError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_config import read_config
 from megatron_infoentropy.convert.hf_model import streamed_model, whole_model
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
@@ -104,7 +104,7 @@ def prove(
         rope_scaling_factor: as for `convert_checkpoint`.
 
     Raises:
-        UnprovenConversionError: they do not compute the same, with all that differs.
+        ConversionError: they do not compute the same, with all that differs.
     """
     result = verify_conversion(
         *(checkpoint, folder, sequences_for(folder, text, data)),
@@ -113,18 +113,14 @@ def prove(
         rope_scaling_factor=rope_scaling_factor,
     )
     if not result.passed:
-        raise UnprovenConversionError(f"the two sides do not compute the same; {result}")
+        raise ConversionError(f"the two sides do not compute the same; {result}")
     return result
 
 
 def require_same_ids(folder: Path) -> None:
-    """Compare the tokenizer alone, which takes no memory, and insist.
-
-    Raises:
-        UnprovenConversionError: transformers makes other ids of it in the Hugging Face folder.
-    """
+    """Compare the tokenizer alone, which takes no memory, and insist."""
     if differences := tokenizer_differences(folder):
-        raise UnprovenConversionError(f"the two sides are not the same; {'\n'.join(differences)}")
+        raise ConversionError(f"the two sides are not the same; {'\n'.join(differences)}")
 
 
 def why_not_now(folder: Path) -> str | None:
@@ -294,9 +290,6 @@ def sequences_for(
         text: any UTF-8 file; by default the reference texts that come with Python.
         data: instead of a text the prefix of an indexed dataset (its path without .bin), whose
             documents are read one after another, as Megatron does.
-
-    Raises:
-        ValueError: less than two tokens in the text or the dataset, or both are given.
     """
     require_readable(text, data)
     length = length_for(folder)
@@ -323,11 +316,7 @@ def sequences_for(
 
 
 def require_readable(text: Path | None, data: Path | None) -> None:
-    """Look whether there is something to verify on, before a conversion that may take hours.
-
-    Raises:
-        ValueError: no such text or dataset, less than two tokens in it, or both are given.
-    """
+    """Look whether there is something to verify on, before a conversion that may take hours."""
     if text is not None and data is not None:
         raise ValueError("expected a text or a dataset to verify on, got both")
     if text is not None and not text.is_file():

@@ -19,10 +19,7 @@ from tiny_tokenizer import write_tokenizer
 
 from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.convert import (
-    IncompleteCheckpointError,
-    InvalidWeightsError,
-    UnreadableCheckpointError,
-    UnsupportedModelError,
+    ConversionError,
     convert_checkpoint,
     convert_from_hf,
 )
@@ -41,28 +38,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def export_fails(folder: Path, error: type[ValueError], match: str) -> None:
+def export_fails(folder: Path, match: str) -> None:
     before = set(folder.iterdir())
-    with pytest.raises(error, match=match):
+    with pytest.raises(ValueError, match=match):
         convert_checkpoint(folder / "save", folder / "out")
     assert set(folder.iterdir()) == before, "nothing may be left"
 
 
 def test_a_missing_file_of_the_checkpoint(folder: Path) -> None:
     (folder / "save" / PIECES).unlink()
-    export_fails(folder, IncompleteCheckpointError, r"__0_0\.distcp is missing")
+    export_fails(folder, r"__0_0\.distcp is missing")
 
 
 def test_a_file_of_the_checkpoint_that_was_cut_off(folder: Path) -> None:
     path = folder / "save" / PIECES
     os.truncate(path, path.stat().st_size - 5000)
-    export_fails(folder, IncompleteCheckpointError, r"__0_0\.distcp has \d+ bytes; .* needs \d+")
+    export_fails(folder, r"__0_0\.distcp has \d+ bytes; .* needs \d+")
 
 
 def test_a_file_of_the_checkpoint_with_other_bytes(folder: Path) -> None:
     path = folder / "save" / PIECES
     path.write_bytes(bytes(path.stat().st_size))
-    export_fails(folder, UnreadableCheckpointError, "expected the archive that torch.save writes")
+    export_fails(folder, "expected the archive that torch.save writes")
 
 
 def test_a_checkpoint_that_is_not_what_its_manifest_says(folder: Path) -> None:
@@ -72,9 +69,9 @@ def test_a_checkpoint_that_is_not_what_its_manifest_says(folder: Path) -> None:
     data[len(data) // 2] ^= 1  # a number stays a number: nothing else would notice
     path.write_bytes(data)
     words = rf"{path.name} has another SHA-256 than when it was saved: copy it again"
-    export_fails(folder, IncompleteCheckpointError, words)
+    export_fails(folder, words)
     path.write_bytes(data[:-1])
-    with pytest.raises(IncompleteCheckpointError, match="bytes, not"):
+    with pytest.raises(ConversionError, match="bytes, not"):
         MegatronCheckpoint(folder / "save")
 
 
@@ -90,7 +87,7 @@ def test_a_rank_that_did_not_write_its_part(folder: Path) -> None:
         index.storage_data = {k: v for k, v in index.storage_data.items() if k.fqn != QKV}
 
     rewrite_index(folder, forget)
-    export_fails(folder, IncompleteCheckpointError, rf"0 of the 4096 numbers of {re.escape(QKV)}")
+    export_fails(folder, rf"0 of the 4096 numbers of {re.escape(QKV)}")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,7 @@ def test_a_tensor_made_to_do_harm_is_refused(folder: Path, kind: str, match: str
                 place.length = evil.stat().st_size
 
     rewrite_index(folder, point)
-    export_fails(folder, UnreadableCheckpointError, match)
+    export_fails(folder, match)
     assert not (folder / "made").exists()
 
 
@@ -127,7 +124,7 @@ def test_an_index_of_an_unknown_version_names_both_versions(folder: Path) -> Non
 
     rewrite_index(folder, change)
     installed = re.escape(torch.__version__)
-    export_fails(folder, UnreadableCheckpointError, rf"version 9\.0\.0 .*installed: {installed}")
+    export_fails(folder, rf"version 9\.0\.0 .*installed: {installed}")
 
 
 def test_an_index_with_fields_of_a_later_version_is_read(folder: Path) -> None:
@@ -155,7 +152,7 @@ def test_numbers_that_are_none(tmp_path: Path, value: float, dtype: torch.dtype)
     tensors = tiny_tensors(args, dtype)
     tensors[QKV][1, 3, 5] = value
     write_checkpoint(tmp_path / "save", args, tensors)
-    export_fails(tmp_path, InvalidWeightsError, rf"{QKV} \(layer 1\) holds 1 numbers")
+    export_fails(tmp_path, rf"{QKV} \(layer 1\) holds 1 numbers")
 
 
 @pytest.mark.parametrize(
@@ -176,57 +173,57 @@ def test_numbers_beyond_the_dtype_that_is_written(
     tensors[QKV][1, 3, 5] = value
     write_checkpoint(tmp_path / "save", args, tensors)
     words = rf"{QKV} \(layer 1\) holds numbers up to .* {asked} ends at .*--dtype"
-    with pytest.raises(InvalidWeightsError, match=words):
+    with pytest.raises(ConversionError, match=words):
         convert_checkpoint(tmp_path / "save", tmp_path / "out", dtype=asked)
     assert not (tmp_path / "out").exists()
 
 
 def test_too_little_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    export_fails(folder, ValueError, r"GB of free space for .*out, got 0\.00 GB")
+    export_fails(folder, r"GB of free space for .*out, got 0\.00 GB")
     with pytest.raises(ValueError, match=r"GB of free space for .*back"):
         convert_from_hf(folder / "hf", folder / "back")
 
 
-def import_fails(folder: Path, error: type[ValueError], match: str) -> None:
+def import_fails(folder: Path, match: str) -> None:
     before = set(folder.iterdir())
-    with pytest.raises(error, match=match):
+    with pytest.raises(ValueError, match=match):
         convert_from_hf(folder / "hf", folder / "back")
     assert set(folder.iterdir()) == before, "nothing may be left"
 
 
 def test_a_missing_file_of_weights(folder: Path) -> None:
     (folder / "hf" / "model-00002-of-00002.safetensors").unlink()
-    import_fails(folder, IncompleteCheckpointError, "model-00002-of-00002.safetensors is missing")
+    import_fails(folder, "model-00002-of-00002.safetensors is missing")
 
 
 def test_a_file_of_weights_that_was_cut_off(folder: Path) -> None:
     path = folder / "hf" / "model-00002-of-00002.safetensors"
     os.truncate(path, path.stat().st_size - 100)
-    import_fails(folder, UnreadableCheckpointError, f"{path.name} is no .*or was cut off")
+    import_fails(folder, f"{path.name} is no .*or was cut off")
     os.truncate(path, 20)
-    import_fails(folder, UnreadableCheckpointError, f"{path.name} is no safetensors file")
+    import_fails(folder, f"{path.name} is no safetensors file")
 
 
 def test_an_index_that_names_a_tensor_no_file_holds(folder: Path) -> None:
     index = json.loads((folder / "hf" / INDEX).read_text())
     index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
     (folder / "hf" / INDEX).write_text(json.dumps(index))
-    import_fails(folder, IncompleteCheckpointError, "says that .* holds ghost, and it does not")
+    import_fails(folder, "says that .* holds ghost, and it does not")
 
 
 def test_an_index_that_leaves_out_a_tensor_which_transformers_would_read(folder: Path) -> None:
     index = json.loads((folder / "hf" / INDEX).read_text())
     file = index["weight_map"].pop("lm_head.weight")
     (folder / "hf" / INDEX).write_text(json.dumps(index))
-    import_fails(folder, IncompleteCheckpointError, f"does not say that {file} holds lm_head")
+    import_fails(folder, f"does not say that {file} holds lm_head")
 
 
 def test_a_whole_file_beside_an_index_of_others(folder: Path) -> None:
     """Transformers reads the whole file, whichever of the two is the earlier export."""
     index = json.loads((folder / "hf" / INDEX).read_text())
     change_weights(folder, lambda tensors: None, keep=True)
-    import_fails(folder, UnreadableCheckpointError, "model.safetensors, which .* would read.*index")
+    import_fails(folder, "model.safetensors, which .* would read.*index")
     index["weight_map"] = dict.fromkeys(index["weight_map"], "model.safetensors")
     (folder / "hf" / INDEX).write_text(json.dumps(index))
     convert_from_hf(folder / "hf", folder / "back")
@@ -236,7 +233,7 @@ def test_pickled_weights_are_not_opened(folder: Path) -> None:
     for path in (folder / "hf").glob("model*"):
         path.unlink()
     (folder / "hf" / "pytorch_model.bin").write_bytes(b"a pickle")
-    import_fails(folder, UnreadableCheckpointError, "pytorch_model.bin.*save it again")
+    import_fails(folder, "pytorch_model.bin.*save it again")
 
 
 def change_weights(
@@ -254,40 +251,35 @@ def change_weights(
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "match"),
+    ("change", "match"),
     [
         (
             lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
-            UnsupportedModelError,
             "no counterpart for 1 tensors.*q_norm",
         ),
         (
             lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
-            IncompleteCheckpointError,
             "lacks the tensor model.layers.1.mlp.up_proj.weight",
         ),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(61, 32)}),
-            ValueError,
             r"lm_head.weight of shape \[60, 32\].*got \[61, 32\]",
         ),
         (
             lambda t: t["model.norm.weight"].fill_(float("nan")),
-            InvalidWeightsError,
             "model.norm.weight holds 32 numbers",
         ),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(60, 32, dtype=torch.int8)}),
-            UnsupportedModelError,
             "lm_head.weight in I8",
         ),
     ],
 )
 def test_weights_that_do_not_fit_the_configuration(
-    folder: Path, change: Callable[[Any], Any], error: type[ValueError], match: str
+    folder: Path, change: Callable[[Any], Any], match: str
 ) -> None:
     change_weights(folder, change)
-    import_fails(folder, error, match)
+    import_fails(folder, match)
 
 
 def test_what_is_read_is_not_overwritten(folder: Path) -> None:
@@ -317,4 +309,4 @@ def test_a_damaged_file_of_the_tokenizer_is_named(folder: Path, name: str, conte
 def test_a_damaged_description_of_the_checkpoint_is_named(folder: Path, content: str) -> None:
     path = folder / "save" / "iter_0000007" / "metadata.json"
     path.write_text(content)
-    export_fails(folder, UnreadableCheckpointError, re.escape(str(path)))
+    export_fails(folder, re.escape(str(path)))

@@ -13,7 +13,7 @@ from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_infoentropy.convert import (
-    UnsupportedModelError,
+    ConversionError,
     convert_checkpoint,
     convert_from_hf,
     hf_weights,
@@ -96,7 +96,7 @@ def test_a_model_megatron_cannot_compute_is_refused_by_name(
 ) -> None:
     sizes = {} if kind == "gpt2" else SMALL
     AutoConfig.for_model(kind, **sizes | changes).save_pretrained(tmp_path / "hf")
-    with pytest.raises(UnsupportedModelError, match=named):
+    with pytest.raises(ConversionError, match=named):
         convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -215,5 +215,5 @@ def test_a_head_beside_tied_embeddings_is_dropped_only_where_it_is_the_same(
     convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
     head[-1, -1] += 1
     save_file(tensors | {name: head}, path, {"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match=f"{name} holds other numbers than"):
+    with pytest.raises(ConversionError, match=f"{name} holds other numbers than"):
         convert_from_hf(tmp_path / "hf", tmp_path / "again")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoint import Harmful, tiny_args, tiny_tensors, write_checkpoint, write_tiny
 
-from megatron_infoentropy.convert import UnreadableCheckpointError
+from megatron_infoentropy.convert import ConversionError
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, find_iteration
 
 
@@ -60,7 +60,7 @@ def test_a_release_checkpoint_is_found(tmp_path: Path) -> None:
 def test_a_tracker_that_was_cut_off_is_named(tmp_path: Path) -> None:
     path = tmp_path / "latest_checkpointed_iteration.txt"
     path.touch()
-    with pytest.raises(UnreadableCheckpointError, match=f"{re.escape(str(path))} is empty"):
+    with pytest.raises(ConversionError, match=f"{re.escape(str(path))} is empty"):
         MegatronCheckpoint(tmp_path)
 
 

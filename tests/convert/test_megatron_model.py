@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
 from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPERTS
-from megatron_infoentropy.convert.errors import UnsupportedModelError
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.megatron_model import (
     arguments_read,
     build_model,
@@ -131,7 +131,7 @@ def test_a_model_without_its_factor_fails_the_proof(
 
 def test_a_factor_that_a_trainer_may_have_ignored_has_to_be_named(tmp_path: Path) -> None:
     save = stretched(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="trains with 8 whatever is asked"):
+    with pytest.raises(ConversionError, match="trains with 8 whatever is asked"):
         convert_checkpoint(save, tmp_path / "hf")
     for factor in (8.0, 32.0):
         hf = tmp_path / f"hf{factor}"

@@ -20,7 +20,7 @@ from tiny_checkpoint import (
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
 
 from megatron_infoentropy.convert import (
-    UnsupportedModelError,
+    ConversionError,
     convert_checkpoint,
     verify_conversion,
 )
@@ -80,7 +80,7 @@ def test_quantised_parameters_are_refused_by_name(tmp_path: Path, dtype: torch.d
     name = "decoder.layers.mlp.linear_fc2.weight"
     tensors[name] = tensors[name].to(dtype)
     write_checkpoint(tmp_path / "save", args, tensors)
-    with pytest.raises(UnsupportedModelError, match=rf"{name} in {dtype}"):
+    with pytest.raises(ConversionError, match=rf"{name} in {dtype}"):
         convert_checkpoint(tmp_path / "save", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -90,7 +90,7 @@ def test_scales_of_quantised_parameters_are_refused_by_name(tmp_path: Path, name
     args = tiny_args()
     name = f"decoder.layers.self_attention.{name}"
     write_checkpoint(tmp_path / "save", args, tiny_tensors(args) | {name: torch.ones(2)})
-    with pytest.raises(UnsupportedModelError, match=name):
+    with pytest.raises(ConversionError, match=name):
         convert_checkpoint(tmp_path / "save", tmp_path / "hf")
 
 

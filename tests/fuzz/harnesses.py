@@ -9,11 +9,7 @@ from pathlib import Path
 
 from megatron_infoentropy.checkpoints import MANIFEST, find_damage
 from megatron_infoentropy.convert.distcp import DistcpReader
-from megatron_infoentropy.convert.errors import (
-    IncompleteCheckpointError,
-    UnreadableCheckpointError,
-    UnsupportedModelError,
-)
+from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.unpickle import load_object
 from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError, Keys
@@ -90,12 +86,9 @@ HARNESSES: dict[str, tuple[Harness, tuple[type[Exception], ...]]] = {
     "text": (text, (BrokenLineError,)),
     "index": (index, (ValueError,)),
     "recipe": (recipe, (RecipeError,)),
-    "metadata": (metadata, (UnreadableCheckpointError, IncompleteCheckpointError)),
-    "arguments": (arguments, (UnreadableCheckpointError,)),
-    "weights": (
-        weights,
-        (UnreadableCheckpointError, IncompleteCheckpointError, UnsupportedModelError),
-    ),
+    "metadata": (metadata, (ConversionError,)),
+    "arguments": (arguments, (ConversionError,)),
+    "weights": (weights, (ConversionError,)),
     "manifest": (manifest, ()),
 }
 

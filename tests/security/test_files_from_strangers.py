@@ -11,7 +11,7 @@ import pytest
 import torch
 import zstandard
 
-from megatron_infoentropy.convert import UnreadableCheckpointError
+from megatron_infoentropy.convert import ConversionError
 from megatron_infoentropy.convert.distcp import _place
 from megatron_infoentropy.convert.hf_weights import HuggingFaceWeights
 from megatron_infoentropy.convert.unpickle import unpickle
@@ -36,7 +36,7 @@ def test_a_dataset_manifest_cannot_name_files_elsewhere(tmp_path, name):
 def test_an_index_of_weights_cannot_name_files_elsewhere(tmp_path, name):
     index = {"weight_map": {"tensor": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UnreadableCheckpointError, match="is no name of a file in this folder"):
+    with pytest.raises(ConversionError, match="is no name of a file in this folder"):
         HuggingFaceWeights(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_a_pickle_changes_no_class_of_the_process():
     "data", [b"\x80\x05\x96" + b"\xff" * 5 + bytes(3) + b".", b"\x80\x02Nr\xff\xff\xff\x7f."]
 )
 def test_a_pickle_of_a_few_bytes_takes_no_gigabytes(data):
-    with pytest.raises(UnreadableCheckpointError, match="expected a pickle of plain data"):
+    with pytest.raises(ConversionError, match="expected a pickle of plain data"):
         unpickle(data)
 
 
