@@ -1,11 +1,14 @@
 """Commands between Megatron's checkpoints and Hugging Face folders."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_infoentropy.commands import Overwrite, out
+
+if TYPE_CHECKING:
+    from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
 Verify = Annotated[
     bool | None,
@@ -59,11 +62,7 @@ def convert(
         overwrite=overwrite,
         checksums=checksums,
         rope_scaling_factor=rope_scaling_factor,
-        check=lambda folder: _prove(
-            *(verify, checkpoint, folder, text, data),
-            iteration=iteration,
-            rope_scaling_factor=rope_scaling_factor,
-        ),
+        check=lambda read, made: _prove(verify, read, made, text, data),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     if done.not_qwen2:
@@ -90,7 +89,7 @@ def convert_from_hf(
         output,
         hybrid=hybrid,
         overwrite=overwrite,
-        check=lambda made: _prove(verify, made, model, text, data, imported=True),
+        check=lambda made, read: _prove(verify, made, read, text, data, imported=True),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
@@ -107,11 +106,12 @@ def _require_readable(verify: bool | None, text: Path | None, data: Path | None)
 
 def _prove(
     verify: bool | None,
-    checkpoint: Path,
+    checkpoint: "MegatronCheckpoint",
     folder: Path,
     text: Path | None,
     data: Path | None,
-    **options: Any,
+    *,
+    imported: bool = False,
 ) -> None:
     from megatron_infoentropy.convert import prove, require_same_ids, why_not_now
 
@@ -119,8 +119,8 @@ def _prove(
     if reason:
         out.print(f"not verified: {reason}; --verify insists")
     if reason or verify is False:
-        if not options.get("imported"):
+        if not imported:
             require_same_ids(folder)
         return
-    result = prove(checkpoint, folder, text=text, data=data, **options)
+    result = prove(checkpoint, folder, text=text, data=data, imported=imported)
     out.print(str(result))

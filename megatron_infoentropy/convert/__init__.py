@@ -8,7 +8,7 @@ proof      verify: megatron_model or reference_model, by layers, beside hf_model
 """
 
 from megatron_infoentropy.convert.errors import ConversionError
-from megatron_infoentropy.convert.from_hf import ImportSummary, convert_from_hf
+from megatron_infoentropy.convert.from_hf import convert_from_hf
 from megatron_infoentropy.convert.to_hf import (
     ConversionSummary,
     convert_checkpoint,
@@ -25,7 +25,6 @@ from megatron_infoentropy.convert.verify import (
 __all__ = [
     "ConversionError",
     "ConversionSummary",
-    "ImportSummary",
     "Verification",
     "convert_checkpoint",
     "convert_from_hf",

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from megatron_infoentropy.config import OF_THE_MODEL, InfoEntropyConfig
 from megatron_infoentropy.convert.errors import ConversionError
-from megatron_infoentropy.convert.hybrid import pattern_of, pattern_problems
 
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "gpt2"]
 
@@ -126,10 +125,10 @@ _FLAGS = {"add_bias_linear": "--disable-bias-linear"}  # where it is not named a
 def family_of(args: argparse.Namespace) -> Family:
     """Return the family that computes what these training arguments describe."""
     has_experts = getattr(args, "num_experts", None) is not None
-    pattern = pattern_of(args)
+    pattern = getattr(args, "hybrid_layer_pattern", None)
     neutral = NEUTRAL | (NEUTRAL_FOR_EXPERTS if has_experts else {})
     neutral |= {} if pattern is None else NEUTRAL_FOR_HYBRIDS
-    others = [] if pattern is None else list(pattern_problems(pattern))
+    others = [] if pattern is None else list(_pattern_problems(pattern))
     others += _deviations(args, neutral, optional=True)
     candidates: list[tuple[Family, dict[str, tuple[Any, ...]]]] = [
         (family, table)
@@ -161,6 +160,37 @@ def _deviations(
         if any(each not in accepted for each in values):
             flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
             yield f"{name}={value!r} (flag {flag}; expected {accepted[0]!r})"
+
+
+_KINDS = {
+    "*": "attention",
+    "-": "an MLP",
+    "M": "Mamba",
+    "G": "a gated delta net",
+    "D": "sparse attention",
+    "E": "experts",
+    "+": "latent attention",
+}
+
+
+def _pattern_problems(pattern: str) -> Iterator[str]:
+    """Yield what keeps a hybrid's layers from being those of a GPT: attention, then an MLP.
+
+    Layers are numbered as in the names of parameters, where a pipeline stage ends (|) left out.
+    """
+    said = f"hybrid_layer_pattern={pattern!r:.80} (flag --hybrid-layer-pattern)"
+    main, _, heads = pattern.partition("/")
+    layers = main.replace("|", "")
+    if heads:
+        yield f"{said} has multi-token-prediction heads behind /"
+    for number, kind in enumerate(layers):
+        expected = "*-"[number % 2]
+        if kind != expected:
+            what = _KINDS.get(kind, f"unknown ({kind!r})")
+            yield f"{said}: layer {number} is {what}, expected {_KINDS[expected]}"
+            return
+    if len(layers) % 2 or not layers:
+        yield f"{said}: behind its {len(layers)} layers an MLP is missing"
 
 
 OBEYED_FACTOR = "infoentropy_rope_scaling_factor"
@@ -208,7 +238,7 @@ class Architecture:
     # Conventions about stored numbers.
     rotary_interleaved: bool  # pairs (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
     layernorm_zero_centered_gamma: bool  # norm weights are stored minus 1
-    hybrid: bool = False  # two layers are stored for each one, see `hybrid`
+    hybrid: bool = False  # two layers are stored for each one, see `naming`
     # Experts, of which a dense model has none.
     num_experts: int = 0
     moe_router_topk: int = 0
@@ -248,7 +278,8 @@ def architecture_of(args: argparse.Namespace, vocab_size: int | None) -> Archite
         args: Megatron's training arguments, as a checkpoint holds them.
         vocab_size: the true size of the vocabulary; by default that of the arguments.
     """
-    family, pattern, layers = family_of(args), pattern_of(args), _get(args, "num_layers")
+    family, layers = family_of(args), _get(args, "num_layers")
+    pattern = getattr(args, "hybrid_layer_pattern", None)
     has_experts = family in OF_EXPERTS
     grouped = _get(args, "group_query_attention")
     model = Architecture(

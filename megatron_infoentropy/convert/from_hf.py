@@ -7,8 +7,8 @@ OUTPUT/model.yaml                          the flags that describe the model to 
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,11 +28,11 @@ from megatron_infoentropy.convert.architecture import (
     TOKENS,
     Architecture,
 )
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.distcp import Part, write_distcp
 from megatron_infoentropy.convert.errors import ConversionError
-from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
+from megatron_infoentropy.convert.hf_config import architecture_from_config, name_of, read_config
 from megatron_infoentropy.convert.hf_weights import HEADS, HuggingFaceWeights
-from megatron_infoentropy.convert.hybrid import hybrid_name
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import BASE
 from megatron_infoentropy.convert.naming import (
@@ -41,10 +41,16 @@ from megatron_infoentropy.convert.naming import (
     ConversionStep,
     counts,
     hf_shapes,
+    hybrid_name,
     rows_of,
     steps_for,
 )
-from megatron_infoentropy.convert.to_hf import require_finite, require_place
+from megatron_infoentropy.convert.to_hf import (
+    Check,
+    ConversionSummary,
+    require_finite,
+    require_place,
+)
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
 from megatron_infoentropy.data.tokenizer import TOKENIZER
 from megatron_infoentropy.files import new_folder, require_space
@@ -127,26 +133,7 @@ def flags_of(model: Architecture) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not False}
 
 
-# What Megatron's layers ask for beside their parameters, stored empty, one entry a layer.
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-)
-_MLP_STATES = ("linear_fc1", "linear_fc2")
 _FILES = (TRACKER, "release", "model.yaml")  # of an import: what --overwrite may replace
-
-
-@dataclass(frozen=True)
-class ImportSummary:
-    """What was written, and from what."""
-
-    output: Path
-    family: str
-    parameters: int
-    dtype: str
-    vocab_size: int
-    flags: dict[str, Any]  # for Megatron's trainer, names without dashes
 
 
 def convert_from_hf(
@@ -155,8 +142,8 @@ def convert_from_hf(
     *,
     hybrid: bool = False,
     overwrite: bool = False,
-    check: Callable[[Path], None] = lambda checkpoint: None,
-) -> ImportSummary:
+    check: Check = lambda checkpoint, folder: None,
+) -> ConversionSummary:
     """Write a Hugging Face model as a Megatron checkpoint, to continue its training.
 
     Args:
@@ -164,7 +151,7 @@ def convert_from_hf(
         output: the folder to make; give it to Megatron as `--pretrained-checkpoint`.
         hybrid: of a HybridModel, each of whose layers is attention or an MLP; else of a GPTModel.
         overwrite: replace an existing output.
-        check: called with the finished folder before it gets its name; if it raises, it never does.
+        check: called with both sides before the output gets its name; if it raises, it never does.
 
     Raises:
         ConversionError: the weights cannot be read, Megatron's model cannot compute this one, or
@@ -201,9 +188,10 @@ def convert_from_hf(
         (new / "model.yaml").write_text(
             yaml.safe_dump({"model": flags}, sort_keys=False), encoding="utf-8"
         )
-        check(new)
-    name = str(dtype).removeprefix("torch.")
-    return ImportSummary(output, model.family, weights.parameters, name, model.vocab_size, flags)
+        check(MegatronCheckpoint(new), folder)
+    return ConversionSummary(
+        *(output, model.family, weights.parameters, name_of(dtype), model.vocab_size), flags=flags
+    )
 
 
 def _tokens(folder: Path, model: Architecture) -> int | None:
@@ -327,12 +315,14 @@ def _objects(model: Architecture, tokens: int | None, name: str) -> dict[str, An
 
 
 def _extra_states(model: Architecture) -> Iterator[str]:
-    """Yield the names of what layers ask for beside their parameters."""
-    experts = model.num_experts > 0
-    of_mlp = [("mlp.experts.experts." if experts else "mlp.") + name for name in _MLP_STATES]
-    for modules, axes in ((_EXTRA_STATES, 1), (of_mlp, 1 + experts)):
+    """Yield the names of what layers ask for beside their parameters, which is stored empty."""
+    block = "mlp.experts.experts." if model.num_experts else "mlp."
+    of_attention = ("linear_qkv", "linear_proj", "core_attention")
+    modules = [(f"self_attention.{name}", 1) for name in of_attention]
+    modules += [(f"{block}linear_fc{n}", 1 + (model.num_experts > 0)) for n in (1, 2)]
+    for module, axes in modules:
         of = counts(model)[:axes]
-        for module, place in product(modules, product(*map(range, of))):
+        for place in product(*map(range, of)):
             if model.hybrid:
                 name = hybrid_name(f"decoder.layers.*.{module}", place)
                 yield f"{name}._extra_state/shard_0_1"

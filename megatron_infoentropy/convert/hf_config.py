@@ -120,9 +120,13 @@ def hf_config(model: Architecture, dtype: torch.dtype, ids: dict[str, int]) -> d
         **({"n_ctx": model.max_position_embeddings} if model.family == "gpt2" else _rope(model)),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": name_of(dtype),
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids},
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rope(model: Architecture) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 The first `*` stands for the layer. On Megatron's disk it is either a number
 (`decoder.layers.3.mlp...`) or absent (`decoder.layers.mlp...`): then the tensors of all layers are
 stacked into one, layer first, which is what Megatron writes for models whose layers are all alike.
-A HybridModel's layers have the numbers that `hybrid` gives them. The second `*` is the expert's, in
+The second `*` is the expert's, in
 the same way; `SequentialMLP` and Transformer Engine's grouped layers write the same. A parameter's
 place is the number for each `*` of its name.
+
+A HybridModel of attention, then an MLP, again and again has the names of a GPT whose layers are not
+stacked, two layers for one: the halves of layer 3 are decoder.layers.6.self_attention... and
+decoder.layers.7.mlp... Its last norm is decoder.final_norm.
 
 `match_names` gives every stored tensor its row of the table, and every row its tensor, or refuses.
 """
@@ -20,7 +24,6 @@ from torch import Tensor
 
 from megatron_infoentropy.convert.architecture import CLASSES, Architecture, Family
 from megatron_infoentropy.convert.errors import ConversionError
-from megatron_infoentropy.convert.hybrid import hybrid_name
 from megatron_infoentropy.convert.layout import LAYOUTS
 
 
@@ -253,6 +256,15 @@ def steps_for(row: Entry, model: Architecture) -> Iterator[list[ConversionStep]]
                 ConversionStep(row, place, name, (*(of[n] for n in stacked), *shape), part)
             )
         yield steps
+
+
+def hybrid_name(name: str, place: tuple[int, ...]) -> str:
+    """Return how a hybrid stores what a GPT has under a name at a place, () or (layer,)."""
+    if not name.startswith("decoder.layers.*."):
+        return name.replace("decoder.final_layernorm.", "decoder.final_norm.")
+    half = name.removeprefix("decoder.layers.*.")
+    is_mlp = not half.startswith(("self_attention.", "input_layernorm."))
+    return f"decoder.layers.{2 * place[0] + is_mlp}.{half}"
 
 
 def match_names(tensors: Mapping[str, Tensor], model: Architecture) -> list[ConversionStep]:

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from megatron_infoentropy.convert.architecture import Architecture, architecture_of, as_family
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import ConversionError
-from megatron_infoentropy.convert.hf_config import hf_config
+from megatron_infoentropy.convert.hf_config import hf_config, name_of
 from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import model_card
@@ -38,28 +38,28 @@ SHARD_BYTES = 1_000_000_000
 """How large a file of weights is at most, by default; one is in memory at a time."""
 CONFIG = "config.json"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DTYPES = {name_of(dtype): dtype for dtype in DTYPES.values()}
 _FILES = (  # of an export: what --overwrite may replace
     *("*.json", "*.safetensors", "README.md", "*.jinja", "*.model", "*.txt"),
     "additional_chat_templates",
 )
 
 
+Check = Callable[[MegatronCheckpoint, Path], None]
+"""Called with a checkpoint and a Hugging Face folder, of which one was made of the other."""
+
+
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What was written, and from what."""
+    """What was written, on either side."""
 
     output: Path
-    checkpoint: Path  # the iter_... folder
-    iteration: int
     family: str
     parameters: int
     dtype: str
-    files: int  # of weights
     vocab_size: int
-    padded_vocab_size: int
-    tied_embeddings: bool
-    not_qwen2: str  # why a model with --add-qkv-bias became Llama by itself
+    not_qwen2: str = ""  # why a model with --add-qkv-bias became Llama by itself
+    flags: dict[str, Any] = field(default_factory=dict)  # of an import, names without dashes
 
 
 def convert_checkpoint(
@@ -74,7 +74,7 @@ def convert_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     checksums: bool = True,
     rope_scaling_factor: float | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Check = lambda checkpoint, folder: None,
 ) -> ConversionSummary:
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
 
@@ -92,7 +92,7 @@ def convert_checkpoint(
         checksums: read the whole checkpoint first, to compare it with its manifest if it has one.
         rope_scaling_factor: the one that the model was trained with, where its trainer does not
             say.
-        check: called with the finished folder before it gets its name; if it raises, it never does.
+        check: called with both sides before the folder gets its name; if it raises, it never does.
 
     Raises:
         ConversionError: the checkpoint cannot be read, no family of transformers could compute the
@@ -116,23 +116,14 @@ def convert_checkpoint(
     with new_folder(output, replaceable=_FILES, overwrite=overwrite) as folder:
         config = hf_config(model, torch_dtype, facts.ids if facts else {})
         _write_json(folder / CONFIG, config)
-        files = _write_weights(folder, numbers, opened, model, torch_dtype, shard_bytes)
+        _write_weights(folder, numbers, opened, model, torch_dtype, shard_bytes)
         _write_json(folder / "generation_config.json", facts.generation if facts else {})
         (folder / "README.md").write_text(model_card(opened, model, parameters), encoding="utf-8")
         if facts is not None:
             copy_tokenizer(facts, folder, named)
-        check(folder)
+        check(opened, folder)
     return ConversionSummary(
-        output=output,
-        checkpoint=opened.folder,
-        iteration=opened.iteration,
-        family=model.family,
-        parameters=parameters,
-        dtype=str(torch_dtype).removeprefix("torch."),
-        files=files,
-        vocab_size=model.vocab_size,
-        padded_vocab_size=model.padded_vocab_size,
-        tied_embeddings=not model.untie_embeddings_and_output_weights,
+        *(output, model.family, parameters, name_of(torch_dtype), model.vocab_size),
         not_qwen2=not_qwen2,
     )
 
@@ -195,8 +186,8 @@ def _write_weights(
     model: Architecture,
     dtype: torch.dtype,
     limit: int,
-) -> int:
-    """Write files of at most `limit` bytes, or one step's where that is more; return how many."""
+) -> None:
+    """Write files of at most `limit` bytes, or one step's where that is more."""
     steps_by_name = {str(step): step for step in numbers}
     split = split_state_dict_into_shards_factory(
         {str(step): count * dtype.itemsize for step, count in numbers.items()},
@@ -219,7 +210,6 @@ def _write_weights(
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)
-    return len(split.filename_to_tensors)
 
 
 def convert_steps(
@@ -241,9 +231,9 @@ def _rounded(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     rounded = tensor.to(dtype)
     if not _is_finite(rounded):
         require_finite(where, tensor)
-        name, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        largest = tensor.abs().max().item()
         raise ConversionError(
-            f"{where} holds numbers up to {largest:.6g}, and {name} ends at "
+            f"{where} holds numbers up to {largest:.6g}, and {name_of(dtype)} ends at "
             f"{torch.finfo(dtype).max:.6g}: convert it to a dtype with larger ones (--dtype "
             "bfloat16 or float32)"
         )

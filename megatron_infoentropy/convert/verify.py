@@ -83,14 +83,12 @@ class Verification:
 
 
 def prove(
-    checkpoint: Path,
+    checkpoint: Path | MegatronCheckpoint,
     folder: Path,
     *,
     text: Path | None = None,
     data: Path | None = None,
-    iteration: int | None = None,
     imported: bool = False,
-    rope_scaling_factor: float | None = None,
 ) -> Verification:
     """Compare both sides on three texts of full length, as `verify_conversion` does, and insist.
 
@@ -99,19 +97,13 @@ def prove(
         folder: the Hugging Face model.
         text: file to compare on; default: Python's reference texts.
         data: instead of `text` an indexed dataset, its path without .bin.
-        iteration: which one of a --save folder; default: the latest.
         imported: the checkpoint was made from the folder, not the other way round.
-        rope_scaling_factor: as for `convert_checkpoint`.
 
     Raises:
         ConversionError: they do not compute the same, with all that differs.
     """
-    result = verify_conversion(
-        *(checkpoint, folder, sequences_for(folder, text, data)),
-        iteration=iteration,
-        imported=imported,
-        rope_scaling_factor=rope_scaling_factor,
-    )
+    sequences = sequences_for(folder, text, data)
+    result = verify_conversion(checkpoint, folder, sequences, imported=imported)
     if not result.passed:
         raise ConversionError(f"the two sides do not compute the same; {result}")
     return result
@@ -129,13 +121,11 @@ def why_not_now(folder: Path) -> str | None:
 
 
 def verify_conversion(
-    checkpoint: Path,
+    checkpoint: Path | MegatronCheckpoint,
     folder: Path,
     sequences: Sequence[Sequence[int]],
     *,
-    iteration: int | None = None,
     imported: bool = False,
-    rope_scaling_factor: float | None = None,
 ) -> Verification:
     """Compare a Hugging Face folder with a Megatron checkpoint, whichever was made of the other.
 
@@ -143,16 +133,15 @@ def verify_conversion(
     is the conversion and not the rounding that was asked for.
 
     Args:
-        checkpoint: as for `convert_checkpoint`.
+        checkpoint: Megatron's --save folder, or one iteration's folder in it.
         folder: the Hugging Face side.
         sequences: token ids to run both models on; real text, of the full length, tells most.
-        iteration, rope_scaling_factor: as for `convert_checkpoint`.
         imported: the checkpoint was made of the folder, whose tokenizer nobody copied.
 
     Raises:
         ValueError: no two tokens in a sequence, or ids outside the vocabulary.
     """
-    opened = MegatronCheckpoint(checkpoint, iteration, rope_scaling_factor=rope_scaling_factor)
+    opened = MegatronCheckpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     config = read_config(folder)
     _require_tokens(sequences, config.vocab_size, config.max_position_embeddings)
     length = max(map(len, sequences))

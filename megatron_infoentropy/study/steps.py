@@ -192,9 +192,9 @@ def _train(study: Study, member: Member, where: Places, folder: Path) -> None:
 def _export(where: Places, folder: Path) -> None:
     from megatron_infoentropy.convert import convert_checkpoint, prove, why_not_now
 
-    def check(made: Path) -> None:
+    def check(checkpoint: Any, made: Path) -> None:
         if not why_not_now(made):
-            prove(folder / CHECKPOINTS, made)
+            prove(checkpoint, made)
 
     convert_checkpoint(
         folder / CHECKPOINTS,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
 from megatron_infoentropy.convert.architecture import NEUTRAL, NEUTRAL_FOR_EXPERTS
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.megatron_model import (
     arguments_read,
@@ -136,9 +137,9 @@ def test_a_factor_that_a_trainer_may_have_ignored_has_to_be_named(tmp_path: Path
     for factor in (8.0, 32.0):
         hf = tmp_path / f"hf{factor}"
         convert_checkpoint(save, hf, rope_scaling_factor=factor)
-        result = verify_conversion(save, hf, TOKENS, rope_scaling_factor=factor)
+        result = verify_conversion(MegatronCheckpoint(save, rope_scaling_factor=factor), hf, TOKENS)
         assert result.passed, str(result)
-    other = verify_conversion(save, hf, TOKENS, rope_scaling_factor=8.0)
+    other = verify_conversion(MegatronCheckpoint(save, rope_scaling_factor=8.0), hf, TOKENS)
     assert not other.same_outputs
 
 

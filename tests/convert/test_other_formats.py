@@ -55,7 +55,7 @@ def test_a_checkpoint_of_megatron_fsdp_is_the_same_model(tmp_path: Path, family:
     write_fsdp(tmp_path / "iter_0000009", args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")
     summary = convert_checkpoint(tmp_path, tmp_path / "hf")
-    assert (summary.iteration, summary.family) == (9, family)
+    assert (MegatronCheckpoint(tmp_path).iteration, summary.family) == (9, family)
     verification = verify_conversion(tmp_path, tmp_path / "hf", TOKENS)
     assert verification.passed, verification
 

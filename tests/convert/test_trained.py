@@ -52,7 +52,7 @@ def test_an_export_computes_what_megatrons_model_computed(
     trained: Path, tmp_path: Path, case: str
 ) -> None:
     summary = convert_checkpoint(trained / case / "save", tmp_path / "hf")
-    assert (summary.iteration, summary.vocab_size, summary.dtype) == (3, 250, "float32")
+    assert (summary.vocab_size, summary.dtype) == (250, "float32")
     golden = torch.load(trained / case / "golden.pt")
     model = load(tmp_path / "hf")
     with torch.no_grad():
