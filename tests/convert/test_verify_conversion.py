@@ -104,36 +104,35 @@ ROPE = {"rope_type": "default", "rope_theta": 10001.0}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "field"),
+    ("family", "changes"),
     [
-        ("llama", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
-        ("llama", {"rope_parameters": ROPE}, "rope_theta"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("gpt_neox", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
-        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual"),
-        ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}, "partial_rotary"),
-        ("gpt2", {"activation_function": "gelu"}, "activation_function"),
-        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
-        ("qwen2", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
-        ("qwen3", {"rope_parameters": ROPE}, "rope_theta"),
+        ("llama", {"rms_norm_eps": 1e-6}),
+        ("llama", {"rope_parameters": ROPE}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("gpt_neox", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("gpt_neox", {"use_parallel_residual": True}),
+        ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}),
+        ("gpt2", {"activation_function": "gelu"}),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}),
+        ("qwen2", {"rms_norm_eps": 1e-6}),
+        ("qwen3", {"rope_parameters": ROPE}),
     ],
 )
 def test_a_wrong_configuration_fails_the_check(
-    tmp_path: Path, family: str, changes: dict[str, Any], field: str
+    tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     export_tiny(tmp_path, **FAMILIES[family])
     change_config(tmp_path, **changes)
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.max_difference > TOLERANCE * verification.max_logit
     assert not verification.passed
-    lines = config_differences(tmp_path / "save", tmp_path / "hf")
-    assert any(line.startswith(field) for line in lines), "the tests' own check names it"
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"max_position_embeddings": 65}, "max_position_embeddings is 65, expected 64"),
+        ({"initializer_range": 0.5}, "initializer_range is 0.5, expected 0.02"),
         ({"rope_theta": 9000.0}, "rope_theta is 9000.0 for transformers 4, 10000.0 for 5"),
     ],
 )
