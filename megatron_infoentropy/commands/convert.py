@@ -1,14 +1,11 @@
 """Commands between Megatron's checkpoints and Hugging Face folders."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from megatron_infoentropy.commands import Overwrite, out
-
-if TYPE_CHECKING:
-    from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
 Verify = Annotated[
     bool | None,
@@ -49,9 +46,8 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Export a Megatron checkpoint, of any layout, as a Hugging Face model, and prove it."""
-    from megatron_infoentropy.convert import convert_checkpoint
+    from megatron_infoentropy.convert import Proof, convert_checkpoint
 
-    _require_readable(verify, text, data)
     done = convert_checkpoint(
         checkpoint,
         output,
@@ -62,7 +58,7 @@ def convert(
         overwrite=overwrite,
         checksums=checksums,
         rope_scaling_factor=rope_scaling_factor,
-        check=lambda read, made: _prove(verify, read, made, text, data),
+        check=Proof(out.print, verify, text, data),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     if done.not_qwen2:
@@ -81,46 +77,16 @@ def convert_from_hf(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a Megatron checkpoint of a Hugging Face model, to train it further, and prove it."""
+    from megatron_infoentropy.convert import Proof
     from megatron_infoentropy.convert import convert_from_hf as run
 
-    _require_readable(verify, text, data)
     done = run(
         model,
         output,
         hybrid=hybrid,
         overwrite=overwrite,
-        check=lambda made, read: _prove(verify, made, read, text, data, imported=True),
+        check=Proof(out.print, verify, text, data, imported=True),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
     flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
     out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}")
-
-
-def _require_readable(verify: bool | None, text: Path | None, data: Path | None) -> None:
-    from megatron_infoentropy.convert.verify import require_readable
-
-    if verify is False and (text or data):
-        raise ValueError("--text and --data are what is compared on: leave out --no-verify")
-    require_readable(text, data)
-
-
-def _prove(
-    verify: bool | None,
-    checkpoint: "MegatronCheckpoint",
-    folder: Path,
-    text: Path | None,
-    data: Path | None,
-    *,
-    imported: bool = False,
-) -> None:
-    from megatron_infoentropy.convert import prove, require_same_ids, why_not_now
-
-    reason = why_not_now(folder) if verify is None else None
-    if reason:
-        out.print(f"not verified: {reason}; --verify insists")
-    if reason or verify is False:
-        if not imported:
-            require_same_ids(folder)
-        return
-    result = prove(checkpoint, folder, text=text, data=data, imported=imported)
-    out.print(str(result))

@@ -15,22 +15,20 @@ from megatron_infoentropy.convert.to_hf import (
     why_not_exported,
 )
 from megatron_infoentropy.convert.verify import (
+    Proof,
     Verification,
     prove,
-    require_same_ids,
     verify_conversion,
-    why_not_now,
 )
 
 __all__ = [
     "ConversionError",
     "ConversionSummary",
+    "Proof",
     "Verification",
     "convert_checkpoint",
     "convert_from_hf",
     "prove",
-    "require_same_ids",
     "verify_conversion",
     "why_not_exported",
-    "why_not_now",
 ]

@@ -8,7 +8,7 @@ beside them is the tokenizer, id by id and by the text it cuts.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,10 +109,38 @@ def prove(
     return result
 
 
-def require_same_ids(folder: Path) -> None:
-    """Compare the tokenizer alone, which takes no memory, and insist."""
-    if differences := tokenizer_differences(folder):
-        raise ConversionError(f"the two sides are not the same; {'\n'.join(differences)}")
+@dataclass(frozen=True)
+class Proof:
+    """A conversion's `check`: `prove` where memory allows or where it is insisted on.
+
+    Otherwise an export's tokenizer is compared alone, which takes no memory.
+
+    Raises:
+        ValueError: text or data that cannot be compared on, or that nothing is to be compared on.
+    """
+
+    say: Callable[[str], object]  # told what was found
+    insist: bool | None = None
+    text: Path | None = None
+    data: Path | None = None
+    imported: bool = False
+
+    def __post_init__(self) -> None:
+        if self.insist is False and (self.text or self.data):
+            raise ValueError("--text and --data are what is compared on: leave out --no-verify")
+        require_readable(self.text, self.data)
+
+    def __call__(self, checkpoint: MegatronCheckpoint, folder: Path) -> None:
+        reason = why_not_now(folder) if self.insist is None else None
+        if not reason and self.insist is not False:
+            on = {"text": self.text, "data": self.data}
+            self.say(str(prove(checkpoint, folder, **on, imported=self.imported)))
+            return
+        differences = [] if self.imported else tokenizer_differences(folder)
+        if differences:
+            raise ConversionError(f"the two sides are not the same; {'\n'.join(differences)}")
+        if reason:
+            self.say(f"not verified: {reason}; --verify insists")
 
 
 def why_not_now(folder: Path) -> str | None:

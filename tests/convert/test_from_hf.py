@@ -19,9 +19,9 @@ from megatron_infoentropy.convert import (
     hf_weights,
     prove,
     verify_conversion,
-    why_not_now,
 )
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.verify import why_not_now
 from megatron_infoentropy.launch.recipe import load_recipe
 
 

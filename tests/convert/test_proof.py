@@ -26,10 +26,14 @@ from megatron_infoentropy.convert import (
     convert_from_hf,
     prove,
     verify,
-    why_not_now,
 )
 from megatron_infoentropy.convert.tokenizer import tokenizer_differences
-from megatron_infoentropy.convert.verify import LONGEST, require_readable, sequences_for
+from megatron_infoentropy.convert.verify import (
+    LONGEST,
+    require_readable,
+    sequences_for,
+    why_not_now,
+)
 from megatron_infoentropy.data.writer import DatasetWriter
 
 
