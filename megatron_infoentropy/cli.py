@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_infoentropy import __version__
-from megatron_infoentropy.commands import convert, data, evaluation, machine, training
+from megatron_infoentropy.commands import data, evaluation, machine, training
 from megatron_infoentropy.console import make_console
 from megatron_infoentropy.runtime.device import use_huge_pages
 
@@ -59,7 +59,7 @@ _COMMANDS = (  # in the order of the work, as --help lists them
     *(data.corpus, data.tokenizer, data.preprocess, data.merge, data.pack, data.blend),
     *(data.inspect, data.verify),
     *(training.train, training.launch),
-    *(convert.convert, convert.convert_from_hf),
+    *(training.convert, training.convert_from_hf),
     *(evaluation.evaluate, evaluation.compare, evaluation.report),
     *(evaluation.tasks, evaluation.study),
     *(machine.doctor, machine.bench, machine.bench_recipe),
