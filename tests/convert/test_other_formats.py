@@ -85,15 +85,6 @@ def test_quantised_parameters_are_refused_by_name(tmp_path: Path, dtype: torch.d
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("name", ["linear_qkv.weight_scale_inv", "linear_qkv.weight._scale"])
-def test_scales_of_quantised_parameters_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    args = tiny_args()
-    name = f"decoder.layers.self_attention.{name}"
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args) | {name: torch.ones(2)})
-    with pytest.raises(ConversionError, match=name):
-        convert_checkpoint(tmp_path / "save", tmp_path / "hf")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_every_way_of_cutting_a_tensor_gives_the_same_parts(tmp_path: Path) -> None:
     """Pieces by layer, by layer and row, and of whole tensors, read whole and in parts."""

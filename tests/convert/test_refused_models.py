@@ -150,6 +150,7 @@ def test_an_argument_that_must_be_there_is_named(tmp_path: Path) -> None:
     "name",
     [
         LAYERS + "self_attention.linear_qkv.bias",
+        LAYERS + "self_attention.linear_qkv.weight_scale_inv",  # of a quantised parameter
         LAYERS + "self_attention.q_layernorm.weight",
         LAYERS + "0.mlp.experts.linear_fc1.weight",
         "decoder.final_norm.weight",
