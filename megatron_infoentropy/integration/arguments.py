@@ -24,6 +24,10 @@ BIND = (
 )
 # Flags of Megatron that our trainer does not obey, and what to do instead.
 UNSERVED = {
+    "trust_remote_code": "it runs code that came with a tokenizer; use a tokenizer that needs none "
+    "(tokenizer.json)",
+    "fp16_lm_cross_entropy": "the InfoEntropy statistics are fp32 from 16-bit logits at no extra "
+    "memory; leave the flag out",
     "sft": "its datasets need packed attention, and its tokenizer masks no prompt of another chat "
     "template than Nemotron's; use --infoentropy-conversations",
     **dict.fromkeys(
@@ -40,9 +44,12 @@ UNSERVED = {
 }
 
 # What cannot go with conversations, one a sequence, from .jsonl files.
-NO_CONVERSATIONS = (
-    *("mock_data", "infoentropy_whole_pieces", "reset_position_ids", "reset_attention_mask"),
-    "eod_mask_loss",
+NO_CONVERSATIONS = dict.fromkeys(
+    (
+        *("mock_data", "infoentropy_whole_pieces", "reset_position_ids", "reset_attention_mask"),
+        "eod_mask_loss",
+    ),
+    "a sequence is one conversation of a .jsonl file; leave one of them out",
 )
 
 # What a HybridModel, of --hybrid-layer-pattern, cannot be trained with here.
@@ -58,11 +65,26 @@ BOUNDARIES = "|/"  # in a pattern: of pipeline stages, and before the layers of 
 
 # What Megatron's output layer does beside its matrix product, or with its weight before it.
 UNFUSED = {
-    "use_mup": "it scales the logits",
-    "defer_embedding_wgrad_compute": "it keeps the gradients of all logits",
-    "fp8_output_proj": "it multiplies in FP8",
-    "use_megatron_fsdp": "it gathers the weight when the output layer is called",
-    "use_torch_fsdp2": "it gathers the weight when the output layer is called",
+    "use_mup": "it scales the logits; leave one of them out",
+    "defer_embedding_wgrad_compute": "it keeps the gradients of all logits; leave one of them out",
+    "fp8_output_proj": "it multiplies in FP8; leave one of them out",
+    **dict.fromkeys(
+        ("use_megatron_fsdp", "use_torch_fsdp2"),
+        "it gathers the weight when the output layer is called; leave one of them out",
+    ),
+}
+
+# What cannot go with "global", where all gradients are divided once by the weight of the batch.
+UNSCALED = {
+    "use_torch_fsdp2": "it has no way to scale gradients once by 1/sum(w) of the global batch; use "
+    "'paper' or 'none', or --use-megatron-fsdp",
+    "ddp_average_in_collective": "gradients are summed over ranks and divided once by sum(w) of "
+    "the global batch; leave one of them out",
+    **dict.fromkeys(
+        ("num_experts", "mtp_num_layers", "dsa_indexer_loss_coeff"),
+        "every gradient is scaled once by 1/sum(w) of the global batch, those of its own losses "
+        "too; use 'paper' or 'none'",
+    ),
 }
 
 
@@ -146,19 +168,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     Raises:
         ValueError: names the flag, or the weighting, and says what to do.
     """
-    if getattr(args, "trust_remote_code", False):
-        raise ValueError(
-            "--trust-remote-code is refused: it runs code that came with a tokenizer; use a "
-            "tokenizer that needs none (tokenizer.json)"
-        )
-    if args.fp16_lm_cross_entropy:
-        raise ValueError(
-            "--fp16-lm-cross-entropy is refused: the InfoEntropy statistics are fp32 from 16-bit "
-            "logits at no extra memory; leave the flag out"
-        )
-    for name, reason in UNSERVED.items():
-        if getattr(args, name, None):
-            raise ValueError(f"--{name.replace('_', '-')} is refused: {reason}")
+    _refuse(args, UNSERVED)
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
@@ -173,12 +183,7 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
     if config.mtp_loss == "weighted":
         _check_prediction_heads(args)
     if getattr(args, f"{PREFIX}_conversations", False):
-        for name in NO_CONVERSATIONS:
-            if getattr(args, name, False):
-                raise ValueError(
-                    f"--{PREFIX}-conversations cannot go with --{name.replace('_', '-')}: a "
-                    "sequence is one conversation of a .jsonl file; leave one of them out"
-                )
+        _refuse(args, NO_CONVERSATIONS, f"--{PREFIX}-conversations")
     # --hybrid-override-pattern is turned into this one.
     if getattr(args, "hybrid_layer_pattern", None) is not None:
         _check_hybrid_model(args)
@@ -190,9 +195,18 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             "reports for ever; use local or transformer_engine, which capture the layers"
         )
     if config.normalization == "global":
-        _check_gradients_can_be_scaled_at_once(args)
+        _refuse(args, UNSCALED, f"--{PREFIX}-normalization global")
     device, rank = find_device().type, getattr(args, "local_rank", 0)
     check_weighting(config, device if device == "cpu" else f"{device}:{rank}")
+
+
+def _refuse(args: argparse.Namespace, reasons: dict[str, str], beside: str = "") -> None:
+    """Refuse the first of these flags that is given, `beside` another or in any case."""
+    for name, reason in reasons.items():
+        if getattr(args, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            what = f"{beside} cannot go with {flag}" if beside else f"{flag} is refused"
+            raise ValueError(f"{what}: {reason}")
 
 
 def _check_histogram_interval(args: argparse.Namespace) -> None:
@@ -220,12 +234,7 @@ def _check_prediction_heads(args: argparse.Namespace) -> None:
 
 def _check_hybrid_model(args: argparse.Namespace) -> None:
     pattern = args.hybrid_layer_pattern
-    for name, reason in UNHYBRID.items():
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--hybrid-layer-pattern {pattern} cannot go with --{name.replace('_', '-')}: "
-                f"{reason}"
-            )
+    _refuse(args, UNHYBRID, f"--hybrid-layer-pattern {pattern}")
     if args.position_embedding_type in ("mrope", "relative"):
         raise ValueError(
             f"--hybrid-layer-pattern {pattern} cannot go with --position-embedding-type "
@@ -248,44 +257,12 @@ def _check_hybrid_model(args: argparse.Namespace) -> None:
 
 
 def _check_output_layer_can_be_fused(args: argparse.Namespace) -> None:
-    for name, reason in UNFUSED.items():
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--infoentropy-fused-linear cannot go with --{name.replace('_', '-')}: {reason}; "
-                "leave one of them out"
-            )
+    _refuse(args, UNFUSED, f"--{PREFIX}-fused-linear")
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         raise ValueError(
             "--infoentropy-fused-linear cannot go with --tensor-parallel-num-weight-shards: it "
             "gathers the weight when the output layer is called; leave one of them out"
         )
-
-
-def _check_gradients_can_be_scaled_at_once(args: argparse.Namespace) -> None:
-    """All gradients get divided by the weight of the batch: right only where all are its own."""
-    if getattr(args, "use_torch_fsdp2", False):
-        raise ValueError(
-            "--infoentropy-normalization global cannot go with --use-torch-fsdp2, which has no way "
-            "to scale gradients once by 1/sum(w) of the global batch; use 'paper' or 'none', or "
-            "--use-megatron-fsdp"
-        )
-    if getattr(args, "ddp_average_in_collective", False):
-        raise ValueError(
-            "--infoentropy-normalization global cannot go with --ddp-average-in-collective: "
-            "gradients are summed over ranks and divided once by sum(w) of the global batch; leave "
-            "one of them out"
-        )
-    others = {
-        "--num-experts (its auxiliary losses)": args.num_experts,
-        "--mtp-num-layers (the heads' losses, of weights of their own)": args.mtp_num_layers,
-        "--dsa-indexer-loss-coeff (its own loss)": getattr(args, "dsa_indexer_loss_coeff", None),
-    }
-    for name, value in others.items():
-        if value:
-            raise ValueError(
-                f"--infoentropy-normalization global cannot go with {name}: it scales every "
-                "gradient once by 1/sum(w) of the global batch, theirs too; use 'paper' or 'none'"
-            )
 
 
 def require_per_token_loss(args: argparse.Namespace, config: InfoEntropyConfig) -> bool:
