@@ -13,11 +13,7 @@ PUBLISHED = (8192, 151936)  # for which the authors of "trl" publish a time
 
 @dataclass(frozen=True)
 class Case:
-    """Logits [tokens, vocabulary / (tensor_parallel shard_of)] on every rank.
-
-    Raises:
-        ValueError: an unknown dtype, or a vocabulary that does not split evenly.
-    """
+    """Logits [tokens, vocabulary / (tensor_parallel shard_of)] on every rank."""
 
     tokens: int
     vocabulary: int
@@ -61,9 +57,6 @@ def grid(name: str) -> list[Case]:
     full: 4096, 8192 and 16384 tokens x 32000, 128256 and 262144 entries, bf16 and fp32, whole and
     as one rank's shard out of eight: for one large GPU. Compiling takes seconds a provider and a
     shape, so compiled providers run at the headline shape only, whole.
-
-    Raises:
-        ValueError: no grid has that name.
     """
     if name == "small":
         return [

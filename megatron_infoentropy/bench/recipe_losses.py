@@ -185,11 +185,7 @@ def recipe_losses(ours: InfoEntropyForwardStep, finalize: Finalize) -> list[Reci
 
 
 def choose(names: list[str], every: list[RecipeLoss]) -> list[RecipeLoss]:
-    """Return the losses of these names, all of them where there are none.
-
-    Raises:
-        ValueError: no loss has such a name, or none that can take part was named.
-    """
+    """Return the losses of these names, all of them where there are none."""
     known = [each.name for each in every]
     unknown = [name for name in names if name not in known]
     chosen = [each for each in every if each.name in (names or known)]

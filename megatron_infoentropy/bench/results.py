@@ -36,11 +36,7 @@ FACTS = ("device", *(package.replace("-", "_") for package in PACKAGES), "commit
 
 
 def provenance() -> dict[str, str]:
-    """Device, versions, commit and date, for every row of a result file.
-
-    Raises:
-        ValueError: the commit is unknown, or the tree has changes that no commit names.
-    """
+    """Device, versions, commit and date, for every row of a result file."""
     versions = {package.replace("-", "_"): _version(package) for package in PACKAGES}
     return {
         "device": device_name(),
@@ -71,9 +67,6 @@ def device_name() -> str:
 def commit_of_this_tree() -> str:
     """The short commit that tracked files are at; INFOENTROPY_COMMIT names it where the files were
     copied without their git folder.
-
-    Raises:
-        ValueError: neither a git tree nor a named commit, or files differ from the commit.
     """
     named = os.environ.get("INFOENTROPY_COMMIT")
     if named:
@@ -167,11 +160,7 @@ def row_of_case(case: Case, **fields: Any) -> Row:
 
 
 def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: Path) -> None:
-    """Replace `path` by these rows, all of one class, the facts in every one of them.
-
-    Raises:
-        ValueError: a fact is missing that a result is worth nothing without.
-    """
+    """Replace `path` by these rows, all of one class, the facts in every one of them."""
     for fact in ("device", "torch", "megatron_core", "commit", "date"):
         if not facts.get(fact):
             raise ValueError(f"a result file needs the {fact} it belongs to; got none")

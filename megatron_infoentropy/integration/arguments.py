@@ -153,21 +153,13 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def config_from_args(args: argparse.Namespace) -> InfoEntropyConfig:
-    """The configuration that the parsed flags describe.
-
-    Raises:
-        ValueError: a value that no objective could use.
-    """
+    """The configuration that the parsed flags describe."""
     names = [field.name for field in dataclasses.fields(InfoEntropyConfig)]
     return InfoEntropyConfig(**{name: getattr(args, f"{PREFIX}_{name}") for name in names})
 
 
 def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> None:
-    """Refuse, before anything is built, what cannot work together.
-
-    Raises:
-        ValueError: names the flag, or the weighting, and says what to do.
-    """
+    """Refuse, before anything is built, what cannot work together."""
     _refuse(args, UNSERVED)
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -321,11 +313,7 @@ def _words(
 
 
 def check_rope_scaling(saved: argparse.Namespace | None, args: argparse.Namespace) -> None:
-    """Refuse to go on, with another rotary scaling, from a trainer that ignored the argument.
-
-    Raises:
-        ValueError: the checkpoint's trainer does not say that its model had the factor.
-    """
+    """Refuse to go on, with another rotary scaling, from a trainer that ignored the argument."""
     if saved is None or not getattr(saved, "use_rope_scaling", False):
         return
     said, ours = saved.rope_scaling_factor, args.rope_scaling_factor

@@ -87,9 +87,6 @@ def embedding_ranks(model_config: Any, pipeline_ranks: list[int]) -> list[int]:
     They are the first, the one of the multi-token-prediction heads and, if the output layer is the
     same tensor, the last. Megatron's default is the first and the last: it would then make one
     tensor of an embedding and of an output layer that are two.
-
-    Raises:
-        ValueError: the heads are on the first rank, behind another rank's layers.
     """
     config = model_config.transformer
     heads = get_mtp_ranks(pipeline_ranks, config)
@@ -249,9 +246,6 @@ def conversation_tokens(
     end of the turn included. What follows the last answer is left out.
 
     tokenizer: Megatron's.
-
-    Raises:
-        ValueError: no chat template, or one with which an answer changes the text before it.
     """
     if not tokenizer.chat_template:
         raise ValueError(

@@ -42,11 +42,7 @@ class CheckpointFlags:
 
 
 def checkpoint_flags(words: list[str]) -> CheckpointFlags:
-    """Read a training's command line; Megatron's parser comes later and checks the rest of it.
-
-    Raises:
-        ValueError: --infoentropy-keep-last below 1.
-    """
+    """Read a training's command line; Megatron's parser comes later and checks the rest of it."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--load")
     parser.add_argument("--pretrained-checkpoint")

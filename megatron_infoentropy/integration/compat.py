@@ -27,11 +27,7 @@ def minor_of(version: str) -> str:
 
 
 def check_drop_in(module: type) -> None:
-    """Refuse models that the loss cannot be bound to; warns of an untested Megatron-Core.
-
-    Raises:
-        ValueError: `compute_language_model_loss` does not take (labels, logits).
-    """
+    """Refuse models that the loss cannot be bound to; warns of an untested Megatron-Core."""
     # Where the class is Megatron's, which may be a checkout, its megatron.core is imported already.
     version = getattr(sys.modules.get("megatron.core"), "__version__", None)
     where = f"megatron-core {version} (tested: {', '.join(DROP_IN)})"
@@ -51,11 +47,7 @@ def check_drop_in(module: type) -> None:
 
 
 def check_trainer() -> None:
-    """Refuse a Megatron-Core that `megatron_infoentropy.pretrain` cannot drive.
-
-    Raises:
-        ValueError: another version than the trainer was written for.
-    """
+    """Refuse a Megatron-Core that `megatron_infoentropy.pretrain` cannot drive."""
     from megatron.core import __version__ as version
 
     if minor_of(version) not in TRAINER:
@@ -68,11 +60,7 @@ def check_trainer() -> None:
 
 
 def prepare_megatron() -> None:
-    """Call once per process, before `megatron.training.pretrain`.
-
-    Raises:
-        ValueError: as `check_trainer`.
-    """
+    """Call once per process, before `megatron.training.pretrain`."""
     check_trainer()
     _use_shipped_dataset_helpers()
     if cpu.is_installed():
@@ -107,9 +95,6 @@ def make_hybrid(args: Any) -> None:
     """Turn validated arguments of a GPT into those of a HybridModel that computes the same.
 
     Every layer becomes one of attention and one MLP, on the pipeline stage where it was.
-
-    Raises:
-        ValueError: the layers are not alike, or spread unevenly; names the flag.
     """
     if args.hybrid_layer_pattern is not None:
         if args.use_checkpoint_args:

@@ -46,11 +46,7 @@ FUSIONS_OF_THE_METHOD = ("native", "te")
 
 
 def find_language_module(model: Any) -> Any:
-    """Return the module that computes the loss, through wrappers' `.module`.
-
-    Raises:
-        ValueError: there is none, with a hint where it may be.
-    """
+    """Return the module that computes the loss, through wrappers' `.module`."""
     module = model
     # Asked of the class: some wrappers pass attributes through, and would be bound in vain.
     while not _is_language_module(module) and hasattr(module, "module"):
@@ -70,11 +66,7 @@ def _is_language_module(module: Any) -> bool:
 
 
 def check_language_module(module: Any) -> None:
-    """Refuse, when the loss is bound, what would give another loss than the one asked for.
-
-    Raises:
-        ValueError: names the setting and says what to do.
-    """
+    """Refuse, when the loss is bound, what would give another loss than the one asked for."""
     name, config = type(module).__name__, module.config
     if getattr(config, "mtp_num_layers", None):
         raise ValueError(

@@ -225,9 +225,6 @@ def check_sharding(columns: int, expected: int | None, group: Group | None) -> N
     """Gathered logits, taken for a shard, would give a loss that is off by ln(TP) and look fine.
 
     expected: columns of the output layer's share of the vocabulary; None where it is not known.
-
-    Raises:
-        ValueError: the logits have another number of columns.
     """
     if expected is not None and columns != expected:
         ranks, _ = world_and_rank(group)

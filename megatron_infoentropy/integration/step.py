@@ -82,11 +82,7 @@ class GlobalBatchWeight:
         pg_collection: Any = None,
         **options: Any,
     ) -> None:
-        """`config.finalize_model_grads_func` of a run with "global" normalisation.
-
-        Raises:
-            ValueError: a wrapper of the model that cannot scale gradients.
-        """
+        """`config.finalize_model_grads_func` of a run with "global" normalisation."""
         does_nothing = _BaseDataParallel.scale_gradients
         for chunk in model:
             if getattr(chunk.scale_gradients, "__func__", None) is does_nothing:
