@@ -16,9 +16,13 @@ from megatron_infoentropy.cli import app
 
 ROOT = Path(__file__).parent.parent
 THREE_STEPS = """
+import sys
+
 import torch
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
 
+infoentropy_loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+assert "triton" not in sys.modules, "choosing a backend imports no other"
 torch.manual_seed(0)
 embedding, output = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50, bias=False)
 optimizer = torch.optim.SGD([*embedding.parameters(), *output.parameters()], lr=1.0)
