@@ -78,17 +78,10 @@ def test_a_damaged_dataset_is_named_once_and_its_cure_given(
     assert "delete it and make it again (`infoentropy preprocess`" in str(found.exception)
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "ascii"},
-    ],
-    ids=["an ASCII locale", "an ASCII terminal"],
-)
-def test_text_is_utf8_whatever_the_locale(
-    environment: dict[str, str], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_text_is_utf8_whatever_the_locale(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Nor what the terminal takes."""
+    ascii_locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ascii_terminal = {"PYTHONIOENCODING": "ascii"}
     bpe = tmp_path / "Wörter"
     bpe.mkdir()
     for path in tokenizer_folder.iterdir():
@@ -114,7 +107,7 @@ for words in sys.argv[1:]:
     done = subprocess.run(
         [sys.executable, "-c", program, *commands],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        env={**os.environ, **ascii_locale, **ascii_terminal},
         capture_output=True,
         check=False,
     )
