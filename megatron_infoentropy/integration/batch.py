@@ -1,7 +1,6 @@
 """Batches and datasets for Megatron's trainer, from its own readers of indexed datasets."""
 
 import json
-import warnings
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from numpy.typing import NDArray
+
+from megatron_infoentropy.integration.checkpoints import is_first_rank, say
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -138,6 +139,8 @@ class PieceDataset(GPTDataset):  # type: ignore[misc]
 class Conversations:
     """The lines of a .jsonl file, {"messages": [{"role": ..., "content": ...}, ...]} each.
 
+    Beside them there may be "tools", which the chat template is given too.
+
     They are all looked at once; what stays in memory is where each begins.
 
     Raises:
@@ -150,7 +153,7 @@ class Conversations:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    self._messages(line, f"{path}, line {number}")
+                    self._conversation(line, f"{path}, line {number}")
                     starts.append(file.tell() - len(line))
         if not starts:
             raise ValueError(f"{path} holds no conversation")
@@ -159,16 +162,19 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[list[dict[str, Any]], Any]:
+        """Return the messages, and the tools that they may call."""
         with Path(self.path).open("rb") as file:
             file.seek(self.starts[index])
-            return self._messages(file.readline(), self.path)
+            return self._conversation(file.readline(), self.path)
 
     @staticmethod
-    def _messages(line: bytes, where: str) -> list[dict[str, Any]]:
+    def _conversation(line: bytes, where: str) -> tuple[list[dict[str, Any]], Any]:
         try:
-            messages: list[dict[str, Any]] = json.loads(line)["messages"]
-            roles = [message["role"] for message in messages]
+            content = json.loads(line)
+            messages: list[dict[str, Any]] = content["messages"]
+            roles, tools = [message["role"] for message in messages], content.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, got '
@@ -176,7 +182,12 @@ class Conversations:
             ) from error
         if "assistant" not in roles:
             raise ValueError(f"{where}: no message has the role assistant: nothing to learn there")
-        return messages
+        if roles[0] == "assistant":
+            raise ValueError(
+                f"{where}: begins with the assistant, whose message answers nothing: put a message "
+                "of the user or the system before it, or leave it out"
+            )
+        return messages, tools or None
 
 
 class ConversationDataset(MegatronDataset):  # type: ignore[misc]
@@ -187,7 +198,9 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
     takes another order in every epoch, validation that of the file.
     """
 
-    _has_cut = False
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self._told: set[str] = set()
 
     @staticmethod
     def build_low_level_dataset(path: str, _: GPTDatasetConfig) -> Conversations:
@@ -205,19 +218,15 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
         if self.index_split is Split.train:
             place = _order(self.config.random_seed, epoch, len(self.indices))[place]
         number = int(self.indices[place])
+        chat_tokenizer = self.config.tokenizer._tokenizer.tokenizer  # Megatron's passes on no tools
         try:
-            ids, is_target = conversation_tokens(self.dataset[number], self.config.tokenizer)
+            ids, is_target = conversation_tokens(chat_tokenizer, *self.dataset[number])
         except Exception as error:  # a chat template is a program
             where = f"{self.dataset_path}, conversation {number + 1}"
             raise ValueError(f"{where}: {error} ({type(error).__name__})") from error
         length = self.config.sequence_length
-        if len(ids) > length + 1 and not self._has_cut:
-            self._has_cut = True
-            warnings.warn(
-                f"{self.dataset_path}, conversation {number + 1} has {len(ids)} tokens: it is cut "
-                f"to the {length + 1} of --seq-length {length}, and so are other long ones",
-                stacklevel=2,
-            )
+        if len(ids) > length + 1:
+            self._tell_of_cut(number, len(ids), has_target=any(is_target[: length + 1]))
         missing = max(0, length + 1 - len(ids))
         text = torch.tensor(ids + [self.config.tokenizer.eod] * missing)
         mask = torch.tensor(is_target + [False] * missing, dtype=torch.float32)
@@ -231,6 +240,18 @@ class ConversationDataset(MegatronDataset):  # type: ignore[misc]
             sample["attention_mask"] = torch.ones(1, length, length, dtype=torch.bool).triu(1)
         return sample
 
+    def _tell_of_cut(self, number: int, tokens: int, *, has_target: bool) -> None:
+        """Warn of the first conversation that is cut, and of the first that has no target left."""
+        what = "cut" if has_target else "cut before anything that the assistant says"
+        if what in self._told or not is_first_rank():
+            return
+        self._told.add(what)
+        length = self.config.sequence_length
+        say(
+            f"WARNING: {self.dataset_path}, conversation {number + 1} has {tokens} tokens: it is "
+            f"{what}, to the {length + 1} of --seq-length {length}, and so may be others"
+        )
+
 
 @lru_cache(maxsize=1)  # it takes time in proportion to the dataset, and every sample asks
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
@@ -238,39 +259,52 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def conversation_tokens(
-    messages: list[dict[str, Any]], tokenizer: Any
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None
 ) -> tuple[list[int], list[bool]]:
     """Return a conversation's ids, and which of them are the assistant's to say.
 
     An answer is what its message adds to the prompt that a chat would have given the model, the
-    end of the turn included. What follows the last answer is left out.
+    end of the turn included. What follows the last answer is left out. A token that would join the
+    end of a prompt and the beginning of its answer is split there, as it is in a chat.
 
-    tokenizer: Megatron's.
+    tokenizer: transformers' own.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template: put a chat_template.jinja into its folder"
         )
 
-    def ids_of(count: int, *, is_prompt: bool) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(
-            messages[:count], add_generation_prompt=is_prompt, tokenize=True, return_dict=False
-        )
-        return list(ids)
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    ids, is_target = list[int](), list[bool]()
+    ids, is_target, text = list[int](), list[bool](), ""
     for count, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, whole = ids_of(count, is_prompt=True), ids_of(count + 1, is_prompt=False)
-        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
-            raise ValueError(
-                f"message {count + 1} changes the tokens before it, so that they are not those of "
-                "a chat: give conversations of one answer, or a chat template that only adds, and "
-                "whose prompt for the answer does not end within a token"
+        for is_answer in (False, True):
+            before, text = (
+                text,
+                tokenizer.apply_chat_template(
+                    messages[: count + is_answer],
+                    tools=tools,
+                    add_generation_prompt=not is_answer,
+                    tokenize=False,
+                ),
             )
-        is_target += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
-        ids = whole
+            whole = encoded(text)
+            more = whole[len(ids) :]
+            if whole[: len(ids)] != ids:
+                more = encoded(text.removeprefix(before))
+            if not text.startswith(before) or (
+                ids + more != whole and tokenizer.decode(ids + more) != tokenizer.decode(whole)
+            ):
+                raise ValueError(
+                    f"message {count + 1} changes what is before it, so that a chat would have "
+                    "been another: give conversations of one answer, or a chat template that only "
+                    "adds"
+                )
+            ids += more
+            is_target += [is_answer] * len(more)
     return ids, is_target
 
 

@@ -101,13 +101,13 @@ def warn(warnings: list[str], model: list[Any]) -> list[Any]:
 
     every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, warnings)
-    if _is_first_rank():
+    if is_first_rank():
         for warning in dict.fromkeys(chain.from_iterable(every)):
             say(f"WARNING: {warning}")
     return model
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -117,7 +117,7 @@ def writing_manifests(flags: CheckpointFlags, step: Step) -> Iterator[Step]:
 
     Leaving the block waits for manifests that are being written.
     """
-    if flags.save is None or not _is_first_rank():
+    if flags.save is None or not is_first_rank():
         yield step
         return
     with ManifestWriter(flags.save, flags.keep_last, say) as writer:

@@ -9,7 +9,11 @@ from typing import Any
 from megatron_infoentropy.data.blend import blend
 from megatron_infoentropy.data.indexed import require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.data.tokenizer import TOKENIZER, tokenizer_digest
+from megatron_infoentropy.data.tokenizer import (
+    TOKENIZER,
+    load_with_transformers,
+    tokenizer_digest,
+)
 from megatron_infoentropy.launch.recipe import (
     PREFIX,
     RecipeError,
@@ -101,9 +105,9 @@ def _reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) 
     With --eval-iters 0 only training data are named: Megatron fails on others of which it wants no
     sample.
     """
-    if (data / CONVERSATIONS.format("train")).is_file():
-        return _conversation_flags(words, data, tokenizer)
-    _require_vocabulary(recipe, words, data)
+    if conversation_files(data):
+        return _conversation_flags(recipe, words, data, tokenizer)
+    _require_vocabulary(recipe, words, load_manifest(data / "train").tokenizer.vocab_size)
     require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
     weights = {"train": load_plan(recipe).data_weights}
     splits = [s for s in SPLITS if s == "train" or last_value(words, "eval-iters") != "0"]
@@ -115,22 +119,38 @@ def _reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) 
     }
 
 
-def _conversation_flags(words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
+def conversation_files(data: Path) -> dict[str, Path]:
+    """Return the files of a data folder that holds conversations, by split; else none."""
+    paths = {split: data / CONVERSATIONS.format(split) for split in SPLITS}
+    there = {split: path for split, path in paths.items() if path.is_file()}
+    return there if "train" in there else {}
+
+
+def _conversation_flags(
+    recipe: Path, words: list[str], data: Path, tokenizer: Path
+) -> dict[str, Any]:
     """Return the flags of tokenizer and data where these are conversations, a file a split."""
     require_tokenizer(tokenizer)
-    paths = {split: data / CONVERSATIONS.format(split) for split in SPLITS}
+    used = load_with_transformers(tokenizer)
+    _require_vocabulary(recipe, words, len(used))
+    if not used.chat_template:
+        raise ValueError(
+            f"{tokenizer} has no chat template: put a chat_template.jinja into it, or name the "
+            "folder of a model that was made for chats"
+        )
+    paths = conversation_files(data)
     if last_value(words, "eval-iters") == "0":
         paths = {"train": paths["train"]}
-    elif not paths["validation"].is_file():
+    elif "validation" not in paths:
         raise ValueError(
-            f"{paths['validation']} is not there: put conversations for validation there, or give "
-            "--eval-iters 0"
+            f"{data / CONVERSATIONS.format('validation')} is not there: put conversations for "
+            "validation there, or give --eval-iters 0"
         )
     return {
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": tokenizer,
         f"{PREFIX}-conversations": True,
-        **{SPLITS[split]: path for split, path in paths.items() if path.is_file()},
+        **{SPLITS[split]: path for split, path in paths.items()},
     }
 
 
@@ -145,18 +165,17 @@ def _index_cache(data: Path, splits: Iterable[str]) -> Path:
     return data / "cache" / digest.hexdigest()[:16]
 
 
-def _require_vocabulary(recipe: Path, words: list[str], data: Path) -> None:
-    """Check that the data's vocabulary is the recipe's.
+def _require_vocabulary(recipe: Path, words: list[str], size: int) -> None:
+    """Check that the vocabulary of the data's tokenizer is the recipe's.
 
     A model that comes from elsewhere may have more rows than its tokenizer has tokens.
     """
-    size = load_manifest(data / "train").tokenizer.vocab_size
     wanted = load_recipe(recipe).get("vocab-size") or size
     has_more_rows = size < wanted and last_value(words, "pretrained-checkpoint")
     if wanted != size and not has_more_rows:
         raise RecipeError(
-            f"{recipe} is for a vocabulary of {wanted}, the training data have {size}; "
-            "tokenize them anew, or change vocab-size in the recipe"
+            f"{recipe} is for a vocabulary of {wanted}, the tokenizer of the training data has "
+            f"{size}; use the tokenizer that the recipe is for, or change vocab-size in the recipe"
         )
 
 
@@ -171,7 +190,7 @@ def require_tokenizer(tokenizer: Path, sha256: str | None = None) -> None:
     if not (tokenizer / TOKENIZER).is_file():
         raise ValueError(
             f"{tokenizer} holds no {TOKENIZER}: give --tokenizer the folder that "
-            "`infoentropy preprocess` was given"
+            "`infoentropy preprocess` was given, for conversations that of the model"
         )
     digest = tokenizer_digest(tokenizer)  # names a damaged file, which Megatron does not
     if sha256 not in (None, digest):

@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron_infoentropy.checkpoints import RELEASE, choose
 from megatron_infoentropy.data.manifest import load_manifest
+from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.evaluate.runs import Stage, stage_of, stages_of
 from megatron_infoentropy.files import commit_of, write_whole
 from megatron_infoentropy.launch.recipe import (
@@ -43,6 +44,7 @@ SHAPE = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     "kv-channels",
 )
+CONVERSATIONS = "infoentropy-conversations"
 HYBRID = ("infoentropy-hybrid", "hybrid-layer-pattern", "hybrid-override-pattern")
 
 
@@ -221,7 +223,12 @@ def recorded(run: Path, recipe: Path, words: list[str], ranks: int, device: str)
 
 
 def _tokenizer_sha256(words: list[str]) -> str | None:
-    """Return the digest of the tokenizer of the training data, if their manifest is there."""
+    """Return the digest of the tokenizer of the training data, if their manifest is there.
+
+    Conversations have none: that of the tokenizer which is given.
+    """
+    if f"--{CONVERSATIONS}" in words:
+        return tokenizer_digest(Path(last_value(words, "tokenizer-model") or ""))
     if TRAIN_DATA not in words:
         return None
     last = len(words) - words[::-1].index(TRAIN_DATA)  # of a flag given twice

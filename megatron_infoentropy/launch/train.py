@@ -35,6 +35,7 @@ from megatron_infoentropy.runtime.device import Device, find_device
 SHOWN = (  # lines of the log with these words
     "asked to stop; the ranks save a checkpoint first",  # node.sh says it
     "WARNING: the checkpoint was trained with",  # where no run.json told before
+    " tokens: it is cut",  # a conversation
 )
 LOSS = "cross entropy"
 LOCK = "lock"  # in a run folder; of whoever trains there
@@ -147,6 +148,8 @@ class Said:
         step, losses = self.last.iteration, []
         if LOSS in self.last.values:
             losses.append(f"{LOSS} {self.last.values[LOSS]:.4f}")
+        else:
+            losses.append("no token of the last step had a target")
         if self.validation and LOSS in self.validation.values:
             at = self.validation
             losses.append(f"of {at.split} data {at.values[LOSS]:.4f} at step {at.iteration:,}")

@@ -1,7 +1,6 @@
 """Packed pieces, targets left out as the published code has them, and conversations."""
 
 import json
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ from megatron_infoentropy.integration.batch import (
     PieceDataset,
     _leave_out,
 )
+from megatron_infoentropy.launch.train import SHOWN
 
 PIECES = torch.arange(1, 8 * 6 + 1).view(6, 8)  # six pieces of eight different ids
 
@@ -74,13 +74,24 @@ def test_a_target_is_left_out_where_there_are_targets():
 
 
 class Letters:
-    """A tokenizer of a token a letter; a turn is its role's first letter, its text and a dot."""
+    """A tokenizer of a token a letter, and one for "aq"; a turn is its role's first letter, its
+    text and a dot. Tools, if there are some, are named first.
+    """
 
-    chat_template, eod, pad, vocab_size, unique_identifiers = "a template", 0, -1, 256, {}
+    chat_template = "a template"
 
-    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize, return_dict):
-        text = "".join(f"{m['role'][0]}{m['content']}." for m in messages)
-        return [ord(letter) for letter in text + "a" * add_generation_prompt]
+    def apply_chat_template(self, messages, *, tools, add_generation_prompt, tokenize):
+        assert not tokenize
+        named = "".join(f"[{tool}]" for tool in tools or ())
+        turns = "".join(f"{m['role'][0]}{m['content']}." for m in messages)
+        return named + turns + "a" * add_generation_prompt
+
+    def __call__(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [1 if x == "\1" else ord(x) for x in text.replace("aq", "\1")]}
+
+    def decode(self, ids):
+        return spelled(ids).replace("\1", "aq")
 
 
 class Forgetful(Letters):
@@ -91,16 +102,26 @@ class Forgetful(Letters):
         return super().apply_chat_template(kept, **options)
 
 
+class Prefixed(Letters):
+    """Begins every text with a blank, as some do: an answer by itself is another text then."""
+
+    def __call__(self, text, *, add_special_tokens):
+        return super().__call__(f" {text}", add_special_tokens=add_special_tokens)
+
+
 def chat(*contents):
     roles = ("user", "assistant") * len(contents)
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
 
-def conversations_of(folder, chats, split, tokenizer, length=16):
+def conversations_of(folder, chats, split, tokenizer, length=16, **more):
     path = folder / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": each}) + "\n\n" for each in chats))
+    path.write_text("".join(json.dumps({"messages": each, **more}) + "\n\n" for each in chats))
+    megatrons = SimpleNamespace(
+        eod=0, unique_identifiers={}, _tokenizer=SimpleNamespace(tokenizer=tokenizer)
+    )
     config = GPTDatasetConfig(
-        **{"random_seed": 1, "sequence_length": length, "split": "1", "tokenizer": tokenizer},
+        **{"random_seed": 1, "sequence_length": length, "split": "1", "tokenizer": megatrons},
         **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False),
     )
     lines = ConversationDataset.build_low_level_dataset(str(path), config)
@@ -109,7 +130,7 @@ def conversations_of(folder, chats, split, tokenizer, length=16):
 
 
 def spelled(ids):
-    return "".join(chr(i) if i else "_" for i in ids.tolist())
+    return "".join(chr(i) if i else "_" for i in map(int, ids))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +140,7 @@ def spelled(ids):
         (("hi", "yo", "so", "no", "bye"), "uhi.ayo.uso.ano.", "    yo.     no. "),
         (("hi", "a long answer"), "uhi.aa long answ", "    a long answe"),
         (("a long question", "yo"), "ua long question", "                "),
+        (("hi", "qo", "so", "qay", "x"), "uhi.aqo.uso.aqay", "    qo.     qay."),
     ],
 )
 def test_only_what_the_assistant_says_has_targets(tmp_path, contents, tokens, targets):
@@ -133,17 +155,28 @@ def test_only_what_the_assistant_says_has_targets(tmp_path, contents, tokens, ta
     assert sample["position_ids"].tolist() == list(range(16))
 
 
-def test_the_first_conversation_that_is_cut_is_told_of(tmp_path):
-    chats = [chat("hi", "yo"), chat("hi", "just fits"), chat("hi", "a long answer"), chat("", "")]
+def test_tools_are_given_to_the_template(tmp_path):
+    for tools in (["add"], '["add"]'):
+        dataset = conversations_of(
+            tmp_path, [chat("hi", "yo")], Split.valid, Letters(), tools=tools
+        )
+        assert spelled(dataset[0]["tokens"]) == "[add]uhi.ayo.___"
+
+
+def test_the_first_conversation_that_is_cut_is_told_of(tmp_path, capsys):
+    contents = ("yo", "just fits", "a long answer", "", "another long answer")
+    chats = [*(chat("hi", each) for each in contents), chat("a long question", "yo")]
     dataset = conversations_of(tmp_path, chats, Split.valid, Letters(), length=14)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for index in (0, 1, 2, 3, 2):
-            dataset[index]
-    assert [str(each.message).partition(", ")[2] for each in said] == [
-        "conversation 3 has 19 tokens: it is cut to the 15 of --seq-length 14, and so are other "
-        "long ones"
+    for index in (*range(6), *range(6)):
+        dataset[index]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(", ")[2] for line in said] == [
+        "conversation 3 has 19 tokens: it is cut, to the 15 of --seq-length 14, and so may be "
+        "others",
+        "conversation 6 has 21 tokens: it is cut before anything that the assistant says, to the "
+        "15 of --seq-length 14, and so may be others",
     ]
+    assert all(any(words in line for words in SHOWN) for line in said)
 
 
 def test_training_takes_another_order_every_epoch_and_validation_that_of_the_file(tmp_path):
@@ -169,6 +202,7 @@ def test_training_takes_another_order_every_epoch_and_validation_that_of_the_fil
         ('\n{"text": "hi"}\n', r"line 2: expected .* got b'{\"text\": \"hi\"}"),
         ("{\n", "line 1: expected"),
         ('{"messages": "hi"}\n', "line 1: expected"),
+        ('{"messages": [{"role": "assistant"}]}\n', "line 1: begins with the assistant"),
     ],
 )
 def test_a_file_of_something_else_is_refused_by_line(tmp_path, text, message):
@@ -182,8 +216,11 @@ def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path):
     chats = [chat("hi", "yo"), chat("hi", "yo", "so", "no")]
     dataset = conversations_of(tmp_path, chats, Split.valid, Forgetful())
     assert spelled(dataset[0]["tokens"]).startswith("uhi.ayo.")
-    with pytest.raises(ValueError, match="conversation 2: message 4 changes the tokens before it"):
+    with pytest.raises(ValueError, match="conversation 2: message 4 changes what is before it"):
         dataset[1]
+    dataset = conversations_of(tmp_path, [chat("hi", "qo")], Split.valid, Prefixed())
+    with pytest.raises(ValueError, match="conversation 1: message 2 changes what is before it"):
+        dataset[0]
     Forgetful.chat_template = None
     with pytest.raises(ValueError, match=r"conversation 1: .* put a chat_template.jinja into its"):
         dataset[0]

@@ -211,6 +211,19 @@ def test_a_run_goes_on_with_its_own_tokenizer(run, monkeypatch):
         require(run, CE)
 
 
+def test_conversations_go_on_with_their_own_tokenizer_alone(run, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": name}))
+    chats = {"infoentropy-conversations": True, "train-data-path": "chats/train.jsonl"}
+    one, other = ({**CE, **chats, "tokenizer-model": tmp_path / n} for n in ("one", "other"))
+    train(run, 16, one)
+    require(run, one)
+    for switch in (False, True):
+        with pytest.raises(ValueError, match=r"holds a model of tokenizer .* name another --run"):
+            require(run, other, switch=switch)
+
+
 def test_the_recorded_tokenizer_is_that_of_the_data(run, tmp_path):
     """None where the manifest is not there, or the flags name no data."""
     data = {"train-data-path": [0.5, tmp_path / "a", 0.5, tmp_path / "b"]}

@@ -14,6 +14,7 @@ from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
 from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.data.writer import DatasetWriter
 from megatron_infoentropy.files import commit_of
+from megatron_infoentropy.launch import job as jobs
 from megatron_infoentropy.launch import train as launch
 from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.dry_run import dry_run
@@ -62,7 +63,15 @@ def job(tmp_path, monkeypatch):
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
 
 
-def test_conversations_take_the_place_of_datasets(job):
+class ChatTokenizer:
+    chat_template: str | None = "a template"
+
+    def __len__(self):
+        return 100
+
+
+def test_conversations_take_the_place_of_datasets(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "load_with_transformers", lambda folder: ChatTokenizer())
     train, validation = (job.data / f"{split}.jsonl" for split in ("train", "validation"))
     train.write_text("{}\n")
     with pytest.raises(ValueError, match=r"validation\.jsonl is not there: .* --eval-iters 0"):
@@ -72,9 +81,18 @@ def test_conversations_take_the_place_of_datasets(job):
     assert "--valid-data-path" not in words
     assert "--infoentropy-conversations" in words
     validation.write_text("{}\n")
-    words = launch.build_command(job).words
-    assert values(words, "--valid-data-path") == [str(validation)]
-    assert "--test-data-path" not in words
+    command = launch.build_command(job)
+    assert values(command.words, "--valid-data-path") == [str(validation)]
+    assert "--test-data-path" not in command.words
+    launch.train(job, pretend(job, TALKING_RANK))
+    facts = json.loads((job.run / "run.json").read_text())
+    assert facts["tokenizer_sha256"] == tokenizer_digest(job.tokenizer)
+    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=99)
+    with pytest.raises(ValueError, match=r"a vocabulary of 99, the tokenizer .* has 100"):
+        launch.build_command(replace(job, recipe=recipe))
+    monkeypatch.setattr(ChatTokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match=r"tok has no chat template: put a chat_template.jinja"):
+        launch.build_command(job)
 
 
 def write_dataset(prefix, tokens):
@@ -203,12 +221,12 @@ def test_without_validation_only_training_data_are_named(job):
 
 def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=101)
-    with pytest.raises(ValueError, match="a vocabulary of 101, the training data have 100"):
+    with pytest.raises(ValueError, match=r"a vocabulary of 101, the tokenizer .* has 100"):
         launch.build_command(replace(job, recipe=recipe))
     ours = replace(job, recipe=recipe, extra_flags=("--pretrained-checkpoint", "start"))
     assert launch.build_command(ours).ranks == 1  # a model from elsewhere may have more rows
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=99)
-    with pytest.raises(ValueError, match="a vocabulary of 99, the training data have 100"):
+    with pytest.raises(ValueError, match=r"a vocabulary of 99, the tokenizer .* has 100"):
         launch.build_command(replace(ours, recipe=recipe))
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
     assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
@@ -329,6 +347,8 @@ def test_a_training_ends_with_what_came_of_it(job):
     assert said.outcome() == f"trained to step 2 of 3: {losses}"
     said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({STOPPED!r})"))
     assert said.outcome() == f"stopped after saving at step 2 of 3: {losses}"
+    said = launch.train(job, pretend(job, VALIDATED.replace("cross entropy: 5.5E+00", "alpha: 0")))
+    assert said.outcome().startswith("trained to step 2 of 3: no token of the last step had a t")
     said = launch.train(job, pretend(job, "pass"))
     assert said.outcome().startswith("no step is in the log: the run has had its train-iters")
 
