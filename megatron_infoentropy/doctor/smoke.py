@@ -24,7 +24,13 @@ from typing import Any, NamedTuple
 
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
-from megatron_infoentropy.launch.job import SPLITS, command_line, require_tokenizer
+from megatron_infoentropy.files import file_sha256
+from megatron_infoentropy.launch.job import (
+    SPLITS,
+    command_line,
+    conversation_files,
+    require_tokenizer,
+)
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
 GIB, MIB = 2**30, 2**20
@@ -248,9 +254,15 @@ def _device(me: JobRank) -> tuple[str, int]:
 
 
 def look_at_data(facts: Facts, data: Path) -> None:
-    """Open every dataset below `data`; `infoentropy verify` reads every byte."""
-    digest, opened = hashlib.sha256(), 0
-    for split in SPLITS:
+    """Open every dataset below `data`; `infoentropy verify` reads every byte.
+
+    Files of conversations have no manifest: every rank reads them, and all must read the same.
+    """
+    chats = conversation_files(data)
+    digest, opened = hashlib.sha256(), len(chats)
+    for path in chats.values():
+        digest.update(file_sha256(path).encode())
+    for split in () if chats else SPLITS:
         try:
             manifest = load_manifest(data / split)
             digest.update((data / split / MANIFEST).read_bytes())

@@ -58,6 +58,17 @@ def looks(order, ranks=2):
     return [smoke.look(JobRank(rank, ranks, 0, 1), order) for rank in range(ranks)]
 
 
+def test_conversations_are_read_by_every_rank(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"messages": []}\n')
+    first, second = looks(Order(data=tmp_path, disk=0))
+    assert not first.problems
+    assert any("2 data files opened" in line for line in first.seen)
+    assert first.same["data with the manifests"] == second.same["data with the manifests"]
+    (tmp_path / "validation.jsonl").write_text("{}\n")
+    assert "data with the manifests" in smoke.troubles([first, *looks(Order(data=tmp_path))])[0]
+
+
 def test_healthy_ranks_have_no_troubles():
     assert smoke.troubles(HEALTHY) == []
 
