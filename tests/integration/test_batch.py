@@ -117,9 +117,8 @@ def chat(*contents):
 def conversations_of(folder, chats, split, tokenizer, length=16, **more):
     path = folder / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": each, **more}) + "\n\n" for each in chats))
-    megatrons = SimpleNamespace(
-        eod=0, unique_identifiers={}, _tokenizer=SimpleNamespace(tokenizer=tokenizer)
-    )
+    inner = SimpleNamespace(tokenizer=tokenizer)
+    megatrons = SimpleNamespace(eod=0, vocab_size=256, unique_identifiers={}, _tokenizer=inner)
     config = GPTDatasetConfig(
         **{"random_seed": 1, "sequence_length": length, "split": "1", "tokenizer": megatrons},
         **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False),
@@ -221,6 +220,6 @@ def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path):
     dataset = conversations_of(tmp_path, [chat("hi", "qo")], Split.valid, Prefixed())
     with pytest.raises(ValueError, match="conversation 1: message 2 changes what is before it"):
         dataset[0]
-    Forgetful.chat_template = None
+    Prefixed.chat_template = None
     with pytest.raises(ValueError, match=r"conversation 1: .* put a chat_template.jinja into its"):
         dataset[0]
