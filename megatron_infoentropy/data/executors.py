@@ -58,7 +58,7 @@ def run_tasks(
     if whole.is_done():
         return load_manifest(output)
     require_free(output, OUTPUT_FILES, asked["overwrite"])
-    asked["engine"], _ = single.engine_for(asked["engine"], whole, say)  # for all shards
+    asked["engine"] = single.engine_for(asked["engine"], whole, say)  # for all shards
     parts, last = _executors(partial(make, **chosen), tasks, whole, asked)
     if kind == "slurm":
         last.depends = parts

@@ -175,10 +175,8 @@ _MOST_SPELLINGS = 16
 _REFRESH_AFTER = 1 << 27
 
 
-def choose_engine(
-    asked: str, loaded: LoadedTokenizer, *, special_tokens: bool
-) -> tuple[str, Engine, str]:
-    """Return hf or gigatoken for one of `ENGINES`, what encodes by it, and why, as a sentence.
+def choose_engine(asked: str, loaded: LoadedTokenizer, *, special_tokens: bool) -> tuple[str, str]:
+    """Return hf or gigatoken for one of `ENGINES`, and why, as a sentence.
 
     Raises:
         InexactEngineError: gigatoken is asked for, but not installed or not shown to be exact.
@@ -186,18 +184,15 @@ def choose_engine(
     """
     if asked not in ENGINES:
         raise ValueError(f"the engine must be one of {', '.join(ENGINES)}, got {asked!r}")
-    why = "it was asked for"
-    if asked != "hf":
-        try:
-            fast = fast_engine(loaded, special_tokens=special_tokens)
-        except InexactEngineError as error:
-            if asked == "gigatoken":
-                raise InexactEngineError(f"{error}; use --engine hf") from error
-            why = str(error)
-        else:
-            why = "it is installed and was shown to give the ids of hf for this tokenizer"
-            return "gigatoken", fast, why
-    return "hf", hf_engine(loaded, special_tokens=special_tokens), why
+    if asked == "hf":
+        return "hf", "it was asked for"
+    try:
+        fast_engine(loaded, special_tokens=special_tokens)
+    except InexactEngineError as error:
+        if asked == "gigatoken":
+            raise InexactEngineError(f"{error}; use --engine hf") from error
+        return "hf", str(error)
+    return "gigatoken", "it is installed and was shown to give the ids of hf for this tokenizer"
 
 
 def fast_engine(loaded: LoadedTokenizer, *, special_tokens: bool) -> Engine:

@@ -50,8 +50,8 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.sources import StandardInput
-from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, load_tokenizer
-from megatron_infoentropy.data.workers import Encoder, encode_blocks
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data.workers import WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish, full_disk_is_said
 from megatron_infoentropy.files import file_sha256, publish, require_free, work_folder
 from megatron_infoentropy.progress import progress
@@ -330,18 +330,17 @@ def preprocess(
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     files = list(map(input_of, inputs))
     task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
-    encoder = None
     if not task.is_done():
         require_free(output, OUTPUT_FILES, overwrite)
-        name, encode = engine_for(engine, task, say)
-        task, encoder = replace(task, engine=name), Encoder(task.loaded, options, encode, named)
+        task = replace(task, engine=engine_for(engine, task, say))
+    settings = WorkerSettings(task.loaded, options, task.engine, named)
     with work_folder(output) as work:
         try:
             if restart:
                 (work / JOURNAL).unlink(missing_ok=True)
-            if encoder is not None and not task.is_done():
+            if not task.is_done():
                 with full_disk_is_said(work):
-                    publish(_make(task, encoder, work, workers, max_errors), output)
+                    publish(_make(task, settings, work, workers, max_errors), output)
             (work / JOURNAL).unlink(missing_ok=True)
         except UnfitDocumentsError:
             (work / JOURNAL).unlink(missing_ok=True)
@@ -352,17 +351,15 @@ def preprocess(
     return load_manifest(output)
 
 
-def engine_for(asked: str, task: Task, say: Callable[[str], object]) -> tuple[str, Engine]:
-    """Return the engine to use, and its name; made here, once for all workers."""
-    name, encode, why = choose_engine(
-        asked, task.loaded, special_tokens=task.options.special_tokens
-    )
+def engine_for(asked: str, task: Task, say: Callable[[str], object]) -> str:
+    """Return the engine to use; gigatoken is tried out here, once for all workers."""
+    name, why = choose_engine(asked, task.loaded, special_tokens=task.options.special_tokens)
     if asked == "auto":
         say(f"engine {name}: {why}")
-    return name, encode
+    return name
 
 
-def _make(task: Task, encoder: Encoder, work: Path, workers: int, max_errors: int) -> Path:
+def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_errors: int) -> Path:
     """Run from the journal's place to the end; returns the finished folder."""
     run = JournalledRun(
         work,
@@ -375,8 +372,8 @@ def _make(task: Task, encoder: Encoder, work: Path, workers: int, max_errors: in
     with closing(run):
         total = sum(each.facts.bytes for each in task.inputs)
         with progress("preprocess", total or None, "bytes") as advance:
-            blocks = _read(task, encoder.keys, run, advance)
-            for block, encoded in encode_blocks(encoder, blocks, workers=workers):
+            blocks = _read(task, settings.keys, run, advance)
+            for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)
                 if not block.lines:
                     task.require_unchanged(run.state.file - 1, block.sha256)

@@ -78,13 +78,19 @@ _SMALLEST_VOCAB = 256 + 1  # every byte, so that any text has ids, and the speci
 class LoadedTokenizer:
     """A tokenizer and what datasets record of it; `vocab_size` counts added tokens too.
 
-    `sha256` is the folder's `tokenizer_digest`.
+    `sha256` is the folder's `tokenizer_digest`. With `as_text` the spelling of a special token is
+    text like any other. It can be sent to other processes.
     """
 
     tokenizer: Tokenizer
     eod_id: int
     vocab_size: int
     sha256: str
+    as_text: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = self.as_text  # which its own pickle leaves out
 
     def added_around(self) -> tuple[list[int], list[int]] | None:
         """Return the ids put before and behind a text; None where that changes the text's own."""
@@ -151,6 +157,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         eod_id=_eod_id(folder, tokenizer, end),
         vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
         sha256=digest,
+        as_text=bool(tokenizer.encode_special_tokens),
     )
 
 

@@ -4,33 +4,48 @@ Processes and not threads, as taking ids out of the encoder and parsing JSON hol
 lock. The output does not depend on their number: results are handed on in the order of the blocks.
 A worker that dies (killed, out of memory) closes its pipe and ends the run at once.
 
-One of them is `serve`: raw lines in, token ids by domain out, as pickles through two pipes. It is
-forked with an engine that is ready, which takes a second to load. The process ends when its input
-does, so also when the process that feeds it is killed: no worker is ever left over.
+One of them is `main() < settings, blocks > results`: raw lines in, token ids by domain out. The
+messages are pickles on the standard streams. The process ends when its input does, so also when the
+process that feeds it is killed: no worker is ever left over.
 """
 
-import fcntl
 import os
 import pickle
 import signal
-import traceback
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_infoentropy.data import jsonl
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys
+from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
 from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
-from megatron_infoentropy.data.tokenizer import Engine, LoadedTokenizer, end_documents
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, end_documents, hf_engine
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """The message that a worker gets at its start."""
+
+    loaded: LoadedTokenizer
+    options: DataOptions
+    engine: str  # hf or gigatoken
+    named: bool = True  # else no document may name a domain, as the first ones do not
+
+    @property
+    def keys(self) -> Keys:
+        """Return where a document has what is asked of it."""
+        return Keys(self.options.text_key, self.options.split_by if self.named else PILE_DOMAIN)
 
 
 @dataclass(frozen=True)
@@ -62,28 +77,22 @@ class Encoded:
     trailing_blanks: int = 0
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """Encodes blocks with one engine for a tokenizer.
+    """Encodes blocks with one tokenizer; as a class, since its engine takes long to start."""
 
-    Unless documents are `named`, none may name a domain, as the first ones do not.
-    """
-
-    loaded: LoadedTokenizer
-    options: DataOptions
-    encode: Engine
-    named: bool = True
-
-    @property
-    def keys(self) -> Keys:
-        """Return where a document has what is asked of it."""
-        return Keys(self.options.text_key, self.options.split_by if self.named else PILE_DOMAIN)
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.options = settings.options
+        self.loaded = settings.loaded
+        self.dtype = token_dtype(self.loaded.vocab_size)
+        engine = {"hf": hf_engine, "gigatoken": fast_engine}[settings.engine]
+        self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
+        self._named = settings.named
+        self._keys = settings.keys
 
     def __call__(self, data: bytes, is_table: bool = False) -> Encoded:
         """Parse the lines or rows of a block and encode their texts."""
         texts: dict[str, list[str]] = {}
         sizes: Counter[str] = Counter()
-        keys = self.keys
         lines = jsonl.rows_of(data, is_table)
         filled = len(lines)
         while filled and jsonl.is_blank(lines[filled - 1]):
@@ -93,7 +102,7 @@ class Encoder:
             try:
                 if jsonl.is_blank(raw):
                     raise jsonl.BrokenRecordError(jsonl.BLANK)
-                record = jsonl.parse(raw, keys, named=self.named)
+                record = jsonl.parse(raw, self._keys, named=self._named)
             except jsonl.BrokenRecordError as error:
                 done.rejected.append(Rejected(number, str(error), error.domain))
                 continue
@@ -114,8 +123,7 @@ class Encoder:
                 f"{self.loaded.vocab_size} ends at {self.loaded.vocab_size - 1}: its ids have "
                 "holes, renumber them"
             )
-        dtype = token_dtype(self.loaded.vocab_size)
-        return DomainPart(tokens.astype(dtype, copy=False), lengths, size)
+        return DomainPart(tokens.astype(self.dtype, copy=False), lengths, size)
 
 
 def send(stream: IO[bytes], message: Any) -> None:
@@ -136,21 +144,13 @@ def receive(stream: IO[bytes]) -> Any:
         raise EOFError(str(error)) from error
 
 
-def serve(encode: Encoder, request: int, reply: int) -> NoReturn:
-    """Be a worker: answer blocks from one pipe on another until the first one ends.
-
-    An error is an answer too. All other files that the process had open when it was forked are
-    closed: the ends of other workers' pipes, which else would not end, and the output's lock.
-    """
+def main() -> None:
+    """Answer blocks until the input ends; an error is an answer too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that feeds this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker per core already
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that feeds this
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        open_here = {int(path.name) for path in Path("/dev/fd").iterdir()}
-        for descriptor in open_here - {0, 1, 2, request, reply}:
-            with suppress(OSError):  # that of the listing itself
-                os.close(descriptor)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker per core already
-        requests, replies = os.fdopen(request, "rb"), os.fdopen(reply, "wb")
+        encode = Encoder(receive(requests))
         while True:
             block = receive(requests)
             try:
@@ -159,14 +159,11 @@ def serve(encode: Encoder, request: int, reply: int) -> NoReturn:
                 answer = error
             send(replies, answer)
     except (EOFError, BrokenPipeError):
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)  # nothing of the process that was forked may be done twice
+        os._exit(0)  # the output can not be flushed any more
 
 
-_PIPE_BYTES = 1 << 20  # so that a block passes in one go; other systems than Linux have none
+_PIPE_BYTES = 1 << 20  # so that a block passes in one go; other systems than Linux ignore it
+_WAIT_S = 5
 
 
 class WorkerDied(RuntimeError):
@@ -174,7 +171,7 @@ class WorkerDied(RuntimeError):
 
 
 def encode_blocks(
-    encoder: Encoder, blocks: Iterable[Block], *, workers: int
+    settings: WorkerSettings, blocks: Iterable[Block], *, workers: int
 ) -> Iterator[tuple[Block, Encoded]]:
     """Encode in `workers` processes; results in the order of the blocks, few of them in flight.
 
@@ -185,8 +182,9 @@ def encode_blocks(
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         idle: SimpleQueue[_Worker] = SimpleQueue()
+        start = pickle.dumps(settings)
         for _ in range(workers):  # entered after the threads: on an error, first the workers end
-            idle.put(stack.enter_context(closing(_Worker(encoder))))
+            idle.put(stack.enter_context(closing(_Worker(start))))
         pending: deque[Future[tuple[Block, Encoded]]] = deque()
         stack.callback(lambda: [future.cancel() for future in pending])
         unreadable = None
@@ -212,25 +210,25 @@ def _encode(idle: "SimpleQueue[_Worker]", block: Block) -> tuple[Block, Encoded]
 
 
 class _Worker:
-    """One process and the two pipes to it; forked, as the encoder takes long to make."""
+    """One process and the two pipes to it."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        request, requests = os.pipe()
-        replies, reply = os.pipe()
-        self._process: int | None = os.fork()
-        if not self._process:
-            serve(encoder, request, reply)
-        os.close(request)
-        os.close(reply)
-        self._requests, self._replies = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
-        for pipe in (requests, replies):
-            with suppress(OSError, AttributeError):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    def __init__(self, settings: bytes) -> None:
+        self._unsent = settings  # fits into no pipe: sent by a thread, else they start in turn
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from {main.__module__} import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=_PIPE_BYTES,
+        )
 
     def encode(self, block: Block) -> Encoded:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
-            send(self._requests, (block.data, block.is_table))
-            answer = receive(self._replies)
+            self.process.stdin.write(self._unsent)
+            self._unsent = b""
+            send(self.process.stdin, (block.data, block.is_table))
+            answer = receive(self.process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise WorkerDied(self._why_it_ended(block)) from error
         if isinstance(answer, Exception):
@@ -241,7 +239,7 @@ class _Worker:
         return answer
 
     def _why_it_ended(self, block: Block) -> str:
-        code = self._wait()
+        code = self.process.wait(_WAIT_S)
         how = f"ended with exit code {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
@@ -252,17 +250,11 @@ class _Worker:
             "again, perhaps with fewer workers, and it goes on from what is finished"
         )
 
-    def _wait(self) -> int:
-        assert self._process is not None
-        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-        self._process = None
-        return code
-
     def close(self) -> None:
         """End the process; it holds nothing that could be lost."""
-        if self._process is not None:
-            os.kill(self._process, signal.SIGKILL)
-            self._wait()
-        for pipe in (self._requests, self._replies):
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
             with suppress(BrokenPipeError):  # of what a dead worker has not read
                 pipe.close()

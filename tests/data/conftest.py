@@ -4,10 +4,22 @@ import os
 from pathlib import Path
 
 import pytest
+from encoder_here import EncoderHere
 from text_files import WriteLines, line, write
 
-from megatron_infoentropy.data import blocks, journal
+from megatron_infoentropy.data import blocks, journal, workers
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer, train_tokenizer
+
+
+@pytest.fixture
+def worker_processes() -> None:
+    """Real ones, for tests that are about them."""
+
+
+@pytest.fixture(autouse=True)
+def encode_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "worker_processes" not in request.fixturenames:
+        monkeypatch.setattr(workers, "_Worker", EncoderHere)
 
 
 @pytest.fixture

@@ -190,8 +190,7 @@ def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(
     tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def choose(asked: str) -> tuple[str, str]:
-        name, _, why = fast_engine.choose_engine(asked, tokenizer, special_tokens=True)
-        return name, why
+        return fast_engine.choose_engine(asked, tokenizer, special_tokens=True)
 
     monkeypatch.setattr(fast_engine, "import_module", missing)
     engine, why = choose("auto")

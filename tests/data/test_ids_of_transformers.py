@@ -1,6 +1,7 @@
 """Ids are those of transformers and Megatron, whichever file of a tokenizer folder says so."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ TEXTS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_megatrons_tokenizer(tmp_path: Path, kind: str) -> None:
     folder = write_tokenizer(tmp_path / "tokenizer", kind)
-    loaded = load_tokenizer(folder)
+    loaded = pickle.loads(pickle.dumps(load_tokenizer(folder)))  # as a worker has it
     megatron = HuggingFaceTokenizer(str(folder))
     for special in (True, False):
         expected = [
@@ -171,6 +172,24 @@ def test_a_tokenizer_without_fast_rules_is_refused(
     )
     with pytest.raises(ValueError, match=r"has only a slow tokenizer for .*, a Slow"):
         load_tokenizer(folder)
+
+
+def test_a_worker_imports_no_transformers(tmp_path: Path) -> None:
+    """It would cost every worker a second and 200 MB."""
+    loaded = tmp_path / "loaded"
+    loaded.write_bytes(pickle.dumps(load_tokenizer(write_tokenizer(tmp_path / "t", "Llama 2"))))
+    program = f"""
+import pickle, sys
+from pathlib import Path
+from megatron_infoentropy.data.manifest import DataOptions
+from megatron_infoentropy.data.workers import Encoder, WorkerSettings
+loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
+encoder = Encoder(WorkerSettings(loaded, DataOptions(split_by=None), "hf"))
+assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size
+heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_transformers_is_asked_only_where_it_may_change_ids(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_every_domain_is_byte_identical_to_megatrons_tool(
     assert_same_files(tmp_path / "out", expected)
 
 
+@pytest.mark.usefixtures("worker_processes")
 def test_the_number_of_workers_does_not_change_a_byte(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoder_here import interrupted
 from golden import assert_same_files
-from interruption import interrupted
 from text_files import line, write
 
 from megatron_infoentropy.data import journal, writer
@@ -47,13 +47,13 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 def die_at(moment: int) -> None:
     """Have this process killed when it has come so far."""
-    left, me = moment, os.getpid()
+    left = moment
     write_whole = writer.write_all
 
     def step() -> bool:
         nonlocal left
-        left -= os.getpid() == me  # workers are forked, with the hook
-        return left == 0 and os.getpid() == me
+        left -= 1
+        return left == 0
 
     def hook(event: str, _: Any) -> None:
         if event in MOMENTS and step():
@@ -163,6 +163,7 @@ def test_two_runs_do_not_write_the_same_output(
         assert (tmp_path / ".out.partial" / "lock").exists()
 
 
+@pytest.mark.usefixtures("worker_processes")
 def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -173,8 +174,11 @@ def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
         me = os.getpid()
         while not found:
             children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-            if children and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
-                found.append(int(children[0]))
+            busy = [
+                c for c in children if b"data.workers" in Path(f"/proc/{c}/cmdline").read_bytes()
+            ]
+            if busy and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
+                found.append(int(busy[0]))
                 os.kill(found[0], signal.SIGKILL)
             time.sleep(0.01)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import fsspec
 import pytest
-from interruption import interrupted
+from encoder_here import EncoderHere, interrupted
 from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data import blocks, sources
+from megatron_infoentropy.data import blocks, sources, workers
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
 from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
@@ -37,8 +37,11 @@ KEY = "meta.pile_set_name"
 def expected(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """The dataset of the same documents as lines."""
     folder = tmp_path_factory.mktemp("lines")
-    text = write(folder / "a.jsonl", LINES)
-    return preprocess([text], tokenizer_folder, folder / "out", max_errors=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_Worker", EncoderHere)
+        return preprocess(
+            [write(folder / "a.jsonl", LINES)], tokenizer_folder, folder / "out", max_errors=1
+        )
 
 
 def assert_same_dataset(made: Manifest, expected: Manifest) -> None:
