@@ -175,7 +175,7 @@ def _output_layer_losses(chunk_tokens: int) -> dict[str, OutputLayerLoss]:
     def fused_loss(
         hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        return linear_infoentropy_loss(hidden, weight, target, None, config)
+        return linear_infoentropy_loss(hidden, weight, target, config)
 
     def partly_masked(
         percent: int, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor

@@ -283,10 +283,10 @@ def linear_infoentropy_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    loss_mask: torch.Tensor | None = None,
     config: InfoEntropyConfig | None = None,
     *,
     group: Group | None = None,
+    loss_mask: torch.Tensor | None = None,
     data_parallel_group: Group | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
@@ -308,9 +308,9 @@ def linear_infoentropy_loss(
         hidden: [..., H]; with `sequence_parallel` this rank's slice of the first dimension.
         weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
         target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
-        loss_mask: [...], in the target's shape; each token's weight is multiplied by it.
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
         group: the tensor-parallel group; None where the weight is whole.
+        loss_mask: [...], in the target's shape; each token's weight is multiplied by it.
         data_parallel_group: ranks that hold other tokens of the same micro-batch step.
         vocab_size: the true size of the whole vocabulary, where the shards are padded.
         ignore_index: the target of tokens that take no part.

@@ -21,7 +21,7 @@ def fused_loss(
 ):
     """By the function that makes them once."""
     config = InfoEntropyConfig(backend=backend, chunk_tokens=chunk_tokens, skip_masked=skip_masked)
-    return linear_infoentropy_loss(hidden, weight, target, None, config, **options)
+    return linear_infoentropy_loss(hidden, weight, target, config, **options)
 
 
 BOTH = pytest.mark.parametrize("function", [statistics_objective, fused_loss])

@@ -195,7 +195,7 @@ def test_targets_are_widened_before_tokens_are_left_out(dtype, fused):
 
     def loss(target):
         if fused:
-            return linear_infoentropy_loss(logits, torch.eye(size), target, mask)
+            return linear_infoentropy_loss(logits, torch.eye(size), target, loss_mask=mask)
         return infoentropy_loss(logits, target, loss_mask=mask)
 
     assert torch.equal(loss(target.to(dtype)), loss(target))

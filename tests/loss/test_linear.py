@@ -109,7 +109,7 @@ def fp32_on_rank(autocast, sequence_parallel, detach_weight):
     config = InfoEntropyConfig(detach_weight=detach_weight, chunk_tokens=7)
     options = {"group": group, "sequence_parallel": sequence_parallel}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss = linear_infoentropy_loss(hidden, weight, target, mask, config, **options)
+        loss = linear_infoentropy_loss(hidden, weight, target, config, loss_mask=mask, **options)
         loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -167,9 +167,9 @@ def loss_on_rank(chunks, sequence_parallel, settings, factor, group):
             hidden,
             weight,
             target,
-            mask,
             InfoEntropyConfig(backend="reference", chunk_tokens=chunk, **settings),
             group=group,
+            loss_mask=mask,
             vocab_size=TRUE_SIZE,
             sequence_parallel=sequence_parallel,
         )
@@ -239,9 +239,9 @@ def loss_on_data_ranks(settings, sequence_parallel):
         hidden.detach() @ shared,
         weight,
         target,
-        mask,
         InfoEntropyConfig(backend="reference", chunk_tokens=7, **settings),
         group=group,
+        loss_mask=mask,
         data_parallel_group=data_groups[tensor_rank],
         vocab_size=TRUE_SIZE,
         sequence_parallel=sequence_parallel,
@@ -302,7 +302,7 @@ def test_ignored_and_masked_tokens_have_a_gradient_of_exactly_zero_even_beside_n
     target[0, 0] = -100
     hidden.requires_grad_(), weight.requires_grad_()
     config = InfoEntropyConfig(chunk_tokens=5)
-    linear_infoentropy_loss(hidden, weight, target, mask, config).backward()
+    linear_infoentropy_loss(hidden, weight, target, config, loss_mask=mask).backward()
     assert hidden.grad.isfinite().all()
     assert torch.equal(hidden.grad[3], torch.zeros(B, H, dtype=torch.float64))
 
@@ -327,7 +327,7 @@ def masked_on_rank(sequence_parallel, share):
                     values = torch.stack(statistics[:3])
                 else:
                     config = InfoEntropyConfig(chunk_tokens=4, skip_masked=skip, **settings)
-                    values = linear_infoentropy_loss(h, w, target, None, config, **options)
+                    values = linear_infoentropy_loss(h, w, target, config, **options)
                 made = [call.kwargs["out"] for call in product.call_args_list if call.kwargs]
                 rows = sum(len(logits) for logits in made if logits.shape[1] == len(w))
                 values.sum().backward()

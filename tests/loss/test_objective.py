@@ -190,7 +190,7 @@ def test_a_schedule_is_refused_where_no_samples_go_by():
     with pytest.raises(ValueError, match=r"only the trainer does: pass config.at\(samples\)"):
         infoentropy_loss(logits, target, config)
     with pytest.raises(ValueError, match=r"pass config.at\(samples\)"):
-        linear_infoentropy_loss(logits, torch.zeros(5, 3), target, None, config)
+        linear_infoentropy_loss(logits, torch.zeros(5, 3), target, config)
     assert infoentropy_loss(logits, target, config.at(5)) > 0
 
 

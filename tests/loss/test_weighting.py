@@ -86,7 +86,7 @@ def random_case():
 def our_loss(leaf, target, config, *, fused, mask=None):
     """The loss of logits, or the fused one whose output layer changes nothing."""
     if fused:
-        return linear_infoentropy_loss(leaf, torch.eye(61).double(), target, mask, config)
+        return linear_infoentropy_loss(leaf, torch.eye(61).double(), target, config, loss_mask=mask)
     return infoentropy_loss(leaf, target, config, loss_mask=mask)
 
 
@@ -166,7 +166,7 @@ def compared_on_rank(function, detach, chunk, sequence_parallel, data_parallel):
         h, w = (x.clone().requires_grad_() for x in (part, weight))
         if fused:
             options["sequence_parallel"] = sequence_parallel
-            loss = linear_infoentropy_loss(h, w, target, None, config, **options)
+            loss = linear_infoentropy_loss(h, w, target, config, **options)
         else:
             options.pop("sequence_parallel")
             loss = infoentropy_loss(h @ w.T, target, config, **options)
@@ -301,7 +301,7 @@ def curriculum_on_rank():
     more = {"data_parallel_group": world, "samples": 640, "token_input": extra}
     losses = [
         infoentropy_loss(hidden @ weight.T, target, config, loss_mask=mask, **more),
-        linear_infoentropy_loss(hidden, weight, target, mask, config, **more),
+        linear_infoentropy_loss(hidden, weight, target, config, loss_mask=mask, **more),
     ]
     return losses, (hidden @ weight.T, target, mask, extra)
 
