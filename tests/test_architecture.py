@@ -44,7 +44,7 @@ MAY_IMPORT = {
         *("config", "files", "integration", "kernels", "launch", "loss", "pretrain", "progress"),
         "runtime",
     },
-    "doctor": {"data", "kernels", "launch", "runtime"},
+    "doctor": {"data", "files", "kernels", "launch", "runtime"},
     "commands": {
         "bench",
         "checkpoints",
