@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from launch import run_forked
 
 from megatron_infoentropy.bench import losses, run
 from megatron_infoentropy.bench.alone import measure_kernels, measure_output_layer
@@ -177,7 +177,7 @@ def rows_of_two_ranks():
 
 
 def test_collectives_are_counted_over_two_ranks():
-    first, second = run_ranks(rows_of_two_ranks, 2)
+    first, second = run_forked(rows_of_two_ranks, 2)
     assert [row.median_ms for row in first] == [row.median_ms for row in second]
     counted = {(row.provider, row.step): row for row in first if row.kind == "loss"}
     for name in ("native", in_place("native"), "reference"):

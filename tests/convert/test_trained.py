@@ -3,7 +3,6 @@
 In one file, so that they are trained once.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,31 +12,18 @@ import pytest
 import torch
 from tiny_checkpoint import same
 from torch.nn.functional import cross_entropy
-from train_checkpoints import IMPORTED
+from train_checkpoints import IMPORTED, train_all
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf, verify_conversion
 from megatron_infoentropy.launch.recipe import load_recipe
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that train_checkpoints.py fills: <case>/save and <case>/golden.pt."""
+    """<case>/save and <case>/golden.pt: see train_checkpoints.py."""
     folder = tmp_path_factory.mktemp("trained")
-    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "train_checkpoints.py"), str(folder)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    train_all(folder)
     return folder
 
 

@@ -1,19 +1,16 @@
-"""Make checkpoints with Megatron's own trainer, on the CPU, and record what its models compute.
+"""Checkpoints of Megatron's own trainer, on the CPU, and what its models compute.
 
-Run as `python train_checkpoints.py FOLDER`. For every case below it leaves FOLDER/<case>/save, the
-folder Megatron wrote, and FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for
-them, its greedy continuation of the first few, and the first batch with its loss. The cases of
-IMPORTED start from a Hugging Face model, FOLDER/<case>/hf, and do not change it (learning rate 0).
-
-Megatron is imported once and every rank is a fork of this process: importing takes longer than all
-the training.
+For every case below `train_all` leaves FOLDER/<case>/save, the folder Megatron wrote, and
+FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for them, its greedy continuation
+of the first few, and the first batch with its loss. The cases of IMPORTED start from a Hugging
+Face model, FOLDER/<case>/hf, and do not change it (learning rate 0).
 """
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from launch import run_trainer
 
 COMMON = """
 --seq-length 64 --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 8
@@ -74,21 +71,17 @@ def golden_tokens() -> list[list[int]]:
     return [list(text[start : start + 64]) for start in (0, 200, 400)]
 
 
-def train(folder: Path, flags: str) -> None:
+def train(folder: Path) -> None:
     """Train one rank's part of a case, let Megatron save it, and record what it computes."""
     import torch
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_infoentropy.integration.compat import model_config_from_args
-    from megatron_infoentropy.runtime.cpu import CPU_FLAGS
+    from megatron_infoentropy.integration.compat import model_config_from_args, prepare_megatron
 
-    get_write_results_queue("fork")  # made and kept; by default a process that imports torch again
-    words = [*COMMON.split(), *flags.split(), *CPU_FLAGS]
-    sys.argv = ["train", *words, "--save", str(folder / "save")]
+    prepare_megatron()
     models: list[Any] = []
     first: dict[str, Any] = {}
 
@@ -108,8 +101,7 @@ def train(folder: Path, flags: str) -> None:
     datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
     args = parse_and_validate_args()
     container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
-    store = torch.distributed.FileStore(str(folder / "store"), args.world_size)
-    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
+    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
     record(models[0], first, folder / "golden.pt")
 
 
@@ -172,28 +164,18 @@ def full_logits(model: Any, sequence: list[int]) -> Any:
     return collected[0] if collected else None
 
 
-def run_rank(folder: Path, flags: str, rank: int, world: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    log = (folder / f"rank{rank}.log").open("w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    train(folder, flags)
-
-
-def main(folder: Path) -> None:
-    from megatron_infoentropy.runtime import cpu
-
-    imported = {
-        name: import_model(folder / name, kind, config, name.startswith("hybrid")) + layout
-        for name, (kind, config, layout) in IMPORTED.items()
-    }
-    cpu.install()
-    import megatron.training  # noqa: F401  once, for all the forks
-
+def train_all(folder: Path) -> None:
     for name, (world, flags) in CASES.items():
-        run_case(folder / name, MODEL + flags, world)
-    for name, flags in imported.items():
-        run_case(folder / name, flags, 2)
+        train_case(folder / name, MODEL + flags, world)
+    for name, (kind, config, layout) in IMPORTED.items():
+        flags = import_model(folder / name, kind, config, name.startswith("hybrid"))
+        train_case(folder / name, flags + layout, 2)
+
+
+def train_case(case: Path, flags: str, world: int) -> None:
+    case.mkdir(exist_ok=True)
+    words = [*COMMON.split(), *flags.split(), "--save", str(case / "save")]
+    run_trainer(world, train, (case,), words, case)
 
 
 def import_model(case: Path, kind: str, config: dict[str, Any], hybrid: bool) -> str:
@@ -216,24 +198,3 @@ def import_model(case: Path, kind: str, config: dict[str, Any], hybrid: bool) ->
     # GPT-2's configuration asks for dropout, which the comparison with transformers leaves out.
     same = "--vocab-size 256 --train-iters 1 --lr 0 --hidden-dropout 0 --attention-dropout 0"
     return " ".join(words) + f" {load} {same} "
-
-
-def run_case(case: Path, flags: str, world: int) -> None:
-    import multiprocessing
-
-    case.mkdir(parents=True, exist_ok=True)
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(case, flags, r, world)) for r in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    if any(rank.exitcode != 0 for rank in ranks):
-        for rank in ranks:
-            rank.kill()
-        logs = "\n".join(path.read_text()[-3000:] for path in sorted(case.glob("*.log")))
-        sys.exit(f"case {case.name} failed\n{logs}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -65,10 +65,9 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     folder.mkdir()
     blocked = folder / "shard-00001-of-00002"
     blocked.write_text("in the way")
-    failing = start(*asked, *TASKS, "--executor-option", "workers=1")
-    said = failing.communicate()[0]
-    assert failing.returncode == 1
-    assert re.search(r"infoentropy: shard 1/2: the output must be a folder, but .* is a file", said)
+    failing = CliRunner().invoke(app, [*asked, *TASKS, "--executor-option", "workers=1"])
+    said = str(failing.exception)
+    assert re.match(r"shard 1/2: the output must be a folder, but .* is a file", said), said
     done = marks(tmp_path)
     assert list(done) == ["00000"]
 
@@ -83,8 +82,8 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     assert not (folder / blocked.name).exists()  # as it would if it had been left to end
     assert not output.exists()
 
-    again = start(*asked, *TASKS)
-    assert again.wait() == 0, again.stdout.read()
+    again = CliRunner().invoke(app, [*asked, *TASKS])
+    assert again.exit_code == 0, again.exception
     assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
     whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
     assert_same_files(output, whole.folder)

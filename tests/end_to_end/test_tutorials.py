@@ -5,18 +5,14 @@ import io
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import plain_run
 import pytest
 import torch
+from launch import run_trainer
 from run_command import infoentropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "integration"))
-
-import plain_run
-from launch import run_trainer
 
 from megatron_infoentropy.evaluate.runlog import parse_log
 from megatron_infoentropy.launch.job import TrainingJob
