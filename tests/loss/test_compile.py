@@ -113,7 +113,7 @@ def test_the_fused_linear_says_why_it_cannot_be_captured_whole(settings):
     config = None if settings is None else InfoEntropyConfig(**settings)
     weight, target = random_case()
     hidden, expected = torch.eye(33), infoentropy_loss(weight, target, config)
-    given = (hidden, weight.T.contiguous(), target, None, config)
+    given = (hidden, weight.T.contiguous(), target, config)
     whole = torch.compile(linear_infoentropy_loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True, or"):
         whole(*given)
