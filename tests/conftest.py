@@ -22,7 +22,6 @@ from megatron_infoentropy.bench.results import provenance
 
 torch.set_num_threads(2)
 HEADS = ("test", "outcome", "seconds")
-MOST_THREADS = 100  # a job of one rank in Megatron has as many
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,13 +46,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid not in known]
 
 
+threads_left = 0  # by the last collection
+
+
 def pytest_runtest_logfinish() -> None:
-    """Free process groups that only cycles hold.
+    """Free process groups that only cycles hold, once they have added a hundred threads.
 
     A thread of each wakes 100 times a second, and there were up to 881 threads in a process.
     """
-    if len(list(Path("/proc/self/task").iterdir())) > MOST_THREADS:
+    global threads_left
+    tasks = Path("/proc/self/task")
+    if len(list(tasks.iterdir())) > threads_left + 100:
         gc.collect()
+        threads_left = len(list(tasks.iterdir()))
 
 
 @pytest.fixture(scope="session")
