@@ -71,6 +71,13 @@ def _norms(
     )
 
 
+def _head(module: str) -> Entry:
+    """Return the output layer, which a model with tied embeddings has not."""
+    size = ("padded_vocabulary", "hidden")
+    needs = "untie_embeddings_and_output_weights"
+    return Entry(OUTPUT, (f"{module}.weight",), "vocabulary", size, needs)
+
+
 def _linear(
     name: str,
     hf: tuple[str, ...],
@@ -120,15 +127,7 @@ _LLAMA_MLP = (
     Entry(_FC1 + "bias_v", (_M + "up_proj.bias",), "same", ("ffn",), "add_bias_linear"),
     *_linear(_FC2, (_M + "down_proj",), "same", ("hidden", "ffn"), "add_bias_linear"),
 )
-_LLAMA_HEAD = (
-    Entry(
-        OUTPUT,
-        ("lm_head.weight",),
-        "vocabulary",
-        ("padded_vocabulary", "hidden"),
-        "untie_embeddings_and_output_weights",
-    ),
-)
+_LLAMA_HEAD = (_head("lm_head"),)
 _LLAMA = _LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_HEAD
 _QK_NORMS = tuple(
     Entry(
@@ -182,13 +181,7 @@ _GPT_NEOX = (
     *_linear(_PROJ, (_X + "attention.dense",), "same", ("hidden", "heads")),
     *_linear(_FC1, (_X + "mlp.dense_h_to_4h",), "same", ("ffn", "hidden")),
     *_linear(_FC2, (_X + "mlp.dense_4h_to_h",), "same", ("hidden", "ffn")),
-    Entry(
-        OUTPUT,
-        ("embed_out.weight",),
-        "vocabulary",
-        ("padded_vocabulary", "hidden"),
-        "untie_embeddings_and_output_weights",
-    ),
+    _head("embed_out"),
 )
 
 _H = "transformer.h.*."
@@ -200,13 +193,7 @@ _GPT2 = (
     *_linear(_PROJ, (_H + "attn.c_proj",), "transposed", ("hidden", "heads")),
     *_linear(_FC1, (_H + "mlp.c_fc",), "transposed", ("ffn", "hidden")),
     *_linear(_FC2, (_H + "mlp.c_proj",), "transposed", ("hidden", "ffn")),
-    Entry(
-        OUTPUT,
-        ("lm_head.weight",),
-        "vocabulary",
-        ("padded_vocabulary", "hidden"),
-        "untie_embeddings_and_output_weights",
-    ),
+    _head("lm_head"),
 )
 
 TABLES: dict[Family, tuple[Entry, ...]] = {

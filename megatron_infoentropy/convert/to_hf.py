@@ -51,7 +51,7 @@ Check = Callable[[MegatronCheckpoint, Path], None]
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What was written, on either side."""
+    """The facts of a finished conversion, in either direction."""
 
     output: Path
     family: str

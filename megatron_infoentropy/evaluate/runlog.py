@@ -34,8 +34,11 @@ _FIELD = re.compile(
 
 @dataclass(frozen=True)
 class LogLine:
-    """What one line reported: of training, means over a logged interval, as Megatron logs; of a
-    validation; or, observed, percentiles of entropies and weights over an interval's tokens."""
+    """The numbers that one line of a log reports.
+
+    They are of training, means over a logged interval, as Megatron logs; of a validation; or,
+    observed, percentiles of entropies and weights over an interval's tokens.
+    """
 
     kind: Literal["training", "validation", "observed"]
     iteration: int
