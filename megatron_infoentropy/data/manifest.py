@@ -170,9 +170,10 @@ def load_manifest(folder: Path) -> Manifest:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format"]
-        if found not in (2, FORMAT):
-            raise ValueError(f"expected format 2 or {FORMAT}, got {found!r}; preprocess again")
+        if content["format"] != FORMAT:
+            raise ValueError(
+                f"expected format {FORMAT}, got {content['format']!r}; preprocess again"
+            )
         return _parse(folder, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -186,8 +187,6 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         if prefix in ("", ".", "..") or "/" in prefix or "\0" in prefix:
             raise ValueError(f"the prefix {prefix!r} is no name of a file in this folder")
         size = facts["tokens"] * np.dtype(content["dtype"]).itemsize
-        if "bin_sha256" in facts:  # format 2 had one checksum of the whole file
-            facts["bin_spans"] = [(size, facts.pop("bin_sha256"))]
         if sum(span[0] for span in facts["bin_spans"]) != size:
             raise ValueError(f"the spans of {prefix}.bin do not add up to its {size} bytes")
     return Manifest(

@@ -166,7 +166,7 @@ def test_a_manifest_that_can_not_be_used_is_named(
     preprocess(inputs, tokenizer_folder, out)
     content = json.loads((out / "manifest.json").read_text())
     for change, message in (
-        ({"format": 1}, "expected format 2 or 3, got 1; preprocess again"),
+        ({"format": 2}, "expected format 3, got 2; preprocess again"),
         ({"dtype": "int32"}, "spans of .*bin do not add up to its [0-9]+ bytes"),
         ({"domains": {"A": {"prefix": "a"}}}, "no entry 'tokens'"),
         ({"tokenizer": None}, "must be a mapping"),
