@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -134,9 +135,13 @@ def _end_group(process):
 
 
 def _rank(main, arguments, words, environment, log):
+    from megatron.training import training  # in the server alone: importing it takes ten seconds
+
     os.setpgid(0, 0)
     os.environ.update(environment)
     sys.argv = [main.__module__, *words]
+    # Megatron counts --exit-duration-in-mins from its import, which the server did minutes ago.
+    training.set_startup_timestamps(program_start=time.time())
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             main(*arguments)
