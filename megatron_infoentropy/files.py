@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_READ_AT_ONCE = 1 << 17  # bytes: they stay in a core's cache while they are hashed and written
+# Bytes that stay in a core's cache while they are hashed and written, and that are many enough for the
+# threads that write one file: each write waits for the others'.
+_READ_AT_ONCE = 1 << 20
 
 
 @contextmanager
