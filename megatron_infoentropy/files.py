@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-# Bytes that stay in a core's cache while they are hashed and written, and that are many enough for the
-# threads that write one file: each write waits for the others'.
+# Bytes that stay in a core's cache while they are hashed and written. Smaller pieces are slower
+# where threads write one file, as each write waits for those of the others.
 _READ_AT_ONCE = 1 << 20
 
 
