@@ -29,7 +29,7 @@ import yaml
 from megatron_infoentropy.config import MEANS, InfoEntropyConfig
 from megatron_infoentropy.evaluate.runs import FIRST_FIELDS
 from megatron_infoentropy.launch.limits import require_possible
-from megatron_infoentropy.runtime.device import Device
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT, Device
 
 PREFIX = "infoentropy"
 LAUNCH = "launch"
@@ -206,7 +206,7 @@ def machine_environment(device: Device, ranks: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if device.type == "cpu":
-        wanted["TORCHDYNAMO_DISABLE"] = "1"  # Megatron compiles small functions; not worth it here
+        wanted |= CPU_ENVIRONMENT
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 

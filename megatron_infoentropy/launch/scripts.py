@@ -30,6 +30,7 @@ from megatron_infoentropy.launch.run_folder import (
     write_facts,
 )
 from megatron_infoentropy.launch.train import follow
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
 SAVE_ON_SIGNAL = ("--exit-signal-handler", "--exit-signal", "SIGTERM")
@@ -132,7 +133,7 @@ def _environment(cluster: Cluster) -> list[str]:
     if cluster.gpus_per_node:
         wanted["NCCL_DEBUG"] = "WARN"
     else:
-        wanted["TORCHDYNAMO_DISABLE"] = "1"
+        wanted |= CPU_ENVIRONMENT
     lines = [
         "threads=$(($(nproc) / ranks))",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}",

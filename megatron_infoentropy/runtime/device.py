@@ -4,6 +4,15 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # Megatron compiles small functions; not worth it on a CPU
+    # A step frees what the next one asks for again, and what the system took back meanwhile comes
+    # page by page, with zeroes: malloc keeps memory, and asks for huge pages.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456",
+}
+"""Environment variables of ranks that train on a CPU; a process must be started with them."""
+
 
 @dataclass(frozen=True)
 class Device:

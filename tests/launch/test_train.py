@@ -23,7 +23,7 @@ from megatron_infoentropy.launch.recipe import loss_flags, read_facts, read_loss
 from megatron_infoentropy.launch.run_folder import PACKAGE, STOPPED
 from megatron_infoentropy.launch.scripts import prepare
 from megatron_infoentropy.runtime.cpu import CPU_FLAGS
-from megatron_infoentropy.runtime.device import Device
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT, Device
 
 TP2 = {"tensor-model-parallel-size": 2}
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -162,9 +162,12 @@ def test_without_a_gpu_one_thread_a_rank_on_two_cores(job, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environment = launch.build_command(replace(job, settings=TP2)).environment
     assert environment["OMP_NUM_THREADS"] == "1"
-    assert environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert environment.items() >= CPU_ENVIRONMENT.items()
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert launch.build_command(job).environment["OMP_NUM_THREADS"] == "5"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+    environment = launch.build_command(job).environment
+    assert environment["OMP_NUM_THREADS"] == "5"
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=3"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_gpus_are_used_as_far_as_the_batch_divides(job, monkeypatch, gpus, globa
     command = launch.build_command(replace(job, settings=TP2, extra_flags=extra))
     assert command.ranks == ranks
     assert "--distributed-backend=gloo" not in command.words
-    assert "TORCHDYNAMO_DISABLE" not in command.environment
+    assert not command.environment.keys() & CPU_ENVIRONMENT.keys()
 
 
 def test_options_overrule_the_recipe_and_the_recipe_the_defaults(job, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_infoentropy.runtime import cpu
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
 HERE = Path(__file__).parent
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -83,10 +84,34 @@ assert mapping
     not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no such pages"
 )
 @pytest.mark.parametrize("start", [pytest.param("--version", id="command"), "training"])
-def test_large_tensors_ask_for_huge_pages(start: str) -> None:
+@pytest.mark.parametrize("environment", [{}, CPU_ENVIRONMENT], ids=["plain", "a rank's"])
+def test_large_tensors_ask_for_huge_pages(
+    start: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if start == "training" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     run_python("-c", CHECK_LARGE_TENSORS, start)
+
+
+COUNT_FAULTS = """
+from resource import RUSAGE_SELF, getrusage
+from megatron_infoentropy.runtime.device import use_huge_pages
+use_huge_pages()
+import torch
+before = getrusage(RUSAGE_SELF).ru_minflt
+for _ in range(12):
+    torch.ones(1 << 24)
+print(getrusage(RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_rank_fetches_memory_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = int(run_python("-c", COUNT_FAULTS).stdout)
+    for name, value in CPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert int(run_python("-c", COUNT_FAULTS).stdout) < elsewhere / 2
 
 
 CHECK_EVERY_SYMBOL = """
