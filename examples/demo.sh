@@ -24,7 +24,9 @@ say() { words+=(say "$*" ";"); }
 run='
 import sys
 from megatron_infoentropy.cli import main
+from megatron_infoentropy.runtime.device import keep_memory
 
+keep_memory()
 words = []
 for word in sys.argv[1:]:
     if word != ";":

@@ -5,6 +5,8 @@ The loss itself needs torch and numpy alone; every command needs an extra of pyp
 
 import sys
 
+from megatron_infoentropy.runtime.device import keep_memory
+
 EXTRA_OF = {  # command -> the extra that installs what it needs
     **dict.fromkeys(("corpus", "tokenizer", "preprocess", "merge", "pack"), "data"),
     **dict.fromkeys(("blend", "inspect", "verify"), "data"),
@@ -18,6 +20,8 @@ EXTRA_OF = {  # command -> the extra that installs what it needs
 
 def main() -> None:
     """Run the command line; a missing package is one sentence on stderr and exit code 1."""
+    if sys.argv[1:2] in (["evaluate"], ["tasks"]):  # models in this process, window by window
+        keep_memory()
     try:
         from megatron_infoentropy.cli import main as run
 

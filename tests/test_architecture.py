@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "tasks",
     },
     "cli": {"commands", "console", "runtime"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "runtime"},
 }
 PUBLIC = {"InfoEntropyConfig": "config"}  # names of the package itself belong to these rooms
 

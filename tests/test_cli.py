@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help, errors, each command (training: end_to_end)."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infoentropy import __version__
+from megatron_infoentropy import __main__, __version__
 from megatron_infoentropy.cli import main
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
 COMMANDS = {
     "corpus": "standard library",
@@ -141,3 +143,22 @@ def test_a_mistake_looks_the_same_to_the_shell(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("infoentropy: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tasks", "convert"])
+def test_models_are_asked_by_a_process_that_keeps_memory(monkeypatch, command):
+    started = []
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back behind the test
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(sys, "argv", ["infoentropy", command, "--help"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "megatron_infoentropy", command])
+    monkeypatch.setattr("os.execv", lambda *call: started.append((*call, os.environ.copy())))
+    for _ in range(2):  # the second time as the process that was started
+        with pytest.raises(SystemExit):
+            __main__.main()
+    if command == "convert":
+        assert not started
+    else:
+        ((program, words, environment),) = started
+        assert words == [program, "-m", "megatron_infoentropy", command]
+        assert environment["GLIBC_TUNABLES"] == CPU_ENVIRONMENT["GLIBC_TUNABLES"]

@@ -1,15 +1,19 @@
 """What this machine computes on, and what its ranks talk through."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
+# A step frees what the next one asks for again, and what the system took back meanwhile comes page
+# by page, with zeroes. So malloc keeps memory, and asks for huge pages, which no call can tell it.
+_KEPT_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+)
 CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # Megatron compiles small functions; not worth it on a CPU
-    # A step frees what the next one asks for again, and what the system took back meanwhile comes
-    # page by page, with zeroes: malloc keeps memory, and asks for huge pages.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
-    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456",
+    "GLIBC_TUNABLES": _KEPT_MEMORY,
 }
 """Environment variables of ranks that train on a CPU; a process must be started with them."""
 
@@ -44,3 +48,13 @@ def use_huge_pages() -> None:
     than in the computation. PyTorch reads the variable once, when the first tensor is made.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_memory() -> None:
+    """Start this process again with a malloc that keeps memory; not where the user has set it up.
+
+    Call it first: what the process has done by then is done twice.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = _KEPT_MEMORY
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
