@@ -51,7 +51,7 @@ living_ranks() {
 told=   # the ranks that there were when the order came
 ending= # torchrun, for so many seconds
 save_and_stop() {
-  local rank nothing_to_save=
+  local rank nothing_to_save= patient=60
   if [ "$stopping" -eq 1 ]; then
     echo "node $node: asked to stop${saves:+; the ranks save a checkpoint first}" || true
     told=$(living_ranks)
@@ -60,8 +60,10 @@ save_and_stop() {
   for rank in $(living_ranks); do
     [[ $'\n'$told$'\n' == *$'\n'$rank$'\n'* ]] || nothing_to_save=1
   done
-  # Without ranks it waits for other nodes; those may still save.
-  [ -n "$saves" ] && [ -n "$told" ] && [ "$idle" -le 60 ] || nothing_to_save=1
+  # Without ranks it waits for other nodes; those may still save. Where they saved before the order
+  # came here, its ranks are gone by then, and it ends by itself.
+  [ -n "$told" ] || patient=10
+  [ -n "$saves" ] && [ -n "$had_ranks" ] && [ "$idle" -le "$patient" ] || nothing_to_save=1
   if [ -n "$nothing_to_save$ending" ]; then
     end_launcher
   elif [ $((stopping % 5)) -eq 1 ]; then
@@ -80,9 +82,10 @@ end_launcher() {
   ending=$((ending + 1))
 }
 
-idle=0
+idle=0 had_ranks=
 while kill -0 "$launcher" 2> /dev/null; do
-  [ -n "$(living_ranks)" ] && idle=0 || idle=$((idle + 1))
+  idle=$((idle + 1))
+  [ -z "$(living_ranks)" ] || { idle=0 had_ranks=1; }
   # Cut off from node 0, torchrun waits for an answer until the kernel gives up: for a quarter of
   # an hour.
   if [ "$idle" -ge "$patience" ]; then
