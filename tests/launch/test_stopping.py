@@ -14,6 +14,7 @@ from megatron_infoentropy.launch.cluster import Cluster
 from megatron_infoentropy.launch.recipe import written_flags
 from megatron_infoentropy.launch.scripts import Plan, node_script
 from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
+from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
 FLAGS = tuple(written_flags({}, {}))
 RANK = """#!{python} -IS
@@ -167,6 +168,13 @@ def test_ctrl_c_to_one_node_saves_first(run):
     assert SHOWN[0] in said
     assert (run / "saved").exists()
     assert not (run / "node-0.pid").exists()
+
+
+def test_a_node_without_gpus_sets_what_its_ranks_need(run):
+    make_node(run)
+    script = (run / "node.sh").read_text()
+    for name, value in CPU_ENVIRONMENT.items():
+        assert f"export {name}=${{{name}:-{value}}}\n" in script
 
 
 def test_an_order_that_comes_when_the_ranks_have_saved_at_that_of_another_node(run):

@@ -159,7 +159,8 @@ def test_the_recipe_and_extra_flags_come_after_the_machines(job):
 
 def test_without_a_gpu_one_thread_a_rank_on_two_cores(job, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", *CPU_ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
     environment = launch.build_command(replace(job, settings=TP2)).environment
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment.items() >= CPU_ENVIRONMENT.items()

@@ -108,6 +108,7 @@ print(getrusage(RUSAGE_SELF).ru_minflt - before)
 
 
 def test_a_rank_fetches_memory_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     elsewhere = int(run_python("-c", COUNT_FAULTS).stdout)
     for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
