@@ -20,6 +20,11 @@ fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   log=$run/node-$node.log
   exec > >(trap '' USR1 TERM INT HUP; exec setsid tee -p -a "$log" 9>&-) 2>&1
+  # A signal that comes before tee ignores it ends both.
+  until [ "$(cat "/proc/$!/comm" 2> /dev/null)" = tee ]; do
+    kill -0 $! || exit 1
+    sleep 0.01
+  done
 fi
 
 stopping=0 # for so many seconds
@@ -33,6 +38,7 @@ echo $$ > "$run/node-$node.pid"
 # Ctrl-C: the others are in a session of their own. SIGHUP ends torchrun.
 (
   trap '' USR1
+  export INFOENTROPY_NODE_PROCESS=$$
   if [ -n "$saves" ]; then
     trap '' TERM
     export PET_SIGNALS_TO_HANDLE=SIGHUP # of torchrun
@@ -55,6 +61,7 @@ save_and_stop() {
   if [ "$stopping" -eq 1 ]; then
     echo "node $node: asked to stop${saves:+; the ranks save a checkpoint first}" || true
     told=$(living_ranks)
+    [ -z "$told" ] || had_ranks=1
   fi
   # Ranks that were not there before: torchrun has started them in the place of ranks that died.
   for rank in $(living_ranks); do
@@ -98,4 +105,12 @@ while kill -0 "$launcher" 2> /dev/null; do
 done
 code=0
 wait "$launcher" || code=$?
+# A torchrun that a signal ends knows nothing of a rank that it is just starting, and one that is
+# killed leaves all of its ranks behind.
+if [ "$code" -ne 0 ]; then
+  for process in $(grep -lsz "^INFOENTROPY_NODE_PROCESS=$$\$" /proc/[0-9]*/environ); do
+    process=${process#/proc/}
+    kill -KILL "${process%/environ}" 2> /dev/null || true
+  done
+fi
 exit $((code < 128 ? code : 1)) # hosts.sh takes more for the end of ssh itself

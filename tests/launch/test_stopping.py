@@ -185,6 +185,45 @@ def test_an_order_that_comes_when_the_ranks_have_saved_at_that_of_another_node(r
     assert code == 0, said
 
 
+LEAVES_ITS_RANK = """#!{python} -IS
+import os, pathlib, signal, subprocess, sys, time
+
+def rank():
+    code = "/bin/sleep 5; touch {run}/outlived"
+    subprocess.Popen(["bash", "-c", code], start_new_session=True)
+
+def end(number, frame):
+    rank()
+    os._exit(1)
+
+signal.signal(signal.SIGHUP, end)
+if {has_ranks}:
+    rank()
+pathlib.Path("{run}/torchrun.pid").write_text(str(os.getpid()))
+pathlib.Path("{run}/started").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", ["while it starts a rank", "killed"])
+def test_no_rank_outlives_its_torchrun(run, end):
+    make_node(run)
+    killed = end == "killed"
+    torchrun = LEAVES_ITS_RANK.format(python=sys.executable, run=run, has_ranks=killed)
+    program(run.parent / "torchrun", torchrun)
+    if killed:
+        training = started("node.sh", run)
+        wait_for(run / "started")
+        os.kill(int((run / "torchrun.pid").read_text()), signal.SIGKILL)
+        said, _ = training.communicate(timeout=300)
+        code = training.returncode
+    else:
+        code, said = interrupted("node.sh", run, "started")
+    assert code == 1, said
+    time.sleep(6)
+    assert not (run / "outlived").exists()
+
+
 def test_a_sigterm_to_every_process_saves_first(run):
     """So Slurm cancels, requeues and preempts."""
     make_node(run)
