@@ -25,6 +25,7 @@ from megatron_infoentropy.data import preprocess as single
 from megatron_infoentropy.data.manifest import MANIFEST, OUTPUT_FILES, Manifest, load_manifest
 from megatron_infoentropy.data.rewrite import merge
 from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.workers import python_for
 from megatron_infoentropy.files import require_free
 from megatron_infoentropy.runtime.orphans import end_with, leave_none
 
@@ -140,10 +141,11 @@ def _make_shard(asked: dict[str, Any], launcher: int, _: Any, rank: int, tasks: 
     """Be a task: wait for a process, since a local pool does not notice when a task is killed."""
     if os.getpid() != launcher:
         end_with(os.getppid())
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
     request = pickle.dumps((asked | {"shard": (rank, tasks)}, os.getpid()))
     lines = os.environ | {"TTY_COMPATIBLE": "0"}  # of progress, as bars would mix
-    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, env=lines, check=False)
+    done = subprocess.run(
+        python_for(main), input=request, stdout=subprocess.PIPE, env=lines, check=False
+    )
     if done.returncode:
         reason = done.stdout.decode(errors="replace") or f"exit code {done.returncode}"
         raise RuntimeError(f"shard {rank}/{tasks}: {reason}; give the same command again")

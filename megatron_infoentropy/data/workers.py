@@ -9,13 +9,14 @@ messages are pickles on the standard streams. The process ends when its input do
 process that feeds it is killed: no worker is ever left over.
 """
 
+import fcntl
 import os
 import pickle
 import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -162,7 +163,15 @@ def main() -> None:
         os._exit(0)  # the output can not be flushed any more
 
 
-_PIPE_BYTES = 1 << 20  # so that a block passes in one go; other systems than Linux ignore it
+def python_for(main: Callable[[], None]) -> list[str]:
+    """Return the command of a Python that calls this function.
+
+    It imports nothing from the folder it is started in, whose tokenize.py, say, may be a user's.
+    """
+    return [sys.executable, "-P", "-c", f"from {main.__module__} import main; main()"]
+
+
+_PIPE_BYTES = 1 << 20  # so that a block passes in one go
 _WAIT_S = 5
 
 
@@ -215,11 +224,13 @@ class _Worker:
     def __init__(self, settings: bytes) -> None:
         self._unsent = settings  # fits into no pipe: sent by a thread, else they start in turn
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {main.__module__} import main; main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pipesize=_PIPE_BYTES,
+            python_for(main), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            # Only Linux has such, and no user more than 64 MiB of them: else it takes longer.
+            with suppress(AttributeError, OSError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def encode(self, block: Block) -> Encoded:
         assert self.process.stdin is not None

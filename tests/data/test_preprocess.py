@@ -1,5 +1,7 @@
 """Byte-identical to Megatron's tool; facts that add up, all or nothing, and mistakes by name."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -118,6 +120,21 @@ def test_the_number_of_workers_does_not_change_a_byte(
         preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
         assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
         assert_same_files(tmp_path / f"out{workers}", tmp_path / "out1")
+
+
+@pytest.mark.usefixtures("worker_processes")
+def test_workers_start_beside_a_user_s_files_and_without_room_for_large_pipes(
+    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system lets no user have more than 64 MiB of pipes, those of 32 workers."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenize.py").write_text("raise SystemExit('a script of the user')")
+    preprocess(inputs, tokenizer_folder, tmp_path / "out")
 
 
 def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder: Path, tmp_path: Path) -> None:
