@@ -176,23 +176,25 @@ class _Join:
     ) -> None:
         having = [part for part in parts if name in part.domains]
         self._facts = [part.domains[name] for part in having]
-        self._readers = [IndexedReader(part.prefix(name)) for part in having]
+        self._parts = [part.prefix(name) for part in having]
         self._prefix, self._dtype = prefix, np.dtype(parts[0].dtype)
         self._lengths = side / prefix.name
-        for facts, reader in zip(self._facts, self._readers, strict=True):
+        for facts, reader in zip(self._facts, self._readers(), strict=True):
             if (reader.tokens.size, reader.dtype) != (facts.tokens, self._dtype):
                 raise _not_as_recorded(bin_path(reader.prefix))
-        sizes = [reader.tokens.nbytes for reader in self._readers]
+        sizes = [facts.tokens * self._dtype.itemsize for facts in self._facts]
         with bin_path(prefix).open("wb") as file:
             file.truncate(sum(sizes))
         offsets = accumulate(sizes, initial=0)
         self._copies = [
-            pool.submit(
-                copier.copy, bin_path(reader.prefix), bin_path(prefix), offset, facts.bin_spans
-            )
-            for facts, reader, offset in zip(self._facts, self._readers, offsets, strict=False)
+            pool.submit(copier.copy, bin_path(part), bin_path(prefix), offset, facts.bin_spans)
+            for facts, part, offset in zip(self._facts, self._parts, offsets, strict=False)
         ]
         self._index = pool.submit(self._write_index)
+
+    def _readers(self) -> Iterator[IndexedReader]:
+        """Open one part after the other: a map keeps its file open, and parts may be thousands."""
+        return map(IndexedReader, self._parts)
 
     def facts(self) -> DomainFacts:
         """Wait for all of it; return what it is.
@@ -213,7 +215,7 @@ class _Join:
     def _write_index(self) -> DomainFacts:
         facts = DomainFacts(self._prefix.name, 0, 0, 0)
         with self._lengths.open("wb", buffering=0) as file:
-            for reader in self._readers:
+            for reader in self._readers():
                 for _, lengths in reader.pieces():
                     write_all(file, lengths.astype("<i4").tobytes())
                     facts.documents += lengths.size

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -37,7 +39,19 @@ def inputs(tmp_path: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize(("number", "workers"), [(1, None), (3, 1), (3, 8)])
+@contextmanager
+def few_open_files() -> Iterator[None]:
+    """40 more than now."""
+    before, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 40, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(("number", "workers"), [(1, None), (3, 1), (5, 8)])
 def test_merged_shards_are_what_one_run_writes(
     inputs: list[Path],
     tokenizer_folder: Path,
@@ -46,11 +60,13 @@ def test_merged_shards_are_what_one_run_writes(
     workers: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor are all files of the parts open at once, as most users may have 1024."""
     monkeypatch.setattr("megatron_infoentropy.files._READ_AT_ONCE", 1 << 10)
     for index in range(number):
         shard = (index, number)
         preprocess(inputs, tokenizer_folder, tmp_path / "shards", shard=shard, max_errors=5)
-    merged = merge([tmp_path / "shards"], tmp_path / "merged", workers=workers)
+    with few_open_files():
+        merged = merge([tmp_path / "shards"], tmp_path / "merged", workers=workers)
     whole = preprocess(inputs, tokenizer_folder, tmp_path / "whole", max_errors=5)
     assert sorted(whole.domains) == ["A", "B", "C", "D", "E"]
     assert whole.left_out == {"never": 5}
