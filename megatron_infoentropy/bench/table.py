@@ -9,7 +9,6 @@ from rich.table import Table
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.results import Row
 
-WIDTH = 200  # a table is as wide as it must be, also in a log file
 WHOLE_TABLES = 4  # cases beyond the first so many get a line each
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from megatron_infoentropy.commands import out, training
-from megatron_infoentropy.console import make_console
 
 CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a folder to name it in")]
 
@@ -111,7 +109,8 @@ def bench(
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
     rows = run(chosen, repeats=repeats, hidden=hidden, output=output, minutes=minutes)
-    _print_wide(tables(rows))
+    for part in tables(rows):
+        out.print(part)
 
 
 def bench_recipe(
@@ -152,13 +151,5 @@ def bench_recipe(
         losses=tuple(loss or ()),
         output=output,
     )
-    _print_wide(recipe_tables(rows))
-
-
-def _print_wide(parts: list[Table | str]) -> None:
-    """Print tables in the width they need, also where the output is a file."""
-    from megatron_infoentropy.bench.table import WIDTH
-
-    wide = make_console(width=max(out.width, WIDTH))
-    for part in parts:
-        wide.print(part)
+    for part in recipe_tables(rows):
+        out.print(part)

@@ -116,8 +116,10 @@ for words in sys.argv[1:]:
     assert (tmp_path / "blend.txt").read_text(encoding="utf-8") == f"1.0 {tmp_path}/out/dépôt_中\n"
 
 
-def test_names_in_brackets_are_shown_as_they_are(tokenizer_folder: Path, tmp_path: Path) -> None:
-    names = ["[arxiv]", "[/web]", "[bold]books"]
+def test_names_in_brackets_and_long_ones_are_shown_as_they_are(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    names = ["[arxiv]", "[/web]", "[bold]books", "[longer]" * 12]
     path = write(tmp_path / "a.jsonl", [line("words", name) for name in names] + ["{}"])
     out = tmp_path / "data[/v2]"
     made = command(
@@ -126,6 +128,7 @@ def test_names_in_brackets_are_shown_as_they_are(tokenizer_folder: Path, tmp_pat
     )
     assert made.exit_code == 0, made.output
     assert f"{out}/rejected.tsv" in made.stdout
+    assert all(name in made.stdout for name in names)
     for words in (("blend", out), ("pack", out, "--output", tmp_path / "[/p]", "--length", 1)):
         made = command(*words)
         assert made.exit_code == 0, made.output
