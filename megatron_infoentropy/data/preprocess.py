@@ -49,7 +49,7 @@ from megatron_infoentropy.data.manifest import (
     TokenizerFacts,
     load_manifest,
 )
-from megatron_infoentropy.data.sources import StandardInput
+from megatron_infoentropy.data.sources import UNDATED, StandardInput
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish, full_disk_is_said
@@ -152,11 +152,12 @@ class Task:
             UnfitDocumentsError: it was written to or replaced since the task began.
         """
         path, before, _, changed_ns = self.inputs[number]
-        if path.stat().st_ctime_ns == changed_ns:
+        is_dated = changed_ns != UNDATED
+        if is_dated and path.stat().st_ctime_ns == changed_ns:
             return
         now = input_of(path).facts
         same = (now.bytes, now.samples) == (before.bytes, before.samples)
-        if not same or file_sha256(path) != sha256:
+        if not same or (is_dated and file_sha256(path) != sha256):
             raise UnfitDocumentsError(
                 f"{path} changed while it was read (it had {before.bytes} bytes and has "
                 f"{now.bytes}): give the command again when nothing writes to it any more"

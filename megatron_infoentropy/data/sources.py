@@ -9,18 +9,18 @@ import io
 import json
 import re
 import sys
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+UNDATED = sys.maxsize  # when a file was written, where its store does not tell
 _REMEMBERED = 1 << 24  # bytes of standard input, which a look at the first documents takes
 _SPLIT = re.compile("(train|valid|validation|val|dev|test)([-_.].*)?")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
 class InputStatus(NamedTuple):
-    """The two facts of an input that this package asks `Path.stat` for."""
+    """The facts of an input that this package asks `Path.stat` for."""
 
     st_size: int
     st_mtime_ns: int
@@ -30,7 +30,11 @@ class InputStatus(NamedTuple):
 
 
 class RemoteFile(Path):
-    """A file that fsspec opens. Where its store tells no times, its content alone identifies it."""
+    """A file that fsspec opens. Where its store tells no times, its content alone identifies it.
+
+    Raises:
+        ValueError: by all it does, whatever the store's library raised.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -42,40 +46,79 @@ class RemoteFile(Path):
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFile, (self._url,)
 
-    def _store(self) -> tuple[Any, str]:
+    def ask[T](self, question: Callable[[Any, str], T]) -> T:
+        """Return what a function of the store and the path in it gives."""
         from fsspec.core import url_to_fs  # it comes with transformers, and a while is not needed
 
-        store, path = url_to_fs(self._url)
-        return store, path
+        try:
+            return question(*url_to_fs(self._url))
+        except ImportError as error:
+            raise ValueError(f"{self} needs another package: {error}") from error
+        except Exception as error:  # whatever the library behind it raises
+            raise ValueError(
+                f"{self} can not be read ({type(error).__name__}: {error}); look at the address, "
+                "the network, and what the store's fsspec package asks for (credentials, usually)"
+            ) from error
 
     def open(self, *_: Any, **__: Any) -> Any:
         """Open it for reading bytes."""
-        store, path = self._store()
-        return store.open(path, "rb")
+        return _RemoteReader(self, self.ask(lambda store, path: store.open(path, "rb")))
 
     def stat(self, **_: Any) -> Any:
         """Return its size and, as far as the store knows, when it was written."""
-        store, path = self._store()
-        store.invalidate_cache(path)
-        try:
-            written = int(store.modified(path).timestamp() * 1e9)
-        except (NotImplementedError, KeyError, AttributeError):
-            written = sys.maxsize
-        return InputStatus(store.size(path), written, written, -1, zlib.crc32(self._url.encode()))
+        return self.ask(_status)
 
     def is_file(self, **_: Any) -> bool:
         """Say whether there is such a file."""
-        store, path = self._store()
-        return bool(store.isfile(path))
+        return self.ask(lambda store, path: bool(store.isfile(path)))
 
     def is_dir(self, **_: Any) -> bool:
         """Say whether it is a folder, as far as the store has any."""
-        store, path = self._store()
-        return bool(store.isdir(path))
+        return self.ask(lambda store, path: bool(store.isdir(path)))
 
     def resolve(self, strict: bool = False) -> "RemoteFile":
         """Return the file itself: an address has no links."""
         return self
+
+
+def _status(store: Any, path: str) -> InputStatus:
+    store.invalidate_cache(path)
+    try:
+        written = int(store.modified(path).timestamp() * 1e9)
+    except (NotImplementedError, KeyError, AttributeError):
+        written = UNDATED
+    size = store.size(path)
+    if size is None:
+        raise ValueError("its server tells no size; download it")
+    return InputStatus(size, written, written, -1, hash((store, path)))
+
+
+class _RemoteReader(io.RawIOBase):
+    """An open file of a store."""
+
+    def __init__(self, remote: RemoteFile, file: Any) -> None:
+        self._remote, self._file = remote, file
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._remote.ask(lambda *_: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._remote.ask(lambda *_: int(self._file.seek(offset, whence)))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class StandardInput(Path):
@@ -150,18 +193,13 @@ def find_inputs(given: Iterable[str]) -> list[Path]:
 
 
 def _remote(name: str) -> list[Path]:
-    try:
-        store, path = RemoteFile(name)._store()
+    def matches(store: Any, path: str) -> list[Path]:
         names = sorted(store.glob(path)) if glob.has_magic(path) and not store.exists(path) else []
-        found: list[Path] = [RemoteFile(store.unstrip_protocol(each)) for each in names]
-    except ImportError as error:
-        raise ValueError(f"{name} needs another package: {error}") from error
-    except Exception as error:  # whatever the library behind it raises
-        raise ValueError(
-            f"{name} can not be read ({type(error).__name__}: {error}); look at the address, and "
-            "at what the store's fsspec package asks for (credentials, usually)"
-        ) from error
-    return found or [RemoteFile(name)]
+        if store.protocol == ("file", "local"):  # links and times are those of the system
+            return list(map(Path, names or [path]))
+        return [RemoteFile(store.unstrip_protocol(each)) for each in names] or [RemoteFile(name)]
+
+    return RemoteFile(name).ask(matches)
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -11,11 +11,12 @@ from typing import Any
 import fsspec
 import pytest
 from encoder_here import EncoderHere, interrupted
+from fsspec.implementations import memory
 from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data import blocks, sources, workers
+from megatron_infoentropy.data import blocks, journal, sources, workers
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
 from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
@@ -360,7 +361,7 @@ def test_files_of_a_store_are_read_like_local_ones(
     [
         ("memory://bucket/none.jsonl", "no such input file: memory://bucket/none.jsonl"),
         ("nowhere://bucket/a.jsonl", "nowhere://bucket/a.jsonl can not be read .*nowhere"),
-        ("file://{}/a.txt", r"must be a \.jsonl, .*, got file://"),
+        ("file://{}/a.txt", r"must be a \.jsonl, .*, got /.*/a\.txt"),
     ],
 )
 def test_addresses_that_lead_nowhere_are_named(
@@ -371,6 +372,58 @@ def test_addresses_that_lead_nowhere_are_named(
     refused = command(*words, "--output", tmp_path / "out").exception
     assert isinstance(refused, ValueError)
     assert re.search(message, str(refused)), refused
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [("FileSystem", "isdir"), ("FileSystem", "modified"), ("File", "read")]
+)
+def test_what_the_library_of_a_store_raises_is_a_sentence(
+    store: Any,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of: str,
+    name: str,
+) -> None:
+    class OutageError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise OutageError("no answer")
+
+    store.pipe("/bucket/a.jsonl", b"{}")
+    monkeypatch.setattr(getattr(memory, f"Memory{of}"), name, fail)
+    words = ("preprocess", "--input", "memory://bucket/a.jsonl", "--tokenizer", tokenizer_folder)
+    refused = command(*words, "--output", tmp_path / "out").exception
+    assert isinstance(refused, ValueError)
+    assert "memory://bucket/a.jsonl can not be read (OutageError: no answer)" in str(refused)
+
+
+def test_an_object_is_known_by_its_store_and_its_path(
+    store: Any, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_crc32 = ["/bucket/599430bd25.jsonl", "/bucket/f7633dd321.jsonl"]
+    for name in same_crc32:
+        store.pipe(name, f"{LINES[2]}\n".encode())
+    found = find_inputs(["memory://bucket/*"])
+    assert preprocess(found, tokenizer_folder, tmp_path / "out").domains["A"].documents == 2
+    local = write(tmp_path / "a.jsonl", LINES[2:3])
+    for given in ([f"memory:/{same_crc32[0]}", "memory://bucket/*"], [f"file://{local}", local]):
+        with pytest.raises(ValueError, match="is one file, given 2 times"):
+            preprocess(find_inputs(map(str, given)), tokenizer_folder, tmp_path / "no")
+
+    def undated(*_: object) -> None:
+        raise NotImplementedError
+
+    def grow(self: Any, *block: Any) -> None:
+        store.pipe(same_crc32[0], f"{LINES[2]}\n{LINES[4]}\n".encode())
+        add(self, *block)
+
+    monkeypatch.setattr(memory.MemoryFileSystem, "modified", undated)
+    add = journal.JournalledRun.add
+    monkeypatch.setattr(journal.JournalledRun, "add", grow)
+    with pytest.raises(ValueError, match=r"599430bd25\.jsonl changed while it was read"):
+        preprocess(found, tokenizer_folder, tmp_path / "no")
 
 
 def test_standard_input_is_read_once_and_neither_resumed_nor_sharded(
