@@ -123,7 +123,8 @@ def hugging_face(folder: Path) -> ModelSource:
     """Return the model of a Hugging Face folder; nothing is fetched, no code in it is run.
 
     Raises:
-        ValueError: there is no config.json (the name would be looked for on the network).
+        ValueError: there is no config.json (the name would be looked for on the network); or, when
+            it is loaded, a part of the model that it describes has no weights.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -135,9 +136,20 @@ def hugging_face(folder: Path) -> ModelSource:
         from transformers import AutoModelForCausalLM
 
         with _without_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, dtype=dtype
+            network, info = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=dtype,
+                output_loading_info=True,
             )
+        if missing := sorted(info["missing_keys"]):  # random now, and but for a warning unseen
+            raise ValueError(
+                f"the weights in {folder} lack {len(missing)} tensors of the model that "
+                f"config.json describes, first {missing[0]}; copy the folder again, or export the "
+                "model anew"
+            )
+        return network
 
     return ModelSource("huggingface", folder, load)
 

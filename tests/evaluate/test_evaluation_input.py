@@ -116,6 +116,14 @@ def test_a_model_that_gives_nan_is_refused_with_the_document_that_met_it(model, 
         score(tmp_path / "model", data)
 
 
+def test_a_model_without_some_of_its_weights_is_refused(dataset, tmp_path):
+    folder = write_model(tmp_path / "model", seed=1)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}  # of 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lack 9 tensors .* first model\.layers\.2\."):
+        score(folder, dataset)
+
+
 def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="a Hugging Face model folder or a Megatron"):
         score(tmp_path, dataset)
