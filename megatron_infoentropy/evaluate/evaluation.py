@@ -48,6 +48,7 @@ FORMAT = 2
 SUMMARY_FILE = "evaluation.json"
 DOCUMENTS_FILE = "evaluation.npz"
 TOKENS_FILE = "token_scores.npy"
+_ARRAYS = (DOCUMENTS_FILE, TOKENS_FILE)
 UNFINISHED = "evaluation.unfinished"  # a folder: what an interrupted evaluation has done
 
 
@@ -131,12 +132,12 @@ def load_evaluation(folder: Path) -> Evaluation:
         if summary.get("format") != FORMAT:
             raise ValueError(f"format {summary.get('format')!r}, expected {FORMAT}")
         for name, checksum in summary["files"].items():
-            if name == DOCUMENTS_FILE and file_sha256(folder / name) != checksum:
+            if name in _ARRAYS and file_sha256(folder / name) != checksum:
                 raise ValueError(f"{SUMMARY_FILE} and {name} belong to different evaluations")
         with np.load(folder / DOCUMENTS_FILE, allow_pickle=False) as arrays:
             documents = DocumentSums(**{f.name: arrays[f.name] for f in fields(DocumentSums)})
         token_scores = _load_token_scores(folder, summary, documents)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no readable evaluation in {folder}: {error}; {advice}") from error
     return Evaluation(summary, documents, token_scores)
 

@@ -158,6 +158,8 @@ def load_run(folder: Path) -> Run:
     path = folder / "run.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise ValueError(f"no JSON object but {info!r:.40}")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable run description ({error}): expected a folder that "

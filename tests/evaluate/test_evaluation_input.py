@@ -43,16 +43,24 @@ def test_an_evaluation_is_read_back_as_it_was_saved(saved, tmp_path):
     np.testing.assert_array_equal(again.token_scores, loaded.token_scores)
 
 
-def test_files_of_different_evaluations_are_refused(saved, other_model, dataset, tmp_path):
+@pytest.mark.parametrize("name", ["evaluation.npz", "token_scores.npy"])
+def test_files_of_different_evaluations_are_refused(saved, other_model, dataset, tmp_path, name):
     other = tmp_path / "other"
     score(other_model, dataset, output=other)  # of the same tokens
     mixed = copy_of(saved, tmp_path / "mixed")
-    (mixed / "evaluation.npz").write_bytes((other / "evaluation.npz").read_bytes())
+    (mixed / name).write_bytes((other / name).read_bytes())
     with pytest.raises(ValueError, match="different evaluations"):
         load_evaluation(mixed)
-    (mixed / "evaluation.npz").unlink()
+    (mixed / name).unlink()
     with pytest.raises(ValueError, match="no readable evaluation"):
         load_evaluation(mixed)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"format": 2, "files": []}'])
+def test_json_of_another_shape_is_refused(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(ValueError, match="no readable evaluation"):
+        load_evaluation(tmp_path)
 
 
 def test_an_older_format_is_refused_with_what_to_do(saved, tmp_path):
