@@ -188,7 +188,7 @@ def short(text: str, most: int) -> str:
 def thin(series: Data) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a curve of at most 400 points, each the mean of a block of logged ones."""
     steps, values = (np.array(series[name], dtype=float) for name in ("iterations", "values"))
-    block = -(-len(steps) // _MOST_POINTS)
+    block = max(1, -(-len(steps) // _MOST_POINTS))
     starts = np.arange(0, len(steps), block)
     sizes = np.diff(np.append(starts, len(steps)))
     return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts) / sizes

@@ -243,11 +243,21 @@ def test_a_diverged_run_is_reported_not_fatal(tmp_path):
     assert "cross entropy" in data["runs"][0]["training"]
 
 
+def test_runs_that_logged_no_step_in_common_are_reported(tmp_path):
+    runs = write_runs(tmp_path, {"infoentropy": 0.0}, range(8), evaluated=False)
+    for digit, run in enumerate(runs, start=1):  # of training; what was observed stays
+        log = (run / "train.log").read_text()
+        (run / "train.log").write_text(log.replace("/     400", f"{digit}/     400"))
+    assert "train-objective" in write_report(runs, tmp_path).read_text()
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         write_report([], tmp_path)
-    with pytest.raises(ValueError, match=r"run\.json is not a readable run description"):
-        write_report([tmp_path], tmp_path)
+    for text in ("[]", "{"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json is not a readable run description"):
+            write_report([tmp_path], tmp_path)
     (tmp_path / "run.json").write_text('{"name": "x"}')
     with pytest.raises(ValueError, match="does not say objective"):
         write_report([tmp_path], tmp_path)
