@@ -47,7 +47,12 @@ Scores = NDArray[np.float16]
 
 NOT_EVALUATED = "no run of it has been evaluated"
 NO_BASELINE = "there is no cross-entropy run of the same size, steps, batch and sequence length"
-_SETTINGS = {"context_length": "context length", "stride": "stride of windows", "mode": "mode"}
+_SETTINGS = {
+    "mode": "mode",
+    "context_length": "context length",
+    "stride": "stride of windows",
+    "batch_tokens": "number of batch tokens, which says where packs start",
+}
 _BLOCK = 1 << 22  # tokens that are in memory at once
 _BINS = 4096
 _LARGEST = 16.0  # nats; ln of nine million
@@ -196,6 +201,8 @@ def _refusal(
 def _way_of_scoring(evaluation: Evaluation) -> tuple[str, ...]:
     """Return what is equal for evaluations that can be compared: the tokens, and the windows."""
     scoring = evaluation.summary["scoring"]
+    if scoring["mode"] != "packed":
+        scoring = scoring | {"batch_tokens": None}
     return evaluation.fingerprint, *(str(scoring[setting]) for setting in _SETTINGS)
 
 
@@ -203,7 +210,7 @@ def _scored_differently(evaluations: list[Evaluation]) -> str | None:
     ways = map(_way_of_scoring, evaluations)
     tokens, *settings = (set(values) for values in zip(*ways, strict=True))
     if len(tokens) > 1:
-        return "the runs were evaluated on different tokens"
+        return "the runs were evaluated on different tokens, or with different --token-counts"
     for words, values in zip(_SETTINGS.values(), settings, strict=True):
         if len(values) > 1:
             values_in_words = " and ".join(sorted(values))

@@ -175,11 +175,21 @@ def test_what_cannot_be_compared_says_why(folders, tmp_path):
         ValueError, match="cannot be compared: the runs were evaluated on different"
     ):
         compare_folders([folders["base"][0], str(other)])
-    strided = example_evaluation(1, 0, "x", "f" * 64)
-    strided.summary["scoring"]["stride"] = 64
-    strided.save(tmp_path / "strided")
+
+
+def test_evaluations_that_were_scored_in_another_way_are_not_compared(tmp_path):
+    def scored(name: str, **way: object) -> str:
+        evaluation = example_evaluation(1, 0, "x", "f" * 64)
+        evaluation.summary["scoring"] |= way
+        return str(evaluation.save(tmp_path / name).parent)
+
+    usual, strided = scored("usual"), scored("strided", stride=64)
     with pytest.raises(ValueError, match="different stride of windows: 256 and 64"):
-        compare_folders([folders["base"][0], str(tmp_path / "strided")])
+        compare_folders([usual, strided])
+    compare_folders([usual, scored("smaller", batch_tokens=512)])
+    packs = scored("packs", mode="packed"), scored("small packs", mode="packed", batch_tokens=512)
+    with pytest.raises(ValueError, match="where packs start: 4096 and 512"):
+        compare_folders([*packs])
 
 
 def noisy_pair(tokens: int = 40_000) -> list[Evaluation]:

@@ -207,7 +207,7 @@ def test_runs_of_other_length_seed_or_data_are_not_compared(tmp_path):
     baseline = write_run(tmp_path / "ce", objective="cross_entropy", seed=1)
     assert "no cross-entropy run of the same size" in refusal(train_iters=800)
     assert "no seed was trained and evaluated" in refusal(seed=7)
-    assert refusal(fingerprint="e" * 64) == "the runs were evaluated on different tokens"
+    assert "were evaluated on different tokens, or with" in refusal(fingerprint="e" * 64)
 
 
 def test_a_repeated_seed_is_drawn_but_not_compared(tmp_path):
