@@ -67,7 +67,7 @@ def compare_folders(
 
 def _groups(names: list[str]) -> list[Group]:
     """Return the settings in the order of their first folder."""
-    parts = {name: [Path(part) for part in name.split(",") if part] for name in names}
+    parts = {name: _folders(name) for name in names}
     _require_distinct([folder for name in names for folder in parts[name] or [Path(name)]])
     alone: list[Run] = []
     groups: dict[str, Group] = {}
@@ -81,6 +81,12 @@ def _groups(names: list[str]) -> list[Group]:
     of_run = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
     ordered = [groups[name] if name in groups else of_run[parts[name][0]] for name in names]
     return list({id(group): group for group in ordered}.values())
+
+
+def _folders(name: str) -> list[Path]:
+    """Return the folders that a name joins by commas; a folder's own name may hold some."""
+    whole = Path(name)
+    return [whole] if whole.is_dir() else [Path(part) for part in name.split(",") if part]
 
 
 def _require_distinct(folders: list[Path]) -> None:
