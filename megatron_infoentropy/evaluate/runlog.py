@@ -28,7 +28,7 @@ _VALIDATION = re.compile(
 )
 _OBSERVATION = re.compile(r"\bInfoEntropy at iteration\s+(?P<iteration>\d+)\s*\|(?P<fields>.*)")
 _FIELD = re.compile(
-    r"\s*(?P<name>[^:|]+?)\s*:\s*(?P<value>[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))\s*"
+    r"\s*(?P<name>[^:|]+?)\s*:\s*(?P<value>[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|(?i:nan|inf)))\s*"
 )
 
 

@@ -85,7 +85,7 @@ def test_a_torn_line_gives_what_is_whole():
     line = parse_line(TRAINING[: TRAINING.index("8.912345") + 4])
     assert line is not None
     assert "learning rate" in line.values
-    line = parse_line(" iteration 1/ 2 | loss: nan | grad norm: inf | note: see log |")
+    line = parse_line(f" iteration 1/ 2 | loss: {math.nan:.6E} | grad norm: inf | note: see log |")
     assert line.values == pytest.approx({"loss": math.nan, "grad norm": math.inf}, nan_ok=True)
 
 
