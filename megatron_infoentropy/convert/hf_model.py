@@ -1,6 +1,5 @@
 """Models of transformers: of a folder, whole or layer by layer, and of a checkpoint itself."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_infoentropy.convert.layers import read_when_run
 from megatron_infoentropy.convert.naming import match_names
 from megatron_infoentropy.convert.to_hf import convert_steps
 from megatron_infoentropy.convert.tokenizer import read_tokenizer
+from megatron_infoentropy.data.manifest import load_manifest
 
 _RENAMED = (  # in files: in transformers 5
     ("embed_out.", "lm_head."),
@@ -161,8 +161,10 @@ def training_tokenizer_sha256(checkpoint: MegatronCheckpoint) -> str | None:
     args = checkpoint.args
     paths = getattr(args, "train_data_path", None) or getattr(args, "data_path", None) or []
     for path in map(Path, map(str, paths)):
-        manifest = path.parent / "manifest.json"
-        if manifest.is_file():
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            return str(content["tokenizer"]["sha256"])
+        try:
+            manifest = load_manifest(path.parent)
+        except (OSError, ValueError):  # the data has moved, or another tool made it
+            continue
+        if path in map(manifest.prefix, manifest.domains):  # beside a weight, "0.5", is any other
+            return manifest.tokenizer.sha256
     return None

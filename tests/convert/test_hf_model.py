@@ -1,6 +1,5 @@
 """Models of transformers: layer by layer with the memory of one, and of a checkpoint itself."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from megatron_infoentropy.convert.hf_model import (
     whole_model,
 )
 from megatron_infoentropy.convert.megatron_model import MegatronModel
+from megatron_infoentropy.data.manifest import DomainFacts, Manifest, TokenizerFacts
 
 CASES = FAMILIES | {
     "tied": {"untie_embeddings_and_output_weights": False},
@@ -182,8 +182,10 @@ def test_a_checkpoint_whose_tokenizer_is_gone_asks_for_it(tmp_path: Path) -> Non
         tokenizer_of(MegatronCheckpoint(save))
 
 
-def test_the_training_data_says_with_which_tokenizer_it_was_written(tmp_path: Path) -> None:
-    data = tmp_path / "data" / "train"
+def test_the_training_data_says_with_which_tokenizer_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, here = tmp_path / "data" / "train", tmp_path / "here"
     save = write_tiny(
         tmp_path / "save", train_data_path=["0.4", str(data / "web"), "0.6", str(data / "code")]
     )
@@ -192,5 +194,19 @@ def test_the_training_data_says_with_which_tokenizer_it_was_written(tmp_path: Pa
     assert not is_checkpoint(tmp_path)
     assert training_tokenizer_sha256(opened) is None
     data.mkdir(parents=True)
-    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": "abc"}}))
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def write_manifest(folder: Path, sha256: str) -> None:
+        facts = TokenizerFacts(sha256, 60, 59)
+        domains = {"Code": DomainFacts("code", documents=0, tokens=0, bytes=0)}
+        Manifest(
+            folder=folder, tokenizer=facts, dtype="uint16", append_eod=True, domains=domains
+        ).save()
+
+    write_manifest(here, "of other data, beside the weight 0.4")
+    assert training_tokenizer_sha256(opened) is None
+    (data / "manifest.json").write_text('{"files": []}')  # of another program
+    assert training_tokenizer_sha256(opened) is None
+    write_manifest(data, "abc")
     assert training_tokenizer_sha256(opened) == "abc"
