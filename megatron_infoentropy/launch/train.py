@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_infoentropy.evaluate.runlog import LogLine, parse_line
@@ -31,6 +32,7 @@ from megatron_infoentropy.launch.run_folder import (
 )
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.runtime.device import Device, find_device
+from megatron_infoentropy.runtime.orphans import end_with, telling_its_ranks
 
 SHOWN = (  # lines of the log with these words
     "asked to stop; the ranks save a checkpoint first",  # node.sh says it
@@ -162,17 +164,21 @@ def follow(
     run: Path,
     words: list[str],
     environment: dict[str, str],
-    forward: tuple[signal.Signals, ...] = (signal.SIGTERM,),
+    forward: tuple[signal.Signals, ...] | None = None,
 ) -> Said:
     """Run a command to its end, with its output in RUN/train.log and progress on the screen.
 
-    The signals in `forward` are handed to the command.
+    The signals in `forward` are handed to the command. None is for a torchrun, which ends with this
+    process however that ends, and its ranks with it.
 
     Raises:
         TrainingFailed: with what it means, the first traceback and where the whole log is.
     """
     run.mkdir(parents=True, exist_ok=True)
-    log_path, said = run / LOG, Said()
+    log_path, said, end = run / LOG, Said(), None
+    if forward is None:
+        words, forward = telling_its_ranks(words), (signal.SIGTERM,)
+        end = partial(end_with, os.getpid())
     with log_path.open("a", encoding="utf-8") as log:
         start = log.tell()
 
@@ -191,6 +197,7 @@ def follow(
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                preexec_fn=end,
             )
             assert process.stdout is not None
             receive(process)

@@ -1,4 +1,4 @@
-"""Children of a rank that is killed: a forked one and a spawned one, of a module run as `-m`."""
+"""Who is left when a rank is killed, or its torchrun, or who has started that."""
 
 import os
 import signal
@@ -42,11 +42,66 @@ def test_a_child_ends_with_a_rank_that_is_killed(tmp_path, method):
     # The pipe closes when nobody is left to write into it: a reader of the log does not wait.
     rest, _ = rank.communicate(timeout=60)
     assert rest == ""
-    for _ in range(50):
-        if not Path(f"/proc/{child}").exists() or "Z" in state_of(child):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the child has outlived its parent")
+    assert has_ended(child)
+
+
+# A rank that hears no signal, as one that waits for its GPU; a torchrun of a few lines.
+DEAF_RANK = """
+import pathlib, signal, sys, time
+from megatron_infoentropy.runtime.orphans import leave_none
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while (run / "is late").exists():
+    time.sleep(0.05)
+leave_none()
+(run / "begun").touch()
+time.sleep(600)
+"""
+TORCHRUN = """
+import subprocess, sys
+code = f"import pathlib\\nrun = pathlib.Path({sys.argv[1]!r})\\n" + sys.argv[2]
+rank = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+print("rank", rank.pid, flush=True)
+rank.wait()
+"""
+TRAINING = """
+import sys
+from pathlib import Path
+from megatron_infoentropy.launch.train import follow
+run, torchrun, rank = sys.argv[1:]
+follow(Path(run), [sys.executable, "-c", torchrun, run, rank], {})
+"""
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("victim", ["training", "torchrun"])
+def test_a_rank_ends_with_a_training_or_a_torchrun_that_is_killed(tmp_path, victim, is_late):
+    """Also one that begins only then: torchrun may not know of it yet, and cannot end it."""
+    if is_late:
+        (tmp_path / "is late").touch()
+    words = [sys.executable, "-c", TRAINING, tmp_path, TORCHRUN, DEAF_RANK]
+    training = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    log = tmp_path / "train.log"
+    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+    rank = int(log.read_text().split()[1])
+    if not is_late:
+        wait_until((tmp_path / "begun").exists)
+    torchrun = int(Path(f"/proc/{rank}/stat").read_text().split()[3])
+    os.kill(training.pid if victim == "training" else torchrun, signal.SIGKILL)
+    assert has_ended(torchrun)
+    (tmp_path / "is late").unlink(missing_ok=True)
+    training.wait(timeout=60)
+    assert has_ended(rank)
+
+
+def has_ended(pid):
+    return wait_until(lambda: state_of(pid) == "Z")
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 def state_of(pid):
