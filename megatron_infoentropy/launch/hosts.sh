@@ -3,7 +3,8 @@
 # end an ssh before its node has saved.
 ssh=(setsid ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
 
-stopping=0 # for so many seconds
+trap '' PIPE # whoever reads what is said may be gone, before all have saved
+stopping=0   # for so many seconds
 trap 'trap "" USR1 TERM INT HUP; stopping=1' USR1 TERM INT HUP
 
 # Before anything starts: every host answers, and has the run folder.
@@ -16,7 +17,7 @@ unreached=0
 for node in "${!hosts[@]}"; do
   status=0
   wait "${pids[$node]}" || status=$?
-  [ "$stopping" -eq 0 ] || exit 130
+  [ "$stopping" -eq 0 ] || { kill "${pids[@]}" 2> /dev/null; exit 130; } # nobody waits for answers
   [ "$status" -ne 0 ] || continue
   case $status in
     1) why="there is no $run/node.sh, or no right to read it" ;;

@@ -206,6 +206,7 @@ def follow(
                 code = process.wait()
             finally:
                 if process.poll() is None:
+                    process.stdout.close()  # nobody reads: a rank must not wait for that
                     process.terminate()
                     process.wait()
     if code != 0:

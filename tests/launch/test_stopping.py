@@ -10,9 +10,9 @@ import time
 import pytest
 from process_tree import send_to_all
 
-from megatron_infoentropy.launch.cluster import Cluster
+from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import Plan, node_script
+from megatron_infoentropy.launch.scripts import ORDERS, Plan, hosts_script, node_script
 from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
 from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
@@ -259,6 +259,57 @@ def test_ranks_whose_words_nobody_reads_any_more_train_on_and_save(run):
     os.kill(int((run / "node-0.pid").read_text()), signal.SIGUSR1)
     assert training.wait(timeout=300) == 0
     assert (run / "saved").exists()
+
+
+def test_a_log_that_cannot_be_written_has_the_training_save_and_end(run):
+    """The ranks say more than a pipe holds, which nobody reads any more."""
+    make_node(run)
+    rank = run.parent / "rank"
+    program(rank, rank.read_text().replace('b"saving\\n"', 'b"saving\\n" * 20_000'))
+    (run / "train.log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        follow(run, ["bash", str(run / "node.sh")], {}, ORDERS)
+    assert (run / "saved").exists()
+
+
+# A host that runs what it is told to; a node that ends by itself, or at an order.
+SSH = """#!/bin/bash
+while [ "$1" = -o ]; do shift 2; done
+{connects}
+exec bash -c "${{*:2}}"
+"""
+NODE = """#!/bin/bash
+echo $$ > {run}/node-$NODE.pid
+trap 'touch {run}/saved-$NODE; exit 0' USR1
+touch {run}/started-$NODE
+until [ -e {run}/fails-$NODE ]; do sleep 0.1; done
+exit 3
+"""
+
+
+def make_hosts(run, connects=":"):
+    """hosts.sh of two hosts; `connects` is what ssh does first."""
+    cluster = Cluster(2, 0, 1, hosts=parse_hosts("one,two"))
+    program(run / "hosts.sh", hosts_script(Plan(run, FLAGS, cluster, "a test")))
+    program(run / "node.sh", NODE.format(run=run))
+    program(run.parent / "ssh", SSH.format(connects=connects))
+
+
+def test_a_host_that_fails_when_nobody_reads_any_more_has_the_others_save(run):
+    make_hosts(run)
+    training = started("hosts.sh", run)
+    wait_for(run / "started-0", run / "started-1")
+    training.stdout.close()
+    (run / "fails-0").touch()
+    assert training.wait(timeout=300) == 3
+    assert (run / "saved-1").exists()
+
+
+def test_ctrl_c_while_a_host_does_not_answer_leaves_no_ssh_behind(run):
+    """Who reads what it says would wait for that."""
+    make_hosts(run, f"echo $$ >> {run}/asked; exec /bin/sleep 600")
+    code, said = interrupted("hosts.sh", run, "asked")
+    assert code == 130, said
 
 
 def test_a_run_folder_takes_one_training_at_a_time(run):
