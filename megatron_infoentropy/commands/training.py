@@ -355,5 +355,6 @@ def convert_from_hf(
         check=Proof(out.print, verify, text, data, imported=True),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
-    flags = (f"--{name}" if v is True else f"--{name} {v}" for name, v in done.flags.items())
-    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {' '.join(flags)}")
+    flags = done.flags.items()
+    words = [w for name, v in flags for w in (f"--{name}", *[str(v)] * (v is not True))]
+    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {shlex.join(words)}")

@@ -83,6 +83,7 @@ def test_the_way_back_makes_a_hybrid_when_asked(exported: Path, tmp_path: Path) 
     done = CliRunner().invoke(app, ["convert-from-hf", str(hf), "--output", str(start), "--hybrid"])
     assert done.exit_code == 0, f"{done.output}{done.exception!r}"
     assert "Megatron's side is its own forward pass" in done.output
+    assert "--hybrid-layer-pattern '*-*-*-' " in done.output, "no pattern of files for a shell"
     theirs, ours = (MegatronCheckpoint(path) for path in (exported / "twin", start))
     assert ours.tensors.keys() == theirs.tensors.keys()
     assert (ours.args.hybrid_layer_pattern, ours.args.num_layers) == ("*-*-*-", 6)
