@@ -28,9 +28,9 @@ evaluation.json, the numbers a reader wants (nats are natural; None where there 
     files             {name: sha256} of the arrays below
 
 evaluation.npz, sums per document and frequency band, see `DocumentSums`; token_scores.npy, unless
-it was left out, cross entropy and entropy of every scored token, float16 [tokens, 2], documents in
-the order of evaluation.npz. evaluation.json is written last and names the others' checksums, so
-files of different evaluations are never taken together.
+it was left out, cross entropy and entropy of every scored token, float16 [tokens, 2] (65504 where a
+diverged model has more), documents in the order of evaluation.npz. evaluation.json is written last
+and names the others' checksums, so files of different evaluations are never taken together.
 """
 
 import json

@@ -229,7 +229,8 @@ def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> E
             bands = job.band_of_token[np.concatenate(ids)]
             tokens[rows] = _by_band(lengths, bands)
             ce[rows], entropy[rows] = (_by_band(lengths, bands, sums) for sums in chunk[:2])
-            file.write(chunk[:2].T.astype(np.float16).tobytes())
+            held = np.minimum(chunk[:2].T, np.finfo(np.float16).max)  # a diverged model's are more
+            file.write(held.astype(np.float16).tobytes())
             for document in ids:
                 fingerprint.update(hashlib.sha256(document.astype("<i4").tobytes()).digest())
             tally.add(*chunk)

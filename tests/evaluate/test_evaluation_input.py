@@ -124,6 +124,18 @@ def test_a_model_that_gives_nan_is_refused_with_the_document_that_met_it(model, 
         score(tmp_path / "model", data)
 
 
+def test_a_diverged_model_is_scored_beyond_what_16_bits_hold(model, dataset, tmp_path):
+    network = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        network.lm_head.weight *= 1e5
+    network.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    evaluation = score(tmp_path / "model", dataset)
+    assert evaluation.summary["total"]["nats_per_token"] > 1e5
+    assert evaluation.token_scores.max() == np.finfo(np.float16).max
+    assert max(evaluation.summary["passage"]["ce"]) == 65504
+
+
 def test_a_model_without_some_of_its_weights_is_refused(dataset, tmp_path):
     folder = write_model(tmp_path / "model", seed=1)
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}  # of 2
