@@ -29,15 +29,14 @@ def new_folder(output: Path, *, replaceable: Sequence[str], overwrite: bool) -> 
     nothing else.
 
     Raises:
-        ValueError: `output` is a file, or a non-empty folder that may not be replaced; or another
-            run is writing it.
+        ValueError: see `require_free`; or another run is writing it.
     """
-    require_free(output, replaceable, overwrite)
     with work_folder(output) as work:
         partial = work / "new"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
         try:
+            require_free(output, replaceable, overwrite)  # here, where no other run can end
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir()
             yield partial
             publish(partial, output)
         finally:
@@ -59,12 +58,10 @@ def work_folder(output: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            try:  # the system drops the lock with the process, however that ends
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not take_lock(lock):
                 raise ValueError(
                     f"another run is writing {output}; wait for it or name another folder"
-                ) from None
+                )
             if os.fstat(lock).st_nlink:  # else its owner finished and removed it just now
                 yield folder
                 return
@@ -72,16 +69,34 @@ def work_folder(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def take_lock(descriptor: int) -> bool:
+    """Lock a file until this process ends, however it does; False where another process has it.
+
+    A file system without locks, as Lustre may be mounted, gives it to everyone.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def require_free(output: Path, replaceable: Sequence[str], overwrite: bool) -> None:
     """Check that `output` can be made or replaced.
 
     Raises:
-        ValueError: it is a file, or a non-empty folder that may not be replaced.
+        ValueError: it is a file, a mount point, or a non-empty folder that may not be replaced.
     """
     if not output.exists():
         return
     if not output.is_dir():
         raise ValueError(f"the output must be a folder, but {output} is a file; name another one")
+    if output.resolve().is_mount():
+        raise ValueError(
+            f"{output} is a mount point, whose place no finished folder can take: name one in it"
+        )
     names = sorted(entry.name for entry in output.iterdir())
     if names and not overwrite:
         raise ValueError(

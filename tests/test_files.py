@@ -1,15 +1,21 @@
 """Output folders and files: whole or absent, never at the cost of others'; a checkout's commit."""
 
+import errno
+import fcntl
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron_infoentropy import files
 from megatron_infoentropy.files import (
     commit_of,
     new_folder,
     require_space,
+    work_folder,
     write_atomically,
     write_whole,
 )
@@ -59,6 +65,41 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
         new_folder(tmp_path / "out", replaceable=(), overwrite=False),
         pytest.raises(ValueError, match=r"another run is writing .*out"),
     ):
+        make(tmp_path / "out", "new")
+    assert entries(tmp_path) == ["out"]
+
+
+def test_what_another_run_makes_just_before_the_lock_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def late(output: Path) -> Iterator[Path]:
+        write_whole(output / "a.bin", "other")
+        with work_folder(output) as work:
+            yield work
+
+    monkeypatch.setattr(files, "work_folder", late)
+    with pytest.raises(ValueError, match="not empty"):
+        make(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a.bin").read_text() == "other"
+    assert entries(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    make(tmp_path / "out", "new")
+    assert entries(tmp_path) == ["out"]
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is a mount point, .*: name one in it"):
         make(tmp_path / "out", "new")
     assert entries(tmp_path) == ["out"]
 

@@ -331,15 +331,14 @@ def preprocess(
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     files = list(map(input_of, inputs))
     task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
-    if not task.is_done():
-        require_free(output, OUTPUT_FILES, overwrite)
-        task = replace(task, engine=engine_for(engine, task, say))
-    settings = WorkerSettings(task.loaded, options, task.engine, named)
     with work_folder(output) as work:
         try:
             if restart:
                 (work / JOURNAL).unlink(missing_ok=True)
             if not task.is_done():
+                require_free(output, OUTPUT_FILES, overwrite)
+                task = replace(task, engine=engine_for(engine, task, say))
+                settings = WorkerSettings(task.loaded, options, task.engine, named)
                 with full_disk_is_said(work):
                     publish(_make(task, settings, work, workers, max_errors), output)
             (work / JOURNAL).unlink(missing_ok=True)

@@ -4,7 +4,6 @@
 and says of a training that failed why, if it can.
 """
 
-import fcntl
 import os
 import platform
 import shlex
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_infoentropy.evaluate.runlog import LogLine, parse_line
+from megatron_infoentropy.files import take_lock
 from megatron_infoentropy.launch.failures import describe, explain, refusal, tail
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
 from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
@@ -105,16 +105,12 @@ def locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     path = run / LOCK
     with path.open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(lock.fileno()):
             holder = path.read_text(encoding="utf-8").strip()
             raise RuntimeError(
                 f"another training has the run folder {run}, {holder}: "
                 "wait until it ends or stop it, or name another --run"
-            ) from None
-        except OSError:
-            pass
+            )
         path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
         yield
 

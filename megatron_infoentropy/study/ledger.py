@@ -15,7 +15,6 @@ depends on it and nothing else, and nothing half-written is taken for whole.
 A record of a file is [size in bytes, mtime in ns, sha256], as `study.json` holds it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.files import write_whole
+from megatron_infoentropy.files import take_lock, write_whole
 from megatron_infoentropy.study.plan import StudyError
 
 FILE = "study.json"
@@ -187,10 +186,8 @@ def _claim(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with (folder / _LOCK).open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(f"another process is at work in {folder}; wait for it") from None
+        if not take_lock(lock.fileno()):
+            raise StudyError(f"another process is at work in {folder}; wait for it")
         yield
 
 
