@@ -47,6 +47,7 @@ def run_tasks(
     """
     make = _executor(kind)
     chosen = _options(kind, make, given, asked["workers"])
+    single.require_usable(asked["inputs"], asked["workers"], asked["max_errors"])
     single.require_parts(asked["inputs"])
     inputs = asked["inputs"] = [path.resolve() for path in asked["inputs"]]
     if not 1 <= tasks <= len(inputs):

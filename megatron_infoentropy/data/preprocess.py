@@ -321,7 +321,7 @@ def preprocess(
         ValueError: inputs, tokenizer or output that can not be used; two domains with one slug.
             Whatever the error, `output` is left as it was.
     """
-    _require_usable(inputs, workers, max_errors)
+    require_usable(inputs, workers, max_errors)
     if shard is not None:
         require_parts(inputs)
     asked, options = options, decide_split(options, inputs, say)
@@ -395,7 +395,12 @@ def _read(
         start = Position()
 
 
-def _require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> None:
+def require_usable(inputs: Sequence[Path], workers: int, max_errors: int) -> None:
+    """Check what can be checked before anything is queued or begun.
+
+    Raises:
+        ValueError: no inputs, one that is no file or given twice, or a number that cannot be.
+    """
     if not inputs:
         raise ValueError("expected at least one input file, got none")
     for path in inputs:

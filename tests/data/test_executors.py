@@ -137,15 +137,21 @@ def test_ray_writes_what_one_process_writes(
         (("--executor", "cloud", "--tasks", "2"), "must be local, slurm or ray, got 'cloud'"),
         (("--executor", "local", "--tasks", "3"), "1 to 2, the number of files; got 3"),
         (("--executor", "local", "--tasks", "0"), "1 to 2, the number of files; got 0"),
+        ((*TASKS, "--input", "none.jsonl"), "^no such input file: none.jsonl$"),
+        ((*TASKS, "--input", "{}/0.jsonl"), "0.jsonl is one file, given 2 times"),
         ((*TASKS, "--executor-option", "time=1"), "'time'; --executor-option has .*workers"),
         ((*TASKS, "--executor-option", "tasks=1"), "'tasks'"),
         ((*TASKS, "--executor-option", "workers=two"), "workers=two should be of type .*int"),
     ],
 )
-def test_mistakes_are_named(asked: tuple[str, ...], words: tuple[str, ...], cure: str) -> None:
-    refused = CliRunner().invoke(app, [*asked, *words])
+def test_mistakes_are_named(
+    asked: tuple[str, ...], words: tuple[str, ...], cure: str, tmp_path: Path
+) -> None:
+    """Before a task begins, or is queued."""
+    refused = CliRunner().invoke(app, [*asked, *(word.format(tmp_path) for word in words)])
     assert isinstance(refused.exception, ValueError)
     assert re.search(cure, str(refused.exception)), refused.exception
+    assert not (tmp_path / "out.shards").exists()
 
 
 @pytest.mark.parametrize(
