@@ -57,26 +57,17 @@ def prepare(study: Study, output: Path) -> str:
 
 def find_digest(study: Study, output: Path) -> str | None:
     """Return the digest of the data, None while they are not made."""
-    if study.data.tokens is not None:
-        return _digest_of_tokens(study.data.tokens)
     steps = _data_steps(study, output)
     after = _digest_of_given(_given(study, output))
     progress = read_progress(output / FOLDER, steps, after)
     return None if progress.left else progress.digest
 
 
-def _digest_of_tokens(tokens: Path) -> str:
-    """Return the digest of the manifests, which hold the checksums of everything."""
-    names = tuple(f"{split}/{MANIFEST}" for split in SPLITS)
-    missing = [name for name in names if not (tokens / name).is_file()]
-    if missing:
-        raise StudyError(f"data: {tokens} lacks {', '.join(missing)}; `infoentropy preprocess`")
-    return digest_of(hashes_of(hash_files(tokens, names, known={})))
-
-
 def _given(study: Study, output: Path) -> Given:
     """Return the files that the study names and does not make, by their folder."""
     wanted: dict[Path, tuple[str, ...]] = {}
+    if study.data.tokens is not None:
+        wanted[study.data.tokens] = _manifests(study.data.tokens)
     if study.data.text is not None:
         wanted[study.data.text] = tuple(path.name for path in _texts(study.data.text).values())
     if study.data.tokenizer is not None:
@@ -92,6 +83,15 @@ def _digest_of_given(given: Given) -> str:
     return digest_of([hashes_of(records) for records in given.values()])
 
 
+def _manifests(tokens: Path) -> tuple[str, ...]:
+    """Return the names of the manifests, which hold the checksums of everything."""
+    names = tuple(f"{split}/{MANIFEST}" for split in SPLITS)
+    missing = [name for name in names if not (tokens / name).is_file()]
+    if missing:
+        raise StudyError(f"data: {tokens} lacks {', '.join(missing)}; `infoentropy preprocess`")
+    return names
+
+
 def _texts(folder: Path) -> dict[str, Path]:
     texts = {}
     for split in SPLITS:
@@ -104,6 +104,8 @@ def _texts(folder: Path) -> dict[str, Path]:
 
 def _data_steps(study: Study, output: Path) -> list[Step]:
     made, data = output / FOLDER, study.data
+    if data.tokens is not None:
+        return []
     text, tokenizer = data.text or made / "corpus", places(study, output).tokenizer
     steps: list[Step] = []
     make: Callable[[], None]

@@ -88,3 +88,14 @@ def test_text_is_read_once_and_again_after_it_changed(tmp_path, read, monkeypatc
     assert find_digest(study, output) is None
     assert read == ["train.jsonl"]
     assert prepare(study, output) != first
+
+
+@pytest.mark.parametrize("name", ["tokens/train/manifest.json", "tokenizer/tokenizer_config.json"])
+def test_datasets_that_are_there_are_known_together_with_their_tokenizer(tmp_path, name):
+    study, output = write_study(tmp_path), tmp_path / "out"
+    (tmp_path / "tokenizer").mkdir()
+    first = find_digest(study, output)
+    assert prepare(study, output) == find_digest(study, output) == first
+    (tmp_path / name).write_text('{"chat_template": ""}')
+    assert find_digest(study, output) not in (first, None)
+    assert not output.exists()
