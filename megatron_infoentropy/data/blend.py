@@ -64,8 +64,8 @@ def blend(dataset: Path, weights: str = "natural") -> list[Share]:
     """Return the shares of a preprocessed dataset's domains, largest first; their weights sum to 1.
 
     Raises:
-        ValueError: weights of no known kind, of which no shares can be made, or that name other
-            domains than the dataset has. (The paper's may name more.)
+        ValueError: weights of no known kind, of which no shares can be made, for a domain without
+            a token, or that name other domains than the dataset has. (The paper's may name more.)
     """
     manifest = load_manifest(dataset.resolve())
     sizes = {name: facts.tokens for name, facts in manifest.domains.items()}
@@ -83,6 +83,12 @@ def blend(dataset: Path, weights: str = "natural") -> list[Share]:
         for name, size in sizes.items()
         if fractions[name] > 0
     ]
+    for share in shares:
+        if not share.tokens:
+            raise ValueError(
+                f"the domain {share.domain!r} of {dataset}, which is one shard, has no token, and "
+                "Megatron can not open it: merge the shards first, or weigh it 0"
+            )
     return sorted(shares, key=lambda share: (-share.weight, share.domain))
 
 

@@ -34,6 +34,13 @@ def two(tmp_path: Path) -> Path:
     return dataset(tmp_path / "data", {"A": 900, "B": 100})
 
 
+def test_a_domain_of_a_shard_without_a_token_gets_no_weight(tmp_path: Path) -> None:
+    shard = dataset(tmp_path / "data", {"ArXiv": 900, "Books3": 0})
+    assert weights_of(shard, "natural") == weights_of(shard, "temperature:2") == {"ArXiv": 1.0}
+    with pytest.raises(ValueError, match=r"'Books3' of .*has no token, .*merge the shards first"):
+        blend(shard, "paper")
+
+
 def test_natural_weights_use_every_token_equally_often(two: Path) -> None:
     assert weights_of(two, "natural") == {"A": 0.9, "B": 0.1}
     assert {share.epochs(2000) for share in blend(two)} == {2.0}
