@@ -157,8 +157,9 @@ def _decode(raw: bytes) -> Any:
 
 
 def _domain(record: dict[str, Any], domain_key: str) -> str | None:
+    """Return what stands at a key of that name, as with a table's column, or where dots lead."""
     value: Any = record
-    for key in domain_key.split("."):
+    for key in [domain_key] if domain_key in record else domain_key.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, str) or _HALF_SURROGATE.search(value):
         return None

@@ -279,15 +279,15 @@ def command(*words: object, given: str | None = None) -> Result:
 def test_other_columns_and_keys_can_be_used_throughout(
     make: Callable[..., Path], what: str, text: str, domain: str, tmp_path: Path
 ) -> None:
-    rows = [{"content": f"words and words {i}", "lang": "AB"[i % 2]} for i in range(20)]
+    rows = [{"content": f"words and words {i}", "of.lang": "AB"[i % 2]} for i in range(20)]
     path = make(tmp_path / ("a.parquet" if what == "columns" else "a.jsonl"), rows)
     words = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
     refused = str(command(*words).exception)
-    assert f"the {what} are ['content', 'lang']; name another with --text-{what[:-1]}" in refused
+    assert f"the {what} are ['content', 'of.lang']; name another with --text-{what[:-1]}" in refused
     assert command(*words, text, "content").exit_code == 0
     made = command(
         *("preprocess", "--input", path, "--tokenizer", tmp_path / "bpe", "--output"),
-        *(tmp_path / "out", text, "content", domain, "lang"),
+        *(tmp_path / "out", text, "content", domain, "of.lang"),
     )
     assert made.exit_code == 0, made.output
     assert {path.name for path in (tmp_path / "out").glob("*.bin")} == {"a.bin", "b.bin"}
