@@ -356,11 +356,11 @@ def _distribution(
     shown = [(group, run) for group, run in first if names[0] in run["observed"]]
     if not shown:
         return None
-    curves = {run["name"]: [_relative(run, name, kind) for name in names] for _, run in shown}
+    curves = [[_relative(run, name, kind) for name in names] for _, run in shown]
 
     def draw_all(axes: Axes) -> str:
-        for group, run in shown:
-            plot(axes, color_of(group), named(group), curves[run["name"]])
+        for (group, _), every in zip(shown, curves, strict=True):
+            plot(axes, color_of(group), named(group), every)
         if kind == "weight":
             axes.set_ylim(bottom=0)
         step_axis(axes)
@@ -368,13 +368,14 @@ def _distribution(
         return words
 
     rows: list[list[Cell]] = [
-        [run, name, step, value]
-        for run, every in curves.items()
+        [run["name"], group["label"], name, step, value]
+        for (group, run), every in zip(shown, curves, strict=True)
         for name, curve in zip(names, every, strict=True)
         for step, value in zip(curve["iterations"], curve["values"], strict=True)
     ]
     unit = "nats" if kind == "entropy" else "relative_to_mean"
-    return draw(f"train-{kind}-distribution", draw_all, ("run", "percentile", "step", unit), rows)
+    columns = ("run", "setting", "percentile", "step", unit)
+    return draw(f"train-{kind}-distribution", draw_all, columns, rows)
 
 
 def _relative(run: Data, name: str, kind: str) -> Data:

@@ -1,5 +1,6 @@
 """The report: what it shows, what it must not claim, and that it stands alone."""
 
+import csv
 import html.parser
 import json
 import re
@@ -249,6 +250,21 @@ def test_runs_that_logged_no_step_in_common_are_reported(tmp_path):
         log = (run / "train.log").read_text()
         (run / "train.log").write_text(log.replace("/     400", f"{digit}/     400"))
     assert "train-objective" in write_report(runs, tmp_path).read_text()
+
+
+def test_runs_of_one_name_have_each_its_own_curves(tmp_path):
+    objectives = ("cross_entropy", "infoentropy")
+    runs = [
+        write_run(tmp_path / name / "seed1", objective=name, evaluated=False) for name in objectives
+    ]
+    page = write_report(runs, tmp_path)
+    table = page.with_suffix(".figures") / "train-entropy-distribution.csv"
+    curves: dict[str, list[str]] = {}
+    for row in csv.DictReader(table.read_text().splitlines()):
+        assert row["run"] == "seed1"
+        curves.setdefault(row["setting"], []).append(row["nats"])
+    one, other = curves.values()
+    assert one != other
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path):
