@@ -29,7 +29,7 @@ from megatron_infoentropy.launch.run_folder import (
     saved_step,
     write_facts,
 )
-from megatron_infoentropy.launch.train import follow
+from megatron_infoentropy.launch.train import follow, require_unlocked
 from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
 NODE, HOSTS, JOB = "node.sh", "hosts.sh", "job.slurm"
@@ -289,7 +289,10 @@ def write(plan: Plan, *, overwrite: bool = False) -> list[Path]:
 
     Raises:
         ValueError: one is there that says something else: it may have been edited.
+        RuntimeError: another training has the run folder. Slurm lets a job wait for it.
     """
+    if plan.cluster.slurm is None:
+        require_unlocked(plan.run)
     texts = {plan.run / name: text for name, text in plan.scripts.items()}
     for path, text in texts.items():
         if overwrite or not path.is_file():

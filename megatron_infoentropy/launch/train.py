@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from megatron_infoentropy.evaluate.runlog import LogLine, parse_line
 from megatron_infoentropy.files import take_lock
@@ -103,16 +104,33 @@ def locked(run: Path) -> Iterator[None]:
         RuntimeError: another training has it, which would overwrite this one's checkpoints.
     """
     run.mkdir(parents=True, exist_ok=True)
-    path = run / LOCK
-    with path.open("a+", encoding="utf-8") as lock:
-        if not take_lock(lock.fileno()):
-            holder = path.read_text(encoding="utf-8").strip()
-            raise RuntimeError(
-                f"another training has the run folder {run}, {holder}: "
-                "wait until it ends or stop it, or name another --run"
-            )
-        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+    with (run / LOCK).open("a+", encoding="utf-8") as lock:
+        _take(lock)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
         yield
+
+
+def require_unlocked(run: Path) -> None:
+    """Check that no training has the run folder.
+
+    Raises:
+        RuntimeError: as of `locked`.
+    """
+    # Nothing is written: on another host node.sh may be another user's.
+    with suppress(OSError), (run / LOCK).open(encoding="utf-8") as lock:
+        _take(lock)
+
+
+def _take(lock: TextIO) -> None:
+    if not take_lock(lock.fileno()):
+        path = Path(lock.name)
+        raise RuntimeError(
+            f"another training has the run folder {path.parent}, "
+            f"{path.read_text(encoding='utf-8').strip()}: "
+            "wait until it ends or stop it, or name another --run"
+        )
 
 
 @dataclass

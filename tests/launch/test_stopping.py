@@ -12,7 +12,7 @@ from process_tree import send_to_all
 
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import ORDERS, Plan, hosts_script, node_script
+from megatron_infoentropy.launch.scripts import ORDERS, Plan, hosts_script, node_script, write
 from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
 from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
@@ -322,6 +322,11 @@ def test_a_run_folder_takes_one_training_at_a_time(run):
     assert taken in second.stdout + second.stderr
     with pytest.raises(RuntimeError, match=taken), locked(run):
         pass
+    # Before scripts and run.json say what another training has not done; a job of Slurm waits.
+    for slurm, refusal in ((None, taken), ((), "differs from what this command line makes")):
+        cluster = Cluster(1, 0, 1, slurm=slurm)
+        with pytest.raises((RuntimeError, ValueError), match=refusal):
+            write(Plan(run, FLAGS, cluster, "a test"))
     os.kill(training.pid, signal.SIGUSR1)
     training.communicate(timeout=300)
     for name in ("started", "saved"):
