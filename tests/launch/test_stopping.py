@@ -6,13 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from process_tree import send_to_all
 
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import ORDERS, Plan, hosts_script, node_script, write
+from megatron_infoentropy.launch.scripts import (
+    ORDERS,
+    Plan,
+    hosts_script,
+    job_script,
+    node_script,
+    write,
+)
 from megatron_infoentropy.launch.train import SHOWN, TrainingFailed, follow, locked
 from megatron_infoentropy.runtime.device import CPU_ENVIRONMENT
 
@@ -295,6 +303,30 @@ def make_hosts(run, connects=":"):
     program(run.parent / "ssh", SSH.format(connects=connects))
 
 
+SCONTROL = """#!/bin/sh
+case $1 in
+  show) echo "one PreemptTime=2026-01-01" ;;
+  requeue) touch {run}/requeued ;;
+esac
+"""
+
+
+def test_a_job_whose_words_a_full_disk_does_not_take_saves_and_is_requeued(run, monkeypatch):
+    program(run.parent / "scontrol", SCONTROL.format(run=run))
+    program(run.parent / "srun", NODE.replace("$NODE", "0").format(run=run))
+    plan = Plan(run, FLAGS, Cluster(1, 0, 1, slurm=()), "a test")
+    program(run / "job.slurm", job_script(plan))
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST"):
+        monkeypatch.setenv(name, "1")
+    with Path("/dev/full").open("w") as full:
+        job = subprocess.Popen(["bash", run / "job.slurm"], stdout=full, stderr=full)
+    wait_for(run / "started-0")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=300) == 0
+    assert (run / "saved-0").exists()
+    assert (run / "requeued").exists()
+
+
 def test_a_host_that_fails_when_nobody_reads_any_more_has_the_others_save(run):
     make_hosts(run)
     training = started("hosts.sh", run)
@@ -342,7 +374,7 @@ def test_a_run_folder_takes_one_training_at_a_time(run):
 
 FOLLOWED = """
 import sys
-from pathlib import Path
+
 from megatron_infoentropy.launch.scripts import ORDERS
 from megatron_infoentropy.launch.train import follow
 
