@@ -173,14 +173,16 @@ def _find_outputs(folder: Path, step: Step, entry: Entry, key: str) -> Records |
 
 
 def _claim(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
+    if (folder / FILE).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A process that was killed in its first write leaves .study.json.NUMBER.tmp.
+    if any(not path.name.startswith(f".{FILE}.") for path in folder.iterdir()):
         raise StudyError(
             f"{folder} holds something that this study did not make; move it away, or name another "
             "output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / FILE).is_file():
-        _write(folder, {}, {})
+    _write(folder, {}, {})
 
 
 @contextmanager

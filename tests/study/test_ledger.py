@@ -98,6 +98,14 @@ def test_a_folder_of_somebody_else_is_left_alone(work):
     assert [path.name for path in folder.iterdir()] == ["thesis"]
 
 
+def test_a_folder_whose_first_write_was_killed_is_gone_on_with(work):
+    folder, steps, done = work
+    folder.mkdir()
+    (folder / ".study.json.123.tmp").touch()
+    run_steps(folder, steps(), "")
+    assert done == ["a", "b"]
+
+
 def test_two_processes_do_not_work_in_one_folder(work):
     folder, steps, _ = work
 
