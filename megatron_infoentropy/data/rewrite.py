@@ -271,11 +271,13 @@ def _require_same_kind(parts: Sequence[Manifest]) -> None:
     shards = [part.shard for part in parts]
     if any(shard is not None for shard in shards):
         number = max(shard[1] for shard in shards if shard is not None)
-        if shards != [(index, number) for index in range(number)]:
-            missing = [i for i in range(number) if (i, number) not in shards]
+        wanted = [(index, number) for index in range(number)]
+        if shards != wanted:
+            missing = [str(i) for i in range(number) if (i, number) not in shards]
+            others = [part.folder.name for part in parts if part.shard not in wanted]
             raise ValueError(
                 f"expected the {number} shards of one dataset in order, each once; missing: "
-                f"{', '.join(map(str, missing)) or 'none'}"
+                f"{', '.join(missing) or 'none'}, to be left out: {', '.join(others) or 'none'}"
             )
 
 

@@ -96,8 +96,9 @@ def verify(
 ) -> list[Fault]:
     """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
 
-    With `tokenizer`, a folder, the ids must be of its vocabulary and its documents end with its
-    token. `inputs` must be the files that the dataset was made of, byte by byte, and all of them.
+    With `tokenizer`, a folder, it must be the one that the dataset was made with; of a single
+    dataset, which does not say, the ids must be of its vocabulary. `inputs` must be the files that
+    the dataset was made of, byte by byte, and all of them.
 
     Raises:
         ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read.

@@ -100,7 +100,9 @@ def test_a_missing_shard_and_a_stranger_are_named(
     for index in (0, 2):
         shard = (index, 3)
         preprocess(inputs, tokenizer_folder, tmp_path / "s", shard=shard, max_errors=5)
-    with pytest.raises(ValueError, match=r"the 3 shards .* missing: 1"):
+    preprocess(inputs, tokenizer_folder, tmp_path / "s", shard=(0, 1), max_errors=5)
+    left_out = r"the 3 shards .* missing: 1, to be left out: shard-00000-of-00001"
+    with pytest.raises(ValueError, match=left_out):
         merge([tmp_path / "s"], tmp_path / "out")
     options = DataOptions(append_eod=False)
     other = tmp_path / "other"
