@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 from tiny_llama import CONTEXT, score, write_model
 from token_folder import VOCAB, random_documents, write_token_folder
-from transformers import LlamaForCausalLM
 
 from megatron_infoentropy.evaluate.evaluation import (
     load_evaluation,
@@ -112,25 +111,23 @@ def test_a_domain_without_tokens_is_refused_by_name(model, tmp_path, documents):
 
 
 def test_a_model_that_gives_nan_is_refused_with_the_document_that_met_it(model, tmp_path):
-    network = LlamaForCausalLM.from_pretrained(model)
-    with torch.no_grad():
-        network.model.embed_tokens.weight[7, 0] = math.nan  # 0 x NaN: the whole document
-    network.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    bad_model = copy_of(model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][7, 0] = math.nan  # 0 x NaN: the whole document
+    save_file(weights, bad_model / "model.safetensors", {"format": "pt"})
     fine, bad = np.array([1, 2, 3, 0]), np.array([4, 5, 7, 6, 0])
     data = write_token_folder(tmp_path / "data", {"Web": [fine, fine, bad, fine]})
     message = "5 of 17 tokens.*first token 0 of document 2 of domain 'Web'"
     with pytest.raises(ValueError, match=message):
-        score(tmp_path / "model", data)
+        score(bad_model, data)
 
 
 def test_a_diverged_model_is_scored_beyond_what_16_bits_hold(model, dataset, tmp_path):
-    network = LlamaForCausalLM.from_pretrained(model)
-    with torch.no_grad():
-        network.lm_head.weight *= 1e5
-    network.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
-    evaluation = score(tmp_path / "model", dataset)
+    diverged = copy_of(model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= 1e5
+    save_file(weights, diverged / "model.safetensors", {"format": "pt"})
+    evaluation = score(diverged, dataset)
     assert evaluation.summary["total"]["nats_per_token"] > 1e5
     assert evaluation.token_scores.max() == np.finfo(np.float16).max
     assert max(evaluation.summary["passage"]["ce"]) == 65504
