@@ -138,6 +138,12 @@ FAILURES = (
         "it was asked to stop before its ranks trained, or after they had died",
         "the same command goes on from the last checkpoint, if there is one",
     ),
+    Failure(
+        r"Received \w+ death signal, shutting down workers",
+        "a signal told torchrun to end it",
+        "the same command goes on from the last checkpoint, if there is one; a training of "
+        "`infoentropy launch` saves one when it is told to stop",
+    ),
 )
 
 

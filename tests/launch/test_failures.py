@@ -29,6 +29,7 @@ def test_every_cause_stands_in_the_docs(failure):
         ("    assert self.lr_warmup_steps < self.lr_decay_steps", "warm up for the whole"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "a GPU's memory"),
         ("RendezvousTimeoutError", "not all nodes came"),
+        ("x/api.py:752] Received 15 death signal, shutting down workers", "a signal told torchrun"),
     ],
 )
 def test_words_of_a_log_are_explained(log, said):
