@@ -160,7 +160,8 @@ exec infoentropy study {word} --output {path} --only "${{parts[$SLURM_ARRAY_TASK
 
 def start_worker(study: Study, output: Path, part: str, *, slot: int, jobs: int) -> Worker:
     """Start a part; `slot` of `jobs` says which cores and GPUs are its own."""
-    words = [sys.executable, "-m", "megatron_infoentropy", "study", str(study.path)]
+    # -P: this command imports nothing from the folder it is given in either.
+    words = [sys.executable, "-P", "-m", "megatron_infoentropy", "study", str(study.path)]
     return subprocess.Popen(
         [*words, "--output", str(output), "--only", part],
         env={**os.environ, **_share(slot, jobs)},

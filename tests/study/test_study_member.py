@@ -12,6 +12,7 @@ from megatron_infoentropy.evaluate.scoring import ChunkJournal
 from megatron_infoentropy.study import steps
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
 from megatron_infoentropy.study.plan import Tasks
+from megatron_infoentropy.study.runner import DATA, start_worker
 from megatron_infoentropy.study.steps import places
 
 
@@ -36,6 +37,14 @@ def evaluate(tmp_path, monkeypatch):
         return tried
 
     return run
+
+
+def test_a_part_starts_beside_a_user_s_files(tmp_path, monkeypatch):
+    (tmp_path / "tokenize.py").write_text("raise SystemExit('a script of the user')")
+    monkeypatch.chdir(tmp_path)
+    worker = start_worker(write_study(tmp_path), tmp_path / "out", DATA, slot=0, jobs=1)
+    said = worker.communicate()[0]
+    assert worker.returncode == 0, said
 
 
 def test_leftovers_of_another_evaluation_are_discarded(evaluate, tmp_path):
