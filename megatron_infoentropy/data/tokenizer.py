@@ -129,7 +129,7 @@ def train_tokenizer(
         )
     with new_folder(output, replaceable=(TOKENIZER, CONFIG), overwrite=overwrite) as folder:
         total = sum(path.stat().st_size for path in paths)
-        with progress("train tokenizer", total, "bytes") as advance:
+        with progress("train tokenizer", total or None, "bytes") as advance:
             tokenizer = _train(_texts(paths, text_key, advance), vocab_size)
         size = tokenizer.get_vocab_size()
         if size != vocab_size:
