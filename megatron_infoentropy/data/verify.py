@@ -26,7 +26,7 @@ from megatron_infoentropy.data.manifest import (
     Span,
     load_manifest,
 )
-from megatron_infoentropy.data.tokenizer import load_tokenizer
+from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.files import file_sha256
 from megatron_infoentropy.progress import progress
 
@@ -44,9 +44,10 @@ def inspect(
     text if there is a tokenizer folder.
 
     Raises:
-        ValueError: there is no dataset, it is damaged, or it has no such document.
+        ValueError: there is no dataset, it is damaged, it has no such document, or a document has
+            ids that the tokenizer does not.
     """
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer).tokenizer
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     prefixes = {target.name: target}
     if target.is_dir():
         manifest = load_manifest(target)
@@ -62,8 +63,18 @@ def inspect(
                 raise ValueError(f"{prefix} has documents 0 to {len(reader) - 1}, not {number}")
             ids = reader[number]
             first = ids[:_SHOWN_TOKENS].tolist()
-            text = str(first) if loaded is None else loaded.decode(first, skip_special_tokens=False)
+            text = str(first) if loaded is None else _text(prefix, loaded, first)
             yield f"document {number % len(reader)}, {ids.size} tokens: {text!r}"
+
+
+def _text(prefix: Path, loaded: LoadedTokenizer, ids: list[int]) -> str:
+    for each in ids:
+        if not 0 <= each < loaded.vocab_size:
+            raise ValueError(
+                f"{prefix} has the id {each}, the tokenizer has 0 to {loaded.vocab_size - 1}; name "
+                "the one it was made with, or none to see ids"
+            )
+    return loaded.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _lengths(name: str, lengths: npt.NDArray[np.int64]) -> Iterator[str]:

@@ -127,3 +127,6 @@ def test_a_look_shows_lengths_and_texts(dataset: Path, tokenizer_folder: Path) -
     assert list(inspect(dataset / "a")) == list(inspect(dataset / "a", documents=[0, 99]))
     with pytest.raises(ValueError, match="has documents 0 to 99, not 100"):
         list(inspect(dataset / "a", documents=[100]))
+    change(dataset / "a.bin", 0, b"\xff\xff")
+    with pytest.raises(ValueError, match=r"has the id 65535, .* 0 to 599; name the one"):
+        list(inspect(dataset / "a", tokenizer=tokenizer_folder))
