@@ -230,7 +230,6 @@ def blend(
     """Weigh the domains: writes Megatron's list for --data-path or --data-args-path."""
     from megatron_infoentropy.data.blend import blend as run
     from megatron_infoentropy.data.blend import data_path
-    from megatron_infoentropy.files import write_whole
 
     if tokens is not None and not math.isfinite(tokens):
         raise ValueError(f"--tokens must be a number of tokens, got {tokens}")
@@ -243,7 +242,8 @@ def blend(
     if output is None:
         typer.echo(listed, nl=False)
     else:
-        write_whole(output, listed)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(listed)
     err.print(table)  # beside the list, which may be piped
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -388,10 +389,8 @@ def test_what_the_library_of_a_store_raises_is_a_sentence(
     class OutageError(Exception):
         pass
 
-    def fail(*_: object) -> None:
-        raise OutageError("no answer")
-
     store.pipe("/bucket/a.jsonl", b"{}")
+    fail = Mock(side_effect=OutageError("no answer"))
     monkeypatch.setattr(getattr(memory, f"Memory{of}"), name, fail)
     words = ("preprocess", "--input", "memory://bucket/a.jsonl", "--tokenizer", tokenizer_folder)
     refused = command(*words, "--output", tmp_path / "out").exception
@@ -412,13 +411,11 @@ def test_an_object_is_known_by_its_store_and_its_path(
         with pytest.raises(ValueError, match="is one file, given 2 times"):
             preprocess(find_inputs(map(str, given)), tokenizer_folder, tmp_path / "no")
 
-    def undated(*_: object) -> None:
-        raise NotImplementedError
-
     def grow(self: Any, *block: Any) -> None:
         store.pipe(same_crc32[0], f"{LINES[2]}\n{LINES[4]}\n".encode())
         add(self, *block)
 
+    undated = Mock(side_effect=NotImplementedError)
     monkeypatch.setattr(memory.MemoryFileSystem, "modified", undated)
     add = journal.JournalledRun.add
     monkeypatch.setattr(journal.JournalledRun, "add", grow)
