@@ -9,6 +9,8 @@ a signal while it starts or ends its ranks, leaves these behind.
 import ctypes
 import os
 import signal
+import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 TORCHRUN = "INFOENTROPY_TORCHRUN"
@@ -25,9 +27,10 @@ def leave_none() -> None:
     A spawned one calls `end_with(os.getppid())` itself, when it imports what its parent ran; a rank
     knows of no torchrun but one that was started by `telling_its_ranks`.
     """
-    torchrun = os.environ.pop(TORCHRUN, None)
-    if torchrun is not None:
-        end_with(int(torchrun))
+    torchrun = int(os.environ.pop(TORCHRUN, 0))
+    # Between the two may be a program that PYTHON_EXEC names: torchrun itself ends that one.
+    if torchrun and (os.getppid() == torchrun or not _is_running(torchrun)):
+        end_with(torchrun)
     forking = os.getpid()
 
     def remember() -> None:
@@ -37,8 +40,18 @@ def leave_none() -> None:
     os.register_at_fork(before=remember, after_in_child=lambda: end_with(forking))
 
 
+def _is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(") ")[2][0] not in "ZX"  # ended, and only its parent has not noticed
+
+
 def end_with(parent: int) -> None:
-    """Have this process killed when its parent, of this process id, ends."""
+    """Have this process killed when its parent, of this process id, ends; on Linux alone."""
+    if sys.platform != "linux":
+        return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before this
         os._exit(1)

@@ -374,6 +374,7 @@ def test_a_run_folder_takes_one_training_at_a_time(run):
 
 FOLLOWED = """
 import sys
+from pathlib import Path
 
 from megatron_infoentropy.launch.scripts import ORDERS
 from megatron_infoentropy.launch.train import follow
