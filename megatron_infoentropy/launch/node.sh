@@ -21,7 +21,8 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   log=$run/node-$node.log
   exec > >(trap '' USR1 TERM INT HUP; exec setsid tee -p -a "$log" 9>&-) 2>&1
   # A signal that comes before tee ignores it ends both.
-  until [ "$(cat "/proc/$!/comm" 2> /dev/null)" = tee ]; do
+  for _ in {1..500}; do
+    [ "$(cat "/proc/$!/comm" 2> /dev/null)" != tee ] || break
     kill -0 $! || exit 1
     sleep 0.01
   done

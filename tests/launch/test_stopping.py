@@ -232,6 +232,28 @@ def test_no_rank_outlives_its_torchrun(run, end):
     assert not (run / "outlived").exists()
 
 
+# The first look for ranks: an order comes, and a rank starts, once it has seen none.
+CAT = """#!/bin/bash
+if [[ $1 == */children && ! -e {run}/looked ]]; then
+  touch {run}/looked
+  until [ -e {run}/node-0.pid ]; do /bin/sleep 0.05; done
+  kill -USR1 "$(< {run}/node-0.pid)"
+  until [ -e {run}/started ]; do /bin/sleep 0.05; done
+  exit
+fi
+exec /bin/cat "$@"
+"""
+
+
+def test_an_order_that_comes_as_the_first_rank_starts_has_it_save(run):
+    make_node(run)
+    program(run.parent / "cat", CAT.format(run=run))
+    training = started("node.sh", run)
+    said, _ = training.communicate(timeout=300)
+    assert training.returncode == 0, said
+    assert (run / "saved").exists()
+
+
 def test_a_sigterm_to_every_process_saves_first(run):
     """So Slurm cancels, requeues and preempts."""
     make_node(run)
@@ -290,7 +312,7 @@ NODE = """#!/bin/bash
 echo $$ > {run}/node-$NODE.pid
 trap 'touch {run}/saved-$NODE; exit 0' USR1
 touch {run}/started-$NODE
-until [ -e {run}/fails-$NODE ]; do sleep 0.1; done
+until [ -e {run}/fails-$NODE ] || [ ! -d {run} ]; do sleep 0.1; done
 exit 3
 """
 

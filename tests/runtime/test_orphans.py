@@ -93,6 +93,22 @@ def test_a_rank_ends_with_a_training_or_a_torchrun_that_is_killed(tmp_path, vict
     assert has_ended(rank)
 
 
+BEGINS = "from megatron_infoentropy.runtime.orphans import leave_none; leave_none(); print('begun')"
+
+
+@pytest.mark.parametrize(("is_running", "said"), [(True, "begun\n"), (False, "")])
+def test_a_rank_may_have_another_program_than_torchrun_for_a_parent(is_running, said):
+    """What PYTHON_EXEC names, say; but not where torchrun is gone."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = os.environ | {
+        "INFOENTROPY_TORCHRUN": str(os.getpid() if is_running else gone.pid)
+    }
+    words = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", BEGINS]
+    rank = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert rank.stdout == said, rank.stderr
+
+
 def has_ended(pid):
     return wait_until(lambda: state_of(pid) == "Z")
 
