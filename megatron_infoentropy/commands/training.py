@@ -346,6 +346,7 @@ def convert_from_hf(
     """Make a Megatron checkpoint of a Hugging Face model, to train it further, and prove it."""
     from megatron_infoentropy.convert import Proof
     from megatron_infoentropy.convert import convert_from_hf as run
+    from megatron_infoentropy.launch.recipe import to_command_line
 
     done = run(
         model,
@@ -355,6 +356,5 @@ def convert_from_hf(
         check=Proof(out.print, verify, text, data, imported=True),
     )
     out.print(f"{output}: {done.family}, {done.parameters} parameters, {done.dtype}")
-    flags = done.flags.items()
-    words = [w for name, v in flags for w in (f"--{name}", *[str(v)] * (v is not True))]
-    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {shlex.join(words)}")
+    words = shlex.join(to_command_line(done.flags))
+    out.print(f"Megatron flags (also in {output / 'model.yaml'}): {words}")
