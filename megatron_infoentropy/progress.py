@@ -13,12 +13,12 @@ BAR_EVERY_S = 0.1  # on a terminal
 
 
 @contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+def progress(description: str, total: int | None, unit: str, before: int = 0) -> Iterator[Advance]:
     """Show progress on stderr while the block runs; yields a function to call with the work done.
 
-    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known. A
-    log file gets a line every 20 s and one at the end; a terminal the line all the time, with a
-    bar.
+    `total` is in `unit`s ("tokens", "documents", "bytes", ...), or None where it is not known.
+    `before` of them were done earlier: they are shown as done and are not part of the rate. A log
+    file gets a line every 20 s and one at the end; a terminal the line all the time, with a bar.
     """
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
@@ -26,16 +26,19 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
     console = make_console(stderr=True, soft_wrap=False)
     is_terminal = console.is_terminal
     start = last = time.monotonic()
-    done = 0
+    done = before
 
     def say() -> None:
-        seconds = max(time.monotonic() - start, 1e-9)
         line = f"{description}: {short(done)}"
         if total is not None:
             line += f" of {short(total)}"
-        line += f" {unit} in {seconds:.0f} s, {short(done / seconds)} {unit}/s"
-        if total is not None and 0 < done < total:
-            line += f", {seconds * (total - done) / done:.0f} s left"
+        line += f" {unit}"
+        if done > before:
+            seconds = max(time.monotonic() - start, 1e-9)
+            rate = (done - before) / seconds
+            line += f" in {seconds:.0f} s, {short(rate)} {unit}/s"
+            if total is not None and done < total:
+                line += f", {(total - done) / rate:.0f} s left"
         if is_terminal:
             bar.update(task, completed=done, description=line)
         else:
@@ -52,7 +55,7 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Advance
     said = TextColumn("{task.description}", markup=False, table_column=Column())
     columns = (BarColumn(bar_width=20), TextColumn(percent, markup=False), said)
     with Progress(*columns, console=console, disable=not is_terminal) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=total, completed=before)
         yield advance
         say()
 

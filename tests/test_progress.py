@@ -2,7 +2,9 @@
 
 import functools
 import io
+import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import rich.console
@@ -41,6 +43,25 @@ def test_a_log_file_gets_lines_with_rate_and_time_left(shown, monkeypatch):
         r"read: 500.0k of 2.0M bytes in \d+ s, [\d.]+[MGk]? bytes/s, \d+ s left", first
     )
     assert re.fullmatch(r"read: 2.0M of 2.0M bytes in \d+ s, \S+ bytes/s", second)
+
+
+def test_work_of_an_earlier_start_is_not_part_of_the_rate(shown, monkeypatch):
+    clock = itertools.chain([0.0], itertools.repeat(10.0))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(module, "LINE_EVERY_S", 5.0)
+    text = shown(False)
+    with progress("train", 500, "steps", before=400) as advance:
+        advance(20)
+    assert text.getvalue().splitlines()[0] == (
+        "train: 420 of 500 steps in 10 s, 2 steps/s, 40 s left"
+    )
+
+
+def test_without_new_work_there_is_no_rate(shown):
+    text = shown(False)
+    with progress("train", 500, "steps", before=500):
+        pass
+    assert text.getvalue() == "train: 500 of 500 steps\n"
 
 
 def test_a_terminal_gets_a_bar(shown):

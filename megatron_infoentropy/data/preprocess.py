@@ -370,8 +370,9 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
         is_saved=task.can_go_on(),
     )
     with closing(run):
-        total = sum(each.facts.bytes for each in task.inputs)
-        with progress("preprocess", total or None, "bytes") as advance:
+        sizes = [each.facts.bytes for each in task.inputs]
+        before = sum(sizes[: run.state.file])
+        with progress("preprocess", sum(sizes) or None, "bytes", before) as advance:
             blocks = _read(task, settings.keys, run, advance)
             for block, encoded in encode_blocks(settings, blocks, workers=workers):
                 run.add(block, encoded)
@@ -389,7 +390,6 @@ def _read(
     task: Task, keys: Keys, run: JournalledRun, advance: Callable[[int], None]
 ) -> Iterator[Block]:
     file, start = run.state.file, run.position
-    advance(sum(each.facts.bytes for each in task.inputs[:file]))
     for each in task.inputs[file:]:
         yield from read_blocks(each.path, advance, start, keys)
         start = Position()

@@ -237,8 +237,9 @@ def _hear(name: str, lines: Iterable[str], keep: Callable[[str], object], said: 
             step = said.hear(line)
             if step is None:
                 continue
-            if advance is None:
-                bar = progress(f"train {name}", step.train_iters, "iterations")
+            if advance is None:  # how long the steps up to here took is not known
+                done = step.iteration
+                bar = progress(f"train {name}", step.train_iters, "iterations", done)
                 advance = shown.enter_context(bar)
             advance(step.iteration - done)
             done = step.iteration

@@ -345,6 +345,11 @@ print(" validation loss at iteration 2 | cross entropy value: 6.25E+00 |")
 """
 
 
+def test_steps_before_this_start_are_no_part_of_its_rate(job, capsys):
+    launch.train(job, pretend(job, VALIDATED))
+    assert capsys.readouterr().err == "train run: 2 of 3 iterations\n"
+
+
 def test_a_training_ends_with_what_came_of_it(job):
     said = launch.train(job, pretend(job, VALIDATED))
     losses = "cross entropy 5.5000, of validation data 6.2500 at step 2"
