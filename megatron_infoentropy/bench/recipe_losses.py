@@ -19,7 +19,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training.training import num_floating_point_operations
 
-from megatron_infoentropy.bench.recipe_run import PARTS, RankResult
+from megatron_infoentropy.bench.recipe_run import FUSIONS, PARTS, RankResult, own_losses
 from megatron_infoentropy.bench.timing import Clock, PeakMeter, clock_for
 from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.integration.arguments import check_megatron_args
@@ -49,12 +49,6 @@ from megatron_infoentropy.runtime.device import find_device
 WARM_UPS = 2  # of every loss: the first builds the optimizer's state, the second finds it there
 MATRIX = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrix product to compare with
 MATRIX_TURNS = 10
-# Megatron's own: name -> (cross_entropy_loss_fusion, cross_entropy_fusion_impl)
-FUSIONS = {
-    "megatron unfused": (False, "native"),
-    "megatron fused": (True, "native"),
-    "megatron fused by Transformer Engine": (True, "te"),
-}
 
 
 def measure(folder: Path, rounds: int, names: list[str]) -> None:
@@ -93,8 +87,6 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
 
 def _shorten(args: Any, steps: int) -> None:
     """The learning rate stays that of the recipe's first steps."""
-    if args.train_iters is None:
-        raise ValueError("bench-recipe needs a recipe with train-iters, not train-samples")
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.train_iters = steps
 
@@ -165,16 +157,13 @@ def recipe_losses(ours: InfoEntropyForwardStep, finalize: Finalize) -> list[Reci
     finalize: of the recipe's own training, its reports included.
     """
     losses = []
-    unweighted = replace(ours.config.at(0), objective="cross_entropy", weighting="")
-    other_way = replace(ours.config, fused_linear=not ours.config.fused_linear)
-    for config in dict.fromkeys((ours.config, unweighted, other_way)):
+    for name, config in own_losses(ours.config).items():
         own = InfoEntropyForwardStep(config, ours.vocab_size, ours.batch_weight, ours.observer)
-        name, reason = config.objective.replace("_", " "), ""
+        reason = ""
         try:
             check_megatron_args(get_args(), config)
         except ValueError as error:
             reason = str(error)
-        name = f"{name}, fused linear" if config.fused_linear else name
         losses.append(RecipeLoss(name, "ours", own, finalize, not config.fused_linear, reason))
     for name, fusion in FUSIONS.items():
         theirs = MegatronForwardStep(*fusion)
@@ -185,13 +174,15 @@ def recipe_losses(ours: InfoEntropyForwardStep, finalize: Finalize) -> list[Reci
 
 
 def choose(names: list[str], every: list[RecipeLoss]) -> list[RecipeLoss]:
-    """Return the losses of these names, all of them where there are none."""
-    known = [each.name for each in every]
-    unknown = [name for name in names if name not in known]
-    chosen = [each for each in every if each.name in (names or known)]
-    if unknown or all(each.reason for each in chosen):
-        asked = ", ".join(unknown or names)
-        raise ValueError(f"no loss can be measured by the name {asked}; these: {', '.join(known)}")
+    """Return the losses of these names, all of them where there are none.
+
+    Raises:
+        ValueError: not one of them can be measured here.
+    """
+    chosen = [each for each in every if not names or each.name in names]
+    if all(each.reason for each in chosen):
+        why = "; ".join(f"{each.name}: {each.reason}" for each in chosen)
+        raise ValueError(f"no loss that was asked for can be measured here: {why}")
     return chosen
 
 

@@ -4,15 +4,15 @@ Megatron's trainer runs the recipe for some dozens of steps on this machine. Sev
 turns in it, a step each (`bench.recipe_losses`), on one model, one optimizer, one stream of data.
 
 `torchrun -m megatron_infoentropy.bench.recipe_run FOLDER ROUNDS LOSSES FLAGS` is one rank of it: it
-leaves rank-N.json in the folder, a `RankResult`. LOSSES are names with commas between them, or
-nothing for all. FLAGS are those of `megatron_infoentropy.pretrain`.
+leaves rank-N.json in the folder, a `RankResult`. LOSSES are a JSON list of names, empty for all.
+FLAGS are those of `megatron_infoentropy.pretrain`.
 """
 
 import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,14 @@ from rich.table import Table
 from megatron_infoentropy.bench.results import file_name, provenance, write_csv
 from megatron_infoentropy.bench.table import number, table_of, with_range
 from megatron_infoentropy.bench.timing import median_difference, spread
+from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.launch.job import command_line, require_layout
-from megatron_infoentropy.launch.recipe import machine_environment, read_facts, useful_ranks
+from megatron_infoentropy.launch.recipe import (
+    machine_environment,
+    read_facts,
+    read_loss,
+    useful_ranks,
+)
 from megatron_infoentropy.launch.run_folder import LOG, parameters_in
 from megatron_infoentropy.launch.train import follow
 from megatron_infoentropy.runtime import cpu, orphans
@@ -31,6 +37,12 @@ from megatron_infoentropy.runtime.device import find_device
 PARTS = ("forward", "loss", "backward", "gradients", "optimizer")  # of a step, in order
 # Every step pays for a report, ours and Megatron's: more than a training that logs now and then.
 NOTHING_ELSE = ("--log-interval=1", "--eval-iters=0", "--eval-interval=1000000")
+# Megatron's own losses: name -> (cross_entropy_loss_fusion, cross_entropy_fusion_impl)
+FUSIONS = {
+    "megatron unfused": (False, "native"),
+    "megatron fused": (True, "native"),
+    "megatron fused by Transformer Engine": (True, "te"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,8 @@ def bench_recipe(
     one that is named by recipe, device and month in a folder.
 
     Raises:
-        ValueError: a recipe or a layout that cannot be, or results without the commit they belong
-            to.
+        ValueError: a recipe, a layout or a loss that cannot be, or results without the commit they
+            belong to.
         TrainingFailed: with what the ranks said.
     """
     facts = provenance() if output else {}  # refuses before the work, not after it
@@ -107,12 +119,15 @@ def bench_recipe(
     flags = (*extra_flags, *NOTHING_ELSE)
     words = command_line(device, recipe, settings, flags, data=data, tokenizer=tokenizer)
     layout = read_facts(words)
+    if layout["train_iters"] is None:
+        raise ValueError("bench-recipe needs a recipe with train-iters, not train-samples")
+    _require_known(losses, [*own_losses(read_loss(words)), *FUSIONS])
     ranks = ranks or useful_ranks(layout, device.count if device.type == "cuda" else 1)
     require_layout(ranks, layout)
     # Not a folder that goes away by itself: where the training fails, its log is told of.
     folder = Path(tempfile.mkdtemp(prefix="bench-recipe-"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    asked = (str(folder), str(rounds), ",".join(losses))
+    asked = (str(folder), str(rounds), json.dumps(losses))
     entry = ("--nproc-per-node", str(ranks), "-m", "megatron_infoentropy.bench.recipe_run", *asked)
     environment = machine_environment(device, ranks)
     run = folder / recipe.stem
@@ -126,6 +141,27 @@ def bench_recipe(
         named = file_name(facts, f"recipe_{recipe.stem}")
         write_csv(rows, facts, output / named if output.is_dir() else output)
     return rows
+
+
+def own_losses(config: InfoEntropyConfig) -> dict[str, InfoEntropyConfig]:
+    """Return our losses by name: the recipe's own, plain cross entropy, and fused the other way."""
+    unweighted = replace(config.at(0), objective="cross_entropy", weighting="")
+    other_way = replace(config, fused_linear=not config.fused_linear)
+    return {_name_of(each): each for each in (config, unweighted, other_way)}
+
+
+def _name_of(config: InfoEntropyConfig) -> str:
+    name = config.objective.replace("_", " ")
+    return f"{name}, fused linear" if config.fused_linear else name
+
+
+def _require_known(names: tuple[str, ...], known: list[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"expected losses among {', '.join(map(repr, known))}, got "
+            f"{', '.join(map(repr, unknown))}: give --loss a name of these"
+        )
 
 
 def _answer(folder: Path, rank: int) -> str:
@@ -251,7 +287,7 @@ def main() -> None:
     prepare_megatron()
     from megatron_infoentropy.bench.recipe_losses import measure
 
-    measure(folder, rounds, names.split(",") if names else [])
+    measure(folder, rounds, json.loads(names))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Turns, parts of a step and rows of `infoentropy bench-recipe`, without Megatron."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_infoentropy.bench import recipe_run
 from megatron_infoentropy.bench.recipe_losses import RecipeLoss, TurnTakingStep, choose, turns
 from megatron_infoentropy.bench.recipe_run import (
     PARTS,
     RankResult,
     bench_recipe,
+    own_losses,
     recipe_tables,
     rows_of,
 )
+from megatron_infoentropy.config import InfoEntropyConfig
 
 
 class CountingClock:
@@ -188,11 +192,55 @@ def test_tables_name_what_was_not_measured(rows):
     assert missing == "not measured: c: it cannot"
 
 
-def test_data_without_their_tokenizer_are_refused(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("model:\n  num-layers: 1\nbatch:\n  train-iters: 1\n")
+OURS = ("focal, fused linear", "cross entropy, fused linear", "focal")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model:\n  num-layers: 1\n  vocab-size: 9\nbatch:\n  train-iters: 1\n")
+    return path
+
+
+def test_data_without_their_tokenizer_are_refused(recipe):
     with pytest.raises(ValueError, match="--data needs the --tokenizer it was made with"):
-        bench_recipe(recipe, {}, data=tmp_path)
+        bench_recipe(recipe, {}, data=recipe.parent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "among 'focal, fused linear', 'cross entropy, .*, got 'focal, fused': give --loss a"),
+        ({"train-iters": None}, "needs a recipe with train-iters, not train-samples"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    recipe, settings, said, monkeypatch
+):
+    monkeypatch.setattr(recipe_run, "follow", None)
+    flags = ("--infoentropy-objective=focal", "--infoentropy-fused-linear")
+    if settings:
+        recipe.write_text(recipe.read_text().replace("train-iters", "train-samples"))
+    with pytest.raises(ValueError, match=said):
+        bench_recipe(recipe, {}, flags, losses=("focal, fused", "focal"))
+
+
+def test_the_ranks_are_told_the_names_of_the_losses_whatever_is_in_them(recipe, monkeypatch):
+    told = []
+    monkeypatch.setattr(recipe_run, "follow", lambda run, words, environment: told.extend(words))
+    flags = ("--infoentropy-objective=focal", "--infoentropy-fused-linear")
+    with pytest.raises(FileNotFoundError):  # there is no log
+        bench_recipe(recipe, {}, flags, losses=OURS)
+    place = told.index("megatron_infoentropy.bench.recipe_run")
+    assert json.loads(told[place + 3]) == list(OURS)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"gamma_schedule": "linear", "gamma_samples": 9}])
+def test_our_losses_have_different_names(schedule):
+    focal = InfoEntropyConfig("focal", fused_linear=True, **schedule)
+    assert tuple(own_losses(focal)) == OURS
+    plain = InfoEntropyConfig("cross_entropy", **schedule)
+    assert tuple(own_losses(plain)) == ("cross entropy", "cross entropy, fused linear")
 
 
 def test_losses_are_chosen_by_their_names():
@@ -205,6 +253,5 @@ def test_losses_are_chosen_by_their_names():
     ]
     assert choose([], every) == every
     assert choose(["megatron fused", "megatron unfused"], every) == every[1:3]
-    for wrong in (["megatron fused"], ["infoentropy", "megatron"]):
-        with pytest.raises(ValueError, match="these: infoentropy, megatron unfused, megatron f"):
-            choose(wrong, every)
+    with pytest.raises(ValueError, match="can be measured here: megatron fused: no GPU; te: not i"):
+        choose(["te", "megatron fused"], every)
