@@ -37,6 +37,7 @@ GIB, MIB = 2**30, 2**20
 LOOKING = timedelta(hours=6)  # the longest that a rank may take to look, or to plan
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
+POLL_S, GRACE_S = 0.1, 10.0  # between looks at ranks; that they get where one of them has failed
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
 
 
@@ -107,13 +108,29 @@ def start_ranks(words: Sequence[str], ranks: int) -> int:
         )
         for rank in range(ranks)
     ]
-    return int(any([process.wait() for process in processes]))
+    return end_together(processes)
+
+
+def end_together(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Return 1 if a rank failed; the others, which would wait for it for hours, end soon after."""
+    codes: list[int | None] = [None]
+    while None in codes and not any(codes):
+        time.sleep(POLL_S)
+        codes = [process.poll() for process in processes]
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return int(any(process.wait() for process in processes))
 
 
 def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     """Be one rank of the examination, under torchrun; rank 0 tells it, all return the troubles.
 
     Raises:
+        ValueError: this host has fewer GPUs than ranks.
         RuntimeError: not all ranks came in time.
     """
     import torch
@@ -121,6 +138,12 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     me = JobRank(*(int(os.environ[name]) for name in names))
+    if torch.cuda.is_available() and me.local_world > torch.cuda.device_count():
+        raise ValueError(
+            f"expected a GPU for every rank on {socket.gethostname()}, got {me.local_world} ranks "
+            f"and {torch.cuda.device_count()} GPUs: start fewer ranks there (--ranks, or "
+            "torchrun's --nproc-per-node)"
+        )
     store = _store(me, order.timeout_s)
     arrive(store, me, order.timeout_s)
     facts = look(me, order)
@@ -301,7 +324,7 @@ def _plan(order: Order, facts: Facts, world: int) -> tuple[list[Collective], int
         args = dry_run(
             order.recipe, order.settings, order.flags, tokenizer=order.tokenizer, ranks=world
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return anyway, 0, [f"the recipe cannot be trained on {world} ranks: {error}"]
     held = memory(args)
     tensor, tokens = args.tensor_model_parallel_size, args.micro_batch_size * args.seq_length

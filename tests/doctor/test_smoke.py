@@ -159,12 +159,25 @@ def test_a_rank_that_has_looked_waits_for_one_that_takes_long():
         waiting.result(timeout=60)
 
 
-def test_nobody_joins_the_others_before_the_recipe_is_planned(monkeypatch, tmp_path):
-    """To plan takes a start of Megatron, which can be longer than a rank is waited for."""
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of a job's only rank."""
     world = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
     for name, value in ({"MASTER_ADDR": "localhost"} | world).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch, alone):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="got 2 ranks and 1 GPUs: start fewer ranks there"):
+        smoke.examine_job(Order(disk=0), print)
+
+
+def test_nobody_joins_the_others_before_the_recipe_is_planned(monkeypatch, tmp_path, alone):
+    """To plan takes a start of Megatron, which can be longer than a rank is waited for."""
     did = []
 
     def noted(name, do):
@@ -174,6 +187,18 @@ def test_nobody_joins_the_others_before_the_recipe_is_planned(monkeypatch, tmp_p
         monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
     assert smoke.examine_job(Order(run=tmp_path, disk=0), did.append) == []
     assert did[:3] == ["_plan", "wait_for_all", "init_process_group"]
+
+
+def test_a_rank_that_fails_ends_those_that_would_wait_for_it(monkeypatch):
+    monkeypatch.setattr(smoke, "GRACE_S", 0)
+    waits, fails = (subprocess.Popen(words) for words in (["sleep", "600"], ["false"]))
+    assert smoke.end_together([waits, fails]) == 1
+    assert waits.returncode < 0
+
+
+def test_a_recipe_that_cannot_be_read_is_a_trouble(tmp_path):
+    *_, (refused,) = smoke._plan(Order(recipe=tmp_path), Facts(0, "a"), 2)
+    assert "the recipe cannot be trained on 2 ranks: " in refused
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_host():
