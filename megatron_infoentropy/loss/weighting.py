@@ -96,9 +96,10 @@ def _checked(weight: torch.Tensor, config: InfoEntropyConfig) -> torch.Tensor:
 
 
 def _call_function(batch: TokenBatch, path: str) -> torch.Tensor:
-    function = _load_function(path)
-    arguments = (batch,) if _takes(function, 1) else (batch.cross_entropy, batch.entropy)
-    weight = function(*arguments)
+    takes_batch = _takes_batch(path)  # imports its module, too
+    arguments = (batch,) if takes_batch else (batch.cross_entropy, batch.entropy)
+    module, _, name = path.partition(":")
+    weight = getattr(sys.modules[module], name)(*arguments)
     shape = batch.cross_entropy.shape
     if not isinstance(weight, torch.Tensor) or weight.shape != shape:
         raise ValueError(
@@ -157,8 +158,8 @@ def check_weighting(config: InfoEntropyConfig, device: torch.device | str = "cpu
             )
 
 
-def _load_function(path: str) -> Callable[..., torch.Tensor]:
-    """The function that "package.module:function" names.
+def _takes_batch(path: str) -> bool:
+    """Return whether the function that "package.module:function" names takes a TokenBatch alone.
 
     Raises:
         ValueError: there is no such module or function, or it takes other arguments than a
@@ -166,9 +167,7 @@ def _load_function(path: str) -> Callable[..., torch.Tensor]:
     """
     module, _, name = path.partition(":")
     try:
-        # Looked up first: torch.compile can follow this, but no import.
-        loaded = sys.modules.get(module) or importlib.import_module(module)
-        function = getattr(loaded, name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"weighting {path!r} cannot be loaded ({error}); it must name a function of an "
@@ -176,20 +175,22 @@ def _load_function(path: str) -> Callable[..., torch.Tensor]:
         ) from error
     if not callable(function):
         raise ValueError(f"weighting {path!r} is a {type(function).__name__}, not a function")
-    if not (_takes(function, 1) or _takes(function, 2)):
+    takes_batch = _takes(function, 1)
+    if not (takes_batch or _takes(function, 2)):
         raise ValueError(
             f"weighting {path!r} must take one argument, a TokenBatch with the fields "
             "cross_entropy, entropy, target, mask, ..., or two, cross entropy and entropy, got "
-            f"{function.__name__}{signature(function)}"
+            f"{name}{signature(function)}"
         )
-    return function  # type: ignore[no-any-return]
+    return takes_batch
+
+
+# A compiled graph burns the answer in: torch.compile can follow neither imports nor signatures.
+_takes_batch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
     """Return whether a function can be called with so many arguments by their places."""
-    if torch.compiler.is_compiling():  # which cannot follow a signature
-        code = getattr(function, "__code__", None)
-        return code is None or code.co_argcount == count
     try:
         signature(function).bind(*[None] * count)
     except ValueError:  # one that is written in C tells nothing

@@ -15,6 +15,8 @@ from megatron_infoentropy import (
 )
 from megatron_infoentropy.kernels import ops
 
+CUSTOM = {"objective": "custom"}
+
 
 @pytest.fixture(autouse=True)
 def compiler_is_on():
@@ -23,8 +25,12 @@ def compiler_is_on():
     assert not torch._dynamo.config.disable
 
 
-def surprise(tokens):
-    return (tokens.cross_entropy - tokens.entropy).square()
+def surprise(tokens, power=2):
+    return (tokens.cross_entropy - tokens.entropy) ** power
+
+
+def surprise_of_two(cross_entropy, entropy, power=2):
+    return (cross_entropy - entropy) ** power
 
 
 def difference(cross_entropy, entropy):
@@ -65,9 +71,10 @@ def compare_compiled(logits, target, config, engine, group=None, dynamic=None):
         ({}, torch.float32, "reference"),
         ({"detach_weight": False, "gamma": 2.0}, torch.float32, "native"),
         ({"label_smoothing": 0.1, "softcap": 5.0}, torch.float32, "native"),
-        ({"objective": "custom", "weighting": "test_compile:surprise"}, torch.float32, "native"),
+        (CUSTOM | {"weighting": "test_compile:surprise"}, torch.float32, "native"),
+        (CUSTOM | {"weighting": "test_compile:surprise_of_two"}, torch.float32, "native"),
     ],
-    ids=["no configuration", "bf16", "reference", "attached", "smoothed", "custom"],
+    ids=["no configuration", "bf16", "reference", "attached", "smoothed", "custom", "of two"],
 )
 def test_a_full_graph_gives_the_same(settings, dtype, backend):
     logits, target = random_case(dtype=dtype)
