@@ -64,7 +64,8 @@ class TrainingLog:
 
     @property
     def last_iteration(self) -> int:
-        return max(self.training, default=0)
+        """Return the last step that a line tells of: a validation may follow unlogged ones."""
+        return max((*self.training, *self.validation), default=0)
 
 
 def parse_line(line: str) -> LogLine | None:

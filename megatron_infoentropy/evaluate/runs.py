@@ -68,15 +68,21 @@ def in_words(stages: list[Stage]) -> str:
     return " then ".join(words)
 
 
+_SPELLED = {
+    **{"infoentropy": "InfoEntropy", "lin_focal": "linear focal", "entrodrop": "EntroDrop"},
+    **{name: name.upper() for name in ("eaft", "dft", "deft", "eslm")},
+}
+
+
 def objective_in_words(loss: InfoEntropyConfig) -> str:
     """Name the objective and every setting that is not the published one; `loss` is effective."""
     heads = ", of prediction heads too" if loss.mtp_loss == "weighted" else ""
     if loss.objective == "cross_entropy":
         return f"cross entropy{heads}"
-    label = {"infoentropy": "InfoEntropy"}.get(loss.objective, str(loss.objective))
+    label = _SPELLED.get(loss.objective, str(loss.objective))
     if loss.weighting:
         label += f" {loss.weighting}"
-    elif loss.objective != "eslm":
+    elif loss.objective not in ("eslm", "deft"):
         label += f" {GAMMA}={loss.gamma:g}"
     if loss.objective in ("eslm", "entrodrop"):
         label += f" quantile {loss.quantile:g}"

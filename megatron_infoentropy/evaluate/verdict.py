@@ -1,7 +1,5 @@
 """What the numbers show, in plain words, and what limits them. Every sentence is computed."""
 
-import math
-
 from megatron_infoentropy.evaluate.comparison import NOT_EVALUATED, Comparison, Difference
 from megatron_infoentropy.evaluate.groups import Group, repeats
 from megatron_infoentropy.evaluate.runs import Run
@@ -11,6 +9,7 @@ from megatron_infoentropy.evaluate.wording import (
     listed,
     nats,
     plural,
+    relative,
     sentence,
     signed,
 )
@@ -242,7 +241,7 @@ def _how_sure(made: list[Comparison]) -> tuple[str, str]:
         each = "task" if row.kind == "task" else "setting"
         size = f"True differences of {low} to {high} {unit_of(row)}, by {each},"
     elif row.kind == "total":
-        size += f" ({100 * math.expm1(sizes[0]):.2g}{PERCENT} of perplexity)"
+        size += f" ({relative(sizes[0]).lstrip('+')} of perplexity)"
     kinds = {row.kind for c in made if c.has_several_seeds for row in c.rows if _is_part(row)}
     return (
         f"{size} would have shown.",
@@ -291,8 +290,8 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
     sentences = [_size(runs)]
     if max(int(run.info["parameters"]) for run in runs) < _SMALLEST_IN_PAPER:
         sentences[0] += (
-            " The paper reports its gains at 468M to 6.7B parameters; at this size the effect is "
-            "likely below what a seed changes."
+            " The paper reports its gains at 468M to 6.7B parameters; what a smaller model shows, "
+            "or does not, need not hold there."
         )
     sentences += _tests_sentences(comparisons)
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):

@@ -7,12 +7,17 @@ import math
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 def nats(value: float | None) -> str:
-    """Write nats per token with four decimals."""
-    return NOTHING if value is None else f"{value:.4f}"
+    """Write nats per token with four decimals, from 10 on with two."""
+    return NOTHING if value is None else f"{value:.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    return 4 if abs(value) < 10 else 2
 
 
 def p_value(value: float | None) -> str:
@@ -26,13 +31,15 @@ def p_value(value: float | None) -> str:
 
 def signed(value: float | None) -> str:
     """Write a difference in nats with its sign; a true minus, so that columns align."""
-    return NOTHING if value is None else f"{value:+.4f}".replace("-", MINUS)
+    return NOTHING if value is None else f"{value:+.{_decimals(value)}f}".replace("-", MINUS)
 
 
 def perplexity(value: float | None) -> str:
-    """Write four digits, or all digits before the point where there are more."""
+    """Write four digits; from 1000 on all before the point, from a million on three."""
     if value is None:
         return NOTHING
+    if value >= 1e6:
+        return compact(value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
@@ -43,7 +50,7 @@ def count(value: int) -> str:
 
 def compact(value: float) -> str:
     """Write a count in three digits, as 3.21M."""
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
@@ -60,7 +67,11 @@ def listed(names: list[str]) -> str:
 
 
 def relative(difference: float) -> str:
-    """Write what a difference in nats means for the perplexity, in percent."""
+    """Write what a difference in nats means for the perplexity: in percent, or how many times."""
+    if difference > math.log(1e15):
+        return f"{TIMES} e^{difference:.0f}"
+    if difference > math.log(10):
+        return f"{TIMES} {compact(math.exp(difference))}"
     return f"{100 * math.expm1(difference):+.2f}{PERCENT}".replace("-", MINUS)
 
 

@@ -149,7 +149,7 @@ def test_the_answers_say_whether_it_helped_and_on_what(tmp_path, shift, helped, 
             f"rare tokens by {abs(rows['bucket', 'low']['difference']):.4f}" in (answers[1]["more"])
         )
     assert "the second in at most 15" in answers[2]["more"], "buckets, difficulty, domains"
-    assert "likely below what a seed changes" in data["verdict"]["limits"][0]
+    assert "need not hold there" in data["verdict"]["limits"][0]
 
 
 def test_settings_are_counted_and_one_far_off_does_not_hide_the_others(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from example_runs import write_run, write_runs
 from matplotlib.figure import Figure
 
-from megatron_infoentropy.evaluate import plots
+from megatron_infoentropy.evaluate import plots, wording
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
@@ -46,6 +46,24 @@ def page(folder) -> str:
 @pytest.fixture(scope="module")
 def data(folder) -> dict:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "words"),
+    [
+        (wording.nats, 0.01534, "0.0153"),
+        (wording.nats, 16.5314, "16.53"),
+        (wording.signed, -16.5314, "\N{MINUS SIGN}16.53"),
+        (wording.perplexity, 83.14, "83.14"),
+        (wording.perplexity, 9_584.4, "9,584"),
+        (wording.perplexity, 8_181_254_191.0, "8.18B"),
+        (wording.relative, 0.0134, "+1.35\N{NO-BREAK SPACE}%"),
+        (wording.relative, 16.5314, "\N{MULTIPLICATION SIGN} 15.1M"),
+        (wording.relative, 800.0, "\N{MULTIPLICATION SIGN} e^800"),
+    ],
+)
+def test_numbers_of_a_model_that_has_diverged_can_be_read_too(write, value, words):
+    assert write(value) == words
 
 
 def test_every_figure_is_a_file_of_its_own_with_its_numbers(folder, page, data):

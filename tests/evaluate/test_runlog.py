@@ -45,6 +45,11 @@ def test_an_observation_line_gives_percentiles_of_entropies_and_weights():
     assert list(log.training) == [10]
 
 
+def test_the_last_step_is_known_by_its_validation_where_it_is_not_logged():
+    assert parse_log([TRAINING]).last_iteration == 10
+    assert parse_log([TRAINING, VALIDATION.replace("50", "16")]).last_iteration == 16
+
+
 def test_a_training_line_gives_every_number_by_name():
     line = parse_line(TRAINING)
     assert (line.kind, line.iteration, line.train_iters) == ("training", 10, 100)
@@ -97,7 +102,7 @@ def test_numbers_of_two_ranks_in_one_are_left_out():
 def test_a_log_is_collected_and_a_resumed_iteration_counts_once():
     log = parse_log(LOG.splitlines())
     assert log.train_iters == 100
-    assert log.last_iteration == 20
+    assert log.last_iteration == 100, "validated, not logged"
     assert [values["cross entropy"] for values in log.training.values()] == [8.9, 7.5]
     assert [i for i, values in log.training.items() if "objective" in values] == [10]
     assert {i: v["cross entropy"] for i, v in log.validation.items()} == {50: 7.1, 100: 6.5}
