@@ -74,12 +74,22 @@ prepare() { # packages, the extension, what a GPU must show; then who measures w
 root = pathlib.Path(importlib.util.find_spec('torch').origin).parents[1]
 print(*(f for p in ('nccl', 'cu13', 'cudnn') for f in root.glob(f'nvidia/{p}/lib')), sep=':')")
   export LD_LIBRARY_PATH
-  local there="from megatron_infoentropy.kernels import cuda; assert hasattr(cuda._C, 'cuda_shard_statistics')"
   if [ $dry = 0 ] && sha256sum --check --quiet $pack/sources 2>/dev/null; then
     cp $pack/_C*.so megatron_infoentropy/
   fi
-  "$python" -c "$there" 2>/dev/null || # none was carried, or it does not load here
-    step extension 240 env INFOENTROPY_REQUIRE_CUDA=$((1 - dry)) "$python" setup.py build_ext --inplace || return 1
+  # One start tells both whether the extension loads here (else 3) and the facts of every row.
+  local lines code=0 tell="import csv, sys
+try: from megatron_infoentropy.kernels.cuda import _C; _C.cuda_shard_statistics
+except (ImportError, AttributeError): sys.exit(3)
+from megatron_infoentropy.bench.results import provenance
+facts = provenance(); csv.writer(sys.stdout, lineterminator='\n').writerows([facts, facts.values()])"
+  lines=$("$python" -c "$tell") || code=$?
+  if [ $code = 3 ]; then # none was carried, or it does not load here
+    step extension 240 env INFOENTROPY_REQUIRE_CUDA=$((1 - dry)) "$python" setup.py build_ext --inplace &&
+      lines=$("$python" -c "$tell")
+    code=$?
+  fi
+  [ $code = 0 ] || return 1
   [ $dry = 1 ] || step versions 90 "$python" -c "import torch, triton, megatron.core as core
 from megatron_infoentropy.kernels import unavailable
 assert torch.cuda.is_available(), 'torch sees no GPU'
@@ -87,9 +97,6 @@ reasons = unavailable(torch.device('cuda'), torch.bfloat16)
 assert reasons['triton'] is reasons['cuda'] is None, reasons
 import transformer_engine.pytorch, liger_kernel  # absent, they would only be listed as such
 print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, core.__version__)" || return 1
-  local lines
-  lines=$("$python" -c "import csv, sys; from megatron_infoentropy.bench.results import provenance
-facts = provenance(); csv.writer(sys.stdout, lineterminator='\n').writerows([facts, facts.values()])") || return 1
   facts=${lines#*$'\n'}
   [ -e "$out/steps.csv" ] || echo "step,outcome,seconds,${lines%%$'\n'*}" >"$out/steps.csv"
   parallel=()
