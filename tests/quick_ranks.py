@@ -1,10 +1,11 @@
-"""A python for torchrun's ranks that need not import Megatron: forks of a server that has.
+"""A python whose modules need not import torch or Megatron: forks of a server that has.
 
 torchrun starts a rank as `$PYTHON_EXEC -u -m MODULE FLAGS`. Here that is a small program (`client`)
 which has the server fork: the fork takes over its environment, folder, output, namespaces (the
 machine it runs on) and signals, and runs the module as __main__. The client passes signals on and
 ends as the fork does; if it is killed, so is the fork. Everything else (torchrun, rendezvous,
-scripts) is real.
+scripts) is real. As `sys.executable` it starts whatever `python -m` does so, torchrun too; all
+else is real Python's.
 
 `launch.serve_ranks` starts the server; this file run as a program is the client.
 """
@@ -27,6 +28,9 @@ SPACES = {
 
 
 def client() -> None:
+    words = [word for word in sys.argv[1:3] if word not in ("-u", "-P")]
+    if words[:1] != ["-m"]:
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ["QUICK_RANKS"])
     ignored = [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN]

@@ -2,6 +2,7 @@
 training that runs, narrow and shallow, on a CPU."""
 
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -183,7 +184,10 @@ def test_a_dry_run_counts_another_layout_at_another_size():
     assert "64 ranks: tensor 2 x pipeline 1 x data 32" in "\n".join(report(args))
 
 
-def test_a_dry_run_refuses_what_a_training_would_in_its_words():
+def test_a_dry_run_refuses_what_a_training_would_in_its_words(quick_ranks, monkeypatch):
+    for name, value in quick_ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", quick_ranks["PYTHON_EXEC"])
     with pytest.raises(ValueError, match="unrecognized arguments: --num-layer 3"):
         dry_run(PAPER / "468m.yaml", {}, ("--num-layer", "3"))
 
