@@ -20,6 +20,7 @@ TRAINING = [
     *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),  # no padding at TP2
     *("--micro-batch-size=2", "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"),
 ]
+GPT = ("tp2", "ours", 1)
 HEADS = ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"]
 FEATURES = {
     "tp2": ["--tensor-model-parallel-size=2"],
@@ -47,14 +48,22 @@ def losses(mode, flags, folder, name="run", ranks=2):
 
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
-    """A function from (feature, mode, gamma) to the run's losses and tokens; runs are kept."""
+    """A function from (feature, mode, gamma) to the run's losses, tokens and folder; it keeps runs.
+
+    GPT saves every other step, for others to go on from.
+    """
 
     @functools.cache
     def run(feature, mode, gamma):
+        if (feature, mode) == ("mtp-weighted", "megatron"):
+            return run("mtp", mode, gamma)  # what is weighted is ours
+        folder = tmp_path_factory.mktemp(feature)
         flags = [*FEATURES[feature], f"--infoentropy-gamma={gamma}"]
-        found, tokens = losses(mode, flags, tmp_path_factory.mktemp(feature))
+        if (feature, mode, gamma) == GPT:
+            flags += ["--ckpt-format=torch_dist", f"--save={folder}/save", "--save-interval=2"]
+        found, tokens = losses(mode, flags, folder)
         assert found[-1] < 0.98 * found[0], "the run did not learn, so equality shows little"
-        return found, tokens
+        return found, tokens, folder
 
     return run
 
@@ -64,8 +73,8 @@ def curve(tmp_path_factory):
     [*((name, "ours") for name in FEATURES), ("tp2", "dropin"), ("pp2", "dropin")],
 )
 def test_with_gamma_zero_all_losses_are_as_megatron_has_them(curve, feature, mode):
-    theirs, their_tokens = curve(feature, "megatron", 0)
-    mine, my_tokens = curve(feature, mode, 0)
+    theirs, their_tokens, _ = curve(feature, "megatron", 0)
+    mine, my_tokens, _ = curve(feature, mode, 0)
     assert mine == pytest.approx(theirs, rel=2e-6)
     assert my_tokens == their_tokens
 
@@ -118,18 +127,10 @@ def test_a_resumed_run_goes_on_bit_for_bit_its_schedule_too(tmp_path):
     assert first + second == whole
 
 
-@pytest.fixture(scope="module")
-def gpt(tmp_path_factory):
-    """A GPT's training at TP2: its folder of checkpoints, of every other step, and its losses."""
-    folder = tmp_path_factory.mktemp("gpt")
-    save = ["--ckpt-format=torch_dist", f"--save={folder}/save", "--save-interval=2"]
-    return folder / "save", losses("ours", [*FEATURES["tp2"], *save], folder)[0]
-
-
-def test_a_gpt_is_resumed_as_a_hybrid_and_that_in_another_layout(gpt, tmp_path):
+def test_a_gpt_is_resumed_as_a_hybrid_and_that_in_another_layout(curve, tmp_path):
     """Its optimizer too: the rest of the curve is the GPT's."""
-    checkpoints, whole = gpt
-    from_step_2 = [f"--load={checkpoints}", "--ckpt-step=2", "--exit-interval=4"]
+    whole, _, gpt = curve(*GPT)
+    from_step_2 = [f"--load={gpt}/save", "--ckpt-step=2", "--exit-interval=4"]
     save = ["--ckpt-format=torch_dist", f"--save={tmp_path}/save", "--save-interval=2"]
     tensor = [*FEATURES["tp2"], HYBRID, *from_step_2, *save]
     first, _ = losses("ours", tensor, tmp_path, "first")
@@ -139,9 +140,9 @@ def test_a_gpt_is_resumed_as_a_hybrid_and_that_in_another_layout(gpt, tmp_path):
     assert first + second == pytest.approx(whole[-len(first + second) :], rel=2e-6)
 
 
-def test_a_hybrid_starts_from_a_gpt_with_the_same_validation_loss(gpt, tmp_path):
-    checkpoints, _ = gpt
-    flags = [*FEATURES["tp2"], f"--pretrained-checkpoint={checkpoints}", "--no-load-optim"]
+def test_a_hybrid_starts_from_a_gpt_with_the_same_validation_loss(curve, tmp_path):
+    gpt = curve(*GPT)[2]
+    flags = [*FEATURES["tp2"], f"--pretrained-checkpoint={gpt}/save", "--no-load-optim"]
     flags += ["--lr=0", "--min-lr=0", "--train-iters=1", "--eval-iters=4", "--eval-interval=1"]
     said = {}
     for kind in ([], [HYBRID]):
