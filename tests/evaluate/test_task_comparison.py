@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from example_answers import write_answers
 from example_runs import write_run
-from scipy import stats
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app
@@ -66,6 +65,8 @@ def test_an_effect_is_shown_on_tasks_and_their_mean_and_none_where_there_is_none
 
 def test_the_difference_and_its_interval_are_those_of_the_paired_t_test_over_tasks(made, asked):
     """Seeds that differ by nothing but their number leave the spread over tasks: Student's t."""
+    from scipy.stats import ttest_1samp  # here: each of the tests' processes imports every file
+
     values = np.array([
         [np.mean(np.divide(r.items.bits, r.items.bytes)) for r in load_results(Path(name)).values()]
         for name in asked
@@ -76,7 +77,7 @@ def test_the_difference_and_its_interval_are_those_of_the_paired_t_test_over_tas
     gaps = np.random.default_rng(0).normal(0.02, 0.05, 9)
     sums = Sums(np.ones((9, 1)), np.stack([1 + gaps, np.ones(9)])[:, :, None])
     (one,) = estimate_differences(sums, [0], [1], paired=True)
-    low, high = stats.ttest_1samp(gaps, 0).confidence_interval()
+    low, high = ttest_1samp(gaps, 0).confidence_interval()
     assert (one.low, one.high) == pytest.approx((low, high), abs=0.15 * (high - low))
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from launch import TINY_MODEL, run_forked, run_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 from megatron_infoentropy import TokenStatistics
 from megatron_infoentropy.integration.observe import Histogram, TokenObserver
@@ -186,10 +185,12 @@ def read_tensorboard(folder):
 
 def read_wandb(folder):
     """The same of W&B's offline file: protocol buffers in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record  # here: every process imports every file
+
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     scalars, histograms = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
     for text in log_records(path.read_bytes()[WANDB_HEADER:]):
-        record = wandb_internal_pb2.Record.FromString(text)
+        record = Record.FromString(text)
         for item in record.history.item:
             step, (name, *part) = record.history.step.num, item.nested_key
             value = json.loads(item.value_json)
