@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_infoentropy.bench.results import file_name, provenance, write_csv
+from megatron_infoentropy.bench.results import file_to_write, provenance, write_csv
 from megatron_infoentropy.bench.table import number, table_of, with_range
 from megatron_infoentropy.bench.timing import median_difference, spread
 from megatron_infoentropy.config import InfoEntropyConfig
@@ -138,8 +138,7 @@ def bench_recipe(
     shutil.rmtree(folder)
     rows = rows_of(recipe.stem, parameters, results)
     if output:
-        named = file_name(facts, f"recipe_{recipe.stem}")
-        write_csv(rows, facts, output / named if output.is_dir() else output)
+        write_csv(rows, facts, file_to_write(output, facts, f"recipe_{recipe.stem}"))
     return rows
 
 

@@ -46,6 +46,12 @@ def provenance() -> dict[str, str]:
     }
 
 
+def file_to_write(output: Path, facts: dict[str, str], what: str = "bench") -> Path:
+    """Return `output`, or, where that is a folder or a new name without an ending, a file in it."""
+    is_folder = output.is_dir() or not (output.suffix or output.exists())
+    return output / file_name(facts, what) if is_folder else output
+
+
 def file_name(facts: dict[str, str], what: str = "bench") -> str:
     """<what>_<device>_<yyyymm>.csv: "cpu", or the GPU's model."""
     words = re.findall(r"[a-z0-9]+", facts["device"].lower())

@@ -51,7 +51,7 @@ def bench(
     """
     end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     facts = results.provenance() if output else {}  # refuses before the work, not after it
-    path = output / results.file_name(facts) if output and output.is_dir() else output
+    path = results.file_to_write(output, facts) if output else None
     rows = _measured_before(path, facts) if path and minutes is not None else []
     device = find_device()
     for case in cases:

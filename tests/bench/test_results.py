@@ -102,11 +102,12 @@ def test_the_environment_names_the_commit_where_there_is_no_git(tmp_path, monkey
         commit_of_this_tree()
 
 
-def test_a_run_writes_a_file_named_by_device_and_month(tmp_path, monkeypatch, rows):
+@pytest.mark.parametrize("folder", [".", "new"])
+def test_a_run_writes_a_file_named_by_device_and_month(tmp_path, monkeypatch, rows, folder):
     monkeypatch.setenv("INFOENTROPY_COMMIT", "abcdef0")
     monkeypatch.setattr(run, "_measure", lambda case, device, repeats: rows)
-    run.bench([Case(8, 64)], repeats=1, output=tmp_path)
-    (path,) = tmp_path.iterdir()
+    run.bench([Case(8, 64)], repeats=1, output=tmp_path / folder)
+    (path,) = (tmp_path / folder).iterdir()
     assert path.name == file_name(provenance())
     _, facts = read_csv(path)
     assert facts["commit"] == "abcdef0"
