@@ -88,8 +88,9 @@ def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[R
 
 
 def _output_layer(case: Case, hidden: int) -> list[Row]:
+    whole = replace(case, tensor_parallel=1, shard_of=1)  # what is measured, and what its rows say
     chunk_tokens = max(1, min(InfoEntropyConfig().chunk_tokens, case.tokens // 2))
-    return measure_output_layer(case, hidden=hidden, chunk_tokens=chunk_tokens)
+    return measure_output_layer(whole, hidden=hidden, chunk_tokens=chunk_tokens)
 
 
 def _measure(case: Case, device: Device, repeats: int) -> list[Row]:
