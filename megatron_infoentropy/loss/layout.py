@@ -13,6 +13,8 @@ from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 from megatron_infoentropy.loss.collective import Group, warn_of_gathered, world_and_rank
 
+LARGEST = 2.0**126  # softcap or temperature; fp32 has its reciprocal too
+
 
 class Vocabulary(NamedTuple):
     """How `size` entries lie over the ranks of a tensor-parallel group."""
@@ -249,11 +251,11 @@ def make_settings(
         RuntimeError: the named backend cannot run on such logits.
     """
     group, softcap, temperature = arguments.group, arguments.softcap, arguments.temperature
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
+    if softcap is not None and not 1 / LARGEST <= softcap <= LARGEST:
+        raise ValueError(f"softcap must be positive and finite, or None for none, got {softcap}")
     same = 1.0 if isinstance(temperature, torch.Tensor) else float(temperature)
-    if not same > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 1 / LARGEST <= same <= LARGEST:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     asked = arguments.uniform_cross_entropy, arguments.sum_p_squared
     options = Options(float(softcap or 0), same, *asked)
     vocabulary = split_vocabulary(arguments.vocab_size, width, group, arguments.ignore_index)

@@ -192,7 +192,8 @@ def gathered_bytes():
     return sizes
 
 
-@pytest.mark.parametrize("option", [{"softcap": 0.0}, {"softcap": -1.0}, {"temperature": 0.0}])
-def test_arguments_that_mean_nothing_are_refused(option):
-    with pytest.raises(ValueError, match="must be positive"):
-        vocab_parallel_statistics(torch.zeros(1, 3), torch.tensor([0]), **option)
+@pytest.mark.parametrize("name", ["softcap", "temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, 1e39, torch.inf, torch.nan])
+def test_arguments_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+        vocab_parallel_statistics(torch.zeros(1, 3), torch.tensor([0]), **{name: value})
