@@ -13,6 +13,7 @@ CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a fold
 
 
 def doctor(
+    context: typer.Context,
     recipe: Annotated[
         Path | None,
         typer.Argument(help="also check and count this recipe; measure for it if --distributed"),
@@ -46,6 +47,7 @@ def doctor(
     settings = training.parallel_settings(tensor_parallel, pipeline_parallel)
     flags = tuple(megatron_flags or ())
     if not distributed:
+        _refuse_ignored(context)
         is_whole = _say_findings()
         if recipe is not None:
             from megatron_infoentropy.launch.dry_run import dry_run, report
@@ -61,6 +63,15 @@ def doctor(
     order = Order(recipe, settings, flags, data, tokenizer, run, disk, timeout)
     if examine_job(order, out.print):
         raise typer.Exit(1)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Raise ValueError for options that only the look at all ranks obeys."""
+    for name in ("ranks", "data", "run", "disk_gib", "timeout"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for --distributed: add that, or leave {option} out")
 
 
 def _say_findings() -> bool:

@@ -276,6 +276,11 @@ def test_four_ranks_under_torchrun_measure_the_recipe_and_end_well(places, tmp_p
     assert done.stdout.count("over 2 ranks: ") == 3
 
 
+def test_what_only_a_look_at_all_ranks_obeys_is_refused_without_it(tmp_path):
+    result = CliRunner().invoke(app, ["doctor", "--data", str(tmp_path)])
+    assert str(result.exception) == "--data is for --distributed: add that, or leave --data out"
+
+
 def test_a_recipe_is_counted_after_what_was_found_on_the_machine(monkeypatch):
     counted = []
 
