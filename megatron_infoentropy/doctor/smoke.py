@@ -130,20 +130,13 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     """Be one rank of the examination, under torchrun; rank 0 tells it, all return the troubles.
 
     Raises:
-        ValueError: this host has fewer GPUs than ranks.
+        ValueError: this is no rank of torchrun's, or its host has fewer GPUs than ranks.
         RuntimeError: not all ranks came in time.
     """
     import torch
     import torch.distributed as dist
 
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    me = JobRank(*(int(os.environ[name]) for name in names))
-    if torch.cuda.is_available() and me.local_world > torch.cuda.device_count():
-        raise ValueError(
-            f"expected a GPU for every rank on {socket.gethostname()}, got {me.local_world} ranks "
-            f"and {torch.cuda.device_count()} GPUs: start fewer ranks there (--ranks, or "
-            "torchrun's --nproc-per-node)"
-        )
+    me = _rank_here()
     store = _store(me, order.timeout_s)
     arrive(store, me, order.timeout_s)
     facts = look(me, order)
@@ -175,6 +168,26 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     dist.barrier()  # torchrun ends all ranks when one ends with an exit code
     dist.destroy_process_group()
     return said
+
+
+def _rank_here() -> JobRank:
+    import torch
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = {*names, "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        raise ValueError(
+            f"RANK is set, as torchrun does, without {', '.join(sorted(missing))}: start the ranks "
+            "by torchrun, or unset RANK, so that they are started here"
+        )
+    me = JobRank(*(int(os.environ[name]) for name in names))
+    if torch.cuda.is_available() and me.local_world > torch.cuda.device_count():
+        raise ValueError(
+            f"expected a GPU for every rank on {socket.gethostname()}, got {me.local_world} ranks "
+            f"and {torch.cuda.device_count()} GPUs: start fewer ranks there (--ranks, or "
+            "torchrun's --nproc-per-node)"
+        )
+    return me
 
 
 def _store(me: JobRank, timeout_s: int) -> Any:

@@ -176,6 +176,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch, alone):
         smoke.examine_job(Order(disk=0), print)
 
 
+def test_a_rank_of_another_launcher_is_refused(monkeypatch, alone):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="without LOCAL_RANK, LOCAL_WORLD_SIZE: start the ranks"):
+        smoke.examine_job(Order(disk=0), print)
+
+
 def test_nobody_joins_the_others_before_the_recipe_is_planned(monkeypatch, tmp_path, alone):
     """To plan takes a start of Megatron, which can be longer than a rank is waited for."""
     did = []
