@@ -82,6 +82,7 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
     clock, meter = clock_for(device, flush=False), PeakMeter(device)
     step = TurnTakingStep(planned, clock, meter, lambda: int(get_args().curr_iteration), write)
     transformer.finalize_model_grads_func = step.finalize_model_grads
+    container.model.pre_wrap_hooks.append(_measure_product)
     run(container, step)
 
 
@@ -119,6 +120,14 @@ def _precision(args: Any) -> str:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     words: str = name[args.params_dtype]
     return f"FP8 {args.fp8} {args.fp8_recipe}, else {words}" if args.fp8 else words
+
+
+def _measure_product(model: list[Any]) -> list[Any]:
+    """Measure the matrix product before the training, so that its memory is not taken for that."""
+    _matmul_tflops(get_args().params_dtype)
+    if find_device().type == "cuda":
+        torch.cuda.empty_cache()
+    return model
 
 
 @cache
