@@ -7,7 +7,6 @@ entropy, the entropy is exact, and both come from one read of the logits and one
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_infoentropy.config import Backend, Collective
 from megatron_infoentropy.loss import (
@@ -15,10 +14,10 @@ from megatron_infoentropy.loss import (
     linear_vocab_parallel_statistics,
     vocab_parallel_statistics,
 )
+from megatron_infoentropy.loss.collective import Group
 from megatron_infoentropy.loss.layout import leave_out_masked
 
 IGNORED = -100  # the target of tokens that are left out
-Group = dist.ProcessGroup
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 

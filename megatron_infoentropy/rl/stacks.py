@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_infoentropy.loss import vocab_parallel_statistics
-from megatron_infoentropy.rl.logprob import Group, Pair, entropy_alone, logprob_and_entropy
+from megatron_infoentropy.loss.collective import Group
+from megatron_infoentropy.rl.logprob import Pair, entropy_alone, logprob_and_entropy
 
 
 def _megatrons_group() -> Group:
