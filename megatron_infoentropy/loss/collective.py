@@ -182,7 +182,8 @@ def _compare_shards(statistics_RN: torch.Tensor, group: Group | None, world: int
     sums_RN = statistics_RN[: SPREAD + 1].contiguous()
     every = sums_RN.new_empty((world * len(sums_RN), sums_RN.shape[1]))
     dist.all_gather_into_tensor(every, sums_RN, group=group)
-    if every.numel() and torch.equal(every, sums_RN.repeat(world, 1)):
+    # All are 0 where no token takes part: logits that nobody has read.
+    if every.any() and torch.equal(every, sums_RN.repeat(world, 1)):
         warn_of_gathered("all ranks hold equal logits", world)
 
 

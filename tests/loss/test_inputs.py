@@ -211,8 +211,9 @@ def gathered_on_rank(collective, debug):
         for function, name, dim in SHARDED:
             whole = arguments_of(function)
             shard = {**whole, name: whole[name].chunk(2, dim)[dist.get_rank()].contiguous()}
+            unread = {**shard, "target": torch.full_like(shard["target"], -100)}
             options = {"config": config, "group": dist.group.WORLD}
-            for given in (whole, shard):
+            for given in (whole, shard, unread):
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     function(**given, **options, vocab_size=None if debug else V)
@@ -226,9 +227,8 @@ def gathered_on_rank(collective, debug):
 @pytest.mark.parametrize("collective", ["gather", "all_reduce"])
 def test_a_vocabulary_that_was_gathered_is_noticed(collective, debug):
     why = "all ranks hold equal logits" if debug else "each of 2 ranks holds 64 columns"
-    for logits, shard, weight, its_shard in run_ranks(gathered_on_rank, 2, collective, debug):
-        for messages in (logits, weight):
-            (message,) = messages
+    for said in run_ranks(gathered_on_rank, 2, collective, debug):
+        for (message,), shard, unread in (said[:3], said[3:]):  # of logits, of a weight
             assert why in message
             assert "too high by ln(2) = 0.693; pass this rank's own shard, or group=None" in message
-        assert shard == its_shard == []
+            assert shard == unread == []
