@@ -121,6 +121,7 @@ setup(
                 *("csrc/shard_ops_cpu.cpp", "csrc/threads.cpp"),
             ],
             depends=[
+                "csrc/bindings.h",
                 "csrc/shard_ops.h",
                 "csrc/instruction_sets.h",
                 "csrc/meanings.inl",
