@@ -39,6 +39,7 @@ Data = dict[str, Any]
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
 _MOST_POINTS = 400
 _LINE, _HALF_LINE = 66, 28  # characters that fit into a figure's width beside a legend's handle
+_FEW = 4  # lines of a legend that hides no curve
 _LINE_HEIGHT = 0.19  # inches
 _FONT = "system-ui, sans-serif"
 _STYLE: dict[Any, Any] = {
@@ -161,10 +162,10 @@ def named(group: Data) -> str:
 
 
 def legend(axes: Axes, inside: Literal["upper left", "upper right"] | None = None) -> None:
-    """Draw the legend above the panel or, where its lines are short, `inside`; none is cut."""
+    """Draw the legend above the panel or, where it is small, `inside`; none is cut."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels))
-    if inside and longest <= _HALF_LINE:
+    if inside and longest <= _HALF_LINE and len(labels) <= _FEW:
         axes.legend(loc=inside)
         return
     columns = 2 if longest <= _HALF_LINE else 1

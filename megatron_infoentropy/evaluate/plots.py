@@ -10,7 +10,7 @@ from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from megatron_infoentropy.evaluate.figure import (
     DASHES,
@@ -31,10 +31,11 @@ from megatron_infoentropy.evaluate.figure import (
     step_axis,
     thin,
 )
-from megatron_infoentropy.evaluate.wording import MINUS
 
 _MAIN_KINDS = ("total", "bucket", "domain")
-_FAR = 5  # times what is usual
+_FAR = 10  # times what is usual, of differences
+_DIVERGED = 2  # the same, of how far a training curve is above its lowest point
+OFF = " (off the scale)"
 
 Shown = list[tuple[Data, list[Data]]]  # settings and rows of their comparison
 
@@ -49,6 +50,7 @@ def differences_by(data: Data, kind: str) -> Figure | None:
     if not shown:
         return None
     places = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))
+    ends, names = _scale(shown)
 
     def plot(axes: Axes) -> str:
         axes.axhline(0, color=MUTED, linewidth=1)
@@ -56,15 +58,12 @@ def differences_by(data: Data, kind: str) -> Figure | None:
             color = color_of(group)
             shift = 0.5 * (number - (len(shown) - 1) / 2) / len(shown)
             x = [places.index(row["name"]) + shift for row in rows]
-            values = [row["difference"] for row in rows]
-            axes.plot(x[1:], values[1:], "o-", color=color, markersize=4, label=named(group))
-            axes.plot(x[0], values[0], "o", color=color, markersize=4)
+            axes.plot(x[1:], [row["difference"] for row in rows[1:]], color=color)
             for at, row in zip(x, rows, strict=True):
-                if row["low"] is not None:
-                    axes.vlines(at, row["low"], row["high"], color=color, linewidth=1.4)
+                _draw_difference(axes, row, at, color, ends, upright=True)
+            axes.plot([], [], "o-", color=color, markersize=4, label=names[number])
         axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
-        axes.set_ylabel("nats per token\n(below 0: better)")
-        _compress_outliers(axes, [rows for _, rows in shown])
+        axes.set(ylabel="nats per token\n(below 0: better)", ylim=ends)
         axes.set_xlabel(
             "decile of the training occurrences, 1 is the most frequent"
             if kind == "decile"
@@ -76,21 +75,45 @@ def differences_by(data: Data, kind: str) -> Figure | None:
     return draw(f"differences-by-{kind}", plot, *_row_cells(shown))
 
 
-def _compress_outliers(axes: Axes, settings: list[list[Data]]) -> None:
-    """Let the axis be logarithmic beyond what most settings need, if one needs far more."""
-    reaches = [max(abs(row["difference"]) for row in rows) for rows in settings]
-    usual = float(f"{np.median(reaches):.1g}")
-    if not 0 < _FAR * usual < max(reaches):
-        return
-    axes.set_yscale("symlog", linthresh=2 * usual)
-    decades = [d * 10.0**k for k in range(-4, 4) for d in (1, 3)]
-    ticks = [0.0, usual, *(tick for tick in decades if tick > 2 * usual)]
-    axes.yaxis.set_major_locator(
-        FixedLocator(sorted({sign * t for t in ticks for sign in (1, -1)}))
-    )
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
-    axes.set_ylabel(f"{axes.get_ylabel()[:-1]},\nlogarithmic beyond {2 * usual:g})")
+def _scale(shown: Shown) -> tuple[tuple[float, float], list[str]]:
+    """Return the ends of the axis of differences, and the settings' names in the legend.
+
+    Where one setting needs far more than is usual, the axis is what the others need.
+    """
+    reaches = [max(abs(end) for row in rows for end in _ends(row)) for _, rows in shown]
+    are_far = _are_far(reaches, _FAR)
+    near = [rows for (_, rows), is_far in zip(shown, are_far, strict=True) if not is_far]
+    ends = [0.0, *(end for rows in near for row in rows for end in _ends(row))]
+    margin = 0.06 * (max(ends) - min(ends))
+    names = [named(group) + OFF * is_far for (group, _), is_far in zip(shown, are_far, strict=True)]
+    return (min(ends) - margin, max(ends) + margin), names
+
+
+def _ends(row: Data) -> list[float]:
+    ends: list[float] = [
+        row[name] for name in ("difference", "low", "high") if row[name] is not None
+    ]
+    return ends
+
+
+def _are_far(reaches: Sequence[float], times: float) -> list[bool]:
+    """Say which settings reach so many times as far as is usual that they would hide the others."""
+    usual = sorted(reaches)[(len(reaches) - 1) // 2]
+    return [0 < times * usual < reach for reach in reaches]
+
+
+def _draw_difference(
+    axes: Axes, row: Data, place: float, color: str, ends: tuple[float, float], *, upright: bool
+) -> None:
+    """Draw a difference and its interval; of one beyond an end of the axis, an arrow there."""
+    if row["low"] is not None:
+        draw_lines = axes.vlines if upright else axes.hlines
+        draw_lines(place, row["low"], row["high"], color=color, linewidth=1.8)
+    value, (low, high) = row["difference"], ends
+    shown = min(max(value, low), high)
+    marker = "o" if shown == value else ("v^" if upright else "<>")[value > high]
+    point = (place, shown) if upright else (shown, place)
+    axes.plot(*point, marker, color=color, markersize=4.5, clip_on=False)
 
 
 def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
@@ -128,20 +151,20 @@ def _differences(
     shown = _shown(data, comparisons, kinds)
     if not shown:
         return None
-    names = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
+    places = list(dict.fromkeys((row["kind"], row["name"]) for _, rows in shown for row in rows))
+    ends, names = _scale(shown)
 
     def plot(axes: Axes) -> str:
-        step = 0.7 / len(shown)
+        step, middle = 0.7 / len(shown), (len(shown) - 1) / 2
         for number, (group, rows) in enumerate(shown):
             color = color_of(group)
             for row in rows:
-                y = names.index((row["kind"], row["name"]))
-                y_own = y + (number - (len(shown) - 1) / 2) * step
-                _difference(axes, row, y_own, color)
-            axes.plot([], [], "o-", color=color, label=named(group))
+                y = places.index((row["kind"], row["name"])) + step * (number - middle)
+                _draw_difference(axes, row, y, color, ends, upright=False)
+            axes.plot([], [], "o-", color=color, label=names[number])
         axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_yticks(range(len(names)), [short(_place(*name), 24) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(places)), [short(_place(*place), 24) for place in places])
+        axes.set(xlim=ends, ylim=(len(places) - 0.5, -0.5))
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
@@ -151,14 +174,8 @@ def _differences(
             legend(axes)
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
-    height = 1.2 + (0.26 + 0.12 * len(shown)) * len(names)
+    height = 1.2 + (0.26 + 0.12 * len(shown)) * len(places)
     return draw(name, plot, *_row_cells(shown), height=height)
-
-
-def _difference(axes: Axes, row: Data, y: float, color: str) -> None:
-    if row["low"] is not None:
-        axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.2)
-    axes.plot(row["difference"], y, "o", color=color, markersize=5)
 
 
 def _place(kind: str, name: str) -> str:
@@ -281,12 +298,14 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
     if not runs:
         return None
     many = len(runs) > _MOST_NAMED
+    top = _top_after_start([run["training"][series] for run in runs])
 
     def plot(axes: Axes) -> str:
         dashes = {group: cycle(DASHES) for group in range(len(data["groups"]))}
         for run in runs:
             color = color_of(data["groups"][run["group"]])
-            label = "_nolegend_" if many else legend_label(short(run["name"], 30))
+            name = short(run["name"], 30) + _beyond(top, run["training"][series]["values"])
+            label = "_nolegend_" if many else legend_label(name)
             dash = "solid" if many else next(dashes[run["group"]])
             width, alpha = (0.7, 0.5) if many else (1.6, 1.0)
             axes.plot(*thin(run["training"][series]), color=color, linestyle=dash, label=label,
@@ -296,9 +315,8 @@ def training_curves(data: Data, series: str, *, validation: bool) -> Figure | No
                 size = 3.5 if many else 6
                 axes.plot(*points.values(), "o", color=color, markersize=size, markeredgecolor=PAGE)
         if many:
-            _means(axes, data, series)
-        axes.set_ylabel("nats per token")
-        axes.set_ylim(top=_top_after_start([run["training"][series] for run in runs]))
+            _means(axes, data, series, top)
+        axes.set(ylabel="nats per token", ylim=(None, top))
         step_axis(axes)
         legend(axes, "upper right")
         return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
@@ -392,7 +410,12 @@ def _relative(run: Data, name: str, kind: str) -> Data:
     return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}
 
 
-def _means(axes: Axes, data: Data, series: str) -> None:
+def _beyond(top: float | None, values: list[float]) -> str:
+    """Return what the legend adds to a curve that ends beyond the top of the axis."""
+    return OFF if top is not None and values and values[-1] > top else ""
+
+
+def _means(axes: Axes, data: Data, series: str, top: float | None) -> None:
     """Draw the mean over a group's runs, at the steps that all of them logged."""
     for group in data["groups"]:
         every = [data["runs"][index]["training"].get(series) for index in group["runs"]]
@@ -402,13 +425,16 @@ def _means(axes: Axes, data: Data, series: str) -> None:
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [float(np.mean([curve[step] for curve in curves])) for step in steps]
         mean = thin({"iterations": steps, "values": values})
-        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=named(group))
+        label = named(group) + _beyond(top, values)
+        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=label)
 
 
 def _top_after_start(curves: list[Data]) -> float | None:
-    """Return an upper end of the axis that cuts the steep start, so that the end shows."""
+    """Return an upper end of the axis that cuts the steep start and what has diverged."""
     if min(len(curve["values"]) for curve in curves) < _FEWEST_TO_CUT:
         return None
     late = [np.array(curve["values"])[len(curve["values"]) // 20 :] for curve in curves]
-    low, high = min(part.min() for part in late), max(part.max() for part in late)
-    return float(high + 0.05 * (high - low))
+    low = float(min(part.min() for part in late))
+    rises = [float(part.max()) - low for part in late]
+    are_far = _are_far(rises, _DIVERGED)
+    return low + 1.05 * max(r for r, is_far in zip(rises, are_far, strict=True) if not is_far)

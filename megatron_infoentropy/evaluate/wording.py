@@ -13,11 +13,7 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 
 def nats(value: float | None) -> str:
     """Write nats per token with four decimals, from 10 on with two."""
-    return NOTHING if value is None else f"{value:.{_decimals(value)}f}"
-
-
-def _decimals(value: float) -> int:
-    return 4 if abs(value) < 10 else 2
+    return NOTHING if value is None else f"{value:.{4 if value < 10 else 2}f}"
 
 
 def p_value(value: float | None) -> str:
@@ -30,8 +26,10 @@ def p_value(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Write a difference in nats with its sign; a true minus, so that columns align."""
-    return NOTHING if value is None else f"{value:+.{_decimals(value)}f}".replace("-", MINUS)
+    """Write a difference in nats with its sign, from 1 on with two decimals; a true minus."""
+    if value is None:
+        return NOTHING
+    return f"{value:+.{4 if abs(value) < 1 else 2}f}".replace("-", MINUS)
 
 
 def perplexity(value: float | None) -> str:

@@ -189,3 +189,21 @@ def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkey
     monkeypatch.setattr(plots, "draw", draw)
     plots.weights_over_training(report_data([load_run(run) for run in runs]))
     assert tops[0] >= 0
+
+
+def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypatch):
+    runs = write_runs(tmp_path, {"cross_entropy": 0.0, "focal": 0.0, "dft": 0.0}, (1, 2))
+    data = report_data([load_run(run) for run in runs])
+    for run in data["runs"][-2:]:
+        values = run["training"]["cross entropy"]["values"]
+        run["training"]["cross entropy"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda name, plot, *_: drawn.append(plot))
+    plots.training_curves(data, "cross entropy", validation=True)
+    axes = Figure().add_subplot()
+    drawn[0](axes)
+    assert axes.get_ylim()[1] < 10
+    legend = {line.get_label() for line in axes.lines}
+    assert {text for text in legend if text.endswith("(off the scale)")} == (
+        {"dft-1 (off the scale)", "dft-2 (off the scale)"}
+    )
