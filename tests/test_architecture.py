@@ -137,9 +137,9 @@ def test_no_file_is_too_long():
     assert {name: n for name, n in lengths.items() if n > 450} == {}
 
 
-# Walls that are small and have one importer: Python's and the command's way in, a backend, an
-# import that not every version of Megatron has.
-WALLS = {"__main__.py", "cli.py", "kernels/cuda.py", "integration/hybrid.py"}
+# Walls that are small and have one importer: Python's and the command's way in, an import that not
+# every version of Megatron has.
+WALLS = {"__main__.py", "cli.py", "integration/hybrid.py"}
 
 
 def importers() -> dict[str, set[str]]:

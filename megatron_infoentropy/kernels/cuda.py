@@ -8,36 +8,35 @@ A block works on one row. Where there are too few rows to fill the GPU, several 
 one number of tokens to another as long as both are above `2 * multiprocessors`.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
-from megatron_infoentropy.kernels.native import DTYPES, arguments
+from megatron_infoentropy.kernels.native import arguments, why_not_built, why_not_of
 
 _C: Any = None
-try:
+with suppress(ImportError):  # `why_not_built` says why
     from megatron_infoentropy import _C
-except ImportError as error:  # installed without a compiler
-    _BUILD_ERROR = str(error)
 
-OLDEST = (8, 0)  # compute capability
+OLDEST = (8, 0)  # compute capability: bf16, and what was compiled and looked at
 COLUMNS_OF_A_SPLIT = 8192  # at least: what a block reads at once in 16-bit logits
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run, else the reason in a few words."""
-    if _C is None:
-        return f"the C++ extension is not built ({_BUILD_ERROR})"
-    if not hasattr(_C, "cuda_shard_statistics"):
+    if _C is not None and not hasattr(_C, "cuda_shard_statistics"):
         return "the C++ extension was built without CUDA, where there was no nvcc"
+    reason = why_not_built() or why_not_on(device) or why_not_of(dtype)
+    return reason if reason or torch.cuda.is_available() else "there is no GPU here"
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """None where kernels for NVIDIA GPUs, Triton's too, run on logits there, else the reason."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on NVIDIA GPUs and the logits are on {device}"
-    if dtype not in DTYPES:
-        return f"it takes {' or '.join(DTYPES.values())} logits, not {str(dtype)[6:]}"
-    if not torch.cuda.is_available():
-        return "there is no GPU here"
-    if torch.cuda.get_device_capability(device) < OLDEST:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
         return f"it needs compute capability {'.'.join(map(str, OLDEST))} and {device} has less"
     return None
 

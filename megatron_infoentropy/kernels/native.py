@@ -21,21 +21,26 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run, else the reason in a few words."""
-    if _C is None:
-        return f"the C++ extension is not built ({_BUILD_ERROR})"
-    if device.type != "cpu":
-        return f"it runs on the CPU and the logits are on {device}"
-    if dtype not in DTYPES:
-        return f"it takes {' or '.join(DTYPES.values())} logits, not {str(dtype)[6:]}"
-    return None
+    elsewhere = f"it runs on the CPU and the logits are on {device}" if device.type != "cpu" else ""
+    return why_not_built() or elsewhere or why_not_of(dtype)
+
+
+def why_not_built() -> str | None:
+    """None where the C++ extension is there, else the reason."""
+    return None if _C is not None else f"the C++ extension is not built ({_BUILD_ERROR})"
+
+
+def why_not_of(dtype: torch.dtype) -> str | None:
+    """None where compiled kernels take such logits, else the reason."""
+    if dtype in DTYPES:
+        return None
+    return f"it takes {' or '.join(DTYPES.values())} logits, not {str(dtype)[6:]}"
 
 
 def instruction_set() -> str:
     """The vector instructions in use: "avx512", "avx2" or "baseline" (SSE2, NEON)."""
     if _C is None:
-        raise RuntimeError(
-            f"the C++ extension is not built ({_BUILD_ERROR}); `make build` builds it"
-        )
+        raise RuntimeError(f"{why_not_built()}; `make build` builds it")
     return str(_C.instruction_set())
 
 

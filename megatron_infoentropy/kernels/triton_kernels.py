@@ -19,9 +19,9 @@ import os
 import torch
 
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+from megatron_infoentropy.kernels.cuda import why_not_on
+from megatron_infoentropy.kernels.native import why_not_of
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OLDEST = (8, 0)  # compute capability: bf16, and what was compiled and looked at
 LOG2E = 1.4426950408889634
 WARPS = 4
 THREADS = 32 * WARPS
@@ -33,15 +33,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run, else the reason in a few words."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if dtype not in DTYPES:
-        return f"it takes bfloat16, float16 or float32 logits, not {str(dtype)[6:]}"
-    if _is_interpreted():
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on NVIDIA GPUs and the logits are on {device}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
-        return f"it needs compute capability {'.'.join(map(str, OLDEST))} and {device} has less"
-    return None
+    return why_not_of(dtype) or (None if _is_interpreted() else why_not_on(device))
 
 
 def _is_interpreted() -> bool:

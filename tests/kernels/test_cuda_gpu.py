@@ -16,13 +16,13 @@ from test_cuda_emulation import (
     whole,
 )
 
-from megatron_infoentropy.kernels import cuda, reference
+from megatron_infoentropy.kernels import cuda, native, reference
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 5, 270])  # 16 blocks a row, some, one
 @pytest.mark.parametrize(("v", "offset"), [(33, 1), (8193, 3), (131072, 0), (131075, 5)])
 def test_both_functions_equal_float64(v, offset, n, dtype, options):
