@@ -152,8 +152,6 @@ def start_join(
         _compare_shards(statistics_RN, group, world)
     if collective == "all_reduce":
         return lambda: _join_by_sums(statistics_RN, group, columns[rank], options)
-    if collective != "gather":
-        raise ValueError(f"collective must be 'gather' or 'all_reduce', got {collective!r}")
     rows, n = statistics_RN.shape
     # Gathered along the first dimension and viewed: gloo refuses a [T, R, N] output.
     every = statistics_RN.new_empty((world * rows, n))

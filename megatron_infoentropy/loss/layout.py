@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
 from megatron_infoentropy.loss.collective import Group, warn_of_gathered, world_and_rank
 
+COLLECTIVES = get_args(Collective)
 LARGEST = 2.0**126  # softcap or temperature; fp32 has its reciprocal too
 
 
@@ -256,6 +257,9 @@ def make_settings(
     same = 1.0 if isinstance(temperature, torch.Tensor) else float(temperature)
     if not 1 / LARGEST <= same <= LARGEST:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if arguments.collective not in COLLECTIVES:
+        names = " or ".join(map(repr, COLLECTIVES))
+        raise ValueError(f"collective must be {names}, got {arguments.collective!r}")
     asked = arguments.uniform_cross_entropy, arguments.sum_p_squared
     options = Options(float(softcap or 0), same, *asked)
     vocabulary = split_vocabulary(arguments.vocab_size, width, group, arguments.ignore_index)

@@ -194,6 +194,7 @@ def test_memory_is_the_gradient_and_64_bytes_a_token(transposed):
         ),
         ({"vocab_size": 0}, "does not fit"),
         ({"logits": torch.zeros(5, 0)}, "at least one column"),
+        ({"collective": "ring"}, "collective must be 'gather' or 'all_reduce', got 'ring'"),
         ({"backend": "numpy"}, "must be 'auto' or one of .*'native', .*'reference'"),
         ({"logits": torch.zeros(5, 257, dtype=torch.long)}, "floating-point logits"),
     ],
