@@ -3,14 +3,15 @@
 A folder is a run folder, whose objective, set-up and seed are known from run.json, so that runs of
 one setting are put together; or any folder with an evaluation, or with answers to tasks, which is a
 setting of its own.
-Folders joined by commas are the seeds of one setting: by run.json where all have one, otherwise in
-the order of the seeds.
+Folders joined by commas are the seeds of one setting: by run.json where all have one, which also
+gives its name, otherwise in the order of the seeds.
 """
 
 import csv
 import io
 import json
-from dataclasses import asdict, fields
+from collections import Counter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def _groups(names: list[str]) -> list[Group]:
         else:
             groups[name] = _joined(name, folders)
     of_run = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
+    labels = Counter(group.label for group in (*groups.values(), *group_runs(alone)))
+    for name, group in groups.items():
+        if labels[group.label] > 1:  # they differ in more than the objective
+            groups[name] = replace(group, label=name)
     ordered = [groups[name] if name in groups else of_run[parts[name][0]] for name in names]
     return list({id(group): group for group in ordered}.values())
 
@@ -118,9 +123,10 @@ def _joined(name: str, folders: list[Path]) -> Group:
         ValueError: runs of different objectives or set-ups, or two of one seed.
     """
     known = [_evaluated(folder) for folder in folders if _is_run(folder)]
-    _require_one_setting(group_runs(known))
+    settings = group_runs(known)
+    _require_one_setting(settings)
     if len(known) == len(folders):
-        return Group(name, is_baseline=False, runs=known, repeated=[])
+        return Group(settings[0].label, is_baseline=False, runs=known, repeated=[])
     runs = []
     for place, folder in enumerate(folders, start=1):
         tasks, info = load_results(folder), {"name": str(folder), "seed": place}

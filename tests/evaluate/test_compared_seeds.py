@@ -63,6 +63,14 @@ def test_joined_runs_are_paired_by_the_seed_they_were_trained_with(folder, monke
     assert alone.rows == straight.rows
 
 
+def test_joined_runs_are_called_by_their_objective_where_that_tells_them_apart(compared, tmp_path):
+    assert "minus cross entropy, nats per token" in compared("ce-1,ce-2", "ie-1,ie-2")
+    assert "minus cross entropy, nats per token" in compared("ce-1", "ie-1,ie-2")
+    longer = [str(write_run(tmp_path / str(n), seed=n, train_iters=800)) for n in (1, 2)]
+    for baseline in ("ce-1,ce-2", "ce-1"):
+        assert f"\n{','.join(longer)} minus c" in "\n" + compared(baseline, ",".join(longer))
+
+
 def test_joined_runs_of_two_objectives_or_one_seed_are_refused(compared, folder, tmp_path):
     assert "ce-1 and ie-2 are not seeds of one setting: cross entropy" in compared(
         "ce-1,ie-2", "ce-3"
