@@ -7,8 +7,10 @@ for failed ones: a run that was cut goes on.
 import csv
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 # Before torch: by default a thread that waits for the others turns in circles, on a core that
 # another test needs.
@@ -19,6 +21,7 @@ import torch
 from launch import serve_ranks
 
 from megatron_infoentropy.bench.results import provenance
+from megatron_infoentropy.files import work_folder, write_whole
 
 torch.set_num_threads(2)
 HEADS = ("test", "outcome", "seconds")
@@ -66,6 +69,19 @@ def quick_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     """Environment variables with which torchrun's ranks need not import Megatron."""
     with serve_ranks(tmp_path_factory.mktemp("ranks")) as environment:
         yield environment
+
+
+@pytest.fixture
+def let_another_be_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """Have another run make a module's output, a.bin, just before its `work_folder` is locked."""
+
+    @contextmanager
+    def late(output: Path) -> Iterator[Path]:
+        write_whole(output / "a.bin", "other")
+        with work_folder(output) as work:
+            yield work
+
+    return lambda module: monkeypatch.setattr(module, "work_folder", late)
 
 
 def known_tests(path: Path) -> set[str]:

@@ -4,9 +4,9 @@ import errno
 import fcntl
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,7 +15,6 @@ from megatron_infoentropy.files import (
     commit_of,
     new_folder,
     require_space,
-    work_folder,
     write_atomically,
     write_whole,
 )
@@ -70,15 +69,9 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
 
 
 def test_what_another_run_makes_just_before_the_lock_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, let_another_be_first: Callable[[ModuleType], None]
 ) -> None:
-    @contextmanager
-    def late(output: Path) -> Iterator[Path]:
-        write_whole(output / "a.bin", "other")
-        with work_folder(output) as work:
-            yield work
-
-    monkeypatch.setattr(files, "work_folder", late)
+    let_another_be_first(files)
     with pytest.raises(ValueError, match="not empty"):
         make(tmp_path / "out", "new")
     assert (tmp_path / "out" / "a.bin").read_text() == "other"

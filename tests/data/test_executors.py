@@ -3,14 +3,12 @@
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from golden import assert_same_files
-from process_tree import processes_of
+from process_tree import has_ended, processes_of, wait_until
 from text_files import line, write
 from typer.testing import CliRunner
 
@@ -44,20 +42,6 @@ def marks(tmp_path: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     asked: tuple[str, ...], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -73,11 +57,11 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
 
     blocked.unlink()
     killed = start(*asked, *TASKS, "--executor-option", "workers=2")
-    wait_until(lambda: list(folder.glob(".shard-00001*/*")))
+    assert wait_until(lambda: list(folder.glob(".shard-00001*/*")))
     all_of_it = processes_of(killed.pid)
     killed.kill()
     assert len(all_of_it) >= 5  # with datatrove's manager, its pool and what makes the shard
-    wait_until(lambda: not any(map(is_running, all_of_it)))
+    assert all(map(has_ended, all_of_it))
     assert marks(tmp_path) == done
     assert not (folder / blocked.name).exists()  # as it would if it had been left to end
     assert not output.exists()

@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.data.writer import DiskFull
-from megatron_infoentropy.files import work_folder, write_whole
+from megatron_infoentropy.files import work_folder
 
 pytestmark = pytest.mark.usefixtures("small_steps")
 MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
@@ -157,7 +157,10 @@ def test_an_unfinished_run_is_not_mixed_with_another_one(
 
 
 def test_two_runs_do_not_write_the_same_output(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: list[Path],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    let_another_be_first: Callable[[ModuleType], None],
 ) -> None:
     """Nor does one replace what the other made while it got ready."""
     with work_folder(tmp_path / "out"):
@@ -165,13 +168,7 @@ def test_two_runs_do_not_write_the_same_output(
             preprocess(inputs, tokenizer_folder, tmp_path / "out")
         assert (tmp_path / ".out.partial" / "lock").exists()
 
-    @contextmanager
-    def late(output: Path) -> Iterator[Path]:
-        write_whole(output / "a.bin", "other")
-        with work_folder(output) as work:
-            yield work
-
-    monkeypatch.setattr(preprocess_module, "work_folder", late)
+    let_another_be_first(preprocess_module)
     with pytest.raises(ValueError, match="not empty"):
         preprocess(inputs, tokenizer_folder, tmp_path / "out")
     assert (tmp_path / "out" / "a.bin").read_text() == "other"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from process_tree import send_to_all
+from process_tree import has_ended, send_to_all, wait_until
 
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.recipe import written_flags
@@ -74,9 +74,7 @@ sys.exit(1)
 
 
 def wait_for(*paths):
-    deadline = time.monotonic() + 300
-    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: all(path.exists() for path in paths))
 
 
 def started(script, run):
@@ -158,8 +156,8 @@ LEAVES_ITS_RANK = """#!{python} -IS
 import os, pathlib, signal, subprocess, sys, time
 
 def rank():
-    code = "/bin/sleep 5; touch {run}/outlived"
-    subprocess.Popen(["bash", "-c", code], start_new_session=True)
+    rank = subprocess.Popen(["/bin/sleep", "600"], start_new_session=True)
+    pathlib.Path("{run}/rank.pid").write_text(str(rank.pid))
 
 def end(number, frame):
     rank()
@@ -189,8 +187,7 @@ def test_no_rank_outlives_its_torchrun(run, end):
     else:
         code, said = interrupted("node.sh", run, "started")
     assert code == 1, said
-    time.sleep(6)
-    assert not (run / "outlived").exists()
+    assert has_ended(int((run / "rank.pid").read_text()))
 
 
 # The first look for ranks: an order comes, and a rank starts, once it has seen none.
@@ -242,11 +239,8 @@ def test_ranks_whose_words_nobody_reads_any_more_train_on_and_save(run):
     wait_for(run / "started")
     training.stdout.close()
     steps = (run / "node-0.log").read_text().count("a step")
-    deadline = time.monotonic() + 300
-    while (run / "node-0.log").read_text().count("a step") < steps + 3:
-        assert training.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: (run / "node-0.log").read_text().count("a step") >= steps + 3)
+    assert training.poll() is None
     os.kill(int((run / "node-0.pid").read_text()), signal.SIGUSR1)
     assert training.wait(timeout=300) == 0
     assert (run / "saved").exists()

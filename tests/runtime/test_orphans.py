@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from process_tree import has_ended, wait_until
 
 RANK = """
 import multiprocessing, os, time
@@ -107,21 +107,3 @@ def test_a_rank_may_have_another_program_than_torchrun_for_a_parent(is_running, 
     words = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", BEGINS]
     rank = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert rank.stdout == said, rank.stderr
-
-
-def has_ended(pid):
-    return wait_until(lambda: state_of(pid) == "Z")
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
-def state_of(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2]
-    except FileNotFoundError:
-        return "Z"
