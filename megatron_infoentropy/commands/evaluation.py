@@ -268,11 +268,13 @@ def tasks(
 
     Ended by whatever, the same command goes on with the next task.
     """
+    from megatron_infoentropy.evaluate.model import load_hugging_face
     from megatron_infoentropy.tasks.ask import run_tasks
 
     results = run_tasks(
         model,
         output,
+        load_hugging_face,
         suites=tuple(suite or ()),
         tasks=tuple(task or ()),
         shots=shots,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,38 +121,42 @@ class ScoringModel:
 
 
 def hugging_face(folder: Path) -> ModelSource:
-    """Return the model of a Hugging Face folder; nothing is fetched, no code in it is run.
+    """Return the model of a Hugging Face folder, see `load_hugging_face`.
 
     Raises:
-        ValueError: there is no config.json (the name would be looked for on the network); or, when
-            it is loaded, a part of the model that it describes has no weights.
+        ValueError: there is no config.json (the name would be looked for on the network).
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"expected {folder} to be a Hugging Face model folder or a Megatron checkpoint; it "
             "holds no config.json, and neither latest_checkpointed_iteration.txt nor .metadata"
         )
+    return ModelSource("huggingface", folder, partial(load_hugging_face, folder))
 
-    def load(dtype: torch.dtype) -> Any:
-        from transformers import AutoModelForCausalLM
 
-        with _without_progress_bars():
-            network, info = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=dtype,
-                output_loading_info=True,
-            )
-        if missing := sorted(info["missing_keys"]):  # random now, and but for a warning unseen
-            raise ValueError(
-                f"the weights in {folder} lack {len(missing)} tensors of the model that "
-                f"config.json describes, first {missing[0]}; copy the folder again, or export the "
-                "model anew"
-            )
-        return network
+def load_hugging_face(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a causal language model of transformers; nothing is fetched, no code in it is run.
 
-    return ModelSource("huggingface", folder, load)
+    Raises:
+        ValueError: a part of the model that config.json describes has no weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _without_progress_bars():
+        network, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):  # random now, and but for a warning unseen
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} tensors of the model that "
+            f"config.json describes, first {missing[0]}; copy the folder again, or export the "
+            "model anew"
+        )
+    return network
 
 
 def load_model(source: ModelSource, device: torch.device, dtype: str) -> ScoringModel:

@@ -228,11 +228,13 @@ def _evaluate(study: Study, where: Places, folder: Path) -> None:
 
 
 def _ask(tasks: Tasks, folder: Path) -> None:
+    from megatron_infoentropy.evaluate.model import load_hugging_face
     from megatron_infoentropy.tasks.ask import run_tasks
 
     run_tasks(
         folder / "hf",
         folder,
+        load_hugging_face,
         suites=tasks.suites,
         tasks=tasks.names,
         task_folder=tasks.folder,

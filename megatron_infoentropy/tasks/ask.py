@@ -8,8 +8,10 @@ differ from those of that copy, so numbers here compare models with each other, 
 tables. storycloze_2016 is left out: its data are licensed one by one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_infoentropy.progress import progress
 from megatron_infoentropy.tasks.results import FOLDER, TaskResult, TaskResultError, load_result
@@ -75,6 +77,7 @@ class TasksFailed(RuntimeError):
 def run_tasks(
     model: Path,
     output: Path,
+    load: Callable[[Path, Any], Any],
     *,
     suites: tuple[str, ...] = (),
     tasks: tuple[str, ...] = (),
@@ -89,6 +92,7 @@ def run_tasks(
     Args:
         model: folder with config.json, weights and tokenizer; nothing of it is fetched or executed.
         output: results go to `output/tasks/NAME.json`, where the report looks for them.
+        load: takes such a folder and a torch dtype, and returns the model of transformers.
         suites: names of `SUITES`.
         tasks: names of tasks or groups of lm_eval, or of the task folder.
         shots: examples in the prompts of `tasks`; None is each task's own number.
@@ -101,7 +105,8 @@ def run_tasks(
         {question: result} of all that was asked, now or before.
 
     Raises:
-        ValueError: an unknown suite or task, or no model; before anything is asked.
+        ValueError: an unknown suite or task, or a model that is not whole; before anything is
+            asked.
         TasksFailed: with every task that failed, and why.
     """
     questions = questions_of(suites, tasks, shots)
@@ -113,6 +118,7 @@ def run_tasks(
 
     harness = Harness(
         model,
+        load,
         task_folder,
         questions,
         device=device,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,7 @@ class Harness:
     def __init__(
         self,
         model: Path,
+        load: Callable[[Path, torch.dtype], Any],
         folder: Path | None,
         questions: list[Question],
         *,
@@ -53,6 +55,7 @@ class Harness:
         limit: int | None,
     ) -> None:
         self._model, self._folder = model.resolve(), folder.resolve() if folder else None
+        self._load_network = load
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device, self._batch_size, self._limit = device, batch_size, limit
@@ -152,10 +155,9 @@ class Harness:
         if self._network is None:
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
             self._network = HFLM(
-                pretrained=str(self._model),
+                pretrained=self._load_network(self._model, torch.float32).to(self._device),
+                tokenizer=str(self._model),
                 backend="causal",
-                dtype="float32",
-                device=self._device,
                 batch_size=self._batch_size,
                 trust_remote_code=False,
             )

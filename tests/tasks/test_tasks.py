@@ -13,11 +13,17 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from local_tasks import COLOURS, write_answering_model, write_tasks
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_infoentropy.tasks import harness
-from megatron_infoentropy.tasks.ask import SUITES, TasksFailed, questions_of, run_tasks
+from megatron_infoentropy.evaluate.model import load_hugging_face
+from megatron_infoentropy.tasks import ask, harness
+from megatron_infoentropy.tasks.ask import SUITES, TasksFailed, questions_of
 from megatron_infoentropy.tasks.results import TaskResultError, load_results
+
+
+def run_tasks(model, output, **words):
+    return ask.run_tasks(model, output, load_hugging_face, **words)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,17 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, tmp_pa
     monkeypatch.setattr(harness, "TaskManager", without_lm_evals_own)
     with pytest.raises(ValueError, match=r"no task 'colour'; do you mean colours\?"):
         run_tasks(folder / "hf", tmp_path, **words)
+
+
+def test_a_model_that_lacks_weights_is_refused_before_it_is_asked(folder, tmp_path):
+    model, lost = tmp_path / "hf", "model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(folder / "hf", model)
+    weights = load_file(model / "model.safetensors")
+    del weights[lost]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{model} lack 1 tensors of the model .*, first {lost}"):
+        run_tasks(model, tmp_path, tasks=("prose",), task_folder=folder / "mine", device="cpu")
+    assert load_results(tmp_path) == {}
 
 
 def without_lm_evals_own(**options):
