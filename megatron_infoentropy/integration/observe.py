@@ -28,16 +28,18 @@ def announce_size(model: list[Any]) -> list[Any]:
 
     Copies that tensor-parallel ranks or tied pipeline stages hold of one parameter count once.
     """
-    own = sum(
-        parameter.numel()
-        for chunk in model
-        for parameter in chunk.parameters()
-        if param_is_not_tensor_parallel_duplicate(parameter)
-        and not getattr(parameter, "shared", False)
-    )
-    total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total, group=mpu.get_model_parallel_group())
-    print_rank_0(f"model parameters: {total.item()}")
+    tensor_parallel = mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_parallel_group()
+    own = torch.zeros(2, dtype=torch.int64)  # of all ranks, of experts
+    for parameter in (parameter for chunk in model for parameter in chunk.parameters()):
+        if param_is_not_tensor_parallel_duplicate(parameter, *tensor_parallel) and not getattr(
+            parameter, "shared", False
+        ):
+            is_expert = not getattr(parameter, "allreduce", True)
+            own[int(is_expert)] += parameter.numel()
+    dense, experts = own.to(torch.cuda.current_device()).unbind()
+    dist.all_reduce(dense, group=mpu.get_model_parallel_group())
+    dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())
+    print_rank_0(f"model parameters: {int(dense + experts)}")
     return model
 
 
@@ -112,6 +114,7 @@ class TokenObserver:
         self._counts: torch.Tensor | None = None  # float64: entropy bins, weight bins, SUMS
         self._step: torch.Tensor | None = None  # the same of the step that is being computed
         self._last_step = 0
+        self._reported_at = 0.0
         self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
 
     def add(
@@ -153,15 +156,16 @@ class TokenObserver:
             self._counts = counts if self._counts is None else self._counts + counts
         return True
 
-    def report(self, group: Any, seconds: float) -> dict[str, float] | None:
+    def report(self, group: Any, trained: float) -> dict[str, float] | None:
         """Numbers by name, over all ranks of `group`, and a new start; None without tokens here.
 
-        seconds: of training since the report before. Waits for the device.
+        trained: seconds of training up to now. Waits for the device.
         """
         counts, self._counts = self._counts, None
         if counts is None:  # a pipeline stage without the loss
             return None
         dist.all_reduce(counts, group=group)
+        seconds, self._reported_at = trained - self._reported_at, trained
         return self._read(counts.cpu(), seconds)
 
     def _read(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
@@ -258,10 +262,11 @@ def _report(observer: TokenObserver, iteration: int, histogram_interval: int) ->
     )
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    # Megatron's own timer of training steps, which leaves out validation and saving; it starts anew
-    # at every log line.
-    seconds = get_timers()("interval-time").elapsed(reset=False)
-    numbers = observer.report(group, seconds)
+    # Megatron's own timer of training steps, which leaves out validation and saving. All of its
+    # time, not that since the last log line: before that, behind this, an optimizer takes its step.
+    timer = get_timers()("interval-time")
+    timer.elapsed(reset=False)  # brings the next up to date
+    numbers = observer.report(group, timer.active_time())
     if numbers is None:
         return
     numbers |= utilisation(numbers["tokens/s"], get_args())

@@ -1,9 +1,11 @@
 """Percentiles, shares and histograms of entropies and weights: right, over all ranks."""
 
+import io
 import json
 import math
 import re
 from collections import defaultdict
+from contextlib import redirect_stdout
 from itertools import accumulate
 
 import plain_run
@@ -11,10 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import TINY_MODEL, run_forked, run_trainer
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_infoentropy import TokenStatistics
-from megatron_infoentropy.integration.observe import Histogram, TokenObserver
+from megatron_infoentropy.integration.observe import Histogram, TokenObserver, announce_size
 
 WANDB_HEADER, LOG_BLOCK = 7, 32768
 
@@ -65,7 +71,11 @@ def report_on_rank():
     found = observer.report(dist.group.WORLD, 2.0)
     drawn = Recorder()
     observer.draw(drawn, None, 7)
-    assert observer.report(dist.group.WORLD, 1.0) is None  # each report starts anew
+    assert observer.report(dist.group.WORLD, 2.5) is None  # each report starts anew
+    observer.add(*first, torch.tensor([-3.0, 2.0]))
+    observer.end_step(3)
+    later = observer.report(dist.group.WORLD, 5.0)
+    assert later["tokens/s"] == 2 * 150 / 3.0
     return found, drawn.calls
 
 
@@ -125,6 +135,51 @@ def test_a_report_is_over_all_tokens_of_all_ranks():
         for _, values in drawn:
             assert sum(values["bucket_counts"]) == values["num"] == keep.sum()
             assert len(values["bucket_limits"]) == len(values["bucket_counts"])
+
+
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_moe_experts": 4}
+MODEL["add_bias_linear"] = False  # with it experts are not split over tensor-parallel ranks
+LAYOUTS = (
+    {"expert_model_parallel_size": 1},
+    {"expert_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    | {"expert_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+)
+
+
+def sizes_on_rank(is_tied):
+    """What is announced in every layout, and the parameters of the rank."""
+    said, own = io.StringIO(), []
+    for layout in LAYOUTS:
+        parallel_state.initialize_model_parallel(**layout)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        config = TransformerConfig(
+            **MODEL, **layout, use_cpu_initialization=True, pipeline_dtype=torch.float32
+        )
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(num_experts=4),
+            *(64, 8),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=is_tied,
+        )
+        with redirect_stdout(said):
+            announce_size([model])
+        own.append(sum(parameter.numel() for parameter in model.parameters()))
+        parallel_state.destroy_model_parallel()
+    return said.getvalue(), own
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_has_as_many_parameters_in_every_layout(is_tied):
+    (said, own), (silence, _) = run_forked(sizes_on_rank, 2, is_tied)
+    assert said == f"model parameters: {own[0]}\n" * len(LAYOUTS)
+    assert silence == ""
+    assert max(own[1:]) < own[0]  # the others are spread
 
 
 @pytest.fixture(scope="module")
