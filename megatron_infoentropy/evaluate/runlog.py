@@ -85,6 +85,8 @@ def parse_line(line: str) -> LogLine | None:
         return LogLine("validation", int(match["iteration"]), values, split=split, name=name)
     if match := _TRAINING.search(line):
         fields = _fields(match["fields"])
+        if fields.get("number of skipped iterations"):  # a mean over none of the steps is 0 there
+            fields = {name: value for name, value in fields.items() if value}
         return LogLine("training", int(match["iteration"]), fields, int(match["total"]))
     return None
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from megatron_infoentropy.evaluate.runlog import LogLine, parse_line
+from megatron_infoentropy.evaluate.runlog import LogLine, Values, parse_line
 from megatron_infoentropy.files import take_lock
 from megatron_infoentropy.launch.failures import describe, explain, refusal, tail
 from megatron_infoentropy.launch.job import TrainingJob, require_layout
@@ -165,13 +165,22 @@ class Said:
         if LOSS in self.last.values:
             losses.append(f"{LOSS} {self.last.values[LOSS]:.4f}")
         else:
-            losses.append("no token of the last step had a target")
+            losses.append(_without_loss(self.last.values))
         if self.validation and LOSS in self.validation.values:
             at = self.validation
             losses.append(f"of {at.split} data {at.values[LOSS]:.4f} at step {at.iteration:,}")
         end = "stopped after saving at" if self.was_stopped else "trained to"
         told = f": {', '.join(losses)}" if losses else ""
         return f"{end} step {step:,} of {self.last.train_iters:,}{told}"
+
+
+def _without_loss(values: Values) -> str:
+    """Return why a line of the log, of means over an interval's steps, has no cross entropy."""
+    if values.get("number of skipped iterations"):
+        return "Megatron skipped all steps of the last log interval, as their gradients overflowed"
+    if "accuracy" in values:  # which without a token that has a target is not a number either
+        return "the loss became NaN in the last log interval: lower the lr, or look at its data"
+    return "no token of a step in the last log interval had a target"
 
 
 def follow(

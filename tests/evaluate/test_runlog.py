@@ -1,6 +1,7 @@
 """Megatron's console log: what is understood, and what is passed over."""
 
 import math
+import re
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_an_observation_line_gives_percentiles_of_entropies_and_weights():
 def test_the_last_step_is_known_by_its_validation_where_it_is_not_logged():
     assert parse_log([TRAINING]).last_iteration == 10
     assert parse_log([TRAINING, VALIDATION.replace("50", "16")]).last_iteration == 16
+
+
+def test_means_over_steps_that_were_all_skipped_are_no_numbers():
+    skipped = re.sub(r"(entropy|objective|weight): [\d.E+]+", r"\1: 0.000000E+00", TRAINING)
+    skipped = skipped.replace("skipped iterations:   0", "skipped iterations:   1")
+    values = parse_line(skipped).values
+    assert values["number of skipped iterations"] == 1
+    assert {"objective", "cross entropy", "entropy", "weight"}.isdisjoint(values)
 
 
 def test_a_training_line_gives_every_number_by_name():
