@@ -45,6 +45,9 @@ COMPARING = ("eslm", "entrodrop", "custom")
 # Objectives that have no use for gamma.
 WITHOUT_GAMMA = ("deft", "eslm", "custom")
 
+# Fields that say how gamma changes.
+OF_A_SCHEDULE = ("gamma_schedule", "gamma_end", "gamma_samples")
+
 # Fields that say how the loss is computed, not what it is.
 MEANS = ("backend", "collective", "fused_linear", "chunk_tokens", "skip_masked")
 # Fields that change every objective alike, plain cross entropy too.
@@ -263,7 +266,7 @@ class InfoEntropyConfig:
             )
 
     def _check_schedule(self) -> None:
-        if self.gamma_schedule != "constant" and self.objective in ("deft", "eslm"):
+        if self.gamma_schedule != "constant" and self.objective in WITHOUT_GAMMA:
             raise ValueError(
                 f"gamma_schedule={self.gamma_schedule!r} has no effect on "
                 f"objective={self.objective!r}, whose weight has no gamma; leave it out"
@@ -273,22 +276,22 @@ class InfoEntropyConfig:
                 f"gamma_schedule={self.gamma_schedule!r} needs gamma_samples of at least 1, got "
                 f"{self.gamma_samples}: how many samples it takes gamma to become gamma_end"
             )
-        if self.gamma_schedule == "constant" and self.gamma_samples:
-            raise ValueError(
-                f"gamma_samples={self.gamma_samples} has no effect on a constant gamma; set "
-                "gamma_schedule to 'linear' or 'cosine', or leave it out"
-            )
+        for name in ("gamma_samples", "gamma_end"):
+            value = getattr(self, name)
+            if self.gamma_schedule == "constant" and value != getattr(InfoEntropyConfig, name):
+                raise ValueError(
+                    f"{name}={value} has no effect on a constant gamma; set gamma_schedule to "
+                    "'linear' or 'cosine', or leave it out"
+                )
 
     def effective(self) -> "InfoEntropyConfig":
         """The same objective: what has no effect on it, or on its cost alone, at its default."""
         plain = InfoEntropyConfig()
         idle = list(MEANS)
         objective = self.objective
-        if self.gamma_schedule == "constant":
-            idle.append("gamma_end")
-            if not self.is_weighted:
-                objective = "cross_entropy"
-                idle += ["gamma", "blend", "weighting", "normalization", "detach_weight"]
+        if self.gamma_schedule == "constant" and not self.is_weighted:
+            objective = "cross_entropy"
+            idle += ["gamma", "blend", "weighting", "normalization", "detach_weight"]
         if objective not in ("eslm", "entrodrop"):
             idle.append("quantile")
         if objective != "infoentropy":
@@ -361,7 +364,8 @@ class InfoEntropyConfig:
         if self.gamma_schedule == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         gamma = self.gamma + (self.gamma_end - self.gamma) * done
-        return dataclasses.replace(self, gamma=gamma, gamma_schedule="constant", gamma_samples=0)
+        constant = {name: getattr(InfoEntropyConfig, name) for name in OF_A_SCHEDULE}
+        return dataclasses.replace(self, **constant | {"gamma": gamma})
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -39,7 +39,12 @@ from megatron_infoentropy import InfoEntropyConfig
             {"objective": "eslm", "gamma_schedule": "linear", "gamma_samples": 9},
             "'linear' has no effect on objective='eslm', whose weight has no gamma",
         ),
-        ({"gamma_samples": 10}, "no effect on a constant gamma"),
+        (
+            {"objective": "custom", "weighting": "a:b", "gamma_schedule": "linear"},
+            "'linear' has no effect on objective='custom', whose weight has no gamma",
+        ),
+        ({"gamma_samples": 10}, "gamma_samples=10 has no effect on a constant gamma"),
+        ({"gamma_end": 0.5}, "gamma_end=0.5 has no effect on a constant gamma; set gamma_schedule"),
         ({"gamma_samples": 1.5}, "gamma_samples must be an integer"),
         ({"blend": 1.5}, r"blend must be in \[0, 1\]"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),

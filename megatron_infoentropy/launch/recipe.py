@@ -265,7 +265,7 @@ def _value(flag: str, text: str, kind: Any) -> Any:
 def warnings(words: list[str]) -> list[str]:
     """Return sentences about what can be meant, and hardly ever is."""
     loss = read_loss(words)
-    lowest = min(loss.gamma, loss.gamma_end if loss.gamma_schedule != "constant" else loss.gamma)
+    lowest = min(loss.gamma, loss.gamma_end)  # which is positive without a schedule
     if not loss.is_weighted or lowest >= 0:
         return []
     return [

@@ -51,9 +51,12 @@ def test_no_flags_give_the_default_configuration():
     assert config_from_args(parse()) == InfoEntropyConfig()
 
 
-def test_every_field_can_be_set_by_its_flag():
+SCHEDULE = {"gamma_schedule": "cosine", "gamma_end": 0.5, "gamma_samples": 1000}
+
+
+@pytest.mark.parametrize("others", [SCHEDULE, {"objective": "custom", "weighting": "a.b:weight"}])
+def test_every_field_can_be_set_by_its_flag(others):
     given = {
-        "objective": "custom",
         "gamma": 2.5,
         "sigma": 0.5,
         "quantile": 0.25,
@@ -61,11 +64,7 @@ def test_every_field_can_be_set_by_its_flag():
         "detach_weight": False,
         "backend": "reference",
         "collective": "all_reduce",
-        "gamma_schedule": "cosine",
-        "gamma_end": 0.5,
-        "gamma_samples": 1000,
         "blend": 0.25,
-        "weighting": "package.module:weight",
         "label_smoothing": 0.1,
         "z_loss": 1e-4,
         "entropy_bonus": 0.01,
@@ -77,7 +76,10 @@ def test_every_field_can_be_set_by_its_flag():
         "ignore_target": 0,
         "mtp_loss": "weighted",
     }
-    assert given.keys() == {field.name for field in dataclasses.fields(InfoEntropyConfig)}
+    elsewhere = {*SCHEDULE, "objective", "weighting"}
+    names = {field.name for field in dataclasses.fields(InfoEntropyConfig)}
+    assert given.keys() == names - elsewhere
+    given |= others
     words = []
     for name, value in given.items():
         flag = f"infoentropy-{name.replace('_', '-')}"
@@ -271,6 +273,35 @@ def test_the_trainer_says_it_before_the_first_step(tmp_path):
     log = run_trainer(1, plain_run.main, (), [*other, "--override-opt-param-scheduler"], tmp_path)
     warning = log.index("the checkpoint was trained with objective=infoentropy and this run goes")
     assert warning < log.index("iteration        3/       3")
+
+
+def train_without_saying_the_factor():
+    """As a trainer that ignores it."""
+    from megatron_infoentropy.integration import compat
+
+    make = compat.model_config_from_args
+
+    def make_silently(args):
+        model_config = make(args)
+        del args.infoentropy_rope_scaling_factor
+        return model_config
+
+    compat.model_config_from_args = make_silently
+    plain_run.main()
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_a_training_goes_on_from_no_model_of_unknown_rotary_scaling(tmp_path, flag):
+    flags = [
+        *TINY_MODEL,
+        *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),
+        *("--micro-batch-size=2", "--global-batch-size=2", "--lr=1e-3", "--train-iters=1"),
+        *("--ckpt-format=torch_dist", "--use-rope-scaling", "--rope-scaling-factor=32"),
+    ]
+    save = [f"--save={tmp_path}/theirs", "--save-interval=1"]
+    run_trainer(1, train_without_saying_the_factor, (), [*flags, *save], tmp_path)
+    with pytest.raises(AssertionError, match="its trainer does not say that it obeyed"):
+        run_trainer(1, plain_run.main, (), [*flags, f"{flag}={tmp_path}/theirs"], tmp_path)
 
 
 @pytest.mark.parametrize(
