@@ -38,8 +38,9 @@ def prepare() -> tuple[Any, Any]:
         make_hybrid(args)
     arguments.check_megatron_args(args, config)
     print_rank_0(f"objective: {config}")
-    saved = arguments.saved_arguments(args)
-    arguments.check_rope_scaling(saved, args)
+    saved = arguments.saved_arguments(args, "load")
+    start = saved or arguments.saved_arguments(args, "pretrained_checkpoint")
+    arguments.check_rope_scaling(start, args)
     difference = None if saved is None else arguments.other_objective(saved, config)
     if difference is not None:
         print_rank_0(f"WARNING: {difference}")

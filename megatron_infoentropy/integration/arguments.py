@@ -328,12 +328,14 @@ def check_rope_scaling(saved: argparse.Namespace | None, args: argparse.Namespac
     )
 
 
-def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
-    """The arguments in the checkpoint that `--load` names; None where there is none yet."""
-    if not args.load:
+def saved_arguments(
+    args: argparse.Namespace, flag: Literal["load", "pretrained_checkpoint"]
+) -> argparse.Namespace | None:
+    """The arguments in the checkpoint that a flag names; None where there is none yet."""
+    if not getattr(args, flag):
         return None
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     # It changes what it is given, and returns that alone where it finds nothing.
-    found = load_args_from_checkpoint(copy.deepcopy(args))
-    return found[1] if isinstance(found, tuple) else None
+    answer = load_args_from_checkpoint(copy.deepcopy(args), load_arg=flag)
+    return answer[1] if isinstance(answer, tuple) else None

@@ -53,10 +53,16 @@ def checkpoint_flags(words: list[str]) -> CheckpointFlags:
     keep_last = known.infoentropy_keep_last
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"--infoentropy-keep-last must be at least 1, got {keep_last}")
+    save = _local(known.save)
+    if keep_last is not None and known.save and save is None:
+        raise ValueError(
+            f"--infoentropy-keep-last {keep_last} deletes checkpoints in folders alone, and --save "
+            f"is {known.save}: leave it out, and delete them there"
+        )
     return CheckpointFlags(
         load=_local(known.load),
         pretrained=_local(known.pretrained_checkpoint),
-        save=_local(known.save),
+        save=save,
         step=known.ckpt_step or None,
         keep_last=keep_last,
     )

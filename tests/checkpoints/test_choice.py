@@ -190,6 +190,12 @@ def test_the_tracker_of_another_training_is_left_alone(tmp_path, start, flag, ou
     assert (theirs / TRACKER).read_text() == "20"
 
 
+def test_what_is_not_a_folder_is_not_tidied(start):
+    start("--save=mine --infoentropy-keep-last=2")
+    with pytest.raises(ValueError, match="in folders alone, and --save is msc://x: leave it out"):
+        start("--save=msc://x --infoentropy-keep-last=2")
+
+
 def test_the_same_folder_under_another_name_is_ours(tmp_path, start):
     save(ours(tmp_path / "mine", 10), 20, complete=False)
     (tmp_path / "link").symlink_to("mine")
