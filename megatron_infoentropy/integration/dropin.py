@@ -187,7 +187,10 @@ def bound_loss(model: Any) -> "BoundLoss":
 
 @dataclass(eq=False)
 class BoundLoss:
-    """The loss of one model; `training_calls` and `evaluation_calls` count micro-batches."""
+    """The loss of one model; `training_calls` and `evaluation_calls` count micro-batches.
+
+    samples: consumed before this step, for weightings that ask (`TokenBatch`); set it yourself.
+    """
 
     config: InfoEntropyConfig
     vocab_size: int | None
@@ -196,6 +199,7 @@ class BoundLoss:
     inplace_backward: bool
     training_calls: int = 0
     evaluation_calls: int = 0
+    samples: int = 0
     _parameters: list[str] = field(default_factory=list, init=False, repr=False)
     _loss_mask: torch.Tensor | None = field(default=None, init=False, repr=False)
     _has_run: bool = field(default=False, init=False, repr=False)
@@ -259,6 +263,7 @@ class BoundLoss:
             statistics,
             mask,
             target=target,
+            samples=self.samples,
             data_parallel_group=self.data_parallel_group,
         )
         loss, weight = token_loss(statistics, config), token_weight(tokens, config)

@@ -77,6 +77,16 @@ def test_every_objective_is_that_of_the_function(objective):
     assert_within(ours.grad, whole.grad, atol=1e-14)
 
 
+def test_a_weighting_that_asks_for_the_samples_is_told_those_that_were_set():
+    logits, labels = make_case()
+    config = InfoEntropyConfig(objective="entrodrop", gamma=0.5, quantile=0.9)
+    model = use_infoentropy_loss(LanguageModel(), config)
+    for samples in (0, 7):
+        bound_loss(model).samples = samples
+        mean = model.compute_language_model_loss(labels, logits).sum() / (labels != -100).sum()
+        assert_within(mean, infoentropy_loss(logits, labels.T, config, samples=samples), rtol=1e-12)
+
+
 def test_a_wrapped_model_is_bound_inside():
     class Transparent(torch.nn.Module):
         """Like FSDP: hands on what it does not have."""
