@@ -4,6 +4,7 @@ This is Megatron's own `pretrain` with all of Megatron's flags, plus `--infoentr
 without a GPU it runs on the CPU.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -129,13 +130,22 @@ def train() -> None:
 def main() -> None:
     """The command."""
     orphans.leave_none()
+    gc.disable()  # nothing imported is garbage; to look through it all takes a second
     cpu.install()  # before megatron is imported; does nothing where there is a GPU
 
     from megatron_infoentropy.integration.compat import check_trainer, prepare_megatron
 
     check_trainer()  # before anything that only 0.19 has is imported
     prepare_megatron()
-    train()
+
+    import megatron.training  # noqa: F401
+
+    gc.enable()
+    gc.freeze()
+    try:
+        train()
+    finally:
+        gc.unfreeze()  # libraries complain at the end of what was not freed
 
 
 if __name__ == "__mp_main__":  # imported by a process that a rank has spawned

@@ -1,6 +1,7 @@
 """The paper's recipes: accepted by Megatron at their true size, the model that was published, and a
 training that runs, narrow and shallow, on a CPU."""
 
+import gc
 import json
 import sys
 from argparse import Namespace
@@ -10,6 +11,7 @@ import pytest
 from launch import TINY_MODEL, run_trainer
 from probe_recipes import count_traffic, parse, train
 
+from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
 from megatron_infoentropy.launch import parsed
 from megatron_infoentropy.launch.dry_run import (
@@ -197,3 +199,16 @@ def test_parsing_leaves_nothing_behind_even_as_the_only_rank(tmp_path):
     log = run_trainer(1, parsed.main, (), [*words("468m"), *PLAIN, *writers], tmp_path)
     assert parameters(Namespace(**json.loads(log.splitlines()[-1]))) == 468_239_360
     assert [path.name for path in tmp_path.iterdir()] == ["rank0.log"]
+
+
+def write_state_of_garbage(path):
+    gc.unfreeze()
+    pretrain.train = lambda: path.write_text(f"{gc.isenabled()} {gc.get_freeze_count()}")
+    pretrain.main()
+
+
+def test_a_rank_collects_garbage_and_passes_over_what_it_imported(tmp_path):
+    run_trainer(1, write_state_of_garbage, (tmp_path / "state",), [], tmp_path)
+    enabled, frozen = (tmp_path / "state").read_text().split()
+    assert enabled == "True"
+    assert int(frozen) > 100_000
