@@ -7,7 +7,7 @@ for failed ones: a run that was cut goes on.
 import csv
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Outcomes(path))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing imported here becomes garbage, and to look through all of it takes half a second."""
+    gc.disable()
+    collected = yield
+    gc.enable()
+    gc.freeze()
+    return collected
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need GPUs skip, by name, where there are none."""
     for item in items:
@@ -47,6 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         known = known_tests(path)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
         items[:] = [item for item in items if item.nodeid not in known]
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain at the end of what was not freed
 
 
 threads_left = 0  # by the last collection

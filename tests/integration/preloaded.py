@@ -3,11 +3,13 @@
 What Megatron does anew in every process, and no test asks about, is done once or made small.
 """
 
+import gc
 import sys
 from collections import defaultdict
 
 from megatron_infoentropy.runtime import cpu
 
+gc.disable()
 cpu.install()
 
 # Only after the redirections.
@@ -29,3 +31,6 @@ ArgumentGroupFactory._get_field_docstrings = lambda self, owner: defaultdict(str
 
 # Into the output of the process that logs, which is another one than this server's.
 CustomHandler.stream = property(lambda self: sys.stdout, lambda self, stream: None)
+
+gc.enable()
+gc.freeze()  # no rank looks through what is imported
