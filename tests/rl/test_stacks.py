@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from calls import CALLS, our_functions, results, stack_of, their_functions
 from close import assert_within, assert_within_bf16_ulp
-from ranks import run_ranks
+from launch import run_forked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +55,7 @@ def run(world, with_theirs):
 def measured(request):
     """{(whose, call, kind, dtype): (log-probability, entropy, whole gradient)}."""
     there = [stack for stack, folder in peers.FOLDERS.items() if (folder / stack).exists()]
-    ranks = run_ranks(run, request.param, request.param, there)
+    ranks = run_forked(run, request.param, request.param, there)
     return {
         key: (*ranks[0][key][:2], torch.cat([rank[key][2] for rank in ranks], -1))
         for key in ranks[0]

@@ -10,7 +10,7 @@ import rl_numbers as numbers
 import torch
 import torch.distributed as dist
 from close import assert_within
-from ranks import run_ranks
+from launch import run_forked
 
 from megatron_infoentropy.rl import stacks, use_in
 
@@ -148,7 +148,7 @@ def shard():
 
 def test_verls_engine_gives_the_same_with_ours_in_place():
     peers.require("verl")
-    for before, after in run_ranks(in_verl, 2, 2):
+    for before, after in run_forked(in_verl, 2, 2):
         for theirs, ours in zip(before, after, strict=True):
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
@@ -176,7 +176,7 @@ def in_skyrl(world):
 
 def test_skyrls_function_gives_the_same_with_ours_in_place():
     peers.require("skyrl")
-    for rank, (before, after, said) in enumerate(run_ranks(in_skyrl, 2, 2)):
+    for rank, (before, after, said) in enumerate(run_forked(in_skyrl, 2, 2)):
         for theirs, ours in zip(before, after, strict=True):
             assert theirs.shape == (numbers.BATCH, numbers.SEQUENCE - 1)
             assert_within(ours, theirs, rtol=1e-5, atol=1e-5)
