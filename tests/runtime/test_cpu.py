@@ -83,8 +83,11 @@ assert mapping
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no such pages"
 )
-@pytest.mark.parametrize("start", [pytest.param("--version", id="command"), "training"])
-@pytest.mark.parametrize("environment", [{}, CPU_ENVIRONMENT], ids=["plain", "a rank's"])
+@pytest.mark.parametrize(
+    ("start", "environment"),
+    [("--version", {}), ("training", CPU_ENVIRONMENT)],
+    ids=["a command", "a rank"],
+)
 def test_large_tensors_ask_for_huge_pages(
     start: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
