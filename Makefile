@@ -17,12 +17,13 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh runs/demo
 
-# Processes that take a file at a time, since files share what is costly to make. In the order of their
-# names: by number of tests, xdist's way, the files that take longest would come last. A process uses
-# one core, but for waits of minutes for Slurm and ssh, and up to some 3 GiB of memory: three for two
-# cores, and two where there are not 12 GiB.
+# Processes that take a file at a time, since files share what is costly to make. By number of tests,
+# xdist's way, the files that take longest would come last: last is the room whose files are all
+# short. A process uses one core, but for waits of minutes for Slurm and ssh, and up to some 3 GiB of
+# memory: three for two cores, and two where there are not 12 GiB.
 WORKERS := $(shell awk '/^MemAvailable/ && $$2 > 12e6 {more = 1} END {print 2 + more}' /proc/meminfo)
-ASIDE := --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
+ASIDE := --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder \
+  $(wildcard tests/test_*.py) $(filter-out %/__pycache__/ tests/data/,$(wildcard tests/*/)) tests/data
 
 # Tests for GPUs see them, all others run as without one.
 test: $(READY)
