@@ -10,6 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
+from megatron_infoentropy.integration import batch
 from megatron_infoentropy.integration.batch import (
     ConversationDataset,
     Conversations,
@@ -191,6 +192,19 @@ def test_training_takes_another_order_every_epoch_and_validation_that_of_the_fil
     epochs = [seen[:8], seen[8:16], seen[16:]]
     assert len(set(epochs)) == 3
     assert all("".join(sorted(epoch)) == "bcdefghi" for epoch in epochs)
+
+
+def test_the_orders_of_blended_conversations_are_drawn_once(tmp_path):
+    batch._order.cache_clear()
+    blended = []
+    for name, count in (("a", 3), ("b", 4)):
+        (tmp_path / name).mkdir()
+        chats = [chat("hi", "yo")] * count
+        blended.append(conversations_of(tmp_path / name, chats, Split.train, Letters()))
+    for index in range(3):
+        for dataset in blended:
+            dataset[index]
+    assert batch._order.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(
