@@ -24,6 +24,7 @@ from megatron_infoentropy.bench.timing import median_difference, spread
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.launch.job import command_line, require_layout
 from megatron_infoentropy.launch.recipe import (
+    last_value,
     machine_environment,
     read_facts,
     read_loss,
@@ -121,6 +122,7 @@ def bench_recipe(
     layout = read_facts(words)
     if layout["train_iters"] is None:
         raise ValueError("bench-recipe needs a recipe with train-iters, not train-samples")
+    _require_nothing_kept(words)
     _require_known(losses, [*own_losses(read_loss(words)), *FUSIONS])
     ranks = ranks or useful_ranks(layout, device.count if device.type == "cuda" else 1)
     require_layout(ranks, layout)
@@ -152,6 +154,17 @@ def own_losses(config: InfoEntropyConfig) -> dict[str, InfoEntropyConfig]:
 def _name_of(config: InfoEntropyConfig) -> str:
     name = config.objective.replace("_", " ")
     return f"{name}, fused linear" if config.fused_linear else name
+
+
+def _require_nothing_kept(words: list[str]) -> None:
+    """Refuse what would leave the measured steps among a training's checkpoints and curves."""
+    for name in ("save", "load", "tensorboard-dir", "wandb-project"):
+        value = last_value(words, name)
+        if value:
+            raise ValueError(
+                f"bench-recipe loads and keeps nothing, and --{name} {value} would: leave it out "
+                "of the flags, or of a copy of the recipe"
+            )
 
 
 def _require_known(names: tuple[str, ...], known: list[str]) -> None:

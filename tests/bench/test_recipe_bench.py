@@ -1,6 +1,7 @@
 """Turns, parts of a step and rows of `infoentropy bench-recipe`, without Megatron."""
 
 import json
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -208,19 +209,17 @@ def test_data_without_their_tokenizer_are_refused(recipe):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("line", "said"),
     [
-        ({}, "among 'focal, fused linear', 'cross entropy, .*, got 'focal, fused': give --loss a"),
-        ({"train-iters": None}, "needs a recipe with train-iters, not train-samples"),
+        ("iters: 1", "among 'focal, fused linear', 'cross entropy, .*, got 'focal, fused': give"),
+        ("samples: 1", "needs a recipe with train-iters, not train-samples"),
+        ("iters: 1\n  save: runs/a", "keeps nothing, and --save runs/a would: leave it out of th"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_starts(
-    recipe, settings, said, monkeypatch
-):
+def test_what_cannot_be_measured_is_refused_before_anything_starts(recipe, line, said, monkeypatch):
     monkeypatch.setattr(recipe_run, "follow", None)
     flags = ("--infoentropy-objective=focal", "--infoentropy-fused-linear")
-    if settings:
-        recipe.write_text(recipe.read_text().replace("train-iters", "train-samples"))
+    recipe.write_text(recipe.read_text().replace("iters: 1", line))
     with pytest.raises(ValueError, match=said):
         bench_recipe(recipe, {}, flags, losses=("focal, fused", "focal"))
 
@@ -229,7 +228,8 @@ def test_the_ranks_are_told_the_names_of_the_losses_whatever_is_in_them(recipe, 
     told = []
     monkeypatch.setattr(recipe_run, "follow", lambda run, words, environment: told.extend(words))
     flags = ("--infoentropy-objective=focal", "--infoentropy-fused-linear")
-    with pytest.raises(FileNotFoundError):  # there is no log
+    monkeypatch.setattr(tempfile, "tempdir", str(recipe.parent))
+    with pytest.raises(ValueError, match="the training ended before every loss had taken a step"):
         bench_recipe(recipe, {}, flags, losses=OURS)
     place = told.index("megatron_infoentropy.bench.recipe_run")
     assert json.loads(told[place + 3]) == list(OURS)
