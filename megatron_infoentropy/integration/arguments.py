@@ -286,7 +286,10 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
         # their defaults.
         before = {name: getattr(saved, f"{PREFIX}_{name}", None) for name in _defaults(fields)}
         before = _defaults(fields) | {n: v for n, v in before.items() if v is not None}
-        theirs = dataclasses.replace(config, **before)
+        try:
+            theirs = dataclasses.replace(config, **before)
+        except ValueError as error:  # of an earlier version, which took them
+            return f"{whose} settings that are refused now: {error}"
     theirs, ours = theirs.effective(), config.effective()
     if theirs == ours:
         return None

@@ -259,6 +259,13 @@ def test_fields_that_an_earlier_version_did_not_have_had_their_defaults():
     assert other_objective(earlier, InfoEntropyConfig()) is None
 
 
+def test_settings_that_an_earlier_version_took_are_told_of():
+    saved = saved_by(InfoEntropyConfig())
+    saved.infoentropy_gamma_end = 0.5
+    said = other_objective(saved, InfoEntropyConfig())
+    assert said.startswith("the checkpoint was trained with settings that are refused now: gamma_e")
+
+
 def test_the_trainer_says_it_before_the_first_step(tmp_path):
     flags = [
         *TINY_MODEL,
