@@ -138,7 +138,7 @@ def main() -> None:
     check_trainer()  # before anything that only 0.19 has is imported
     prepare_megatron()
 
-    import megatron.training  # noqa: F401
+    from megatron.training import pretrain  # noqa: F401
 
     gc.enable()
     gc.freeze()
