@@ -5,15 +5,20 @@ A run that goes on with another objective than its checkpoint's is told so, both
 
 import argparse
 import dataclasses
+import re
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import plain_run
 import pytest
 from launch import TINY_MODEL, run_trainer
+from megatron.training.arguments import add_megatron_arguments
+from typer.main import get_command
 
 from megatron_infoentropy import InfoEntropyConfig, pretrain
+from megatron_infoentropy.cli import app
 from megatron_infoentropy.integration import arguments
 from megatron_infoentropy.integration.arguments import (
     add_trainer_args,
@@ -86,6 +91,24 @@ def test_every_field_can_be_set_by_its_flag(others):
         switch = {True: [f"--{flag}"], False: [f"--no-{flag}"]}
         words += switch[value] if isinstance(value, bool) else [f"--{flag}", str(value)]
     assert config_from_args(parse(*words)) == InfoEntropyConfig(**given)
+
+
+ELSEWHERE = {  # flags of Slurm, torchrun, llama.cpp and Megatron's preprocess_data.py
+    *("--array", "--batch", "--cpu-bind", "--dependency", "--exclusive", "--requeue", "--signal"),
+    *("--test-only", "--time", "--nproc-per-node", "--standalone", "--model", "--outfile"),
+    "--json-keys",
+}
+
+
+def test_every_flag_that_a_page_names_is_there():
+    parser = add_trainer_args(add_megatron_arguments(argparse.ArgumentParser()))
+    there = {*parser._option_string_actions, *ELSEWHERE}
+    for command in get_command(app).commands.values():
+        for option in command.params:
+            there |= {*option.opts, *option.secondary_opts}
+    for page in (Path(__file__).parents[2] / "docs").rglob("*.md"):
+        named = re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]", page.read_text())
+        assert {*named} <= there, page
 
 
 def test_an_unknown_choice_is_refused_by_the_parser(capsys):
