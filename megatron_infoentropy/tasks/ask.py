@@ -58,11 +58,16 @@ def questions_of(
     """Return what to ask, each question once, suites first.
 
     Raises:
-        ValueError: no suite has such a name, or nothing to ask.
+        ValueError: no suite has such a name, shots that no task would have, or nothing to ask.
     """
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise ValueError(f"there is no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if shots is not None and not tasks:
+        raise ValueError(
+            f"{shots} shots are for tasks that are named one by one, and none is: a suite has its "
+            "own number; leave it out, or name tasks"
+        )
     asked = [question for name in suites for question in SUITES[name]]
     asked += [Question(task, shots) for task in tasks]
     if not asked:

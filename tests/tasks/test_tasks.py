@@ -161,6 +161,8 @@ def test_a_task_without_data_is_named_and_the_others_are_kept(folder, tmp_path):
 def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no suite common; there are commonsense"):
         run_tasks(folder / "hf", tmp_path, suites=("common",))
+    with pytest.raises(ValueError, match="3 shots are for tasks that are named one by one"):
+        run_tasks(folder / "hf", tmp_path, suites=("commonsense",), shots=3)
     with pytest.raises(ValueError, match="nothing to ask"):
         run_tasks(folder / "hf", tmp_path)
     with pytest.raises(ValueError, match="no Hugging Face model folder"):
