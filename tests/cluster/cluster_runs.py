@@ -40,7 +40,7 @@ TIMEOUT_S = 20  # of a collective: longer than a busy machine holds up one of tw
 PATIENCE_S = 200  # less than any default of gloo's, torchrun's or the kernel's
 
 
-def prepared(tokens, run, cluster, *extra, settings=None):
+def prepared(tokens, run, cluster, *extra, settings=None, python=sys.executable):
     """The scripts of a training of a tiny model, in its run folder; endless but for `extra`."""
     endless = ("--train-iters", 100000, "--lr-decay-iters", 100, "--log-interval", 1)
     settings = {"infoentropy-normalization": "global", **(settings or {})}  # the same in any layout
@@ -52,7 +52,7 @@ def prepared(tokens, run, cluster, *extra, settings=None):
         settings,
         extra_flags=(*SMALL, *map(str, (*endless, *extra))),
     )
-    made = prepare(job, replace(cluster, gpus_per_node=0, python=sys.executable), "a test")
+    made = prepare(job, replace(cluster, gpus_per_node=0, python=python), "a test")
     write(made, overwrite=True)
     return made
 
@@ -105,7 +105,8 @@ def text_of(path):
 def undisturbed(tokens, run, ranks, steps, settings=None):
     """The same training on this machine, to its end."""
     cluster = Cluster(ranks_per_node=ranks, max_restarts=0)
-    train(prepared(tokens, run, cluster, "--exit-interval", steps, settings=settings))
+    quick = os.environ.get("PYTHON_EXEC", sys.executable)  # nothing asks how its torchrun starts
+    train(prepared(tokens, run, cluster, "--exit-interval", steps, settings=settings, python=quick))
     return run
 
 
