@@ -6,6 +6,7 @@ and says of a training that failed why, if it can.
 
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -41,6 +42,7 @@ SHOWN = (  # lines of the log with these words
     " tokens: it is cut",  # a conversation
 )
 LOSS = "cross entropy"
+SAVES = re.compile(r"saving checkpoint at iteration +(\d+) ")  # Megatron says it, at the end too
 LOCK = "lock"  # in a run folder; of whoever trains there
 JOB_BEGINS = "== start of job"  # job.slurm says it
 
@@ -138,12 +140,15 @@ class Said:
     """What a training that ended well said of itself."""
 
     was_stopped: bool = False  # by a signal, after a checkpoint
+    saved: int = 0  # the last step that was saved; not all are logged
     last: LogLine | None = None  # of training
     validation: LogLine | None = None  # the last one
 
     def hear(self, line: str) -> LogLine | None:
         """Take note of a line of the log; returns the step that it tells of, if it does."""
         self.was_stopped |= STOPPED in line
+        if saves := SAVES.search(line):
+            self.saved = int(saves[1])
         try:
             parsed = parse_line(line)
         except ValueError:  # what two ranks made of their lines
@@ -158,12 +163,11 @@ class Said:
     def outcome(self) -> str:
         """Return one sentence on what was trained."""
         if self.last is None:
-            return (
-                "no step is in the log: the run has had its train-iters, or log-interval is longer"
-            )
-        step, losses = self.last.iteration, []
+            return "no step is in the log: the run has had its train-iters"
+        step, losses = max(self.last.iteration, self.saved), []
         if LOSS in self.last.values:
-            losses.append(f"{LOSS} {self.last.values[LOSS]:.4f}")
+            where = f" at step {self.last.iteration:,}" if self.last.iteration < step else ""
+            losses.append(f"{LOSS} {self.last.values[LOSS]:.4f}{where}")
         else:
             losses.append(_without_loss(self.last.values))
         if self.validation and LOSS in self.validation.values:

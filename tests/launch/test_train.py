@@ -356,6 +356,10 @@ def test_a_training_ends_with_what_came_of_it(job):
     assert said.outcome() == f"trained to step 2 of 3: {losses}"
     said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({STOPPED!r})"))
     assert said.outcome() == f"stopped after saving at step 2 of 3: {losses}"
+    saves = " [2026] saving checkpoint at iteration       3 to x in torch_dist format"
+    said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({saves!r})"))
+    losses = losses.replace("5.5000", "5.5000 at step 2")
+    assert said.outcome() == f"trained to step 3 of 3: {losses}"
     said = launch.train(job, pretend(job, "pass"))
     assert said.outcome().startswith("no step is in the log: the run has had its train-iters")
 
