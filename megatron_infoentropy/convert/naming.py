@@ -3,9 +3,8 @@
 The first `*` stands for the layer. On Megatron's disk it is either a number
 (`decoder.layers.3.mlp...`) or absent (`decoder.layers.mlp...`): then the tensors of all layers are
 stacked into one, layer first, which is what Megatron writes for models whose layers are all alike.
-The second `*` is the expert's, in
-the same way; `SequentialMLP` and Transformer Engine's grouped layers write the same. A parameter's
-place is the number for each `*` of its name.
+The second `*` is the expert's, in the same way; `SequentialMLP` and Transformer Engine's grouped
+layers write the same. A parameter's place is the number for each `*` of its name.
 
 A HybridModel of attention, then an MLP, again and again has the names of a GPT whose layers are not
 stacked, two layers for one: the halves of layer 3 are decoder.layers.6.self_attention... and

@@ -343,7 +343,7 @@ def _weighted(
 
 
 def reject_bad_loss(loss: torch.Tensor) -> None:
-    """Megatron's own checks of a local loss, but for --no-check-for-nan-in-loss-and-grad."""
+    """Make Megatron's own checks of a local loss, unless --no-check-for-nan-in-loss-and-grad."""
     args, rerun = get_args(), get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
