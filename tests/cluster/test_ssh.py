@@ -90,7 +90,9 @@ def test_ctrl_c_while_ssh_connects_stops_it_once_the_node_can_save(machines, tmp
         os.killpg(training.pid, signal.SIGINT)
     said, _ = training.communicate(timeout=PATIENCE_S)
     assert (training.returncode == 0) == (run.saved == 7), said
-    assert run.started == [] or run.has_saved(0), said
+    # A rank that begins behind the order has nothing to save; it is told of, and ended.
+    ended = "no rank was there that could save one" in said
+    assert run.started == [] or ended or run.has_saved(0), said
 
 
 @pytest.mark.parametrize("side", ["client", "server", "all clients"])
