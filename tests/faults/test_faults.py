@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_costs_no_complete_checkpoint(losses, tmp_path, sma
     assert codes != [0] * RANKS
     check(training, 0, losses)
     reason = explain(training.log(0) + training.log(1))
-    assert reason.startswith("a checkpoint could not be written, most often because its disk is f")
+    assert reason.startswith("a disk is full: make room where the run folder")
     complete = complete_iterations(save)
     assert complete
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
