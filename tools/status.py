@@ -68,7 +68,7 @@ def outcome_of(tests: list[str]) -> str:
     )
     last = done.stdout.strip().splitlines()[-1]
     sys.stderr.write(done.stdout if done.returncode else f"{' '.join(tests)}: {last}\n")
-    return re.sub(r" in [\d.]+s.*", "", last).replace("skipped", "not run")
+    return re.sub(r"(, \d+ warnings?)? in [\d.]+s.*", "", last).replace("skipped", "not run")
 
 
 def features() -> list[dict[str, Any]]:
