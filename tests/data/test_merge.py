@@ -42,9 +42,10 @@ def inputs(tmp_path: Path) -> list[Path]:
 @contextmanager
 def few_open_files() -> Iterator[None]:
     """40 more than now."""
-    before, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 40, before[1]))
+    before, free = resource.getrlimit(resource.RLIMIT_NOFILE), [os.dup(0) for _ in range(40)]
+    for descriptor in free:  # they need not follow each other
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, before[1]))
     try:
         yield
     finally:
