@@ -79,8 +79,9 @@ def _groups(names: list[str]) -> list[Group]:
             alone.append(_evaluated(folders[0]))
         else:
             groups[name] = _joined(name, folders)
-    of_run = {run.folder: g for g in group_runs(alone) for run in (*g.runs, *g.repeated)}
-    labels = Counter(group.label for group in (*groups.values(), *group_runs(alone)))
+    settings = group_runs(alone)
+    of_run = {run.folder: g for g in settings for run in (*g.runs, *g.repeated)}
+    labels = Counter(group.label for group in (*groups.values(), *settings))
     for name, group in groups.items():
         if labels[group.label] > 1:  # they differ in more than the objective
             groups[name] = replace(group, label=name)

@@ -84,7 +84,7 @@ def _scale(shown: Shown) -> tuple[tuple[float, float], list[str]]:
     are_far = _are_far(reaches, _FAR)
     near = [rows for (_, rows), is_far in zip(shown, are_far, strict=True) if not is_far]
     ends = [0.0, *(end for rows in near for row in rows for end in _ends(row))]
-    margin = 0.06 * (max(ends) - min(ends))
+    margin = 0.06 * (max(ends) - min(ends)) or 0.01  # where nothing differs
     names = [named(group) + OFF * is_far for (group, _), is_far in zip(shown, are_far, strict=True)]
     return (min(ends) - margin, max(ends) + margin), names
 

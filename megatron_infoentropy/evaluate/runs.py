@@ -69,8 +69,13 @@ def in_words(stages: list[Stage]) -> str:
 
 
 _SPELLED = {
-    **{"infoentropy": "InfoEntropy", "lin_focal": "linear focal", "entrodrop": "EntroDrop"},
-    **{name: name.upper() for name in ("eaft", "dft", "deft", "eslm")},
+    "infoentropy": "InfoEntropy",
+    "lin_focal": "linear focal",
+    "eaft": "EAFT",
+    "dft": "DFT",
+    "deft": "DEFT",
+    "eslm": "ESLM",
+    "entrodrop": "EntroDrop",
 }
 
 

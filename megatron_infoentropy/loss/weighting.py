@@ -186,6 +186,7 @@ def _takes_batch(path: str) -> bool:
 
 
 # A compiled graph burns the answer in: torch.compile can follow neither imports nor signatures.
+# torch.compiler.assume_constant_result does just this, and imports the whole compiler for it.
 _takes_batch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

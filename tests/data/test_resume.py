@@ -30,6 +30,7 @@ from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.data.writer import DiskFull
 from megatron_infoentropy.files import work_folder
+from megatron_infoentropy.progress import progress
 
 pytestmark = pytest.mark.usefixtures("small_steps")
 MOMENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
@@ -131,8 +132,17 @@ def test_what_is_finished_is_not_read_again(
             read.append((path.name, rest[1].line))
         return read_blocks(path, *rest, **keys)
 
+    shown: list[Any] = []
+
+    def noting_progress(*about: Any) -> Any:
+        shown.append(about)
+        return progress(*about)
+
     monkeypatch.setattr(preprocess_module, "read_blocks", noting)
+    monkeypatch.setattr(preprocess_module, "progress", noting_progress)
     preprocess(inputs, tokenizer_folder, out, workers=2, max_errors=1)
+    sizes = [path.stat().st_size for path in inputs]
+    assert shown == [("preprocess", sum(sizes), "bytes", sizes[0])]
     assert read == [("b.jsonl", saved["line"]), ("c.jsonl.zst", 1)]
     assert saved["line"] > 1
     assert_same_files(out, tmp_path / "expected")

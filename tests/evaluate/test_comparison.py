@@ -247,6 +247,7 @@ def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
         "without a target": {"ignore_target": 0},
         "tenth": {"objective": "eslm"},
         "fifth": {"objective": "eslm", "quantile": 0.2},
+        "without gamma": {"objective": "deft"},
     }
     loaded = [
         load_run(write_run(tmp_path / name, objective="infoentropy", seed=1, loss=full | changes))
@@ -255,6 +256,8 @@ def test_runs_of_another_loss_are_not_seeds_of_one_setting(tmp_path):
     groups = group_runs(loaded)
     assert [len(group.runs) for group in groups] == [1] * len(several)
     assert len({group.label for group in groups}) == len(several)
+    words = [run.objective_label.partition(",")[0] for run in loaded]
+    assert words[-3:] == ["ESLM quantile 0.1", "ESLM quantile 0.2", "DEFT"]
     assert not any(group.is_baseline for group in groups), "a schedule from 0 is not plain"
 
 

@@ -12,6 +12,7 @@ from example_runs import write_run, write_runs
 from matplotlib.figure import Figure
 
 from megatron_infoentropy.evaluate import plots, wording
+from megatron_infoentropy.evaluate.figure import legend
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.tasks.results import Metric, TaskResult
@@ -207,3 +208,20 @@ def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypa
     assert {text for text in legend if text.endswith("(off the scale)")} == (
         {"dft-1 (off the scale)", "dft-2 (off the scale)"}
     )
+
+
+@pytest.mark.parametrize("settings", [4, 5])
+def test_a_legend_that_would_hide_curves_stands_above_the_panel(settings):
+    figure = Figure()
+    axes = figure.add_subplot()
+    for number in range(settings):
+        axes.plot([0, 1], [number, number], label=str(number))
+    legend(axes, "upper right")
+    assert bool(figure.legends) == (settings > 4)
+    assert bool(axes.get_legend()) == (settings <= 4)
+
+
+def test_an_axis_of_no_differences_has_two_ends():
+    row = {"kind": "total", "name": "all tokens", "difference": 0.0, "low": 0.0, "high": 0.0}
+    (low, high), _ = plots._scale([({"letter": "B", "label": "focal"}, [row])])
+    assert low < 0 < high
