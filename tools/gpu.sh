@@ -119,11 +119,11 @@ kernels() { # ten processes, since compiling is what takes time
 }
 
 bench() { # bench NAME OPTIONS...
-  local small=() from
-  [ $dry = 0 ] || small=(--tiny)
+  local grid=headline from
+  [ $dry = 0 ] || grid=tiny
   from=$(($(wc -l <"$log") + 1))
-  step "$1" 110 "$python" -m megatron_infoentropy bench --grid headline --minutes 60 --repeats 10 \
-    --output "$out/$1.csv" "${@:2}" "${small[@]}" && tail -n +"$from" "$log" | tail -n 90
+  step "$1" 110 "$python" -m megatron_infoentropy bench --grid $grid --resume --repeats 10 \
+    --output "$out/$1.csv" "${@:2}" && tail -n +"$from" "$log" | tail -n 90
 }
 
 curves() {

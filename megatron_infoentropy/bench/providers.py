@@ -46,6 +46,7 @@ class Setting:
     case: Case
     device: torch.device
     group: dist.ProcessGroup  # of case.tensor_parallel ranks, also where that is one
+    compiled: bool = True  # whether providers that torch.compile makes take part
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,8 +60,8 @@ class Setting:
 
     def refuse_uncompiled(self) -> None:
         """For providers that torch compiles."""
-        if not self.case.compiled:
-            raise Unavailable("compiled providers were left out of this case, to save time")
+        if not self.compiled:
+            raise Unavailable("compiled providers were left out (--no-compiled)")
 
 
 @dataclass(frozen=True)

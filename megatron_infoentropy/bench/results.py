@@ -109,7 +109,6 @@ class Row:
     vocabulary: int
     dtype: str
     tensor_parallel: int
-    shard_of: int
     threads: int
     clock: str
     provider: str
@@ -142,13 +141,8 @@ class Row:
     @property
     def case(self) -> Case:
         """The shape it belongs to; rows of one case compare equal here."""
-        return Case(
-            self.tokens,
-            self.vocabulary,
-            self.dtype,  # type: ignore[arg-type]
-            self.tensor_parallel,
-            self.shard_of,
-        )
+        shape = (self.tokens, self.vocabulary, self.dtype, self.tensor_parallel)
+        return Case(*shape)  # type: ignore[arg-type]
 
 
 NUMBERS = {  # column -> what its text is a number of
@@ -160,9 +154,7 @@ NUMBERS = {  # column -> what its text is a number of
 
 def row_of_case(case: Case, **fields: Any) -> Row:
     """Return a row with the case's columns filled in."""
-    shape = dataclasses.asdict(case)
-    del shape["compiled"]
-    return Row(**shape, **fields)
+    return Row(**dataclasses.asdict(case), **fields)
 
 
 def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: Path) -> None:

@@ -1,10 +1,8 @@
 """`infoentropy bench`: all cases of a grid, on one rank or several, as rows of a result file."""
 
 import gc
-import math
 import pickle
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +25,6 @@ from megatron_infoentropy.bench.timing import prepare
 from megatron_infoentropy.runtime.device import Device, find_device
 
 ALL = "every provider"
-OVER = "the minutes given were over"
 TIMEOUT = timedelta(minutes=5)  # a rank that waits longer for another fails instead of hanging
 
 
@@ -35,30 +32,28 @@ def bench(
     cases: list[Case],
     *,
     repeats: int,
+    compiled: bool = True,
     hidden: int | None = None,
     output: Path | None = None,
-    minutes: float | None = None,
+    resume: bool = False,
 ) -> list[Row]:
-    """Measure every case; with `hidden` also, at the first one's shape, the output layer of that
-    size, fused and unfused. Write the rows where `output` is given, anew after every case: a file,
-    or a folder in which the file is named by device and month.
+    """Measure every case, where `compiled` with what torch.compile makes of the peers; with
+    `hidden` also, at the first one's shape, the output layer of that size, fused and unfused. Write
+    the rows where `output` is given, anew after every case: a file, or a folder in which the file
+    is named by device and month.
 
-    With `minutes` no case begins later than that, and what the file has already of this device
-    and commit is kept: called again, it goes on.
+    With `resume` what the file has already of this device and commit is kept and not measured.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
     """
-    end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     facts = results.provenance() if output else {}  # refuses before the work, not after it
     path = results.file_to_write(output, facts) if output else None
-    rows = _measured_before(path, facts) if path and minutes is not None else []
+    rows = _measured_before(path, facts) if path and resume else []
     device = find_device()
     for case in cases:
-        if replace(case, compiled=True) not in {row.case for row in rows}:
-            is_over = time.monotonic() > end
-            run = partial(_measure, case, device, repeats)
-            rows += [_left_out(case, ALL, OVER)] if is_over else _measured(case, ALL, run)
+        if case not in {row.case for row in rows}:
+            rows += _measured(case, ALL, partial(_measure, case, compiled, device, repeats))
         if hidden and case is cases[0] and "linear" not in {row.kind for row in rows}:
             rows += _measured(case, "output layer", partial(_output_layer, case, hidden))
         if path:
@@ -73,7 +68,7 @@ def _measured_before(path: Path, facts: dict[str, str]) -> list[Row]:
     rows, before = results.read_csv(path)
     if any(before.get(fact) != facts[fact] for fact in ("device", "commit")):
         return []
-    return [row for row in rows if row.reason != OVER]
+    return rows
 
 
 def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[Row]:
@@ -88,34 +83,34 @@ def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[R
 
 
 def _output_layer(case: Case, hidden: int) -> list[Row]:
-    whole = replace(case, tensor_parallel=1, shard_of=1)  # what is measured, and what its rows say
+    whole = replace(case, tensor_parallel=1)  # what is measured, and what its rows say
     chunk_tokens = max(1, min(InfoEntropyConfig().chunk_tokens, case.tokens // 2))
     return measure_output_layer(whole, hidden=hidden, chunk_tokens=chunk_tokens)
 
 
-def _measure(case: Case, device: Device, repeats: int) -> list[Row]:
+def _measure(case: Case, compiled: bool, device: Device, repeats: int) -> list[Row]:
     if device.type == "cuda" and case.tensor_parallel > device.count:
         reason = f"it needs {case.tensor_parallel} GPUs, found {device.count}"
         return [_left_out(case, ALL, reason)]
     with tempfile.TemporaryDirectory() as folder:
         if case.tensor_parallel == 1:
-            return _on_rank(0, case, device, repeats, torch.get_num_threads(), folder)
+            return _on_rank(0, case, compiled, device, repeats, torch.get_num_threads(), folder)
         threads = max(1, torch.get_num_threads() // case.tensor_parallel)
-        arguments = (case, device, repeats, threads, folder)
+        arguments = (case, compiled, device, repeats, threads, folder)
         spawn(_on_rank, arguments, nprocs=case.tensor_parallel)  # type: ignore[no-untyped-call]
         rows: list[Row] = pickle.loads((Path(folder) / "rows").read_bytes())
         return rows
 
 
 def _on_rank(
-    rank: int, case: Case, device: Device, repeats: int, threads: int, folder: str
+    rank: int, case: Case, compiled: bool, device: Device, repeats: int, threads: int, folder: str
 ) -> list[Row]:
     """The case's rows; rank 0 of several also leaves them in the folder."""
     torch.set_num_threads(threads)
     place = torch.device(device.type, rank) if device.type == "cuda" else torch.device("cpu")
     with _group(rank, case, device, folder) as group:
-        setting = Setting(case, place, group)
-        if case.compiled:
+        setting = Setting(case, place, group, compiled)
+        if compiled:
             torch._dynamo.reset()  # compile for this very shape
         experiment = prepare(setting, repeats=repeats)
         rows = measure_losses(experiment)

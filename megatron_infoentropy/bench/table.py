@@ -9,19 +9,14 @@ from rich.table import Table
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.results import Row
 
-WHOLE_TABLES = 4  # cases beyond the first so many get a line each
-
 
 def tables(rows: list[Row]) -> list[Table | str]:
     """Everything worth reading on a screen, in order."""
-    cases = list(dict.fromkeys(row.case for row in rows))
     parts: list[Table | str] = []
-    for case in cases[:WHOLE_TABLES]:
+    for case in dict.fromkeys(row.case for row in rows):
         of_case = [row for row in rows if row.case == case]
         parts += [_losses(case, of_case), _kernels(of_case), _output_layer(of_case)]
         parts += not_measured(of_case)
-    if len(cases) > WHOLE_TABLES:
-        parts.append(_line_a_case(rows))
     return [part for part in parts if not isinstance(part, Table) or part.row_count]
 
 
@@ -70,20 +65,6 @@ def _output_layer(rows: list[Row]) -> Table:
     table = table_of(title, ["output layer and loss", "", "ms (p20-p80)", "MiB beside the inputs"])
     for row in linear:
         table.add_row(row.provider, "", time_of(row), number(row.peak_mib))
-    return table
-
-
-def _line_a_case(rows: list[Row]) -> Table:
-    """How many times ours in place everybody takes, a line a case."""
-    whole = [row for row in rows if row.kind == "loss" and row.step == "both"]
-    names = list(dict.fromkeys(row.provider for row in whole))
-    table = table_of("forward + backward, x ours in place", ["case", *names])
-    by_case: dict[Case, dict[str, Row]] = defaultdict(dict)
-    for row in whole:
-        by_case[row.case][row.provider] = row
-    for case, timed in by_case.items():
-        ratios = (number(timed[name].times_in_place) if name in timed else "" for name in names)
-        table.add_row(str(case), *ratios)
     return table
 
 

@@ -95,9 +95,8 @@ def bench(
         int, typer.Option(min=1, help="ranks to split the vocabulary over")
     ] = 1,
     grid: Annotated[
-        str | None, typer.Option(help="small, headline or full: measure these shapes instead")
+        str | None, typer.Option(help="small, headline or tiny: measure these shapes instead")
     ] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="shrink all shapes, to try it out")] = False,
     compiled: Annotated[
         bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")
     ] = True,
@@ -106,10 +105,9 @@ def bench(
         int | None, typer.Option(help="also an output layer of this size, fused and unfused")
     ] = None,
     output: CsvFile = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="begin no shape later, and go on with what the output has already"),
-    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep what the output has of this device and commit")
+    ] = False,
 ) -> None:
     """Time and memory of the loss beside its peers, in one run, as ratios."""
     from megatron_infoentropy.bench import cases
@@ -118,9 +116,9 @@ def bench(
 
     shape = (tokens, vocabulary, dtype, tensor_parallel)
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
-    chosen = cases.adapt(chosen, tiny=tiny, compiled=compiled)
-    rows = run(chosen, repeats=repeats, hidden=hidden, output=output, minutes=minutes)
-    for part in tables(rows):
+    for part in tables(
+        run(chosen, repeats=repeats, compiled=compiled, hidden=hidden, output=output, resume=resume)
+    ):
         out.print(part)
 
 

@@ -18,7 +18,7 @@ def group(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setting(group):
-    return Setting(Case(12, 70, compiled=False), torch.device("cpu"), group)
+    return Setting(Case(12, 70), torch.device("cpu"), group, compiled=False)
 
 
 @pytest.fixture

@@ -171,8 +171,8 @@ def test_memory_is_the_worst_moment():
 
 
 def rows_of_two_ranks():
-    case = Case(12, 70, tensor_parallel=2, compiled=False)
-    setting = Setting(case, torch.device("cpu"), dist.group.WORLD)
+    case = Case(12, 70, tensor_parallel=2)
+    setting = Setting(case, torch.device("cpu"), dist.group.WORLD, compiled=False)
     return losses.measure_losses(prepare(setting, repeats=1))
 
 
@@ -193,13 +193,13 @@ def test_collectives_are_counted_over_two_ranks():
 
 def test_a_case_for_more_gpus_than_there_are_is_listed():
     two_ranks = Case(8, 64, tensor_parallel=2)
-    (row,) = run._measure(two_ranks, Device("cuda", "nccl", 1), repeats=1)
+    (row,) = run._measure(two_ranks, True, Device("cuda", "nccl", 1), repeats=1)
     assert (row.kind, row.reason) == ("unavailable", "it needs 2 GPUs, found 1")
 
 
 @pytest.mark.gpu
 def test_a_case_is_measured_on_a_gpu():
-    rows = run.bench([Case(64, 4096, "bfloat16", compiled=False)], repeats=2)
+    rows = run.bench([Case(64, 4096, "bfloat16")], repeats=2, compiled=False)
     timed = {row.provider for row in rows if row.kind == "loss"}
     assert {"reference", "torch", "megatron unfused"} <= timed
     assert all(row.clock.startswith("CUDA events") for row in rows)

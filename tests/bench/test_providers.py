@@ -64,7 +64,7 @@ def test_interpreted_kernels_are_not_timed(setting, monkeypatch):
 
 @pytest.mark.parametrize("name", [p.name for p in peers() if p.name not in NEED_A_GPU])
 def test_peers_that_need_no_gpu_are_right(setting, name):
-    setting = replace(setting, case=replace(setting.case, compiled=True))
+    setting = replace(setting, compiled=True)
     (provider,) = [p for p in peers() if p.name == name]
     # Compiling takes seconds; what is compiled is the same function.
     with torch.compiler.set_stance("force_eager"):

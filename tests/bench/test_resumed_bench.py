@@ -1,4 +1,4 @@
-"""A bench that is stopped, fails or runs out of time keeps what it has and goes on from there."""
+"""A bench that is stopped or fails keeps what it has and goes on from there."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ from megatron_infoentropy.bench import run
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.results import read_csv, row_of_case
 
-CASES = [Case(8, 64 * n, compiled=n == 1) for n in (1, 2, 3)]
+CASES = [Case(8, 64 * n) for n in (1, 2, 3)]
 NOTHING = {"threads": 1, "clock": "wall time", "by": "ours", "computes": "", "step": "both"}
 
 
@@ -17,7 +17,7 @@ def measured(monkeypatch, facts):
     """Cases in the order in which they were measured; one of 128 entries fails while it is bad."""
     found = []
 
-    def measure(case, device, repeats):
+    def measure(case, compiled, device, repeats):
         found.append(case)
         if case.vocabulary == 128 and measure.fails:
             raise measure.fails
@@ -35,31 +35,21 @@ def test_a_stopped_run_keeps_its_rows_and_goes_on(measured, tmp_path):
     path = tmp_path / "bench.csv"
     measure.fails = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        run.bench(CASES, repeats=1, output=path, minutes=5)
+        run.bench(CASES, repeats=1, output=path, resume=True)
     assert [row.case for row in read_csv(path)[0]] == [Case(8, 64)]
     measure.fails = None
-    rows = run.bench(CASES, repeats=1, output=path, minutes=5)
+    rows = run.bench(CASES, repeats=1, output=path, resume=True)
     assert [case.vocabulary for case in found] == [64, 128, 128, 192]
     assert [row.vocabulary for row in rows] == [64, 128, 192]
     assert [row.vocabulary for row in read_csv(path)[0]] == [64, 128, 192]
 
 
-def test_what_there_was_no_time_for_is_named_and_measured_later(measured, tmp_path):
-    found, _ = measured
-    path = tmp_path / "bench.csv"
-    rows = run.bench(CASES, repeats=1, output=path, minutes=0)
-    assert {row.reason for row in rows} == {"the minutes given were over"}
-    assert found == []
-    run.bench(CASES, repeats=1, output=path, minutes=5)
-    assert {row.reason for row in read_csv(path)[0]} == {""}
-
-
 def test_a_file_of_another_commit_is_begun_anew(measured, tmp_path, facts):
     found, _ = measured
     path = tmp_path / "bench.csv"
-    run.bench(CASES, repeats=1, output=path, minutes=5)
+    run.bench(CASES, repeats=1, output=path, resume=True)
     facts["commit"] = "0000000"
-    run.bench(CASES, repeats=1, output=path, minutes=5)
+    run.bench(CASES, repeats=1, output=path, resume=True)
     assert len(found) == 6
 
 
