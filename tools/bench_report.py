@@ -1,14 +1,13 @@
-"""What README and docs/benchmarks.md say of the result files, from the files: tables, pictures."""
+"""What README and docs/benchmarks.md say of the result files, from the files."""
 
-import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import bench_targets
-from bench_plot import plot
 from rich.table import Table
 
+from megatron_infoentropy.bench.cases import HEADLINE
 from megatron_infoentropy.bench.results import Row, read_csv
 from megatron_infoentropy.bench.table import number, tables
 
@@ -23,16 +22,6 @@ PEERS = {  # provider: what the README calls it
 
 def result_files() -> list[Path]:
     return sorted(RESULTS.glob("bench_*.csv"))
-
-
-def picture_of(path: Path) -> Path:
-    return ROOT / "docs" / f"{path.stem}.svg"
-
-
-def draw_pictures() -> None:
-    """One picture a result file, beside the docs."""
-    for path in result_files():
-        plot(path, picture_of(path))
 
 
 def speed() -> str:
@@ -58,15 +47,14 @@ def speed() -> str:
     return textwrap.fill(" ".join(sentences), 108, break_on_hyphens=False) + "\n"
 
 
-def everything(folder: Path) -> str:
+def everything() -> str:
     """For the docs: every case of every result file, what is missing, and the kernels."""
     text = ""
     for path in result_files():
         rows, facts = read_csv(path)
-        text += f"### {facts['device']} ([file]({_link(path, folder)}))\n\n"
-        text += f"![{_alternative(rows)}]({_link(picture_of(path), folder)})\n\n"
-        if targets := list(bench_targets.lines(rows)):
-            text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *targets])}\n"
+        text += f"### {facts['device']} ([file](../tools/results/{path.name}))\n\n"
+        if judged := list(targets(rows)):
+            text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *judged])}\n"
         text += f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}.\n\n"
         for case in dict.fromkeys(row.case for row in rows):
             for part in tables([row for row in rows if row.case == case]):
@@ -86,17 +74,87 @@ def _table(lines: list[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _alternative(rows: list[Row]) -> str:
-    return f"time of forward and backward by provider, {rows[0].case}"
-
-
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}.  "
 
 
-def _link(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder, walk_up=True))
+class Target(NamedTuple):
+    """A bound, set before measuring, on one number of one row: {ours} is our best in place,
+    {backend} the kernels that it calls."""
+
+    words: str
+    bound: float
+    provider: str
+    step: str = "both"
+    value: Callable[[Row], float | None] = lambda row: row.times_in_place
+    is_least: bool = True
 
 
-if __name__ == "__main__":
-    sys.exit("run `tools/status.py readme`")
+def _share(row: Row) -> float | None:
+    return row.percent_of_limit
+
+
+def _entropy_cost(row: Row) -> float | None:
+    """Percent by which ours takes longer than the row, which is without the entropy."""
+    return 100 / row.times_in_place - 100 if row.times_in_place else None
+
+
+def _peak(row: Row) -> float | None:
+    """In sizes of the logits, those included."""
+    return 1 + row.peak_mib / (row.bytes / 3 / 2**20) if row.peak_mib and row.bytes else None
+
+
+GPU = [
+    Target("statistics, % of the copy bandwidth", 88, "{backend}", "statistics", _share),
+    Target("gradient, % of the copy bandwidth", 90, "{backend}", "gradient", _share),
+    Target("Megatron unfused, times ours", 7.5, "megatron unfused"),
+    Target("Liger vocab-parallel, times ours", 3, "liger vocab-parallel"),
+    Target("Transformer Engine, times ours", 0.97, "transformer engine"),
+    Target("Transformer Engine in place, times ours", 0.97, "transformer engine in place"),
+    Target(
+        *("entropy, % over our plain cross entropy", 3, "{ours} (cross entropy)"),
+        value=_entropy_cost,
+        is_least=False,
+    ),
+    Target("peak memory, times the logits", 1.01, "{ours}", value=_peak, is_least=False),
+    Target(
+        *("fused linear, hidden size 4096, ms", 37, "fused loss"),
+        value=lambda row: row.median_ms,
+        is_least=False,
+    ),
+]
+CPU = [
+    Target("statistics, % of what bounds them", 80, "{backend}", "statistics", _share),
+    Target("gradient, % of what bounds it", 80, "{backend}", "gradient", _share),
+    Target("paper eager, times ours", 20, "paper eager"),
+    Target("torch, times ours", 8, "torch"),
+]
+TARGETS = {  # of the first case of a file
+    (*HEADLINE, "bfloat16", False): GPU,
+    (2048, 32000, "float32", True): CPU,
+}
+
+
+def targets(rows: list[Row]) -> Iterator[list[str]]:
+    """Cells (target, measured, met) of the targets that the file's first case belongs to."""
+    first = rows[0]
+    timed = [row for row in rows if row.case == first.case and row.median_ms is not None]
+    known = {(row.provider.partition(", chunks")[0], row.step): row for row in timed}
+    is_ours = {"by": "ours", "step": "both", "times_in_place": 1}
+    ours = [r for r in timed if all(getattr(r, name) == is_ours[name] for name in is_ours)]
+    name = ours[0].provider if ours else ""
+    names = {"ours": name, "backend": name.removesuffix(" in place")}
+    shape = (first.tokens, first.vocabulary, first.dtype, first.clock == "wall time")
+    for target in TARGETS.get(shape, []):
+        row = known.get((target.provider.format_map(names), target.step))
+        value = target.value(row) if row else None
+        bound = f"{target.words}: {'>=' if target.is_least else '<='} {target.bound:g}"
+        if value is None:
+            yield [bound, "", "not measured"]
+        else:
+            met = value >= target.bound if target.is_least else value <= target.bound
+            yield [
+                bound,
+                number(value) if value >= 0 else f"{value:.2f}",
+                "yes" if met else "**no**",
+            ]

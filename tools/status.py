@@ -2,7 +2,7 @@
 
     tools/status.py run      run the tests of every feature this machine can run; write the results
     tools/status.py pages    rewrite the generated parts of the README, of docs/status.md and of
-                             docs/benchmarks.md from the result files, and redraw the pictures
+                             docs/benchmarks.md from the result files
 
 No number stands there without its file under tools/results/.
 """
@@ -31,7 +31,6 @@ def main() -> None:
         sys.argv[1:] = ["pages"]
     if sys.argv[1:] != ["pages"]:
         sys.exit(__doc__)
-    bench_report.draw_pictures()
     for page, text in generated().items():
         page.write_text(text, encoding="utf-8")
 
@@ -84,7 +83,7 @@ def generated() -> dict[Path, str]:
     parts = {
         ROOT / "README.md": {"speed": bench_report.speed()},
         docs / "status.md": {"status": status_table()},
-        docs / "benchmarks.md": {"bench": bench_report.everything(docs)},
+        docs / "benchmarks.md": {"bench": bench_report.everything()},
     }
     return {page: renewed(page.read_text(encoding="utf-8"), parts[page]) for page in parts}
 
