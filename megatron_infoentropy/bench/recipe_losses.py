@@ -20,7 +20,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,14 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from megatron.training.training import num_floating_point_operations
 
-from megatron_infoentropy.bench.recipe_run import FUSIONS, PARTS, RankResult, own_losses
-from megatron_infoentropy.bench.timing import Clock, PeakMeter, clock_for
+from megatron_infoentropy.bench.recipe_run import FUSIONS, PARTS, RecipeRow, own_losses
+from megatron_infoentropy.bench.timing import (
+    Clock,
+    PeakMeter,
+    clock_for,
+    median_difference,
+    spread,
+)
 from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.integration.arguments import check_megatron_args
 from megatron_infoentropy.integration.batch import get_batch
@@ -47,8 +53,6 @@ from megatron_infoentropy.runtime import cpu
 from megatron_infoentropy.runtime.device import find_device
 
 WARM_UPS = 2  # of every loss: the first builds the optimizer's state, the second finds it there
-MATRIX = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrix product to compare with
-MATRIX_TURNS = 10
 
 
 def measure(folder: Path, rounds: int, names: list[str]) -> None:
@@ -59,30 +63,20 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
     container, ours = prepare()
     transformer = container.model.transformer
     asked = choose(names, recipe_losses(ours, transformer.finalize_model_grads_func))
-    measured = [loss for loss in asked if not loss.reason]
-    left_out = [(loss.name, loss.reason) for loss in asked if loss.reason]
-    planned = turns(measured, rounds)
+    planned = turns([loss for loss in asked if not loss.reason], rounds)
     _shorten(get_args(), len(planned) + 1)
+    path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
 
-    def write(results: dict[str, "Measured"]) -> None:
-        losses = [
-            {
-                "name": loss.name,
-                "by": loss.by,
-                "calls_output_layer": loss.calls_output_layer,
-                **asdict(results[loss.name]),
-            }
-            for loss in measured
-        ]
-        result = RankResult(losses, left_out, _facts(get_args()))
-        path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-        write_whole(path, json.dumps(asdict(result)))
+    def write(measured: dict[str, "Measured"]) -> None:
+        args = get_args()
+        flops = num_floating_point_operations(args, 1) / args.seq_length / args.world_size
+        rows = rows_of(asked, measured, _facts(args), flops)
+        write_whole(path, json.dumps([asdict(row) for row in rows]))
 
     device = torch.device(find_device().type)
     clock, meter = clock_for(device, flush=False), PeakMeter(device)
     step = TurnTakingStep(planned, clock, meter, lambda: int(get_args().curr_iteration), write)
     transformer.finalize_model_grads_func = step.finalize_model_grads
-    container.model.pre_wrap_hooks.append(_measure_product)
     run(container, step)
 
 
@@ -108,9 +102,7 @@ def _facts(args: Any) -> dict[str, Any]:
         "ranks": args.world_size,
         "tokens": args.global_batch_size * args.seq_length,
         "micro_batch_tokens": args.micro_batch_size * args.seq_length,
-        "flops_per_token": num_floating_point_operations(args, 1) / args.seq_length,
         "peak_tflops": peak_tflops(),
-        "matmul_tflops": _matmul_tflops(args.params_dtype),
         # The most that PyTorch's allocator took of a GPU, what it caches included.
         "held_gib": torch.cuda.max_memory_reserved() / 2**30 if is_gpu else None,
     }
@@ -120,30 +112,6 @@ def _precision(args: Any) -> str:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     words: str = name[args.params_dtype]
     return f"FP8 {args.fp8} {args.fp8_recipe}, else {words}" if args.fp8 else words
-
-
-def _measure_product(model: list[Any]) -> list[Any]:
-    """Measure the matrix product before the training, so that its memory is not taken for that."""
-    _matmul_tflops(get_args().params_dtype)
-    if find_device().type == "cuda":
-        torch.cuda.empty_cache()
-    return model
-
-
-@cache
-def _matmul_tflops(dtype: torch.dtype) -> float:
-    """Return the TFLOP/s of a matrix product on this device, in the same run: the best of some."""
-    device = torch.device(find_device().type)
-    size = MATRIX[device.type]
-    generator = torch.Generator(device).manual_seed(0)
-    draw = partial(torch.randn, size, size, device=device, generator=generator)
-    left, right = draw().to(dtype), draw().to(dtype)
-    clock = clock_for(device, flush=False)
-    clock.start()
-    for _ in range(MATRIX_TURNS):
-        torch.matmul(left, right)
-        clock.mark()
-    return 2 * size**3 / min(clock.read()) / 1e9
 
 
 Finalize = Callable[..., None]
@@ -244,6 +212,41 @@ class Measured:
     times: list[float] = field(default_factory=list)  # ms of a step, a round each
     parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     peak_mib: float = 0.0  # the worst step's, beside what lives between steps
+
+
+def rows_of(
+    asked: list[RecipeLoss],
+    measured: dict[str, Measured],
+    facts: dict[str, Any],
+    flops_per_token: float,
+) -> list[RecipeRow]:
+    """Return this rank's rows, which lack what its starter knows.
+
+    flops_per_token: of this rank.
+    """
+    first = next(iter(measured.values()))
+    rows = []
+    for loss in asked:
+        columns: dict[str, Any] = {"reason": loss.reason}
+        if not loss.reason:
+            seen = measured[loss.name]
+            columns = _columns(seen, first)
+            rate = columns["tokens_per_s"] = facts["tokens"] / columns["median_ms"] * 1e3
+            columns["tflops"] = rate * flops_per_token / 1e12
+            # Where output layer and loss are one there is no moment between them.
+            for part in PARTS if loss.calls_output_layer else ():
+                columns[f"{part}_ms"] = spread(seen.parts[part]).median
+        rows.append(RecipeRow("", None, **facts, loss=loss.name, by=loss.by, **columns))
+    return rows
+
+
+def _columns(seen: Measured, first: Measured) -> dict[str, Any]:
+    """Times of a loss, and beside the first one's."""
+    columns = {"rounds": len(seen.times), "peak_mib": seen.peak_mib, **spread(seen.times).columns()}
+    if seen is first:
+        return columns
+    names = ("minus_first_low_ms", "minus_first_ms", "minus_first_high_ms")
+    return columns | dict(zip(names, median_difference(seen.times, first.times), strict=True))
 
 
 class Turn(NamedTuple):

@@ -4,7 +4,7 @@ Megatron's trainer runs the recipe for some dozens of steps on this machine. Sev
 turns in it, a step each (`bench.recipe_losses`), on one model, one optimizer, one stream of data.
 
 `torchrun -m megatron_infoentropy.bench.recipe_run FOLDER ROUNDS LOSSES FLAGS` is one rank of it: it
-leaves rank-N.json in the folder, a `RankResult`. LOSSES are a JSON list of names, empty for all.
+leaves rank-N.json in the folder, its `RecipeRow`s. LOSSES are a JSON list of names, empty for all.
 FLAGS are those of `megatron_infoentropy.pretrain`.
 """
 
@@ -12,15 +12,14 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_infoentropy.bench.results import file_to_write, provenance, write_csv
+from megatron_infoentropy.bench.results import provenance, write_csv
 from megatron_infoentropy.bench.table import number, table_of, with_range
-from megatron_infoentropy.bench.timing import median_difference, spread
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.launch.job import command_line, require_layout
 from megatron_infoentropy.launch.recipe import (
@@ -44,15 +43,6 @@ FUSIONS = {
     "megatron fused": (True, "native"),
     "megatron fused by Transformer Engine": (True, "te"),
 }
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """The measurements of one rank; times in ms, a number a round."""
-
-    losses: list[dict[str, Any]]  # name, by, calls_output_layer, times, parts, peak_mib
-    left_out: list[tuple[str, str]]  # name, reason
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,6 @@ class RecipeRow:
     tokens_per_s: float | None = None  # over all ranks
     tflops: float | None = None  # of the model, a rank, recomputation not counted
     peak_tflops: float | None = None  # dense bf16, as the card's maker states it
-    matmul_tflops: float | None = None  # a large matrix product in the training's own type
     forward_ms: float | None = None  # medians; they need not add up to the step's
     loss_ms: float | None = None
     backward_ms: float | None = None
@@ -107,8 +96,7 @@ def bench_recipe(
     """A row a loss, the recipe's own first, or of these losses alone; settings and flags as in
     `TrainingJob`. Where the training ends early (--exit-duration-in-mins) there are fewer rounds.
 
-    Without data Megatron makes some up. Where `output` is given rows are written: to a file, or to
-    one that is named by recipe, device and month in a folder.
+    Without data Megatron makes some up. Rows are written to `output` where that is given.
 
     Raises:
         ValueError: a recipe, a layout or a loss that cannot be, or results without the commit they
@@ -135,12 +123,11 @@ def bench_recipe(
     run = folder / recipe.stem
     follow(run, [*torchrun, *entry, *words], environment)
     parameters = parameters_in(run / LOG)
-    answers = [_answer(folder, rank) for rank in range(ranks)]
-    results = [RankResult(**json.loads(answer)) for answer in answers]
+    of_ranks = [_rows_of_rank(folder, rank) for rank in range(ranks)]
     shutil.rmtree(folder)
-    rows = rows_of(recipe.stem, parameters, results)
+    rows = rows_of_all(of_ranks, recipe=recipe.stem, parameters=parameters)
     if output:
-        write_csv(rows, facts, file_to_write(output, facts, f"recipe_{recipe.stem}"))
+        write_csv([asdict(row) for row in rows], facts, output)
     return rows
 
 
@@ -176,61 +163,25 @@ def _require_known(names: tuple[str, ...], known: list[str]) -> None:
         )
 
 
-def _answer(folder: Path, rank: int) -> str:
+def _rows_of_rank(folder: Path, rank: int) -> list[RecipeRow]:
     path = folder / f"rank-{rank}.json"
     if not path.exists():
         raise ValueError(
             f"the training ended before every loss had taken a step; its log is under {folder}"
         )
-    return path.read_text(encoding="utf-8")
+    return [RecipeRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def rows_of(recipe: str, parameters: int | None, ranks: list[RankResult]) -> list[RecipeRow]:
+def rows_of_all(of_ranks: list[list[RecipeRow]], **known: Any) -> list[RecipeRow]:
     """Times are those of the last rank, which has the loss; memory is the fullest rank's."""
-    last = ranks[-1]
-    facts = dict(last.facts)
-    per_token = facts.pop("flops_per_token")
-    held = [rank.facts["held_gib"] for rank in ranks]
-    facts["held_gib"] = None if None in held else max(held)
-    rates = {name: facts.pop(name) for name in ("peak_tflops", "matmul_tflops", "held_gib")}
-    same = {"recipe": recipe, "parameters": parameters, **facts}
     rows = []
-    for index, seen in enumerate(last.losses):
-        taken = spread(seen["times"])
-        tokens_per_s = facts["tokens"] / taken.median * 1e3
-        rows.append(
-            RecipeRow(
-                **same,
-                **rates,
-                loss=seen["name"],
-                by=seen["by"],
-                rounds=len(seen["times"]),
-                **taken.columns(),
-                tokens_per_s=tokens_per_s,
-                tflops=tokens_per_s * per_token / facts["ranks"] / 1e12,
-                peak_mib=max(rank.losses[index]["peak_mib"] for rank in ranks),
-                **_differences(seen, last.losses[0]),
-                **_median_parts(seen),
-            )
-        )
-    return rows + [
-        RecipeRow(**same, loss=name, by="", reason=reason) for name, reason in last.left_out
-    ]
-
-
-def _differences(seen: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    if seen is first:
-        return {}
-    low, median, high = median_difference(seen["times"], first["times"])
-    names = ("minus_first_low_ms", "minus_first_ms", "minus_first_high_ms")
-    return dict(zip(names, (low, median, high), strict=True))
-
-
-def _median_parts(seen: dict[str, Any]) -> dict[str, Any]:
-    """Unknown where the output layer and the loss are one: there is no moment between them."""
-    if not seen["calls_output_layer"]:
-        return {}
-    return {f"{part}_ms": spread(seen["parts"][part]).median for part in PARTS}
+    for same in zip(*of_ranks, strict=True):
+        memory = {
+            name: max((getattr(row, name) for row in same if getattr(row, name)), default=None)
+            for name in ("peak_mib", "held_gib")
+        }
+        rows.append(replace(same[-1], **known, **memory))
+    return rows
 
 
 def recipe_tables(rows: list[RecipeRow]) -> list[Table | str]:
@@ -244,20 +195,18 @@ def _words(row: RecipeRow) -> str:
     held = f", {row.held_gib:.1f} GiB held on a GPU" if row.held_gib else ""
     return (
         f"{row.recipe}: {size}, {row.precision}, {row.layout}, {row.tokens:,} tokens a step in "
-        f"micro-batches of {row.micro_batch_tokens:,}{held}; a matrix product reaches "
-        f"{row.matmul_tflops:.3g} TFLOP/s"
+        f"micro-batches of {row.micro_batch_tokens:,}{held}"
     )
 
 
 def _losses(rows: list[RecipeRow]) -> Table:
     heads = ["loss", "by", "ms a step (p20-p80)", "ms more than the first (95 %)", "% more"]
-    heads += ["tokens/s", "TFLOP/s", "% of the product", "% of peak", "peak MiB"]
+    heads += ["tokens/s", "TFLOP/s", "% of peak", "peak MiB"]
     table = table_of(f"training steps, {rows[0].rounds} rounds", heads)
     for row in rows:
         cells = [row.loss, row.by, with_range(row.median_ms, row.p20_ms, row.p80_ms)]
         cells += [*_more(row, rows[0]), number(row.tokens_per_s), f"{row.tflops:.3g}"]
-        cells += [_percent(row.tflops, whole) for whole in (row.matmul_tflops, row.peak_tflops)]
-        cells += [number(row.peak_mib)]
+        cells += [_percent(row.tflops, row.peak_tflops), number(row.peak_mib)]
         table.add_row(*cells)
     return table
 
