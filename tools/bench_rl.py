@@ -165,8 +165,8 @@ def add_cost(
             passes[by]()
         row.peak_mib = peak_mib(passes[by], shard.device)
         row.logits_mib = shard.numel() * shard.element_size() / 2**20
-        row.collectives = counted.traffic.collectives
-        row.collective_bytes = counted.traffic.bytes // row.tokens
+        row.collectives = counted.collectives
+        row.collective_bytes = counted.bytes // row.tokens
 
 
 def version_of(stack: str) -> str:
@@ -191,7 +191,7 @@ def main() -> None:
     for row in rows:
         sys.stdout.write(f"{ {name: value for name, value in asdict(row).items() if value} }\n")
     if chosen.output:
-        write_csv(rows, facts, chosen.output)
+        write_csv([asdict(row) for row in rows], facts, chosen.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of bf16. A CPU has no FP8: there all three train in bf16, which shows that the s
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_infoentropy.bench.results import provenance
+from megatron_infoentropy.bench.results import provenance, write_csv
 from megatron_infoentropy.evaluate.runlog import Values, read_log
 from megatron_infoentropy.launch.recipe import (
     load_recipe,
@@ -69,13 +68,13 @@ def start(flags: list[str], steps: int, log: Path) -> "subprocess.Popen[bytes]":
 def write(path: Path, logs: dict[str, Path], facts: dict[str, str]) -> Curves:
     """What the trainings have logged so far, as the file has it now."""
     curves = {name: read_log(log).training for name, log in logs.items()}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["precision", "iteration", *COLUMNS, *facts])
-        for name, curve in curves.items():
-            for iteration, seen in sorted(curve.items()):
-                numbers = [seen.get(column, "") for column in COLUMNS]
-                writer.writerow([name, iteration, *numbers, *facts.values()])
+    rows = [
+        {"precision": name, "iteration": iteration} | {n: seen.get(n) for n in COLUMNS}
+        for name, curve in curves.items()
+        for iteration, seen in sorted(curve.items())
+    ]
+    if rows:
+        write_csv(rows, facts, path)
     return curves
 
 

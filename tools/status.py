@@ -22,7 +22,7 @@ import bench_report  # noqa: E402
 
 RESULTS = ROOT / "tools" / "results"
 ASIDE = ("--numprocesses", "2", "--dist", "loadfile")  # as `make test`
-FIELDS = ("feature", "outcome", "device", "torch", "megatron_core", "commit", "date")
+FACTS = ("device", "torch", "megatron_core", "commit", "date")
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def run_features() -> None:
     """Run every feature's tests here; replaces this device's result file."""
     import torch
 
-    from megatron_infoentropy.bench.results import provenance
+    from megatron_infoentropy.bench.results import provenance, write_csv
 
     here = {"cpu"} if not torch.cuda.is_available() else {"gpu"}
     if torch.cuda.device_count() > 1:
@@ -47,15 +47,11 @@ def run_features() -> None:
     facts = provenance()
     rows = [
         {"feature": feature["feature"], "outcome": outcome_of(feature["tests"])}
-        | {name: facts[name] for name in FIELDS[2:]}
         for feature in features()
         if feature["needs"] in here
     ]
     name = "gpu" if "gpu" in here else "cpu"
-    with (RESULTS / f"status_{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, {name: facts[name] for name in FACTS}, RESULTS / f"status_{name}.csv")
 
 
 def outcome_of(tests: list[str]) -> str:

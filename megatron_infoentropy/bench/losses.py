@@ -1,4 +1,5 @@
-"""Rows of the losses: forward, backward and both of every provider, and how often it takes ours.
+"""Rows of the losses: forward, backward and both of every provider, and how often it takes ours;
+and of the kernels alone, beside a copy of the same logits by PyTorch in the same turns.
 
 A fast wrong number is worth nothing, so every provider's loss, and its gradient at a few rows, are
 compared with float64 from the very same logits before it is timed. That is done in its untimed
@@ -16,23 +17,24 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_infoentropy.bench import providers
-from megatron_infoentropy.bench.providers import Computes, Loss, Provider, Unavailable
+from megatron_infoentropy.bench.providers import Computes, Loss, Provider, Unavailable, failure
 from megatron_infoentropy.bench.results import Row
-from megatron_infoentropy.bench.timing import Experiment, peak_mib, ratio, spread, time_in_turn
+from megatron_infoentropy.bench.timing import (
+    Experiment,
+    Pass,
+    columns_of,
+    peak_mib,
+    ratio,
+    time_in_turn,
+)
+from megatron_infoentropy.kernels import dispatch
+from megatron_infoentropy.kernels.contract import MAX, PLAIN, SCALE, SHIFT, Kernels, Shard
 from megatron_infoentropy.progress import progress
 
 CHUNK_BYTES = 1 << 27  # of one float64 temporary
 PROBED_ROWS = 16
 LOSS_TOLERANCE = 0.02  # of the loss: bf16 losses and the published clamp pass, mistakes do not
 GRADIENT_TOLERANCE = 0.05  # of the largest entry
-
-
-class Errors(NamedTuple):
-    """Errors of a provider's loss (nats) and of its gradient, relative to the largest entry."""
-
-    loss: float
-    gradient: float
-    are_too_large: bool
 
 
 class Truth:
@@ -44,19 +46,28 @@ class Truth:
         self._rows = probed.long().to(target.device)
         self._known: dict[Computes, tuple[float, torch.Tensor]] = {}
 
-    def errors(self, computes: Computes, loss: torch.Tensor, gradient: torch.Tensor) -> Errors:
-        """Return the errors of a loss and of this rank's gradient [tokens, columns]."""
+    def errors(
+        self, computes: Computes, loss: torch.Tensor, gradient: torch.Tensor
+    ) -> dict[str, float]:
+        """Return the errors, as columns, of a loss and of this rank's gradient [tokens, columns].
+
+        Raises:
+            Unavailable: they are too large for the number that it is to be.
+        """
         if computes not in self._known:
             self._known[computes] = self._loss_and_rows(computes)
         true_loss, true_rows = self._known[computes]
         start = self._group.rank() * gradient.shape[-1]
         true_rows = true_rows[:, start : start + gradient.shape[-1]]
         difference = (gradient[self._rows].double() - true_rows).abs().max()
-        loss_error = abs(float(loss) - true_loss)
-        gradient_error = float(difference / true_rows.abs().max())
-        right = loss_error <= LOSS_TOLERANCE * abs(true_loss)
-        right = right and gradient_error <= GRADIENT_TOLERANCE  # also false where NaN
-        return Errors(loss_error, gradient_error, not right)
+        nats = abs(float(loss) - true_loss)  # NaN where the loss is, which no bound holds for
+        share = float(difference / true_rows.abs().max())
+        if not (nats <= LOSS_TOLERANCE * abs(true_loss) and share <= GRADIENT_TOLERANCE):
+            raise Unavailable(
+                f"it computes another number: the loss is {nats:.2g} nats off, the gradient "
+                f"{share:.2g} of its largest entry"
+            )
+        return {"loss_error": nats, "gradient_error": share}
 
     def _loss_and_rows(self, computes: Computes) -> tuple[float, torch.Tensor]:
         """(loss, gradient [PROBED_ROWS, vocabulary]); all tokens' weights normalise both."""
@@ -113,29 +124,21 @@ _CONTRIBUTED = {
 }
 
 
-class Traffic(NamedTuple):
-    """Collectives, and the bytes that this rank contributed to them."""
-
-    collectives: int = 0
-    bytes: int = 0
-
-    def plus(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.collectives + other.collectives, self.bytes + other.bytes)
-
-
 class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every collective called inside the block, also by backward passes."""
+    """Counts every collective called inside the block, also by backward passes, and the bytes that
+    this rank contributes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.traffic = Traffic()
+        self.collectives = self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         position = _CONTRIBUTED.get(func._schema.name)
         if position is not None:
-            self.traffic = self.traffic.plus(Traffic(1, _bytes(args[position])))
+            self.collectives += 1
+            self.bytes += _bytes(args[position])
         return func(*args, **(kwargs or {}))
 
 
@@ -150,8 +153,7 @@ class Rehearsed(NamedTuple):
 
     provider: Provider
     loss: Loss
-    columns: dict[str, float]  # memory and errors of the whole pass
-    traffic: dict[str, Traffic]  # by step; nothing on one rank
+    columns: dict[str, dict[str, float]]  # by step: memory and errors, and collectives
 
 
 def rehearse(provider: Provider, experiment: Experiment, truth: Truth) -> Rehearsed:
@@ -160,15 +162,15 @@ def rehearse(provider: Provider, experiment: Experiment, truth: Truth) -> Rehear
     Raises:
         Unavailable: it cannot run here, or not on every rank, or computes another number.
     """
-    reason, rehearsed, setting = "", None, experiment.setting
+    reason, rehearsed = "", None
     try:
-        rehearsed = _rehearse(provider, provider.make(setting), experiment, truth)
+        rehearsed = _rehearse(provider, provider.make(experiment), experiment, truth)
     except Unavailable as error:
         reason = str(error)
     except Exception as error:  # peers fail in ways of their own; the table says how
-        reason = providers.failure(error)
-    failed = torch.tensor(rehearsed is None, device=setting.device, dtype=torch.int32)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=setting.group)
+        reason = failure(error)
+    failed = torch.tensor(rehearsed is None, device=experiment.device, dtype=torch.int32)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=experiment.group)
     if rehearsed is None or failed:
         raise Unavailable(reason or "it failed on another rank")
     return rehearsed
@@ -180,28 +182,25 @@ def _rehearse(provider: Provider, loss: Loss, experiment: Experiment, truth: Tru
     _backward(value)
     assert leaf.grad is not None
     errors = truth.errors(provider.computes, value.detach(), leaf.grad)
-    if errors.are_too_large:
-        raise Unavailable(
-            f"it computes another number: the loss is {errors.loss:.2g} nats off, the gradient "
-            f"{errors.gradient:.2g} of its largest entry"
-        )
     del value
     leaf = _leaf(experiment)
     peak = peak_mib(lambda: _backward(loss(leaf, experiment.target)), leaf.device)
-    columns = {"peak_mib": peak, "loss_error": errors.loss, "gradient_error": errors.gradient}
-    return Rehearsed(provider, loss, columns, _traffic(loss, experiment))
+    traffic = {} if experiment.ranks is None else _traffic(loss, experiment)
+    whole = {"peak_mib": peak, **errors, **traffic.get("both", {})}
+    return Rehearsed(provider, loss, {**traffic, "both": whole})
 
 
-def _traffic(loss: Loss, experiment: Experiment) -> dict[str, Traffic]:
-    if experiment.ranks is None:
-        return {}
-    leaf = _leaf(experiment)
-    with CountCollectives() as forward:
-        value = loss(leaf, experiment.target)
-    with CountCollectives() as backward:
-        _backward(value)
-    both = forward.traffic.plus(backward.traffic)
-    return {"forward": forward.traffic, "backward": backward.traffic, "both": both}
+def _traffic(loss: Loss, experiment: Experiment) -> dict[str, dict[str, float]]:
+    with CountCollectives() as both:
+        with CountCollectives() as forward:
+            value = loss(_leaf(experiment), experiment.target)
+        with CountCollectives() as backward:
+            _backward(value)
+    counted = {"forward": forward, "backward": backward, "both": both}
+    return {
+        step: {"collectives": seen.collectives, "collective_bytes": seen.bytes}
+        for step, seen in counted.items()
+    }
 
 
 def _leaf(experiment: Experiment) -> torch.Tensor:
@@ -212,35 +211,35 @@ def _backward(value: torch.Tensor) -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-# step -> (logits read or written, in words): what the problem needs, whoever solves it
-MOVES = {
-    "forward": (1, "1 read"),
-    "backward": (2, "1 read, 1 write"),
-    "both": (3, "2 reads, 1 write"),
-}
-GRADIENT_IN_FORWARD = {"forward": MOVES["both"], "backward": (0, ""), "both": MOVES["both"]}
+# step -> logits read or written: what the problem needs, whoever solves it
+MOVES = {"forward": 1, "backward": 2, "both": 3}
+GRADIENT_IN_FORWARD = {"forward": 3, "backward": 0, "both": 3}
 
 Times = dict[str, dict[str, list[float]]]  # {provider: {step: [repeat] ms}}
 
 
 def measure_losses(experiment: Experiment) -> list[Row]:
     """Rows of every provider: three of one that runs, one with a reason of one that does not."""
-    setting, repeats = experiment.setting, experiment.repeats
-    every = providers.ours(setting) + providers.peers()
-    truth = Truth(experiment.logits, experiment.target, setting.group)
+    repeats, group = experiment.repeats, experiment.group
+    every = providers.ours(experiment) + providers.peers()
+    truth = Truth(experiment.logits, experiment.target, group)
     rehearsed, refused = [], []
-    shown = progress(str(setting.case), (repeats + 1) * len(every), "passes")
-    with shown if setting.group.rank() == 0 else nullcontext(lambda work: None) as advance:
+    shown = progress(str(experiment.case), (repeats + 1) * len(every), "passes")
+    with shown if group.rank() == 0 else nullcontext(lambda work: None) as advance:
         for provider in every:
             try:
                 rehearsed.append(rehearse(provider, experiment, truth))
             except Unavailable as error:
-                refused.append(_unavailable(provider, str(error), experiment))
+                refused.append(
+                    experiment.row(
+                        kind="unavailable", step="", reason=str(error), **_names(provider)
+                    )
+                )
                 advance(repeats)  # the turns it will not take
             advance(1)
         passes = {one.provider.name: partial(_one_pass, one.loss, experiment) for one in rehearsed}
         measured = time_in_turn(passes, experiment.clock, repeats, experiment.ranks, advance)
-    times = {name: _by_step(values) for name, values in measured.items()}
+    times = {name: _by_step(*steps) for name, steps in measured.items()}
     return [row for one in rehearsed for row in _rows(one, times, experiment)] + refused
 
 
@@ -253,31 +252,23 @@ def _one_pass(loss: Loss, experiment: Experiment) -> Iterator[None]:
     yield
 
 
-def _by_step(values: list[list[float]]) -> dict[str, list[float]]:
-    forward, backward = ([repeat[step] for repeat in values] for step in (0, 1))
-    return {"forward": forward, "backward": backward, "both": [sum(repeat) for repeat in values]}
+def _by_step(forward: list[float], backward: list[float]) -> dict[str, list[float]]:
+    both = [sum(pair) for pair in zip(forward, backward, strict=True)]
+    return {"forward": forward, "backward": backward, "both": both}
 
 
 def _rows(one: Rehearsed, times: Times, experiment: Experiment) -> Iterator[Row]:
     provider = one.provider
     moves = GRADIENT_IN_FORWARD if provider.gradient_in_forward else MOVES
+    best = times.get(providers.in_place(providers.best_backend(experiment)))
     for step, values in times[provider.name].items():
-        taken, (moved, words) = spread(values), moves[step]
-        size = moved * experiment.logits.nbytes
-        traffic = one.traffic.get(step)
         yield experiment.row(
             kind="loss",
             step=step,
             **_names(provider),
-            repeats=len(values),
-            **taken.columns(),
-            **_ratios(values, step, times, experiment),
-            bytes=size or None,
-            bytes_are=words,
-            gb_per_s=size / taken.median / 1e6 or None,
-            **(one.columns if step == "both" else {}),
-            collectives=traffic.collectives if traffic else None,
-            collective_bytes=traffic.bytes if traffic else None,
+            **columns_of(values, moves[step] * experiment.logits.nbytes),
+            **(ratio(values, best[step]).columns("times_in_place") if best else {}),
+            **one.columns.get(step, {}),
         )
 
 
@@ -286,17 +277,70 @@ def _names(provider: Provider) -> dict[str, str]:
     return {"provider": provider.name, "by": by, "computes": provider.computes}
 
 
-def _ratios(
-    values: list[float], step: str, times: Times, experiment: Experiment
-) -> dict[str, float]:
-    """How many times as long as the best of ours, into new memory and over the logits."""
-    best = providers.best_backend(experiment.setting)
-    columns: dict[str, float] = {}
-    for column, name in (("times_ours", best), ("times_in_place", providers.in_place(best))):
-        if name in times:
-            columns |= ratio(values, times[name][step]).columns(column)
-    return columns
+KERNEL_MOVES = {
+    "copy": 2,
+    "statistics": 1,
+    "gradient": 2,
+    "gradient in place": 2,
+}  # logits, in and out
 
 
-def _unavailable(provider: Provider, reason: str, experiment: Experiment) -> Row:
-    return experiment.row(kind="unavailable", step="", reason=reason, **_names(provider))
+def measure_kernels(experiment: Experiment) -> list[Row]:
+    """Time a copy of the logits, and every step of every backend that runs here."""
+    logits, target = experiment.logits, experiment.target
+    passes: dict[tuple[str, str], Pass] = {("torch", "copy"): partial(_copy, logits)}
+    for name in (name for name, reason in providers.backends(experiment).items() if reason is None):
+        for step in ("statistics", "gradient", "gradient in place"):
+            kernels = dispatch.by_name(name)
+            passes[name, step] = partial(_kernel_pass, step, kernels, logits, target)
+    rows = []
+    for key in list(passes):
+        try:
+            list(passes[key]())  # compiles and warms up
+        except Exception as error:  # whatever a kernel that cannot run says
+            names = {"provider": f"{key[0]} kernel", "by": "ours", "computes": "", "step": key[1]}
+            rows.append(experiment.row(kind="unavailable", reason=failure(error), **names))
+            del passes[key]
+    times = time_in_turn(passes, experiment.clock, experiment.repeats)
+    columns = {
+        (name, step): columns_of(values, KERNEL_MOVES[step] * logits.nbytes)
+        for (name, step), (values,) in times.items()
+    }
+    copied = columns.pop(("torch", "copy"))
+    names = {"provider": "torch", "by": "peer", "computes": "", "step": "copy"}
+    timed = [experiment.row(kind="limit", **names, **copied)]
+    for (name, step), measured in columns.items():
+        names = {"provider": name, "by": "ours", "computes": "", "step": step}
+        share = 100 * measured["gb_per_s"] / copied["gb_per_s"]
+        limit = {"limit": "copy", "percent_of_limit": share}
+        timed.append(experiment.row(kind="kernel", **names, **measured, **limit))
+    return timed + rows
+
+
+def _kernel_pass(
+    step: str, kernels: Kernels, logits: torch.Tensor, target: torch.Tensor
+) -> Iterator[None]:
+    """One launch of one kernel."""
+    shard = Shard(0, logits.shape[-1], -100)
+    if step == "statistics":
+        yield
+        kernels.shard_statistics(logits, target, shard, PLAIN)
+        yield
+        return
+    statistics = kernels.shard_statistics(logits, target, shard, PLAIN)
+    coefficients = torch.zeros_like(statistics)
+    coefficients[SHIFT] = statistics[MAX]
+    coefficients[SCALE] = 1.0
+    # Touched memory: the system's clearing of fresh pages is not the kernel's time.
+    logits = logits.clone() if step == "gradient in place" else logits
+    out = logits if step == "gradient in place" else torch.zeros_like(logits)
+    yield
+    kernels.shard_gradient(logits, target, shard, PLAIN, coefficients, out)
+    yield
+
+
+def _copy(logits: torch.Tensor) -> Iterator[None]:
+    out = torch.zeros_like(logits)
+    yield
+    out.copy_(logits)
+    yield

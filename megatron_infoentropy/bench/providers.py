@@ -46,12 +46,17 @@ class Setting:
     case: Case
     device: torch.device
     group: dist.ProcessGroup  # of case.tensor_parallel ranks, also where that is one
-    compiled: bool = True  # whether providers that torch.compile makes take part
+    compiled: bool  # whether providers that torch.compile makes take part
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.case.dtype)
         return dtype
+
+    @property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """The ranks that wait for one another, if there are several."""
+        return self.group if self.case.tensor_parallel > 1 else None
 
     def refuse_shards(self) -> None:
         """For providers that need whole rows."""
@@ -165,13 +170,15 @@ def peers() -> list[Provider]:
         Provider("torch compiled", _whole_rows(_cross_entropy, compiled=True)),
         Provider("megatron unfused", _megatron_unfused),
         Provider("megatron fused", _megatron_fused),
-        Provider("transformer engine", _transformer_engine),
-        Provider("transformer engine in place", partial(_transformer_engine, overwrite=True)),
-        Provider("liger", _liger, gradient_in_forward=True),
-        Provider("liger vocab-parallel", _liger_vocab_parallel),
-        Provider("flash-attn", _flash_attention),
-        Provider("quack", _quack),
-        Provider("trl", _trl, "infoentropy"),
+        *(
+            Provider(
+                name,
+                partial(_for_gpus, *path_and_call, shards=name not in WITHOUT_SHARDS),
+                "infoentropy" if name == "trl" else "cross entropy",
+                gradient_in_forward=name == "liger",
+            )
+            for name, path_and_call in FOR_GPUS.items()
+        ),
         Provider("paper eager", _whole_rows(paper_loss), "infoentropy"),
         Provider("paper compiled", _whole_rows(paper_loss, compiled=True), "infoentropy"),
     ]
@@ -202,98 +209,71 @@ def paper_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _megatron_unfused(setting: Setting) -> Loss:
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as theirs
 
     # Overwrites fp32 logits by their softmax and that by the gradient, as in its trainer.
-    return lambda logits, target: _mean(
-        vocab_parallel_cross_entropy(logits, target, tp_group=setting.group)
-    )
+    return lambda logits, target: theirs(logits, target, tp_group=setting.group).mean()
 
 
 def _megatron_fused(setting: Setting) -> Loss:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     setting.refuse_uncompiled()
-    return lambda logits, target: _mean(
-        fused_vocab_parallel_cross_entropy(logits, target, setting.group)
-    )
+    return lambda z, y: fused_vocab_parallel_cross_entropy(z, y, setting.group).mean()
 
 
-def _from_gpu_package(module: str, name: str, setting: Setting) -> Any:
-    """Return what a package for GPUs has by this name.
+def _trl(one_pass: Any, setting: Setting, z: torch.Tensor, y: torch.Tensor) -> Any:
+    """TRL's one pass for log-probability and entropy, weighted as the paper does."""
+    log_p, entropy = one_pass(z, y)
+    weight = 1 + entropy.detach()
+    return -(weight * log_p).sum() / weight.sum()
 
-    Raises:
-        Unavailable: there is no GPU, or no such package, or it cannot be imported.
-    """
+
+# Packages for GPUs: name -> (what they have for it, how its users call that for a setting, logits
+# [tokens, columns] and target). Transformer Engine and Liger's for Megatron take [sequence, batch].
+FOR_GPUS: dict[str, tuple[str, Callable[[Any, Setting, torch.Tensor, torch.Tensor], Any]]] = {
+    "transformer engine": (
+        "transformer_engine.pytorch.cross_entropy.parallel_cross_entropy",
+        lambda f, s, z, y: f(z[:, None], y[:, None], dist_process_group=s.group).mean(),
+    ),
+    "transformer engine in place": (  # by a word that releases before it do not know
+        "transformer_engine.pytorch.cross_entropy.parallel_cross_entropy",
+        lambda f, s, z, y: f(
+            z[:, None], y[:, None], dist_process_group=s.group, overwrite_input=True
+        ).mean(),
+    ),
+    "liger": (
+        "liger_kernel.transformers.cross_entropy.LigerCrossEntropyLoss",
+        lambda f, s, z, y: f()(z, y),
+    ),
+    "liger vocab-parallel": (
+        "liger_kernel.megatron.cross_entropy.LigerMegatronCrossEntropy",
+        lambda f, s, z, y: f()(z[:, None], y[:, None], s.group).mean(),
+    ),
+    "flash-attn": (
+        "flash_attn.ops.triton.cross_entropy.cross_entropy_loss",
+        lambda f, s, z, y: f(z, y, inplace_backward=True, process_group=s.ranks)[0].mean(),
+    ),
+    "quack": (
+        "quack.cross_entropy.cross_entropy",
+        lambda f, s, z, y: f(z, y, reduction="none", inplace_backward=True).mean(),
+    ),
+    "trl": ("trl.kernels.logprob_entropy.selective_log_softmax_and_entropy", _trl),
+}
+WITHOUT_SHARDS = ("liger", "quack", "trl")
+
+
+def _for_gpus(path: str, call: Callable[..., Any], setting: Setting, *, shards: bool) -> Loss:
+    """Return the loss of a package for GPUs: what it has at this path, called so."""
+    if not shards:
+        setting.refuse_shards()
     if setting.device.type != "cuda":
         raise Unavailable("its kernels need a GPU")
+    module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return partial(call, getattr(import_module(module), name), setting)
     except ImportError as error:
         package = module.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise Unavailable("it is not installed") from None
         raise Unavailable(f"it cannot be imported ({error})") from None
-
-
-def _transformer_engine(setting: Setting, *, overwrite: bool = False) -> Loss:
-    path = "transformer_engine.pytorch.cross_entropy"
-    per_token = _from_gpu_package(path, "parallel_cross_entropy", setting)
-    # Told of the overwriting only where wanted: releases before it do not know the word.
-    words = {"overwrite_input": True} if overwrite else {}
-    return lambda logits, target: _mean(  # [sequence, batch, V]
-        per_token(
-            logits.unsqueeze(1), target.unsqueeze(1), dist_process_group=setting.group, **words
-        )
-    )
-
-
-def _liger(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    path = "liger_kernel.transformers.cross_entropy"
-    loss: Loss = _from_gpu_package(path, "LigerCrossEntropyLoss", setting)()
-    return loss
-
-
-def _liger_vocab_parallel(setting: Setting) -> Loss:
-    path = "liger_kernel.megatron.cross_entropy"
-    per_token = _from_gpu_package(path, "LigerMegatronCrossEntropy", setting)()
-    return lambda logits, target: _mean(
-        per_token(logits.unsqueeze(1), target.unsqueeze(1), setting.group)
-    )
-
-
-def _flash_attention(setting: Setting) -> Loss:
-    path = "flash_attn.ops.triton.cross_entropy"
-    losses_and_z = _from_gpu_package(path, "cross_entropy_loss", setting)
-    words = {"process_group": setting.group if setting.case.tensor_parallel > 1 else None}
-    return lambda logits, target: _mean(
-        losses_and_z(logits, target, inplace_backward=True, **words)[0]
-    )
-
-
-def _quack(setting: Setting) -> Loss:
-    setting.refuse_shards()
-    per_token = _from_gpu_package("quack.cross_entropy", "cross_entropy", setting)
-    return lambda logits, target: _mean(
-        per_token(logits, target, reduction="none", inplace_backward=True)
-    )
-
-
-def _trl(setting: Setting) -> Loss:
-    """TRL's one pass for log-probability and entropy, weighted as the paper does."""
-    setting.refuse_shards()
-    path = "trl.kernels.logprob_entropy"
-    one_pass = _from_gpu_package(path, "selective_log_softmax_and_entropy", setting)
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        log_p, entropy = one_pass(logits, target)
-        weight: torch.Tensor = 1 + entropy.detach()
-        weighted: torch.Tensor = -(weight * log_p).sum() / weight.sum()
-        return weighted
-
-    return loss
-
-
-def _mean(losses: torch.Tensor) -> torch.Tensor:
-    return losses.mean()

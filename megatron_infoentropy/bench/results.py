@@ -6,20 +6,17 @@ import datetime
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.files import commit_of, write_atomically
 from megatron_infoentropy.runtime.device import find_device
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 # Those that are not installed leave their column empty.
 PACKAGES = (
@@ -44,20 +41,6 @@ def provenance() -> dict[str, str]:
         "commit": commit_of_this_tree(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def file_to_write(output: Path, facts: dict[str, str], what: str = "bench") -> Path:
-    """Return `output`, or, where that is a folder or a new name without an ending, a file in it."""
-    is_folder = output.is_dir() or not (output.suffix or output.exists())
-    return output / file_name(facts, what) if is_folder else output
-
-
-def file_name(facts: dict[str, str], what: str = "bench") -> str:
-    """<what>_<device>_<yyyymm>.csv: "cpu", or the GPU's model."""
-    words = re.findall(r"[a-z0-9]+", facts["device"].lower())
-    model = next((word for word in words if re.search(r"\d", word)), "gpu")  # "NVIDIA H200"
-    name = model if find_device().type == "cuda" else "cpu"
-    return f"{what}_{name}_{facts['date'].replace('-', '')[:6]}.csv"
 
 
 def device_name() -> str:
@@ -97,7 +80,7 @@ def _version(package: str) -> str:
         return ""
 
 
-Kind = Literal["loss", "linear", "kernel", "limit", "unavailable"]
+Kind = Literal["loss", "kernel", "limit", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -119,17 +102,12 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    times_ours: float | None = None  # median over that of the best of ours into new memory
-    times_ours_p20: float | None = None
-    times_ours_p80: float | None = None
-    times_in_place: float | None = None  # the same, of the best of ours over the logits
+    times_in_place: float | None = None  # median over that of the best of ours over the logits
     times_in_place_p20: float | None = None
     times_in_place_p80: float | None = None
     bytes: int | None = None  # of logits and gradient that the problem must move
-    bytes_are: str = ""
     gb_per_s: float | None = None
     limit: str = ""  # what bounds a kernel here, measured in the same run
-    limit_gb_per_s: float | None = None
     percent_of_limit: float | None = None
     peak_mib: float | None = None  # beside the logits
     collectives: int | None = None
@@ -157,17 +135,17 @@ def row_of_case(case: Case, **fields: Any) -> Row:
     return Row(**dataclasses.asdict(case), **fields)
 
 
-def write_csv(rows: Sequence["DataclassInstance"], facts: dict[str, str], path: Path) -> None:
-    """Replace `path` by these rows, all of one class, the facts in every one of them."""
+def write_csv(rows: Sequence[Mapping[str, object]], facts: dict[str, str], path: Path) -> None:
+    """Replace `path` by these rows, all of the same columns, the facts in every one of them."""
     for fact in ("device", "torch", "megatron_core", "commit", "date"):
         if not facts.get(fact):
             raise ValueError(f"a result file needs the {fact} it belongs to; got none")
-    names = [field.name for field in dataclasses.fields(rows[0])]
     with write_atomically(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*names, *facts], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _text(getattr(row, name)) for name in names} | facts)
+            shown = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
+            writer.writerow(shown | facts)
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
@@ -187,12 +165,6 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
         if line["step"] != "training step"
     ]
     return rows, {fact: lines[0][fact] for fact in FACTS if fact in lines[0]}
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _value(text: str, number: type[int] | type[float] | None) -> Any:

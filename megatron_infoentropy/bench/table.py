@@ -15,7 +15,7 @@ def tables(rows: list[Row]) -> list[Table | str]:
     parts: list[Table | str] = []
     for case in dict.fromkeys(row.case for row in rows):
         of_case = [row for row in rows if row.case == case]
-        parts += [_losses(case, of_case), _kernels(of_case), _output_layer(of_case)]
+        parts += [_losses(case, of_case), _kernels(of_case)]
         parts += not_measured(of_case)
     return [part for part in parts if not isinstance(part, Table) or part.row_count]
 
@@ -33,7 +33,7 @@ def _losses(case: Case, rows: list[Row]) -> Table:
     whole = [row for row in rows if row.kind == "loss" and row.step == "both"]
     ms = {(row.provider, row.step): row.median_ms for row in rows if row.kind == "loss"}
     heads = ["loss", "computes", "forward ms", "backward ms", "both ms (p20-p80)"]
-    heads += ["x ours", "x in place (p20-p80)", "GB/s", "MiB beside the logits"]
+    heads += ["x in place (p20-p80)", "GB/s", "MiB beside the logits"]
     sends = any(row.collectives for row in whole)
     heads += ["collectives, bytes a token"] if sends else []
     title = f"{case}, {whole[0].threads} threads, {whole[0].clock}" if whole else str(case)
@@ -42,7 +42,7 @@ def _losses(case: Case, rows: list[Row]) -> Table:
         in_place = row.times_in_place, row.times_in_place_p20, row.times_in_place_p80
         cells = [row.provider, row.computes]
         cells += [number(ms.get((row.provider, step))) for step in ("forward", "backward")]
-        cells += [time_of(row), number(row.times_ours), with_range(*in_place)]
+        cells += [time_of(row), with_range(*in_place)]
         cells += [number(row.gb_per_s), number(row.peak_mib)]
         if sends:
             cells.append(f"{row.collectives}, {(row.collective_bytes or 0) / row.tokens:.0f}")
@@ -56,15 +56,6 @@ def _kernels(rows: list[Row]) -> Table:
         if row.kind in ("kernel", "limit"):
             share = f"{number(row.percent_of_limit)} of {row.limit}" if row.limit else ""
             table.add_row(row.provider, row.step, time_of(row), number(row.gb_per_s), share)
-    return table
-
-
-def _output_layer(rows: list[Row]) -> Table:
-    linear = [row for row in rows if row.kind == "linear"]
-    title = f"{linear[0].computes}, forward + backward" if linear else ""
-    table = table_of(title, ["output layer and loss", "", "ms (p20-p80)", "MiB beside the inputs"])
-    for row in linear:
-        table.add_row(row.provider, "", time_of(row), number(row.peak_mib))
     return table
 
 

@@ -121,24 +121,18 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The conditions that every provider of a case shares."""
+class Experiment(Setting):
+    """A setting, and the conditions that all who are measured in it share."""
 
-    setting: Setting
     logits: torch.Tensor  # [tokens, columns], this rank's shard
     target: torch.Tensor  # [tokens], ids in the whole vocabulary
     clock: Clock
     repeats: int
 
-    @property
-    def ranks(self) -> dist.ProcessGroup | None:
-        """The ranks that wait for one another, if there are several."""
-        return self.setting.group if self.setting.case.tensor_parallel > 1 else None
-
     def row(self, **fields: Any) -> Row:
         """Return a row with the columns of the case filled in."""
         threads, clock = torch.get_num_threads(), self.clock.name
-        return row_of_case(self.setting.case, threads=threads, clock=clock, **fields)
+        return row_of_case(self.case, threads=threads, clock=clock, **fields)
 
 
 def prepare(setting: Setting, *, repeats: int) -> Experiment:
@@ -150,7 +144,9 @@ def prepare(setting: Setting, *, repeats: int) -> Experiment:
     entries = case.columns * case.tensor_parallel
     target = torch.randint(entries, (case.tokens,), device=device, generator=generator)
     logits = logits.mul_(LOGITS_SCALE).to(setting.dtype)
-    return Experiment(setting, logits, target, clock_for(device), repeats)
+    return Experiment(
+        **vars(setting), logits=logits, target=target, clock=clock_for(device), repeats=repeats
+    )
 
 
 Pass = Callable[[], Iterator[None]]
@@ -164,7 +160,7 @@ def time_in_turn[Name](
     group: dist.ProcessGroup | None = None,
     advance: Callable[[int], object] = lambda work: None,
 ) -> dict[Name, list[list[float]]]:
-    """Return {name: [repeat][step] ms}; where a group of ranks is given, those of its slowest."""
+    """Return {name: [step][repeat] ms}; where a group of ranks is given, those of its slowest."""
     times: dict[Name, list[list[float]]] = {name: [] for name in passes}
     for _ in range(repeats):
         for name, one_pass in passes.items():
@@ -183,7 +179,9 @@ def time_in_turn[Name](
             slowest = torch.tensor(values, device=device, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
             times[name] = slowest.tolist()
-    return times
+    return {
+        name: [list(step) for step in zip(*values, strict=True)] for name, values in times.items()
+    }
 
 
 class Spread(NamedTuple):
@@ -204,6 +202,13 @@ def spread(values: list[float]) -> Spread:
     return Spread(
         statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
     )
+
+
+def columns_of(values: list[float], size: int = 0) -> dict[str, Any]:
+    """Return the columns of these times, in which so many bytes had to be moved."""
+    taken = spread(values)
+    moved = {"bytes": size, "gb_per_s": size / taken.median / 1e6} if size else {}
+    return {"repeats": len(values), **taken.columns(), **moved}
 
 
 def ratio(values: list[float], ours: list[float]) -> Spread:

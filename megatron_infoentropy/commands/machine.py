@@ -9,7 +9,7 @@ import typer
 
 from megatron_infoentropy.commands import out, training
 
-CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a folder to name it in")]
+CsvFile = Annotated[Path | None, typer.Option(dir_okay=False, help="CSV file to write")]
 
 
 def doctor(
@@ -101,9 +101,6 @@ def bench(
         bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")
     ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="passes per provider")] = 5,
-    hidden: Annotated[
-        int | None, typer.Option(help="also an output layer of this size, fused and unfused")
-    ] = None,
     output: CsvFile = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="keep what the output has of this device and commit")
@@ -117,7 +114,7 @@ def bench(
     shape = (tokens, vocabulary, dtype, tensor_parallel)
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     for part in tables(
-        run(chosen, repeats=repeats, compiled=compiled, hidden=hidden, output=output, resume=resume)
+        run(chosen, repeats=repeats, compiled=compiled, output=output, resume=resume)
     ):
         out.print(part)
 

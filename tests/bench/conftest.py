@@ -1,5 +1,7 @@
 """A group of one for what wants a process group, and a case small enough to measure in a test."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +21,32 @@ def group(tmp_path_factory):
 @pytest.fixture(scope="module")
 def setting(group):
     return Setting(Case(12, 70), torch.device("cpu"), group, compiled=False)
+
+
+class CountingClock:
+    """Time passes by `tick` alone."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def tick(self, ms):
+        self.now += ms
+
+    def start(self):
+        self.marks = [self.now]
+
+    def mark(self):
+        self.marks.append(self.now)
+
+    def read(self):
+        return [after - before for before, after in pairwise(self.marks)]
+
+
+@pytest.fixture
+def clock():
+    return CountingClock()
 
 
 @pytest.fixture

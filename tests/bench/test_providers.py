@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +11,14 @@ from close import assert_within
 from oracle import dense_statistics
 
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.providers import LABEL_SMOOTHING, SOFTCAP, Unavailable, ours, peers
-
-NEED_A_GPU = {"liger", "liger vocab-parallel", "flash-attn", "quack", "trl"}
-NEED_A_GPU |= {"transformer engine", "transformer engine in place"}
+from megatron_infoentropy.bench.providers import (
+    FOR_GPUS,
+    LABEL_SMOOTHING,
+    SOFTCAP,
+    Unavailable,
+    ours,
+    peers,
+)
 
 
 def inputs(dtype=torch.float32):
@@ -62,7 +66,7 @@ def test_interpreted_kernels_are_not_timed(setting, monkeypatch):
         triton.make(setting)
 
 
-@pytest.mark.parametrize("name", [p.name for p in peers() if p.name not in NEED_A_GPU])
+@pytest.mark.parametrize("name", [p.name for p in peers() if p.name not in FOR_GPUS])
 def test_peers_that_need_no_gpu_are_right(setting, name):
     setting = replace(setting, compiled=True)
     (provider,) = [p for p in peers() if p.name == name]
@@ -73,24 +77,25 @@ def test_peers_that_need_no_gpu_are_right(setting, name):
         assert_right(provider, setting, rtol)
 
 
-def test_peers_on_a_cpu_say_that_they_need_a_gpu(setting):
-    refusing = [p for p in peers() if p.name in NEED_A_GPU]
-    assert len(refusing) == len(NEED_A_GPU)
-    for provider in refusing:
-        with pytest.raises(Unavailable, match=r"need a GPU"):
-            provider.make(setting)
-
-
-def test_peers_without_tensor_parallelism_refuse_shards(setting):
-    case = Case(12, 70, tensor_parallel=2)
-    refused = []
+def refusals(setting):
+    """{name: reason} of the peers that cannot take part."""
+    refused = {}
     for provider in peers():
         try:
-            provider.make(replace(setting, case=case))
-        except Unavailable as reason:
-            refused += [provider.name] if "no tensor parallelism" in str(reason) else []
-    assert set(refused) == {
-        *("torch", "torch compiled", "liger", "quack", "trl", "paper eager", "paper compiled"),
+            provider.make(setting)
+        except Unavailable as error:
+            refused[provider.name] = str(error)
+    return refused
+
+
+def test_peers_that_cannot_take_part_say_why(setting):
+    compiled = ("torch compiled", "megatron fused", "paper compiled")
+    left_out = "compiled providers were left out (--no-compiled)"
+    need_a_gpu = dict.fromkeys(FOR_GPUS, "its kernels need a GPU")
+    assert refusals(setting) == need_a_gpu | dict.fromkeys(compiled, left_out)
+    refused = refusals(replace(setting, case=Case(12, 70, tensor_parallel=2)))
+    assert {name for name, why in refused.items() if why == "it has no tensor parallelism"} == {
+        *("torch", "torch compiled", "liger", "quack", "trl", "paper eager", "paper compiled")
     }
 
 
@@ -104,28 +109,18 @@ def test_uninstalled_and_broken_packages_are_told_apart(setting, monkeypatch):
         liger.make(on_gpu)
 
 
-def install(monkeypatch, path, **names):
-    """Put a stand-in module under a dotted path."""
-    parts = path.split(".")
-    for depth in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(parts[depth - 1]))
-    for name, value in names.items():
-        setattr(sys.modules[path], name, value)
-
-
-def per_token(logits, target, *_, **words):
-    shape = target.shape
+def per_token(logits, target):
     losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
-    return losses.view(shape)
+    return losses.view(target.shape)
 
 
 def test_gpu_peers_are_called_as_their_users_do(setting, monkeypatch):
     """Stand-ins with the signatures of the real ones; these compute, so a wrong call shows."""
 
-    def te(inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None,
-           ignore_idx=-100, *, overwrite_input=False):  # fmt: skip
+    def transformer_engine(
+        inp, target, reduce_loss=False, dist_process_group=None, *, overwrite_input=False
+    ):
         assert inp.dim() == 3
-        assert target.shape == inp.shape[:2]
         assert dist_process_group is setting.group
         return per_token(inp, target)
 
@@ -147,20 +142,19 @@ def test_gpu_peers_are_called_as_their_users_do(setting, monkeypatch):
             assert group is setting.group
             return per_token(logits, target)
 
-    te_path = "transformer_engine.pytorch.cross_entropy"
-    install(monkeypatch, te_path, parallel_cross_entropy=te)
-    install(monkeypatch, "flash_attn.ops.triton.cross_entropy", cross_entropy_loss=flash)
-    install(monkeypatch, "quack.cross_entropy", cross_entropy=quack)
-    path = "trl.kernels.logprob_entropy"
-    install(monkeypatch, path, selective_log_softmax_and_entropy=trl)
-    install(monkeypatch, "liger_kernel.transformers.cross_entropy",
-            LigerCrossEntropyLoss=torch.nn.CrossEntropyLoss)  # fmt: skip
-    monkeypatch.setitem(sys.modules, "liger_kernel.megatron", ModuleType("megatron"))
-    stand_in = ModuleType("cross_entropy")
-    stand_in.LigerMegatronCrossEntropy = VocabParallel
-    monkeypatch.setitem(sys.modules, "liger_kernel.megatron.cross_entropy", stand_in)
-
+    stand_ins = {
+        "transformer engine": transformer_engine,
+        "transformer engine in place": transformer_engine,
+        "liger": torch.nn.CrossEntropyLoss,
+        "liger vocab-parallel": VocabParallel,
+        "flash-attn": flash,
+        "quack": quack,
+        "trl": trl,
+    }
+    for name, (path, _) in FOR_GPUS.items():
+        module, _, attribute = path.rpartition(".")
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{attribute: stand_ins[name]}))
     on_gpu = replace(setting, device=torch.device("cuda"))
     for provider in peers():
-        if provider.name in NEED_A_GPU:
+        if provider.name in FOR_GPUS:
             assert_right(provider, on_gpu, 1e-6)

@@ -58,18 +58,3 @@ def test_a_case_that_fails_is_a_row_with_the_reason(measured):
     measure.fails = MemoryError("17 GiB")
     rows = run.bench(CASES, repeats=1)
     assert [row.reason for row in rows] == ["", "it failed: MemoryError: 17 GiB", ""]
-
-
-def test_rows_of_the_output_layer_say_that_it_was_whole(measured):
-    rows = run.bench([Case(8, 64, tensor_parallel=2)], repeats=1, hidden=4)
-    assert {row.case for row in rows if row.kind == "linear"} == {Case(8, 64)}
-
-
-def test_an_output_layer_that_fails_leaves_the_shapes_alone(measured, monkeypatch, tmp_path):
-    def fail(case, hidden):
-        raise RuntimeError("no such layer")
-
-    monkeypatch.setattr(run, "_output_layer", fail)
-    rows = run.bench(CASES, repeats=1, hidden=3, output=tmp_path / "bench.csv")
-    assert [row.provider for row in rows] == ["native", "output layer", "native", "native"]
-    assert "no such layer" in rows[1].reason
