@@ -32,16 +32,15 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_folder_appears_with_its_parents_when_the_block_ends(tmp_path: Path) -> None:
+def test_the_folder_appears_with_its_parents_when_the_block_ends_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        make(tmp_path / "deep" / "out", "new", fail=True)
+    assert entries(tmp_path / "deep") == []
     make(tmp_path / "deep" / "out", "new")
     assert entries(tmp_path / "deep") == ["out"]
     assert (tmp_path / "deep" / "out" / "a.bin").read_text() == "new"
-
-
-def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stopped"):
-        make(tmp_path / "out", "new", fail=True)
-    assert entries(tmp_path) == []
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
@@ -97,16 +96,9 @@ def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert entries(tmp_path) == ["out"]
 
 
-def test_an_empty_folder_is_used_and_a_full_one_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    make(tmp_path / "out", "first")
-    with pytest.raises(ValueError, match=r"not empty \(it holds a\.bin\)"):
-        make(tmp_path / "out", "second")
-    assert (tmp_path / "out" / "a.bin").read_text() == "first"
-
-
 def test_overwriting_replaces_the_whole_folder_or_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    out.mkdir()  # an empty one is used
     make(out, "first")
     (out / "manifest.json").touch()
     with pytest.raises(RuntimeError):
@@ -118,19 +110,24 @@ def test_overwriting_replaces_the_whole_folder_or_nothing(tmp_path: Path) -> Non
     assert entries(tmp_path) == ["out"]
 
 
-def test_overwriting_never_deletes_what_is_not_such_an_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("there", "overwrite", "message"),
+    [
+        (["a.bin"], False, r"not empty \(it holds a\.bin\)"),
+        (["a.bin", "thesis.tex"], True, r"refusing to replace .*: it also holds thesis\.tex"),
+        ([], True, r"must be a folder, but .*out is a file"),
+    ],
+)
+def test_what_is_not_to_be_replaced_is_refused_and_stays(
+    tmp_path: Path, there: list[str], overwrite: bool, message: str
+) -> None:
     out = tmp_path / "out"
-    make(out, "first")
-    (out / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"refusing to replace .*: it also holds thesis\.tex"):
-        make(out, "second", overwrite=True)
-    assert entries(out) == ["a.bin", "thesis.tex"]
-
-
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(ValueError, match=r"must be a folder, but .*out is a file"):
-        make(tmp_path / "out", "new")
+    for path in [out / name for name in there] or [out]:
+        write_whole(path, "first")
+    with pytest.raises(ValueError, match=message):
+        make(out, "second", overwrite=overwrite)
+    assert (out / "a.bin" if there else out).read_text() == "first"
+    assert not there or entries(out) == there
 
 
 def test_a_link_to_a_folder_keeps_pointing_to_it(tmp_path: Path) -> None:
@@ -191,14 +188,11 @@ def test_a_checkout_is_at_its_commit_and_says_when_it_is_not(package):
     assert commit_of(package.parent) == f"{clean}-dirty"
 
 
-def test_another_projects_commit_is_not_ours(package):
+def test_in_another_projects_checkout_or_without_git_there_is_none(package, monkeypatch):
     git(package.parents[1], "init")
     git(package.parents[1], "add", ".")
     git(package.parents[1], "commit", "-m", "theirs")
     assert commit_of(package.parent) is None
-
-
-def test_without_git_there_is_none(package, monkeypatch):
-    git(package.parent, "init")
+    assert commit_of(package.parents[1])
     monkeypatch.setenv("PATH", str(package))
-    assert commit_of(package.parent) is None
+    assert commit_of(package.parents[1]) is None
