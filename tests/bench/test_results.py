@@ -1,8 +1,10 @@
-"""Result files: complete, refused without their origin, read back as they were; pages from them."""
+"""Result files: complete, refused without their origin, gone on with, read back as they were; pages
+from them."""
 
 import importlib.util
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -154,3 +156,37 @@ def test_result_files_of_older_commits_are_read():
     first = rows[0]
     assert (first.provider, first.step, first.median_ms) == ("native", "forward", 16.4814)
     assert (first.bytes, first.limit, first.percent_of_limit) == (262144000, "", None)
+
+
+CASES = [Case(8, 64 * n) for n in (1, 2, 3)]
+ROWS = [[row(case, "native", "both", 2.0)] for case in CASES]
+
+
+@pytest.fixture
+def measure(monkeypatch, facts):
+    """Stands for what measures a case; its `side_effect` is what becomes of each."""
+    stand_in = mock.Mock(side_effect=ROWS)
+    monkeypatch.setattr(run, "_measure", stand_in)
+    monkeypatch.setattr(run.results, "provenance", lambda: facts)
+    monkeypatch.setattr(run, "gc", mock.Mock())  # which takes seconds where much is imported
+    return stand_in
+
+
+def test_a_stopped_run_keeps_its_rows_and_goes_on_at_the_same_commit(measure, tmp_path, facts):
+    path = tmp_path / "bench.csv"
+    measure.side_effect = [ROWS[0], KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        run.bench(CASES, repeats=1, output=path, resume=True)
+    assert read_csv(path)[0] == ROWS[0]
+    measure.side_effect = ROWS[1:]
+    assert run.bench(CASES, repeats=1, output=path, resume=True) == [row for (row,) in ROWS]
+    assert read_csv(path)[0] == [row for (row,) in ROWS]
+    facts["commit"], measure.side_effect = "0000000", ROWS
+    run.bench(CASES, repeats=1, output=path, resume=True)
+    assert [call.args[0].vocabulary // 64 for call in measure.mock_calls] == [1, 2, 2, 3, 1, 2, 3]
+
+
+def test_a_case_that_fails_is_a_row_with_the_reason(measure):
+    measure.side_effect = [ROWS[0], MemoryError("17 GiB"), ROWS[2]]
+    rows = run.bench(CASES, repeats=1)
+    assert [row.reason for row in rows] == ["", "it failed: MemoryError: 17 GiB", ""]
