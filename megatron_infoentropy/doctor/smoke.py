@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -34,10 +33,9 @@ from megatron_infoentropy.launch.job import (
 
 PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "transformer-engine")
 GIB, MIB = 2**30, 2**20
-LOOKING = timedelta(hours=6)  # the longest that a rank may take to look, or to plan
+LOOKING_S = 6 * 3600  # the longest that a rank may take to look, or to plan
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
 CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
-POLL_S, GRACE_S = 0.1, 10.0  # between looks at ranks; that they get where one of them has failed
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
 
 
@@ -93,37 +91,19 @@ class Collective(NamedTuple):
 
 def start_ranks(words: Sequence[str], ranks: int) -> int:
     """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun: the ranks say what is wrong
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Open while the ranks run: a free port that is only looked up can be gone when rank 0 asks.
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": store.port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_infoentropy", "doctor", *words],
-            env={"OMP_NUM_THREADS": "1", **os.environ, "MASTER_ADDR": "localhost"}
-            | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-            | {name: str(value) for name, value in world.items()}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
-    return end_together(processes)
-
-
-def end_together(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return 1 if a rank failed; the others, which would wait for it for hours, end soon after."""
-    codes: list[int | None] = [None]
-    while None in codes and not any(codes):
-        time.sleep(POLL_S)
-        codes = [process.poll() for process in processes]
-    deadline = time.monotonic() + GRACE_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return int(any(process.wait() for process in processes))
+    config = LaunchConfig(
+        1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_infoentropy", "doctor", *words)
+    except ChildFailedError:  # the ranks have said why
+        return 1
+    return 0
 
 
 def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
@@ -138,10 +118,11 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
 
     me = _rank_here()
     store = _store(me, order.timeout_s)
-    arrive(store, me, order.timeout_s)
+    arrive(store, me, "start", order.timeout_s)
     facts = look(me, order)
     plan: list[Any] = [_plan(order, facts, me.world) if me.rank == 0 else None]
-    wait_for_all(store, me, LOOKING)
+    # Rank 0 has started Megatron to plan: a collective would give up after the time-out of one.
+    arrive(store, me, "look", LOOKING_S)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", me.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -205,22 +186,22 @@ def _store(me: JobRank, timeout_s: int) -> Any:
     )
 
 
-def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
-    """Say that this rank is there, and wait for all others.
+def arrive(store: Any, me: JobRank, where: str, timeout_s: float) -> None:
+    """Say that this rank has come so far, and wait for all others.
 
     Raises:
         RuntimeError: names those that did not come, and the hosts of those that did.
     """
     from torch.distributed import DistStoreError
 
-    store.set(f"doctor/{me.rank}", socket.gethostname())
+    store.set(f"doctor/{where}/{me.rank}", socket.gethostname())
     deadline = time.monotonic() + timeout_s
     came: dict[int, str] = {}
     for rank in range(me.world):
         left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
         try:
-            store.wait([f"doctor/{rank}"], left)
-            came[rank] = store.get(f"doctor/{rank}").decode()
+            store.wait([f"doctor/{where}/{rank}"], left)
+            came[rank] = store.get(f"doctor/{where}/{rank}").decode()
         except DistStoreError:
             continue
     names = []
@@ -235,15 +216,6 @@ def arrive(store: Any, me: JobRank, timeout_s: float) -> None:
             f"are there, from {', '.join(sorted(set(came.values())))}: look at what the missing "
             "ones said last, and whether their host is up"
         )
-
-
-def wait_for_all(store: Any, me: JobRank, longest: timedelta) -> None:
-    """Wait until every rank has looked, and rank 0 has planned, whose Megatron takes long to start.
-
-    A collective would give up after the time-out of one.
-    """
-    store.set(f"doctor/looked/{me.rank}", "")
-    store.wait([f"doctor/looked/{rank}" for rank in range(me.world)], longest)
 
 
 def look(me: JobRank, order: Order) -> Facts:
