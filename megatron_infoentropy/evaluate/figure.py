@@ -1,11 +1,10 @@
-"""A figure of the report: one matplotlib panel as an SVG element, and the numbers it is drawn from.
+"""A figure of the report: one matplotlib panel as an SVG element.
 
 Text stays text, in the reader's font; every colour is a CSS variable with the light theme's value
 as its fallback, so that a figure follows its page into the dark and still stands alone. Below are
 the parts that the plots share: colours of groups, dashes, thinned curves, a histogram behind.
 """
 
-import csv
 import html
 import io
 import re
@@ -33,7 +32,6 @@ _VARIABLES = {PAGE: "page", INK: "ink", MUTED: "muted", GRID: "grid", FILL: "fil
 }
 _COLOR = re.compile(rf"(?<=[: ])({'|'.join(_VARIABLES)})\b")
 
-Cell = str | int | float | None
 Data = dict[str, Any]
 
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
@@ -76,48 +74,28 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One panel; `rows` are the numbers it shows, None where one is missing."""
+    """One panel."""
 
-    name: str  # of the files, and before the ids in the SVG
+    name: str  # of the file, and before the ids in the SVG
     svg: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Cell]]
-
-    def csv(self) -> str:
-        """Return the numbers, with a line of column names."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
-        return text.getvalue()
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Write FOLDER/NAME.svg and FOLDER/NAME.csv of every figure, and leave no older ones there."""
+    """Write FOLDER/NAME.svg of every figure, and leave no older ones there."""
     for figure in figures:
-        texts = {"svg": standalone(figure.svg), "csv": figure.csv()}
-        for ending, text in texts.items():
-            write_whole(folder / f"{figure.name}.{ending}", text)
+        write_whole(folder / f"{figure.name}.svg", standalone(figure.svg))
     names = {figure.name for figure in figures}
-    for path in folder.glob("*"):
-        if path.suffix in (".svg", ".csv") and path.stem not in names:
+    for path in folder.glob("*.svg"):
+        if path.stem not in names:
             path.unlink()
 
 
-def draw(
-    name: str,
-    plot: Callable[[Axes], str],
-    columns: tuple[str, ...],
-    rows: Sequence[Sequence[Cell]],
-    *,
-    height: float = 3.5,
-) -> Figure:
+def draw(name: str, plot: Callable[[Axes], str], *, height: float = 3.5) -> Figure:
     """Draw one panel.
 
     Args:
         name: of the figure; prefixes its ids, so that several figures can share a page.
         plot: draws on the axes it is given and returns what a reader who cannot see it is told.
-        columns, rows: the numbers that are drawn.
         height: inches, at a width of 5.6.
     """
     with mpl.rc_context(_STYLE):
@@ -126,7 +104,7 @@ def draw(
         target = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    return Figure(name, _inline(target.getvalue(), name, alternative), columns, rows)
+    return Figure(name, _inline(target.getvalue(), name, alternative))
 
 
 def standalone(svg: str) -> str:

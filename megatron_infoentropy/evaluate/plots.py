@@ -1,7 +1,7 @@
 """The report's figures.
 
 Of scores: differences to cross entropy by frequency, difficulty, domain and task. Of training:
-losses, and how entropies and weights are distributed, step by step. Of weights and calibration:
+losses, and how entropies and weights are distributed, step by step. Of weights and entropy:
 what a token weighs, and whether entropy means doubt.
 """
 
@@ -18,7 +18,6 @@ from megatron_infoentropy.evaluate.figure import (
     MUTED,
     PAGE,
     SERIES,
-    Cell,
     Data,
     Figure,
     color_of,
@@ -72,7 +71,7 @@ def differences_by(data: Data, kind: str) -> Figure | None:
         legend(axes)
         return f"Difference to cross entropy by {kind}, with 95 percent intervals."
 
-    return draw(f"differences-by-{kind}", plot, *_row_cells(shown))
+    return draw(f"differences-by-{kind}", plot)
 
 
 def _scale(shown: Shown) -> tuple[tuple[float, float], list[str]]:
@@ -126,13 +125,6 @@ def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
     return [(group, rows) for group, rows in every if rows]
 
 
-def _row_cells(shown: Shown) -> tuple[tuple[str, ...], list[list[Cell]]]:
-    """Return the columns and cells of comparison rows."""
-    columns = tuple(shown[0][1][0])
-    cells = [[g["label"], *(row[name] for name in columns)] for g, rows in shown for row in rows]
-    return ("setting", *columns), cells
-
-
 def differences(data: Data) -> Figure | None:
     """Draw differences to cross entropy: all tokens, by bucket, by domain."""
     return _differences(data, "differences", data["comparisons"], _MAIN_KINDS, "nats per token")
@@ -175,7 +167,7 @@ def _differences(
         return "Differences to cross entropy with intervals; the tables below have the numbers."
 
     height = 1.2 + (0.26 + 0.12 * len(shown)) * len(places)
-    return draw(name, plot, *_row_cells(shown), height=height)
+    return draw(name, plot, height=height)
 
 
 def _place(kind: str, name: str) -> str:
@@ -211,17 +203,13 @@ def weights_over_entropy(data: Data) -> Figure | None:
             "Weight against entropy for several gamma, over the histogram of predicted entropies."
         )
 
-    rows: list[list[Cell]] = [
-        [curve["label"], entropy, weight]
-        for curve in weights["curves"]
-        for entropy, weight in zip(weights["entropy"], curve["weight"], strict=True)
-    ]
-    return draw("weights", plot, ("curve", "entropy_nats", "weight_mean_1"), rows)
+    return draw("weights", plot)
 
 
 def entropy_calibration(data: Data) -> Figure | None:
     """Draw mean cross entropy in every bin of predicted entropy, first run of a group."""
-    histograms = _first_evaluations(data, "entropy_histogram")
+    first = [(group, group["evaluated"][0]) for group in data["groups"] if group["evaluated"]]
+    histograms = [(g, data["runs"][run]["evaluation"]["entropy_histogram"]) for g, run in first]
     if not histograms:
         return None
     points = [(g, *_filled(h, max(_ENOUGH, sum(h["tokens"]) // 2000))) for g, h in histograms]
@@ -238,45 +226,7 @@ def entropy_calibration(data: Data) -> Figure | None:
         legend(axes, "upper left")
         return "Mean cross entropy against predicted entropy; on the diagonal they are equal."
 
-    rows: list[list[Cell]] = [
-        [group["label"], entropy, ce]
-        for group, x, y in points
-        for entropy, ce in zip(x, y, strict=True)
-    ]
-    columns = ("setting", "mean_entropy", "mean_cross_entropy")
-    return draw("calibration", plot, columns, rows)
-
-
-def confidence_calibration(data: Data) -> Figure | None:
-    """Draw how often the most probable token is right, by its probability, first run of a group."""
-    calibrations = _first_evaluations(data, "calibration")
-    if not calibrations:
-        return None
-    rows: list[list[Cell]] = []
-    for group, one in calibrations:
-        parts = (one["tokens"], one["confidence_in_bin"], one["accuracy_in_bin"])
-        rows += [[group["label"], *bin_] for bin_ in zip(*parts, strict=True)]
-
-    def plot(axes: Axes) -> str:
-        for group, one in calibrations:
-            kept = [i for i, tokens in enumerate(one["tokens"]) if tokens >= _ENOUGH]
-            x, y = ([one[n][i] for i in kept] for n in ("confidence_in_bin", "accuracy_in_bin"))
-            label = f"{named(group)}: off by {100 * one['expected_error']:.1f} %"
-            axes.plot(x, y, "o-", markersize=3.5, color=color_of(group), label=label)
-        axes.plot([0, 1], [0, 1], color=MUTED, linestyle=DASHES[2], label="calibrated")
-        axes.set(xlabel="probability of the most probable token", ylabel="how often it is right")
-        axes.set(xlim=(0, 1), ylim=(0, 1))
-        legend(axes, "upper left")
-        return "Share of right predictions by their probability; on the diagonal they are equal."
-
-    columns = ("setting", "tokens", "mean_confidence", "accuracy")
-    return draw("confidence", plot, columns, rows)
-
-
-def _first_evaluations(data: Data, part: str) -> list[tuple[Data, Data]]:
-    """Return every evaluated group with a part of its first evaluated run's evaluation."""
-    groups = [group for group in data["groups"] if group["evaluated"]]
-    return [(group, data["runs"][group["evaluated"][0]]["evaluation"][part]) for group in groups]
+    return draw("calibration", plot)
 
 
 def _filled(histogram: Data, enough: int) -> tuple[list[float], list[float]]:
@@ -285,52 +235,44 @@ def _filled(histogram: Data, enough: int) -> tuple[list[float], list[float]]:
     return [histogram["mean_entropy"][i] for i in kept], [histogram["mean_ce"][i] for i in kept]
 
 
+_CE = "cross entropy"
 _MOST_NAMED = 6  # runs, beyond which only groups are named
 _FEWEST_TO_CUT = 40  # points of a curve, for its start to be cut off
 
 
-def training_curves(data: Data, series: str, *, validation: bool) -> Figure | None:
-    """Draw a number of every run's training log; with `validation`, points of the same name.
+def training_curves(data: Data) -> Figure | None:
+    """Draw every run's cross entropy on training batches, and on validation sets as points.
 
     Of many runs the thin lines are runs, and a bold one is the mean of a group.
     """
-    runs = [run for run in data["runs"] if series in run["training"]]
+    runs = [run for run in data["runs"] if _CE in run["training"]]
     if not runs:
         return None
     many = len(runs) > _MOST_NAMED
-    top = _top_after_start([run["training"][series] for run in runs])
+    top = _top_after_start([run["training"][_CE] for run in runs])
 
     def plot(axes: Axes) -> str:
         dashes = {group: cycle(DASHES) for group in range(len(data["groups"]))}
         for run in runs:
             color = color_of(data["groups"][run["group"]])
-            name = short(run["name"], 30) + _beyond(top, run["training"][series]["values"])
+            name = short(run["name"], 30) + _beyond(top, run["training"][_CE]["values"])
             label = "_nolegend_" if many else legend_label(name)
             dash = "solid" if many else next(dashes[run["group"]])
             width, alpha = (0.7, 0.5) if many else (1.6, 1.0)
-            axes.plot(*thin(run["training"][series]), color=color, linestyle=dash, label=label,
+            axes.plot(*thin(run["training"][_CE]), color=color, linestyle=dash, label=label,
                       linewidth=width, alpha=alpha)  # fmt: skip
-            points = run["validation"].get(series) if validation else None
+            points = run["validation"].get(_CE)
             if points:
                 size = 3.5 if many else 6
                 axes.plot(*points.values(), "o", color=color, markersize=size, markeredgecolor=PAGE)
         if many:
-            _means(axes, data, series, top)
+            _means(axes, data, top)
         axes.set(ylabel="nats per token", ylim=(None, top))
         step_axis(axes)
         legend(axes, "upper right")
-        return f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
+        return f"Training curves of {_CE} for {len(runs)} runs, in nats per token over steps."
 
-    parts = ("training", "validation") if validation else ("training",)
-    rows: list[list[Cell]] = [
-        [run["name"], data["groups"][run["group"]]["label"], part, step, value]
-        for run in runs
-        for part in parts
-        if series in run[part]
-        for step, value in zip(*run[part][series].values(), strict=True)
-    ]
-    columns = ("run", "setting", "part", "step", "nats_per_token")
-    return draw(f"train-{series.replace(' ', '-')}", plot, columns, rows)
+    return draw("train-cross-entropy", plot)
 
 
 def entropies_over_training(data: Data) -> Figure | None:
@@ -385,15 +327,7 @@ def _distribution(
         legend(axes)
         return words
 
-    rows: list[list[Cell]] = [
-        [run["name"], group["label"], name, step, value]
-        for (group, run), every in zip(shown, curves, strict=True)
-        for name, curve in zip(names, every, strict=True)
-        for step, value in zip(curve["iterations"], curve["values"], strict=True)
-    ]
-    unit = "nats" if kind == "entropy" else "relative_to_mean"
-    columns = ("run", "setting", "percentile", "step", unit)
-    return draw(f"train-{kind}-distribution", draw_all, columns, rows)
+    return draw(f"train-{kind}-distribution", draw_all)
 
 
 def _relative(run: Data, name: str, kind: str) -> Data:
@@ -415,10 +349,10 @@ def _beyond(top: float | None, values: list[float]) -> str:
     return OFF if top is not None and values and values[-1] > top else ""
 
 
-def _means(axes: Axes, data: Data, series: str, top: float | None) -> None:
+def _means(axes: Axes, data: Data, top: float | None) -> None:
     """Draw the mean over a group's runs, at the steps that all of them logged."""
     for group in data["groups"]:
-        every = [data["runs"][index]["training"].get(series) for index in group["runs"]]
+        every = [data["runs"][index]["training"].get(_CE) for index in group["runs"]]
         curves = [dict(zip(*one.values(), strict=True)) for one in every if one]
         if not curves:
             continue

@@ -2,7 +2,7 @@
 
     NAME.html            the page: figures are inline SVG, styles are inline; no network, no scripts
     NAME.json            everything the page shows, as one plain structure
-    NAME.figures/*.svg   every figure as a file of its own, and as *.csv the numbers that it shows
+    NAME.figures/*.svg   every figure as a file of its own
 
 Verdict, tables and figures are functions of that structure. The page stands alone; its links to the
 figures' files need them beside it. Every figure is one panel, so that a phone can show it in full
@@ -62,14 +62,13 @@ def write_report(
 
 
 # The one beside the three answers: the first of these that there is.
-_FIRST_FIGURES = ("difficulty", "differences", "tasks", "training_ce")
+_FIRST_FIGURES = ("difficulty", "differences", "tasks", "training")
 
 
 def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
-        "training_ce": plots.training_curves(data, "cross entropy", validation=True),
-        "training_objective": plots.training_curves(data, "objective", validation=False),
+        "training": plots.training_curves(data),
         "entropies": plots.entropies_over_training(data),
         "weights_in_training": plots.weights_over_training(data),
         "differences": plots.differences(data),
@@ -78,7 +77,6 @@ def all_figures(data: Data) -> dict[str, Figure | None]:
         "difficulty": plots.differences_by(data, "difficulty"),
         "weights": plots.weights_over_entropy(data),
         "calibration": plots.entropy_calibration(data),
-        "confidence": plots.confidence_calibration(data),
     }
 
 

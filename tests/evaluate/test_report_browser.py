@@ -11,7 +11,7 @@ from megatron_infoentropy.evaluate.report import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium is not on PATH")
 
-FIGURES = 10
+FIGURES = 8
 BOXES = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)"
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 TEXT = "getComputedStyle(document.querySelector('figure svg text')).fill"
