@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from config_check import config_differences
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, TOKENS, export_tiny, same, write_tiny
+from tiny_checkpoint import FAMILIES, LLAMA_3, TOKENS, export_tiny, same
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from megatron_infoentropy.cli import app
 from megatron_infoentropy.convert import (
     ConversionError,
     convert_checkpoint,
@@ -23,27 +24,6 @@ from megatron_infoentropy.convert import (
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.verify import why_not_now
 from megatron_infoentropy.launch.recipe import load_recipe
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_is_the_same_to_the_bit(
-    tmp_path: Path, family: str, dtype: torch.dtype
-) -> None:
-    write_tiny(tmp_path / "save", dtype, **FAMILIES[family])
-    convert_checkpoint(tmp_path / "save", tmp_path / "hf", shard_bytes=20_000)
-    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    summary = convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
-    assert (summary.family, summary.vocab_size) == (family, 60)
-    convert_checkpoint(tmp_path / "megatron", tmp_path / "again")
-    assert same(tmp_path / "hf", tmp_path / "again")
-    first, second = (
-        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "again")
-    )
-    assert first == second
-    assert config_differences(tmp_path / "megatron", tmp_path / "hf") == []
-    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
-    assert verification.passed, verification
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -59,73 +39,61 @@ def test_the_norm_before_experts_has_the_names_of_local_layers_and_of_transforme
     assert len(local) == 2
 
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-SMALL |= {"intermediate_size": 48, "vocab_size": 60}
-LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+def small(folder: Path, kind: str, **changes: Any) -> Path:
+    """Write a random model of transformers' own making."""
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config |= {"intermediate_size": 48, "vocab_size": 60, "num_key_value_heads": 2} | changes
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    model.save_pretrained(folder / "hf")
+    return folder / "hf"
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
-        ("gpt_neox", {}, "use_parallel_residual=True"),  # every Pythia
-        ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "relu"}, "hidden_act"),
-        ("llama", {"mlp_bias": True}, r"attention_bias=False \(expected True"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"rope_parameters": LLAMA_3 | {"low_freq_factor": 2.0}}, "low_freq_factor"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
-        ("llama", {"rope_theta": 26564.5}, "whole number"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
-        (
-            "mixtral",
-            {"num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": 32},
-            "sliding_window=32",
-        ),
-        ("mixtral", {"num_key_value_heads": 2, "num_experts_per_tok": 1}, "num_experts_per_tok=1"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ("mistral", {"max_position_embeddings": 64, "sliding_window": 63}, "sliding_window=63"),
         ("gemma", {}, "model_type='gemma'"),
+        ("mixtral", {}, "HybridModel with experts"),
+        ("llama", {"rope_parameters": LLAMA_3}, "scaling, which it ignores, .* without --hybrid"),
     ],
 )
-def test_a_model_megatron_cannot_compute_is_refused_by_name(
+def test_a_model_that_is_refused_leaves_nothing(
     tmp_path: Path, kind: str, changes: dict[str, Any], named: str
 ) -> None:
-    sizes = {} if kind == "gpt2" else SMALL
-    AutoConfig.for_model(kind, **sizes | changes).save_pretrained(tmp_path / "hf")
+    small(tmp_path, kind, **changes)
     with pytest.raises(ConversionError, match=named):
-        convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+        convert_from_hf(tmp_path / "hf", tmp_path / "megatron", hybrid=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize("window", [None, 64])
-def test_mistral_without_a_window_is_llama(tmp_path: Path, window: int | None) -> None:
-    config = AutoConfig.for_model(
-        "mistral", **SMALL, num_key_value_heads=2, max_position_embeddings=64, sliding_window=window
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
-    assert convert_from_hf(tmp_path / "hf", tmp_path / "megatron").family == "llama"
-    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 64}),
+        ("llama", {"rope_parameters": LLAMA_3}),
+    ],
+)
+def test_what_is_llama_in_transformers_own_words_is_llama(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    hf = small(tmp_path, kind, max_position_embeddings=64, **changes)
+    summary = convert_from_hf(hf, tmp_path / "megatron")
+    assert summary.family == "llama"
+    assert ("use-rope-scaling" in summary.flags) == ("rope_parameters" in changes)
+    verification = verify_conversion(tmp_path / "megatron", hf, TOKENS, imported=True)
     assert verification.passed, verification
     convert_checkpoint(tmp_path / "megatron", tmp_path / "llama")
-    assert same(tmp_path / "hf", tmp_path / "llama")
+    assert same(hf, tmp_path / "llama")
 
 
-def test_the_scaling_of_llama_3_is_taken_over(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "llama", **SMALL, rope_parameters=LLAMA_3, max_position_embeddings=64, head_dim=16
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
-    summary = convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
-    assert summary.flags["use-rope-scaling"] is True
-    verification = verify_conversion(tmp_path / "megatron", tmp_path / "hf", TOKENS, imported=True)
-    assert verification.passed, verification
-    assert verification.max_logit > 0.1
+def test_the_command_makes_a_hybrid_when_asked(tmp_path: Path) -> None:
+    hf, start = small(tmp_path, "llama"), tmp_path / "start"
+    done = CliRunner().invoke(app, ["convert-from-hf", str(hf), "--output", str(start), "--hybrid"])
+    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
+    assert "Megatron's side is its own forward pass" in done.output
+    assert "--hybrid-layer-pattern '*-' " in done.output, "no pattern of files for a shell"
+    assert "num-layers" not in load_recipe(start / "model.yaml")
 
 
 @pytest.mark.parametrize("said", [None, "bfloat16"])

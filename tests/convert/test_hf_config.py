@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import LLAMA_3
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
+from megatron_infoentropy.convert import ConversionError
 from megatron_infoentropy.convert.architecture import ACTIVATIONS, activation_named
 from megatron_infoentropy.convert.from_hf import flags_of
 from megatron_infoentropy.convert.hf_config import architecture_from_config, read_config
@@ -36,7 +38,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 
 def defaults(kind: str) -> dict[str, Any]:
     """Return what transformers writes for a model of this kind with nothing said."""
-    return AutoConfig.for_model(kind, **KINDS[kind]).to_dict()
+    return AutoConfig.for_model(kind, **KINDS.get(kind, {})).to_dict()
 
 
 def flags(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -125,24 +127,41 @@ def test_a_field_of_any_type_is_taken_or_refused_in_a_sentence(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "value"),
+    ("kind", "changes", "named"),
     [
-        ("llama", "hidden_size", "64"),
-        ("llama", "num_hidden_layers", 0),
-        ("llama", "num_key_value_heads", 5),
-        ("qwen2", "rms_norm_eps", float("nan")),
-        ("qwen3", "head_dim", -1),
-        ("gpt_neox", "intermediate_size", None),
-        ("gpt_neox", "rope_parameters", {"rope_type": "default", "full_attention": {}}),
-        ("gpt2", "n_head", 0),
-        ("gpt2", "resid_pdrop", -0.1),
+        ("llama", {"hidden_size": "64"}, "hidden_size"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
+        ("llama", {"num_key_value_heads": 5}, "num_key_value_heads"),
+        ("llama", {"mlp_bias": True}, r"attention_bias=False \(expected True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_parameters": LLAMA_3 | {"low_freq_factor": 2.0}}, "low_freq_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": LLAMA_3 | {"rope_theta": 26564.5}}, "whole number"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ("mistral", {"max_position_embeddings": 64, "sliding_window": 63}, "sliding_window=63"),
+        ("qwen2", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"head_dim": -1}, "head_dim"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mixtral", {"sliding_window": 32}, "sliding_window=32"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual=True"),  # every Pythia
+        ("gpt_neox", {"hidden_act": "relu"}, "hidden_act"),
+        ("gpt_neox", {"intermediate_size": None}, "intermediate_size"),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "full_attention": {}}}, "full_"),
+        ("gpt2", {"n_head": 0}, "n_head"),
+        ("gpt2", {"resid_pdrop": -0.1}, "resid_pdrop"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gemma", {}, "model_type='gemma'"),
     ],
 )
-def test_a_value_that_is_none_is_named(
-    tmp_path: Path, kind: str, field: str, value: object
+def test_a_model_megatron_cannot_compute_is_refused_by_name(
+    tmp_path: Path, kind: str, changes: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=field):
-        flags(tmp_path, defaults(kind) | {field: value})
+    with pytest.raises(ConversionError, match=named):
+        flags(tmp_path, defaults(kind) | changes)
 
 
 def test_scaling_that_is_not_switched_on_is_not_taken_over(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Small checkpoints in Megatron's format, written without Megatron, for what needs no training."""
+"""Small checkpoints of Megatron's models, with random parameters, for what needs no training."""
 
 import json
 import warnings
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 from megatron_infoentropy.convert import convert_checkpoint
+from megatron_infoentropy.convert.megatron_model import build_model, one_cpu_rank
 
 _ARGS: dict[str, Any] = {
     "num_layers": 2,
@@ -68,11 +70,14 @@ FAMILIES: dict[str, dict[str, Any]] = {  # name of the Hugging Face class: what 
         "untie_embeddings_and_output_weights": False,
     },
 }
+_DESCRIBE = {name for changes in (_ARGS, *FAMILIES.values()) for name in changes}
 _LAYERS = "decoder.layers."
 _LOCAL_NAMES = {  # Transformer Engine's place of a norm: where the local layers have it
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TOKENS = [[(7 * i * i + 3 * i + start) % 60 for i in range(48)] for start in (0, 11)]
 
 
@@ -84,52 +89,26 @@ def tiny_args(**changes: Any) -> Namespace:
 def tiny_tensors(args: Namespace, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random parameters, the layers stacked, large enough that logits spread over several nats."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, around: float = 0.0) -> Tensor:
-        return (around + 0.3 * torch.randn(shape, generator=generator)).to(dtype)
-
-    layers, hidden, width = args.num_layers, args.hidden_size, args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    one = 0.0 if args.layernorm_zero_centered_gamma else 1.0
-    shapes: dict[str, tuple[int, ...]] = {  # of the linear layers
-        "self_attention.linear_qkv.": ((args.num_attention_heads + 2 * groups) * width, hidden),
-        "self_attention.linear_proj.": (hidden, args.num_attention_heads * width),
-    }
-    if getattr(args, "num_experts", None) is None:
-        shapes["mlp.linear_fc1."] = (args.ffn_hidden_size * (1 + args.swiglu), hidden)
-        shapes["mlp.linear_fc2."] = (hidden, args.ffn_hidden_size)
-    else:
-        experts, ffn = args.num_experts, args.moe_ffn_hidden_size
-        shapes["mlp.router."] = (experts, hidden)
-        shapes["mlp.experts.experts.linear_fc1."] = (experts, 2 * ffn, hidden)
-        shapes["mlp.experts.experts.linear_fc2."] = (experts, hidden, ffn)
-    tensors = {"embedding.word_embeddings.weight": draw(args.padded_vocab_size, hidden)}
-    if args.position_embedding_type == "learned_absolute":
-        shape = (args.max_position_embeddings, hidden)
-        tensors["embedding.position_embeddings.weight"] = draw(*shape)
-    for name, shape in shapes.items():
-        tensors[_LAYERS + name + "weight"] = draw(layers, *shape)
-        of_qkv = getattr(args, "add_qkv_bias", False) and "qkv" in name
-        if args.add_bias_linear or of_qkv:
-            tensors[_LAYERS + name + "bias"] = draw(layers, shape[0])
-    norms = (
-        _LAYERS + "self_attention.linear_qkv.layer_norm_",
-        _LAYERS + "mlp.linear_fc1.layer_norm_",
-    )
-    for norm in norms:
-        tensors[norm + "weight"] = draw(layers, hidden, around=one)
-        if args.normalization == "LayerNorm":
-            tensors[norm + "bias"] = draw(layers, hidden)
-    if getattr(args, "qk_layernorm", False):
-        for part in ("q", "k"):
-            name = f"{_LAYERS}self_attention.{part}_layernorm.weight"
-            tensors[name] = draw(layers, width, around=one)
-    tensors["decoder.final_layernorm.weight"] = draw(hidden, around=one)
-    if args.normalization == "LayerNorm":
-        tensors["decoder.final_layernorm.bias"] = draw(hidden)
-    if args.untie_embeddings_and_output_weights:
-        tensors["output_layer.weight"] = draw(args.padded_vocab_size, hidden)
+    described = {name: value for name, value in vars(args).items() if name in _DESCRIBE}
+    tensors = {}
+    for name, shape in _shapes(json.dumps(described, sort_keys=True)):
+        is_norm = name.endswith(("norm.weight", "layer_norm_weight"))
+        around = float(is_norm and not args.layernorm_zero_centered_gamma)
+        tensors[name] = (around + 0.3 * torch.randn(shape, generator=generator)).to(dtype)
     return tensors
+
+
+@cache
+def _shapes(args: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and shapes under which Megatron's own model of these arguments is saved."""
+    with one_cpu_rank():
+        from megatron.core.dist_checkpointing import mapping
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+        state = build_model(Namespace(**json.loads(args))).sharded_state_dict()
+        mapping.apply_factories(state)
+        stored = [t for t in nested_values(state) if isinstance(t, mapping.ShardedTensor)]
+    return sorted({t.key: tuple(t.global_shape) for t in stored}.items())
 
 
 def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

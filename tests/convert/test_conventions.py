@@ -1,0 +1,240 @@
+"""Every convention of every family: in any layout the same export, proved, and back to the bit."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from tiny_checkpoint import (
+    FAMILIES,
+    TOKENS,
+    export_tiny,
+    hybrid_twin,
+    same,
+    tiny_args,
+    tiny_tensors,
+    unstacked,
+    write_checkpoint,
+)
+from tiny_tokenizer import write_tokenizer
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
+from transformers import AutoConfig
+
+from megatron_infoentropy.convert import (
+    convert_checkpoint,
+    convert_from_hf,
+    verify,
+    verify_conversion,
+)
+from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
+from megatron_infoentropy.convert.hf_config import read_config
+from megatron_infoentropy.convert.hf_model import network_of, streamed_model, whole_model
+from megatron_infoentropy.launch.recipe import load_recipe
+
+INTERLEAVED = {"rotary_interleaved": True}
+AROUND_ZERO = {"layernorm_zero_centered_gamma": True}
+BFLOAT16 = {"dtype": torch.bfloat16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "Llama of an FP8 run": BFLOAT16 | {"fp8": "hybrid", "fp8_recipe": "delayed"},
+    "Qwen2": FAMILIES["qwen2"],
+    "Llama with biases of queries, keys and values": FAMILIES["qwen2"] | {"kv_channels": 12},
+    "Qwen3": FAMILIES["qwen3"],
+    "Qwen3, interleaved": FAMILIES["qwen3"] | INTERLEAVED,
+    "Mixtral": FAMILIES["mixtral"],
+    "Qwen3-MoE in bfloat16": FAMILIES["qwen3_moe"] | BFLOAT16,
+    "Qwen3-MoE, interleaved, norms around zero": FAMILIES["qwen3_moe"] | INTERLEAVED | AROUND_ZERO,
+    "GPT-NeoX": FAMILIES["gpt_neox"],
+    "GPT-NeoX, interleaved, fused gelu": FAMILIES["gpt_neox"]
+    | INTERLEAVED
+    | {"bias_gelu_fusion": True, "rotary_percent": 0.25},
+    "GPT-2 in bfloat16": FAMILIES["gpt2"] | BFLOAT16,
+    "GPT-2, untied, norms around zero": FAMILIES["gpt2"]
+    | AROUND_ZERO
+    | {"untie_embeddings_and_output_weights": True},
+    "biases": {"add_bias_linear": True},
+    "the scaling of Llama 3": {"use_rope_scaling": True, "rotary_base": 500000},
+    "a key for all queries": {"num_query_groups": 1},
+    "a key for every query": {"group_query_attention": False, "num_query_groups": 1},
+    "tied": {"untie_embeddings_and_output_weights": False, "kv_channels": 16},
+    "interleaved": INTERLEAVED,
+    "norms around zero": AROUND_ZERO,
+    "wide heads": {"kv_channels": 12, "rotary_base": 500000},
+}
+NO_HYBRIDS = ("num_experts", "rotary_interleaved", "use_rope_scaling")
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint `save`, its Hugging Face folder `hf`, and the same model in other `forms`.
+
+    Layers one by one (`single`), as Megatron-FSDP saves (`fsdp`), and of a HybridModel of one or
+    of several pipeline stages (`hybrid`, `stages`), where there is one.
+    """
+    folder = tmp_path_factory.mktemp("made")
+    changes = {"layernorm_epsilon": 1e-3, "mtp_num_layers": 0} | VARIANTS[request.param]
+    dtype = changes.pop("dtype", torch.float32)
+    args = tiny_args(**changes)
+    tensors = tiny_tensors(args, dtype)
+    write_checkpoint(folder / "save", args, tensors)
+    write_checkpoint(folder / "forms" / "single", args, unstacked(tensors))
+    write_fsdp(folder / "forms" / "fsdp", args, unstacked(tensors))
+    if not any(changes.get(name) for name in NO_HYBRIDS):
+        write_checkpoint(folder / "forms" / "hybrid", *hybrid_twin(args, tensors))
+        write_checkpoint(folder / "forms" / "stages", *as_before(*hybrid_twin(args, tensors, "|")))
+    convert_checkpoint(folder / "save", folder / "hf", shard_bytes=20_000)
+    return folder
+
+
+def as_before(args: Namespace, tensors: dict[str, Tensor]) -> tuple[Namespace, dict[str, Tensor]]:
+    """With the pattern under its old name, and Megatron's default layers named."""
+    args.spec = ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]
+    args.hybrid_override_pattern = args.hybrid_layer_pattern
+    del args.hybrid_layer_pattern
+    return args, tensors
+
+
+def write_fsdp(folder: Path, args: Namespace, tensors: dict[str, Tensor]) -> None:
+    """As Megatron-FSDP saves: wrapped names, one entry a layer, halves apart, no metadata.json."""
+    state = {}
+    for name, tensor in tensors.items():
+        if args.swiglu and "mlp.linear_fc1." in name and "experts" not in name:
+            gate, up = (half.clone() for half in tensor.chunk(2))
+            state |= {f"module.{name}_w": gate, f"module.{name}_v": up}
+        else:
+            state[f"module.{name}"] = tensor
+    everything = {
+        "model": state,
+        "args": args,
+        "iteration": 9,
+        "checkpoint_version": 3.0,
+        "optimizer": {"state": {"module.output_layer.weight": {"exp_avg": torch.zeros(3)}}},
+    }
+    iteration = folder / "iter_0000009"
+    dcp.save(everything, checkpoint_id=iteration, planner=DefaultSavePlanner(), no_dist=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("9")
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_form_of_a_checkpoint_is_exported_as_the_same_to_the_bit(
+    made: Path, tmp_path: Path
+) -> None:
+    assert len(list((made / "hf").glob("*.safetensors"))) > 1
+    for form in (made / "forms").iterdir():
+        hf = tmp_path / form.name
+        convert_checkpoint(form, hf)
+        assert same(made / "hf", hf), form.name
+        assert config_of(made / "hf") == config_of(hf)
+        assert MegatronCheckpoint(form).iteration == (9 if form.name == "fsdp" else 7)
+
+
+@pytest.mark.parametrize("form", ["save", "forms/fsdp", "forms/hybrid", "forms/stages"])
+def test_both_forms_of_megatrons_side_compute_what_transformers_does(
+    made: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    if not (made / form).exists():
+        pytest.skip("no HybridModel computes this")
+    real = verify_conversion(made / form, made / "hf", TOKENS)
+    assert real.passed, real
+    assert (real.tokens, real.max_logit > 1) == (96, True)
+    assert "Megatron's side is its own forward pass" in str(real)
+    monkeypatch.setattr(verify, "why_not_megatron", lambda: "it is not there")
+    plain = verify_conversion(made / form, made / "hf", TOKENS)
+    assert plain.passed, plain
+    assert "arguments: it is not there" in str(plain)
+    assert real.megatron_loss == pytest.approx(plain.megatron_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["save", "forms/hybrid"])
+def test_there_and_back_is_the_same_to_the_bit(made: Path, tmp_path: Path, form: str) -> None:
+    if not (made / form).exists():
+        pytest.skip("no HybridModel computes this")
+    summary = convert_from_hf(made / "hf", tmp_path / "start", hybrid=form != "save")
+    assert (summary.family, summary.vocab_size) == (config_of(made / "hf")["model_type"], 60)
+    assert load_recipe(tmp_path / "start" / "model.yaml") == summary.flags
+    theirs, ours = MegatronCheckpoint(made / form), MegatronCheckpoint(tmp_path / "start")
+    assert ours.tensors.keys() >= theirs.tensors.keys()
+    for name in ("num_layers", "hybrid_layer_pattern", "add_qkv_bias", "use_rope_scaling"):
+        said, expected = (getattr(args, name, None) or None for args in (ours.args, theirs.args))
+        assert said == expected, name
+    convert_checkpoint(tmp_path / "start", tmp_path / "again")
+    assert same(made / "hf", tmp_path / "again")
+    assert config_of(made / "hf") == config_of(tmp_path / "again")
+    for checkpoint in (made / form, tmp_path / "start"):
+        assert config_differences(checkpoint, made / "hf") == []
+    verification = verify_conversion(tmp_path / "start", made / "hf", TOKENS, imported=True)
+    assert verification.passed, verification
+
+
+def test_all_of_transformers_forms_compute_the_same_to_the_bit(made: Path, tmp_path: Path) -> None:
+    """The folder whole, and layer by layer; and a model that is filled from the checkpoint."""
+    whole = whole_model(made / "hf")
+    opened, tokenizer = MegatronCheckpoint(made / "save"), write_tokenizer(tmp_path / "t", 60)
+    others = [
+        streamed_model(made / "hf", AutoConfig.from_pretrained(made / "hf")),
+        network_of(opened, tokenizer, torch.float32),
+    ]
+    with torch.no_grad():
+        for tokens in TOKENS:
+            ids = torch.tensor([tokens])
+            expected = whole(ids, use_cache=False).logits
+            assert expected.shape[-1] == 60
+            for other in others:
+                assert type(other) is type(whole)
+                assert torch.equal(other(ids, use_cache=False).logits, expected)
+
+
+def config_differences(checkpoint: Path, folder: Path) -> list[str]:
+    """Return a line for every field that no logit shows and that is not as the arguments say.
+
+    And for what transformers 4 reads of config.json otherwise than transformers 5 does.
+    """
+    config, args = read_config(folder), MegatronCheckpoint(checkpoint).args
+    length, written = args.max_position_embeddings, config_of(folder)
+    window = getattr(config, "sliding_window", None)
+    pairs = {
+        "max_position_embeddings": (config.max_position_embeddings, length),
+        "initializer_range": (config.initializer_range, args.init_method_std),
+        "sliding_window": (None if window == length else window, None),
+        "n_ctx, where llama.cpp looks": (written.get("n_ctx"), written.get("n_positions")),
+    }
+    if rope := written.get("rope_parameters"):
+        theta = written.get("rope_theta", written.get("rotary_emb_base"))
+        pairs["rope_theta for 4 and 5"] = (theta, rope["rope_theta"])
+        if "rotary_pct" in written:
+            share = rope.get("partial_rotary_factor")
+            pairs["rotary_pct for 4 and 5"] = (written["rotary_pct"], share)
+        if rope["rope_type"] != "default":
+            scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+            pairs["rope_scaling for 4 and 5"] = (written.get("rope_scaling"), scaling)
+    return [
+        f"{name} is {value!r}, expected {expected!r}"
+        for name, (value, expected) in pairs.items()
+        if value != expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"max_position_embeddings": 65}, "max_position_embeddings is 65, expected 64"),
+        ({"initializer_range": 0.5}, "initializer_range is 0.5, expected 0.02"),
+        ({"rope_theta": 9000.0}, "rope_theta for 4 and 5 is 9000.0, expected 10000.0"),
+    ],
+)
+def test_the_tests_own_check_sees_what_no_logit_shows(
+    tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    export_tiny(tmp_path)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(config_of(tmp_path / "hf") | changes))
+    assert config_differences(tmp_path / "save", tmp_path / "hf") == [line]
