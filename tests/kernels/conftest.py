@@ -5,19 +5,21 @@ what test_triton_interpreted.py does, in a process of its own: Triton reads it w
 With INFOENTROPY_KERNELS_ON_GPU=1 it is the GPU kernels, as tests/gpu/test_kernels_on_gpu.py does.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
 
+import cuda_emulation
 import pytest
 import torch
 
-from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels import dispatch, native
+from megatron_infoentropy.kernels.contract import Kernels
 
-# Those this processor has; test_native_options.py says which it lacks.
+# Those this processor has; test_native.py says which it lacks.
 INSTRUCTION_SETS = native._C.instruction_sets() if native._C else ["not built"]
-# native-<instruction set> is the native one with those vector instructions.
-BACKENDS = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS)]
+# native-<instruction set> is the native one with those vector instructions, cuda-walked the CUDA
+# kernels thread by thread on the CPU.
+BACKENDS = ["reference", *(f"native-{name}" for name in INSTRUCTION_SETS), "cuda-walked"]
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
 
@@ -29,30 +31,25 @@ if os.environ.get("INFOENTROPY_KERNELS_ON_GPU") == "1":
     BACKENDS = on_gpu.install()
 
 
-@contextlib.contextmanager
-def using(instructions: str) -> Iterator[None]:
-    """The native kernels with those vector instructions."""
-    reason = native.why_unavailable(torch.device("cpu"), torch.float32)
-    assert reason is None, f"the tests need the C++ extension: {reason}"
-    chosen = native._C.instruction_set()
-    assert native._C.use_instruction_set(instructions)
-    yield
-    native._C.use_instruction_set(chosen)
-
-
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name to pass as `backend`, with the instruction set chosen where it is the native one."""
-    name, _, instructions = request.param.partition("-")
-    if name != "native":
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name to pass as `backend`, with the kernels that it stands for here."""
+    name, _, kind = request.param.partition("-")
+    if name == "native":
+        reason = native.why_unavailable(torch.device("cpu"), torch.float32)
+        assert reason is None, f"the tests need the C++ extension: {reason}"
+        chosen = native._C.instruction_set()
+        assert native._C.use_instruction_set(kind)
         yield name
+        native._C.use_instruction_set(chosen)
         return
-    with using(instructions):
-        yield name
+    if kind == "walked":
+        able = (cuda_emulation.KERNELS, lambda device, dtype: None)
+        monkeypatch.setitem(dispatch.BACKENDS, name, able)
+    yield name
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The instruction set that the native kernels use during the test."""
-    with using(request.param):
-        yield request.param
+@pytest.fixture
+def kernels(backend: str) -> Kernels:
+    """The two functions of a backend."""
+    return dispatch.by_name(backend)

@@ -132,16 +132,6 @@ def test_entropy_of_known_distributions(backend, name, row, entropy):
         assert_within(got.entropy, torch.full((3,), entropy), atol=1e-6)
 
 
-def test_a_shift_of_all_logits_changes_nothing(backend):
-    logits = torch.randn(9, 3001, generator=torch.Generator().manual_seed(2)).mul(64).round() / 64
-    target = torch.arange(9)
-    plain = vocab_parallel_statistics(logits, target, backend=backend)
-    for shift in (-500.0, 500.0):  # exact in fp32: the logits are multiples of 1/64
-        moved = vocab_parallel_statistics(logits + shift, target, backend=backend)
-        assert_within(moved.cross_entropy, plain.cross_entropy, atol=1e-6)
-        assert_within(moved.entropy, plain.entropy, atol=1e-6)
-
-
 def infinite_rows():
     logits = torch.randn(6, 5000, generator=torch.Generator().manual_seed(3))
     logits[0, :4999] = -torch.inf  # one finite logit, the last
@@ -210,18 +200,6 @@ def test_a_softcap_keeps_its_slope_where_it_is_nearly_flat(backend, size, dtype)
         assert_within(ours.grad[:, columns], truth.grad[:, columns], rtol=2e-6)
     else:
         assert_within_bf16_ulp(ours.grad[:, columns], truth.grad[:, columns])
-
-
-def test_a_masked_target_under_a_softcap_has_no_gradient(backend):
-    logits, target = random_case(3, 1100)
-    logits[1, int(target[1])] = -torch.inf
-    ours = logits.clone().requires_grad_()
-    got = vocab_parallel_statistics(ours, target, backend=backend, softcap=2.0)
-    assert got.cross_entropy[1] == torch.inf
-    (got.cross_entropy + got.entropy).sum().backward()
-    assert ours.grad.isfinite().all()
-    assert ours.grad[1, target[1]] == 0
-    assert (ours.grad[[0, 2], target[[0, 2]]] != 0).all()
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 999])

@@ -8,9 +8,8 @@ import pytest
 import sanitized_calls
 import torch
 
-from megatron_infoentropy import vocab_parallel_statistics
-from megatron_infoentropy.kernels import dispatch, native
-from megatron_infoentropy.kernels.contract import PLAIN, Options, Shard
+from megatron_infoentropy.kernels import native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
 
 
 @pytest.fixture
@@ -32,12 +31,13 @@ def test_layouts_go_along_and_results_come_back(seen, in_place):
     kernels, found = seen
     wide = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     logits, target, shard = wide[:, 3:12], torch.tensor([0, -100, 5, 8]), Shard(0, 7, -100)
-    statistics = kernels.shard_statistics(logits, target, shard, PLAIN)
-    assert torch.equal(statistics, native.shard_statistics(logits, target, shard, PLAIN))
+    case, inverse = (target, shard, PLAIN), torch.linspace(0.5, 2, 4)
+    statistics = kernels.shard_statistics(logits, *case, inverse)
+    assert torch.equal(statistics, native.shard_statistics(logits, *case, inverse))
     expected, around = torch.empty(4, 9), wide.clone()
-    native.shard_gradient(logits, target, shard, PLAIN, statistics, expected)
+    native.shard_gradient(logits, *case, statistics, expected, inverse)
     out = logits if in_place else torch.full((4, 13), 7.0)[:, 2:11]
-    kernels.shard_gradient(logits, target, shard, PLAIN, statistics, out)
+    kernels.shard_gradient(logits, *case, statistics, out, inverse)
     assert torch.equal(out, expected)
     assert torch.equal(wide[:, :3], around[:, :3])
     there, its_out = found[0]
@@ -46,31 +46,14 @@ def test_layouts_go_along_and_results_come_back(seen, in_place):
     assert (there.stride(), there.storage_offset()) == ((20, 1), 3)
 
 
-def test_the_loss_calls_them_as_it_calls_any(seen, monkeypatch):
-    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    options = {"temperature": torch.linspace(0.5, 2, 4), "backend": "native"}
-    found = []
-    for kernels in (native.KERNELS, seen[0]):
-        monkeypatch.setitem(dispatch.BACKENDS, "native", (kernels, native.why_unavailable))
-        got = vocab_parallel_statistics(logits, torch.tensor([0, -100, 5, 8]), **options)
-        found.append([*got[:3], *torch.autograd.grad(got.cross_entropy.sum(), logits)])
-    assert all(map(torch.equal, *found))
-    assert seen[1], "the kernels on the copies were not called"
-
-
-def test_the_sanitized_calls_are_right_for_any_kernels():
-    for case in sanitized_calls.CASES:
-        sanitized_calls.check(native.KERNELS, case, torch.bfloat16, sanitized_calls.OPTIONS[-1])
-
-
 def test_the_sanitized_calls_see_a_wrong_gradient():
     def wrong(*arguments):
         native.shard_gradient(*arguments)
-        arguments[5][0, -1] += 1
+        arguments[5][0, 0] += 1
 
     kernels = on_gpu.Kernels("wrong", native.shard_statistics, wrong)
     with pytest.raises(AssertionError):
-        sanitized_calls.check(kernels, sanitized_calls.CASES[0], torch.float32, Options())
+        sanitized_calls.check(kernels, *sanitized_calls.SETTINGS[0])
 
 
 def test_every_setting_has_a_process_in_the_gpu_command():

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64, in Triton's interpreter.
+"""What only the Triton kernels do: launch parameters, rows anywhere, and the softcap's tanh.
 
 Run by test_triton_interpreted.py. Vocabularies lie around a tile, which is 8192 bytes of a row.
 """
@@ -8,29 +8,20 @@ import torch
 import triton
 import triton.language as tl
 from close import assert_within
-from test_native_options import (
-    EVERY_OPTION,
-    OPTIONS,
-    assert_every_token_has_its_own_temperature,
-    assert_gradient_equals_the_reference,
-    assert_masked_logits_stay_masked,
-    assert_statistics_equal_the_reference,
+from test_contract import (
+    assert_gradient,
+    assert_statistics,
+    coefficients_for,
+    every_dtype,
     gradient,
-    random_case,
-    random_coefficients,
+    make_case,
+    whole,
 )
 
 from megatron_infoentropy.kernels import reference, triton_kernels
-from megatron_infoentropy.kernels.contract import (
-    SPREAD,
-    TAIL,
-    Options,
-    Shard,
-)
+from megatron_infoentropy.kernels.contract import PLAIN, SPREAD, TAIL, Options
 from megatron_infoentropy.kernels.triton_device import meaning
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TILE_BYTES = 8192
 
 
@@ -41,74 +32,44 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_kernels, "LOADS", 4)
 
 
-@EVERY_OPTION
-@EVERY_DTYPE
-@pytest.mark.parametrize("beside", [-1, 1])
-def test_every_option_around_a_tile(beside, dtype, options):
-    case = random_case(TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
-    assert_statistics_equal_the_reference(triton_kernels, *case, options)
-    assert_gradient_equals_the_reference(triton_kernels, *case, options)
-
-
-@pytest.mark.parametrize("name", ["plain", "all"])
-def test_every_token_may_have_its_own_temperature(name):
-    assert_every_token_has_its_own_temperature(triton_kernels, OPTIONS[name])
-
-
-@EVERY_DTYPE
+@every_dtype
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 def test_the_launch_parameters_of_a_gpu(as_on_a_gpu, beside, dtype):
-    case = random_case(2 * TILE_BYTES // dtype.itemsize + beside, dtype, n=3)
-    assert_statistics_equal_the_reference(triton_kernels, *case, Options())
-    assert_gradient_equals_the_reference(triton_kernels, *case, Options(distance=True))
+    v, distance = 2 * TILE_BYTES // dtype.itemsize + beside, Options(distance=True)
+    logits, target, shard = make_case(v, dtype, n=3)
+    assert_statistics(triton_kernels, logits.contiguous(), target, shard, PLAIN)
+    assert_gradient(triton_kernels, (logits, target, shard), distance)
 
 
 def test_a_large_odd_vocabulary_as_on_a_gpu(as_on_a_gpu):
-    case = random_case(50257, torch.bfloat16, n=2)
-    assert_statistics_equal_the_reference(triton_kernels, *case, Options(distance=True))
-    assert_gradient_equals_the_reference(triton_kernels, *case, Options())
+    case = make_case(50257, torch.bfloat16, n=2, offset=1)
+    assert_statistics(triton_kernels, *case, Options(distance=True))
+    assert_gradient(triton_kernels, case, PLAIN)
 
 
-@EVERY_DTYPE
+@every_dtype
 @pytest.mark.parametrize(("first", "gap"), [(0, 8), (1, 0), (5, 3), (8, 1)])
 def test_rows_anywhere_in_memory_read_alike(dtype, first, gap):
     """Vectors of 16 bytes where rows start at such boundaries, single logits where they do not."""
-    v = TILE_BYTES // dtype.itemsize + 40
-    logits, target, shard = random_case(v, dtype, n=3)
+    v, options = TILE_BYTES // dtype.itemsize + 40, Options(distance=True)
+    logits, target, shard = make_case(v, dtype, n=3)
+    logits, shard = logits.contiguous(), shard._replace(columns=v)
     wide = torch.full((3, first + v + gap), torch.nan, dtype=dtype)
-    wide[:, first : first + v] = logits
     moved = wide[:, first : first + v]
-    plain = triton_kernels.shard_statistics(logits, target, shard, Options(distance=True))
-    got = triton_kernels.shard_statistics(moved, target, shard, Options(distance=True))
-    assert torch.equal(got, plain)
+    moved.copy_(logits)
+    plain = triton_kernels.shard_statistics(logits, target, shard, options)
+    assert torch.equal(triton_kernels.shard_statistics(moved, target, shard, options), plain)
 
-    coefficients = random_coefficients(logits, target, shard, Options())
-    want = gradient(triton_kernels, logits, target, shard, Options(), coefficients)
+    case, coefficients = (target, shard, PLAIN), coefficients_for(logits, target, shard, PLAIN)
+    want = gradient(triton_kernels, logits, *case, coefficients)
     out = torch.full((3, v + 7), 7.0, dtype=dtype)
     for source, sink in ((moved, out[:, 1 : v + 1]), (logits, out[:, 1 : v + 1]), (moved, moved)):
-        triton_kernels.shard_gradient(source, target, shard, Options(), coefficients, sink)
+        triton_kernels.shard_gradient(source, *case, coefficients, sink)
         assert torch.equal(sink, want)
     assert (out[:, 0] == 7).all()
     assert (out[:, v + 1 :] == 7).all()
     assert wide[:, :first].isnan().all()
     assert wide[:, first + v :].isnan().all()
-
-
-@EVERY_OPTION
-def test_masked_logits_stay_masked(options):
-    assert_masked_logits_stay_masked(triton_kernels, options)
-
-
-@EVERY_OPTION
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_logit_spoils_its_own_row_only(options, value):
-    if options.softcap and value == torch.inf:
-        return  # under a softcap +inf is the cap
-    logits, target, shard = random_case(2500, torch.float32, n=4)
-    logits[1, 2400] = value
-    got = triton_kernels.shard_statistics(logits, target, shard, options)
-    assert got[TAIL].isnan().tolist() == [False, True, False, False]
-    assert got[:, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -117,9 +78,9 @@ def test_long_sums_of_equal_terms_do_not_drift(as_on_a_gpu, dtype):
     v = 262144 if dtype == torch.bfloat16 else 100000
     logits = torch.full((1, v), -0.41, dtype=dtype)
     logits[0, 77] = 1.0
-    target, shard = torch.tensor([77]), Shard(0, v, -100)
-    got = triton_kernels.shard_statistics(logits, target, shard, Options()).double()
-    want = reference.shard_statistics(logits.double(), target, shard, Options())
+    case = (torch.tensor([77]), whole(v), PLAIN)
+    got = triton_kernels.shard_statistics(logits, *case).double()
+    want = reference.shard_statistics(logits.double(), *case)
     assert_within(got[TAIL].log1p(), want[TAIL].log1p(), atol=1e-6)
     assert_within(got[SPREAD] / got[TAIL], want[SPREAD] / want[TAIL], atol=2e-6)
 

@@ -1,5 +1,6 @@
-"""Threads of the native kernels: as many as torch says, and none that a forked child waits for."""
+"""What only the native kernels have: instruction sets, and threads, as many as torch says."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,14 @@ import torch
 
 from megatron_infoentropy.kernels import native
 from megatron_infoentropy.kernels.contract import PLAIN, Shard
+
+
+def test_every_instruction_set_of_this_architecture_runs_here():
+    known = ["avx512", "avx2", "baseline"] if platform.machine() == "x86_64" else ["baseline"]
+    here = native._C.instruction_sets()
+    assert here == [name for name in known if name in here]
+    if here != known:
+        pytest.skip(f"this processor lacks {', '.join(set(known) - set(here))}: not run")
 
 
 def test_as_many_threads_as_torch_says(monkeypatch):
