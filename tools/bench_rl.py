@@ -11,9 +11,9 @@ Errors are the largest, against float64. What is not in .venv/side (tests/rl/pee
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,7 @@ from oracle import dense_statistics  # noqa: E402
 
 from megatron_infoentropy.bench.losses import CountCollectives  # noqa: E402
 from megatron_infoentropy.bench.results import provenance, write_csv  # noqa: E402
-from megatron_infoentropy.bench.timing import peak_mib  # noqa: E402
+from megatron_infoentropy.bench.timing import clock_for, peak_mib, time_in_turn  # noqa: E402
 
 TIMED = ("verl engine", "slime", "skyrl", "trl")
 KINDS = (("normal", "float32"), ("+200", "float32"), ("+200", "bfloat16"), ("-inf", "float32"))
@@ -103,17 +103,14 @@ def errors(found: Tensors, whole: torch.Tensor, rest: Tensors) -> dict[str, floa
     return dict(zip(names, torch.stack(everyone).amax(0).tolist(), strict=True))
 
 
-def timed(passes: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each, in turn, until the slowest rank is done."""
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(repeats):
-        for name, run in passes.items():
-            dist.barrier()
-            begun = time.perf_counter()
-            run()
-            dist.barrier()
-            times[name].append(1e3 * (time.perf_counter() - begun))
-    return times
+def steps(
+    call: str, functions: dict[str, Any], shard: torch.Tensor, rest: Tensors
+) -> Iterator[None]:
+    """The one timed step of a pass, which has a clone of the logits to overwrite."""
+    leaf = shard.clone()
+    yield
+    one_pass(call, functions, leaf, rest)
+    yield
 
 
 def measure(world: int, tokens: int, vocabulary: int, repeats: int) -> list[RlRow]:
@@ -151,19 +148,17 @@ def add_cost(
     rest: Tensors,
     repeats: int,
 ) -> None:
-    """Fill in time, memory and collectives; each pass has a clone of the logits to overwrite."""
-    clones = {by: [shard.clone() for _ in range(repeats)] for by in whose}
-    passes = {
-        by: (lambda by=by, functions=functions: one_pass(call, functions, clones[by].pop(), rest))
-        for by, functions in whose.items()
-    }
-    for by, times in timed(passes, repeats).items():
+    """Fill in time, memory and collectives."""
+    passes = {by: partial(steps, call, functions, shard, rest) for by, functions in whose.items()}
+    measured = time_in_turn(passes, clock_for(shard.device), repeats, dist.group.WORLD)
+    for by, (times,) in measured.items():
         row = rows[by]
         row.median_ms, row.fastest_ms, row.repeats = median(times), min(times), repeats
-        clones[by] = [shard.clone() for _ in range(2)]
         with CountCollectives() as counted:
-            passes[by]()
-        row.peak_mib = peak_mib(passes[by], shard.device)
+            list(passes[by]())
+        run = passes[by]()
+        next(run)
+        row.peak_mib = peak_mib(partial(next, run), shard.device)
         row.logits_mib = shard.numel() * shard.element_size() / 2**20
         row.collectives = counted.collectives
         row.collective_bytes = counted.bytes // row.tokens

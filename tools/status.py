@@ -11,16 +11,25 @@ import csv
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from rich.table import Table
+
+from megatron_infoentropy.bench.cases import HEADLINE
+from megatron_infoentropy.bench.results import Row, provenance, read_csv, write_csv
+from megatron_infoentropy.bench.table import number, tables
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))  # also where this file is imported by its path
-import bench_report  # noqa: E402
-
 RESULTS = ROOT / "tools" / "results"
+PEERS = {  # provider: what the README calls it
+    "torch": "PyTorch's cross entropy",
+    "megatron fused": "Megatron's fused one",
+    "paper eager": "the loss as published",
+}
 ASIDE = ("--numprocesses", "2", "--dist", "loadfile")  # as `make test`
 FACTS = ("device", "torch", "megatron_core", "commit", "date")
 
@@ -38,8 +47,6 @@ def main() -> None:
 def run_features() -> None:
     """Run every feature's tests here; replaces this device's result file."""
     import torch
-
-    from megatron_infoentropy.bench.results import provenance, write_csv
 
     here = {"cpu"} if not torch.cuda.is_available() else {"gpu"}
     if torch.cuda.device_count() > 1:
@@ -77,9 +84,9 @@ def generated() -> dict[Path, str]:
     """Return the pages that have generated parts, with those renewed."""
     docs = ROOT / "docs"
     parts = {
-        ROOT / "README.md": {"speed": bench_report.speed()},
+        ROOT / "README.md": {"speed": speed()},
         docs / "status.md": {"status": status_table()},
-        docs / "benchmarks.md": {"bench": bench_report.everything()},
+        docs / "benchmarks.md": {"bench": every_case()},
     }
     return {page: renewed(page.read_text(encoding="utf-8"), parts[page]) for page in parts}
 
@@ -111,6 +118,141 @@ def status_table() -> str:
         when = f"{row['date']}, {row['commit']}"
         lines.append(f"| {feature['feature']} | {row['outcome']} | {where} | {when} |")
     return "\n".join(lines) + "\n"
+
+
+def result_files() -> list[Path]:
+    return sorted(RESULTS.glob("bench_*.csv"))
+
+
+def speed() -> str:
+    """Return the README's sentences: ours beside its peers, at the first case of every file."""
+    sentences = []
+    for path in result_files():
+        rows, facts = read_csv(path)
+        of_case = [row for row in rows if row.kind == "loss" and row.case == rows[0].case]
+        ms = {row.provider: row.median_ms for row in of_case if row.step == "both"}
+        ours = min(
+            (row for row in of_case if (row.by, row.computes) == ("ours", "infoentropy")),
+            key=lambda row: (row.step != "both", row.times_in_place or float("inf")),
+        )
+        new_tensor = ms.get(ours.provider.removesuffix(" in place"))
+        peers = [f"{number(ms[name])} for {PEERS[name]}" for name in PEERS if name in ms]
+        sentences.append(
+            f"{facts['device']}: cross entropy and entropy, forward and backward of {ours.case} "
+            f"logits, take {number(ours.median_ms)} ms with the gradient written over the logits, "
+            f"as the trainer does, {number(new_tensor)} ms with a new tensor for it. Beside them: "
+            f"{', '.join(peers)}."
+        )
+    sentences.append("How this was measured: [docs/benchmarks.md](docs/benchmarks.md).")
+    return textwrap.fill(" ".join(sentences), 108, break_on_hyphens=False) + "\n"
+
+
+def every_case() -> str:
+    """For the docs: every case of every result file, what is missing, and the kernels."""
+    text = ""
+    for path in result_files():
+        rows, facts = read_csv(path)
+        text += f"### {facts['device']} ([file](../tools/results/{path.name}))\n\n"
+        if judged := list(targets(rows)):
+            text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *judged])}\n"
+        text += f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}.\n\n"
+        for case in dict.fromkeys(row.case for row in rows):
+            for part in tables([row for row in rows if row.case == case]):
+                text += f"{_sentence(part)}\n" if isinstance(part, str) else _markdown(part)
+            text += "\n"
+    return text
+
+
+def _markdown(table: Table) -> str:
+    heads = [str(column.header) for column in table.columns]
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    title = f"{_sentence(str(table.title)).strip()}\n\n" if table.title else ""
+    return f"{title}{_table([heads, ['---'] * len(heads), *zip(*columns, strict=True)])}\n"
+
+
+def _table(lines: list[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}.  "
+
+
+class Target(NamedTuple):
+    """A bound, set before measuring, on one number of one row: {ours} is our best in place,
+    {backend} the kernels that it calls."""
+
+    words: str
+    bound: float
+    provider: str
+    step: str = "both"
+    value: Callable[[Row], float | None] = lambda row: row.times_in_place
+    is_least: bool = True
+
+
+def _share(row: Row) -> float | None:
+    return row.percent_of_limit
+
+
+def _entropy_cost(row: Row) -> float | None:
+    """Percent by which ours takes longer than the row, which is without the entropy."""
+    return 100 / row.times_in_place - 100 if row.times_in_place else None
+
+
+def _peak(row: Row) -> float | None:
+    """In sizes of the logits, those included."""
+    return 1 + row.peak_mib / (row.bytes / 3 / 2**20) if row.peak_mib and row.bytes else None
+
+
+GPU = [
+    Target("statistics, % of the copy bandwidth", 88, "{backend}", "statistics", _share),
+    Target("gradient, % of the copy bandwidth", 90, "{backend}", "gradient", _share),
+    Target("Megatron unfused, times ours", 7.5, "megatron unfused"),
+    Target("Liger vocab-parallel, times ours", 3, "liger vocab-parallel"),
+    Target("Transformer Engine, times ours", 0.97, "transformer engine"),
+    Target("Transformer Engine in place, times ours", 0.97, "transformer engine in place"),
+    Target(
+        *("entropy, % over our plain cross entropy", 3, "{ours} (cross entropy)"),
+        value=_entropy_cost,
+        is_least=False,
+    ),
+    Target("peak memory, times the logits", 1.01, "{ours}", value=_peak, is_least=False),
+]
+CPU = [
+    Target("statistics, % of what bounds them", 80, "{backend}", "statistics", _share),
+    Target("gradient, % of what bounds it", 80, "{backend}", "gradient", _share),
+    Target("paper eager, times ours", 20, "paper eager"),
+    Target("torch, times ours", 8, "torch"),
+]
+TARGETS = {  # of the first case of a file
+    (*HEADLINE, "bfloat16", False): GPU,
+    (2048, 32000, "float32", True): CPU,
+}
+
+
+def targets(rows: list[Row]) -> Iterator[list[str]]:
+    """Cells (target, measured, met) of the targets that the file's first case belongs to."""
+    first = rows[0]
+    timed = [row for row in rows if row.case == first.case and row.median_ms is not None]
+    known = {(row.provider, row.step): row for row in timed}
+    is_ours = {"by": "ours", "step": "both", "times_in_place": 1}
+    ours = [r for r in timed if all(getattr(r, name) == is_ours[name] for name in is_ours)]
+    name = ours[0].provider if ours else ""
+    names = {"ours": name, "backend": name.removesuffix(" in place")}
+    shape = (first.tokens, first.vocabulary, first.dtype, first.clock == "wall time")
+    for target in TARGETS.get(shape, []):
+        row = known.get((target.provider.format_map(names), target.step))
+        value = target.value(row) if row else None
+        bound = f"{target.words}: {'>=' if target.is_least else '<='} {target.bound:g}"
+        if value is None:
+            yield [bound, "", "not measured"]
+        else:
+            met = value >= target.bound if target.is_least else value <= target.bound
+            yield [
+                bound,
+                number(value) if value >= 0 else f"{value:.2f}",
+                "yes" if met else "**no**",
+            ]
 
 
 if __name__ == "__main__":

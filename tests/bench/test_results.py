@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def report():
-    """tools/bench_report.py, as tools/status.py has it."""
+def status():
+    """Load tools/status.py, which is no package's."""
     spec = importlib.util.spec_from_file_location("status", ROOT / "tools" / "status.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.bench_report
+    return module
 
 
 def row(case, provider, step, ms, **more):
@@ -110,10 +110,10 @@ def test_a_result_file_has_its_origin_and_nothing_is_measured_without(tmp_path, 
     assert measured == [1]
 
 
-def test_pages_are_made_from_result_files(report, rows, facts, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_pages_are_made_from_result_files(status, rows, facts, tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "RESULTS", tmp_path)
     write_csv([asdict(row) for row in rows], facts, tmp_path / "bench_cpu_202611.csv")
-    readme, page = " ".join(report.speed().split()), report.everything()
+    readme, page = " ".join(status.speed().split()), status.every_case()
     line = "| native in place | infoentropy | 20.0 | 31.0 | 50.0 (49.0-51.0) | 1.00 |  | 250 |"
     assert line in page
     assert "### Example CPU, 2 cores" in page
@@ -131,7 +131,7 @@ def test_pages_are_made_from_result_files(report, rows, facts, tmp_path, monkeyp
     assert "](../tools/results/bench_cpu_202611.csv)" in page
 
 
-def test_targets_of_a_gpu_are_judged_at_the_headline(report):
+def test_targets_of_a_gpu_are_judged_at_the_headline(status):
     case = Case(8192, 128256, "bfloat16")
     size = {"bytes": 3 * 8192 * 128256 * 2, "peak_mib": 30.0}
     size |= {"clock": "CUDA events, L2 flushed"}
@@ -140,7 +140,7 @@ def test_targets_of_a_gpu_are_judged_at_the_headline(report):
     rows.append(row(case, plain, "both", 1.6, by="ours", times_in_place=0.95))
     rows.append(row(case, "megatron unfused", "both", 13.0, times_in_place=7.6))
     rows.append(row(case, "triton", "gradient", 1.1, kind="kernel", percent_of_limit=89.0))
-    met = {words: (value, met) for words, value, met in report.targets(rows)}
+    met = {words: (value, met) for words, value, met in status.targets(rows)}
     assert met["Megatron unfused, times ours: >= 7.5"] == ("7.60", "yes")
     assert met["gradient, % of the copy bandwidth: >= 90"] == ("89.0", "**no**")
     assert met["entropy, % over our plain cross entropy: <= 3"] == ("5.26", "**no**")
