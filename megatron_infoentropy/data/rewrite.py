@@ -14,11 +14,10 @@ of the same length, shuffles whole pieces and never joins two of them.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Lock
@@ -48,6 +47,8 @@ from megatron_infoentropy.data.writer import (
 from megatron_infoentropy.files import file_pieces, new_folder, require_space
 from megatron_infoentropy.progress import Advance, progress
 
+_ADDED_UP = ("documents", "tokens", "bytes", "empty", "rejected", "bin_spans")
+
 
 def merge(
     folders: Sequence[Path],
@@ -75,31 +76,18 @@ def merge(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    prefixes, counts = _prefixes(parts), _counts(parts)
-    sizes = dict.fromkeys(prefixes, 0)
-    for part in parts:
-        for name, domain in part.domains.items():
-            sizes[name] += domain.tokens * np.dtype(part.dtype).itemsize
-    left_out: Counter[str] = Counter()
-    for part in parts:
-        left_out.update(part.left_out)
-    require_space(output, sum(sizes.values()))
+    domains, counts = _domains(parts), _counts(parts)
+    size = sum(facts.tokens for facts in domains.values()) * np.dtype(parts[0].dtype).itemsize
+    require_space(output, size)
     with (
         new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder,
         full_disk_is_said(folder.parent),
-        TemporaryDirectory(dir=folder) as lengths,
-        progress("merge", sum(sizes.values()), "bytes") as advance,
-        _threads(workers) as (pool, stop),
+        progress("merge", size, "bytes") as advance,
     ):
         lists = [part.folder / REJECTED for part in parts if (part.folder / REJECTED).is_file()]
         if lists:
             (folder / REJECTED).write_bytes(b"".join(path.read_bytes() for path in lists))
-        copier = _Copier(stop, advance)
-        joins = {
-            name: _Join(parts, name, folder / prefixes[name], Path(lengths), copier, pool)
-            for name in sorted(prefixes, key=lambda name: -sizes[name])
-        }
-        domains = {name: joins[name].facts() for name in sorted(joins)}
+        _write_domains(parts, domains, folder, workers, advance)
         whole = replace(
             parts[0],
             folder=folder,
@@ -107,52 +95,82 @@ def merge(
             shard=None,
             shards_of="",
             inputs=tuple(facts for part in parts for facts in part.inputs),
-            left_out=left_out,
+            left_out=sum((Counter(part.left_out) for part in parts), Counter()),
         )
         seal(whole, domains, counts)
     return load_manifest(output)
 
 
-@contextmanager
-def _threads(workers: int) -> Iterator[tuple[Executor, Event]]:
-    """Yield threads, and what tells them to stop; that is told whenever the block ends."""
-    stop = Event()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield pool, stop
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+def _domains(parts: Sequence[Manifest]) -> dict[str, DomainFacts]:
+    """Add up the parts' facts by domain; no two domains may have one file name."""
+    names: dict[str, str] = {}
+    domains: dict[str, DomainFacts] = {}
+    for part in parts:
+        for name, facts in part.domains.items():
+            if names.setdefault(facts.prefix, name) != name:
+                raise ValueError(
+                    f"the domains {names[facts.prefix]!r} and {name!r} would both be written to "
+                    f"{facts.prefix}.bin; rename one"
+                )
+            whole = domains.setdefault(name, DomainFacts(facts.prefix, 0, 0, 0))
+            for what in _ADDED_UP:
+                setattr(whole, what, getattr(whole, what) + getattr(facts, what))
+    return domains
 
 
-class _Copier:
-    """Copies and hashes files until it is told to stop."""
+def _write_domains(
+    parts: Sequence[Manifest],
+    domains: Mapping[str, DomainFacts],
+    folder: Path,
+    workers: int,
+    advance: Advance,
+) -> None:
+    """Write every domain's ids and index, the largest first, in threads.
 
-    def __init__(self, stop: Event, advance: Advance) -> None:
-        self._stop, self._advance, self._lock = stop, advance, Lock()
+    Raises:
+        ValueError: a part is not what its manifest says; nothing is copied any more then.
+    """
+    itemsize = np.dtype(parts[0].dtype).itemsize
+    stop, lock = Event(), Lock()
 
-    def copy(self, source: Path, target: Path, offset: int, spans: Sequence[Span]) -> None:
-        """Write a file of these spans into its place in a larger one.
-
-        Raises:
-            ValueError: a span is not what its checksum says.
-        """
+    def copy(source: Path, spans: Sequence[Span], target: Path, offset: int) -> None:
+        """Write a part's file of these spans into its place in the larger one."""
         start = 0
         with target.open("r+b", buffering=0) as file:
             file.seek(offset)
             for span in spans:
                 digest = hashlib.sha256()
                 for piece in file_pieces(source, start, span.bytes):
-                    if self._stop.is_set():
+                    if stop.is_set():
                         return
                     digest.update(piece)
                     write_all(file, piece)
-                    with self._lock:
-                        self._advance(len(piece))
+                    with lock:
+                        advance(len(piece))
                 if digest.hexdigest() != span.sha256:
                     raise _not_as_recorded(source)
                 start += span.bytes
             os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(workers) as pool:
+        work: list[Future[None]] = []
+        try:
+            for name, facts in sorted(domains.items(), key=lambda item: -item[1].tokens):
+                having = [part for part in parts if name in part.domains]
+                work.append(pool.submit(_write_index, having, name, facts, folder / facts.prefix))
+                target, offset = bin_path(folder / facts.prefix), 0
+                with target.open("wb") as file:
+                    file.truncate(facts.tokens * itemsize)
+                for part in having:
+                    its = part.domains[name]
+                    source = bin_path(part.prefix(name))
+                    work.append(pool.submit(copy, source, its.bin_spans, target, offset))
+                    offset += its.tokens * itemsize
+            for each in work:
+                each.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _not_as_recorded(path: Path) -> ValueError:
@@ -162,66 +180,22 @@ def _not_as_recorded(path: Path) -> ValueError:
     )
 
 
-class _Join:
-    """One domain that is being written: every part's ids to their place, and an index of all."""
+def _write_index(parts: Sequence[Manifest], name: str, whole: DomainFacts, prefix: Path) -> None:
+    """Write the index of a domain's documents in all parts, and its checksum into the facts.
 
-    def __init__(
-        self,
-        parts: Sequence[Manifest],
-        name: str,
-        prefix: Path,
-        side: Path,
-        copier: _Copier,
-        pool: Executor,
-    ) -> None:
-        having = [part for part in parts if name in part.domains]
-        self._facts = [part.domains[name] for part in having]
-        self._parts = [part.prefix(name) for part in having]
-        self._prefix, self._dtype = prefix, np.dtype(parts[0].dtype)
-        self._lengths = side / prefix.name
-        for facts, reader in zip(self._facts, self._readers(), strict=True):
-            if (reader.tokens.size, reader.dtype) != (facts.tokens, self._dtype):
+    The parts are opened one after the other: a map keeps its file open, and they may be thousands.
+    """
+    dtype, side = np.dtype(parts[0].dtype), prefix.with_name(f".{prefix.name}.lengths")
+    with side.open("wb", buffering=0) as file:
+        for part in parts:
+            reader, facts = IndexedReader(part.prefix(name)), part.domains[name]
+            size = (reader.dtype, reader.tokens.size, len(reader))
+            if size != (dtype, facts.tokens, facts.documents):
                 raise _not_as_recorded(bin_path(reader.prefix))
-        sizes = [facts.tokens * self._dtype.itemsize for facts in self._facts]
-        with bin_path(prefix).open("wb") as file:
-            file.truncate(sum(sizes))
-        offsets = accumulate(sizes, initial=0)
-        self._copies = [
-            pool.submit(copier.copy, bin_path(part), bin_path(prefix), offset, facts.bin_spans)
-            for facts, part, offset in zip(self._facts, self._parts, offsets, strict=False)
-        ]
-        self._index = pool.submit(self._write_index)
-
-    def _readers(self) -> Iterator[IndexedReader]:
-        """Open one part after the other: a map keeps its file open, and parts may be thousands."""
-        return map(IndexedReader, self._parts)
-
-    def facts(self) -> DomainFacts:
-        """Wait for all of it; return what it is.
-
-        Raises:
-            ValueError: a part is not what its manifest says.
-        """
-        for copy in self._copies:
-            copy.result()
-        done = self._index.result()
-        for facts in self._facts:
-            done.tokens += facts.tokens
-            done.bytes += facts.bytes
-            done.rejected += facts.rejected
-            done.bin_spans += facts.bin_spans
-        return done
-
-    def _write_index(self) -> DomainFacts:
-        facts = DomainFacts(self._prefix.name, 0, 0, 0)
-        with self._lengths.open("wb", buffering=0) as file:
-            for reader in self._readers():
-                for _, lengths in reader.pieces():
-                    write_all(file, lengths.astype("<i4").tobytes())
-                    facts.documents += lengths.size
-                    facts.empty += int((lengths == 0).sum())
-        facts.idx_sha256 = write_index(idx_path(self._prefix), self._lengths, self._dtype)
-        return facts
+            for _, lengths in reader.pieces():
+                write_all(file, lengths.astype("<i4").tobytes())
+    whole.idx_sha256 = write_index(idx_path(prefix), side, dtype)
+    side.unlink()
 
 
 def _counts(parts: Sequence[Manifest]) -> dict[str, Counts]:
@@ -305,20 +279,6 @@ def _identities(part: Manifest) -> Iterator[tuple[Hashable, str]]:
             yield facts.sha256, f"were both made of {facts.name}"
 
 
-def _prefixes(parts: Sequence[Manifest]) -> dict[str, str]:
-    """Return the file name of each domain."""
-    names: dict[str, str] = {}
-    for part in parts:
-        for name, facts in part.domains.items():
-            names.setdefault(facts.prefix, name)
-            if names[facts.prefix] != name:
-                raise ValueError(
-                    f"the domains {names[facts.prefix]!r} and {name!r} would both be written to "
-                    f"{facts.prefix}.bin; rename one"
-                )
-    return {name: prefix for prefix, name in names.items()}
-
-
 def pack(
     dataset: Path,
     output: Path,
@@ -346,14 +306,14 @@ def pack(
     if source.options.piece_tokens:
         raise ValueError(f"{dataset} is packed already; pack what it was made of")
 
-    with ExitStack() as stack:
-        folder = stack.enter_context(
-            new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite)
-        )
-        stack.enter_context(full_disk_is_said(folder.parent))
-        side = stack.enter_context(TemporaryDirectory(dir=folder))
-        total = sum(facts.tokens for facts in source.domains.values())
-        advance = stack.enter_context(progress("pack", total, "tokens"))
+    total = sum(facts.tokens for facts in source.domains.values())
+    with (
+        new_folder(output, replaceable=OUTPUT_FILES, overwrite=overwrite) as folder,
+        full_disk_is_said(folder.parent),
+        TemporaryDirectory(dir=folder) as side,
+        progress("pack", total, "tokens") as advance,
+        ExitStack() as stack,
+    ):
         writers: dict[str, DatasetWriter] = {}
         for name, facts in source.domains.items():
             writer = DatasetWriter(
