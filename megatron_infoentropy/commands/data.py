@@ -52,8 +52,8 @@ def preprocess(
         list[str],
         typer.Option(
             help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet or .arrow file, a quoted pattern, a "
-            "folder that `datasets` saved or of .parquet files, an address such as s3://..., or - "
-            "for lines on standard input; repeatable"
+            "folder that `datasets` saved or of .parquet files, or an address such as s3://...; "
+            "repeatable"
         ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],

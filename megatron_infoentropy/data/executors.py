@@ -48,7 +48,6 @@ def run_tasks(
     make = _executor(kind)
     chosen = _options(kind, make, given, asked["workers"])
     single.require_usable(asked["inputs"], asked["workers"], asked["max_errors"])
-    single.require_parts(asked["inputs"])
     inputs = asked["inputs"] = [path.resolve() for path in asked["inputs"]]
     if not 1 <= tasks <= len(inputs):
         raise ValueError(f"--tasks must be 1 to {len(inputs)}, the number of files; got {tasks}")

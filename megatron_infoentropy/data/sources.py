@@ -1,7 +1,7 @@
-"""The sources that `--input` names: files, patterns, `datasets` folders, stores' objects, `-`.
+"""The sources that `--input` names: files, patterns, `datasets` folders, stores' objects.
 
-The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) and standard input
-are Paths too, as far as reading goes: they have a name, and are opened and looked at.
+The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) are Paths too, as
+far as reading goes: they have a name, and are opened and looked at.
 """
 
 import glob
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 UNDATED = sys.maxsize  # when a file was written, where its store does not tell
-_REMEMBERED = 1 << 24  # bytes of standard input, which a look at the first documents takes
 _SPLIT = re.compile("(train|valid|validation|val|dev|test)([-_.].*)?")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -121,55 +120,6 @@ class _RemoteReader(io.RawIOBase):
         super().close()
 
 
-class StandardInput(Path):
-    """Lines of JSON on standard input: read once, apart from a look at the first of them."""
-
-    def __init__(self) -> None:
-        super().__init__("-")
-        self._head = bytearray()
-        self._is_complete = True  # the head is all that was read
-
-    def open(self, *_: Any, **__: Any) -> Any:
-        """Begin again, as long as no more was read than is remembered."""
-        if not self._is_complete:
-            raise ValueError(
-                f"the first line of standard input has more than {_REMEMBERED >> 20} MiB: write "
-                "it to a file, and name that"
-            )
-        return _Again(self)
-
-    def take(self, at: int, size: int) -> bytes:
-        """Return the next bytes from `at` on."""
-        if at < len(self._head):
-            return bytes(self._head[at : at + size])
-        piece = sys.stdin.buffer.read(size)
-        if at + len(piece) <= _REMEMBERED:
-            self._head += piece
-        elif piece:
-            self._is_complete = False
-        return piece
-
-    def stat(self, **_: Any) -> Any:
-        """Return nothing that is known: it has no size, and is never what it was."""
-        return InputStatus(0, 0, 0, -1, -1)
-
-    def resolve(self, strict: bool = False) -> "StandardInput":
-        """Return standard input itself."""
-        return self
-
-
-class _Again(io.RawIOBase):
-    """Standard input from its beginning."""
-
-    def __init__(self, source: StandardInput) -> None:
-        self._source, self._at = source, 0
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self._source.take(self._at, size)
-        self._at += len(piece)
-        return piece
-
-
 def find_inputs(given: Iterable[str]) -> list[Path]:
     """Return the files that are named, in the order given; the matches of a pattern are sorted.
 
@@ -180,9 +130,7 @@ def find_inputs(given: Iterable[str]) -> list[Path]:
     """
     files: list[Path] = []
     for name in given:
-        if name == "-":
-            files.append(StandardInput())
-        elif "://" in name:
+        if "://" in name:
             files += _remote(name)
         elif Path(name).is_dir():
             files += _files_of(Path(name))

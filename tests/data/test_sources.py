@@ -1,4 +1,4 @@
-"""Parquet, folders of `datasets`, stores, standard input: they give the bytes of .jsonl files."""
+"""Parquet, folders of `datasets`, stores: they give the bytes of .jsonl files."""
 
 import json
 import pickle
@@ -17,10 +17,10 @@ from text_files import line, write
 from typer.testing import CliRunner, Result
 
 from megatron_infoentropy.cli import app
-from megatron_infoentropy.data import blocks, journal, sources, workers
+from megatron_infoentropy.data import blocks, journal, workers
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
-from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
+from megatron_infoentropy.data.manifest import DataOptions, Manifest
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.sources import find_inputs
 from megatron_infoentropy.data.verify import verify
@@ -261,8 +261,8 @@ def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(
         assert all(row[0] is None or len(row[0]) < 1000 for row in rows)
 
 
-def command(*words: object, given: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words], input=given)
+def command(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.mark.parametrize(
@@ -421,29 +421,3 @@ def test_an_object_is_known_by_its_store_and_its_path(
     monkeypatch.setattr(journal.JournalledRun, "add", grow)
     with pytest.raises(ValueError, match=r"599430bd25\.jsonl changed while it was read"):
         preprocess(found, tokenizer_folder, tmp_path / "no")
-
-
-def test_standard_input_is_read_once_and_neither_resumed_nor_sharded(
-    expected: Manifest, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("preprocess", "--input", "-", "--tokenizer", tokenizer_folder, "--output")
-    text = "".join(f"{each}\n" for each in LINES)
-    made = command(*words, tmp_path / "out", given=text)
-    assert made.exit_code == 0, made.output
-    assert "first documents" not in made.stderr  # they were looked at, and read all the same
-    made = load_manifest(tmp_path / "out")
-    assert_same_dataset(made, expected)
-    assert replace(made.inputs[0], name="a.jsonl", samples="") == replace(
-        expected.inputs[0], samples=""
-    )
-    again = command(*words, tmp_path / "out", given=text)
-    assert "is not empty" in str(again.exception)  # what it was made of cannot be looked at
-    broken = command(*words, tmp_path / "no", given=f"{text}no document\n")
-    assert str(broken.exception).startswith(f"-:{len(LINES) + 1}: not JSON")
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # nothing to go on from
-    for more in (("--shard", "0/1"), ("--executor", "local", "--tasks", "1")):
-        refused = command(*words, tmp_path / "no", *more, given=text)
-        assert "standard input (-) can not be shared out" in str(refused.exception)
-    monkeypatch.setattr(sources, "_REMEMBERED", 1000)
-    refused = command(*words, tmp_path / "no", given=line("x" * 9000))
-    assert "the first line of standard input has more than" in str(refused.exception)
