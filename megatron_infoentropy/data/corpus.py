@@ -34,107 +34,22 @@ import zstandard
 from megatron_infoentropy.files import new_folder
 from megatron_infoentropy.progress import progress
 
-_TOPICS = "pydoc_data/topics.py"
-_TELLING_LINE = 30  # characters; longer lines do not occur in two topics by chance
-# Generated: the help topics as one literal (they are documents themselves), character tables, and
-# config-3.12-x86_64-linux-gnu and the like.
-_SKIPPED_FOLDER = re.compile(
-    "site-packages|dist-packages|__pycache__|pydoc_data|encodings|config-.*"
-)
-_TEST_FOLDERS = {"test", "tests", "idle_test"}
-_LOCAL_FILE = re.compile(r"_sysconfigdata.*|sitecustomize|usercustomize")
-
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def source_names(root: Path) -> list[str]:
-    """List the library's own source files below `root`, as sorted `email/message.py` names."""
-    names = []
-    for folder, folders, files in root.walk():
-        folders[:] = [name for name in folders if not _SKIPPED_FOLDER.fullmatch(name)]
-        for file in files:
-            path = folder / file
-            if path.suffix == ".py" and not _LOCAL_FILE.fullmatch(path.stem):
-                names.append(path.relative_to(root).as_posix())
-    return sorted(names)
-
-
-def is_test(name: str) -> bool:
-    """Say whether a source file belongs to the library's tests."""
-    return not _TEST_FOLDERS.isdisjoint(name.split("/"))
-
-
-def read_source(root: Path, name: str) -> str | None:
-    """Return the file's text, or None where it is not UTF-8 (some test data is not, on purpose)."""
-    try:
-        return (root / name).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-
-
-def help_topics(root: Path) -> dict[str, str]:
-    """Return the texts behind `help("topic")`, by topic; empty where they are not installed.
-
-    Many topics are also sections of a larger one ("with" of "compound"); those are left out, or the
-    same text would be trained and tested on.
-    """
-    path = root / _TOPICS
-    if not path.is_file():
-        return {}
-    topics: dict[str, str] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
-            topics = ast.literal_eval(node.value)
-    return _without_sections(topics)
-
-
-def _without_sections(topics: dict[str, str]) -> dict[str, str]:
-    kept: dict[str, str] = {}
-    seen: set[str] = set()
-    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        # Headings are underlined differently in sections, and short lines repeat anyway.
-        lines = {line for line in topics[name].splitlines() if len(line) > _TELLING_LINE}
-        if 2 * len(lines & seen) <= len(lines):
-            kept[name] = topics[name]
-            seen |= lines
-    return kept
-
-
-def documentation(name: str, source: str) -> str:
-    """Return all docstrings of one file under their qualified names; empty where it has none.
-
-    A file that is not Python of this version (the tests have such) has none.
-    """
-    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return ""
-    entries = []
-    for title, node in _documented(tree, module):
-        docstring = ast.get_docstring(node, clean=False)
-        if docstring and docstring.strip():
-            entries.append(f"{title}\n\n{inspect.cleandoc(docstring)}\n")
-    # A docstring may spell half of a surrogate pair, which no file can hold.
-    return "\n".join(entries).encode(errors="replace").decode()
-
-
-def _documented(node: ast.AST, title: str) -> Iterator[tuple[str, Documented]]:
-    if isinstance(node, Documented):
-        yield title, node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _documented(child, f"{title}.{child.name}")
-        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # definitions under if, try, with
-            yield from _documented(child, title)
-
-
 DOCS = "Python docs"
 SOURCE = "Python source"
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0.02  # of the bytes of a domain, once for validation and once for test
 _ZSTD_LEVEL = 9
+_TOPICS = "pydoc_data/topics.py"
+_TELLING_LINE = 30  # characters; longer lines do not occur in two topics by chance
+# Folders and files. Generated: the help topics as one literal (they are documents themselves),
+# character tables, and config-3.12-x86_64-linux-gnu and the like.
+_SKIPPED = re.compile(
+    r"site-packages|dist-packages|__pycache__|pydoc_data|encodings|config-.*|_sysconfigdata.*"
+    r"|(site|user)customize\.py"
+)
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Document(NamedTuple):
@@ -197,11 +112,12 @@ def build_corpus(
 def _collect(root: Path, limit: int) -> list[Unit]:
     """Return units in the order of their hashes, each text once, tests up to `limit` bytes."""
     units = []
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     left = limit
     with progress("build corpus", limit, "bytes") as advance:
         for name, documents in _units(root):
-            fresh = _not_seen(documents, seen)
+            fresh = [document for document in documents if document.text not in seen]
+            seen.update(document.text for document in fresh)
             size = _domain_bytes(fresh).total()
             if size > left:
                 break
@@ -213,30 +129,85 @@ def _collect(root: Path, limit: int) -> list[Unit]:
 
 
 def _units(root: Path) -> Iterator[Unit]:
-    topics = help_topics(root)
+    topics = _help_topics(root)
     for topic in sorted(topics, key=_digest):
         yield topic, [Document(DOCS, topics[topic])]
-    names = source_names(root)
-    for name in sorted(names, key=lambda name: (is_test(name), _digest(name))):
-        source = read_source(root, name)
-        if source is None or not source.strip():
-            continue
-        if is_test(name):  # what tests say of themselves is no documentation
-            yield name, [Document(SOURCE, source)]
-            continue
-        docs = documentation(name, source)
-        documents = [Document(DOCS, docs)] if docs else []
-        yield name, [*documents, Document(SOURCE, source)]
+    for name, source, is_test in _sources(root):
+        documents = [Document(SOURCE, source)]
+        if not is_test and (docs := _documentation(name, source)):
+            documents.insert(0, Document(DOCS, docs))
+        yield name, documents
 
 
-def _not_seen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]:
-    fresh = []
-    for document in documents:
-        digest = _digest(document.text)
-        if digest not in seen:
-            seen.add(digest)
-            fresh.append(document)
-    return fresh
+def _sources(root: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield the library's own files: `email/message.py`, the text, and whether it is a test.
+
+    The tests come last: what they say of themselves is no documentation.
+    """
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    own = [path for path in paths if not any(map(_SKIPPED.fullmatch, path.parts))]
+    files = [(not _TEST_FOLDERS.isdisjoint(path.parts), path.as_posix()) for path in own]
+    for is_test, name in sorted(files, key=lambda file: (file[0], _digest(file[1]))):
+        try:
+            source = (root / name).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:  # some test data is not, on purpose
+            continue
+        if source.strip():
+            yield name, source, is_test
+
+
+def _help_topics(root: Path) -> dict[str, str]:
+    """Return the texts behind `help("topic")`, by topic; empty where they are not installed.
+
+    Many topics are also sections of a larger one ("with" of "compound"); those are left out, or the
+    same text would be trained and tested on.
+    """
+    path = root / _TOPICS
+    if not path.is_file():
+        return {}
+    topics: dict[str, str] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
+            topics = ast.literal_eval(node.value)
+    kept: dict[str, str] = {}
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        # Headings are underlined differently in sections, and short lines repeat anyway.
+        lines = {line for line in topics[name].splitlines() if len(line) > _TELLING_LINE}
+        if 2 * len(lines & seen) <= len(lines):
+            kept[name] = topics[name]
+            seen |= lines
+    return kept
+
+
+def _documentation(name: str, source: str) -> str:
+    """Return all docstrings of one file under their qualified names; empty where it has none.
+
+    A file that is not Python of this version (the tests have such) has none.
+    """
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    entries = []
+    for title, node in _documented(tree, module):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring and docstring.strip():
+            entries.append(f"{title}\n\n{inspect.cleandoc(docstring)}\n")
+    # A docstring may spell half of a surrogate pair, which no file can hold.
+    return "\n".join(entries).encode(errors="replace").decode()
+
+
+def _documented(node: ast.AST, title: str) -> Iterator[tuple[str, Documented]]:
+    if isinstance(node, Documented):
+        yield title, node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _documented(child, f"{title}.{child.name}")
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # definitions under if, try, with
+            yield from _documented(child, title)
 
 
 def _split(units: list[Unit]) -> dict[str, list[Document]]:
