@@ -5,32 +5,32 @@ from pathlib import Path
 
 import pytest
 from encoder_here import EncoderHere
-from text_files import WriteLines, line, write
+from text_files import line, write
 
 from megatron_infoentropy.data import blocks, journal, workers
-from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer, train_tokenizer
+from megatron_infoentropy.data.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture
-def worker_processes() -> None:
+def worker_processes():
     """Real ones, for tests that are about them."""
 
 
 @pytest.fixture(autouse=True)
-def encode_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def encode_here(request, monkeypatch):
     if "worker_processes" not in request.fixturenames:
         monkeypatch.setattr(workers, "_Worker", EncoderHere)
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch):
     """Blocks of a few lines, so that there is something to put in order and to add up."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(blocks, "_READ_BYTES", 1000)
 
 
 @pytest.fixture
-def small_steps(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_steps(small_blocks, monkeypatch):
     """The journal written after each of them."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for, no test can show
     monkeypatch.setattr(journal, "SAVE_EVERY_S", 0.0)
@@ -38,13 +38,13 @@ def small_steps(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def write_lines(tmp_path: Path) -> WriteLines:
+def write_lines(tmp_path):
     """Writes lines to a named file, compressed where the name ends in .zst or .gz."""
     return lambda name, lines: write(tmp_path / name, lines)
 
 
 @pytest.fixture(scope="session")
-def training_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def training_text(tmp_path_factory):
     """This test suite's own sources, which is text enough for a few hundred merges."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     lines = [line(source.read_text()) for source in sources]
@@ -52,12 +52,12 @@ def training_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(training_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(training_text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
     train_tokenizer(training_text, folder, vocab_size=600)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> LoadedTokenizer:
+def tokenizer(tokenizer_folder):
     return load_tokenizer(tokenizer_folder)

@@ -30,23 +30,23 @@ def weights_of(folder: Path, kind: str) -> dict[str, float]:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Path:
+def two(tmp_path):
     return dataset(tmp_path / "data", {"A": 900, "B": 100})
 
 
-def test_a_domain_of_a_shard_without_a_token_gets_no_weight(tmp_path: Path) -> None:
+def test_a_domain_of_a_shard_without_a_token_gets_no_weight(tmp_path):
     shard = dataset(tmp_path / "data", {"ArXiv": 900, "Books3": 0})
     assert weights_of(shard, "natural") == weights_of(shard, "temperature:2") == {"ArXiv": 1.0}
     with pytest.raises(ValueError, match=r"'Books3' of .*has no token, .*merge the shards first"):
         blend(shard, "paper")
 
 
-def test_natural_weights_use_every_token_equally_often(two: Path) -> None:
+def test_natural_weights_use_every_token_equally_often(two):
     assert weights_of(two, "natural") == {"A": 0.9, "B": 0.1}
     assert {share.epochs(2000) for share in blend(two)} == {2.0}
 
 
-def test_temperature_raises_the_small_domain(two: Path) -> None:
+def test_temperature_raises_the_small_domain(two):
     assert weights_of(two, "temperature:1") == pytest.approx({"A": 0.9, "B": 0.1})
     assert weights_of(two, "temperature:2") == pytest.approx({"A": 0.75, "B": 0.25})
     assert weights_of(two, "temperature:1e300") == pytest.approx({"A": 0.5, "B": 0.5})
@@ -54,7 +54,7 @@ def test_temperature_raises_the_small_domain(two: Path) -> None:
     assert shares == pytest.approx({"A": 0.75 / 0.9, "B": 2.5})
 
 
-def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) -> None:
+def test_user_weights_are_scaled_and_zero_leaves_out(two, tmp_path):
     path = tmp_path / "w.json"
     path.write_text(json.dumps({"A": 1, "B": 3}))
     assert weights_of(two, str(path)) == {"B": 0.75, "A": 0.25}
@@ -83,16 +83,14 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two: Path, tmp_path: Path) 
         ("{", "is not JSON"),
     ],
 )
-def test_weights_that_can_not_be_used_are_named(
-    two: Path, tmp_path: Path, content: str, message: str
-) -> None:
+def test_weights_that_can_not_be_used_are_named(two, tmp_path, content, message):
     path = tmp_path / "w.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         blend(two, str(path))
 
 
-def test_other_kinds_are_refused(two: Path) -> None:
+def test_other_kinds_are_refused(two):
     for kind, message in (
         ("even", "must be natural, paper, temperature:T or a .json file, got 'even'"),
         ("temperature:0", "a number above 0, got '0'"),
@@ -108,7 +106,7 @@ def test_other_kinds_are_refused(two: Path) -> None:
             blend(two, kind)
 
 
-def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path: Path) -> None:
+def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path):
     assert len(PAPER_WEIGHTS) == 22
     assert sum(PAPER_WEIGHTS.values()) == pytest.approx(100, abs=0.1)
     some = dataset(tmp_path / "some", {"ArXiv": 10, "Enron Emails": 10})
@@ -117,7 +115,7 @@ def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path: Path) -> Non
     assert sum(weights.values()) == pytest.approx(1)
 
 
-def test_megatron_reads_the_list(two: Path, tmp_path: Path) -> None:
+def test_megatron_reads_the_list(two, tmp_path):
     from megatron.core.datasets.utils import get_blend_from_list
 
     shares = blend(two, "temperature:3")

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from text_files import line, write
@@ -19,14 +18,12 @@ def command(*words: object) -> Result:
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Path:
+def plain(tmp_path):
     lines = [json.dumps({"text": f"plain {number}"}) for number in range(20)]
     return write(tmp_path / "plain.jsonl", lines)
 
 
-def test_plain_lines_become_one_dataset_and_the_screen_says_so(
-    plain: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_plain_lines_become_one_dataset_and_the_screen_says_so(plain, tokenizer_folder, tmp_path):
     asked = ("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output")
     done = command(*asked, tmp_path / "out")
     assert done.exit_code == 0, done.output
@@ -39,9 +36,7 @@ def test_plain_lines_become_one_dataset_and_the_screen_says_so(
     assert "--split-by ''" in str(refused.exception)
 
 
-def test_a_blend_names_its_cure_and_takes_no_negative_run(
-    plain: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_blend_names_its_cure_and_takes_no_negative_run(plain, tokenizer_folder, tmp_path):
     out = tmp_path / "out"
     command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
     assert "greater than or equal to 1" in command("blend", out, "--tokens", -5).output
@@ -52,9 +47,7 @@ def test_a_blend_names_its_cure_and_takes_no_negative_run(
     assert "data-weights" in refused
 
 
-def test_mistakes_at_the_keyboard_end_with_what_to_do(
-    plain: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_mistakes_at_the_keyboard_end_with_what_to_do(plain, tokenizer_folder, tmp_path):
     out, made = tmp_path / "out", ("--tokenizer", tokenizer_folder, "--output", tmp_path / "out")
     assert command("preprocess", "--input", plain, *made).exit_code == 0
     for words, cure in (
@@ -67,9 +60,7 @@ def test_mistakes_at_the_keyboard_end_with_what_to_do(
     assert "greater than or equal" in command("corpus", tmp_path / "c", "--megabytes", -5).output
 
 
-def test_a_damaged_dataset_is_named_once_and_its_cure_given(
-    plain: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_dataset_is_named_once_and_its_cure_given(plain, tokenizer_folder, tmp_path):
     out = tmp_path / "out"
     command("preprocess", "--input", plain, "--tokenizer", tokenizer_folder, "--output", out)
     (out / "all.idx").unlink()
@@ -78,7 +69,7 @@ def test_a_damaged_dataset_is_named_once_and_its_cure_given(
     assert "delete it and make it again (`infoentropy preprocess`" in str(found.exception)
 
 
-def test_text_is_utf8_whatever_the_locale(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_text_is_utf8_whatever_the_locale(tokenizer_folder, tmp_path):
     """Nor what the terminal takes."""
     ascii_locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ascii_terminal = {"PYTHONIOENCODING": "ascii"}
@@ -116,9 +107,7 @@ for words in sys.argv[1:]:
     assert (tmp_path / "blend.txt").read_text(encoding="utf-8") == f"1.0 {tmp_path}/out/dépôt_中\n"
 
 
-def test_names_in_brackets_and_long_ones_are_shown_as_they_are(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_names_in_brackets_and_long_ones_are_shown_as_they_are(tokenizer_folder, tmp_path):
     names = ["[arxiv]", "[/web]", "[bold]books", "[longer]" * 12]
     path = write(tmp_path / "a.jsonl", [line("words", name) for name in names] + ["{}"])
     out = tmp_path / "data[/v2]"
@@ -136,9 +125,7 @@ def test_names_in_brackets_and_long_ones_are_shown_as_they_are(
     assert command("verify", out).stdout == f"{out}: ok\n"
 
 
-def test_a_pattern_that_is_a_file_s_name_is_that_file(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_pattern_that_is_a_file_s_name_is_that_file(tokenizer_folder, tmp_path):
     paths = [write(tmp_path / name, [line(name)]) for name in ("data[1].jsonl", "data1.jsonl")]
     for given, taken in ((paths[0], paths[0]), (tmp_path / "data[0-9].jsonl", paths[1])):
         out = tmp_path / taken.stem

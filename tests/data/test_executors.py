@@ -20,7 +20,7 @@ TASKS = ("--executor", "local", "--tasks", "2")
 
 
 @pytest.fixture
-def asked(tmp_path: Path, tokenizer_folder: Path) -> tuple[str, ...]:
+def asked(tmp_path, tokenizer_folder):
     for number in range(2):
         lines = [line(f"file {number} text {i} " * (i % 9), "AB"[i % 2]) for i in range(200)]
         write(tmp_path / f"{number}.jsonl", lines)
@@ -43,8 +43,8 @@ def marks(tmp_path: Path) -> dict[str, int]:
 
 
 def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
-    asked: tuple[str, ...], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    asked, tokenizer_folder, tmp_path
+):
     folder, output = tmp_path / "out.shards", tmp_path / "out"
     folder.mkdir()
     blocked = folder / "shard-00001-of-00002"
@@ -80,12 +80,8 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
 
 @pytest.mark.slow
 def test_ray_writes_what_one_process_writes(
-    asked: tuple[str, ...],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
+    asked, tokenizer_folder, tmp_path, monkeypatch, request
+):
     """A cluster of this machine, two tasks at a time; a failed one is done again, alone."""
     pytest.importorskip("ray", reason="ray is not installed")
     own = TemporaryDirectory(prefix="ray")  # tmp_path is too long for its sockets
@@ -128,9 +124,7 @@ def test_ray_writes_what_one_process_writes(
         ((*TASKS, "--executor-option", "workers=two"), "workers=two should be of type .*int"),
     ],
 )
-def test_mistakes_are_named(
-    asked: tuple[str, ...], words: tuple[str, ...], cure: str, tmp_path: Path
-) -> None:
+def test_mistakes_are_named(asked, words, cure, tmp_path):
     """Before a task begins, or is queued."""
     refused = CliRunner().invoke(app, [*asked, *(word.format(tmp_path) for word in words)])
     assert isinstance(refused.exception, ValueError)
@@ -146,9 +140,7 @@ def test_mistakes_are_named(
         ("slurm", "", "needs sbatch"),
     ],
 )
-def test_what_is_not_installed_is_named(
-    asked: tuple[str, ...], kind: str, missing: str, cure: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_is_named(asked, kind, missing, cure, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr("shutil.which", lambda _: None)
     refused = CliRunner().invoke(app, [*asked, "--executor", kind, "--tasks", "2"])

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from megatron_infoentropy.data.fast_engine import (
 )
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.rewrite import merge
-from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine, LoadedTokenizer, load_tokenizer
+from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine, load_tokenizer
 
 NO_LETTERS = "\u0133\u0800\u1c89"  # the engine below takes them for signs
 TEXTS = [
@@ -61,23 +60,23 @@ def load_wrong(content: str) -> Engine:
 
 
 @pytest.fixture
-def content(tokenizer_folder: Path) -> str:
+def content(tokenizer_folder):
     return (tokenizer_folder / "tokenizer.json").read_text()
 
 
 @pytest.fixture
-def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_points(monkeypatch):
     monkeypatch.setattr(fast_engine, "LAST_TRIED", 0x1FFF)
 
 
 @pytest.mark.usefixtures("few_points")
-def test_calibration_finds_exactly_the_characters_that_are_cut_otherwise(content: str) -> None:
+def test_calibration_finds_exactly_the_characters_that_are_cut_otherwise(content):
     assert disagreements(content, load_wrong) == [ord(letter) for letter in NO_LETTERS]
 
 
 def test_ids_are_those_of_transformers_whatever_the_engine_gets_wrong(
-    content: str, tokenizer: LoadedTokenizer, tokenizer_folder: Path
-) -> None:
+    content, tokenizer, tokenizer_folder
+):
     points = [ord(letter) for letter in NO_LETTERS]
     asked: list[str] = []
     wrong = load_wrong(content)
@@ -97,8 +96,8 @@ def test_ids_are_those_of_transformers_whatever_the_engine_gets_wrong(
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_tokens_around_a_text_are_put_there_too(
-    content: str, tokenizer_folder: Path, tmp_path: Path, special_tokens: bool
-) -> None:
+    content, tokenizer_folder, tmp_path, special_tokens
+):
     tokenizer = Tokenizer.from_str(content)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -116,9 +115,7 @@ def test_tokens_around_a_text_are_put_there_too(
     assert tokens.tolist() == [token for ids in expected for token in ids]
 
 
-def test_an_engine_that_is_wrong_elsewhere_is_caught(
-    content: str, tokenizer: LoadedTokenizer
-) -> None:
+def test_an_engine_that_is_wrong_elsewhere_is_caught(content, tokenizer):
     """Of every 512 documents one is encoded twice, over any number of calls."""
     right = load_wrong(content)
 
@@ -150,16 +147,12 @@ def test_an_engine_that_is_wrong_elsewhere_is_caught(
         ),
     ],
 )
-def test_tokenizers_that_calibration_shows_nothing_about_are_refused(
-    content: str, change: dict[str, object], reason: str
-) -> None:
+def test_tokenizers_that_calibration_shows_nothing_about_are_refused(content, change, reason):
     with pytest.raises(InexactEngineError, match=f"{reason}$"):
         disagreements(json.dumps({**json.loads(content), **change}), load_wrong)
 
 
-def test_calibration_is_done_once_for_a_way_of_cutting_text(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_is_done_once_for_a_way_of_cutting_text(content, tmp_path, monkeypatch):
     done: list[str] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     other = json.loads(content)
@@ -186,9 +179,7 @@ def missing(name: str) -> object:
     raise ImportError(name)
 
 
-def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(
-    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(tokenizer, monkeypatch):
     def choose(asked: str) -> tuple[str, str]:
         return fast_engine.choose_engine(asked, tokenizer, special_tokens=True)
 
@@ -217,8 +208,8 @@ def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(
 
 
 def test_shards_of_two_engines_are_joined_and_a_run_goes_on_with_its_own(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tokenizer_folder, tmp_path, monkeypatch
+):
     """Both give the same bytes; each dataset says which made it, or which ones."""
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
     texts = [
@@ -250,10 +241,7 @@ def test_shards_of_two_engines_are_joined_and_a_run_goes_on_with_its_own(
 
 
 @pytest.mark.usefixtures("few_points")
-def test_gigatoken_itself_gives_the_same_ids(
-    tokenizer: LoadedTokenizer, tokenizer_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_gigatoken_itself_gives_the_same_ids(tokenizer, tokenizer_folder, tmp_path, monkeypatch):
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     encode = fast_engine.fast_engine(tokenizer, special_tokens=True)

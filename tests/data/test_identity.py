@@ -23,12 +23,12 @@ OTHERS = [each.replace("text 151", "next 151") for each in LINES]  # as many byt
 
 
 @pytest.fixture(autouse=True)
-def small_samples(small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_samples(small_steps, monkeypatch):
     monkeypatch.setattr(preprocess_module, "_SAMPLE_BYTES", 16)
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     return write(tmp_path / "a.jsonl.zst", LINES)
 
 
@@ -47,8 +47,8 @@ def replaced(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewritten, replaced])
 def test_another_file_of_the_same_name_and_size_is_another_input(
-    text: Path, tokenizer_folder: Path, tmp_path: Path, change: Callable[[Path], None]
-) -> None:
+    text, tokenizer_folder, tmp_path, change
+):
     out = tmp_path / "out"
     facts = preprocess([text], tokenizer_folder, out).inputs[0]
     assert facts.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -66,9 +66,7 @@ def test_another_file_of_the_same_name_and_size_is_another_input(
     assert_same_files(out, tmp_path / "expected")
 
 
-def test_samples_tell_inputs_apart_where_times_cannot(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_tell_inputs_apart_where_times_cannot(tokenizer_folder, tmp_path, monkeypatch):
     """A dataset that was copied is younger than whatever was done to its inputs."""
     monkeypatch.setattr(preprocess_module, "_SAMPLE_BYTES", 100)
     text, out = write(tmp_path / "a.jsonl", LINES), tmp_path / "out"
@@ -81,8 +79,8 @@ def test_samples_tell_inputs_apart_where_times_cannot(
 
 
 def test_the_same_content_is_the_same_input_whenever_it_was_written(
-    text: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    text, tokenizer_folder, tmp_path
+):
     out = tmp_path / "out"
     preprocess([text], tokenizer_folder, out)
     made = (out / "manifest.json").stat().st_ino
@@ -93,7 +91,7 @@ def test_the_same_content_is_the_same_input_whenever_it_was_written(
     preprocess([text], tokenizer_folder, tmp_path / "copy")
 
 
-def test_inputs_are_verified_by_name_and_content(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_inputs_are_verified_by_name_and_content(tokenizer_folder, tmp_path):
     """Two of one name, in another order, and one that is missing or too many."""
     texts = [write(tmp_path / "1.jsonl", LINES)]
     for name in ("x", "y"):
@@ -113,7 +111,7 @@ def test_inputs_are_verified_by_name_and_content(tokenizer_folder: Path, tmp_pat
 
 
 @pytest.fixture
-def with_another_end(tokenizer_folder: Path, tmp_path: Path) -> Path:
+def with_another_end(tokenizer_folder, tmp_path):
     """The tokenizer, where a token of its vocabulary ends documents that is no special one."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "another")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -121,18 +119,14 @@ def with_another_end(tokenizer_folder: Path, tmp_path: Path) -> Path:
     return Path(folder)
 
 
-def test_another_end_token_is_another_dataset(
-    text: Path, tokenizer_folder: Path, with_another_end: Path, tmp_path: Path
-) -> None:
+def test_another_end_token_is_another_dataset(text, tokenizer_folder, with_another_end, tmp_path):
     preprocess([text], tokenizer_folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"out is not empty .*--overwrite"):
         preprocess([text], with_another_end, tmp_path / "out")
     assert verify(tmp_path / "out", tokenizer=with_another_end)
 
 
-def test_a_run_does_not_go_on_with_another_end_token(
-    tokenizer_folder: Path, with_another_end: Path, tmp_path: Path
-) -> None:
+def test_a_run_does_not_go_on_with_another_end_token(tokenizer_folder, with_another_end, tmp_path):
     text = write(tmp_path / "a.jsonl", [*LINES, "no document", *LINES])
     with pytest.raises(BrokenLineError, match=r"a\.jsonl:301"):
         preprocess([text], tokenizer_folder, tmp_path / "out")
@@ -169,12 +163,8 @@ def when_reading(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[]
     ids=["shrunk", "appended", "rewritten", "replaced"],
 )
 def test_an_input_that_changes_while_it_is_read_is_refused(
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Path], object],
-    name: str,
-) -> None:
+    tokenizer_folder, tmp_path, monkeypatch, change, name
+):
     """The first of three: while it is read itself, and while the one behind it is."""
     texts = [write(tmp_path / f"{each}.jsonl", LINES) for each in "abc"]
     when_reading(monkeypatch, name, lambda: change(texts[0]))
@@ -183,14 +173,12 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
     assert sorted(tmp_path.iterdir()) == sorted(texts)
 
 
-def test_an_input_may_be_touched_while_it_is_read(
-    text: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_may_be_touched_while_it_is_read(text, tokenizer_folder, tmp_path, monkeypatch):
     when_reading(monkeypatch, text.name, text.touch)
     assert preprocess([text], tokenizer_folder, tmp_path / "out").inputs[0].lines == len(LINES)
 
 
-def test_reading_ends_where_the_file_ended_when_it_was_opened(tmp_path: Path) -> None:
+def test_reading_ends_where_the_file_ended_when_it_was_opened(tmp_path):
     text = write(tmp_path / "a.jsonl", LINES)
     size = text.stat().st_size
 

@@ -30,7 +30,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_megatrons_tokenizer(tmp_path: Path, kind: str) -> None:
+def test_ids_are_those_of_megatrons_tokenizer(tmp_path, kind):
     folder = write_tokenizer(tmp_path / "tokenizer", kind)
     loaded = pickle.loads(pickle.dumps(load_tokenizer(folder)))  # as a worker has it
     megatron = HuggingFaceTokenizer(str(folder))
@@ -45,7 +45,7 @@ def test_ids_are_those_of_megatrons_tokenizer(tmp_path: Path, kind: str) -> None
     assert (loaded.vocab_size, loaded.eod_id) == (megatron.vocab_size, megatron.eod)
 
 
-def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path: Path) -> None:
+def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path):
     """Else the test above would say nothing."""
     same = []
     for number, kind in enumerate(KINDS):
@@ -62,9 +62,7 @@ def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("special_tokens", "start_ids"), [(True, (1,)), (False, ())])
-def test_the_manifest_says_which_ids_begin_every_document(
-    tmp_path: Path, special_tokens: bool, start_ids: tuple[int, ...]
-) -> None:
+def test_the_manifest_says_which_ids_begin_every_document(tmp_path, special_tokens, start_ids):
     folder = write_tokenizer(tmp_path / "tokenizer", "Llama 2")
     text = write(tmp_path / "a.jsonl", [line("cat")])
     options = DataOptions(split_by=None, special_tokens=special_tokens)
@@ -79,7 +77,7 @@ def changed(folder: Path, name: str, **change: Any) -> None:
     path.write_text(json.dumps(content | change))
 
 
-def test_ids_that_are_drawn_are_refused(tmp_path: Path) -> None:
+def test_ids_that_are_drawn_are_refused(tmp_path):
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
     model = json.loads((folder / "tokenizer.json").read_text())["model"] | {"dropout": 0.1}
     changed(folder, "tokenizer.json", model=model)
@@ -89,9 +87,7 @@ def test_ids_that_are_drawn_are_refused(tmp_path: Path) -> None:
     assert load_tokenizer(folder).tokenizer.model.dropout is None
 
 
-def test_a_class_that_changes_texts_by_itself_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_changes_texts_by_itself_is_refused(tmp_path, monkeypatch):
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
     load = module.load_with_transformers
 
@@ -109,7 +105,7 @@ def test_a_class_that_changes_texts_by_itself_is_refused(
         load_tokenizer(folder)
 
 
-def test_a_folder_without_an_end_token_is_asked_for_one(tmp_path: Path) -> None:
+def test_a_folder_without_an_end_token_is_asked_for_one(tmp_path):
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json must name an eos_token.*it names None"):
@@ -131,9 +127,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n
         ("config.json", b"[]", "expected a JSON object in"),
     ],
 )
-def test_a_damaged_file_is_named_with_what_to_do(
-    tmp_path: Path, name: str, content: bytes, said: str
-) -> None:
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, said):
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=said) as error:
@@ -150,9 +144,7 @@ def test_a_damaged_file_is_named_with_what_to_do(
         ("tokenizer_config.json", {"eos_token": {"a": "b"}}, ""),
     ],
 )
-def test_a_file_of_no_known_format_is_named(
-    tmp_path: Path, name: str, change: dict[str, Any], said: str
-) -> None:
+def test_a_file_of_no_known_format_is_named(tmp_path, name, change, said):
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
     changed(folder, name, **change)
     with pytest.raises(ValueError, match=said) as error:
@@ -160,9 +152,7 @@ def test_a_file_of_no_known_format_is_named(
     assert str(folder / name) in str(error.value)
 
 
-def test_a_tokenizer_without_fast_rules_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_without_fast_rules_is_refused(tmp_path, monkeypatch):
     import transformers
 
     folder = write_tokenizer(tmp_path / "tokenizer", "no class")
@@ -174,7 +164,7 @@ def test_a_tokenizer_without_fast_rules_is_refused(
         load_tokenizer(folder)
 
 
-def test_a_worker_imports_no_transformers(tmp_path: Path) -> None:
+def test_a_worker_imports_no_transformers(tmp_path):
     """It would cost every worker a second and 200 MB."""
     loaded = tmp_path / "loaded"
     loaded.write_bytes(pickle.dumps(load_tokenizer(write_tokenizer(tmp_path / "t", "Llama 2"))))
@@ -192,7 +182,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_transformers_is_asked_only_where_it_may_change_ids(tmp_path: Path) -> None:
+def test_transformers_is_asked_only_where_it_may_change_ids(tmp_path):
     """It takes seconds to import, and torch with it."""
     folders = {kind: str(write_tokenizer(tmp_path / kind, kind)) for kind in KINDS}
     program = f"""

@@ -87,22 +87,20 @@ def assert_same_bytes(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("vocab_size", [SMALL, LARGE])
 @pytest.mark.parametrize("case", CASES)
-def test_files_are_byte_identical_to_megatrons(tmp_path: Path, case: str, vocab_size: int) -> None:
+def test_files_are_byte_identical_to_megatrons(tmp_path, case, vocab_size):
     write_ours(tmp_path / "ours", CASES[case], vocab_size)
     write_megatron(tmp_path / "theirs", CASES[case], vocab_size)
     assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_an_index_written_in_several_pieces_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_written_in_several_pieces_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "LENGTHS_AT_ONCE", 100)
     write_ours(tmp_path / "ours", MANY, LARGE)
     write_megatron(tmp_path / "theirs", MANY, LARGE)
     assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
+def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path):
     """The index of 2^33 ids, which is made of their lengths alone."""
     np.array([2**31 - 1] * 4, dtype="<i4").tofile(tmp_path / "lengths")
     write_index(idx_path(tmp_path / "a"), tmp_path / "lengths", token_dtype(LARGE))
@@ -112,12 +110,12 @@ def test_starts_beyond_two_gigabytes_do_not_wrap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 65_499, 65_500, 65_536, 128_256])
-def test_the_dtype_switches_where_megatrons_does(vocab_size: int) -> None:
+def test_the_dtype_switches_where_megatrons_does(vocab_size):
     assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reader_gives_back_every_document(tmp_path: Path, case: str) -> None:
+def test_the_reader_gives_back_every_document(tmp_path, case):
     documents = CASES[case]
     write_megatron(tmp_path / "a.b", documents, SMALL)
     reader = IndexedReader(tmp_path / "a.b")
@@ -127,7 +125,7 @@ def test_the_reader_gives_back_every_document(tmp_path: Path, case: str) -> None
     assert reader.dtype == np.uint16
 
 
-def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
+def test_documents_of_several_sequences_are_read_whole(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
     builder.add_document(np.arange(5), [2, 3])
     builder.add_document(np.arange(4), [4])
@@ -136,7 +134,7 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
     assert [reader[0].tolist(), reader[1].tolist()] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
 
 
-def test_documents_are_read_only_views_found_by_index(tmp_path: Path) -> None:
+def test_documents_are_read_only_views_found_by_index(tmp_path):
     write_ours(tmp_path / "a", [[1, 2], [3]], SMALL)
     reader = IndexedReader(tmp_path / "a")
     assert reader[-1].tolist() == [3]
@@ -162,14 +160,14 @@ def add(prefix: Path, tokens: list[int], lengths: list[int], vocab_size: int) ->
     ],
 )
 def test_what_the_format_can_not_hold_is_refused_and_not_written(
-    tmp_path: Path, tokens: list[int], lengths: list[int], message: str
-) -> None:
+    tmp_path, tokens, lengths, message
+):
     with pytest.raises(ValueError, match=message):
         add(tmp_path / "a", tokens, lengths, SMALL)
     assert bin_path(tmp_path / "a").stat().st_size == 0
 
 
-def test_a_document_longer_than_int32_is_refused(tmp_path: Path) -> None:
+def test_a_document_longer_than_int32_is_refused(tmp_path):
     tokens: npt.NDArray[np.uint8] = np.broadcast_to(np.uint8(0), (2**31,))
     writer = new_writer(tmp_path / "a", SMALL)
     with pytest.raises(ValueError, match="has 2147483648 tokens, the format holds 2147483647"):
@@ -177,7 +175,7 @@ def test_a_document_longer_than_int32_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 1500, 3000])
-def test_a_writer_goes_on_from_where_it_was_synced(tmp_path: Path, at: int) -> None:
+def test_a_writer_goes_on_from_where_it_was_synced(tmp_path, at):
     """Whatever was written after that, whole documents or not, is cut off."""
     write_ours(tmp_path / "whole", MANY, SMALL)
     writer = new_writer(tmp_path / "a", SMALL)
@@ -195,7 +193,7 @@ def test_a_writer_goes_on_from_where_it_was_synced(tmp_path: Path, at: int) -> N
     assert_same_bytes(tmp_path / "a", tmp_path / "whole")
 
 
-def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path):
     new_writer(tmp_path / "a", SMALL).add(np.array([1, 2]), np.array([2]))
     with pytest.raises(ValueError, match=r"a\.bin is cut off: expected at least 6 bytes, found 4"):
         new_writer(tmp_path / "a", SMALL, DomainFacts("a", 1, 3, 3))
@@ -216,7 +214,7 @@ def test_a_file_shorter_than_what_was_synced_is_not_gone_on_from(tmp_path: Path)
         (lambda b, i: i.unlink(), r"no such dataset file: .*a\.idx"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, damage: Damage, message: str) -> None:
+def test_damage_is_named(tmp_path, damage, message):
     write_ours(tmp_path / "a", [[1, 2, 3], [], [4]], SMALL)
     damage(bin_path(tmp_path / "a"), idx_path(tmp_path / "a"))
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ NO_STRING = '{"text": 3, "meta": {"pile_set_name": "A"}}'
 
 
 @pytest.fixture(autouse=True)
-def few_lines_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_lines_a_block(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 150)
     monkeypatch.setattr(blocks, "_READ_BYTES", 50)
 
@@ -34,8 +34,8 @@ def few_lines_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_first_bad_line_ends_the_run_by_file_line_and_reason(
-    tokenizer_folder: Path, tmp_path: Path, suffix: str, bad: str, reason: str
-) -> None:
+    tokenizer_folder, tmp_path, suffix, bad, reason
+):
     lines = [line(f"text {i}") for i in range(20)]
     path = write(tmp_path / f"a.jsonl{suffix}", [*lines[:13], bad, *lines[13:], "{"])
     with pytest.raises(BrokenLineError) as caught:
@@ -44,7 +44,7 @@ def test_the_first_bad_line_ends_the_run_by_file_line_and_reason(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder, tmp_path):
     good = [line(f"text {i}", "AB"[i % 2]) for i in range(30)]
     first = [*good[:7], "", "", "  ", good[7], "{", *good[8:15], "", ""]
     second = [NO_KEY, *good[15:], line("", "B"), NO_STRING]
@@ -67,15 +67,13 @@ def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder: Path, tmp_pa
     assert not (tmp_path / "clean" / "rejected.tsv").exists()
 
 
-def test_one_bad_line_more_than_allowed_ends_the_run(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_one_bad_line_more_than_allowed_ends_the_run(tokenizer_folder, tmp_path):
     path = write(tmp_path / "a.jsonl", ["{", line("a"), "[", line("b"), "x"])
     with pytest.raises(BrokenLineError, match=r"a\.jsonl:5: not JSON: .*\(2 were skipped already"):
         preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=2)
 
 
-def test_a_truncated_file_is_no_line_to_skip(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_no_line_to_skip(tokenizer_folder, tmp_path):
     path = write(tmp_path / "a.jsonl.gz", [line(f"text {i}") for i in range(500)])
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(BrokenLineError, match="the file is truncated"):
@@ -84,8 +82,8 @@ def test_a_truncated_file_is_no_line_to_skip(tokenizer_folder: Path, tmp_path: P
 
 
 def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tokenizer_folder, tmp_path, monkeypatch
+):
     def one_more(path: Path, data: bytes, start: Position) -> Block:
         whole = block(path, data, start)
         return replace(whole, end=Position(whole.end.offset, whole.end.line + 1))
@@ -97,7 +95,7 @@ def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
         preprocess([path], tokenizer_folder, tmp_path / "out")
 
 
-def test_text_without_domains_becomes_one_dataset(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_text_without_domains_becomes_one_dataset(tokenizer_folder, tmp_path):
     path = write(tmp_path / "a.jsonl.zst", PLAIN)
     done = preprocess([path], tokenizer_folder, tmp_path / "out")
     assert {name: facts.documents for name, facts in done.domains.items()} == {"all": 40}
@@ -110,13 +108,13 @@ def test_text_without_domains_becomes_one_dataset(tokenizer_folder: Path, tmp_pa
     assert again == done
 
 
-def test_a_null_names_no_domain(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_null_names_no_domain(tokenizer_folder, tmp_path):
     lines = ['{"text": "a", "meta": null}', '{"text": "b", "meta": {"pile_set_name": null}}']
     done = preprocess([write(tmp_path / "a.jsonl", lines)], tokenizer_folder, tmp_path / "out")
     assert list(done.domains) == ["all"]
 
 
-def test_all_shards_split_as_the_first_file_does(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_all_shards_split_as_the_first_file_does(tokenizer_folder, tmp_path):
     files = [write(tmp_path / f"{number}.jsonl", PLAIN) for number in range(2)]
     files.append(write(tmp_path / "2.jsonl", PILE))
     last = {"inputs": files, "tokenizer": tokenizer_folder, "output": tmp_path / "out"}
@@ -133,8 +131,8 @@ def test_all_shards_split_as_the_first_file_does(tokenizer_folder: Path, tmp_pat
     ],
 )
 def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
-    tokenizer_folder: Path, tmp_path: Path, lines: list[str], at: int, reason: str
-) -> None:
+    tokenizer_folder, tmp_path, lines, at, reason
+):
     path = write(tmp_path / "a.jsonl", lines)
     with pytest.raises(BrokenLineError, match=f":{at}: {reason}.*--split-by ''"):
         preprocess([path], tokenizer_folder, tmp_path / "out")
@@ -145,9 +143,7 @@ def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
     assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 41}
 
 
-def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(tokenizer_folder, tmp_path):
     path = write(tmp_path / "a.jsonl", PILE)
     clean = preprocess([path], tokenizer_folder, tmp_path / "clean")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

@@ -1,7 +1,6 @@
 """What is written here, read by Megatron's own training datasets."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -18,9 +17,7 @@ from megatron_infoentropy.data.rewrite import merge
 SEQUENCE = 32
 
 
-def test_a_merged_dataset_is_blended_and_sampled_by_megatron(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_merged_dataset_is_blended_and_sampled_by_megatron(tokenizer_folder, tmp_path):
     """Every sample is a run of the tokens of one domain, and domains come as often as weighed."""
     files = []
     for number in range(2):

@@ -29,9 +29,7 @@ def numbers(program: str, *words: Path) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def test_each_process_stays_small_and_documents_cost_nothing(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_each_process_stays_small_and_documents_cost_nothing(tokenizer_folder, tmp_path):
     """Megatron's writer takes 138 bytes a document; 24 are allowed here, with room for noise."""
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
     few.write_text(f"{line('a')}\n" * 1000)
@@ -43,7 +41,7 @@ def test_each_process_stays_small_and_documents_cost_nothing(
     assert after_many - after_few < 24 * 200_000 + 20e6
 
 
-def test_three_million_documents_are_written_without_being_held(tmp_path: Path) -> None:
+def test_three_million_documents_are_written_without_being_held(tmp_path):
     program = """
 import numpy as np
 from megatron_infoentropy.data.writer import DatasetWriter

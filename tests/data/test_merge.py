@@ -5,11 +5,10 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -25,7 +24,7 @@ from megatron_infoentropy.data.writer import DiskFull
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> list[Path]:
+def inputs(tmp_path):
     """Five files; domain C is only in the last, domain E has no text in the first two."""
     files = []
     for number in range(5):
@@ -54,13 +53,8 @@ def few_open_files() -> Iterator[None]:
 
 @pytest.mark.parametrize(("number", "workers"), [(1, None), (3, 1), (5, 8)])
 def test_merged_shards_are_what_one_run_writes(
-    inputs: list[Path],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    number: int,
-    workers: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    inputs, tokenizer_folder, tmp_path, number, workers, monkeypatch
+):
     """Nor are all files of the parts open at once, as most users may have 1024."""
     monkeypatch.setattr("megatron_infoentropy.files._READ_AT_ONCE", 1 << 10)
     for index in range(number):
@@ -78,7 +72,7 @@ def test_merged_shards_are_what_one_run_writes(
     }
 
 
-def test_every_file_is_in_one_shard_and_neighbours_stay_together(inputs: list[Path]) -> None:
+def test_every_file_is_in_one_shard_and_neighbours_stay_together(inputs):
     for number in range(1, 6):
         parts = [shard_inputs(inputs, (index, number)) for index in range(number)]
         assert [path for part in parts for path in part] == inputs
@@ -88,16 +82,14 @@ def test_every_file_is_in_one_shard_and_neighbours_stay_together(inputs: list[Pa
         shard_inputs(inputs, (5, 5))
 
 
-def test_shards_are_written_as_a_fraction() -> None:
+def test_shards_are_written_as_a_fraction():
     assert parse_shard("3/10") == (3, 10)
     for text in ("3", "a/b", "3/", "/4", "-1/4", "1.5/2"):
         with pytest.raises(ValueError, match="must be i/n"):
             parse_shard(text)
 
 
-def test_a_missing_shard_and_a_stranger_are_named(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_missing_shard_and_a_stranger_are_named(inputs, tokenizer_folder, tmp_path):
     for index in (0, 2):
         shard = (index, 3)
         preprocess(inputs, tokenizer_folder, tmp_path / "s", shard=shard, max_errors=5)
@@ -117,9 +109,7 @@ def test_a_missing_shard_and_a_stranger_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_of_lists_that_differ_are_not_merged(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_shards_of_lists_that_differ_are_not_merged(inputs, tokenizer_folder, tmp_path):
     """What a file gained between two jobs moves the borders: one file would be in no shard."""
     out = tmp_path / "s"
     preprocess(inputs, tokenizer_folder, out, shard=(0, 2), max_errors=5)
@@ -133,7 +123,7 @@ def test_shards_of_lists_that_differ_are_not_merged(
 
 
 @pytest.fixture
-def whole(inputs: list[Path], tokenizer_folder: Path, tmp_path: Path) -> Path:
+def whole(inputs, tokenizer_folder, tmp_path):
     return preprocess(inputs, tokenizer_folder, tmp_path / "whole", max_errors=5).folder
 
 
@@ -152,9 +142,7 @@ def whole(inputs: list[Path], tokenizer_folder: Path, tmp_path: Path) -> Path:
         ("token_counts.npy", None, r"token_counts\.npy can not be read"),
     ],
 )
-def test_a_damaged_part_is_not_merged(
-    whole: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None, message: str
-) -> None:
+def test_a_damaged_part_is_not_merged(whole, tmp_path, name, damage, message):
     raw = (whole / name).read_bytes()
     (whole / name).unlink()
     if damage:
@@ -165,9 +153,7 @@ def test_a_damaged_part_is_not_merged(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_what_ends_a_merge_leaves_no_output_and_the_next_one_is_whole(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_ends_a_merge_leaves_no_output_and_the_next_one_is_whole(whole, tmp_path, monkeypatch):
     """A small disk, one that fills, and a kill in the middle of a file."""
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
@@ -201,9 +187,7 @@ def test_what_ends_a_merge_leaves_no_output_and_the_next_one_is_whole(
         merge([whole], tmp_path / "no", workers=0)
 
 
-def test_datasets_of_one_kind_are_joined_in_the_order_given(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_datasets_of_one_kind_are_joined_in_the_order_given(inputs, tokenizer_folder, tmp_path):
     for index, path in enumerate(inputs[:2]):
         preprocess([path], tokenizer_folder, tmp_path / str(index), max_errors=5)
     merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
@@ -212,9 +196,7 @@ def test_datasets_of_one_kind_are_joined_in_the_order_given(
     assert load_manifest(tmp_path / "both").left_out == {"E": 2, "never": 2}
 
 
-def test_damage_and_swapped_parts_are_seen_in_what_was_merged(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_damage_and_swapped_parts_are_seen_in_what_was_merged(inputs, tokenizer_folder, tmp_path):
     """Every part has its own checksum there, also after it was merged twice."""
     parts = [
         preprocess([path], tokenizer_folder, tmp_path / f"part-{path.stem}", max_errors=5).folder
@@ -241,9 +223,7 @@ def test_damage_and_swapped_parts_are_seen_in_what_was_merged(
         merge([whole.folder], tmp_path / "out")
 
 
-def test_datasets_of_another_kind_are_not_joined(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_datasets_of_another_kind_are_not_joined(inputs, tokenizer_folder, tmp_path):
     folders = [tmp_path / "0", tmp_path / "1"]
     for path, folder in zip(inputs, folders, strict=False):
         preprocess([path], tokenizer_folder, folder, max_errors=5)
@@ -260,9 +240,7 @@ def test_datasets_of_another_kind_are_not_joined(
     rewrite._require_same_kind([ours, theirs])
 
 
-def test_a_dataset_is_not_joined_with_itself_unless_asked(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_dataset_is_not_joined_with_itself_unless_asked(inputs, tokenizer_folder, tmp_path):
     a, b = (
         preprocess([path], tokenizer_folder, tmp_path / path.stem, max_errors=5).folder
         for path in inputs[:2]

@@ -1,21 +1,19 @@
 """Packing as published: groups of documents, end to end, cut to one length, the rest dropped."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from text_files import line, write
 
 from megatron_infoentropy.data import indexed
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.manifest import Manifest, load_manifest
+from megatron_infoentropy.data.manifest import load_manifest
 from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.rewrite import pack
 from megatron_infoentropy.data.verify import verify
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, tokenizer_folder: Path) -> Manifest:
+def dataset(tmp_path, tokenizer_folder):
     """Domain A: 25 documents of all lengths, some empty. Domain B: too little for one piece."""
     lines = [line("more words " * (i * i % 23), "A") for i in range(25)]
     lines.append(line("x", "B"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden import assert_same_files, write_golden
-from text_files import WriteLines, line, write
+from text_files import line, write
 from tokenizers import Tokenizer, processors
 
 from megatron_infoentropy.data import journal
@@ -28,7 +28,7 @@ from megatron_infoentropy.data.manifest import (
     load_manifest,
 )
 from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.tokenizer import END_OF_TEXT, LoadedTokenizer
+from megatron_infoentropy.data.tokenizer import END_OF_TEXT
 from megatron_infoentropy.data.verify import verify
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -54,7 +54,7 @@ LINES = [line(text, domain) for text, domain in zip(TEXTS, DOMAINS, strict=True)
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> list[Path]:
+def inputs(tmp_path):
     """The texts in three files, two of them compressed."""
     return [
         write(tmp_path / "first.jsonl.zst", LINES[:100]),
@@ -64,7 +64,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def starting(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def starting(tokenizer_folder, tmp_path_factory):
     """A tokenizer that puts a start token before and another token behind, as Llama's may."""
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -98,13 +98,8 @@ def write_goldens(folder: Path, tokenizer_folder: Path, **options: bool) -> Path
     ],
 )
 def test_every_domain_is_byte_identical_to_megatrons_tool(
-    inputs: list[Path],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    kind: str,
-    append_eod: bool,
-    special_tokens: bool,
-) -> None:
+    inputs, request, tmp_path, kind, append_eod, special_tokens
+):
     tokenizer: Path = request.getfixturevalue(kind)
     choices = {"append_eod": append_eod, "special_tokens": special_tokens}
     expected = write_goldens(tmp_path / "expected", tokenizer, **choices)
@@ -113,9 +108,7 @@ def test_every_domain_is_byte_identical_to_megatrons_tool(
 
 
 @pytest.mark.usefixtures("worker_processes")
-def test_the_number_of_workers_does_not_change_a_byte(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_the_number_of_workers_does_not_change_a_byte(inputs, tokenizer_folder, tmp_path):
     for workers in (1, 2, 5):
         preprocess(inputs, tokenizer_folder, tmp_path / f"out{workers}", workers=workers)
         assert len(list((tmp_path / f"out{workers}").iterdir())) == 6
@@ -124,8 +117,8 @@ def test_the_number_of_workers_does_not_change_a_byte(
 
 @pytest.mark.usefixtures("worker_processes")
 def test_workers_start_beside_a_user_s_files_and_without_room_for_large_pipes(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    inputs, tokenizer_folder, tmp_path, monkeypatch
+):
     """The system lets no user have more than 64 MiB of pipes, those of 32 workers."""
 
     def refuse(*_: object) -> None:
@@ -137,7 +130,7 @@ def test_workers_start_beside_a_user_s_files_and_without_room_for_large_pipes(
     preprocess(inputs, tokenizer_folder, tmp_path / "out")
 
 
-def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder, tmp_path):
     texts = ["before", "0 1 z 2 q\n" * 20_000, "after"]
     (tmp_path / "expected").mkdir()
     write_golden(tmp_path / "expected" / "a", texts, tokenizer_folder)
@@ -147,9 +140,7 @@ def test_a_document_of_very_many_tokens_is_whole(tokenizer_folder: Path, tmp_pat
     assert_same_files(tmp_path / "out", tmp_path / "expected")
 
 
-def test_counts_of_everything_add_up(
-    inputs: list[Path], tokenizer_folder: Path, tokenizer: LoadedTokenizer, tmp_path: Path
-) -> None:
+def test_counts_of_everything_add_up(inputs, tokenizer_folder, tokenizer, tmp_path):
     out = tmp_path / "out"
     manifest = preprocess(inputs, tokenizer_folder, out)
     assert manifest == load_manifest(out)
@@ -176,9 +167,7 @@ def test_counts_of_everything_add_up(
         assert replace(facts, sha256="", samples="") == counts
 
 
-def test_a_manifest_that_can_not_be_used_is_named(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_manifest_that_can_not_be_used_is_named(inputs, tokenizer_folder, tmp_path):
     out = tmp_path / "out"
     preprocess(inputs, tokenizer_folder, out)
     content = json.loads((out / "manifest.json").read_text())
@@ -199,7 +188,7 @@ def test_a_manifest_that_can_not_be_used_is_named(
 
 
 @pytest.fixture
-def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
+def unsaved(monkeypatch):
     """No run works long enough to have something to go on from, however slow the machine."""
     monkeypatch.setattr(journal, "SAVE_EVERY_S", math.inf)
     monkeypatch.setattr(journal, "SAVE_AFTER_INPUT_S", math.inf)
@@ -207,8 +196,8 @@ def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unsaved")
 def test_an_error_leaves_an_earlier_dataset_as_it_was(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, write_lines: WriteLines
-) -> None:
+    inputs, tokenizer_folder, tmp_path, write_lines
+):
     out = tmp_path / "out"
     preprocess(inputs, tokenizer_folder, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -236,9 +225,7 @@ def test_an_error_leaves_an_earlier_dataset_as_it_was(
     ],
 )
 @pytest.mark.usefixtures("small_steps")
-def test_domains_that_can_not_be_written_are_refused(
-    write_lines: WriteLines, tokenizer_folder: Path, lines: list[str], message: str
-) -> None:
+def test_domains_that_can_not_be_written_are_refused(write_lines, tokenizer_folder, lines, message):
     """Nothing is left, also where a journal was saved: there is nothing to go on to."""
     path = write_lines("a.jsonl", lines)
     with pytest.raises(ValueError, match=message):
@@ -246,9 +233,7 @@ def test_domains_that_can_not_be_written_are_refused(
     assert [entry.name for entry in path.parent.iterdir()] == ["a.jsonl"]
 
 
-def test_unusable_arguments_are_refused_before_any_work(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_unusable_arguments_are_refused_before_any_work(inputs, tokenizer_folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="at least one input file"):
         preprocess([], tokenizer_folder, out)
@@ -264,8 +249,8 @@ def test_unusable_arguments_are_refused_before_any_work(
 
 
 def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
-    write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    write_lines, tokenizer_folder, tmp_path
+):
     path = write_lines("a.jsonl", ['{"text": "a", "lang": "en"}', '{"text": "b", "lang": "de"}'])
     options = DataOptions(split_by=None)
     whole = preprocess([path], tokenizer_folder, tmp_path / "whole", options=options)
@@ -296,13 +281,11 @@ def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(
         ),
     ],
 )
-def test_domains_become_file_names(domain: str, name: str) -> None:
+def test_domains_become_file_names(domain, name):
     assert slug(domain) == name
 
 
-def test_a_file_under_two_names_is_taken_once(
-    write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_file_under_two_names_is_taken_once(write_lines, tokenizer_folder, tmp_path):
     path, link, symlink = (
         write_lines("a.jsonl", [line("a")]),
         tmp_path / "b.jsonl",
@@ -315,9 +298,7 @@ def test_a_file_under_two_names_is_taken_once(
             preprocess([path, other], tokenizer_folder, tmp_path / "o")
 
 
-def test_the_room_works_without_torch_and_megatron(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_the_room_works_without_torch_and_megatron(inputs, tokenizer_folder, tmp_path):
     program = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -335,9 +316,7 @@ assert not heavy, heavy
     assert (tmp_path / "o" / "manifest.json").is_file()
 
 
-def test_a_domain_without_any_token_is_left_out_and_said(
-    write_lines: WriteLines, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_domain_without_any_token_is_left_out_and_said(write_lines, tokenizer_folder, tmp_path):
     """Megatron can not open an empty dataset; failing after a day would be worse."""
     path = write_lines("a.jsonl", [line("a", A), line("", B), line("", B)])
     manifest = preprocess([path], tokenizer_folder, tmp_path / "out")

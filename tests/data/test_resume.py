@@ -11,9 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,7 +38,7 @@ LINES[599] = ""
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> list[Path]:
+def inputs(tmp_path):
     return [
         write(tmp_path / "a.jsonl", LINES[:200]),
         write(tmp_path / "b.jsonl", LINES[200:400]),
@@ -90,8 +88,8 @@ def survives(inputs: list[Path], tokenizer: Path, output: Path, moment: int) -> 
 
 
 def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    inputs, tokenizer_folder, tmp_path, monkeypatch
+):
     """A moment is the n-th opening, renaming, removing or making of a file, or write to one.
 
     Of that write, half gets there. Each process goes on from what the one before it left.
@@ -114,9 +112,7 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
         shutil.rmtree(out)
 
 
-def test_what_is_finished_is_not_read_again(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_read_again(inputs, tokenizer_folder, tmp_path, monkeypatch):
     """Nor encoded; with another number of workers, and with what the first run skipped."""
     preprocess(inputs, tokenizer_folder, tmp_path / "expected", max_errors=1)
     out = tmp_path / "out"
@@ -151,9 +147,7 @@ def test_what_is_finished_is_not_read_again(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_an_unfinished_run_is_not_mixed_with_another_one(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_run_is_not_mixed_with_another_one(inputs, tokenizer_folder, tmp_path):
     interrupted(inputs, tokenizer_folder, tmp_path / "out", 30, max_errors=1)
     options = DataOptions(append_eod=False)
     with pytest.raises(ValueError, match=r"an unfinished run with other options.*--restart"):
@@ -167,11 +161,8 @@ def test_an_unfinished_run_is_not_mixed_with_another_one(
 
 
 def test_two_runs_do_not_write_the_same_output(
-    inputs: list[Path],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    let_another_be_first: Callable[[ModuleType], None],
-) -> None:
+    inputs, tokenizer_folder, tmp_path, let_another_be_first
+):
     """Nor does one replace what the other made while it got ready."""
     with work_folder(tmp_path / "out"):
         with pytest.raises(ValueError, match=r"another run is writing .*out; wait for it"):
@@ -185,9 +176,7 @@ def test_two_runs_do_not_write_the_same_output(
 
 
 @pytest.mark.usefixtures("worker_processes")
-def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(tokenizer_folder, tmp_path):
     many = write(tmp_path / "a.jsonl", [line("some words " * 300)] * 300)
     found: list[int] = []
 
@@ -210,9 +199,7 @@ def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(
     assert preprocess([many], tokenizer_folder, tmp_path / "out").domains["A"].documents == 300
 
 
-def test_workers_end_with_the_process_that_feeds_them(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_workers_end_with_the_process_that_feeds_them(tokenizer_folder, tmp_path):
     """Killed with no chance to tidy up, it leaves nobody behind."""
     many = write(tmp_path / "a.jsonl", [line("some words " * 300)] * 3000)
     program = f"""
@@ -242,8 +229,8 @@ def state(process: str) -> str:
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_with_room(
-    inputs: list[Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    inputs, tokenizer_folder, tmp_path
+):
     """A limit on the size of files stands in for the disk's: the same error at the same place."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))

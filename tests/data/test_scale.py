@@ -9,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import data_scale
 
 
-def test_the_page_has_the_numbers_of_the_model() -> None:
+def test_the_page_has_the_numbers_of_the_model():
     page = data_scale.PAGE.read_text(encoding="utf-8")
     assert data_scale.renewed(page) == page, "run tools/data_scale.py --write"
 
 
-def test_more_machines_help_until_each_file_has_its_task() -> None:
+def test_more_machines_help_until_each_file_has_its_task():
     costs, _ = data_scale.measured()
     plans = {n: data_scale.predict(costs["hf"], n) for n in (1, 2, 8, 30, 64, 1000)}
     seconds = [plan.preprocess for plan in plans.values()]

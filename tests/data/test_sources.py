@@ -3,7 +3,7 @@
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ KEY = "meta.pile_set_name"
 
 
 @pytest.fixture(scope="module")
-def expected(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def expected(tokenizer_folder, tmp_path_factory):
     """The dataset of the same documents as lines."""
     folder = tmp_path_factory.mktemp("lines")
     with pytest.MonkeyPatch.context() as patch:
@@ -113,9 +113,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_same_documents_give_the_same_bytes(
-    name: str, expected: Manifest, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_the_same_documents_give_the_same_bytes(name, expected, tokenizer_folder, tmp_path):
     """Also in a run that goes on where it was stopped."""
     files = find_inputs([str(MAKERS[name](tmp_path / name))])
     made = preprocess(files, tokenizer_folder, tmp_path / "out", workers=2)
@@ -130,9 +128,7 @@ def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
-def test_reading_goes_on_from_any_block(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_goes_on_from_any_block(name, tmp_path, monkeypatch):
     lines = [line(f"{i**9}" * (i % 20)) for i in range(5000)]  # compressed, several chunks too
     path = MAKERS.get(name, lambda path: write(path, lines))(tmp_path / name)
     whole = list(read_blocks(path, keys=Keys("text", KEY)))
@@ -165,8 +161,8 @@ def categories(path: Path, texts: Sequence[str]) -> Path:
     ],
 )
 def test_a_text_of_many_rows_is_written_out_for_one_block_at_a_time(
-    name: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name, make, tmp_path, monkeypatch
+):
     """Else a small file could fill the memory; pyarrow itself decodes a column of plain strings."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 19)
     path = make(tmp_path / name, ["x" * (1 << 16)] * 1000)
@@ -182,9 +178,7 @@ def test_a_text_of_many_rows_is_written_out_for_one_block_at_a_time(
     assert make is not categories or pool.max_memory() < 16 << 20
 
 
-def test_bad_rows_are_counted_and_listed_by_their_number(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_bad_rows_are_counted_and_listed_by_their_number(tokenizer_folder, tmp_path):
     texts = pa.array([None, b"a", b"\xff\xfe", "b \u4e2d".encode(), b"c"], pa.binary())
     texts = pa.Array.from_buffers(pa.string(), 5, texts.buffers())
     table = pa.table({"text": texts, "from": ["A", "A", "A", None, ""]})
@@ -235,8 +229,8 @@ def damaged(path: Path, keep: slice = slice(None), at: int = 0, value: bytes = b
     ],
 )
 def test_a_file_without_texts_or_a_damaged_one_ends_the_run(
-    make: Callable[[Path], Path], message: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    make, message, tokenizer_folder, tmp_path
+):
     path = make(tmp_path)
     with pytest.raises(BrokenLineError, match=message):
         preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=1000)
@@ -246,9 +240,7 @@ def test_a_file_without_texts_or_a_damaged_one_ends_the_run(
 @pytest.mark.parametrize(
     "make", [lambda path, texts: stream(path, [{"text": text} for text in texts]), categories]
 )
-def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(
-    make: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(make, tmp_path):
     """Of a file that was not written by Arrow: each of its numbers is wrong in turn."""
     path = make(tmp_path / "a.arrow", [f"text {i}" for i in range(8)])
     raw = path.read_bytes()
@@ -277,9 +269,7 @@ def command(*words: object) -> Result:
         ),
     ],
 )
-def test_other_columns_and_keys_can_be_used_throughout(
-    make: Callable[..., Path], what: str, text: str, domain: str, tmp_path: Path
-) -> None:
+def test_other_columns_and_keys_can_be_used_throughout(make, what, text, domain, tmp_path):
     rows = [{"content": f"words and words {i}", "of.lang": "AB"[i % 2]} for i in range(20)]
     path = make(tmp_path / ("a.parquet" if what == "columns" else "a.jsonl"), rows)
     words = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
@@ -295,9 +285,7 @@ def test_other_columns_and_keys_can_be_used_throughout(
 
 
 @pytest.mark.parametrize("names", [("{}-0.parquet", "x/y/{}-1.parquet"), ("{}/0.parquet",)])
-def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(
-    names: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(names, tmp_path):
     for file in (tmp_path / name.format(split) for split in ("train", "test") for name in names):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -318,24 +306,20 @@ def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(
         ),
     ],
 )
-def test_folders_of_which_no_one_dataset_can_be_made_are_refused(
-    make: Callable[[Path], object], message: str, tmp_path: Path
-) -> None:
+def test_folders_of_which_no_one_dataset_can_be_made_are_refused(make, message, tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match=message):
         find_inputs([str(tmp_path)])
 
 
 @pytest.fixture
-def store() -> Iterator[Any]:
+def store():
     files = fsspec.filesystem("memory")
     yield files
     files.rm("/", recursive=True)
 
 
-def test_files_of_a_store_are_read_like_local_ones(
-    store: Any, expected: Manifest, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_files_of_a_store_are_read_like_local_ones(store, expected, tokenizer_folder, tmp_path):
     for name, part in (("1.jsonl.zst", LINES[:150]), ("2.jsonl", LINES[150:300])):
         store.pipe(f"/bucket/{name}", write(tmp_path / name, part).read_bytes())
     store.pipe("/bucket/3.parquet", parquet(tmp_path / "3.parquet", ROWS[300:]).read_bytes())
@@ -365,9 +349,7 @@ def test_files_of_a_store_are_read_like_local_ones(
         ("file://{}/a.txt", r"must be a \.jsonl, .*, got /.*/a\.txt"),
     ],
 )
-def test_addresses_that_lead_nowhere_are_named(
-    name: str, message: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_addresses_that_lead_nowhere_are_named(name, message, tokenizer_folder, tmp_path):
     (tmp_path / "a.txt").touch()
     words = ("preprocess", "--input", name.format(tmp_path), "--tokenizer", tokenizer_folder)
     refused = command(*words, "--output", tmp_path / "out").exception
@@ -379,13 +361,8 @@ def test_addresses_that_lead_nowhere_are_named(
     ("of", "name"), [("FileSystem", "isdir"), ("FileSystem", "modified"), ("File", "read")]
 )
 def test_what_the_library_of_a_store_raises_is_a_sentence(
-    store: Any,
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    of: str,
-    name: str,
-) -> None:
+    store, tokenizer_folder, tmp_path, monkeypatch, of, name
+):
     class OutageError(Exception):
         pass
 
@@ -399,8 +376,8 @@ def test_what_the_library_of_a_store_raises_is_a_sentence(
 
 
 def test_an_object_is_known_by_its_store_and_its_path(
-    store: Any, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    store, tokenizer_folder, tmp_path, monkeypatch
+):
     same_crc32 = ["/bucket/599430bd25.jsonl", "/bucket/f7633dd321.jsonl"]
     for name in same_crc32:
         store.pipe(name, f"{LINES[2]}\n".encode())

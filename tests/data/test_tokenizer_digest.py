@@ -12,7 +12,7 @@ from megatron_infoentropy.data.tokenizer import tokenizer_digest
 
 
 @pytest.fixture
-def folder(tokenizer_folder: Path, tmp_path: Path) -> Path:
+def folder(tokenizer_folder, tmp_path):
     return Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
 
 
@@ -35,15 +35,13 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object], **how: Any) 
         ("tokenizer.json", {"normalizer": {"type": "NFC"}}),
     ],
 )
-def test_what_changes_ids_changes_the_digest(
-    folder: Path, name: str, change: dict[str, Any]
-) -> None:
+def test_what_changes_ids_changes_the_digest(folder, name, change):
     before = tokenizer_digest(folder)
     changed(folder / name, lambda content: content.update(change))
     assert tokenizer_digest(folder) != before
 
 
-def test_what_changes_no_id_does_not(folder: Path) -> None:
+def test_what_changes_no_id_does_not(folder):
     before = tokenizer_digest(folder)
     changed(folder / "tokenizer.json", lambda content: content.update(truncation={"max_length": 4}))
     settings = {"chat_template": "x", "model_max_length": 9, "pad_token": None, "is_local": True}
@@ -54,7 +52,7 @@ def test_what_changes_no_id_does_not(folder: Path) -> None:
     assert tokenizer_digest(folder) == before
 
 
-def test_files_that_transformers_leaves_alone_do_not(folder: Path) -> None:
+def test_files_that_transformers_leaves_alone_do_not(folder):
     """It reads special_tokens_map.json and added_tokens.json only for want of this setting."""
     decoder = {"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}}}
     changed(folder / "tokenizer_config.json", lambda content: content.update(decoder))
@@ -64,7 +62,7 @@ def test_files_that_transformers_leaves_alone_do_not(folder: Path) -> None:
     assert tokenizer_digest(folder) == before
 
 
-def test_another_file_that_is_read_instead_is_looked_at_too(folder: Path) -> None:
+def test_another_file_that_is_read_instead_is_looked_at_too(folder):
     versions = {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
     changed(folder / "tokenizer_config.json", lambda content: content.update(versions))
     shutil.copy(folder / "tokenizer.json", folder / "tokenizer.4.0.0.json")

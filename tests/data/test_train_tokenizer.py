@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from text_files import WriteLines, line
+from text_files import line
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.tokenizer import (
     END_OF_TEXT,
-    LoadedTokenizer,
     load_tokenizer,
     train_tokenizer,
 )
@@ -35,15 +34,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def reference(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+def reference(tokenizer_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
-def test_transformers_and_megatron_find_what_they_need(
-    tokenizer: LoadedTokenizer, reference: PreTrainedTokenizerBase, tokenizer_folder: Path
-) -> None:
+def test_transformers_and_megatron_find_what_they_need(tokenizer, reference, tokenizer_folder):
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
     assert len(reference) == tokenizer.vocab_size == 600
@@ -57,8 +54,8 @@ def test_transformers_and_megatron_find_what_they_need(
 
 
 def test_training_gives_the_same_bytes_in_another_process(
-    training_text: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+    training_text, tokenizer_folder, tmp_path
+):
     program = (
         "from pathlib import Path; from megatron_infoentropy.data.tokenizer import train_tokenizer;"
         f"train_tokenizer(Path({str(training_text)!r}), Path({str(tmp_path / 'again')!r}),"
@@ -71,7 +68,7 @@ def test_training_gives_the_same_bytes_in_another_process(
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_files_are_trained_on_together(training_text: Path, write_lines: WriteLines) -> None:
+def test_files_are_trained_on_together(training_text, write_lines):
     plain = write_lines("plain.jsonl", [line("only bytes")])
     with pytest.raises(ValueError, match=r"the corpus supports a vocabulary of 2.. tokens"):
         train_tokenizer(plain, plain.with_name("out"), vocab_size=600)
@@ -79,13 +76,13 @@ def test_files_are_trained_on_together(training_text: Path, write_lines: WriteLi
     assert both.vocab_size == 600
 
 
-def test_every_byte_has_a_token_even_if_the_corpus_lacks_it(tokenizer: LoadedTokenizer) -> None:
+def test_every_byte_has_a_token_even_if_the_corpus_lacks_it(tokenizer):
     text = "".join(map(chr, range(0x80, 0x800))) + "\U0010ffff"
     ids = tokenizer.tokenizer.encode(text).ids
     assert tokenizer.tokenizer.decode(ids) == text
 
 
-def test_errors_leave_no_folder(write_lines: WriteLines, tmp_path: Path) -> None:
+def test_errors_leave_no_folder(write_lines, tmp_path):
     text = write_lines("a.jsonl.zst", [line("a"), "{"])
     with pytest.raises(ValueError, match=r"at least 257 .* got 256"):
         train_tokenizer(text, tmp_path / "out", vocab_size=256)
@@ -101,9 +98,7 @@ def save(tokenizer: Tokenizer, folder: Path, config: dict[str, object]) -> Path:
     return folder
 
 
-def test_saved_truncation_and_padding_do_not_cut_documents(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_saved_truncation_and_padding_do_not_cut_documents(tokenizer_folder, tmp_path):
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     whole = tokenizer.encode(TEXTS[2]).ids
     tokenizer.enable_truncation(4)
@@ -114,9 +109,7 @@ def test_saved_truncation_and_padding_do_not_cut_documents(
     assert len(found[1].ids) == 1
 
 
-def test_the_end_of_document_token_is_found_in_both_spellings(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_the_end_of_document_token_is_found_in_both_spellings(tokenizer_folder, tmp_path):
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<end>"])
     spelled = {"__type": "AddedToken", "content": "<end>"}

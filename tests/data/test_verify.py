@@ -18,7 +18,7 @@ LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
 
 
 @pytest.fixture(scope="module")
-def original(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
     text = write(folder / "a.jsonl", LINES)
     preprocess([text], tokenizer_folder, folder / "out")
@@ -26,7 +26,7 @@ def original(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def dataset(original: Path, tmp_path: Path) -> Path:
+def dataset(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "data"))
 
 
@@ -73,16 +73,14 @@ CASES: dict[str, tuple[Damage, str, str]] = {
 }
 
 
-def test_a_sound_dataset_has_no_findings(
-    dataset: Path, original: Path, tokenizer_folder: Path
-) -> None:
+def test_a_sound_dataset_has_no_findings(dataset, original, tokenizer_folder):
     assert verify(dataset, tokenizer=tokenizer_folder) == []
     assert verify(dataset / "a", tokenizer=tokenizer_folder) == []
     assert_same_files(dataset, original)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_damage_is_found_and_left_as_it_is(dataset: Path, case: str) -> None:
+def test_damage_is_found_and_left_as_it_is(dataset, case):
     damage, name, words = CASES[case]
     damage(dataset)
     before = {path.name: path.read_bytes() for path in dataset.iterdir()}
@@ -91,9 +89,7 @@ def test_damage_is_found_and_left_as_it_is(dataset: Path, case: str) -> None:
     assert any(f.path.name == name and words in f.problem for f in found), found
 
 
-def test_another_tokenizer_is_noticed(
-    dataset: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_another_tokenizer_is_noticed(dataset, tokenizer_folder, tmp_path):
     other = Path(shutil.copytree(tokenizer_folder, tmp_path / "other"))
     text = (other / "tokenizer.json").read_text()
     text = text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}')
@@ -102,14 +98,14 @@ def test_another_tokenizer_is_noticed(
     assert verify(dataset, tokenizer=other) == [Fault(dataset / "manifest.json", problem)]
 
 
-def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no dataset folder and no dataset: .* without either"):
         verify(tmp_path / "gone")
     with pytest.raises(ValueError, match="is no token dataset"):
         verify(tmp_path)
 
 
-def test_a_look_shows_lengths_and_texts(dataset: Path, tokenizer_folder: Path) -> None:
+def test_a_look_shows_lengths_and_texts(dataset, tokenizer_folder):
     tokens = np.fromfile(dataset / "a.bin", "<u2").size
     longest = IndexedReader(dataset / "a").lengths.max()
     lines = list(inspect(dataset, tokenizer=tokenizer_folder, documents=[0, -1]))
