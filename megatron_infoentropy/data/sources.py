@@ -112,9 +112,6 @@ class _RemoteReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
     def close(self) -> None:
         self._file.close()
         super().close()

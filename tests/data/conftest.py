@@ -1,13 +1,17 @@
 """A small tokenizer, and files written where the test may write."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from encoder_here import EncoderHere
 from text_files import line, write
 
 from megatron_infoentropy.data import blocks, journal, workers
+from megatron_infoentropy.data.manifest import Manifest
+from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -38,9 +42,19 @@ def small_steps(small_blocks, monkeypatch):
 
 
 @pytest.fixture
-def write_lines(tmp_path):
-    """Writes lines to a named file, compressed where the name ends in .zst or .gz."""
-    return lambda name, lines: write(tmp_path / name, lines)
+def prepare(tokenizer_folder, tmp_path) -> Callable[..., Manifest]:
+    """Preprocesses a file, or several, into a folder of that name, below the test's own or not."""
+
+    def prepare(
+        inputs: Path | list[Path],
+        name: str | Path = "out",
+        tokenizer: Path = tokenizer_folder,
+        **options: Any,
+    ) -> Manifest:
+        inputs = [inputs] if isinstance(inputs, Path) else inputs
+        return preprocess(inputs, tokenizer, tmp_path / name, **options)
+
+    return prepare
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 """Runs in the test's own process: a worker process takes a third of a second to start."""
 
 import pickle
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_infoentropy.data import journal
 from megatron_infoentropy.data.blocks import Block
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.workers import Encoded, Encoder
 
 
@@ -24,19 +26,30 @@ class EncoderHere:
         pass
 
 
-def interrupted(inputs: list[Path], tokenizer: Path, output: Path, at: int, **options: int) -> None:
-    """A run that ends with an error when it takes in block number `at`."""
-    taken = 0
-    add = journal.JournalledRun.add
+def interrupted(
+    prepare: Callable[..., object], inputs: list[Path], at: int, **options: Any
+) -> None:
+    """A run of the fixture `prepare` that is interrupted when it takes in block number `at`."""
+    taken, add = count(1), journal.JournalledRun.add
 
-    def stop(self: journal.JournalledRun, *block: object) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == at:
+    def stop(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
+        if next(taken) == at:
             raise KeyboardInterrupt
-        add(self, *block)  # type: ignore[arg-type]
+        add(self, block, encoded)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.JournalledRun, "add", stop)
         with pytest.raises(KeyboardInterrupt):
-            preprocess(inputs, tokenizer, output, **options)  # type: ignore[arg-type]
+            prepare(inputs, **options)
+
+
+def when_reading(patch: pytest.MonkeyPatch, name: str, change: Callable[[], object]) -> None:
+    """Have something happen when the first lines of the input `name` are taken in."""
+    add = journal.JournalledRun.add
+
+    def and_change(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
+        if block.path.name == name and block.start.line == 1:
+            change()
+        add(self, block, encoded)
+
+    patch.setattr(journal.JournalledRun, "add", and_change)

@@ -66,8 +66,18 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("weights", "message"),
     [
+        ("even", "must be natural, paper, temperature:T or a .json file, got 'even'"),
+        ("temperature:0", "a number above 0, got '0'"),
+        ("temperature:x", "a number above 0, got 'x'"),
+        ("temperature:nan", "a number above 0, got 'nan'"),
+        ("temperature:inf", "a number above 0, got 'inf'"),
+        ("temperature:1e-9", "at temperature 1e-9 the domain 'B' would get no token"),
+        ("temperature:5e-324", "at temperature 5e-324 the domain 'B' would get no token"),
+        ("gone.json", "no such file of weights"),
+        ("paper", "do not name the domain 'A'"),
+        # the content of a file
         ('{"A": 1}', "do not name the domain 'B'"),
         ('{"A": 1, "B": 1, "C": 1}', "weighs 'C', which the dataset does not have"),
         ('{"A": -1, "B": 1}', "a weight from 0 to 1e30 for 'A', got -1"),
@@ -83,27 +93,13 @@ def test_user_weights_are_scaled_and_zero_leaves_out(two, tmp_path):
         ("{", "is not JSON"),
     ],
 )
-def test_weights_that_can_not_be_used_are_named(two, tmp_path, content, message):
-    path = tmp_path / "w.json"
-    path.write_text(content)
+def test_weights_that_can_not_be_used_are_named(two, tmp_path, weights, message):
+    if weights[0] in "{[":
+        path = tmp_path / "w.json"
+        path.write_text(weights)
+        weights = str(path)
     with pytest.raises(ValueError, match=message):
-        blend(two, str(path))
-
-
-def test_other_kinds_are_refused(two):
-    for kind, message in (
-        ("even", "must be natural, paper, temperature:T or a .json file, got 'even'"),
-        ("temperature:0", "a number above 0, got '0'"),
-        ("temperature:x", "a number above 0, got 'x'"),
-        ("temperature:nan", "a number above 0, got 'nan'"),
-        ("temperature:inf", "a number above 0, got 'inf'"),
-        ("temperature:1e-9", "at temperature 1e-9 the domain 'B' would get no token"),
-        ("temperature:5e-324", "at temperature 5e-324 the domain 'B' would get no token"),
-        ("gone.json", "no such file of weights"),
-        ("paper", "do not name the domain 'A'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            blend(two, kind)
+        blend(two, weights)
 
 
 def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path):
@@ -115,13 +111,7 @@ def test_the_papers_weights_cover_the_pile_and_part_of_it(tmp_path):
     assert sum(weights.values()) == pytest.approx(1)
 
 
-def test_megatron_reads_the_list(two, tmp_path):
-    from megatron.core.datasets.utils import get_blend_from_list
-
-    shares = blend(two, "temperature:3")
-    prefixes, weights = get_blend_from_list(data_path(shares).split())
-    assert prefixes == [str(two / "a"), str(two / "b")]
-    assert weights == [share.weight for share in shares]
+def test_paths_that_megatron_would_split_are_refused(tmp_path):
     spaced = dataset(tmp_path / "a folder", {"A": 1})
     with pytest.raises(ValueError, match="splits its data list at white space"):
         data_path(blend(spaced))

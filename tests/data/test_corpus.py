@@ -49,6 +49,7 @@ def library(root: Path) -> Path:
     files = {
         **{f"module_{i}.py": f'"""Docs of {i}."""\nx = {i}\n' * 20 for i in range(200)},
         **{f"test/test_{i}.py": f'"""FORBIDDEN_DOCS"""\nassert {i}\n' * 9 for i in range(100)},
+        "test/copy_of_test_1.py": '"""FORBIDDEN_DOCS"""\nassert 1\n' * 9,
         "copy_of_module_1.py": '"""Docs of 1."""\nx = 1\n' * 20,
         "pydoc_data/topics.py": f"# generated\ntopics = {TOPICS!r}\n",
         "site-packages/foreign.py": "FORBIDDEN",

@@ -9,11 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from golden import assert_same_files
 from process_tree import has_ended, processes_of, wait_until
-from text_files import line, write
-from typer.testing import CliRunner
-
-from megatron_infoentropy.cli import app
-from megatron_infoentropy.data.preprocess import preprocess
+from text_files import command, line, write
 
 pytest.importorskip("datatrove", reason="the extra cluster is not installed")
 TASKS = ("--executor", "local", "--tasks", "2")
@@ -30,9 +26,12 @@ def asked(tmp_path, tokenizer_folder):
 
 def start(*words: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own: datatrove's pool is one of the things tried."""
-    command = [sys.executable, "-m", "megatron_infoentropy", *words]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [sys.executable, "-m", "megatron_infoentropy", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
 
 
@@ -42,15 +41,20 @@ def marks(tmp_path: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
+@pytest.fixture
+def blocked(tmp_path):
+    """A file in the place of the second shard."""
+    path = tmp_path / "out.shards" / "shard-00001-of-00002"
+    path.parent.mkdir()
+    path.write_text("in the way")
+    return path
+
+
 def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
-    asked, tokenizer_folder, tmp_path
+    prepare, asked, blocked, tmp_path
 ):
-    folder, output = tmp_path / "out.shards", tmp_path / "out"
-    folder.mkdir()
-    blocked = folder / "shard-00001-of-00002"
-    blocked.write_text("in the way")
-    failing = CliRunner().invoke(app, [*asked, *TASKS, "--executor-option", "workers=1"])
-    said = str(failing.exception)
+    folder, output = blocked.parent, tmp_path / "out"
+    said = str(command(*asked, *TASKS, "--executor-option", "workers=1").exception)
     assert re.match(r"shard 1/2: the output must be a folder, but .* is a file", said), said
     done = marks(tmp_path)
     assert list(done) == ["00000"]
@@ -63,48 +67,42 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     assert len(all_of_it) >= 5  # with datatrove's manager, its pool and what makes the shard
     assert all(map(has_ended, all_of_it))
     assert marks(tmp_path) == done
-    assert not (folder / blocked.name).exists()  # as it would if it had been left to end
+    assert not blocked.exists()  # as it would if it had been left to end
     assert not output.exists()
 
-    again = CliRunner().invoke(app, [*asked, *TASKS])
+    again = command(*asked, *TASKS)
     assert again.exit_code == 0, again.exception
-    assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
-    whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
-    assert_same_files(output, whole.folder)
-    assert_same_files(whole.folder, output)
-
     before = marks(tmp_path), output.stat().st_ctime_ns
-    assert CliRunner().invoke(app, [*asked, *TASKS]).exit_code == 0
+    assert before[0] == done | {"00001": before[0]["00001"]}
+    whole = prepare(sorted(tmp_path.glob("*.jsonl")), "whole").folder
+    assert_same_files(output, whole)
+    assert_same_files(whole, output)
+    assert command(*asked, *TASKS).exit_code == 0
     assert (marks(tmp_path), output.stat().st_ctime_ns) == before
 
 
 @pytest.mark.slow
-def test_ray_writes_what_one_process_writes(
-    asked, tokenizer_folder, tmp_path, monkeypatch, request
-):
+def test_ray_writes_what_one_process_writes(prepare, asked, blocked, tmp_path, monkeypatch):
     """A cluster of this machine, two tasks at a time; a failed one is done again, alone."""
     pytest.importorskip("ray", reason="ray is not installed")
-    own = TemporaryDirectory(prefix="ray")  # tmp_path is too long for its sockets
-    request.addfinalizer(own.cleanup)
-    monkeypatch.setenv("RAY_TMPDIR", own.name)
     words = (*asked, "--executor", "ray", "--tasks", "2", "--executor-option", "workers=2")
     words += ("--executor-option", "cpus_per_task=1")
-    blocked = tmp_path / "out.shards" / "shard-00001-of-00002"
-    blocked.parent.mkdir()
-    blocked.write_text("in the way")
-    failing = start(*words)
-    said = failing.communicate()[0]
-    assert failing.returncode == 1
-    assert re.search(r"tasks \[1\] failed: see .*/logs", said), said[-3000:]
-    done = marks(tmp_path)
-    assert list(done) == ["00000"]
-    blocked.unlink()
-    again = start(*words)
-    said = again.communicate()[0]
+    # tmp_path is too long for its sockets.
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as own:
+        monkeypatch.setenv("RAY_TMPDIR", own)
+        failing = start(*words)
+        said = failing.communicate()[0]
+        assert failing.returncode == 1
+        assert re.search(r"tasks \[1\] failed: see .*/logs", said), said[-3000:]
+        done = marks(tmp_path)
+        assert list(done) == ["00000"]
+        blocked.unlink()
+        again = start(*words)
+        said = again.communicate()[0]
     assert again.returncode == 0, said[-3000:]
     assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
-    whole = preprocess(sorted(tmp_path.glob("*.jsonl")), tokenizer_folder, tmp_path / "whole")
-    assert_same_files(tmp_path / "out", whole.folder)
+    whole = prepare(sorted(tmp_path.glob("*.jsonl")), "whole").folder
+    assert_same_files(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +124,7 @@ def test_ray_writes_what_one_process_writes(
 )
 def test_mistakes_are_named(asked, words, cure, tmp_path):
     """Before a task begins, or is queued."""
-    refused = CliRunner().invoke(app, [*asked, *(word.format(tmp_path) for word in words)])
+    refused = command(*asked, *(word.format(tmp_path) for word in words))
     assert isinstance(refused.exception, ValueError)
     assert re.search(cure, str(refused.exception)), refused.exception
     assert not (tmp_path / "out.shards").exists()
@@ -143,6 +141,6 @@ def test_mistakes_are_named(asked, words, cure, tmp_path):
 def test_what_is_not_installed_is_named(asked, kind, missing, cure, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr("shutil.which", lambda _: None)
-    refused = CliRunner().invoke(app, [*asked, "--executor", kind, "--tasks", "2"])
+    refused = command(*asked, "--executor", kind, "--tasks", "2")
     assert isinstance(refused.exception, RuntimeError)
     assert re.search(cure, str(refused.exception)), refused.exception

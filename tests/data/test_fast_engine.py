@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from text_files import line, write
+from text_files import assert_ids, line, write
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
@@ -19,11 +20,11 @@ from megatron_infoentropy.data.fast_engine import (
     disagreements,
     exact_engine,
 )
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.rewrite import merge
-from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine, load_tokenizer
+from megatron_infoentropy.data.tokenizer import END_OF_TEXT, Engine
 
 NO_LETTERS = "\u0133\u0800\u1c89"  # the engine below takes them for signs
+POINTS = [ord(letter) for letter in NO_LETTERS]
 TEXTS = [
     "plain words",
     "",
@@ -46,14 +47,8 @@ def load_wrong(content: str) -> Engine:
         return np.array([token for row in rows for token in row], dtype=np.int32), lengths
 
     def ids_of(text: str) -> list[int]:
-        pieces, piece = [], ""
-        for character in text:  # a sign between letters ends a word
-            if character in NO_LETTERS:
-                pieces += [piece, character]
-                piece = ""
-            else:
-                piece += character
-        encodings = [tokenizer.encode(each, add_special_tokens=False) for each in [*pieces, piece]]
+        pieces = re.split(f"([{NO_LETTERS}])", text)  # a sign between letters ends a word
+        encodings = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
         return [token for encoding in encodings for token in encoding.ids]
 
     return encode
@@ -71,48 +66,31 @@ def few_points(monkeypatch):
 
 @pytest.mark.usefixtures("few_points")
 def test_calibration_finds_exactly_the_characters_that_are_cut_otherwise(content):
-    assert disagreements(content, load_wrong) == [ord(letter) for letter in NO_LETTERS]
+    assert disagreements(content, load_wrong) == POINTS
 
 
 def test_ids_are_those_of_transformers_whatever_the_engine_gets_wrong(
     content, tokenizer, tokenizer_folder
 ):
-    points = [ord(letter) for letter in NO_LETTERS]
-    asked: list[str] = []
-    wrong = load_wrong(content)
-
-    def noting(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        asked.extend(texts)
-        return wrong(texts)
-
-    encode = exact_engine(noting, tokenizer, points, special_tokens=True)
-    tokens, lengths = encode(TEXTS)
+    wrong = Mock(side_effect=load_wrong(content))
+    encode = exact_engine(wrong, tokenizer, POINTS, special_tokens=True)
     reference = AutoTokenizer.from_pretrained(tokenizer_folder)
-    expected = [reference(text).input_ids for text in TEXTS]
-    assert lengths.tolist() == [len(ids) for ids in expected]
-    assert tokens.tolist() == [token for ids in expected for token in ids]
-    assert asked == [TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[6], TEXTS[7]]
+    assert_ids(encode(TEXTS), [reference(text).input_ids for text in TEXTS])
+    wrong.assert_called_once_with([TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[6], TEXTS[7]])
 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
-def test_tokens_around_a_text_are_put_there_too(
-    content, tokenizer_folder, tmp_path, special_tokens
-):
-    tokenizer = Tokenizer.from_str(content)
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
+def test_tokens_around_a_text_are_put_there_too(content, tokenizer, special_tokens):
+    starting = Tokenizer.from_str(content)
+    starting.add_special_tokens(["<s>", "</s>"])
+    starting.post_processor = processors.TemplateProcessing(
         single="<s> $A </s> </s>", special_tokens=[("<s>", 600), ("</s>", 601)]
     )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT}))
-    loaded = load_tokenizer(tmp_path)
-    points = [ord(letter) for letter in NO_LETTERS]
-    encode = exact_engine(load_wrong(content), loaded, points, special_tokens=special_tokens)
+    loaded = replace(tokenizer, tokenizer=starting, vocab_size=602)
+    encode = exact_engine(load_wrong(content), loaded, POINTS, special_tokens=special_tokens)
     texts = [*TEXTS, "<s> spelled out"]
-    tokens, lengths = encode(texts)
-    expected = [loaded.tokenizer.encode(t, add_special_tokens=special_tokens).ids for t in texts]
-    assert lengths.tolist() == [len(ids) for ids in expected]
-    assert tokens.tolist() == [token for ids in expected for token in ids]
+    expected = [starting.encode(text, add_special_tokens=special_tokens).ids for text in texts]
+    assert_ids(encode(texts), expected)
 
 
 def test_an_engine_that_is_wrong_elsewhere_is_caught(content, tokenizer):
@@ -153,62 +131,51 @@ def test_tokenizers_that_calibration_shows_nothing_about_are_refused(content, ch
 
 
 def test_calibration_is_done_once_for_a_way_of_cutting_text(content, tmp_path, monkeypatch):
-    done: list[str] = []
+    tried = Mock(return_value=[5, 7])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    other = json.loads(content)
     monkeypatch.setattr(fast_engine, "version", lambda name: "1.0")
-    monkeypatch.setattr(fast_engine, "disagreements", lambda *_: done.append("") or [5, 7])
+    monkeypatch.setattr(fast_engine, "disagreements", tried)
+    other = json.loads(content)
     other["model"]["merges"] = other["model"]["merges"][:50]  # of another vocabulary
     for same in (content, content, json.dumps(other)):
         assert fast_engine.cached_disagreements(same, load_wrong) == [5, 7]
-    assert len(done) == 1
+    assert tried.call_count == 1
     other["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     fast_engine.cached_disagreements(json.dumps(other), load_wrong)
-    assert len(done) == 2
+    assert tried.call_count == 2
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # which can not be written to
     assert fast_engine.cached_disagreements(content, load_wrong) == [5, 7]
-
-
-NOT_INSTALLED = (
-    r"gigatoken, which is many times as fast, is not installed \(pip install gigatoken\)"
-)
-
-
-def missing(name: str) -> object:
-    raise ImportError(name)
 
 
 def test_auto_takes_what_is_installed_and_shown_to_be_exact_and_says_why(tokenizer, monkeypatch):
     def choose(asked: str) -> tuple[str, str]:
         return fast_engine.choose_engine(asked, tokenizer, special_tokens=True)
 
-    monkeypatch.setattr(fast_engine, "import_module", missing)
-    engine, why = choose("auto")
-    assert engine == "hf"
-    assert re.fullmatch(NOT_INSTALLED, why)
-    with pytest.raises(InexactEngineError, match=f"{NOT_INSTALLED}; use --engine hf"):
+    why = "gigatoken, which is many times as fast, is not installed (pip install gigatoken)"
+    monkeypatch.setattr(fast_engine, "import_module", Mock(side_effect=ImportError))
+    assert choose("auto") == ("hf", why)
+    with pytest.raises(InexactEngineError, match=f"{re.escape(why)}; use --engine hf"):
         choose("gigatoken")
     monkeypatch.setattr(fast_engine, "import_module", lambda _: None)
+    broken = {**json.loads(tokenizer.tokenizer.to_str()), "normalizer": {"type": "NFC"}}
+    whole, tokenizer = (
+        tokenizer,
+        replace(tokenizer, tokenizer=Tokenizer.from_str(json.dumps(broken))),
+    )
+    why = "gigatoken can not be shown to be exact for this tokenizer: it normalizes texts"
+    assert choose("auto") == ("hf", why)
+    tokenizer = whole
     monkeypatch.setattr(fast_engine, "load_gigatoken", load_wrong)
     monkeypatch.setattr(fast_engine, "cached_disagreements", lambda *_: [])
     assert choose("auto") == choose("gigatoken")
-    assert choose("auto")[0] == "gigatoken"
-    assert choose("hf")[0] == "hf"
-    broken = {**json.loads(tokenizer.tokenizer.to_str()), "normalizer": {"type": "NFC"}}
-    monkeypatch.undo()
-    monkeypatch.setattr(fast_engine, "import_module", lambda _: None)
-    tokenizer = replace(tokenizer, tokenizer=Tokenizer.from_str(json.dumps(broken)))
-    assert choose("auto") == (
-        "hf",
-        "gigatoken can not be shown to be exact for this tokenizer: it normalizes texts",
-    )
+    assert (choose("auto")[0], choose("hf")[0]) == ("gigatoken", "hf")
     with pytest.raises(ValueError, match="must be one of auto, hf, gigatoken, got 'spacy'"):
         choose("spacy")
 
 
 def test_shards_of_two_engines_are_joined_and_a_run_goes_on_with_its_own(
-    tokenizer_folder, tmp_path, monkeypatch
+    prepare, tmp_path, monkeypatch
 ):
     """Both give the same bytes; each dataset says which made it, or which ones."""
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
@@ -217,12 +184,10 @@ def test_shards_of_two_engines_are_joined_and_a_run_goes_on_with_its_own(
     ]
     said: list[str] = []
     for shard, engine in (((1, 2), "hf"), ((0, 2), "auto")):
-        preprocess(
-            texts, tokenizer_folder, tmp_path / "out", engine=engine, shard=shard, say=said.append
-        )
+        prepare(texts, engine=engine, shard=shard, say=said.append)
     assert len(said) == 1
     assert said[0].startswith("engine gigatoken: it is installed and was shown")
-    whole = preprocess(texts, tokenizer_folder, tmp_path / "whole", engine="hf")
+    whole = prepare(texts, "whole", engine="hf")
     merged = merge([tmp_path / "out"], tmp_path / "merged")
     assert re.fullmatch(r"gigatoken 0\.10\.\d+, hf", merged.engine)
     assert merged == replace(whole, folder=merged.folder, engine=merged.engine)
@@ -234,18 +199,15 @@ def test_shards_of_two_engines_are_joined_and_a_run_goes_on_with_its_own(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 10)
     monkeypatch.setattr(blocks, "_READ_BYTES", 10)
     with pytest.raises(BrokenLineError):
-        preprocess([text], tokenizer_folder, tmp_path / "half")
+        prepare(text, "half")
     with pytest.raises(ValueError, match="holds an unfinished run with other engine"):
-        preprocess([text], tokenizer_folder, tmp_path / "half", engine="hf", max_errors=1)
-    preprocess([text], tokenizer_folder, tmp_path / "half", max_errors=1)
+        prepare(text, "half", engine="hf", max_errors=1)
+    prepare(text, "half", max_errors=1)
 
 
 @pytest.mark.usefixtures("few_points")
-def test_gigatoken_itself_gives_the_same_ids(tokenizer, tokenizer_folder, tmp_path, monkeypatch):
+def test_gigatoken_itself_gives_the_same_ids(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     encode = fast_engine.fast_engine(tokenizer, special_tokens=True)
-    tokens, lengths = encode(TEXTS)
-    expected = [tokenizer.tokenizer.encode(text).ids for text in TEXTS]
-    assert lengths.tolist() == [len(ids) for ids in expected]
-    assert tokens.tolist() == [token for ids in expected for token in ids]
+    assert_ids(encode(TEXTS), [tokenizer.tokenizer.encode(text).ids for text in TEXTS])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 import pytest
 from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
-from text_files import line, write
+from text_files import assert_ids, line, write
 from tokenizer_kinds import KINDS, write_tokenizer
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from megatron_infoentropy.data import tokenizer as module
 from megatron_infoentropy.data.manifest import DataOptions, load_manifest
-from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.tokenizer import hf_engine, load_tokenizer
+from megatron_infoentropy.data.tokenizer import hf_engine, load_tokenizer, tokenizer_digest
 
 TEXTS = [
     "",
@@ -39,9 +40,7 @@ def test_ids_are_those_of_megatrons_tokenizer(tmp_path, kind):
             megatron.tokenizer(text, add_special_tokens=special).input_ids for text in TEXTS
         ]
         assert not special or expected == [megatron.text_to_ids(text) for text in TEXTS]
-        ids, lengths = hf_engine(loaded, special_tokens=special)(TEXTS)
-        assert lengths.tolist() == [len(text) for text in expected]
-        assert ids.tolist() == [token for text in expected for token in text]
+        assert_ids(hf_engine(loaded, special_tokens=special)(TEXTS), expected)
     assert (loaded.vocab_size, loaded.eod_id) == (megatron.vocab_size, megatron.eod)
 
 
@@ -62,53 +61,51 @@ def test_the_kinds_are_such_that_tokenizer_json_alone_would_not_do(tmp_path):
 
 
 @pytest.mark.parametrize(("special_tokens", "start_ids"), [(True, (1,)), (False, ())])
-def test_the_manifest_says_which_ids_begin_every_document(tmp_path, special_tokens, start_ids):
+def test_the_manifest_says_which_ids_begin_every_document(
+    prepare, tmp_path, special_tokens, start_ids
+):
     folder = write_tokenizer(tmp_path / "tokenizer", "Llama 2")
     text = write(tmp_path / "a.jsonl", [line("cat")])
-    options = DataOptions(split_by=None, special_tokens=special_tokens)
-    made = preprocess([text], folder, tmp_path / "out", options=options)
+    made = prepare(text, tokenizer=folder, options=DataOptions(special_tokens=special_tokens))
     assert made.tokenizer.start_ids == start_ids
     assert load_manifest(tmp_path / "out") == made
 
 
-def changed(folder: Path, name: str, **change: Any) -> None:
-    path = folder / name
+@pytest.fixture
+def folder(tmp_path):
+    return write_tokenizer(tmp_path / "tokenizer", "no class")
+
+
+def changed(path: Path, **change: Any) -> None:
     content = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(content | change))
+    path.write_text(json.dumps(content | change, indent=7))
 
 
-def test_ids_that_are_drawn_are_refused(tmp_path):
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
+def test_ids_that_are_drawn_are_refused(folder):
     model = json.loads((folder / "tokenizer.json").read_text())["model"] | {"dropout": 0.1}
-    changed(folder, "tokenizer.json", model=model)
+    changed(folder / "tokenizer.json", model=model)
     with pytest.raises(ValueError, match=r"tokenizer\.json draws ids at random"):
         load_tokenizer(folder)
-    changed(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # leaves it out
+    changed(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # leaves it out
     assert load_tokenizer(folder).tokenizer.model.dropout is None
 
 
-def test_a_class_that_changes_texts_by_itself_is_refused(tmp_path, monkeypatch):
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
-    load = module.load_with_transformers
+def test_a_class_that_changes_texts_by_itself_is_refused(folder, monkeypatch):
+    used = module.load_with_transformers(folder)
 
-    def lower_case(folder: Path) -> Any:
-        used = load(folder)
-        used.__class__ = type("Lower", (type(used),), {
-            "_encode_plus": lambda self, text, **how: super(type(self), self)._encode_plus(
-                text.lower(), **how
-            )
-        })  # fmt: skip
-        return used
+    def lower_case(self: Any, text: str, **how: Any) -> Any:
+        return super(type(self), self)._encode_plus(text.lower(), **how)
 
-    monkeypatch.setattr(module, "load_with_transformers", lower_case)
+    used.__class__ = type("Lower", (type(used),), {"_encode_plus": lower_case})
+    monkeypatch.setattr(module, "load_with_transformers", lambda _: used)
     with pytest.raises(ValueError, match="Lower gives other ids than its own fast tokenizer"):
         load_tokenizer(folder)
 
 
-def test_a_folder_without_an_end_token_is_asked_for_one(tmp_path):
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
-    (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json must name an eos_token.*it names None"):
+def test_a_tokenizer_without_fast_rules_is_refused(folder, monkeypatch):
+    slow = type("Slow", (), {})()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **options: slow)
+    with pytest.raises(ValueError, match=r"has only a slow tokenizer for .*, a Slow"):
         load_tokenizer(folder)
 
 
@@ -125,83 +122,106 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n
         ("tokenizer_config.json", b"\xef\xbb\xbf{}", "a byte order mark.*: save it as UTF-8"),
         ("tokenizer_config.json", b'{"eos_token": "\xff"}', "is no JSON in UTF-8"),
         ("config.json", b"[]", "expected a JSON object in"),
-    ],
-)
-def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, said):
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
-    (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said) as error:
-        load_tokenizer(folder)
-    assert str(folder / name) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
+        ("tokenizer_config.json", b"{}", "must name an eos_token.*it names None"),
         ("tokenizer.json", {"model": None}, "of a newer version of tokenizers"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "New"}}, "of a newer version of tokenizers"),
         ("tokenizer_config.json", {"eos_token": 3}, ""),
         ("tokenizer_config.json", {"eos_token": {"a": "b"}}, ""),
     ],
 )
-def test_a_file_of_no_known_format_is_named(tmp_path, name, change, said):
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
-    changed(folder, name, **change)
+def test_a_file_that_can_not_be_used_is_named_with_what_to_do(folder, name, content, said):
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        changed(folder / name, **content)
     with pytest.raises(ValueError, match=said) as error:
         load_tokenizer(folder)
     assert str(folder / name) in str(error.value)
 
 
-def test_a_tokenizer_without_fast_rules_is_refused(tmp_path, monkeypatch):
-    import transformers
+@pytest.mark.parametrize(
+    ("name", "change", "is_another"),
+    [
+        ("tokenizer_config.json", {"eos_token": "a"}, True),
+        ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, True),
+        ("tokenizer_config.json", {"add_prefix_space": True}, True),
+        ("tokenizer_config.json", {"split_special_tokens": True}, True),
+        ("tokenizer_config.json", {"a setting that nobody knows": 1}, True),
+        ("special_tokens_map.json", {"bos_token": "<s>"}, True),
+        ("added_tokens.json", {"<s>": 600}, True),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, True),
+        ("tokenizer.json", {"truncation": {"max_length": 4}}, False),
+        ("tokenizer_config.json", {"chat_template": "x", "model_max_length": 9}, False),
+        ("tokenizer_config.json", {"pad_token": None, "is_local": True}, False),
+        # As transformers 5 calls the generic class.
+        ("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"}, False),
+        ("chat_template.jinja", {}, False),
+        ("config.json", {"model_type": "llama"}, False),
+    ],
+)
+def test_the_digest_changes_with_the_ids_and_with_nothing_else(folder, name, change, is_another):
+    before = tokenizer_digest(folder)
+    changed(folder / name, **change)
+    assert (tokenizer_digest(folder) != before) == is_another
 
-    folder = write_tokenizer(tmp_path / "tokenizer", "no class")
-    slow = type("Slow", (), {})
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda *words, **options: slow()
-    )
-    with pytest.raises(ValueError, match=r"has only a slow tokenizer for .*, a Slow"):
-        load_tokenizer(folder)
+
+def test_the_digest_is_of_the_files_that_transformers_reads(folder):
+    """It reads these two only for want of the first setting, and others if the second says so."""
+    decoder = {"0": {"content": "<|endoftext|>"}}
+    changed(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+    before = tokenizer_digest(folder)
+    changed(folder / "special_tokens_map.json", bos_token="<s>")
+    changed(folder / "added_tokens.json", **{"<s>": 600})
+    assert tokenizer_digest(folder) == before
+    changed(folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    shutil.copy(folder / "tokenizer.json", folder / "tokenizer.4.0.0.json")
+    before = tokenizer_digest(folder)
+    changed(folder / "tokenizer.4.0.0.json", a=1)
+    assert tokenizer_digest(folder) != before
+
+
+def printed(program: str, *words: object) -> list[str]:
+    """The lines that a program prints that may import none of these."""
+    heavy = {"torch", "transformers", "megatron"}
+    program += f"\nassert not set(sys.modules) & {heavy}\n"
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()
 
 
 def test_a_worker_imports_no_transformers(tmp_path):
     """It would cost every worker a second and 200 MB."""
     loaded = tmp_path / "loaded"
     loaded.write_bytes(pickle.dumps(load_tokenizer(write_tokenizer(tmp_path / "t", "Llama 2"))))
-    program = f"""
+    program = """
 import pickle, sys
 from pathlib import Path
 from megatron_infoentropy.data.manifest import DataOptions
 from megatron_infoentropy.data.workers import Encoder, WorkerSettings
-loaded = pickle.loads(Path({str(loaded)!r}).read_bytes())
+loaded = pickle.loads(Path(sys.argv[1]).read_bytes())
 encoder = Encoder(WorkerSettings(loaded, DataOptions(split_by=None), "hf"))
-assert encoder(b'{{"text": "a cat"}}\\n').parts["all"].tokens.size
-heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
-assert not heavy, heavy
+print(encoder(b'{"text": "a cat"}\\n').parts["all"].tokens.size > 0)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+    assert printed(program, loaded) == ["True"]
 
 
 def test_transformers_is_asked_only_where_it_may_change_ids(tmp_path):
     """It takes seconds to import, and torch with it."""
-    folders = {kind: str(write_tokenizer(tmp_path / kind, kind)) for kind in KINDS}
-    program = f"""
+    program = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from megatron_infoentropy.data import preprocess, tokenizer
 def ask(folder):
     raise KeyError
 tokenizer.load_with_transformers = ask
-for kind, folder in {folders!r}.items():
-    try:
-        tokenizer.load_tokenizer(Path(folder))
-        print(kind)
-    except KeyError:
-        pass
-heavy = {{"torch", "transformers", "megatron"}} & set(sys.modules)
-assert not heavy, heavy
+for folder in map(Path, sys.argv[1:]):
+    with suppress(KeyError):
+        tokenizer.load_tokenizer(folder)
+        print(folder.name)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE)
-    assert done.stdout.decode().splitlines() == [
+    folders = [write_tokenizer(tmp_path / kind, kind) for kind in KINDS]
+    assert printed(program, *folders) == [
         *("Llama 2, generic class", "rules for added tokens", "saved by version 4"),
+        "texts cut short",
     ]

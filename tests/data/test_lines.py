@@ -1,22 +1,27 @@
-"""Bad lines, which make Megatron's tool wait for ever: an end by name, or a count; plain lines."""
+"""Lines: what is accepted, and bad ones, which make Megatron's tool wait for ever, by name."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from text_files import line, write
 
 from megatron_infoentropy.data import blocks
-from megatron_infoentropy.data.blocks import Block, BrokenLineError, Position
+from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, Position
 from megatron_infoentropy.data.indexed import IndexedReader
+from megatron_infoentropy.data.jsonl import Record, read_documents
 from megatron_infoentropy.data.manifest import DataOptions
-from megatron_infoentropy.data.preprocess import preprocess
 
 NO_KEY = '{"txt": "a", "meta": {"pile_set_name": "A"}}'
 PLAIN = [json.dumps({"text": f"plain {number}"}) for number in range(40)]
 PILE = [line(f"text {number}") for number in range(40)]
 NO_STRING = '{"text": 3, "meta": {"pile_set_name": "A"}}'
+FIRST, SECOND = (f"{line(text)}\n".encode() for text in ("a", "b"))
+ZST, GZ, PADDING = zstandard.compress(FIRST), gzip.compress(FIRST), bytes(10_000)
+LARGE = zstandard.compress("\n".join(line(f"document {i}" * 50) for i in range(20_000)).encode())
 
 
 @pytest.fixture(autouse=True)
@@ -25,31 +30,113 @@ def few_lines_a_block(monkeypatch):
     monkeypatch.setattr(blocks, "_READ_BYTES", 50)
 
 
+def read(path: Path) -> list[Record]:
+    return list(read_documents(path, Keys("text", "meta.pile_set_name")))
+
+
+def broken(path: Path) -> BrokenLineError:
+    with pytest.raises(BrokenLineError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:{caught.value.line}: ")
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
+def test_documents_come_in_order_with_domain_and_size(tmp_path, name):
+    path = write(tmp_path / name, [line("one", "A"), line("zw\u00f6lf", "B")])
+    assert read(path) == [Record("one", 3, "A"), Record("zw\u00f6lf", 6, "B")]
+
+
+def test_only_newlines_separate_documents(tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0be"
+    path = tmp_path / "a.jsonl"
+    raw = json.dumps({"text": text, "meta": {"pile_set_name": "A"}}, ensure_ascii=False)
+    path.write_bytes(f"{raw}\r\n{raw}".encode())  # a Windows line end; no end at the last line
+    assert [record.text for record in read(path)] == [text, text]
+
+
 @pytest.mark.parametrize(
-    ("suffix", "bad", "reason"),
+    ("name", "content"),
     [
-        ("", '{"text": "cut o', "not JSON: Unterminated string"),
-        (".zst", "", "blank line before the end of the file"),
-        (".gz", '{"text": "a"}', "no domain: expected a non-empty string at meta.pile_set_name"),
+        ("a.jsonl.zst", ZST + b"\x50\x2a\x4d\x18\x03\0\0\0xyz" + zstandard.compress(SECOND)),
+        # Tapes fill their last block with zeros, and gzip reads such files.
+        ("a.jsonl.gz", GZ + PADDING + gzip.compress(SECOND) + PADDING),
     ],
 )
-def test_the_first_bad_line_ends_the_run_by_file_line_and_reason(
-    tokenizer_folder, tmp_path, suffix, bad, reason
+def test_every_frame_of_a_concatenated_file_is_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [record.text for record in read(tmp_path / name)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "at", "reason"),
+    [
+        ("a.jsonl.gz", PADDING, 1, "damaged compressed data"),
+        ("a.jsonl.gz", PADDING + GZ, 1, "damaged compressed data"),
+        ("a.jsonl.gz", GZ + PADDING + b"x", 2, "the file is truncated"),
+        ("a.jsonl.zst", ZST + b"garbage", 2, "damaged compressed data"),
+        ("a.jsonl.zst", FIRST, 1, "damaged compressed data"),
+        ("a.jsonl.zst", b"", 1, "the file is truncated"),
+        ("a.jsonl.zst", ZST[:3], 1, "the file is truncated"),
+        ("a.jsonl.zst", LARGE[: len(LARGE) // 2], None, "the file is truncated"),
+        ("a.jsonl.zst", LARGE[:-1], None, "the file is truncated"),
+        ("a.jsonl", ZST, 1, "not UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_an_error_and_not_a_shorter_corpus(tmp_path, name, content, at, reason):
+    (tmp_path / name).write_bytes(content)
+    error = broken(tmp_path / name)
+    assert reason in error.reason
+    assert error.line == at or (at is None and error.line > 1)
+
+
+def test_other_kinds_of_files_are_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl.xz").touch()
+    with pytest.raises(ValueError, match=r"must be a \.jsonl, .* or \.arrow file, got .*xz"):
+        read(tmp_path / "a.jsonl.xz")
+    with pytest.raises(ValueError, match="no such input file"):
+        read(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ('{"text": "cut o', "not JSON: Unterminated string"),
+        ('["text"]', "expected a JSON object, got list"),
+        ('{"body": "a"}', "no \"text\" key; the keys are ['body']"),
+        ('{"text": null, "meta": {"pile_set_name": "A"}}', "must be a string, got NoneType"),
+        ('{"text": "a"}', "no domain: expected a non-empty string at meta.pile_set_name"),
+        ('{"text": "a", "meta": "A"}', "no domain"),
+        ('{"text": "a", "meta": {"pile_set_name": 3}}', "no domain"),
+        (r'{"text": "ab\ud800", "meta": {"pile_set_name": "A"}}', "half a surrogate pair at 2"),
+        ('{"text": "\ud800"}', "not UTF-8 at byte 10 of the line"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "integer string conversion"),
+        ("  ", "blank line before the end of the file"),
+        ("", "blank line before the end of the file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+def test_the_first_bad_line_ends_a_run_by_file_line_and_reason(
+    prepare, tmp_path, name, bad, reason
 ):
+    """As it does where no worker parses it."""
     lines = [line(f"text {i}") for i in range(20)]
-    path = write(tmp_path / f"a.jsonl{suffix}", [*lines[:13], bad, *lines[13:], "{"])
+    path = write(tmp_path / name, [*lines[:13], bad, *lines[13:], "{"])
+    error = broken(path)
+    assert (error.line, reason in error.reason) == (14, True), error
     with pytest.raises(BrokenLineError) as caught:
-        preprocess([path], tokenizer_folder, tmp_path / "out", workers=2)
-    assert str(caught.value).startswith(f"{path}:14: {reason}")
+        prepare(path, workers=2)
+    assert str(caught.value) == str(error)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder, tmp_path):
+def test_bad_lines_are_skipped_counted_and_listed(prepare, tmp_path):
     good = [line(f"text {i}", "AB"[i % 2]) for i in range(30)]
     first = [*good[:7], "", "", "  ", good[7], "{", *good[8:15], "", ""]
     second = [NO_KEY, *good[15:], line("", "B"), NO_STRING]
     paths = [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl.gz", second)]
-    done = preprocess(paths, tokenizer_folder, tmp_path / "out", max_errors=6)
+    done = prepare(paths, max_errors=6)
     a, b = done.inputs
     assert (a.lines, a.documents, a.empty, a.rejected, a.blank) == (21, 15, 0, 4, 2)
     assert (b.lines, b.documents, b.empty, b.rejected, b.blank) == (18, 16, 1, 2, 0)
@@ -59,7 +146,7 @@ def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder, tmp_path):
         *(["a.jsonl", number] for number in ("8", "9", "10", "12")),
         *(["b.jsonl.gz", number] for number in ("1", "18")),
     ]
-    preprocess([write(tmp_path / "c.jsonl", good)], tokenizer_folder, tmp_path / "clean")
+    prepare(write(tmp_path / "c.jsonl", good), "clean")
     for name, more in (("a", 0), ("b", 1)):
         found, clean = (IndexedReader(tmp_path / folder / name) for folder in ("out", "clean"))
         assert len(found) == len(clean) + more
@@ -67,22 +154,25 @@ def test_bad_lines_are_skipped_counted_and_listed(tokenizer_folder, tmp_path):
     assert not (tmp_path / "clean" / "rejected.tsv").exists()
 
 
-def test_one_bad_line_more_than_allowed_ends_the_run(tokenizer_folder, tmp_path):
-    path = write(tmp_path / "a.jsonl", ["{", line("a"), "[", line("b"), "x"])
-    with pytest.raises(BrokenLineError, match=r"a\.jsonl:5: not JSON: .*\(2 were skipped already"):
-        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=2)
-
-
-def test_a_truncated_file_is_no_line_to_skip(tokenizer_folder, tmp_path):
-    path = write(tmp_path / "a.jsonl.gz", [line(f"text {i}") for i in range(500)])
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(BrokenLineError, match="the file is truncated"):
-        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=1000)
+@pytest.mark.parametrize(
+    ("name", "lines", "kept", "reason"),
+    [
+        ("a.jsonl", ["{", line("a"), "[", "x"], None, r":4: not JSON: .*\(2 were skipped already"),
+        ("a.jsonl.gz", [line(f"text {i}") for i in range(500)], -20, "the file is truncated"),
+    ],
+)
+def test_a_line_more_than_allowed_and_a_truncated_file_are_not_skipped(
+    prepare, tmp_path, name, lines, kept, reason
+):
+    path = write(tmp_path / name, lines)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BrokenLineError, match=reason):
+        prepare(path, max_errors=2)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
-    tokenizer_folder, tmp_path, monkeypatch
+    prepare, tmp_path, monkeypatch
 ):
     def one_more(path: Path, data: bytes, start: Position) -> Block:
         whole = block(path, data, start)
@@ -92,34 +182,24 @@ def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
     block = blocks._block
     monkeypatch.setattr(blocks, "_block", one_more)
     with pytest.raises(RuntimeError, match="has 2 lines, but 1 documents, 0 rejected and 0 blank"):
-        preprocess([path], tokenizer_folder, tmp_path / "out")
+        prepare(path)
 
 
-def test_text_without_domains_becomes_one_dataset(tokenizer_folder, tmp_path):
-    path = write(tmp_path / "a.jsonl.zst", PLAIN)
-    done = preprocess([path], tokenizer_folder, tmp_path / "out")
-    assert {name: facts.documents for name, facts in done.domains.items()} == {"all": 40}
+def test_text_without_domains_becomes_one_dataset(prepare, tmp_path):
+    nulls = ['{"text": "a", "meta": null}', '{"text": "b", "meta": {"pile_set_name": null}}']
+    path = write(tmp_path / "a.jsonl.zst", [*PLAIN, *nulls])
+    done = prepare(path)
+    assert {name: facts.documents for name, facts in done.domains.items()} == {"all": 42}
     assert done.options.split_by is None
-    asked = preprocess(
-        [path], tokenizer_folder, tmp_path / "asked", options=DataOptions(split_by=None)
-    )
-    assert asked.domains == done.domains
-    again = preprocess([path], tokenizer_folder, tmp_path / "out")  # is done already
-    assert again == done
+    assert prepare(path, "asked", options=DataOptions(split_by=None)).domains == done.domains
+    assert prepare(path) == done  # is done already
 
 
-def test_a_null_names_no_domain(tokenizer_folder, tmp_path):
-    lines = ['{"text": "a", "meta": null}', '{"text": "b", "meta": {"pile_set_name": null}}']
-    done = preprocess([write(tmp_path / "a.jsonl", lines)], tokenizer_folder, tmp_path / "out")
-    assert list(done.domains) == ["all"]
-
-
-def test_all_shards_split_as_the_first_file_does(tokenizer_folder, tmp_path):
+def test_all_shards_split_as_the_first_file_does(prepare, tmp_path):
     files = [write(tmp_path / f"{number}.jsonl", PLAIN) for number in range(2)]
     files.append(write(tmp_path / "2.jsonl", PILE))
-    last = {"inputs": files, "tokenizer": tokenizer_folder, "output": tmp_path / "out"}
     with pytest.raises(BrokenLineError, match=r"2\.jsonl:1: names the domain 'A'"):
-        preprocess(**last, shard=(2, 3))
+        prepare(files, shard=(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -131,24 +211,18 @@ def test_all_shards_split_as_the_first_file_does(tokenizer_folder, tmp_path):
     ],
 )
 def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
-    tokenizer_folder, tmp_path, lines, at, reason
+    prepare, tmp_path, lines, at, reason
 ):
     path = write(tmp_path / "a.jsonl", lines)
     with pytest.raises(BrokenLineError, match=f":{at}: {reason}.*--split-by ''"):
-        preprocess([path], tokenizer_folder, tmp_path / "out")
+        prepare(path)
     assert list(tmp_path.iterdir()) == [path]
-    whole = preprocess(
-        [path], tokenizer_folder, tmp_path / "one", options=DataOptions(split_by=None)
-    )
+    whole = prepare(path, "one", options=DataOptions(split_by=None))
     assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 41}
 
 
-def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(tokenizer_folder, tmp_path):
+def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(prepare, tmp_path):
     path = write(tmp_path / "a.jsonl", PILE)
-    clean = preprocess([path], tokenizer_folder, tmp_path / "clean")
+    clean = prepare(path, "clean").domains
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    marked = preprocess([path], tokenizer_folder, tmp_path / "marked", workers=2)
-    assert marked.domains == clean.domains
-    assert (
-        IndexedReader(marked.prefix("A")).tokens == IndexedReader(clean.prefix("A")).tokens
-    ).all()
+    assert prepare(path, "marked", workers=2).domains == clean  # checksums too

@@ -11,20 +11,19 @@ from text_files import line, write
 
 from megatron_infoentropy.data.blend import blend, data_path
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.rewrite import merge
 
 SEQUENCE = 32
 
 
-def test_a_merged_dataset_is_blended_and_sampled_by_megatron(tokenizer_folder, tmp_path):
+def test_a_merged_dataset_is_blended_and_sampled_by_megatron(prepare, tokenizer_folder, tmp_path):
     """Every sample is a run of the tokens of one domain, and domains come as often as weighed."""
     files = []
     for number in range(2):
         lines = [line(f"{'AB'[i % 2]}{i} in {number} " * (i % 9), "AB"[i % 2]) for i in range(400)]
         files.append(write(tmp_path / f"{number}.jsonl.zst", lines))
     for index in range(2):
-        preprocess(files, tokenizer_folder, tmp_path / "shards", shard=(index, 2))
+        prepare(files, "shards", shard=(index, 2))
     manifest = merge([tmp_path / "shards"], tmp_path / "data")
     shares = blend(tmp_path / "data", "temperature:3")
     config = GPTDatasetConfig(

@@ -7,18 +7,17 @@ from text_files import line, write
 from megatron_infoentropy.data import indexed
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.manifest import load_manifest
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.rewrite import pack
 from megatron_infoentropy.data.verify import verify
 
 
 @pytest.fixture
-def dataset(tmp_path, tokenizer_folder):
+def dataset(prepare, tmp_path):
     """Domain A: 25 documents of all lengths, some empty. Domain B: too little for one piece."""
     lines = [line("more words " * (i * i % 23), "A") for i in range(25)]
     lines.append(line("x", "B"))
     text = write(tmp_path / "text.jsonl", lines)
-    return preprocess([text], tokenizer_folder, tmp_path / "whole")
+    return prepare(text, "whole")
 
 
 def expected_pieces(reader: IndexedReader, length: int, documents: int) -> list[list[int]]:

@@ -8,15 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from encoder_here import interrupted
 from golden import assert_same_files
+from process_tree import has_ended, processes_of, wait_until
 from text_files import line, write
 
 from megatron_infoentropy.data import journal, writer
@@ -112,137 +112,105 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
         shutil.rmtree(out)
 
 
-def test_what_is_finished_is_not_read_again(inputs, tokenizer_folder, tmp_path, monkeypatch):
+def test_what_is_finished_is_not_read_again(prepare, inputs, tmp_path, monkeypatch):
     """Nor encoded; with another number of workers, and with what the first run skipped."""
-    preprocess(inputs, tokenizer_folder, tmp_path / "expected", max_errors=1)
-    out = tmp_path / "out"
-    interrupted(inputs, tokenizer_folder, out, 30, max_errors=1)
-    assert not out.exists()
+    expected = prepare(inputs, "expected", max_errors=1).folder
+    interrupted(prepare, inputs, 30, max_errors=1)
+    assert not (tmp_path / "out").exists()
     with (tmp_path / ".out.partial" / journal.JOURNAL).open("rb") as file:
         saved = json.loads(file.readline())["state"]
     assert saved["file"] == 1
-    read: list[tuple[str, int]] = []
-
-    def noting(path: Path, *rest: Any, **keys: Any) -> object:
-        if rest:  # not the look whether the first block's documents name domains
-            read.append((path.name, rest[1].line))
-        return read_blocks(path, *rest, **keys)
-
-    shown: list[Any] = []
-
-    def noting_progress(*about: Any) -> Any:
-        shown.append(about)
-        return progress(*about)
-
-    monkeypatch.setattr(preprocess_module, "read_blocks", noting)
-    monkeypatch.setattr(preprocess_module, "progress", noting_progress)
-    preprocess(inputs, tokenizer_folder, out, workers=2, max_errors=1)
-    sizes = [path.stat().st_size for path in inputs]
-    assert shown == [("preprocess", sum(sizes), "bytes", sizes[0])]
-    assert read == [("b.jsonl", saved["line"]), ("c.jsonl.zst", 1)]
     assert saved["line"] > 1
-    assert_same_files(out, tmp_path / "expected")
-    preprocess(inputs, tokenizer_folder, out)
-    assert len(read) == 2  # done is done
+    read, shown = Mock(wraps=read_blocks), Mock(wraps=progress)
+    monkeypatch.setattr(preprocess_module, "read_blocks", read)
+    monkeypatch.setattr(preprocess_module, "progress", shown)
+    assert_same_files(prepare(inputs, workers=2, max_errors=1).folder, expected)
+    sizes = [path.stat().st_size for path in inputs]
+    shown.assert_called_once_with("preprocess", sum(sizes), "bytes", sizes[0])
+    read_from = [  # other than the look whether the first block's documents name domains
+        (path.name, rest[1].line) for (path, *rest), _ in read.call_args_list if rest
+    ]
+    assert read_from == [("b.jsonl", saved["line"]), ("c.jsonl.zst", 1)]
+    read.reset_mock()
+    prepare(inputs)
+    assert all(len(call.args) == 1 for call in read.call_args_list)  # done is done
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_an_unfinished_run_is_not_mixed_with_another_one(inputs, tokenizer_folder, tmp_path):
-    interrupted(inputs, tokenizer_folder, tmp_path / "out", 30, max_errors=1)
-    options = DataOptions(append_eod=False)
+def test_an_unfinished_run_is_not_mixed_with_another_one(prepare, inputs):
+    interrupted(prepare, inputs, 30, max_errors=1)
     with pytest.raises(ValueError, match=r"an unfinished run with other options.*--restart"):
-        preprocess(inputs, tokenizer_folder, tmp_path / "out", options=options, max_errors=1)
+        prepare(inputs, options=DataOptions(append_eod=False), max_errors=1)
     with pytest.raises(ValueError, match="an unfinished run with other inputs"):
-        preprocess(inputs[1:], tokenizer_folder, tmp_path / "out", max_errors=1)
-    found = preprocess(inputs[1:], tokenizer_folder, tmp_path / "out", restart=True)
+        prepare(inputs[1:], max_errors=1)
+    found = prepare(inputs[1:], restart=True)
     assert [facts.name for facts in found.inputs] == ["b.jsonl", "c.jsonl.zst"]
-    preprocess(inputs[1:], tokenizer_folder, tmp_path / "expected")
-    assert_same_files(tmp_path / "out", tmp_path / "expected")
+    assert_same_files(found.folder, prepare(inputs[1:], "expected").folder)
 
 
-def test_two_runs_do_not_write_the_same_output(
-    inputs, tokenizer_folder, tmp_path, let_another_be_first
-):
+def test_two_runs_do_not_write_the_same_output(prepare, inputs, tmp_path, let_another_be_first):
     """Nor does one replace what the other made while it got ready."""
     with work_folder(tmp_path / "out"):
         with pytest.raises(ValueError, match=r"another run is writing .*out; wait for it"):
-            preprocess(inputs, tokenizer_folder, tmp_path / "out")
+            prepare(inputs)
         assert (tmp_path / ".out.partial" / "lock").exists()
 
     let_another_be_first(preprocess_module)
     with pytest.raises(ValueError, match="not empty"):
-        preprocess(inputs, tokenizer_folder, tmp_path / "out")
+        prepare(inputs)
     assert (tmp_path / "out" / "a.bin").read_text() == "other"
 
 
 @pytest.mark.usefixtures("worker_processes")
-def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(tokenizer_folder, tmp_path):
+def test_a_killed_worker_ends_the_run_with_its_lines_and_what_to_do(prepare, tmp_path, monkeypatch):
     many = write(tmp_path / "a.jsonl", [line("some words " * 300)] * 300)
-    found: list[int] = []
+    save, killed = journal.JournalledRun.save, []
 
-    def kill_a_worker() -> None:
-        me = os.getpid()
-        while not found:
-            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-            busy = [
-                c for c in children if b"data.workers" in Path(f"/proc/{c}/cmdline").read_bytes()
-            ]
-            if busy and (tmp_path / ".out.partial" / journal.JOURNAL).exists():
-                found.append(int(busy[0]))
-                os.kill(found[0], signal.SIGKILL)
-            time.sleep(0.01)
+    def save_and_kill(self):
+        save(self)
+        if not killed:
+            killed.append(next(pid for pid in processes_of(os.getpid()) if is_worker(pid)))
+            os.kill(killed[0], signal.SIGKILL)
 
-    threading.Thread(target=kill_a_worker, daemon=True).start()
+    monkeypatch.setattr(journal.JournalledRun, "save", save_and_kill)
     with pytest.raises(WorkerDied, match=r"a\.jsonl:\d+: .* was killed by SIGKILL .* goes on"):
-        preprocess([many], tokenizer_folder, tmp_path / "out", workers=2)
+        prepare(many, workers=2)
     assert not (tmp_path / "out").exists()
-    assert preprocess([many], tokenizer_folder, tmp_path / "out").domains["A"].documents == 300
+    assert prepare(many).domains["A"].documents == 300
+
+
+def is_worker(pid: int) -> bool:
+    return b"data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_workers_end_with_the_process_that_feeds_them(tokenizer_folder, tmp_path):
     """Killed with no chance to tidy up, it leaves nobody behind."""
     many = write(tmp_path / "a.jsonl", [line("some words " * 300)] * 3000)
-    program = f"""
+    program = """
+import sys
 from pathlib import Path
-from typing import Any
 from megatron_infoentropy.data.preprocess import preprocess
-preprocess([Path({str(many)!r})], Path({str(tokenizer_folder)!r}), Path({str(tmp_path / "o")!r}),
-    workers=2)
+text, *folders = map(Path, sys.argv[1:])
+preprocess([text], *folders, workers=2)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
-        children: list[str] = []
-        while len(children) < 2:
-            assert process.poll() is None
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            time.sleep(0.01)
+    words = [sys.executable, "-c", program, many, tokenizer_folder, tmp_path / "out"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        assert wait_until(lambda: len(processes_of(process.pid)) == 3)
+        all_of_it = processes_of(process.pid)
         process.kill()
-    for child in children:
-        while Path(f"/proc/{child}").exists() and "Z" not in state(child):
-            time.sleep(0.01)  # pytest's own limit ends a wait that is in vain
+    assert wait_until(lambda: all(map(has_ended, all_of_it)))
 
 
-def state(process: str) -> str:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "Z"
-
-
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_with_room(
-    inputs, tokenizer_folder, tmp_path
-):
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_with_room(prepare, inputs, tmp_path):
     """A limit on the size of files stands in for the disk's: the same error at the same place."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))
     try:
-        with pytest.raises(
-            DiskFull, match=r"no room .* MB are free\): make room and give the same"
-        ):
-            preprocess(inputs, tokenizer_folder, tmp_path / "out", max_errors=1)
+        with pytest.raises(DiskFull, match=r"no room .* MB are free\): make room and give the"):
+            prepare(inputs, max_errors=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / journal.JOURNAL).exists()
-    preprocess(inputs, tokenizer_folder, tmp_path / "out", max_errors=1)
-    preprocess(inputs, tokenizer_folder, tmp_path / "expected", max_errors=1)
-    assert_same_files(tmp_path / "out", tmp_path / "expected")
+    made = prepare(inputs, max_errors=1).folder
+    assert_same_files(made, prepare(inputs, "expected", max_errors=1).folder)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,11 @@ from unittest.mock import Mock
 
 import fsspec
 import pytest
-from encoder_here import EncoderHere, interrupted
+from encoder_here import EncoderHere, interrupted, when_reading
 from fsspec.implementations import memory
-from text_files import line, write
-from typer.testing import CliRunner, Result
+from text_files import command, line, write
 
-from megatron_infoentropy.cli import app
-from megatron_infoentropy.data import blocks, journal, workers
+from megatron_infoentropy.data import blocks, workers
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
 from megatron_infoentropy.data.manifest import DataOptions, Manifest
@@ -113,14 +110,14 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_same_documents_give_the_same_bytes(name, expected, tokenizer_folder, tmp_path):
+def test_the_same_documents_give_the_same_bytes(prepare, name, expected, tmp_path):
     """Also in a run that goes on where it was stopped."""
     files = find_inputs([str(MAKERS[name](tmp_path / name))])
-    made = preprocess(files, tokenizer_folder, tmp_path / "out", workers=2)
+    made = prepare(files, workers=2)
     assert_same_dataset(made, expected)
     assert verify(made.folder, inputs=files) == []
-    interrupted(files, tokenizer_folder, tmp_path / "again", 7)
-    assert_same_dataset(preprocess(files, tokenizer_folder, tmp_path / "again"), expected)
+    interrupted(prepare, files, 7, name="again")
+    assert_same_dataset(prepare(files, "again"), expected)
 
 
 def rows_of_all(blocks: Iterable[Block]) -> list[Any]:
@@ -178,14 +175,14 @@ def test_a_text_of_many_rows_is_written_out_for_one_block_at_a_time(
     assert make is not categories or pool.max_memory() < 16 << 20
 
 
-def test_bad_rows_are_counted_and_listed_by_their_number(tokenizer_folder, tmp_path):
+def test_bad_rows_are_counted_and_listed_by_their_number(prepare, tmp_path):
     texts = pa.array([None, b"a", b"\xff\xfe", "b \u4e2d".encode(), b"c"], pa.binary())
     texts = pa.Array.from_buffers(pa.string(), 5, texts.buffers())
     table = pa.table({"text": texts, "from": ["A", "A", "A", None, ""]})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path)
     options = DataOptions(split_by="from")
-    done = preprocess([path], tokenizer_folder, tmp_path / "out", options=options, max_errors=4)
+    done = prepare(path, options=options, max_errors=4)
     assert (done.inputs[0].documents, done.inputs[0].rejected) == (1, 4)
     assert done.domains["A"].rejected == 2
     listed = (tmp_path / "out" / "rejected.tsv").read_text().splitlines()
@@ -195,7 +192,7 @@ def test_bad_rows_are_counted_and_listed_by_their_number(tokenizer_folder, tmp_p
     ]
     assert all("no domain: expected a non-empty string at from" in entry for entry in listed[2:])
     with pytest.raises(BrokenLineError, match=r"a\.parquet:1: .*must be a string, got NoneType"):
-        preprocess([path], tokenizer_folder, tmp_path / "no", options=options)
+        prepare(path, "no", options=options)
 
 
 def damaged(path: Path, keep: slice = slice(None), at: int = 0, value: bytes = b"") -> Path:
@@ -205,35 +202,32 @@ def damaged(path: Path, keep: slice = slice(None), at: int = 0, value: bytes = b
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "make", "message"),
     [
+        ("a.parquet", lambda p: parquet(p, [{"body": "a"}]), r"parquet:1: no \"text\" column; "),
         (
-            lambda p: parquet(p / "a.parquet", [{"body": "a"}]),
-            r"a\.parquet:1: no \"text\" column; ",
-        ),
-        (
-            lambda p: parquet(p / "a.parquet", [{"text": ["a"]}]),
+            "a.parquet",
+            lambda p: parquet(p, [{"text": ["a"]}]),
             'column "text" must hold strings, but is of type list<.*name another with --text-col',
         ),
-        (lambda p: stream(p / "a.arrow", [{"text": 3}]), "must hold strings, but is of type int64"),
-        (lambda p: damaged(parquet(p / "a.parquet"), slice(-20)), "no Parquet file, or a damaged"),
-        (lambda p: damaged(parquet(p / "a.parquet"), slice(0)), "no Parquet file, or a damaged"),
-        (lambda p: damaged(parquet(p / "a.parquet"), at=30, value=b"\xff" * 99), "a damaged or"),
-        (lambda p: damaged(stream(p / "a.arrow"), slice(-8)), "does not end as a stream does"),
-        (lambda p: damaged(stream(p / "a.arrow"), slice(-900)), "no Arrow file, or a damaged"),
+        ("a.arrow", lambda p: stream(p, [{"text": 3}]), "must hold strings, but is of type int64"),
+        ("a.parquet", lambda p: damaged(parquet(p), slice(-20)), "no Parquet file, or a damaged"),
+        ("a.parquet", lambda p: damaged(parquet(p), slice(0)), "no Parquet file, or a damaged"),
+        ("a.parquet", lambda p: damaged(parquet(p), at=30, value=b"\xff" * 99), "a damaged or"),
+        ("a.parquet", lambda p: write(p, LINES), "no Parquet file, or a damaged"),
+        ("a.arrow", lambda p: damaged(stream(p), slice(-8)), "does not end as a stream does"),
+        ("a.arrow", lambda p: damaged(stream(p), slice(-900)), "no Arrow file, or a damaged"),
         (
-            lambda p: damaged(stream(p / "a.arrow", of=pa.ipc.new_file), slice(-9)),
+            "a.arrow",
+            lambda p: damaged(stream(p, of=pa.ipc.new_file), slice(-9)),
             "no Arrow file, or a damaged",
         ),
-        (lambda p: write(p / "a.parquet", LINES), "no Parquet file, or a damaged"),
     ],
 )
-def test_a_file_without_texts_or_a_damaged_one_ends_the_run(
-    make, message, tokenizer_folder, tmp_path
-):
-    path = make(tmp_path)
+def test_a_file_without_texts_or_a_damaged_one_ends_the_run(prepare, name, make, message, tmp_path):
+    path = make(tmp_path / name)
     with pytest.raises(BrokenLineError, match=message):
-        preprocess([path], tokenizer_folder, tmp_path / "out", max_errors=1000)
+        prepare(path, max_errors=1000)
     assert not (tmp_path / "out").exists()
 
 
@@ -253,25 +247,17 @@ def test_offsets_that_lead_out_of_a_file_are_followed_nowhere(make, tmp_path):
         assert all(row[0] is None or len(row[0]) < 1000 for row in rows)
 
 
-def command(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
 @pytest.mark.parametrize(
-    ("make", "what", "text", "domain"),
+    ("name", "what", "text", "domain"),
     [
-        (parquet, "columns", "--text-column", "--domain-column"),
-        (
-            lambda path, rows: write(path, [*map(json.dumps, rows)]),
-            "keys",
-            "--text-key",
-            "--split-by",
-        ),
+        ("a.parquet", "columns", "--text-column", "--domain-column"),
+        ("a.jsonl", "keys", "--text-key", "--split-by"),
     ],
 )
-def test_other_columns_and_keys_can_be_used_throughout(make, what, text, domain, tmp_path):
+def test_other_columns_and_keys_can_be_used_throughout(name, what, text, domain, tmp_path):
     rows = [{"content": f"words and words {i}", "of.lang": "AB"[i % 2]} for i in range(20)]
-    path = make(tmp_path / ("a.parquet" if what == "columns" else "a.jsonl"), rows)
+    path = write(tmp_path / "a.jsonl", [*map(json.dumps, rows)])
+    path = path if what == "keys" else parquet(tmp_path / name, rows)
     words = ("tokenizer", path, "--output", tmp_path / "bpe", "--vocab-size", 260)
     refused = str(command(*words).exception)
     assert f"the {what} are ['content', 'of.lang']; name another with --text-{what[:-1]}" in refused
@@ -286,13 +272,24 @@ def test_other_columns_and_keys_can_be_used_throughout(make, what, text, domain,
 
 @pytest.mark.parametrize("names", [("{}-0.parquet", "x/y/{}-1.parquet"), ("{}/0.parquet",)])
 def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(names, tmp_path):
-    for file in (tmp_path / name.format(split) for split in ("train", "test") for name in names):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+    for split in ("train", "test"):
+        touch(tmp_path, *(name.format(split) for name in names))
     with pytest.raises(ValueError, match="holds the splits test, train: name the files") as refused:
         find_inputs([str(tmp_path)])
     pattern = str(refused.value).split("'")[1]
     assert find_inputs([pattern]) == [tmp_path / name.format("test") for name in names]
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_a_pattern_that_is_a_file_s_name_is_that_file(tmp_path):
+    touch(tmp_path, "data[1].jsonl", "data1.jsonl")
+    for given, taken in (("data[1].jsonl", "data[1].jsonl"), ("data[0-9].jsonl", "data1.jsonl")):
+        assert find_inputs([str(tmp_path / given)]) == [tmp_path / taken]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +298,7 @@ def test_the_pattern_that_a_folder_of_splits_is_refused_with_finds_one(names, tm
         (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["train", "test"]}'), "/train"),
         (lambda p: (p / "state.json").write_text("{}"), "is no file of `datasets`"),
         (
-            lambda p: [(p / name).touch() for name in ("a.parquet", "b.jsonl.zst")],
+            lambda p: touch(p, "a.parquet", "b.jsonl.zst"),
             r"holds Parquet files and others of lines, such as .*/b\.jsonl\.zst: name what to read",
         ),
     ],
@@ -319,7 +316,7 @@ def store():
     files.rm("/", recursive=True)
 
 
-def test_files_of_a_store_are_read_like_local_ones(store, expected, tokenizer_folder, tmp_path):
+def test_files_of_a_store_are_read_like_local_ones(prepare, store, expected, tmp_path):
     for name, part in (("1.jsonl.zst", LINES[:150]), ("2.jsonl", LINES[150:300])):
         store.pipe(f"/bucket/{name}", write(tmp_path / name, part).read_bytes())
     store.pipe("/bucket/3.parquet", parquet(tmp_path / "3.parquet", ROWS[300:]).read_bytes())
@@ -327,18 +324,17 @@ def test_files_of_a_store_are_read_like_local_ones(store, expected, tokenizer_fo
     assert list(map(str, files)) == [
         f"memory:///bucket/{name}" for name in ("1.jsonl.zst", "2.jsonl", "3.parquet")
     ]
-    made = preprocess(files, tokenizer_folder, tmp_path / "out")
+    made = prepare(files)
     assert_same_dataset(made, expected)
     assert verify(made.folder, inputs=files) == []
     assert pickle.loads(pickle.dumps(files)) == files  # as executors send them to other processes
     inode = (made.folder / "manifest.json").stat().st_ino
-    assert preprocess(files, tokenizer_folder, tmp_path / "out").inputs == made.inputs
+    assert prepare(files).inputs == made.inputs
     assert (made.folder / "manifest.json").stat().st_ino == inode  # it is done
     store.pipe("/bucket/2.jsonl", write(tmp_path / "2.jsonl", LINES[151:301]).read_bytes())
     with pytest.raises(ValueError, match="is not empty"):
-        preprocess(files, tokenizer_folder, tmp_path / "out")
-    shard = preprocess(files, tokenizer_folder, tmp_path / "s", shard=(0, 2)).inputs[0]
-    assert shard.name == "1.jsonl.zst"
+        prepare(files)
+    assert prepare(files, "s", shard=(0, 2)).inputs[0].name == "1.jsonl.zst"
 
 
 @pytest.mark.parametrize(
@@ -349,52 +345,37 @@ def test_files_of_a_store_are_read_like_local_ones(store, expected, tokenizer_fo
         ("file://{}/a.txt", r"must be a \.jsonl, .*, got /.*/a\.txt"),
     ],
 )
-def test_addresses_that_lead_nowhere_are_named(name, message, tokenizer_folder, tmp_path):
+def test_addresses_that_lead_nowhere_are_named(prepare, name, message, tmp_path):
     (tmp_path / "a.txt").touch()
-    words = ("preprocess", "--input", name.format(tmp_path), "--tokenizer", tokenizer_folder)
-    refused = command(*words, "--output", tmp_path / "out").exception
-    assert isinstance(refused, ValueError)
-    assert re.search(message, str(refused)), refused
+    with pytest.raises(ValueError, match=message):
+        prepare(find_inputs([name.format(tmp_path)]))
 
 
 @pytest.mark.parametrize(
     ("of", "name"), [("FileSystem", "isdir"), ("FileSystem", "modified"), ("File", "read")]
 )
-def test_what_the_library_of_a_store_raises_is_a_sentence(
-    store, tokenizer_folder, tmp_path, monkeypatch, of, name
-):
-    class OutageError(Exception):
-        pass
-
+def test_what_the_library_of_a_store_raises_is_a_sentence(prepare, store, monkeypatch, of, name):
+    outage = type("OutageError", (Exception,), {})("no answer")
     store.pipe("/bucket/a.jsonl", b"{}")
-    fail = Mock(side_effect=OutageError("no answer"))
-    monkeypatch.setattr(getattr(memory, f"Memory{of}"), name, fail)
-    words = ("preprocess", "--input", "memory://bucket/a.jsonl", "--tokenizer", tokenizer_folder)
-    refused = command(*words, "--output", tmp_path / "out").exception
-    assert isinstance(refused, ValueError)
-    assert "memory://bucket/a.jsonl can not be read (OutageError: no answer)" in str(refused)
+    monkeypatch.setattr(getattr(memory, f"Memory{of}"), name, Mock(side_effect=outage))
+    said = r"memory://bucket/a\.jsonl can not be read \(OutageError: no answer\)"
+    with pytest.raises(ValueError, match=said):
+        prepare(find_inputs(["memory://bucket/a.jsonl"]))
 
 
-def test_an_object_is_known_by_its_store_and_its_path(
-    store, tokenizer_folder, tmp_path, monkeypatch
-):
+def test_an_object_is_known_by_its_store_and_its_path(prepare, store, tmp_path, monkeypatch):
     same_crc32 = ["/bucket/599430bd25.jsonl", "/bucket/f7633dd321.jsonl"]
     for name in same_crc32:
         store.pipe(name, f"{LINES[2]}\n".encode())
     found = find_inputs(["memory://bucket/*"])
-    assert preprocess(found, tokenizer_folder, tmp_path / "out").domains["A"].documents == 2
+    assert prepare(found).domains["A"].documents == 2
     local = write(tmp_path / "a.jsonl", LINES[2:3])
     for given in ([f"memory:/{same_crc32[0]}", "memory://bucket/*"], [f"file://{local}", local]):
         with pytest.raises(ValueError, match="is one file, given 2 times"):
-            preprocess(find_inputs(map(str, given)), tokenizer_folder, tmp_path / "no")
+            prepare(find_inputs(map(str, given)), "no")
 
-    def grow(self: Any, *block: Any) -> None:
-        store.pipe(same_crc32[0], f"{LINES[2]}\n{LINES[4]}\n".encode())
-        add(self, *block)
-
-    undated = Mock(side_effect=NotImplementedError)
-    monkeypatch.setattr(memory.MemoryFileSystem, "modified", undated)
-    add = journal.JournalledRun.add
-    monkeypatch.setattr(journal.JournalledRun, "add", grow)
+    monkeypatch.setattr(memory.MemoryFileSystem, "modified", Mock(side_effect=NotImplementedError))
+    more = f"{LINES[2]}\n{LINES[4]}\n".encode()
+    when_reading(monkeypatch, found[0].name, lambda: store.pipe(same_crc32[0], more))
     with pytest.raises(ValueError, match=r"599430bd25\.jsonl changed while it was read"):
-        preprocess(found, tokenizer_folder, tmp_path / "no")
+        prepare(found, "no")

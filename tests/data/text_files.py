@@ -1,13 +1,15 @@
-"""Files for the data tests: lines in the Pile's format, plain or compressed, and damage."""
+"""Files for the data tests: lines in the Pile's format, and damage; commands; and ids."""
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import zstandard
+from typer.testing import CliRunner, Result
 
-WriteLines = Callable[[str, Sequence[str]], Path]
+from megatron_infoentropy.cli import app
 
 
 def line(text: str, domain: str = "A") -> str:
@@ -27,6 +29,7 @@ def write(path: Path, lines: Sequence[str]) -> Path:
 def change(path: Path, offset: int, value: bytes) -> None:
     """Overwrite some bytes of a file."""
     raw = bytearray(path.read_bytes())
+    offset %= len(raw)  # a negative one counts from the end
     raw[offset : offset + len(value)] = value
     path.write_bytes(raw)
 
@@ -34,3 +37,14 @@ def change(path: Path, offset: int, value: bytes) -> None:
 def cut(path: Path, size: int) -> None:
     """Keep the beginning of a file."""
     path.write_bytes(path.read_bytes()[:size])
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def assert_ids(encoded: tuple[np.ndarray, np.ndarray], expected: list[list[int]]) -> None:
+    """What an engine gave are these ids of each text."""
+    tokens, lengths = encoded
+    assert lengths.tolist() == [len(ids) for ids in expected]
+    assert tokens.tolist() == [token for ids in expected for token in ids]

@@ -69,6 +69,12 @@ def with_padding_by_a_new_token() -> Tokenizer:
     return tokenizer
 
 
+def with_truncation() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(4)
+    return tokenizer
+
+
 def described(**flags: bool) -> dict[str, Any]:
     """What version 4 of transformers says of the tokens in its settings."""
     plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -99,7 +105,11 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any], Files]] = {
     "rules for added tokens": (with_own_rules_for_added_tokens, GENERIC, {}),
     "tokens in the settings": (byte_level, GENERIC | {"extra_special_tokens": ["mat sat"]}, {}),
     "tokens in another file": (byte_level, GENERIC, {"added_tokens.json": {"mat sat": 330}}),
-    "an end token without an id": (byte_level, GENERIC | {"eos_token": "<end>"}, {}),
+    "an end token without an id": (
+        byte_level,
+        GENERIC | {"eos_token": {"__type": "AddedToken", "content": "<end>"}},
+        {},
+    ),
     "special tokens are text": (byte_level, GENERIC | {"split_special_tokens": True}, {}),
     "saved by version 4": (
         byte_level,
@@ -112,6 +122,7 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any], Files]] = {
         {},
     ),
     "padding by a new token": (with_padding_by_a_new_token, GENERIC, {}),
+    "texts cut short": (with_truncation, GENERIC, {}),
     "the end token elsewhere": (
         byte_level,
         GENERIC | {"eos_token": None},
