@@ -242,17 +242,14 @@ def decide_split(
     """
     if options.split_by != AUTO:
         return options
-    for path in inputs:
-        named = _named(path, Keys(options.text_key, PILE_DOMAIN))
-        if named and not any(named):
-            say(
-                f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', "
-                "for all of them; to split them otherwise, stop this and name a key with --split-by"
-            )
-            return replace(options, split_by=None)
-        if named:
-            break
-    return replace(options, split_by=PILE_DOMAIN)
+    firsts = (_named(path, Keys(options.text_key, PILE_DOMAIN)) for path in inputs)
+    if any(next(filter(None, firsts), [True])):
+        return replace(options, split_by=PILE_DOMAIN)
+    say(
+        f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for all "
+        "of them; to split them otherwise, stop this and name a key with --split-by"
+    )
+    return replace(options, split_by=None)
 
 
 def _named(path: Path, keys: Keys) -> list[bool]:
