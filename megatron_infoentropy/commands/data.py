@@ -92,7 +92,7 @@ def preprocess(
     executor: Annotated[
         str | None,
         typer.Option(
-            help="local, slurm or ray: make and merge --tasks shards as tasks of datatrove "
+            help="local or slurm: make and merge --tasks shards as tasks of datatrove "
             '(pip install "megatron-infoentropy[cluster]")'
         ),
     ] = None,
@@ -132,7 +132,7 @@ def preprocess(
     }
     if executor is None:
         if tasks is not None or executor_option:
-            raise ValueError("--tasks and --executor-option need --executor local, slurm or ray")
+            raise ValueError("--tasks and --executor-option need --executor local or slurm")
         _print_domains(
             run(**asked, shard=None if shard is None else parse_shard(shard), restart=restart)
         )
