@@ -4,13 +4,12 @@ Each once; `make faults` kills and cuts off dozens of times, on real servers.
 """
 
 import os
-import random
 import subprocess
 
 import faulty_run
 import pytest
-from ranks_to_kill import RANKS, Training, run_to_end
-from trials import check, complete_iterations, disturb, kill_while_saving
+from ranks_to_kill import RANKS, SAVE_INTERVAL, Training, run_to_end
+from trials import check, complete_iterations
 
 from megatron_infoentropy.launch.failures import explain
 
@@ -23,8 +22,14 @@ def losses(tmp_path_factory):
 
 
 def test_killed_damaged_and_cut_off_it_ends_as_if_nothing_had_happened(losses, tmp_path):
-    disturb(tmp_path, losses, 1, 0, kill_while_saving)
-    save = tmp_path / "save0"
+    save = tmp_path / "save"
+    with Training(tmp_path / "killed", save) as training:
+        assert training.until(f"saving checkpoint at iteration {2 * SAVE_INTERVAL:7d}")
+        training.kill(1)
+    check(training, 0, losses)
+    complete = complete_iterations(save)
+    assert SAVE_INTERVAL in complete
+    check(run_to_end(tmp_path / "again", save), complete[-1], losses)
     *_, before, newest = complete_iterations(save)
     path = save / f"iter_{newest:07d}" / "__1_0.distcp"
     size = path.stat().st_size
@@ -75,16 +80,3 @@ def test_a_disk_that_fills_up_costs_no_complete_checkpoint(losses, tmp_path, sma
     assert complete
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     check(run_to_end(tmp_path / "room", save), complete[-1], losses)
-
-
-def damage(training: Training, rng: random.Random) -> None:
-    """Cut off a file of the newest complete checkpoint while nothing runs: sizes are compared."""
-    training.wait()
-    newest = training.save / f"iter_{complete_iterations(training.save)[-1]:07d}"
-    path = rng.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
-    os.truncate(path, rng.randrange(path.stat().st_size))
-
-
-@pytest.mark.slow
-def test_no_file_that_is_cut_off_costs_more_than_its_checkpoint(losses, tmp_path):
-    disturb(tmp_path, losses, 10, 20261123, damage)

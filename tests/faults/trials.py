@@ -1,13 +1,10 @@
-"""One fault after the other on one training, and what must hold after each."""
+"""What must hold after a fault."""
 
 import hashlib
 import json
-import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from ranks_to_kill import ITERATIONS, RANKS, Training, run_to_end
+from ranks_to_kill import Training
 
 Losses = dict[int, tuple[str, ...]]
 
@@ -42,43 +39,3 @@ def check(training: Training, expected: int, losses: Losses) -> None:
         assert min(training.losses) == expected + 1
     for iteration, values in training.losses.items():
         assert values == losses[iteration], (iteration, values, losses[iteration])
-
-
-def disturb(
-    folder: Path,
-    losses: Losses,
-    trials: int,
-    seed: int,
-    hit: Callable[[Training, random.Random], None],
-) -> None:
-    """Start the training so many times, each hit once, and at last undisturbed.
-
-    It begins anew, in another folder, whenever it has come to its end.
-    """
-    rng, number = random.Random(seed), 0
-    for trial in range(trials + 1):
-        save = folder / f"save{number}"
-        complete = complete_iterations(save)
-        expected = complete[-1] if complete else 0
-        if trial == trials:
-            check(run_to_end(folder / "ranks", save), expected, losses)
-            return
-        with Training(folder / "ranks", save) as training:
-            hit(training, rng)
-        check(training, expected, losses)
-        left = complete_iterations(save)
-        assert set(complete[:-1]) <= set(left), f"lost {set(complete) - set(left)}"
-        number += ITERATIONS in left
-
-
-def kill_while_saving(training: Training, rng: random.Random) -> None:
-    """Within the time that a save and its manifest take."""
-    for _ in range(rng.randrange(1, 4)):
-        seen = training.log(0).count("saving checkpoint")
-        end = time.monotonic() + 300
-        while training.log(0).count("saving checkpoint") == seen and time.monotonic() < end:
-            if any(process.exitcode is not None for process in training.ranks):
-                return
-            time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.25))
-    training.kill(rng.randrange(RANKS))
