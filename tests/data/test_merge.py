@@ -114,6 +114,11 @@ def whole(prepare, inputs):
     [
         ("b.bin", lambda raw: raw[:6] + b"x" + raw[7:], r"b\.bin is .* manifest says \(checksum"),
         ("b.bin", lambda raw: raw[:-2], r"b\.bin is cut off"),
+        (
+            "manifest.json",
+            lambda raw: raw.replace(b'"documents": 85', b'"documents": 84', 1),
+            r"a\.bin is not what its manifest says",
+        ),
         ("b.bin", None, r"no such dataset file: .*b\.bin"),
         ("token_counts.npy", lambda raw: raw[:-8], r"token_counts\.npy can not be read: .*again"),
         ("token_counts.npy", lambda raw: raw[:-8] + b"\1" * 8, r"counts\.npy is not what its"),
