@@ -65,7 +65,7 @@ def preprocess(
             "--split-by",
             "--domain-column",
             help="key or column that names a document's domain, such as meta.pile_set_name; '' for "
-            "one dataset; auto: meta.pile_set_name where the first documents have it, else one",
+            "one dataset; auto: meta.pile_set_name, and 'all' for documents that name none there",
         ),
     ] = "auto",
     text_key: TextKey = "text",

@@ -159,10 +159,14 @@ class UnfitDocumentsError(ValueError):
 
 
 class Keys(NamedTuple):
-    """Where a document has its text and its domain, dots leading into objects; None: no domain."""
+    """Where a document has its text and its domain, dots leading into objects; None: no domain.
+
+    A document that names none there is broken if `is_domain_required`.
+    """
 
     text: str = "text"
     domain: str | None = None
+    is_domain_required: bool = True
 
 
 TEXT_ALONE = Keys()

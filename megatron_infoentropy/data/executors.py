@@ -54,8 +54,7 @@ def run_tasks(
     asked["tokenizer"] = asked["tokenizer"].resolve()
     loaded = load_tokenizer(asked["tokenizer"])
     files, output = list(map(single.input_of, inputs)), asked["output"].resolve()
-    options = single.decide_split(asked["options"], inputs, say)
-    whole = single.Task(files, output, loaded, options, None, "")
+    whole = single.Task(files, output, loaded, asked["options"], None, "")
     if whole.is_done():
         return load_manifest(output)
     require_free(output, OUTPUT_FILES, asked["overwrite"])

@@ -84,8 +84,8 @@ def is_blank(raw: bytes | Row) -> bool:
     return isinstance(raw, bytes) and (not raw or raw.isspace())
 
 
-def parse(raw: bytes | Row, keys: Keys, *, named: bool | None = True) -> Record:
-    """Return the document of a line or row, which must name a domain, must not, or (None) may.
+def parse(raw: bytes | Row, keys: Keys) -> Record:
+    """Return the document of a line or row.
 
     Raises:
         BrokenRecordError: it holds none.
@@ -94,8 +94,11 @@ def parse(raw: bytes | Row, keys: Keys, *, named: bool | None = True) -> Record:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise BrokenRecordError(f'"{keys.text}" must be a string, got {kind}', domain)
-    if keys.domain is not None:
-        _require_named(keys.domain, domain, named)
+    if domain is None and keys.domain is not None and keys.is_domain_required:
+        raise BrokenRecordError(
+            f"no domain: expected a non-empty string at {keys.domain}; choose another key with "
+            "--split-by, or --split-by '' for one dataset of all documents"
+        )
     try:
         text_bytes = len(text.encode())
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud800"
@@ -125,19 +128,6 @@ def _of_row(row: Row, keys: Keys) -> tuple[str | None, str | None]:
     except UnicodeDecodeError as error:
         reason = f'not UTF-8 at byte {error.start} of "{keys.text}"'
         raise BrokenRecordError(reason, domain) from error
-
-
-def _require_named(where: str, domain: str | None, named: bool | None) -> None:
-    if named is False and domain is not None:
-        raise BrokenRecordError(
-            f"names the domain {domain!r} at {where}, the first documents name none; choose "
-            f"--split-by {where}, or --split-by '' for one dataset of all documents"
-        )
-    if named and domain is None:
-        raise BrokenRecordError(
-            f"no domain: expected a non-empty string at {where}; choose another key with "
-            "--split-by, or --split-by '' for one dataset of all documents"
-        )
 
 
 def _decode(raw: bytes) -> Any:

@@ -32,8 +32,7 @@ class DataOptions:
             Megatron's --tokenizer-hf-no-include-special-tokens.
         text_key: where a record has its text (Megatron's --json-keys).
         split_by: where a record names its domain, dots leading into objects; None for one dataset.
-            AUTO, which no manifest holds, is PILE_DOMAIN where the first documents have it, else
-            None.
+            AUTO is PILE_DOMAIN for the documents that have it, and one dataset for the others.
         piece_tokens, piece_documents: `pack` cut so many documents in a row into such pieces; 0
             where documents are whole.
     """

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from megatron_infoentropy import __version__
 from megatron_infoentropy.data.blocks import (
     Block,
-    BrokenLineError,
     Keys,
     Position,
     UnfitDocumentsError,
@@ -35,13 +34,10 @@ from megatron_infoentropy.data.blocks import (
 from megatron_infoentropy.data.fast_engine import choose_engine
 from megatron_infoentropy.data.indexed import require_whole, token_dtype
 from megatron_infoentropy.data.journal import JOURNAL, JournalledRun
-from megatron_infoentropy.data.jsonl import WHOLE, BrokenRecordError, parse, rows_of
 from megatron_infoentropy.data.manifest import (
-    AUTO,
     DEFAULT_OPTIONS,
     MANIFEST,
     OUTPUT_FILES,
-    PILE_DOMAIN,
     REJECTED,
     DataOptions,
     InputFacts,
@@ -232,42 +228,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
-def decide_split(
-    options: DataOptions, inputs: Sequence[Path], say: Callable[[str], object]
-) -> DataOptions:
-    """Return the options with AUTO replaced by what the first documents of the inputs call for.
-
-    Those are the ones of the first block of the first file that has any. Without any, PILE_DOMAIN.
-    `say` is told where that is not to split.
-    """
-    if options.split_by != AUTO:
-        return options
-    firsts = (_named(path, Keys(options.text_key, PILE_DOMAIN)) for path in inputs)
-    if any(next(filter(None, firsts), [True])):
-        return replace(options, split_by=PILE_DOMAIN)
-    say(
-        f"the first documents name no domain (at {PILE_DOMAIN}): one dataset, '{WHOLE}', for all "
-        "of them; to split them otherwise, stop this and name a key with --split-by"
-    )
-    return replace(options, split_by=None)
-
-
-def _named(path: Path, keys: Keys) -> list[bool]:
-    """Say of each document in a file's first block whether it names a domain.
-
-    Broken lines are for the run to report.
-    """
-    try:
-        block = next(read_blocks(path, keys=keys))
-    except BrokenLineError:
-        return []
-    named = []
-    for row in rows_of(block.data, block.is_table):
-        with suppress(BrokenRecordError):
-            named.append(parse(row, keys, named=None).domain is not None)
-    return named
-
-
 def preprocess(
     inputs: Sequence[Path],
     tokenizer: Path,
@@ -299,8 +259,6 @@ def preprocess(
             Whatever the error, `output` is left as it was.
     """
     require_usable(inputs, workers, max_errors)
-    asked, options = options, decide_split(options, inputs, say)
-    named = options.split_by is not None or asked.split_by is None
     shards_of = "" if shard is None else shards_digest(inputs)
     if shard is not None:
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
@@ -313,7 +271,7 @@ def preprocess(
             if not task.is_done():
                 require_free(output, OUTPUT_FILES, overwrite)
                 task = replace(task, engine=engine_for(engine, task, say))
-                settings = WorkerSettings(task.loaded, options, task.engine, named)
+                settings = WorkerSettings(task.loaded, options, task.engine)
                 with full_disk_is_said(work):
                     publish(_make(task, settings, work, workers, max_errors), output)
             (work / JOURNAL).unlink(missing_ok=True)

@@ -86,9 +86,8 @@ def _parquet(file: BinaryIO, skip: int, keys: Keys) -> Iterator[Part]:
         if skip < rows:
             fitting = blocks.BLOCK_BYTES * rows // max(facts.row_group(group).total_byte_size, 1)
             at_once, done = max(1, min(fitting, _MOST_ROWS)), before
-            for batch in parquet.iter_batches(
-                at_once, [group], [key for key in keys if key], use_threads=False
-            ):
+            columns = [key for key in (keys.text, keys.domain) if key]
+            for batch in parquet.iter_batches(at_once, [group], columns, use_threads=False):
                 done += batch.num_rows
                 if skip < batch.num_rows:
                     yield batch.slice(skip), done / facts.num_rows

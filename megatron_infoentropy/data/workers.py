@@ -30,7 +30,7 @@ from megatron_infoentropy.data import jsonl
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys
 from megatron_infoentropy.data.fast_engine import fast_engine
 from megatron_infoentropy.data.indexed import Integers, token_dtype
-from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
+from megatron_infoentropy.data.manifest import AUTO, PILE_DOMAIN, DataOptions
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, end_documents, hf_engine
 
 
@@ -41,12 +41,13 @@ class WorkerSettings:
     loaded: LoadedTokenizer
     options: DataOptions
     engine: str  # hf or gigatoken
-    named: bool = True  # else no document may name a domain, as the first ones do not
 
     @property
     def keys(self) -> Keys:
         """Return where a document has what is asked of it."""
-        return Keys(self.options.text_key, self.options.split_by if self.named else PILE_DOMAIN)
+        if self.options.split_by == AUTO:
+            return Keys(self.options.text_key, PILE_DOMAIN, is_domain_required=False)
+        return Keys(self.options.text_key, self.options.split_by)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ class Encoder:
         self.dtype = token_dtype(self.loaded.vocab_size)
         engine = {"hf": hf_engine, "gigatoken": fast_engine}[settings.engine]
         self.encode = engine(self.loaded, special_tokens=self.options.special_tokens)
-        self._named = settings.named
         self._keys = settings.keys
 
     def __call__(self, data: bytes, is_table: bool = False) -> Encoded:
@@ -103,7 +103,7 @@ class Encoder:
             try:
                 if jsonl.is_blank(raw):
                     raise jsonl.BrokenRecordError(jsonl.BLANK)
-                record = jsonl.parse(raw, self._keys, named=self._named)
+                record = jsonl.parse(raw, self._keys)
             except jsonl.BrokenRecordError as error:
                 done.rejected.append(Rejected(number, str(error), error.domain))
                 continue

@@ -20,11 +20,7 @@ def words(tokenizer_folder, tmp_path):
 def test_plain_lines_become_one_dataset_and_the_screen_says_so(words, tmp_path):
     done = command(*words, tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "the first documents name no domain (at meta.pile_set_name)" in done.stderr
-    assert "--split-by" in done.stderr
-    quiet = command(*words, tmp_path / "quiet", "--split-by", "")
-    assert quiet.exit_code == 0
-    assert "domain" not in quiet.stderr
+    assert [row.split()[1] for row in done.stdout.splitlines() if " 20 " in row] == ["all"]
 
 
 def test_mistakes_at_the_keyboard_end_with_what_to_do(words, tmp_path):

@@ -13,7 +13,7 @@ from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, Position
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.jsonl import Record, read_documents
-from megatron_infoentropy.data.manifest import DataOptions
+from megatron_infoentropy.data.manifest import PILE_DOMAIN, DataOptions
 
 NO_KEY = '{"txt": "a", "meta": {"pile_set_name": "A"}}'
 PLAIN = [json.dumps({"text": f"plain {number}"}) for number in range(40)]
@@ -31,7 +31,7 @@ def few_lines_a_block(monkeypatch):
 
 
 def read(path: Path) -> list[Record]:
-    return list(read_documents(path, Keys("text", "meta.pile_set_name")))
+    return list(read_documents(path, Keys("text", PILE_DOMAIN)))
 
 
 def broken(path: Path) -> BrokenLineError:
@@ -126,7 +126,7 @@ def test_the_first_bad_line_ends_a_run_by_file_line_and_reason(
     error = broken(path)
     assert (error.line, reason in error.reason) == (14, True), error
     with pytest.raises(BrokenLineError) as caught:
-        prepare(path, workers=2)
+        prepare(path, workers=2, options=DataOptions(split_by=PILE_DOMAIN))
     assert str(caught.value) == str(error)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -185,40 +185,17 @@ def test_lines_that_are_not_counted_are_a_mistake_and_not_a_shorter_dataset(
         prepare(path)
 
 
-def test_text_without_domains_becomes_one_dataset(prepare, tmp_path):
+@pytest.mark.parametrize("lines", [[*PILE, *PLAIN], [*PLAIN, *PILE]])
+def test_text_without_domains_is_one_dataset_beside_those_of_domains(prepare, tmp_path, lines):
     nulls = ['{"text": "a", "meta": null}', '{"text": "b", "meta": {"pile_set_name": null}}']
-    path = write(tmp_path / "a.jsonl.zst", [*PLAIN, *nulls])
-    done = prepare(path)
-    assert {name: facts.documents for name, facts in done.domains.items()} == {"all": 42}
-    assert done.options.split_by is None
-    assert prepare(path, "asked", options=DataOptions(split_by=None)).domains == done.domains
-    assert prepare(path) == done  # is done already
-
-
-def test_all_shards_split_as_the_first_file_does(prepare, tmp_path):
-    files = [write(tmp_path / f"{number}.jsonl", PLAIN) for number in range(2)]
-    files.append(write(tmp_path / "2.jsonl", PILE))
-    with pytest.raises(BrokenLineError, match=r"2\.jsonl:1: names the domain 'A'"):
-        prepare(files, shard=(2, 3))
-
-
-@pytest.mark.parametrize(
-    ("lines", "at", "reason"),
-    [
-        ([*PILE, PLAIN[0]], 41, "no domain: expected a non-empty string at meta.pile_set_name"),
-        ([PLAIN[0], *PILE], 1, "no domain: expected a non-empty string at meta.pile_set_name"),
-        ([*PLAIN, PILE[0]], 41, "names the domain 'A' at meta.pile_set_name, the first .* none"),
-    ],
-)
-def test_a_file_only_some_lines_of_which_name_a_domain_is_refused_with_the_cure(
-    prepare, tmp_path, lines, at, reason
-):
-    path = write(tmp_path / "a.jsonl", lines)
-    with pytest.raises(BrokenLineError, match=f":{at}: {reason}.*--split-by ''"):
-        prepare(path)
-    assert list(tmp_path.iterdir()) == [path]
-    whole = prepare(path, "one", options=DataOptions(split_by=None))
-    assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 41}
+    done = prepare(write(tmp_path / "a.jsonl", lines + nulls))
+    assert {name: facts.documents for name, facts in done.domains.items()} == {"A": 40, "all": 42}
+    plain = prepare(write(tmp_path / "b.jsonl", PLAIN + nulls), "plain")
+    assert plain.domains["all"] == done.domains["all"]
+    asked = DataOptions(split_by=None)
+    assert prepare(tmp_path / "b.jsonl", "asked", options=asked).domains == plain.domains
+    whole = prepare(tmp_path / "a.jsonl", "whole", options=asked)
+    assert {name: facts.documents for name, facts in whole.domains.items()} == {"all": 82}
 
 
 def test_the_byte_order_mark_of_windows_editors_is_no_part_of_a_line(prepare, tmp_path):
