@@ -180,32 +180,6 @@ def test_memory_is_the_gradient_and_64_bytes_a_token(transposed):
     assert peak >= leaf.numel() * 4  # the measurement sees the gradient
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"target": torch.zeros(4, dtype=torch.long)}, "transpose one of them"),
-        ({"target": torch.zeros(5)}, "integer targets"),
-        ({"target": torch.full((5,), 257)}, r"outside the vocabulary of 257 .* first is 257"),
-        ({"target": torch.full((5,), -1)}, r"first is -1; to leave tokens out use ignore_index"),
-        ({"target": torch.zeros(5, dtype=torch.long, device="meta")}, "on one device, got logits"),
-        (
-            {"vocab_size": 258},
-            "1 shard.s. of 257 columns hold 257 .*is every rank of the group",
-        ),
-        ({"vocab_size": 0}, "does not fit"),
-        ({"logits": torch.zeros(5, 0)}, "at least one column"),
-        ({"collective": "ring"}, "collective must be 'gather' or 'all_reduce', got 'ring'"),
-        ({"backend": "numpy"}, "must be 'auto' or one of .*'native', .*'reference'"),
-        ({"logits": torch.zeros(5, 257, dtype=torch.long)}, "floating-point logits"),
-    ],
-)
-def test_what_does_not_fit_is_refused_in_words(change, message):
-    logits, target = random_case(5)
-    arguments = {"logits": logits, "target": target, **change}
-    with pytest.raises(ValueError, match=message):
-        vocab_parallel_statistics(**arguments)
-
-
 def test_a_named_backend_never_falls_back():
     logits, target = random_case(5, dtype=torch.float64)
     with pytest.raises(

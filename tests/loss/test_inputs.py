@@ -82,6 +82,51 @@ def arguments_of(function):
     return given
 
 
+OF_LOGITS, FUSED, STATISTICS, LOSSES = FUNCTIONS[:2], FUNCTIONS[2:], FUNCTIONS[::2], FUNCTIONS[1::2]
+REFUSED = [
+    (FUNCTIONS, {"target": torch.zeros(N)}, "integer targets"),
+    (FUNCTIONS, {"target": torch.full((N,), V)}, f"vocabulary of {V} entries, the first is {V}"),
+    (FUNCTIONS, {"target": torch.full((N,), -1)}, "is -1; to leave tokens out use ignore_index"),
+    (FUNCTIONS, {"target": torch.zeros(N, device="meta").long()}, "on one device, got .* on meta"),
+    (FUNCTIONS, {"vocab_size": V + 1}, f"1 shard.s. of {V} columns .* is every rank of the group"),
+    (FUNCTIONS, {"vocab_size": 0}, "does not fit"),
+    (STATISTICS[:1], {"target": torch.zeros(N - 1).long()}, "transpose one of them"),
+    (OF_LOGITS, {"logits": torch.zeros(N, 0)}, "at least one column"),
+    (OF_LOGITS, {"logits": torch.zeros(N, V).long()}, "floating-point logits"),
+    (FUSED, {"hidden": torch.zeros(N, H + 1)}, r"hidden \[..., H\] and weight \[V, H\]"),
+    (FUSED, {"weight": torch.zeros(V, H).double()}, "under autocast.* weight.to.hidden.dtype"),
+    (STATISTICS[1:], {"target": torch.zeros(N - 1).long()}, "expected a target of"),
+    (STATISTICS[1:], {"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+    (LOSSES, {"loss_mask": torch.ones(3, 1)}, r"loss_mask must have the target's shape \[6\]"),
+    (
+        LOSSES[:1],
+        {"token_input": torch.ones(3)},
+        r"token_input in the target's shape \[6\], .* \[3\]",
+    ),
+    (STATISTICS, {"collective": "ring"}, "must be 'gather' or 'all_reduce', got 'ring'"),
+    (STATISTICS, {"backend": "numpy"}, "must be 'auto' or one of .*'native', .*'reference'"),
+    (STATISTICS, {"temperature": torch.ones(3)}, r"in the target's shape \[6\], got \[3\]"),
+    *(
+        (STATISTICS, {"temperature": torch.full((N,), value)}, f"must be positive, got {value}")
+        for value in (0.0, torch.nan, -1.0)
+    ),
+    *(
+        (STATISTICS, {name: value}, f"{name} must be positive and finite")
+        for name in ("softcap", "temperature")
+        for value in (0.0, -1.0, 1e-40, 1e39, torch.inf, torch.nan)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "message"),
+    [(function, *refused) for functions, *refused in REFUSED for function in functions],
+)
+def test_what_does_not_fit_is_refused_in_words(function, change, message):
+    with pytest.raises(ValueError, match=message):
+        function(**arguments_of(function) | change)
+
+
 @pytest.mark.parametrize("message", ODD)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_a_tensor_that_is_not_plain_is_refused_by_name(function, message):

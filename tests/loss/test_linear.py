@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from oracle import dense_objective, dense_statistics
+from dense import dense_results
+from oracle import dense_objective
 from ranks import run_ranks
 
-from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
+from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.loss.linear import (
     linear_infoentropy_loss,
     linear_vocab_parallel_statistics,
@@ -18,7 +19,22 @@ from megatron_infoentropy.loss.linear import (
 S, B, H, V = 12, 3, 8, 40  # sequence, batch, hidden, padded vocabulary; divide by 1, 2, 4 ranks
 TRUE_SIZE = 33  # of 4 shards the last holds 3 entries and 7 columns of padding
 CHUNKS = (1, 5, 7, 18, 1000)  # of 36 tokens: none but 18 divides, one is larger
-LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
+LAYOUTS = pytest.mark.parametrize(  # ranks, whether hidden states are split over them, how joined
+    ("world", "sequence_parallel", "collective"),
+    [
+        (1, False, "gather"),
+        (2, False, "all_reduce"),
+        (2, True, "gather"),
+        (4, False, "gather"),
+        (4, True, "all_reduce"),
+    ],
+)
+EVERYTHING = {
+    "softcap": 3.0,
+    "temperature": torch.linspace(0.5, 2, S * B, dtype=torch.float64).view(S, B),
+    "uniform_cross_entropy": True,
+    "sum_p_squared": True,
+}
 
 
 def make_case(data_rank=0, dtype=torch.float64, sequence=S):
@@ -34,7 +50,7 @@ def make_case(data_rank=0, dtype=torch.float64, sequence=S):
 def upstream():
     """Other gradients for every token and result, negative ones and zeros too."""
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(3, S, B, generator=generator, dtype=torch.float64).clamp_min(-1) * 2
+    return torch.randn(5, S, B, generator=generator, dtype=torch.float64).clamp_min(-1) * 2
 
 
 def shard_of(hidden, weight, group, sequence_parallel):
@@ -80,19 +96,23 @@ def statistics_on_rank(chunks, sequence_parallel, collective, options, group):
             **options,
         )
         parts = [part for part in got if part is not None and part.dtype.is_floating_point]
-        gradients = torch.cat([upstream(), upstream()[:2] / 3])[: len(parts)]
-        (torch.stack(parts) * gradients).sum().backward()
+        (torch.stack(parts) * upstream()[: len(parts)]).sum().backward()
         results.append((torch.stack(parts).detach(), hidden.grad, weight.grad))
     return results
 
 
-@pytest.mark.parametrize(("world", "sequence_parallel"), LAYOUTS)
-def test_statistics_and_gradients_equal_dense_float64(world, sequence_parallel):
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@LAYOUTS
+def test_statistics_and_gradients_equal_dense_float64(
+    world, sequence_parallel, collective, options
+):
     hidden, weight, target, _ = make_case()
     hidden.requires_grad_(), weight.requires_grad_()
-    truth = torch.stack(dense_statistics(hidden @ weight[:TRUE_SIZE].T, target))
-    (truth * upstream()).sum().backward()
-    found = on_ranks(statistics_on_rank, world, CHUNKS, sequence_parallel, "gather", {})
+    logits = hidden @ weight[:TRUE_SIZE].T
+    meant = {name: options[name] for name in ("softcap", "temperature") if name in options}
+    truth = torch.stack(dense_results(logits, target, **meant)[: 5 if options else 3])
+    (truth * upstream()[: len(truth)]).sum().backward()
+    found = on_ranks(statistics_on_rank, world, CHUNKS, sequence_parallel, collective, options)
     for of_ranks in zip(*found, strict=True):  # chunk by chunk
         values, by_hidden, by_weight = zip(*of_ranks, strict=True)
         for value in values:
@@ -125,39 +145,6 @@ def test_autocast_reaches_no_product_forward_or_backward(sequence_parallel, deta
             assert torch.equal(one, other)
 
 
-def test_the_two_step_collective_gives_the_same():
-    (gather, _), (all_reduce, _) = (
-        run_ranks(in_world, 2, statistics_on_rank, (7,), True, collective, {})
-        for collective in ("gather", "all_reduce")
-    )
-    for one, other in zip(gather[0], all_reduce[0], strict=True):
-        assert_within(one, other, atol=1e-12)
-    (gather, _), (all_reduce, _) = (
-        run_ranks(in_world, 2, loss_on_rank, (7,), True, {"collective": collective}, 1)
-        for collective in ("gather", "all_reduce")
-    )
-    for one, other in zip(gather[0], all_reduce[0], strict=True):
-        assert_within(one, other, atol=1e-13)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_softcap_temperature_and_smoothing_reach_the_kernels(world):
-    options = {"softcap": 3.0, "uniform_cross_entropy": True, "sum_p_squared": True}
-    options["temperature"] = torch.linspace(0.5, 2, S * B, dtype=torch.float64).view(S, B)
-    hidden, weight, target, _ = make_case()
-    hidden.requires_grad_(), weight.requires_grad_()
-    expected = vocab_parallel_statistics(
-        hidden @ weight.T, target, vocab_size=TRUE_SIZE, backend="reference", **options
-    )
-    parts = [part for part in expected if part.dtype.is_floating_point]
-    (torch.stack(parts) * torch.cat([upstream(), upstream()[:2] / 3])).sum().backward()
-    found = on_ranks(statistics_on_rank, world, (7,), False, "gather", options)
-    for ((values, by_hidden, _),) in found:
-        assert_within(values, torch.stack(parts), atol=1e-12)
-        assert_within(by_hidden, hidden.grad, atol=1e-12)
-    assert_within(torch.cat([by_weight for ((_, _, by_weight),) in found]), weight.grad, atol=1e-12)
-
-
 def loss_on_rank(chunks, sequence_parallel, settings, factor, group):
     results = []
     for chunk in chunks:
@@ -179,15 +166,17 @@ def loss_on_rank(chunks, sequence_parallel, settings, factor, group):
 
 
 @pytest.mark.parametrize("detach_weight", [True, False], ids=["detached", "attached"])
-@pytest.mark.parametrize(("world", "sequence_parallel"), LAYOUTS)
-def test_loss_and_gradients_equal_dense_float64(world, sequence_parallel, detach_weight):
+@LAYOUTS
+def test_loss_and_gradients_equal_dense_float64(
+    world, sequence_parallel, collective, detach_weight
+):
     """`factor` stands for what a caller does to the loss: gradient scaling, accumulation."""
     hidden, weight, target, mask = make_case()
     hidden.requires_grad_(), weight.requires_grad_()
     logits = hidden @ weight[:TRUE_SIZE].T
     truth = dense_objective([(logits, target, mask)], gamma=2.0, detach=detach_weight)
     (truth * -0.3).backward()
-    settings = {"gamma": 2.0, "detach_weight": detach_weight}
+    settings = {"gamma": 2.0, "detach_weight": detach_weight, "collective": collective}
     found = on_ranks(loss_on_rank, world, CHUNKS, sequence_parallel, settings, -0.3)
     for of_ranks in zip(*found, strict=True):
         losses, by_hidden, by_weight = zip(*of_ranks, strict=True)
@@ -197,83 +186,6 @@ def test_loss_and_gradients_equal_dense_float64(world, sequence_parallel, detach
         assert_within(torch.cat(by_weight), weight.grad, atol=1e-13)
         for gradient in whole_hidden_gradients(by_hidden, sequence_parallel):
             assert_within(gradient, hidden.grad, atol=1e-13)
-
-
-@pytest.mark.parametrize("normalization", ["paper", "global", "none"])
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {},
-        {"objective": "focal"},
-        {"objective": "cross_entropy"},
-        {"label_smoothing": 0.1, "z_loss": 0.01, "entropy_bonus": 0.2, "softcap": 4.0},
-    ],
-    ids=lambda extra: extra.get("objective", "regularised" if extra else "infoentropy"),
-)
-def test_every_objective_equals_the_unfused_loss(normalization, extra):
-    settings = {"normalization": normalization, "gamma": 0.5, **extra}
-    hidden, weight, target, mask = make_case()
-    hidden.requires_grad_(), weight.requires_grad_()
-    config = InfoEntropyConfig(backend="reference", **settings)
-    expected = infoentropy_loss(
-        hidden @ weight.T, target, config, loss_mask=mask, vocab_size=TRUE_SIZE
-    )
-    (expected * 2).backward()
-    ((loss, by_hidden, by_weight),) = loss_on_rank((7,), False, settings, 2, None)
-    assert_within(loss, expected, rtol=1e-13)
-    assert_within(by_hidden, hidden.grad, atol=1e-14)
-    assert_within(by_weight, weight.grad, atol=1e-14)
-
-
-def loss_on_data_ranks(settings, sequence_parallel):
-    """On TP 2 x DP 2: the loss, and gradients averaged over the data-parallel ranks."""
-    tensor_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    data_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    data_rank, tensor_rank = divmod(dist.get_rank(), 2)
-    hidden, weight, target, mask = make_case(data_rank)
-    group = tensor_groups[data_rank]
-    # One tensor makes the hidden states of all ranks, as a model's parameters would.
-    shared = torch.eye(H, dtype=torch.float64, requires_grad=True)
-    hidden, weight = shard_of(hidden, weight, group, sequence_parallel)
-    loss = linear_infoentropy_loss(
-        hidden.detach() @ shared,
-        weight,
-        target,
-        InfoEntropyConfig(backend="reference", chunk_tokens=7, **settings),
-        group=group,
-        loss_mask=mask,
-        data_parallel_group=data_groups[tensor_rank],
-        vocab_size=TRUE_SIZE,
-        sequence_parallel=sequence_parallel,
-    )
-    loss.backward()
-    if sequence_parallel:  # each rank saw its own slice: a trainer sums over the tensor ranks
-        dist.all_reduce(shared.grad, group=group)
-    for gradient in (shared.grad, weight.grad):
-        dist.all_reduce(gradient, group=data_groups[tensor_rank])
-    return loss.detach(), shared.grad / 2, weight.grad / 2
-
-
-@pytest.mark.parametrize("detach_weight", [True, False], ids=["detached", "attached"])
-@pytest.mark.parametrize("normalization", ["paper", "global", "none"])
-def test_alpha_is_of_the_whole_data_parallel_group(normalization, detach_weight):
-    settings = {"gamma": 1.5, "normalization": normalization, "detach_weight": detach_weight}
-    found = run_ranks(loss_on_data_ranks, 4, settings, normalization == "paper")
-    shared = torch.eye(H, dtype=torch.float64, requires_grad=True)
-    weight = make_case()[1].requires_grad_()
-    batches = []
-    for data_rank in range(2):
-        hidden, _, target, mask = make_case(data_rank)
-        batches.append((hidden @ shared @ weight[:TRUE_SIZE].T, target, mask))
-    truth = dense_objective(batches, gamma=1.5, normalization=normalization, detach=detach_weight)
-    truth.backward()
-    for loss, by_shared, _ in found:
-        assert torch.equal(loss, found[0][0])
-        assert_within(loss, truth, rtol=1e-12)
-        assert_within(by_shared, shared.grad, atol=1e-12)
-    for first in (0, 2):
-        by_weight = torch.cat([found[first][2], found[first + 1][2]])
-        assert_within(by_weight, weight.grad, atol=1e-13)
 
 
 def empty_on_rank(sequence_parallel, group):

@@ -1,20 +1,48 @@
-"""The scalar objective against float64: modes, masks, data-parallel ranks, the published code."""
+"""The scalar objective against float64: every setting, masks, data-parallel ranks, odd weights."""
 
-import itertools
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from oracle import dense_objective, published_code
+from dense import dense_loss
+from oracle import published_code
 from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, linear_infoentropy_loss
 from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums
 
 V = 64
-OBJECTIVES = ["infoentropy", "focal", "cross_entropy"]
 NORMALIZATIONS = ["paper", "global", "none"]
+WEIGHTS = [
+    *({"objective": name} for name in ("cross_entropy", "deft")),
+    *({"objective": name, "gamma": gamma} for name, gamma in product(
+        ("infoentropy", "focal", "lin_focal", "eaft", "dft"), (0.0, 0.5, 1.0, 2.0)
+    )),
+    {"gamma": -1.0},
+    {"gamma": 2.0, "blend": 0.3},
+    {"gamma": 2.0, "blend": 1.0},
+    {"objective": "eslm", "quantile": 0.3},
+    # The latter two are singular where tokens that are left out have their statistics.
+    *({"objective": "custom", "weighting": f"test_weighting:{name}"}
+      for name in ("surprise", "inverse", "singular_at_one")),
+]  # fmt: skip
+OPTIONS = [
+    {"z_loss": 1e-2, "entropy_bonus": 0.3},
+    {"label_smoothing": 0.1, "objective": "focal", "gamma": 2.0},
+    {"label_smoothing": 0.1, "gamma": 0.0},
+    {"softcap": 4.0},
+    {"temperature": 0.5},
+    {"label_smoothing": 0.1, "z_loss": 0.01, "entropy_bonus": 0.2, "softcap": 4.0},
+]
+
+
+SETTINGS = [
+    weights | {"normalization": normalization, "detach_weight": detach}
+    for weights, normalization, detach in product(WEIGHTS + OPTIONS, NORMALIZATIONS, (True, False))
+    if detach or weights.get("objective") not in ("eslm", "deft")  # which have no gradient
+]
 
 
 def make_batches(ranks, dtype=torch.float64):
@@ -30,27 +58,40 @@ def make_batches(ranks, dtype=torch.float64):
     return batches
 
 
-@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def our_loss(logits, target, config, *, fused, **options):
+    """The loss of logits, or the fused one whose output layer changes nothing."""
+    if fused:
+        identity = torch.eye(logits.shape[-1], dtype=logits.dtype)
+        return linear_infoentropy_loss(logits, identity, target, config, **options)
+    return infoentropy_loss(logits, target, config, **options)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 @pytest.mark.parametrize(
-    ("objective", "gamma"),
-    [
-        *itertools.product(OBJECTIVES, [0.0, 0.5, 1.0, 2.0]),
-        ("infoentropy", -1.0),  # which focal cannot have
-    ],
+    "settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values()))
 )
-def test_value_and_gradient_equal_the_oracle(objective, normalization, gamma, detach):
-    settings = {"objective": objective, "gamma": gamma, "normalization": normalization}
-    config = InfoEntropyConfig(**settings, detach_weight=detach)
+def test_value_and_gradient_equal_float64(settings, fused):
+    config = InfoEntropyConfig(**settings, chunk_tokens=7)
     ((logits, target, mask),) = make_batches(1)
-    ours = logits.clone().requires_grad_()
-    loss = infoentropy_loss(ours, target, config, loss_mask=mask)
-    loss.backward()
-    truth = logits.clone().requires_grad_()
-    expected = dense_objective([(truth, target, mask)], **settings, detach=detach)
-    expected.backward()
+    ours, truth = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = our_loss(ours, target, config, fused=fused, loss_mask=mask)
+    (loss * -0.3).backward()  # what a caller does to it: gradient scaling, accumulation
+    expected = dense_loss([(truth, target, mask)], config)
+    (expected * -0.3).backward()
     assert_within(loss, expected, rtol=1e-12)
-    assert_within(ours.grad, truth.grad, atol=1e-13)
+    assert_within(ours.grad, truth.grad, atol=1e-12)
+
+
+def test_deft_has_the_gradient_of_its_papers_loss():
+    """(1 - p^S) / S with a constant S = sum p^2."""
+    ((logits, target, mask),) = make_batches(1)
+    ours, truth = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    infoentropy_loss(ours, target, InfoEntropyConfig(objective="deft"), loss_mask=mask).backward()
+    kept = (mask != 0) & (target != -100)
+    squares = truth[kept].softmax(-1).square().sum(-1).detach()
+    p = truth[kept].softmax(-1).gather(-1, target[kept].unsqueeze(-1)).squeeze(-1)
+    ((1 - p**squares) / squares).mean().backward()
+    assert_within(ours.grad, truth.grad, atol=1e-12)
 
 
 def data_parallel_case(odd_rank):
@@ -65,16 +106,16 @@ def data_parallel_case(odd_rank):
     return batches
 
 
-def data_parallel_rank(settings, detach, odd_rank):
+def data_parallel_rank(settings, odd_rank, fused):
     """This rank's loss, and the average over ranks of the gradient of a shared parameter."""
     rank, world = dist.get_rank(), dist.get_world_size()
     logits, target, mask = data_parallel_case(odd_rank)[rank]
     scale = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    config = InfoEntropyConfig(**settings, detach_weight=detach)
-    loss = infoentropy_loss(
+    loss = our_loss(
         logits * scale[0] + logits.sin() * scale[1],
         target,
-        config,
+        InfoEntropyConfig(**settings),
+        fused=fused,
         loss_mask=mask,
         data_parallel_group=dist.group.WORLD,
     )
@@ -83,28 +124,23 @@ def data_parallel_rank(settings, detach, odd_rank):
     return loss.detach(), scale.grad / world
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 @pytest.mark.parametrize("odd_rank", [None, "empty", "certain"])
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_averaging_gradients_over_data_ranks_gives_the_gradient_of_the_value(
-    normalization, detach, odd_rank
+    normalization, detach, odd_rank, fused
 ):
     """A rank whose tokens all weigh nothing is left out of the mean of 1 / mean(w)."""
-    settings = {"gamma": 2.0, "normalization": normalization}
+    settings = {"gamma": 2.0, "normalization": normalization, "detach_weight": detach}
     if odd_rank == "certain":
         settings["objective"] = "focal"
-    results = run_ranks(data_parallel_rank, 2, settings, detach, odd_rank)
+    results = run_ranks(data_parallel_rank, 2, settings, odd_rank, fused)
     scale = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
     batches = [
         (x * scale[0] + x.sin() * scale[1], y, mask) for x, y, mask in data_parallel_case(odd_rank)
     ]
-    share = 1.0
-    if odd_rank == "certain":
-        tokens, others = ((mask * (y != -100)).sum() for _, y, mask in batches)
-        if normalization != "global":  # the others count in the mean over tokens
-            share = tokens / (tokens + others)
-        del batches[1]
-    expected = dense_objective(batches, **settings, detach=detach) * share
+    expected = dense_loss(batches, InfoEntropyConfig(**settings))
     expected.backward()
     for loss, grad in results:
         assert torch.equal(loss, results[0][0])
@@ -129,7 +165,7 @@ def test_weights_next_to_nothing_overflow_neither_value_nor_gradient(gap, normal
     logits[:, 0] = gap
     target = torch.tensor([0, 1])
     truth, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    expected = dense_objective([(truth, target, torch.ones(2))], **settings, detach=detach)
+    expected = dense_loss([(truth, target, torch.ones(2))], config)
     loss = infoentropy_loss(ours, target, config)
     loss.backward()
     expected.backward()
@@ -192,8 +228,3 @@ def test_a_schedule_is_refused_where_no_samples_go_by():
     with pytest.raises(ValueError, match=r"pass config.at\(samples\)"):
         linear_infoentropy_loss(logits, torch.zeros(5, 3), target, config)
     assert infoentropy_loss(logits, target, config.at(5)) > 0
-
-
-def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"loss_mask must have the target's shape \[3\]"):
-        infoentropy_loss(torch.zeros(3, V), torch.zeros(3).long(), loss_mask=torch.ones(3, 1))

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from oracle import dense_statistics
+from dense import dense_results
 from ranks import run_ranks
 
-from megatron_infoentropy import vocab_parallel_statistics
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
 
 N, V = 29, 1016  # divides by 1, 2, 4 ranks; no shard is a multiple of a register times a chunk
 TRUE_SIZE = 700  # with 4 ranks the last shard is all padding, with 2 the last is part padding
@@ -82,46 +82,104 @@ def test_gathered_results_are_bitwise_equal_on_all_ranks_and_runs(world, backend
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_float64_shards_equal_dense_float64(world):
-    """The algebra of the fold and of the gradient, without rounding: 1e-12."""
-    results = run_ranks(on_rank, world, torch.float64, TRUE_SIZE, "reference", "gather")
-    logits, target, upstream = make_case(torch.float64)
-    logits[2] = logits[3]
-    logits[5] = 0  # an ignored row; the oracle cannot skip NaN
-    dense = logits.clone().requires_grad_()
-    expected = dense_statistics(dense[:, :TRUE_SIZE], target)
-    (torch.stack(expected) * upstream).sum().backward()
-    for statistics, _ in results:
-        for part, truth in zip(statistics[:3], expected, strict=True):
-            assert_within(part, truth, atol=1e-12)
-    assert_within(torch.cat([grad for _, grad in results], -1), dense.grad, atol=1e-12)
-
-
-def count_collectives(collective):
-    logits = torch.randn(8, 32, requires_grad=True)
-    target = torch.arange(8)
-    counted = {}
+def sent_on_rank(settings):
+    """The collectives of the loss, forward and backward: (name, bytes a token) of each."""
+    logits, config = torch.randn(8, 32, requires_grad=True), InfoEntropyConfig(**settings)
     names = ("all_gather_into_tensor", "all_reduce", "all_gather", "reduce_scatter", "broadcast")
-    with mock.patch.multiple(dist, **{n: mock.Mock(wraps=getattr(dist, n)) for n in names}):
-        got = vocab_parallel_statistics(
-            logits, target, group=dist.group.WORLD, collective=collective
-        )
-        for phase in ("forward", "backward"):
-            if phase == "backward":
-                (got.cross_entropy * got.entropy.detach()).sum().backward()
-            counted[phase] = {n: getattr(dist, n).call_count for n in names}
-    return counted
+    sent = {"forward": [], "backward": []}
+
+    def noted(phase, name, function):
+        def call(*tensors, **options):
+            part = tensors[-1]
+            sent[phase].append((name, part.numel() * part.element_size() // 8))
+            return function(*tensors, **options)
+
+        return call
+
+    for phase in sent:
+        with mock.patch.multiple(dist, **{n: noted(phase, n, getattr(dist, n)) for n in names}):
+            if phase == "forward":
+                loss = infoentropy_loss(logits, torch.arange(8), config, group=dist.group.WORLD)
+            else:
+                loss.backward()
+    return sent
 
 
 @pytest.mark.parametrize(
-    ("collective", "expected"),
-    [("gather", {"all_gather_into_tensor": 1}), ("all_reduce", {"all_reduce": 2})],
+    ("settings", "expected"),
+    [
+        ({}, [("all_gather_into_tensor", 16)]),
+        ({"label_smoothing": 0.1}, [("all_gather_into_tensor", 20)]),
+        ({"objective": "deft"}, [("all_gather_into_tensor", 20)]),
+        ({"objective": "deft", "label_smoothing": 0.1}, [("all_gather_into_tensor", 24)]),
+        ({"collective": "all_reduce"}, [("all_reduce", 4), ("all_reduce", 16)]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_forward_needs_the_promised_collectives_and_backward_none(collective, expected):
-    for counted in run_ranks(count_collectives, 2, collective):
-        assert {n: c for n, c in counted["forward"].items() if c} == expected
-        assert counted["backward"] == counted["forward"]
+def test_forward_sends_what_is_promised_and_backward_nothing(settings, expected):
+    for sent in run_ranks(sent_on_rank, 2, settings):
+        assert sent == {"forward": expected, "backward": []}
+
+
+def everything_on_rank(options, collective):
+    """All statistics, whether the target is the top, and the gradient of the former."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logits, target, upstream = everything_case()
+    shard = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    got = vocab_parallel_statistics(
+        shard,
+        target,
+        group=dist.group.WORLD,
+        vocab_size=TRUE_SIZE,
+        sum_p_squared=True,
+        uniform_cross_entropy=True,
+        collective=collective,
+        backend="reference",
+        **options,
+    )
+    parts = [part for name, part in got._asdict().items() if name != "is_top"]
+    torch.autograd.backward(parts, list(upstream))
+    return [part.detach() for part in parts], got.is_top, shard.grad
+
+
+def everything_case():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(N, V, generator=generator).double() * 6
+    target = torch.randint(0, TRUE_SIZE, (N,), generator=generator)
+    logits[1] = 2.0  # the maximum is tied across all shards
+    logits[2, int(target[2])] += 25  # p rounds to 1
+    target[::3] = logits[:, :TRUE_SIZE].argmax(-1)[::3]
+    target[4] = -100
+    return logits, target, torch.randn(5, N, generator=generator).double()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("collective", ["gather", "all_reduce"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 7.0, "temperature": 0.6},
+        {"temperature": torch.linspace(0.3, 2.3, N)},  # one a token
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_every_statistic_of_shards_equals_dense_float64(options, collective, world):
+    """The last of 4 shards is all padding, which is left out; the fifth token takes no part."""
+    logits, target, upstream = everything_case()
+    leaf = logits.clone().requires_grad_()
+    truth = dense_results(leaf[:, :TRUE_SIZE], target, **options)
+    torch.autograd.backward(truth, list(upstream))
+    is_best = (
+        logits[:, :TRUE_SIZE].amax(-1) == logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+    )
+    for rank, (parts, is_top, gradient) in enumerate(
+        run_ranks(everything_on_rank, world, options, collective)
+    ):
+        for part, expected in zip(parts, truth, strict=True):
+            assert_within(part, expected.detach(), atol=1e-11)
+        assert torch.equal(is_top, is_best & (target != -100))
+        assert_within(gradient, leaf.grad.chunk(world, -1)[rank], atol=1e-11)
 
 
 def megatron_cross_entropy(dtype):
