@@ -1,10 +1,8 @@
 """Finding and reading a checkpoint."""
 
 import argparse
-import json
 import os
 import pickle
-import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 from tiny_checkpoint import Harmful, tiny_args, tiny_tensors, write_checkpoint, write_tiny
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_infoentropy.convert import ConversionError
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint, find_iteration
 from megatron_infoentropy.convert.distcp import DistcpReader, Part, write_distcp
 
@@ -60,43 +57,6 @@ def test_a_release_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
     assert find_iteration(tmp_path, None) == tmp_path / "release"
-
-
-def test_a_tracker_that_was_cut_off_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "latest_checkpointed_iteration.txt"
-    path.touch()
-    with pytest.raises(ConversionError, match=f"{re.escape(str(path))} is empty"):
-        MegatronCheckpoint(tmp_path)
-
-
-def test_a_folder_that_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"latest_checkpointed_iteration\.txt.*\.metadata"):
-        MegatronCheckpoint(tmp_path)
-
-
-def test_another_checkpoint_format_is_refused_by_name(tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    path = tmp_path / "iter_0000007" / "metadata.json"
-    path.write_text(json.dumps({"sharded_backend": "zarr"}))
-    with pytest.raises(ValueError, match=r"got zarr.*--ckpt-format torch_dist"):
-        MegatronCheckpoint(tmp_path)
-
-
-def test_a_checkpoint_without_training_arguments_is_refused(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path, args, tiny_tensors(args), legacy=True)
-    (tmp_path / "iter_0000007" / "common.pt").unlink()
-    with pytest.raises(ValueError, match="no training arguments"):
-        MegatronCheckpoint(tmp_path)
-
-
-def test_an_index_that_calls_a_function_does_not_get_to(tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    index = tmp_path / "iter_0000007" / ".metadata"
-    index.write_bytes(pickle.dumps(Harmful(os.mkdir, str(tmp_path / "made"))))
-    with pytest.raises(ValueError, match="not the index"):
-        MegatronCheckpoint(tmp_path)
-    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
