@@ -47,6 +47,20 @@ def test_the_same_pickle_does_run_in_pickle_itself(tmp_path: Path) -> None:
     assert (tmp_path / "made").is_dir()
 
 
+def test_torch_reads_only_weights_by_default(tmp_path: Path) -> None:
+    """What Megatron relies on when it calls torch.load: from torch 2.6 on."""
+    file = BytesIO()
+    torch.save(Harmful(os.mkdir, str(tmp_path / "made")), file)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(BytesIO(file.getvalue()))
+
+
+def test_a_pickle_changes_no_class_of_the_process() -> None:
+    # the class itself, then BUILD with (None, {"trust_remote_code": True})
+    unpickle(b"\x80\x02cargparse\nNamespace\nN}X\x11\x00\x00\x00trust_remote_code\x88s\x86b.")
+    assert not hasattr(argparse.Namespace, "trust_remote_code")
+
+
 def test_training_arguments_are_read_with_stand_ins_for_other_classes() -> None:
     args = argparse.Namespace(
         num_layers=4,
@@ -79,7 +93,16 @@ def test_a_file_of_torch_save_is_read_without_its_numbers() -> None:
     assert isinstance(loaded["step"], StandIn)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps([1, 2])[:-1]])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps([1, 2])[:-1],
+        b"\x80\x05\x96" + b"\xff" * 5 + bytes(3) + b".",  # gigabytes, of a few bytes
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+    ],
+)
 def test_a_broken_pickle_is_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="expected a pickle"):
         unpickle(data)

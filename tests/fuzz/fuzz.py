@@ -17,9 +17,6 @@ import time
 from datetime import date
 from pathlib import Path
 
-from mutate import mutated
-from seeds import CORPUS, seeds_of
-
 ROOT = Path(__file__).parents[2]
 LOG = ROOT / "tools" / "results" / "fuzz_cpu.csv"
 FIELDS = ("harness", "engine", "executions", "seconds", "findings", "commit", "date")
@@ -30,12 +27,12 @@ class Counted:
     """A harness that counts its executions and stops at the limits."""
 
     def __init__(self, name: str, seconds: float, runs: int) -> None:
-        from harnesses import execute
+        from readers import CORPUS, execute
 
         memory = Path("/dev/shm")
         place = memory if memory.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=place))
-        self._execute, self.name = execute, name
+        self._execute, self._corpus, self.name = execute, CORPUS / name, name
         self._start, self._seconds, self._runs = time.monotonic(), seconds, runs
         self.executions = self.findings = 0
 
@@ -53,7 +50,7 @@ class Counted:
             self._execute(self.name, data, self._folder)
         except BaseException as error:
             self.findings += 1
-            kept = CORPUS / self.name / f"crash-{hashlib.sha256(data).hexdigest()[:12]}"
+            kept = self._corpus / f"crash-{hashlib.sha256(data).hexdigest()[:12]}"
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_bytes(data)
             sys.stderr.write(f"{kept}: {type(error).__name__}: {error}\n")
@@ -71,6 +68,8 @@ class Counted:
 
 
 def by_mutation(harness: Counted) -> None:
+    from readers import mutated, seeds_of
+
     rng, seeds = random.Random(time.time_ns()), seeds_of(harness.name)
     while not harness.is_over:
         harness(mutated(rng, seeds))
@@ -82,7 +81,7 @@ def by_coverage(name: str, seconds: float, runs: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["megatron_infoentropy", "json", "yaml", "pickle"]):
-        import harnesses  # noqa: F401
+        from readers import seeds_of
     harness = Counted(name, seconds, runs)
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(seeds_of(name)):

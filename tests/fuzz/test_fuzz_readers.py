@@ -3,14 +3,12 @@
 import random
 
 import pytest
-from harnesses import HARNESSES, execute
-from mutate import mutated
-from seeds import seeds_of
+from readers import READERS, execute, mutated, seeds_of
 
 EXECUTIONS = 1000
 
 
-@pytest.mark.parametrize("name", HARNESSES)
+@pytest.mark.parametrize("name", READERS)
 def test_a_reader_ends_in_its_named_errors(name, tmp_path):
     seeds = seeds_of(name)
     for data in seeds:
@@ -24,8 +22,7 @@ def test_a_reader_ends_in_its_named_errors(name, tmp_path):
             raise AssertionError(f"{data!r}: {type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("name", sorted(set(HARNESSES) - {"text", "metadata"}))
+@pytest.mark.parametrize("name", sorted(set(READERS) - {"text", "metadata"}))
 def test_the_first_seed_is_read_to_its_end(name, tmp_path):
     """A fuzzer whose inputs are all refused at the door sees nothing."""
-    harness, _ = HARNESSES[name]
-    harness(seeds_of(name)[0], tmp_path)
+    READERS[name].harness(seeds_of(name)[0], tmp_path)
