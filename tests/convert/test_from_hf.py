@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from run_command import infoentropy
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import FAMILIES, LLAMA_3, TOKENS, export_tiny, same
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from megatron_infoentropy.cli import app
 from megatron_infoentropy.convert import (
     ConversionError,
     convert_checkpoint,
@@ -88,12 +87,11 @@ def test_what_is_llama_in_transformers_own_words_is_llama(
 
 
 def test_the_command_makes_a_hybrid_when_asked(tmp_path: Path) -> None:
-    hf, start = small(tmp_path, "llama"), tmp_path / "start"
-    done = CliRunner().invoke(app, ["convert-from-hf", str(hf), "--output", str(start), "--hybrid"])
-    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
-    assert "Megatron's side is its own forward pass" in done.output
-    assert "--hybrid-layer-pattern '*-' " in done.output, "no pattern of files for a shell"
-    assert "num-layers" not in load_recipe(start / "model.yaml")
+    small(tmp_path, "llama")
+    output = infoentropy("convert-from-hf", "hf", "--output", "start", "--hybrid", cwd=tmp_path)
+    assert "Megatron's side is its own forward pass" in output
+    assert "--hybrid-layer-pattern '*-' " in output, "no pattern of files for a shell"
+    assert "num-layers" not in load_recipe(tmp_path / "start" / "model.yaml")
 
 
 @pytest.mark.parametrize("said", [None, "bfloat16"])

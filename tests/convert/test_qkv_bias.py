@@ -5,22 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from run_command import infoentropy
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import FAMILIES, same, weights_of, write_tiny
+from tiny_checkpoint import FAMILIES, write_tiny
 from tiny_tokenizer import write_gpt2_tokenizer, write_qwen2_tokenizer
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from megatron_infoentropy.cli import app
 from megatron_infoentropy.convert import (
     ConversionError,
     convert_checkpoint,
     convert_from_hf,
-    prove,
 )
-from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
-from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.tokenizer import cuts_as_qwen2, tokenizer_differences
 
 O_BIAS = "model.layers.1.self_attn.o_proj.bias"
@@ -37,11 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def convert(folder: Path, tokenizer: str, *words: str) -> str:
-    command = ["convert", str(folder / "save"), "--tokenizer", str(folder / tokenizer)]
-    done = CliRunner().invoke(app, [*command, "--output", str(folder / "out"), *words])
-    if done.exception is not None:
-        raise done.exception
-    return done.output
+    command = ("convert", "save", "--tokenizer", tokenizer, "--output", "out")
+    return infoentropy(*command, *words, cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -66,34 +58,18 @@ def test_the_class_is_one_in_which_transformers_cuts_text_as_in_training(
 
 @pytest.mark.parametrize("words", [[], ["--no-verify"]])
 def test_an_export_that_would_be_misread_is_not_made(folder: Path, words: list[str]) -> None:
-    with pytest.raises(ConversionError, match=r"Qwen2Tokenizer: --family llama"):
+    with pytest.raises(AssertionError, match="Qwen2Tokenizer: --family llama"):
         convert(folder, "gpt2", "--family", "qwen2", *words)
     assert not (folder / "out").exists()
 
 
 def test_a_family_that_does_not_compute_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ConversionError, match="qwen2 or llama; got 'mistral'"):
+    with pytest.raises(AssertionError, match="qwen2 or llama; got 'mistral'"):
         convert(folder, "gpt2", "--family", "mistral")
     write_tiny(folder / "wide", **FAMILIES["qwen2"], kv_channels=12)
     with pytest.raises(ConversionError, match="--kv-channels"):
         convert_checkpoint(folder / "wide", folder / "out", family="qwen2")
     assert "its heads" in convert_checkpoint(folder / "wide", folder / "out").not_qwen2
-
-
-def test_there_and_back_is_the_same_to_the_bit(folder: Path) -> None:
-    summary = convert_from_hf(folder / "hf", folder / "megatron")
-    assert (summary.family, summary.flags["add-qkv-bias"]) == ("llama", True)
-    assert summary.flags["disable-bias-linear"] is True
-    assert prove(folder / "megatron", folder / "hf", imported=True).passed
-    stored, again = MegatronCheckpoint(folder / "save"), MegatronCheckpoint(folder / "megatron")
-    assert again.args.add_qkv_bias is True
-    assert stored.tensors.keys() == again.tensors.keys()
-    for name in stored.tensors:
-        rows = 258 if "embedding" in name or "output_layer" in name else None
-        assert torch.equal(stored.read(name)[:rows], again.read(name)), name
-    convert_checkpoint(folder / "megatron", folder / "again", family="llama")
-    assert same(folder / "hf", folder / "again")
-    assert not weights_of(folder / "hf")[O_BIAS].any()
 
 
 def test_a_bias_that_megatron_cannot_hold_is_refused_before_anything_is_written(
@@ -107,23 +83,6 @@ def test_a_bias_that_megatron_cannot_hold_is_refused_before_anything_is_written(
     with pytest.raises(ConversionError, match=r"layers\.1.*o_proj\.bias to be.*up to 0\.25"):
         convert_from_hf(folder / "hf", folder / "megatron")
     assert set(folder.iterdir()) == before
-
-
-def test_the_proof_sees_a_bias_that_is_not_zero(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = LAYOUTS["and_zeros"]._replace(to_hf=lambda weight, _: (weight, weight[:, 0]))
-    monkeypatch.setitem(LAYOUTS, "and_zeros", wrong)
-    convert_checkpoint(folder / "save", folder / "out", tokenizer=folder / "gpt2")
-    with pytest.raises(ConversionError, match="do not compute the same"):
-        prove(folder / "save", folder / "out")
-
-
-def test_the_proof_sees_a_configuration_without_the_biases(folder: Path) -> None:
-    path = folder / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": False}))
-    with pytest.raises(ConversionError, match="do not compute the same"):
-        prove(folder / "save", folder / "hf")
 
 
 def test_a_token_that_the_other_rules_never_make_is_found(folder: Path) -> None:

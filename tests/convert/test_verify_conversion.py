@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +25,26 @@ from megatron_infoentropy.convert import (
     verify_conversion,
 )
 from megatron_infoentropy.convert.architecture import Architecture
-from megatron_infoentropy.convert.layout import LAYOUTS
+from megatron_infoentropy.convert.layout import LAYOUTS, split_qkv
 from megatron_infoentropy.convert.reference_model import ReferenceModel
 from megatron_infoentropy.convert.verify import TOLERANCE
 
 
 def naive_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
     """All queries, then all keys, then all values: not how Megatron stores them."""
-    queries, keys = (
-        model.num_attention_heads * model.kv_channels,
-        model.num_query_groups * model.kv_channels,
-    )
-    return tuple(qkv.split([queries, keys, keys]))
+    heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
+    return qkv.split([number * model.kv_channels for number in heads])
 
 
-def up_gate(fc1: Tensor, model: Architecture) -> tuple[Tensor, ...]:
-    return tuple(reversed(fc1.chunk(2)))
-
-
-def shifted_vocabulary(table: Tensor, model: Architecture) -> tuple[Tensor]:
-    return (table[1 : model.vocab_size + 1],)
-
-
-def untouched_norm(weight: Tensor, model: Architecture) -> tuple[Tensor]:
-    return (weight,)
+def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
+    return split_qkv(qkv, replace(model, rotary_interleaved=False))
 
 
 def unchanged(tensor: Tensor, model: Architecture) -> tuple[Tensor]:
     return (tensor,)
 
 
-def by_head_in_columns(qkv: Tensor, model: Architecture) -> tuple[Tensor]:
-    return (qkv.t().contiguous(),)
-
-
-def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
-    heads = qkv.view(model.num_query_groups, -1, model.kv_channels, model.hidden_size)
-    return tuple(
-        part.reshape(-1, model.hidden_size)
-        for part in heads.split([model.num_attention_heads // model.num_query_groups, 1, 1], dim=1)
-    )
+INTERLEAVED = {"rotary_interleaved": True}
 
 
 @pytest.mark.parametrize(
@@ -71,14 +52,15 @@ def unpaired_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, ...]:
     [
         ("qkv", naive_qkv, {}),
         ("qkv", naive_qkv, {"group_query_attention": False}),
-        ("qkv", unpaired_qkv, {"rotary_interleaved": True}),
-        ("gate_up", up_gate, {}),
-        ("gate_up", up_gate, FAMILIES["mixtral"]),
-        ("vocabulary", shifted_vocabulary, {}),
-        ("norm", untouched_norm, {"layernorm_zero_centered_gamma": True}),
-        ("head_norm", unchanged, FAMILIES["qwen3"] | {"rotary_interleaved": True}),
-        ("qkv_by_head", unchanged, FAMILIES["gpt_neox"] | {"rotary_interleaved": True}),
-        ("qkv_in_columns", by_head_in_columns, FAMILIES["gpt2"]),
+        ("qkv", unpaired_qkv, INTERLEAVED),
+        ("gate_up", lambda fc1, _: fc1.chunk(2)[::-1], {}),
+        ("gate_up", lambda fc1, _: fc1.chunk(2)[::-1], FAMILIES["mixtral"]),
+        ("vocabulary", lambda table, model: (table[1 : model.vocab_size + 1],), {}),
+        ("norm", unchanged, {"layernorm_zero_centered_gamma": True}),
+        ("head_norm", unchanged, FAMILIES["qwen3"] | INTERLEAVED),
+        ("qkv_by_head", unchanged, FAMILIES["gpt_neox"] | INTERLEAVED),
+        ("qkv_in_columns", lambda qkv, _: (qkv.t().contiguous(),), FAMILIES["gpt2"]),
+        ("and_zeros", lambda w, _: (w, w[:, 0]), FAMILIES["qwen2"] | {"kv_channels": 12}),
     ],
 )
 def test_a_wrong_layout_fails_the_check(
@@ -93,11 +75,6 @@ def test_a_wrong_layout_fails_the_check(
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert not verification.passed
     assert verification.max_difference > 0.1
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10001.0}
@@ -115,6 +92,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10001.0}
         ("gpt2", {"activation_function": "gelu"}),
         ("gpt2", {"layer_norm_epsilon": 1e-6}),
         ("qwen2", {"rms_norm_eps": 1e-6}),
+        ("qwen2", {"model_type": "llama", "attention_bias": False}),
         ("qwen3", {"rope_parameters": ROPE}),
     ],
 )
@@ -122,7 +100,8 @@ def test_a_wrong_configuration_fails_the_check(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     export_tiny(tmp_path, **FAMILIES[family])
-    change_config(tmp_path, **changes)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     verification = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert verification.max_difference > TOLERANCE * verification.max_logit
     assert not verification.passed
@@ -183,52 +162,38 @@ def test_the_check_does_not_look_at_the_conversion_for_the_truth() -> None:
         assert [line.split()[1].rpartition(".")[2] for line in lines] == [of]
 
 
-def nearly_equal_experts(folder: Path, family: str, difference: float) -> None:
-    """Export a model in which the logits of the experts 2 and 3 differ by this share."""
+@pytest.mark.parametrize(("difference", "same"), [(1e-7, True), (1e-2, False)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("side", ["Megatron's own", "plain"])
+def test_only_rounding_may_send_a_token_to_other_experts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+    family: str,
+    difference: float,
+    same: bool,
+) -> None:
+    """The logits of the experts 2 and 3 differ by a share, and Megatron's side swaps them."""
     args = tiny_args(**FAMILIES[family])
     tensors = tiny_tensors(args)
     router = tensors["decoder.layers.mlp.router.weight"]
     router[:, 3] = router[:, 2] * (1 + difference)
-    write_checkpoint(folder / "save", args, tensors)
-    convert_checkpoint(folder / "save", folder / "hf")
+    write_checkpoint(tmp_path / "save", args, tensors)
+    convert_checkpoint(tmp_path / "save", tmp_path / "hf")
+    assert not verify.why_not_megatron()  # which imports it
+    from megatron.core.transformer.moe import router as megatrons
 
+    of, name = megatrons, "topk_routing_with_score_function"
+    if side == "plain":
+        of, name = ReferenceModel, "_route"
+        monkeypatch.setattr(verify, "why_not_megatron", lambda: "the other form is wanted")
+    choose = getattr(of, name)
 
-SWAPPED = [0, 1, 3, 2]
+    def swapped(*arguments: Any, **named: Any) -> Any:
+        turned = [a[:, [0, 1, 3, 2]] if isinstance(a, Tensor) else a for a in arguments]
+        return choose(*turned, **named)
 
-
-@pytest.mark.parametrize(("difference", "same"), [(1e-7, True), (1e-2, False)])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_only_rounding_may_send_a_token_to_other_experts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, difference: float, same: bool
-) -> None:
-    nearly_equal_experts(tmp_path, family, difference)
-    route = ReferenceModel._route
-
-    def swapped(self: ReferenceModel, logits: Tensor) -> tuple[Tensor, Tensor]:
-        _, experts = route(self, logits[:, SWAPPED])
-        shares = logits.softmax(-1).gather(1, experts)
-        whole = 1.0 if family == "qwen3_moe" else shares.sum(-1, keepdim=True)
-        return shares / whole, experts
-
-    monkeypatch.setattr(verify, "why_not_megatron", lambda: "the other form can be changed here")
-    monkeypatch.setattr(ReferenceModel, "_route", swapped)
+    monkeypatch.setattr(of, name, swapped)
     result = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
     assert result.passed == same, str(result)
-
-
-def test_the_routes_of_megatrons_own_model_are_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nearly_equal_experts(tmp_path, "mixtral", 1e-7)
-    assert not verify.why_not_megatron()  # which imports it
-    from megatron.core.transformer.moe import router
-
-    choose = router.topk_routing_with_score_function
-
-    def swapped(logits: Tensor, *others: Any, **named: Any) -> Any:
-        return choose(logits[:, SWAPPED], *others, **named)
-
-    monkeypatch.setattr(router, "topk_routing_with_score_function", swapped)
-    result = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
-    assert result.passed, str(result)
-    assert not result.not_megatron
+    assert bool(result.not_megatron) == (side == "plain")

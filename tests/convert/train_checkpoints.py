@@ -1,9 +1,9 @@
 """Checkpoints of Megatron's own trainer, on the CPU, and what its models compute.
 
 For every case below `train_all` leaves FOLDER/<case>/save, the folder Megatron wrote, and
-FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for them, its greedy continuation
-of the first few, and the first batch with its loss. The cases of IMPORTED start from a Hugging
-Face model, FOLDER/<case>/hf, and do not change it (learning rate 0).
+FOLDER/<case>/golden.pt: tokens, the logits of Megatron's model for them, and its greedy
+continuation of the first few. The cases of IMPORTED start from a Hugging Face model,
+FOLDER/<case>/hf, and do not change it (learning rate 0).
 """
 
 from collections.abc import Iterator
@@ -83,15 +83,11 @@ def train(folder: Path) -> None:
 
     prepare_megatron()
     models: list[Any] = []
-    first: dict[str, Any] = {}
 
     def forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
         models[:] = [model]
         batch = next(batches)
-        loss = model(*inputs_of(batch[:, :-1]), labels=batch[:, 1:].contiguous())
-        first.setdefault("batch", batch)
-        first.setdefault("loss", loss.detach().mean())
-        return loss, sum_and_count
+        return model(*inputs_of(batch[:, :-1]), labels=batch[:, 1:].contiguous()), sum_and_count
 
     def datasets(sizes: list[int], vp_stage: int | None = None) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -102,7 +98,7 @@ def train(folder: Path) -> None:
     args = parse_and_validate_args()
     container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
-    record(models[0], first, folder / "golden.pt")
+    record(models[0], folder / "golden.pt")
 
 
 def inputs_of(tokens: Any) -> tuple[Any, Any, Any]:
@@ -121,7 +117,7 @@ def sum_and_count(loss: Any) -> tuple[Any, Any, dict[str, Any]]:
     return loss.sum(), count, {"loss": torch.stack([loss.detach().sum(), count.float()])}
 
 
-def record(model: Any, first: dict[str, Any], path: Path) -> None:
+def record(model: Any, path: Path) -> None:
     """Save what the trained model computes, from the ranks of the last pipeline stage."""
     import torch
 
@@ -136,8 +132,7 @@ def record(model: Any, first: dict[str, Any], path: Path) -> None:
         torch.distributed.broadcast(token, last)
         generated = [*generated, int(token)]
     if torch.distributed.get_rank() == last:
-        golden = {"tokens": sequences, "logits": logits, "generated": generated, **first}
-        torch.save(golden, path)
+        torch.save({"tokens": sequences, "logits": logits, "generated": generated}, path)
 
 
 def full_logits(model: Any, sequence: list[int]) -> Any:
