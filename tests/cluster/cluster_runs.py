@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from light_run import text_of
 from machines import Machine, Machines
 
 from megatron_infoentropy.evaluate.runlog import read_log
@@ -96,10 +97,6 @@ def kill_connection(machines: Machines, node: str, program: str) -> None:
 def train(made):
     """Follow a training to its end; what it said."""
     return start(made, RECIPE)
-
-
-def text_of(path):
-    return path.read_text() if path.exists() else ""
 
 
 def undisturbed(tokens, run, ranks, steps, settings=None):

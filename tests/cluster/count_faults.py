@@ -32,11 +32,11 @@ from cluster_runs import (  # noqa: E402
     make_tokens,
     prepared,
     ranks_on,
-    text_of,
     train,
     wait_until,
 )
 from launch import serve_ranks  # noqa: E402
+from light_run import text_of  # noqa: E402
 from machines import Machines, ended, machines, why_not  # noqa: E402
 from trials import complete_iterations  # noqa: E402
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster_runs import Job, text_of, wait_until
+from cluster_runs import Job, wait_until
+from light_run import text_of
 from typer.testing import CliRunner
 
 from megatron_infoentropy.cli import app

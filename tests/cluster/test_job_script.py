@@ -103,7 +103,7 @@ def test_a_time_limit_in_which_it_could_not_train_is_refused(new):
 def test_what_ends_by_itself_is_not_requeued(new):
     run = new("--time=60")
     job = submit(run)
-    (run.folder / "end").touch()
+    run.end(3)
     job.until(run.log, "FAILED")
     assert job.ExitCode == "3:0"
 

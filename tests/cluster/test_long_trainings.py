@@ -21,7 +21,6 @@ from cluster_runs import (
     ranks_on,
     saved_in,
     stop_at,
-    text_of,
     train,
     train_until_cut_off,
     trained,
@@ -29,6 +28,7 @@ from cluster_runs import (
     until_step,
     wait_until,
 )
+from light_run import text_of
 from machines import NODES
 
 from megatron_infoentropy.launch.cluster import Address, Cluster

@@ -5,12 +5,11 @@ What trains there is a program of a few lines (`light_run`).
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
-from cluster_runs import PATIENCE_S, kill_connection, text_of, wait_until
-from light_run import LightRun
+from cluster_runs import PATIENCE_S, kill_connection, wait_until
+from light_run import LightRun, text_of
 
 from megatron_infoentropy.launch.cluster import Cluster, parse_hosts
 from megatron_infoentropy.launch.failures import explain
@@ -25,19 +24,6 @@ def quick_ranks():
 def on(hosts: str, **settings) -> Cluster:
     named = parse_hosts(hosts)
     return Cluster(len(named), hosts=named, **settings)
-
-
-def started(run: LightRun, *words: str) -> subprocess.Popen[str]:
-    """hosts.sh in a session of its own."""
-    return subprocess.Popen(
-        [*run.command, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # Who starts the tests in the background of a script has SIGINT ignored, for bash for ever.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 SILENT = """
@@ -58,7 +44,7 @@ def test_hosts_that_cannot_take_part_are_named_before_anything_starts(machines, 
     silent = machines.nodes["n2"].start(sys.executable, "-c", SILENT, listens)
     wait_until(listens.exists, run.log)
     machines.nodes["n2"].check("mount", "-t", "tmpfs", "tmpfs", run.folder)
-    training = started(run)
+    training = run.start()
     said, _ = training.communicate(timeout=PATIENCE_S)
     machines.nodes["n2"].check("umount", run.folder)
     os.killpg(silent.pid, signal.SIGKILL)  # nsenter, and the listener it has forked
@@ -84,7 +70,7 @@ def test_ctrl_c_while_ssh_connects_stops_it_once_the_node_can_save(machines, tmp
     config = machines.base / "home/.ssh/config"
     config.write_text(slow + config.read_text())
     run = LightRun(tmp_path / "run", on("slow"))
-    training = started(run)
+    training = run.start()
     wait_until(lambda: text_of(attempts).count("\n") == 2, run.log)  # the first asked for node.sh
     for _ in range(2):  # the second is impatience
         os.killpg(training.pid, signal.SIGINT)
@@ -98,7 +84,7 @@ def test_ctrl_c_while_ssh_connects_stops_it_once_the_node_can_save(machines, tmp
 @pytest.mark.parametrize("side", ["client", "server", "all clients"])
 def test_a_connection_that_breaks_has_every_host_save(machines, tmp_path, side):
     run = LightRun(tmp_path / "run", on("n1,n2"))
-    training = started(run)
+    training = run.start()
     run.until_started()
     for node in ("0", "1") if side == "all clients" else ("1",):
         kill_connection(machines, node, "sshd" if side == "server" else "ssh")
@@ -115,11 +101,11 @@ def test_words_given_to_the_scripts_run_instead_of_the_training(machines, tmp_pa
     """On every host, whatever is in them: so `infoentropy doctor` looks at a job's nodes."""
     run = LightRun(tmp_path / "run", on("n1"))
     words = ["--max-restarts", "0", "-m", "--", "a doctor", "it's", "--run", "$HOME"]
-    training = started(run, *words)
+    training = run.start(*words)
     run.until_started()
-    (run.folder / "end").touch()
+    run.end(3)
     training.communicate(timeout=PATIENCE_S)
-    said = (run.folder / "words").read_text().splitlines()
+    said = run.words()
     assert said[:2] == ["-m", "torch.distributed.run"]
     assert said[-len(words) :] == words
     assert "megatron_infoentropy.pretrain" not in said

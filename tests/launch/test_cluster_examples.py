@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from light_run import LightRun, write_program
 
 from megatron_infoentropy.launch.cluster import Cluster
-from megatron_infoentropy.launch.recipe import written_flags
-from megatron_infoentropy.launch.scripts import Plan, node_script
 
 CLUSTERS = Path(__file__).parents[2] / "examples" / "clusters"
 NODES = 2
@@ -23,7 +22,6 @@ say = 'echo "$RANK of $WORLD_SIZE, node $GROUP_RANK" > {folder}/rank-$RANK'
 sys.argv = ["torchrun", *words[2:], "--no-python", "sh", "-c", say]
 runpy.run_module(words[1], run_name="__main__")
 """
-WORDS = '#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words-$NODE\n'
 
 
 def load(name):
@@ -56,22 +54,19 @@ def torchx(node, first):
     return [role.entrypoint, *role.args], {"TORCHX_RANK0_HOST": first}
 
 
-def start(kind, node, folder, program, first, *before):
-    """Start one node as the launcher would, in the run folder `folder`."""
+def start(kind, node, run, first, *before):
+    """Start one node as the launcher would."""
     command, variables = kind(node, first)
-    command = [word.replace("/runs/first", str(folder)) for word in command]
-    cluster = Cluster(NODES, 0, 2, address="first-node-0-0.first:29500", python=str(program))
-    plan = Plan(folder, (*written_flags({}, {}), "--x", "y"), cluster, "a test")
-    (folder / "node.sh").write_text(node_script(plan))
+    command = [word.replace("/runs/first", str(run.folder)) for word in command]
     unset = ("NODE", "RDZV_ENDPOINT", "RDZV_ID")
     variables |= {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.Popen([*before, *command], env=variables)
 
 
-def written(path, text, folder):
-    path.write_text(text.format(python=sys.executable, folder=shlex.quote(str(folder))))
-    path.chmod(0o755)
-    return path
+@pytest.fixture
+def run(tmp_path):
+    address = "first-node-0-0.first:29500"
+    return LightRun(tmp_path, Cluster(NODES, ranks_per_node=2, address=address))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +77,11 @@ def written(path, text, folder):
         (torchx, "10.0.0.1:29500"),
     ],
 )
-def test_node_sh_learns_which_node_it_is_and_where_the_first_one_is(tmp_path, kind, endpoint):
-    program = written(tmp_path / "torchrun", WORDS, tmp_path)
+def test_node_sh_learns_which_node_it_is_and_where_the_first_one_is(run, kind, endpoint):
     for node in range(NODES):
-        assert start(kind, node, tmp_path, program, "10.0.0.1").wait() == 0
-        words = (tmp_path / f"words-{node}").read_text().splitlines()
+        run.end(0, node)
+        assert start(kind, node, run, "10.0.0.1").wait() == 0
+        words = run.words(node)
         assert words[words.index("--nnodes") + 1] == str(NODES)
         assert words[words.index("--rdzv-endpoint") + 1] == endpoint
         assert f"is_host={int(node == 0)}," in words[words.index("--rdzv-conf") + 1]
@@ -103,11 +98,12 @@ def space():
     holder.kill()
 
 
-def test_two_nodes_meet_and_count_their_ranks_through(tmp_path, space):
-    program = written(tmp_path / "torchrun", TORCHRUN, tmp_path)
-    nodes = [start(skypilot, node, tmp_path, program, "127.0.0.1", *space) for node in range(NODES)]
+def test_two_nodes_meet_and_count_their_ranks_through(run, space):
+    folder = shlex.quote(str(run.folder))
+    write_program(run.torchrun, TORCHRUN.format(python=sys.executable, folder=folder))
+    nodes = [start(skypilot, node, run, "127.0.0.1", *space) for node in range(NODES)]
     assert [node.wait() for node in nodes] == [0, 0]
-    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(4)]
+    said = [(run.folder / f"rank-{rank}").read_text() for rank in range(4)]
     assert sorted(said) == [f"{rank} of 4, node {rank // 2}\n" for rank in range(4)]
 
 

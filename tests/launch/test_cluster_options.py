@@ -2,13 +2,14 @@
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from light_run import LightRun, write_program
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from typer.testing import CliRunner
 
@@ -34,6 +35,18 @@ from megatron_infoentropy.launch.train import finish
 from megatron_infoentropy.runtime.device import Device
 
 FLAGS = (*written_flags({}, {"tensor-model-parallel-size": 2}), "--x", "a b")
+PATH = os.environ["PATH"]
+
+
+def plan(run, nodes=1, ranks=4, **settings):
+    """A training on so many ranks and GPUs."""
+    return Plan(run, FLAGS, Cluster(nodes, ranks, ranks, **settings), "a test")
+
+
+def asked(run, options):
+    """What a job with these options asks of sbatch, which takes quotes as a shell does."""
+    lines = job_script(plan(run, slurm=parse_slurm(options))).splitlines()
+    return [word for line in lines if line[:8] == "#SBATCH " for word in shlex.split(line[8:])]
 
 
 @pytest.mark.parametrize(
@@ -71,11 +84,10 @@ def test_what_cannot_be_started_is_refused(settings, said):
 def test_ssh_is_given_users_and_ports_and_the_ranks_meet_at_the_host_alone(
     tmp_path, hosts, destinations, endpoint
 ):
-    cluster = Cluster(2, 1, 1, hosts=parse_hosts(hosts))
-    plan = Plan(tmp_path, FLAGS, cluster, "a test")
-    listed = hosts_script(plan).partition("\nhosts=(\n")[2].partition("\n)")[0]
+    made = plan(tmp_path, 2, 1, hosts=parse_hosts(hosts))
+    listed = hosts_script(made).partition("\nhosts=(\n")[2].partition("\n)")[0]
     assert shlex.split(listed) == destinations
-    assert f"\nendpoint=${{RDZV_ENDPOINT:-{endpoint}}} #" in node_script(plan)
+    assert f"\nendpoint=${{RDZV_ENDPOINT:-{endpoint}}} #" in node_script(made)
     host, port = endpoint.rsplit(":", 1)
     assert parse_rendezvous_endpoint(endpoint, 1) == (host.strip("[]"), int(port))
 
@@ -100,23 +112,25 @@ def test_options_of_sbatch_come_in_both_forms():
     assert parse_slurm("--gpus=8 --nodelist=a,b") == ("--gpus=8", "--nodelist=a,b")
 
 
-SET_BY_THE_SCRIPT = [
-    *(("--nodes=2", "--nodes"), ("--ntasks 8", "--ntasks"), ("-N 4", "-N"), ("-n8", "-n")),
-    *(
-        ("-o x.log", "-o"),
-        ("-ox.log", "-o"),
-        ("--error=x", "--error"),
-        ("--sig=B:USR1", "--signal"),
-    ),
-    *(("--ntasks-per-n 8", "--ntasks-per-node"), ("--out x.log", "--output"), ("-a 0-3", "-a")),
-    *(("--array=0-3", "--array"), ("--arr 0-3", "--array")),
-]
+SET_BY_THE_SCRIPT = {
+    "--nodes": ("--nodes=2",),
+    "-N": ("-N 4",),
+    "--ntasks": ("--ntasks 8",),
+    "-n": ("-n8",),
+    "--ntasks-per-node": ("--ntasks-per-n 8",),
+    "--output": ("--out x.log",),
+    "-o": ("-o x.log", "-ox.log"),
+    "--error": ("--error=x",),
+    "--signal": ("--sig=B:USR1",),
+    "--array": ("--array=0-3", "--arr 0-3"),
+    "-a": ("-a 0-3",),
+}
 
 
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        *((option, f"may not hold {name}:") for option, name in SET_BY_THE_SCRIPT),
+        *((each, f"not hold {name}:") for name, all in SET_BY_THE_SCRIPT.items() for each in all),
         ("--comment 'a\nb'", "a value of several lines"),
         ("--time=1:00 now", "now is none"),
     ],
@@ -127,7 +141,7 @@ def test_what_is_no_option_of_sbatch_or_the_scripts_own_is_refused(option, said)
 
 
 @pytest.mark.parametrize(
-    ("options", "asked"),
+    ("options", "whole"),
     [
         ("", ["--exclusive", "--mem=0"]),
         ("-p gpu --mem=64G --constraint=a", ["--exclusive"]),
@@ -136,33 +150,24 @@ def test_what_is_no_option_of_sbatch_or_the_scripts_own_is_refused(option, said)
         ("--exclusive=user", []),
     ],
 )
-def test_a_node_is_asked_for_as_a_whole_unless_its_cpus_are_chosen(tmp_path, options, asked):
-    job = job_script(Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=parse_slurm(options)), "a test"))
-    lines = job.splitlines()
-    assert [
-        line[8:] for line in lines if line in ("#SBATCH --exclusive", "#SBATCH --mem=0")
-    ] == asked
+def test_a_node_is_asked_for_as_a_whole_unless_its_cpus_are_chosen(tmp_path, options, whole):
+    words = asked(tmp_path, options)
+    assert [word for word in words if word in ("--exclusive", "--mem=0")] == whole
 
 
 def test_what_sbatch_reads_is_quoted(tmp_path):
     """It takes quotes, # and % much as a shell does."""
-    run = tmp_path / "a'b#%j"
-    slurm = parse_slurm("""--comment "it's # b" -A 'x y' --time=1:00""")
-    job = job_script(Plan(run, FLAGS, Cluster(1, 4, 4, slurm=slurm), "a test"))
-    lines = [line.removeprefix("#SBATCH ") for line in job.splitlines() if line[:7] == "#SBATCH"]
-    words = [word for line in lines for word in shlex.split(line)]
+    words = asked(tmp_path / "a'b#%j", """--comment "it's # b" -A 'x y' --time=1:00""")
     assert f"--output={tmp_path}/a'b#%%j/train.log" in words
     assert words[-4:] == ["--comment=it's # b", "-A", "x y", "--time=1:00"]
 
 
 def test_jobs_of_one_run_folder_wait_for_each_other_and_for_no_other(tmp_path):
-    def name(folder):
-        plan = Plan(tmp_path / folder / "run", FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
-        job = job_script(plan)
-        assert "\n#SBATCH --dependency=singleton\n" in job
-        return re.search("--job-name=(.*)", job)[1]
-
-    assert name("a") == name("a") != name("b")
+    first, again, other = (asked(tmp_path / folder / "run", "") for folder in "aab")
+    assert first == again
+    assert first[0].startswith("--job-name=run-")
+    assert first[0] != other[0]
+    assert "--dependency=singleton" in first
 
 
 @pytest.mark.parametrize("where", [{"slurm": ()}, {"hosts": parse_hosts("a")},
@@ -184,26 +189,18 @@ def test_a_machine_without_gpus_does_not_decide_for_others(monkeypatch, where):
 
 
 def test_another_command_line_that_makes_the_same_scripts_may_start_them(tmp_path):
-    cluster = Cluster(1, 4, 4, slurm=())
-
-    def prepared(made_by, flags=FLAGS):
-        return Plan(tmp_path, flags, cluster, made_by)
-
-    write(prepared("launch --dry-run"))
-    write(prepared("launch"))
+    made = plan(tmp_path, slurm=())
+    write(made)
+    write(replace(made, made_by="launch"))
     with pytest.raises(ValueError, match=r"node\.sh is there and differs"):
-        write(prepared("launch", (*FLAGS, "--y", "1")))
+        write(replace(made, flags=(*FLAGS, "--y", "1")))
 
 
 def test_after_submitting_it_says_where_the_log_is_and_how_to_stop(tmp_path, monkeypatch):
-    program = tmp_path / "sbatch"
-    program.write_text(
-        "#!/bin/sh\necho 'sbatch: a word of the site'\necho Submitted batch job 47\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    plan = Plan(tmp_path, FLAGS, Cluster(1, 4, 4, slurm=()), "a test")
-    said = start(plan, Path("r.yaml"))
+    says = "#!/bin/sh\necho 'sbatch: a word of the site'\necho Submitted batch job 47\n"
+    write_program(tmp_path / "sbatch", says)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
+    said = start(plan(tmp_path, slurm=()), Path("r.yaml"))
     assert "Submitted batch job 47" in said
     assert f"its log is {tmp_path}/train.log" in said
     assert "scancel --signal=USR1 47" in said
@@ -230,14 +227,6 @@ def test_the_command_hands_on_what_slurm_is_asked_for_and_its_lines_as_one_comme
     assert "\nmax_requeues=3\n" in job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
 
 
-def test_outside_the_container_the_job_ends_with_the_python_that_made_it(tmp_path):
-    for image, python in (("i", sys.executable), (None, "/their/python")):
-        cluster = Cluster(1, 4, 4, slurm=(), image=image, python="/their/python")
-        job = job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
-        assert f"\npython={python}\n" in job
-        assert '\n[ $# -gt 0 ] || "$python" -m megatron_infoentropy.launch.train' in job
-
-
 def test_a_number_of_parameters_that_is_known_stays(tmp_path):
     """A job without run.json ends without one."""
     (tmp_path / "train.log").write_text("model parameters: 8")
@@ -253,10 +242,10 @@ def test_a_number_of_parameters_that_is_known_stays(tmp_path):
 @pytest.mark.parametrize("engine", ["pyxis", "apptainer"])
 def test_the_scripts_are_bash_and_hold_every_choice(tmp_path, engine):
     container = {"image": "image.sif", "engine": engine, "mounts": ("/data:/data",)}
-    cluster = Cluster(2, 4, 4, slurm=("--time=1:00",), interface="ib0", **container)
-    plan = Plan(tmp_path, FLAGS, cluster, "a test")
-    node, job = node_script(plan), job_script(plan)
-    for text in (node, job, hosts_script(plan)):
+    python = {"python": "/their/python"}  # a job ends outside of it, with the one that made it
+    made = plan(tmp_path, 2, slurm=("--time=1:00",), interface="ib0", **container, **python)
+    node, job = node_script(made), job_script(made)
+    for text in (node, job, hosts_script(made)):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert "2 x 4 GPUs: tensor 2 x pipeline 1 x data 4" in node
     assert node.count("--tensor-model-parallel-size") == 1
@@ -267,6 +256,9 @@ def test_the_scripts_are_bash_and_hold_every_choice(tmp_path, engine):
         "pyxis": "--container-image=image.sif --container-mounts=/data:/data bash",
         "apptainer": "apptainer exec --nv --bind /data:/data image.sif bash",
     }
+    assert f"\npython={sys.executable}\n" in job
+    assert '\n[ $# -gt 0 ] || "$python" -m megatron_infoentropy.launch.train' in job
+    assert "\npython=/their/python\n" in job_script(plan(tmp_path, slurm=(), **python))
     assert f"\nsrun=(srun --kill-on-bad-exit=1 --cpu-bind=none {inside[engine]})\n" in job
 
 
@@ -279,20 +271,12 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_node_of_this_machine_works_in_a_folder_of_any_name(tmp_path, name):
-    run = absolute(tmp_path / name, Cluster())
-    run.mkdir()
-    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
-    (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")  # not a second
-    for program in ("torchrun", "sleep"):
-        (tmp_path / program).chmod(0o755)
-    cluster = Cluster(1, 0, 1, python=str(tmp_path / "torchrun"))
-    plan = Plan(run, (*FLAGS, "--save", f"{run}/checkpoints"), cluster, "a test")
-    (run / "node.sh").write_text(node_script(plan))
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(["bash", str(run / "node.sh")], check=True, env={**os.environ, "PATH": path})
-    words = (tmp_path / "words").read_text().splitlines()
+    run = LightRun(absolute(tmp_path / name, Cluster()), Cluster())
+    run.end(0)
+    subprocess.run(run.command, check=True)
+    words = run.words()
     assert words[words.index("--rdzv-id") + 1] == name
-    assert words[words.index("--save") + 1] == f"{run}/checkpoints"
+    assert words[words.index("--save") + 1] == f"{tmp_path / name}/checkpoints"
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,9 @@ def test_ranks_are_those_asked_for_else_the_recipes_else_the_machines(parsed, to
     dry.dry_run(recipe, {}, ranks=32)
     dry.dry_run(recipe, {})
     dry.dry_run(EXAMPLES / "tiny.yaml", {}, tokenizer=tok)
+    with pytest.raises(ValueError, match="1024 cannot be shared by 48 data-parallel"):
+        dry.dry_run(recipe, {}, ranks=48)
     assert [ranks for _, ranks in parsed] == [32, 16, 1]
-
-
-def test_ranks_that_cannot_share_the_batch_are_refused_in_our_words(parsed):
-    with pytest.raises(
-        ValueError, match="1024 cannot be shared by 48 data-parallel ranks in micro"
-    ):
-        dry.dry_run(EXAMPLES / "paper" / "468m.yaml", {}, ranks=48)
-    assert not parsed
 
 
 def test_data_and_a_missing_tokenizer_have_stand_ins(parsed, tok):
@@ -99,13 +93,9 @@ def test_every_number_has_a_line():
     assert "FP8" not in text
     for kind in ("weights", "gradients", "activations", "tensor parallel", "pipeline parallel"):
         assert any(line.strip().startswith(kind) for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(3 * 2**29, "1.50 GiB"), (2**29, "512.00 MiB"), (0, "0.00 MiB")]
-)
-def test_sizes_come_in_units_that_fit(size, text):
-    assert dry._in(dry.MEMORY_UNITS, size) == text
+    assert "  weights              0.01 MiB" in lines
+    large = report(replace(PLAIN, block_activations={"*": 2**30, "-": 2**30}))
+    assert any("8.00 GiB   Megatron's formula" in line for line in large)
 
 
 @pytest.mark.parametrize(
@@ -132,73 +122,59 @@ def test_a_refusal_gives_the_reason_alone(monkeypatch, tmp_path, code, reason):
 LINEAR = 4 * 8 * 8 + 3 * 8 * 16  # of one layer: q, k, v, out; gate, up, down
 TOTAL = 4 * (LINEAR + 16) + 8 + 2 * 32 * 8
 HIDDEN = 3 * 10 * 8 * 2  # bytes of one micro-batch's hidden states
+TP2, PP2, PP4 = (
+    {f"{axis}_model_parallel_size": ranks}
+    for axis, ranks in (("tensor", 2), ("pipeline", 2), ("pipeline", 4))
+)
+UNIFORM, BLOCK = (FULL | {"recompute_method": method} for method in ("uniform", "block"))
+ONE_CHUNK = PP2 | {"hybrid_layer_pattern": "**-***--"}  # half of it on each stage
 
 
 def test_a_tied_table_counts_once_but_is_held_by_both_ends_of_a_pipeline():
     tied = replace(PLAIN, untie_embeddings_and_output_weights=False)
-    assert parameters(PLAIN) == TOTAL
-    assert (
-        parameters(tied)
-        == parameters(replace(tied, pipeline_model_parallel_size=2))
-        == TOTAL - 32 * 8
-    )
-    held = stages(replace(tied, pipeline_model_parallel_size=4))
-    layer = LINEAR + 16
-    assert list(map(sum, held)) == [
-        *(layer + 32 * 8, layer, layer, layer + 8 + 32 * 8),
-    ]
-
-
-def test_memory_without_any_cut():
-    held = memory(PLAIN)
-    assert list(held.values()) == [2 * TOTAL, 0, 4 * TOTAL, 6 * TOTAL, 4 * 1000, 30 * 32 * 2]
-    plain = memory(replace(PLAIN, use_distributed_optimizer=False, infoentropy_fused_linear=True))
-    assert (plain["optimizer"], plain["logits"]) == (12 * TOTAL, 2 * 5 * 32 * 2)
-
-
-def test_tensor_parallel_ranks_share_matrices_and_logits_but_not_norms():
-    held = memory(replace(PLAIN, tensor_model_parallel_size=2))
-    assert held["weights"] == 2 * (4 * (LINEAR // 2 + 16) + 8 + 32 * 8)
-    assert held["logits"] == 30 * 16 * 2
-
-
-def test_fp8_copies_are_of_layers_only():
-    assert memory(PLAIN)["FP8 copies"] == 0
-    assert memory(replace(PLAIN, fp8="hybrid"))["FP8 copies"] == 2 * 4 * LINEAR
-
-
-def test_a_fused_chunk_is_never_more_than_there_are_tokens():
-    large = replace(PLAIN, infoentropy_chunk_tokens=4096, infoentropy_fused_linear=True)
-    assert memory(large)["logits"] == memory(PLAIN)["logits"]
+    cut = replace(tied, **PP4)
+    assert parameters(tied) == parameters(cut) == TOTAL - 32 * 8
+    assert sum(map(sum, stages(cut))) == TOTAL
 
 
 @pytest.mark.parametrize(
-    ("changes", "bytes_kept"),
+    ("changes", "expected"),
     [
-        ({**FULL, "recompute_method": "uniform"}, 4 * HIDDEN + 1000),
-        ({**FULL, "recompute_method": "uniform", "recompute_num_layers": 3}, 2 * HIDDEN + 3 * 1000),
         (
-            {**FULL, "recompute_method": "block", "recompute_num_layers": 3},
-            3 * HIDDEN + 1000 + 1000,
-        ),
-        ({**FULL, "recompute_method": "block", "recompute_num_layers": 9}, 4 * HIDDEN + 1000),
-        (
+            {},
             {
-                **FULL,
-                "recompute_method": "uniform",
-                "tensor_model_parallel_size": 2,
-                "sequence_parallel": True,
+                **{"weights": 2 * TOTAL, "FP8 copies": 0, "gradients": 4 * TOTAL},
+                **{"optimizer": 6 * TOTAL, "activations": 4 * 1000, "logits": 30 * 32 * 2},
             },
-            4 * HIDDEN // 2 + 1000,
         ),
+        ({"use_distributed_optimizer": False}, {"optimizer": 12 * TOTAL}),
+        # Ranks share matrices and logits, but not norms.
+        (TP2, {"weights": 2 * (4 * (LINEAR // 2 + 16) + 8 + 32 * 8), "logits": 30 * 16 * 2}),
+        ({"fp8": "hybrid"}, {"FP8 copies": 2 * 4 * LINEAR}),  # of layers only
+        (ONE_CHUNK | {"fp8": "hybrid"}, {"FP8 copies": 2 * (2 * 4 * 8 * 8 + 2 * 3 * 8 * 16)}),
+        ({"infoentropy_fused_linear": True}, {"logits": 2 * 5 * 32 * 2}),
+        # A chunk is never more than there are tokens.
+        (
+            {"infoentropy_fused_linear": True, "infoentropy_chunk_tokens": 4096},
+            {"logits": 30 * 32 * 2},
+        ),
+        (UNIFORM, {"activations": 4 * HIDDEN + 1000}),
+        (UNIFORM | {"recompute_num_layers": 3}, {"activations": 2 * HIDDEN + 3 * 1000}),
+        (BLOCK | {"recompute_num_layers": 3}, {"activations": 3 * HIDDEN + 1000 + 1000}),
+        (BLOCK | {"recompute_num_layers": 9}, {"activations": 4 * HIDDEN + 1000}),
+        (UNIFORM | TP2 | {"sequence_parallel": True}, {"activations": 4 * HIDDEN // 2 + 1000}),
         # Two micro-batches on their way through two stages of two layers, or one if there is one.
-        ({"pipeline_model_parallel_size": 2}, 4 * 1000),
-        ({"pipeline_model_parallel_size": 2, "global_batch_size": 6}, 2 * 1000),
-        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 5 * 1000),
+        (PP2, {"activations": 4 * 1000}),
+        (PP2 | {"global_batch_size": 6}, {"activations": 2 * 1000}),
+        (PP2 | {"virtual_pipeline_model_parallel_size": 2}, {"activations": 5 * 1000}),
+        # Two micro-batches of the first stage's are on their way, one of the last stage's.
+        (ONE_CHUNK, {"activations": 2 * (3 * 400 + 600)}),
+        (PP2 | {"hybrid_layer_pattern": "*|-------"}, {"activations": 7 * 600}),
     ],
 )
-def test_activations_by_recomputation_and_pipeline(changes, bytes_kept):
-    assert memory(replace(PLAIN, **changes))["activations"] == bytes_kept
+def test_memory_is_counted_by_kind(changes, expected):
+    held = memory(replace(PLAIN, **changes))
+    assert {name: held[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -229,22 +205,6 @@ def test_a_hybrid_of_the_same_layers_takes_the_same(recomputed, pipeline, virtua
     assert "hybrid of 4 attention (*) and 4 MLP (-) layers" in report(hybrid)[0]
 
 
-def test_stages_of_a_hybrid_are_what_its_pattern_says():
-    shape = replace(PLAIN, pipeline_model_parallel_size=2, hybrid_layer_pattern="*-|--|*|-")
-    attention, mlp, table = 4 * 8 * 8 + 8, 3 * 8 * 16 + 8, 32 * 8
-    assert list(map(sum, stages(shape))) == [2 * attention + mlp + table, 3 * mlp + 8 + table]
-    one_chunk = replace(shape, hybrid_layer_pattern="**-***--")  # half of it on each stage
-    assert list(map(sum, stages(one_chunk))) == [
-        *(3 * attention + mlp + table, 2 * attention + 2 * mlp + 8 + table),
-    ]
-    copies = memory(replace(one_chunk, fp8="hybrid"))["FP8 copies"]
-    assert copies == 2 * (2 * 4 * 8 * 8 + 2 * 3 * 8 * 16)
-    # Two micro-batches of the first stage's are on their way, one of the last stage's.
-    assert memory(one_chunk)["activations"] == 2 * (3 * 400 + 600)
-    behind = replace(one_chunk, hybrid_layer_pattern="*|-------")
-    assert memory(behind)["activations"] == 7 * 600
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -263,26 +223,25 @@ def test_what_is_not_counted_is_refused_by_name(changes, message):
         require_counted(replace(args, **changes))
 
 
-def test_gradients_travel_once_a_step_as_a_ring_sends_them():
-    reduced, gathered = 4 * TOTAL // 2, 2 * TOTAL // 2
-    assert traffic(PLAIN)["data parallel"] == reduced + gathered
-    assert traffic(replace(PLAIN, use_distributed_optimizer=False))["data parallel"] == 2 * reduced
-    assert traffic(replace(PLAIN, data_parallel_size=1))["data parallel"] == 0
+SCATTERED, GATHERED = 4 * TOTAL // 2, 2 * TOTAL // 2  # over two ranks, as a ring sends them
 
 
-def test_hidden_states_travel_between_stages_with_every_micro_batch():
-    assert traffic(PLAIN)["pipeline parallel"] == 0
-    assert (
-        traffic(replace(PLAIN, pipeline_model_parallel_size=2))["pipeline parallel"] == 2 * HIDDEN
-    )
-    middle = replace(PLAIN, pipeline_model_parallel_size=4)
-    assert traffic(middle)["pipeline parallel"] == 2 * 2 * HIDDEN
-    assert (
-        traffic(replace(middle, tensor_model_parallel_size=2))["pipeline parallel"]
-        == 2 * 2 * HIDDEN
-    )
-    scattered = replace(middle, tensor_model_parallel_size=2, sequence_parallel=True)
-    assert traffic(scattered)["pipeline parallel"] == 2 * HIDDEN
+@pytest.mark.parametrize(
+    ("changes", "kind", "sent"),
+    [
+        ({}, "data parallel", SCATTERED + GATHERED),
+        ({"use_distributed_optimizer": False}, "data parallel", 2 * SCATTERED),
+        ({"data_parallel_size": 1}, "data parallel", 0),
+        ({}, "pipeline parallel", 0),
+        # With each of two micro-batches; from the second stage on also back.
+        (PP2, "pipeline parallel", 2 * HIDDEN),
+        (PP4, "pipeline parallel", 2 * 2 * HIDDEN),
+        (PP4 | TP2, "pipeline parallel", 2 * 2 * HIDDEN),
+        (PP4 | TP2 | {"sequence_parallel": True}, "pipeline parallel", 2 * HIDDEN),
+    ],
+)
+def test_traffic_is_counted_by_kind(changes, kind, sent):
+    assert traffic(replace(PLAIN, **changes))[kind] == sent
 
 
 TYPES = {

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
-from megatron_infoentropy.launch import run_folder
 from megatron_infoentropy.launch.recipe import chosen_flags, warnings
 from megatron_infoentropy.launch.run_folder import (
     recorded,
@@ -200,15 +199,6 @@ def test_what_is_hardly_ever_meant_is_warned_of(tmp_path, settings, warned):
     said = warnings(words(tmp_path, settings))
     assert len(said) == bool(warned)
     assert re.search(warned, "".join(said))
-
-
-def test_a_run_goes_on_with_its_own_tokenizer(run, monkeypatch):
-    monkeypatch.setattr(run_folder, "_tokenizer_sha256", lambda words: "ab12")
-    train(run, 16, CE)
-    require(run, CE)
-    (run / "run.json").write_text(json.dumps(facts(run) | {"tokenizer_sha256": "cd34"}))
-    with pytest.raises(ValueError, match=r"holds a model of tokenizer cd34, this .* one of ab12"):
-        require(run, CE)
 
 
 def test_conversations_go_on_with_their_own_tokenizer_alone(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -35,9 +36,6 @@ for i in range(1, 4):
     print(f" [2026-01-01 00:00:00.0] iteration {i:8d}/       3 | objective: {i}.0E+00 |")
 sys.exit(0)
 """
-DYING_RANK = """
-raise ValueError("the ranks have reasons of their own")
-"""
 
 
 @pytest.fixture
@@ -63,6 +61,20 @@ def job(tmp_path, monkeypatch):
     return TrainingJob(RECIPE, tmp_path / "data", tmp_path / "tok", tmp_path / "run")
 
 
+def words_of(job, *flags, **changes):
+    """The command line of the job with these flags and changes."""
+    return launch.build_command(replace(job, extra_flags=flags, **changes)).words
+
+
+def trained(job, code):
+    """What a training said of itself whose ranks are this program."""
+    return launch.train(job, pretend(job, code))
+
+
+def facts_in(run):
+    return json.loads((run / "run.json").read_text())
+
+
 class ChatTokenizer:
     chat_template: str | None = "a template"
 
@@ -76,17 +88,16 @@ def test_conversations_take_the_place_of_datasets(job, tmp_path, monkeypatch):
     train.write_text("{}\n")
     with pytest.raises(ValueError, match=r"validation\.jsonl is not there: .* --eval-iters 0"):
         launch.build_command(job)
-    words = launch.build_command(replace(job, extra_flags=("--eval-iters", "0"))).words
+    words = words_of(job, "--eval-iters", "0")
     assert values(words, "--train-data-path") == [str(train)]
     assert "--valid-data-path" not in words
     assert "--infoentropy-conversations" in words
     validation.write_text("{}\n")
-    command = launch.build_command(job)
-    assert values(command.words, "--valid-data-path") == [str(validation)]
-    assert "--test-data-path" not in command.words
-    launch.train(job, pretend(job, TALKING_RANK))
-    facts = json.loads((job.run / "run.json").read_text())
-    assert facts["tokenizer_sha256"] == tokenizer_digest(job.tokenizer)
+    words = words_of(job)
+    assert values(words, "--valid-data-path") == [str(validation)]
+    assert "--test-data-path" not in words
+    trained(job, TALKING_RANK)
+    assert facts_in(job.run)["tokenizer_sha256"] == tokenizer_digest(job.tokenizer)
     recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=99)
     with pytest.raises(ValueError, match=r"a vocabulary of 99, the tokenizer .* has 100"):
         launch.build_command(replace(job, recipe=recipe))
@@ -121,16 +132,16 @@ def test_an_objective_alone_is_normalized_as_the_configuration_would(objective):
 
 def test_the_command_tells_the_whole_objective_and_the_data_blend(job):
     loss = {"objective": "focal", "gamma": 2.0, "normalization": "global", "detach_weight": False}
-    settings = loss_flags(loss) | {"tensor-model-parallel-size": 2, "seed": 7}
-    command = launch.build_command(replace(job, settings=settings))
-    assert command.ranks == 2
-    assert values(command.words, "--nproc-per-node")[0] == "2"
-    assert values(command.words, "--infoentropy-objective") == ["focal"]
-    assert values(command.words, "--infoentropy-gamma") == ["2.0"]
-    assert values(command.words, "--infoentropy-normalization") == ["global"]
-    assert "--no-infoentropy-detach-weight" in command.words
-    assert values(command.words, "--seed") == ["7"]
-    blend = values(command.words, "--train-data-path")
+    words = words_of(job, "--lr", "1", settings=loss_flags(loss) | TP2 | {"seed": 7})
+    assert words.index(CPU_FLAGS[0]) < words.index("--num-layers")
+    assert values(words, "--lr") == ["1"]
+    assert values(words, "--nproc-per-node")[0] == "2"
+    assert values(words, "--infoentropy-objective") == ["focal"]
+    assert values(words, "--infoentropy-gamma") == ["2.0"]
+    assert values(words, "--infoentropy-normalization") == ["global"]
+    assert "--no-infoentropy-detach-weight" in words
+    assert values(words, "--seed") == ["7"]
+    blend = values(words, "--train-data-path")
     assert [Path(word).name for word in blend] == ["0.75", "b_text", "0.25", "a_text"]
 
 
@@ -138,8 +149,7 @@ def test_data_made_anew_in_their_folder_get_an_index_cache_of_their_own(job):
     """Of train, validation and test; without the latter two where nothing is evaluated."""
 
     def cache(**settings):
-        command = launch.build_command(replace(job, settings=settings))
-        return values(command.words, "--data-cache-path")
+        return values(words_of(job, settings=settings), "--data-cache-path")
 
     first, unevaluated = cache(), cache(**{"eval-iters": 0})
     assert cache() == first
@@ -148,13 +158,6 @@ def test_data_made_anew_in_their_folder_get_an_index_cache_of_their_own(job):
         path.write_text(path.read_text().replace('"documents": 1', '"documents": 2', 1))
         assert cache() != first
         assert (cache(**{"eval-iters": 0}) == unevaluated) is (same is not None)
-
-
-def test_the_recipe_and_extra_flags_come_after_the_machines(job):
-    words = launch.build_command(replace(job, extra_flags=("--lr", "1"))).words
-    assert words.index(CPU_FLAGS[0]) < words.index("--num-layers")
-    assert values(words, "--lr") == ["1"]
-    assert words[-2:] == ["--lr", "1"]
 
 
 def test_without_a_gpu_one_thread_a_rank_on_two_cores(job, monkeypatch):
@@ -190,12 +193,14 @@ def test_options_overrule_the_recipe_and_the_recipe_the_defaults(job, tmp_path):
         RECIPE.read_text() + "\nloss:\n  infoentropy-gamma: 2.0\n  seed: 99\n"
         "  infoentropy-normalization: global\n  tensor-model-parallel-size: 2\n"
     )
-    facts = read_facts(launch.build_command(replace(job, recipe=recipe)).words)
-    assert (facts["gamma"], facts["seed"], facts["normalization"]) == (2.0, 99, "global")
-    assert (facts["tensor_parallel"], facts["sigma"], facts["detach_weight"]) == (2, 1.0, True)
+    names = ("gamma", "seed", "normalization", "tensor_parallel", "sigma", "detach_weight")
     settings = loss_flags({"gamma": 0.5, "sigma": None}) | {"seed": 7}
-    facts = read_facts(launch.build_command(replace(job, recipe=recipe, settings=settings)).words)
-    assert (facts["gamma"], facts["seed"], facts["sigma"]) == (0.5, 7, 1.0)
+    for given, expected in (
+        ({}, [2.0, 99, "global", 2, 1.0, True]),
+        (settings, [0.5, 7, "global", 2, 1.0, True]),
+    ):
+        facts = read_facts(words_of(job, recipe=recipe, settings=given))
+        assert [facts[name] for name in names] == expected
 
 
 def with_launch_section(tmp_path, launch, **flags):
@@ -209,7 +214,7 @@ def test_a_recipe_weighs_the_training_data_and_no_other(job, tmp_path):
     weights = tmp_path / "weights.json"
     weights.write_text('{"A text": 3, "B text": 2}')
     recipe = with_launch_section(tmp_path, f"  data-weights: {weights}\n  ranks: 64")
-    words = launch.build_command(replace(job, recipe=recipe)).words
+    words = words_of(job, recipe=recipe)
     blend = values(words, "--train-data-path")
     assert [Path(word).name for word in blend] == ["0.6", "a_text", "0.4", "b_text"]
     assert values(words, "--valid-data-path")[0] == "0.75"
@@ -218,40 +223,34 @@ def test_a_recipe_weighs_the_training_data_and_no_other(job, tmp_path):
 
 
 def test_without_validation_only_training_data_are_named(job):
-    words = launch.build_command(replace(job, extra_flags=("--eval-iters", "0"))).words
+    words = words_of(job, "--eval-iters", "0")
     assert "--train-data-path" in words
     assert {"--valid-data-path", "--test-data-path"}.isdisjoint(words)
 
 
 def test_data_of_another_vocabulary_than_the_recipes_are_refused(job, tmp_path):
-    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=101)
-    with pytest.raises(ValueError, match=r"a vocabulary of 101, the tokenizer .* has 100"):
-        launch.build_command(replace(job, recipe=recipe))
-    ours = replace(job, recipe=recipe, extra_flags=("--pretrained-checkpoint", "start"))
-    assert launch.build_command(ours).ranks == 1  # a model from elsewhere may have more rows
-    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=99)
-    with pytest.raises(ValueError, match=r"a vocabulary of 99, the tokenizer .* has 100"):
-        launch.build_command(replace(ours, recipe=recipe))
-    recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=100)
-    assert launch.build_command(replace(job, recipe=recipe)).ranks == 1
+    from_elsewhere = ("--pretrained-checkpoint", "start")  # which may have more rows
+    for size, flags, said in (
+        (100, (), None),
+        (101, (), r"a vocabulary of 101, the tokenizer .* has 100"),
+        (101, from_elsewhere, None),
+        (99, from_elsewhere, r"a vocabulary of 99, the tokenizer .* has 100"),
+    ):
+        recipe = with_launch_section(tmp_path, "  ranks: 1", vocab_size=size)
+        with pytest.raises(ValueError, match=said) if said else nullcontext():
+            words_of(job, *flags, recipe=recipe)
 
 
 def test_a_tokenizer_that_is_not_there_or_another_is_refused_before_any_rank_starts(job):
-    nowhere = replace(job, tokenizer=job.run / "nope")
+    nowhere, file = replace(job, tokenizer=job.run / "nope"), job.tokenizer / "tokenizer.json"
     with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json: give --tokenizer"):
         launch.build_command(nowhere)
     with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
         prepare(nowhere, Cluster(gpus_per_node=0), "a test")
-    with pytest.raises(ValueError, match=r"nope holds no tokenizer\.json"):
-        dry_run(RECIPE, {}, tokenizer=nowhere.tokenizer)
-    (job.tokenizer / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    for start in (
-        lambda: launch.build_command(job),
-        lambda: dry_run(RECIPE, {}, tokenizer=job.tokenizer),
-    ):
-        with pytest.raises(ValueError, match=r"tok/tokenizer\.json is a Git LFS pointer"):
-            start()
-    (job.tokenizer / "tokenizer.json").write_text('{"another": 1}')
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tok/tokenizer\.json is a Git LFS pointer"):
+        dry_run(RECIPE, {}, tokenizer=job.tokenizer)
+    file.write_text('{"another": 1}')
     with pytest.raises(ValueError, match="not the tokenizer that the training data were made with"):
         launch.build_command(job)
 
@@ -272,19 +271,14 @@ def test_training_says_which_folders_it_misses():
         require_places(data=None, tokenizer=Path("t"), run=None)
 
 
-def test_ranks_that_do_not_fit_the_layout_are_refused(job):
+def test_ranks_that_do_not_fit_the_layout_or_the_batch_are_refused(job):
     with pytest.raises(ValueError, match="3 ranks cannot be split into tensor-parallel 2"):
-        launch.build_command(replace(job, settings=TP2, ranks=3))
-    cp2 = replace(job, ranks=2, extra_flags=("--context-parallel-size", "2"))
-    assert launch.build_command(cp2).ranks == 2
+        words_of(job, settings=TP2, ranks=3)
     with pytest.raises(ValueError, match=r"context-parallel 2; use a multiple of 4"):
-        launch.build_command(replace(cp2, settings=TP2))
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused(job):
-    said = "a global batch of 8 cannot be shared by 2 data-parallel ranks in micro-batches of 8"
-    with pytest.raises(ValueError, match=said):
-        launch.build_command(replace(job, ranks=2))
+        words_of(job, "--context-parallel-size", "2", settings=TP2, ranks=2)
+    assert words_of(job, "--context-parallel-size", "2", ranks=2)  # one copy of the model
+    with pytest.raises(ValueError, match="a global batch of 8 cannot be shared by 2 data-parallel"):
+        words_of(job, ranks=2)
 
 
 def pretend(job, code):
@@ -296,17 +290,16 @@ def test_a_run_leaves_its_log_and_its_facts(job):
     job = replace(job, extra_flags=("--infoentropy-gamma=3", "--no-infoentropy-detach-weight"))
     command = pretend(job, TALKING_RANK)
     launch.train(job, command)
-    run = job.run
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["parameters"] == 1234
-    assert facts["objective"] == "infoentropy"
-    assert facts["train_iters"] == 100
-    assert facts["seq_length"] == 256
-    assert facts["command"] == command.words
-    assert facts["gamma"] == 3.0  # the last word on the command line, as the ranks read it
-    assert facts["detach_weight"] is False
+    expected = {
+        **{"parameters": 1234, "objective": "infoentropy", "train_iters": 100, "seq_length": 256},
+        "command": command.words,
+        # The last word on the command line, as the ranks read it.
+        **{"gamma": 3.0, "detach_weight": False},
+    }
+    facts = facts_in(job.run)
+    assert {name: facts[name] for name in expected} == expected
     assert facts["versions"]["commit"] == commit_of(PACKAGE.parent)
-    log = (run / "train.log").read_text()
+    log = (job.run / "train.log").read_text()
     assert log.startswith("model parameters: 1234\n")
     assert len(log.splitlines()) == 4
 
@@ -321,13 +314,13 @@ print(" iteration        3/       3 | objective: 3.0E+00 |")
 
 
 def test_lines_that_two_ranks_wrote_into_are_read_as_far_as_they_can_be(job, capsys):
-    launch.train(job, pretend(job, TORN_RANKS))
-    assert json.loads((job.run / "run.json").read_text())["parameters"] == 205120
+    trained(job, TORN_RANKS)
+    assert facts_in(job.run)["parameters"] == 205120
     assert "WARNING: the checkpoint was trained with objective=focal" in capsys.readouterr().err
 
 
 def test_a_run_folder_of_another_objective_is_refused_before_any_rank_starts(job):
-    launch.train(job, pretend(job, TALKING_RANK))
+    trained(job, TALKING_RANK)
     (job.run / "checkpoints" / "iter_0000003").mkdir(parents=True)
     (job.run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
     other = replace(job, settings=loss_flags({"objective": "focal"}))
@@ -346,22 +339,20 @@ print(" validation loss at iteration 2 | cross entropy value: 6.25E+00 |")
 
 
 def test_steps_before_this_start_are_no_part_of_its_rate(job, capsys):
-    launch.train(job, pretend(job, VALIDATED))
+    trained(job, VALIDATED)
     assert capsys.readouterr().err == "train run: 2 of 3 iterations\n"
 
 
 def test_a_training_ends_with_what_came_of_it(job):
-    said = launch.train(job, pretend(job, VALIDATED))
     losses = "cross entropy 5.5000, of validation data 6.2500 at step 2"
-    assert said.outcome() == f"trained to step 2 of 3: {losses}"
-    said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({STOPPED!r})"))
-    assert said.outcome() == f"stopped after saving at step 2 of 3: {losses}"
+    assert trained(job, VALIDATED).outcome() == f"trained to step 2 of 3: {losses}"
+    said = trained(job, f"{VALIDATED}\nprint({STOPPED!r})").outcome()
+    assert said == f"stopped after saving at step 2 of 3: {losses}"
     saves = " [2026] saving checkpoint at iteration       3 to x in torch_dist format"
-    said = launch.train(job, pretend(job, f"{VALIDATED}\nprint({saves!r})"))
-    losses = losses.replace("5.5000", "5.5000 at step 2")
-    assert said.outcome() == f"trained to step 3 of 3: {losses}"
-    said = launch.train(job, pretend(job, "pass"))
-    assert said.outcome().startswith("no step is in the log: the run has had its train-iters")
+    said = trained(job, f"{VALIDATED}\nprint({saves!r})").outcome()
+    assert said == f"trained to step 3 of 3: {losses.replace('5.5000', '5.5000 at step 2')}"
+    said = trained(job, "pass").outcome()
+    assert said == "no step is in the log: the run has had its train-iters"
 
 
 @pytest.mark.parametrize(
@@ -376,21 +367,14 @@ def test_a_training_ends_with_what_came_of_it(job):
     ],
 )
 def test_a_training_that_ends_without_a_loss_says_why(job, values, why):
-    said = launch.train(job, pretend(job, VALIDATED.replace("cross entropy: 5.5E+00", values)))
+    said = trained(job, VALIDATED.replace("cross entropy: 5.5E+00", values))
     assert said.outcome().startswith(f"trained to step 2 of 3: {why}")
-
-
-def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
-    with pytest.raises(launch.TrainingFailed, match="reasons of their own") as failure:
-        launch.train(job, pretend(job, DYING_RANK))
-    assert str(job.run / "train.log") in str(failure.value)
-    assert json.loads((job.run / "run.json").read_text())["parameters"] is None
 
 
 def test_of_flags_that_are_refused_there_is_one_sentence_and_no_page(job):
     refuse = 'import sys; sys.exit("usage: [--num-layers N]\\nx.py: error: argument --lr: no")'
     with pytest.raises(launch.TrainingFailed) as failure:
-        launch.train(job, pretend(job, refuse))
+        trained(job, refuse)
     log = job.run / "train.log"
     said = f"Megatron refuses the flags: argument --lr: no; the whole log is {log}"
     assert str(failure.value) == said
@@ -423,20 +407,10 @@ for line in said: print(f"[rank0]: {line}\\n[rank1]: {line.replace('what was', '
 @pytest.mark.parametrize("write", [ONE, IN_TURN, MIXED], ids=["one", "in turn", "mixed"])
 def test_of_a_deep_traceback_the_end_is_shown(job, write):
     with pytest.raises(launch.TrainingFailed) as failure:
-        launch.train(job, pretend(job, DEEP_RANKS.replace("{write}", write)))
+        trained(job, DEEP_RANKS.replace("{write}", write))
     said = str(failure.value)
+    assert f"the whole log is {job.run / 'train.log'}\n" in said
+    assert facts_in(job.run)["parameters"] is None
     assert said.endswith("RuntimeError: what was raised\nin two lines")
     assert said.count("Traceback (most recent call last)") == 1
     assert "\n  ...\n" in said
-
-
-def test_run_json_holds_the_whole_loss():
-    """Runs that differ in any of it must not be taken for seeds of one setting."""
-    words = ["--infoentropy-objective", "custom", "--infoentropy-weighting", "mine:weigh"]
-    words += ["--infoentropy-z-loss", "1e-4", "--tensor-model-parallel-size", "1"]
-    loss = read_facts(words)["loss"]
-    assert (loss["objective"], loss["weighting"], loss["z_loss"]) == ("custom", "mine:weigh", 1e-4)
-    assert "backend" not in loss
-    words = ["--infoentropy-gamma-schedule", "linear", "--infoentropy-gamma-samples", "500"]
-    loss = read_facts(words)["loss"]
-    assert (loss["gamma_schedule"], loss["gamma_samples"]) == ("linear", 500)

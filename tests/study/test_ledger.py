@@ -1,10 +1,12 @@
-"""Finished steps are proven by what they wrote; everything else is done again."""
+"""Finished steps are proven by what they wrote, whose files are read again only once touched."""
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from megatron_infoentropy.study import ledger
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
 from megatron_infoentropy.study.plan import StudyError
 
@@ -29,25 +31,46 @@ def work(tmp_path):
     return folder, steps, done
 
 
-def test_what_is_finished_is_not_done_again(work):
+@pytest.fixture
+def read(monkeypatch):
+    """Paths of the files that were read."""
+    paths, real = [], ledger.hashlib.file_digest
+
+    def file_digest(file, name):
+        paths.append(Path(file.name))
+        return real(file, name)
+
+    monkeypatch.setattr(ledger.hashlib, "file_digest", file_digest)
+    return paths
+
+
+def test_what_is_finished_is_neither_done_nor_read_again_until_it_is_touched(work, read):
     folder, steps, done = work
     first = run_steps(folder, steps(), "")
+    read.clear()
+    assert read_progress(folder, steps(), "").done == ("one", "two")
+    assert read == []
+    os.utime(folder / "a" / "file", (0, 0))
     assert run_steps(folder, steps(), "") == first
+    assert read == [folder / "a" / "file"]  # now its new time is recorded
+    assert read_progress(folder, steps(), "").digest == first
+    assert len(read) == 1
     assert done == ["a", "b"]
-    progress = read_progress(folder, steps(), "")
-    assert progress.done == ("one", "two")
-    assert progress.digest == first
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "added"])
+@pytest.mark.parametrize("damage", ["changed", "longer", "missing", "added"])
 def test_an_output_that_is_not_what_was_written_is_made_again(work, damage):
     folder, steps, done = work
     run_steps(folder, steps(), "")
     file = folder / "b" / "file"
+    times = file.stat()
     match damage:
         case "changed":
             file.write_text("y")
             os.utime(file, (0, 0))  # clocks of files tick every few milliseconds
+        case "longer":
+            file.write_text("xx")
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         case "missing":
             file.unlink()
         case "added":

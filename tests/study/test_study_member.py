@@ -1,19 +1,19 @@
-"""What a run's own steps make of leftovers, and what its answers depend on."""
+"""What data and a run's own steps make of leftovers, and what they depend on."""
 
 import json
 from dataclasses import replace
 
 import pytest
-from small_study import write_study
+from small_study import TEXT, write_study
 
 from megatron_infoentropy.evaluate import perplexity
 from megatron_infoentropy.evaluate.evaluation import UnfinishedEvaluationError
 from megatron_infoentropy.evaluate.scoring import ChunkJournal
-from megatron_infoentropy.study import steps
+from megatron_infoentropy.study import ledger, steps
 from megatron_infoentropy.study.ledger import Step, read_progress, run_steps
 from megatron_infoentropy.study.plan import Tasks
 from megatron_infoentropy.study.runner import DATA, start_worker
-from megatron_infoentropy.study.steps import places
+from megatron_infoentropy.study.steps import find_digest, places, prepare
 
 
 @pytest.fixture
@@ -82,3 +82,37 @@ def test_an_edited_task_is_asked_again(tmp_path, monkeypatch):
     assert read_progress(output / one.name, [ask()], "").done == ("tasks",)
     (folder / "task.yaml").write_text("task: two")
     assert read_progress(output / one.name, [ask()], "").done == ()
+
+
+def test_text_is_read_once_and_makes_other_data_after_it_changed(tmp_path, monkeypatch):
+    for split in ("train", "validation", "test"):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{split}.jsonl").write_text(split)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+
+    def tokens(text, split, tokenizer, output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "manifest.json").write_text((text / f"{split}.jsonl").read_text())
+
+    monkeypatch.setattr(steps, "_tokens", tokens)
+    given = TEXT.replace("tokens: tokens", "text: text")
+    study, output = write_study(tmp_path, given), tmp_path / "out"
+    first = prepare(study, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.hashlib, "file_digest", None)  # no file is read again
+        assert prepare(study, output) == find_digest(study, output) == first
+    (tmp_path / "text" / "train.jsonl").write_text("more")
+    assert find_digest(study, output) is None
+    assert prepare(study, output) != first
+
+
+@pytest.mark.parametrize("name", ["tokens/train/manifest.json", "tokenizer/tokenizer_config.json"])
+def test_datasets_that_are_there_are_known_together_with_their_tokenizer(tmp_path, name):
+    study, output = write_study(tmp_path), tmp_path / "out"
+    (tmp_path / "tokenizer").mkdir()
+    first = find_digest(study, output)
+    assert prepare(study, output) == find_digest(study, output) == first
+    (tmp_path / name).write_text('{"chat_template": ""}')
+    assert find_digest(study, output) not in (first, None)
+    assert not output.exists()

@@ -20,18 +20,13 @@ def test_lists_are_crossed_and_every_seed_gets_every_setting(tmp_path):
         for gamma in (0.5, 2)
         for normalization in ("paper", "global")
     ]
+    assert study.data.tokens == tmp_path / "tokens"
     assert study.members[-1].seed == 4
     assert study.members[-1].loss == {
         "objective": "infoentropy",
         "gamma": 2.0,
         "normalization": "global",
     }
-
-
-def test_paths_are_relative_to_the_study(tmp_path):
-    study = write_study(tmp_path)
-    assert study.recipe == tmp_path / "recipe.yaml"
-    assert study.data.tokens == tmp_path / "tokens"
 
 
 @pytest.mark.parametrize(
