@@ -111,13 +111,6 @@ def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     """Those, and what only `megatron_infoentropy.pretrain` does: its batches and its reports."""
     group = add_infoentropy_args(parser).add_argument_group("InfoEntropy trainer")
     group.add_argument(
-        f"--{PREFIX}-histogram-interval",
-        type=int,
-        default=0,
-        help="training steps between histograms of entropies and weights for TensorBoard and W&B, "
-        "a multiple of --log-interval; 0 is none (default: 0)",
-    )
-    group.add_argument(
         f"--{PREFIX}-whole-pieces",
         action="store_true",
         help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token "
@@ -171,7 +164,6 @@ def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> 
             f"{args.data_parallel_size} data-parallel ranks"
         )
     config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
-    _check_histogram_interval(args)
     if config.mtp_loss == "weighted":
         _check_prediction_heads(args)
     if getattr(args, f"{PREFIX}_conversations", False):
@@ -199,15 +191,6 @@ def _refuse(args: argparse.Namespace, reasons: dict[str, str], beside: str = "")
             flag = f"--{name.replace('_', '-')}"
             what = f"{beside} cannot go with {flag}" if beside else f"{flag} is refused"
             raise ValueError(f"{what}: {reason}")
-
-
-def _check_histogram_interval(args: argparse.Namespace) -> None:
-    interval = getattr(args, f"{PREFIX}_histogram_interval", 0)
-    if interval and (interval < 0 or interval % args.log_interval):
-        raise ValueError(
-            f"--{PREFIX}-histogram-interval must be a multiple of --log-interval "
-            f"({args.log_interval}), got {interval}: histograms are drawn where a line is logged"
-        )
 
 
 def _check_prediction_heads(args: argparse.Namespace) -> None:

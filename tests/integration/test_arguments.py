@@ -42,7 +42,6 @@ def megatron_args(**changes):
         "num_experts": None,
         "mtp_num_layers": None,
         "calculate_per_token_loss": False,
-        "log_interval": 2,
     }
     return SimpleNamespace(**plain | changes)
 
@@ -200,16 +199,6 @@ def test_a_model_that_cannot_be_exported_is_refused_unless_it_need_not_be(settin
     words.append("--infoentropy-no-export")
     check_megatron_args(megatron_args(**vars(parse(*words))), config)
     read_facts(words)
-
-
-def test_a_histogram_interval_without_a_log_line_is_refused():
-    for interval in (-2, 3):
-        args = megatron_args(infoentropy_histogram_interval=interval)
-        with pytest.raises(ValueError, match=rf"multiple of --log-interval \(2\), got {interval}"):
-            check_megatron_args(args, InfoEntropyConfig())
-    for interval in (0, 2, 4):
-        args = megatron_args(infoentropy_histogram_interval=interval)
-        check_megatron_args(args, InfoEntropyConfig())
 
 
 def test_global_normalization_turns_per_token_loss_on():
