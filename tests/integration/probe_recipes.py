@@ -59,11 +59,7 @@ def _parameters(container, rank, world):
 
 def train(output):
     """Train; write {parameter: standard deviation} of the model as it was built."""
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain as megatron_pretrain
-
     from megatron_infoentropy import pretrain
-    from megatron_infoentropy.integration.batch import build_datasets
 
     container, forward_step = pretrain.prepare()
 
@@ -73,7 +69,7 @@ def train(output):
         return chunks
 
     container.model.pre_wrap_hooks.append(write_down)
-    megatron_pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain.run(container, forward_step)
 
 
 # What a ring sends of the larger side of a collective over k ranks, in units of (k - 1) / k.

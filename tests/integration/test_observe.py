@@ -13,7 +13,7 @@ import plain_run
 import pytest
 import torch
 import torch.distributed as dist
-from launch import TINY_MODEL, run_forked, run_trainer
+from launch import TINY_TRAINING, run_forked, run_trainer
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -179,9 +179,7 @@ def run(tmp_path_factory):
     """(folder of a training with both writers, what its last rank, which holds them, printed)."""
     folder = tmp_path_factory.mktemp("observed")
     flags = [
-        *TINY_MODEL,
-        *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),
-        *("--micro-batch-size=2", "--global-batch-size=8", "--train-iters=6", "--lr=1e-3"),
+        *(*TINY_TRAINING, "--global-batch-size=8", "--train-iters=6"),
         *("--log-interval=3", "--infoentropy-gamma=0", "--infoentropy-gamma-schedule=linear"),
         *("--infoentropy-gamma-end=2", "--infoentropy-gamma-samples=32"),
         *(f"--tensorboard-dir={folder}/events", "--wandb-project=p", "--wandb-exp-name=n"),
