@@ -94,59 +94,45 @@ UNSCALED = {
 }
 
 
+# Of `megatron_infoentropy.pretrain` alone, each on where it is given.
+SWITCHES = {
+    f"{PREFIX}-whole-pieces": "a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: "
+    "its last token has no target, and nothing of another piece is seen",
+    f"{PREFIX}-conversations": "data paths are .jsonl files, "
+    '{"messages": [{"role": ..., "content": ...}, ...]} a line; a sequence is one of them in the '
+    "tokenizer's chat template, and only what the assistant says has targets",
+    f"{PREFIX}-unscaled-init": "draw every matrix from N(0, init-method-std), also the two that "
+    "end a layer's blocks, whose deviation Megatron divides by sqrt(2 layers)",
+    NO_EXPORT: "train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
+    "with a softcap or a temperature, which is refused otherwise",
+    f"{PREFIX}-hybrid": "build the GPT that the flags describe as Megatron's HybridModel: every "
+    "layer becomes one of attention and one MLP, over the same pipeline stages",
+}
+
+
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add a flag for every field of InfoEntropyConfig; an `extra_args_provider` for any script."""
     group = parser.add_argument_group("InfoEntropy loss")
     for field in dataclasses.fields(InfoEntropyConfig):
-        flag = f"--{PREFIX}-{field.name.replace('_', '-')}"
-        help_text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
+        kind: dict[str, Any] = {"type": field.type}
         if field.type is bool:
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text
-            )
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(field.type) is Literal:
-            group.add_argument(
-                flag, choices=get_args(field.type), default=field.default, help=help_text
-            )
-        else:
-            group.add_argument(flag, type=field.type, default=field.default, help=help_text)
+            kind = {"choices": get_args(field.type)}
+        group.add_argument(
+            f"--{PREFIX}-{field.name.replace('_', '-')}",
+            default=field.default,
+            help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+            **kind,
+        )
     return parser
 
 
 def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Those, and what only `megatron_infoentropy.pretrain` does: its batches and its reports."""
+    """Those, and those of what only `megatron_infoentropy.pretrain` does."""
     group = add_infoentropy_args(parser).add_argument_group("InfoEntropy trainer")
-    group.add_argument(
-        f"--{PREFIX}-whole-pieces",
-        action="store_true",
-        help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token "
-        "has no target, and nothing of another piece is seen",
-    )
-    group.add_argument(
-        f"--{PREFIX}-conversations",
-        action="store_true",
-        help='data paths are .jsonl files, {"messages": [{"role": ..., "content": ...}, ...]} a '
-        "line; a sequence is one of them in the tokenizer's chat template, and only what the "
-        "assistant says has targets",
-    )
-    group.add_argument(
-        f"--{PREFIX}-unscaled-init",
-        action="store_true",
-        help="draw every matrix from N(0, init-method-std), also the two that end a layer's "
-        "blocks, whose deviation Megatron divides by sqrt(2 layers)",
-    )
-    group.add_argument(
-        f"--{NO_EXPORT}",
-        action="store_true",
-        help="train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
-        "with a softcap or a temperature, which is refused otherwise",
-    )
-    group.add_argument(
-        f"--{PREFIX}-hybrid",
-        action="store_true",
-        help="build the GPT that the flags describe as Megatron's HybridModel: every layer becomes "
-        "one of attention and one MLP, over the same pipeline stages",
-    )
+    for name, help_text in SWITCHES.items():
+        group.add_argument(f"--{name}", action="store_true", help=help_text)
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser
 
