@@ -30,9 +30,8 @@ from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.distcp import Part, write_distcp
-from megatron_infoentropy.convert.from_hf import arguments_of
+from megatron_infoentropy.convert.from_hf import arguments_of, steps_to_write
 from megatron_infoentropy.convert.hf_config import architecture_from_config
-from megatron_infoentropy.convert.naming import rows_of, shape_of
 
 BLOCK = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
 COMMANDS = {"export": convert_checkpoint, "import": convert_from_hf}
@@ -62,17 +61,12 @@ def draw(shape: tuple[int, ...]) -> torch.Tensor:
 
 def parts_of(model: Architecture, stacked: bool) -> Iterator[Part]:
     """Yield every parameter, whole or layer by layer, with what draws it."""
-    done: set[str] = set()
-    for row in rows_of(model):
-        if done & set(row.hf):
-            continue
-        done |= set(row.hf)
-        shape = shape_of(row, model)
-        layers = [model.num_layers] if "*" in row.megatron else []
-        places = [(layer,) for layer in range(layers[0])] if layers and not stacked else [()]
-        for place in places:
-            drawn = (*layers[len(place) :], *shape)
-            yield row.megatron.replace(".*.", "."), (*layers, *shape), place, partial(draw, drawn)
+    drawn = set()
+    for step in steps_to_write(model):
+        place = () if stacked else step.part
+        if (step.name, place) not in drawn:
+            drawn.add((step.name, place))
+            yield step.name, step.shape, place, partial(draw, step.shape[len(place) :])
 
 
 def generate(folder: Path, model: Architecture, stacked: bool) -> None:

@@ -171,7 +171,7 @@ def convert_from_hf(
         )
     tokens = _tokens(folder, model)
     weights = HuggingFaceWeights(folder, model.family)
-    dtype, steps = weights.dtype, list(_steps(model))
+    dtype, steps = weights.dtype, list(steps_to_write(model))
     _match(weights, steps, model)
     _require_zeros(weights, steps)
     require_space(output, weights.parameters * dtype.itemsize)
@@ -258,7 +258,7 @@ def _require_zeros(weights: HuggingFaceWeights, steps: list[ConversionStep]) -> 
                 )
 
 
-def _steps(model: Architecture) -> Iterator[ConversionStep]:
+def steps_to_write(model: Architecture) -> Iterator[ConversionStep]:
     """Yield every parameter that has to be written, at every place; of several names the first.
 
     With experts both names of the norm before them: local layers ask for the one that they have

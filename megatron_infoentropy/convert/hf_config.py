@@ -20,18 +20,21 @@ from megatron_infoentropy.convert.architecture import (
 )
 from megatron_infoentropy.convert.errors import ConversionError
 
-_LLAMA_FIELDS = {
+_COMMON_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
     "initializer_range": "init_method_std",
-    "rms_norm_eps": "layernorm_epsilon",
     "attention_dropout": "attention_dropout",
+}
+_LLAMA_FIELDS = {
+    **_COMMON_FIELDS,
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "rms_norm_eps": "layernorm_epsilon",
 }
 _FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
     "llama": {**_LLAMA_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "add_bias_linear"},
@@ -55,15 +58,8 @@ _FIELDS: dict[str, dict[str, str]] = {  # by config.json's model_type
         "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
     "gpt_neox": {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "ffn_hidden_size",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_attention_heads",
-        "max_position_embeddings": "max_position_embeddings",
-        "initializer_range": "init_method_std",
+        **_COMMON_FIELDS,
         "layer_norm_eps": "layernorm_epsilon",
-        "attention_dropout": "attention_dropout",
         "hidden_dropout": "hidden_dropout",
     },
     "gpt2": {

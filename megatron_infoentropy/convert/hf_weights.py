@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", "inv_freq", ".masked_bias")
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # absent in some old exports
 HEADS = ("lm_head.weight", "embed_out.weight")
-_COMPARED_ROWS = 4096  # of each of two tables, at a time
 
 
 class Stored(NamedTuple):
@@ -51,8 +51,7 @@ class HuggingFaceWeights:
     @property
     def dtype(self) -> torch.dtype:
         """That of all of them, or fp32 where they differ; config.json may say another, or none."""
-        dtypes = {tensor.dtype for tensor in self.tensors.values()}
-        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return common_dtype(self.tensors.values())
 
     @property
     def parameters(self) -> int:
@@ -68,13 +67,17 @@ class HuggingFaceWeights:
         return tensor
 
     def equal(self, one: str, other: str) -> bool:
-        """Say whether two tables hold the same numbers, looking at some rows of both at a time."""
+        """Say whether two tensors hold the same numbers; those of one dtype are not copied."""
         first, second = self.read(one), self.read(other)
-        return first.shape == second.shape and all(
-            torch.equal(first[rows].float(), second[rows].float())
-            for at in range(0, len(first), _COMPARED_ROWS)
-            for rows in [slice(at, at + _COMPARED_ROWS)]
-        )
+        if first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        return torch.equal(first, second)
+
+
+def common_dtype(tensors: Iterable[Stored | torch.Tensor]) -> torch.dtype:
+    """Return the dtype of all of these tensors, or fp32 where they differ."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _read_headers(folder: Path) -> dict[str, Stored]:

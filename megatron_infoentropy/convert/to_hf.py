@@ -21,7 +21,7 @@ from megatron_infoentropy.convert.architecture import Architecture, architecture
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 from megatron_infoentropy.convert.errors import ConversionError
 from megatron_infoentropy.convert.hf_config import hf_config, name_of
-from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX
+from megatron_infoentropy.convert.hf_weights import DTYPES, INDEX, common_dtype
 from megatron_infoentropy.convert.layout import LAYOUTS
 from megatron_infoentropy.convert.model_card import model_card
 from megatron_infoentropy.convert.naming import ConversionStep, hf_shapes, match_names
@@ -173,10 +173,7 @@ def _choose_dtype(dtype: Dtype, checkpoint: MegatronCheckpoint) -> torch.dtype:
                 f"expected parameters in fp32, bf16 or fp16, got {name} in {tensor.dtype}; save "
                 "the model in a floating-point type without quantisation"
             )
-    if dtype != "auto":
-        return _DTYPES[dtype]
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    return stored.pop() if len(stored) == 1 else torch.float32
+    return common_dtype(checkpoint.tensors.values()) if dtype == "auto" else _DTYPES[dtype]
 
 
 def _write_weights(

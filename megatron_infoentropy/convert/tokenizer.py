@@ -50,10 +50,13 @@ class TokenizerFolder:
 def read_tokenizer(folder: Path) -> TokenizerFolder:
     """Look at a Hugging Face tokenizer folder, as transformers loads it."""
     used = load_with_transformers(folder)
-    ids = _special_ids(used)
+    ids = {name: getattr(used, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: int(token) for name, token in ids.items() if token is not None}
+    templates = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+    names = [*map(Path, _NAMES), *(path.relative_to(folder) for path in templates)]
     return TokenizerFolder(
         folder=folder,
-        files=tuple(name for name in _names(folder) if (folder / name).is_file()),
+        files=tuple(name for name in names if (folder / name).is_file()),
         vocab_size=_size(used),
         ids=ids,
         generation=_generation(folder, ids),
@@ -76,19 +79,9 @@ def copy_tokenizer(
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _names(folder: Path) -> list[Path]:
-    templates = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
-    return [*map(Path, _NAMES), *(path.relative_to(folder) for path in templates)]
-
-
 def _size(used: Any) -> int:
     """Return the highest id and 1, not the number of tokens: a vocabulary may have holes."""
     return int(max(used.get_vocab().values())) + 1
-
-
-def _special_ids(used: Any) -> dict[str, int]:
-    ids = {name: getattr(used, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: int(token) for name, token in ids.items() if token is not None}
 
 
 def _generation(folder: Path, ids: dict[str, int]) -> dict[str, Any]:
