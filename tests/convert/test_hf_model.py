@@ -57,19 +57,22 @@ def test_the_names_of_old_exports_are_known(tmp_path: Path) -> None:
         assert torch.equal(streamed(hf)(ids).logits, expected)
 
 
+def materialized_when_run(modules: list[Any]) -> list[int]:
+    """Return a list that gets, when any of them is run, how many have their weights in memory."""
+    seen: list[int] = []
+    for module in modules:
+        module.register_forward_hook(
+            lambda *_: seen.append(sum(not other.weight.is_meta for other in modules))
+        )
+    return seen
+
+
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     model = streamed(export(tmp_path))
-    layers = model.model.layers
-    seen = []
-
-    def count(*_: object) -> None:
-        seen.append([not layer.mlp.up_proj.weight.is_meta for layer in layers])
-
-    for layer in layers:
-        layer.mlp.register_forward_hook(count)
+    seen = materialized_when_run([layer.mlp.up_proj for layer in model.model.layers])
     with torch.no_grad():
         model(torch.tensor([TOKENS[0]]))
-    assert seen == torch.eye(3, dtype=torch.bool).tolist()
+    assert seen == [1] * 3
 
 
 def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,21 +82,14 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     def built(*arguments: Any) -> Any:
         megatron = build(*arguments)
-        linear = [
-            expert.linear_fc1
-            for layer in megatron.decoder.layers
-            for expert in layer.mlp.experts.local_experts
-        ]
-        for module in linear:
-            module.register_forward_hook(
-                lambda *_: seen.append(sum(not other.weight.is_meta for other in linear))
-            )
+        experts = [layer.mlp.experts.local_experts for layer in megatron.decoder.layers]
+        seen.append(materialized_when_run([e.linear_fc1 for each in experts for e in each]))
         return megatron
 
     monkeypatch.setattr(MegatronModel, "_build", built)
     side = MegatronModel(MegatronCheckpoint(tmp_path / "save"), torch.float32)
     side.logits(torch.tensor(TOKENS[0]), lambda layers: None)
-    assert seen == [1] * 3 * 4
+    assert seen == [[1] * 3 * 4]
 
 
 def test_the_proof_streams_where_the_model_does_not_fit(
@@ -127,9 +123,9 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
         tensor = weights[name]
         without = {n: t for n, t in weights.items() if n != name}
-        for state in (without, weights | {f"{name}_2": tensor}, without | {name: tensor[:-1]}):
-            copies = {n: t.clone() for n, t in state.items()}
-            save_file(copies, hf / "model.safetensors", {"format": "pt"})
+        more, fewer = {f"{name}_2": tensor.clone()}, {name: tensor[:-1].clone()}
+        for state in (without, weights | more, without | fewer):
+            save_file(state, hf / "model.safetensors", {"format": "pt"})
             with pytest.raises(ConversionError, match=name.rsplit(".", maxsplit=2)[-2]):
                 streamed(hf)
 
@@ -168,8 +164,8 @@ def test_the_training_data_says_with_which_tokenizer_it_was_written(
     monkeypatch.chdir(here)
 
     def write_manifest(folder: Path, sha256: str) -> None:
-        facts = TokenizerFacts(sha256, 60, 59)
         domains = {"Code": DomainFacts("code", documents=0, tokens=0, bytes=0)}
+        facts = TokenizerFacts(sha256, 60, 59)
         Manifest(
             folder=folder, tokenizer=facts, dtype="uint16", append_eod=True, domains=domains
         ).save()

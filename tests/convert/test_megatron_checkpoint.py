@@ -53,12 +53,6 @@ def test_an_iteration_is_found_by_the_tracker_by_number_and_by_its_own_folder(
         find_iteration(tmp_path / "save", 8)
 
 
-def test_a_release_checkpoint_is_found(tmp_path: Path) -> None:
-    (tmp_path / "release").mkdir()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
-    assert find_iteration(tmp_path, None) == tmp_path / "release"
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_arguments_that_call_a_function_do_not_get_to(tmp_path: Path, legacy: bool) -> None:
     args = tiny_args(data_path=Harmful(os.mkdir, str(tmp_path / "made")))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from run_command import infoentropy
-from tiny_checkpoint import tiny_args, tiny_tensors, write_checkpoint, write_tiny
+from tiny_checkpoint import weights_of, write_tiny
 from tiny_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -183,7 +183,9 @@ def test_a_token_that_only_the_settings_name_has_no_row(folder: Path) -> None:
 
 
 def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
-    args = tiny_args(
+    run = tmp_path / "run"
+    write_tiny(
+        run / "checkpoints",
         infoentropy_objective="infoentropy",
         infoentropy_gamma=2.0,
         infoentropy_sigma=1.0,
@@ -197,8 +199,6 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
         infoentropy_ignore_target=0,
         train_data_path=["0.25", "/somewhere/books", "0.75", "/somewhere/web"],
     )
-    run = tmp_path / "run"
-    write_checkpoint(run / "checkpoints", args, tiny_tensors(args))
     versions = {"megatron-core": "0.19.2", "commit": "0123abc"}
     (run / "run.json").write_text(json.dumps({"gamma": 2.0, "versions": versions}))
     convert_checkpoint(run / "checkpoints", tmp_path / "hf")
@@ -214,14 +214,12 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
     ):
         assert row in card
     assert "/somewhere" not in card
-    parameters = sum(tensor.numel() for tensor in tiny_tensors(args).values())
-    padding = 2 * 4 * 32  # of both tables
-    assert f"{parameters - padding:,} parameters" in card
+    parameters = sum(tensor.numel() for tensor in weights_of(tmp_path / "hf").values())
+    assert f"{parameters:,} parameters" in card
 
 
 def test_the_card_names_the_model_that_training_started_from(tmp_path: Path) -> None:
-    args = tiny_args()
-    write_checkpoint(tmp_path / "save", args, tiny_tensors(args))
+    write_tiny(tmp_path / "save")
     hub = tmp_path / "models--some--model-1B" / "snapshots" / "0123abc"
     convert_checkpoint(tmp_path / "save", hub)
     convert_from_hf(hub, tmp_path / "start")

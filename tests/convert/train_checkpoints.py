@@ -12,6 +12,8 @@ from typing import Any
 
 from launch import run_trainer
 
+from megatron_infoentropy.convert.megatron_model import one_rank_inputs
+
 COMMON = """
 --seq-length 64 --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 8
 --micro-batch-size 2 --global-batch-size 4 --lr-decay-style constant
@@ -103,11 +105,8 @@ def train(folder: Path) -> None:
 
 def inputs_of(tokens: Any) -> tuple[Any, Any, Any]:
     """Return token ids, positions and the mask of causal attention, as GPTModel takes them."""
-    import torch
-
-    length = tokens.shape[1]
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-    return tokens.contiguous(), torch.arange(length).expand_as(tokens), mask
+    positions, mask = one_rank_inputs(tokens.shape[1])
+    return tokens.contiguous(), positions.expand_as(tokens), mask
 
 
 def sum_and_count(loss: Any) -> tuple[Any, Any, dict[str, Any]]:
