@@ -80,6 +80,8 @@ OWNERS = {
     "rich": {"console", "commands", "progress", "bench"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+NODES = [(path, node) for path, tree in TREES.items() for node in ast.walk(tree)]
 
 
 def room_of(path: Path) -> str:
@@ -89,7 +91,7 @@ def room_of(path: Path) -> str:
 def imports_of(path: Path) -> set[tuple[str, str]]:
     """(top-level package, room of ours or '') of every import, also those inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -145,13 +147,12 @@ WALLS = {"__main__.py", "cli.py", "integration/hybrid.py"}
 def importers() -> dict[str, set[str]]:
     """Modules that import each module, both by their paths in the package."""
     importers_of: dict[str, set[str]] = {str(path.relative_to(PACKAGE)): set() for path in MODULES}
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
-                folder = node.module.removeprefix(PACKAGE.name).strip(".").replace(".", "/")
-                names = {f"{folder}/{alias.name}.py".strip("/") for alias in node.names}
-                for name in names | {f"{folder}.py"}:
-                    importers_of.get(name, set()).add(str(path.relative_to(PACKAGE)))
+    for path, node in NODES:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            folder = node.module.removeprefix(PACKAGE.name).strip(".").replace(".", "/")
+            names = {f"{folder}/{alias.name}.py".strip("/") for alias in node.names}
+            for name in names | {f"{folder}.py"}:
+                importers_of.get(name, set()).add(str(path.relative_to(PACKAGE)))
     return importers_of
 
 
@@ -165,9 +166,9 @@ def test_a_module_earns_its_place():
 def test_a_name_says_which_one_is_meant():
     """No class is called as another, nor are files of three rooms."""
     files, classes = defaultdict(set), defaultdict(set)
-    for path in MODULES:
+    for path, tree in TREES.items():
         files[path.name].add(path.parent)
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 classes[node.name].add(path)
     assert {n for n, rooms in files.items() if len(rooms) > 2} == {"__init__.py"}
@@ -176,18 +177,17 @@ def test_a_name_says_which_one_is_meant():
 
 def test_nothing_that_is_printed_is_read_as_markup():
     """Names of files and domains are printed as they are: consoles are made in console.py."""
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module in {"rich", "rich.markup"}:
-                assert {alias.name for alias in node.names} <= {"box"}, path
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func).rpartition(".")[2]
-            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-            assert name != "Console" or path.name == "console.py", f"{path}:{node.lineno}"
-            assert name != "from_markup", f"{path}:{node.lineno}"
-            assert options.get("markup", "False") == "False", f"{path}:{node.lineno}"
-            assert name != "TextColumn" or "markup" in options, f"{path}:{node.lineno}"
+    for path, node in NODES:
+        if isinstance(node, ast.ImportFrom) and node.module in {"rich", "rich.markup"}:
+            assert {alias.name for alias in node.names} <= {"box"}, path
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+        assert name != "Console" or path.name == "console.py", f"{path}:{node.lineno}"
+        assert name != "from_markup", f"{path}:{node.lineno}"
+        assert options.get("markup", "False") == "False", f"{path}:{node.lineno}"
+        assert name != "TextColumn" or "markup" in options, f"{path}:{node.lineno}"
 
 
 def is_word(node: ast.AST) -> bool:
@@ -276,12 +276,11 @@ def test_the_public_names_are_there_and_no_others_are_promised():
 def megatron_symbols():
     """Lines "| `module` | `name`, ... |" of all that the package imports of Megatron."""
     names = defaultdict(set)
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron."):
-                names[node.module].update(alias.name for alias in node.names)
-            elif isinstance(node, ast.Import):
-                assert not any(alias.name.startswith("megatron.") for alias in node.names), path
+    for path, node in NODES:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron."):
+            names[node.module].update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("megatron.") for alias in node.names), path
     return [
         f"| `{module}` | {', '.join(f'`{name}`' for name in sorted(found))} |"
         for module, found in sorted(names.items())

@@ -64,14 +64,6 @@ def test_without_new_work_there_is_no_rate(shown):
     assert text.getvalue() == "train: 500 of 500 steps\n"
 
 
-def test_a_terminal_gets_a_bar(shown):
-    text = shown(True)
-    with progress("read", 10, "lines") as advance:
-        advance(10)
-    assert "100%" in text.getvalue()
-    assert "10 of 10 lines" in text.getvalue()
-
-
 def test_numbers_are_short():
     numbers = (0, 12.34, 9999, 123_456, 2.5e6, 3e9)
     assert [*map(short, numbers)] == ["0", "12.3", "9999", "123.5k", "2.5M", "3.0G"]
@@ -92,9 +84,10 @@ def test_lines_tables_and_their_heads_are_not_markup(capsys):
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_progress_is_not_markup(name, terminal, shown, monkeypatch):
+def test_progress_is_not_markup_and_a_terminal_gets_a_bar(name, terminal, shown, monkeypatch):
     text = shown(terminal)
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
     with progress(f"train {name}", 10, name) as advance:
         advance(10)
     assert f"train {name}" in text.getvalue()
+    assert ("100%" in text.getvalue()) == terminal

@@ -31,7 +31,7 @@ from oracle import dense_statistics  # noqa: E402
 
 from megatron_infoentropy.bench.losses import CountCollectives  # noqa: E402
 from megatron_infoentropy.bench.results import provenance, write_csv  # noqa: E402
-from megatron_infoentropy.bench.timing import clock_for, peak_mib, time_in_turn  # noqa: E402
+from megatron_infoentropy.bench.timing import Clock, peak_mib, time_in_turn  # noqa: E402
 
 TIMED = ("verl engine", "slime", "skyrl", "trl")
 KINDS = (("normal", "float32"), ("+200", "float32"), ("+200", "bfloat16"), ("-inf", "float32"))
@@ -150,7 +150,7 @@ def add_cost(
 ) -> None:
     """Fill in time, memory and collectives."""
     passes = {by: partial(steps, call, functions, shard, rest) for by, functions in whose.items()}
-    measured = time_in_turn(passes, clock_for(shard.device), repeats, dist.group.WORLD)
+    measured = time_in_turn(passes, Clock(shard.device), repeats, dist.group.WORLD)
     for by, (times,) in measured.items():
         row = rows[by]
         row.median_ms, row.fastest_ms, row.repeats = median(times), min(times), repeats

@@ -32,13 +32,7 @@ from megatron.training import get_args
 from megatron.training.training import num_floating_point_operations
 
 from megatron_infoentropy.bench.recipe_run import FUSIONS, PARTS, RecipeRow, own_losses
-from megatron_infoentropy.bench.timing import (
-    Clock,
-    PeakMeter,
-    clock_for,
-    median_difference,
-    spread,
-)
+from megatron_infoentropy.bench.timing import Clock, PeakMeter, median_difference, spread
 from megatron_infoentropy.files import write_whole
 from megatron_infoentropy.integration.arguments import check_megatron_args
 from megatron_infoentropy.integration.batch import get_batch
@@ -74,7 +68,7 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
         write_whole(path, json.dumps([asdict(row) for row in rows]))
 
     device = torch.device(find_device().type)
-    clock, meter = clock_for(device, flush=False), PeakMeter(device)
+    clock, meter = Clock(device, flush=False), PeakMeter(device)
     step = TurnTakingStep(planned, clock, meter, lambda: int(get_args().curr_iteration), write)
     transformer.finalize_model_grads_func = step.finalize_model_grads
     run(container, step)

@@ -24,59 +24,48 @@ L2_FACTOR = 8
 RESAMPLES, INTERVAL = 4000, (0.025, 0.975)
 
 
-class WallClock:
-    """The clock for a CPU, where a call has finished when it returns."""
+class Clock:
+    """Times steps: on a CPU by wall time, since a call has finished when it returns; by CUDA events
+    on a GPU, where a step ends once everything launched so far has run.
+    """
 
-    name = "wall time"  # how times were taken, for the result file
-
-    def start(self) -> None:
-        """Begin the first step."""
-        self._times = [time.perf_counter()]
-
-    def mark(self) -> None:
-        """End a step."""
-        self._times.append(time.perf_counter())
-
-    def read(self) -> list[float]:
-        """Return the milliseconds of each step since `start`."""
-        return [(after - before) * 1e3 for before, after in pairwise(self._times)]
-
-
-class EventClock:
-    """CUDA events: a step ends once everything launched so far has run."""
-
-    def __init__(self, *, flush: bool) -> None:
-        """flush: overwrite the L2 cache first, which also gives the host a head start, so that the
-        first launches are not what is measured; for passes that are short beside the caches."""
-        self.name = "CUDA events, L2 flushed" if flush else "CUDA events"
+    def __init__(self, device: torch.device, *, flush: bool = True) -> None:
+        """flush: overwrite a GPU's L2 cache first, which also gives the host a head start, so that
+        the first launches are not what is measured; for passes that are short beside the caches."""
+        self.device = device
+        self.name = "wall time"  # how times were taken, for the result file
         self._flush: torch.Tensor | None = None
-        if flush:
+        if device.type == "cuda":
+            self.name = "CUDA events, L2 flushed" if flush else "CUDA events"
+        if device.type == "cuda" and flush:
             size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
             self._flush = torch.empty(L2_FACTOR * size, dtype=torch.int8, device="cuda")
 
     def start(self) -> None:
-        torch.cuda.synchronize()
+        """Begin the first step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         if self._flush is not None:
             self._flush.zero_()
-        self._events: list[torch.cuda.Event] = []
+        self._marks: list[Any] = []
         self.mark()
 
     def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self._events.append(event)
+        """End a step."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
 
     def read(self) -> list[float]:
-        self._events[-1].synchronize()
-        return [before.elapsed_time(after) for before, after in pairwise(self._events)]
-
-
-Clock = WallClock | EventClock
-
-
-def clock_for(device: torch.device, *, flush: bool = True) -> Clock:
-    """Return the clock for what runs on this device."""
-    return EventClock(flush=flush) if device.type == "cuda" else WallClock()
+        """Return the milliseconds of each step since `start`."""
+        steps = pairwise(self._marks)
+        if self.device.type == "cuda":
+            self._marks[-1].synchronize()
+            return [before.elapsed_time(after) for before, after in steps]
+        return [(after - before) * 1e3 for before, after in steps]
 
 
 class PeakMeter:
@@ -145,7 +134,7 @@ def prepare(setting: Setting, *, repeats: int) -> Experiment:
     target = torch.randint(entries, (case.tokens,), device=device, generator=generator)
     logits = logits.mul_(LOGITS_SCALE).to(setting.dtype)
     return Experiment(
-        **vars(setting), logits=logits, target=target, clock=clock_for(device), repeats=repeats
+        **vars(setting), logits=logits, target=target, clock=Clock(device), repeats=repeats
     )
 
 
@@ -174,9 +163,8 @@ def time_in_turn[Name](
             times[name].append(clock.read())
             advance(1)
     if group is not None:
-        device = "cuda" if isinstance(clock, EventClock) else "cpu"
         for name, values in times.items():
-            slowest = torch.tensor(values, device=device, dtype=torch.float64)
+            slowest = torch.tensor(values, device=clock.device, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
             times[name] = slowest.tolist()
     return {

@@ -130,7 +130,10 @@ def train_tokenizer(
     with new_folder(output, replaceable=(TOKENIZER, CONFIG), overwrite=overwrite) as folder:
         total = sum(path.stat().st_size for path in paths)
         with progress("train tokenizer", total or None, "bytes") as advance:
-            tokenizer = _train(_texts(paths, text_key, advance), vocab_size)
+            documents = chain.from_iterable(
+                read_documents(path, Keys(text_key), advance) for path in paths
+            )
+            tokenizer = _train((document.text for document in documents), vocab_size)
         size = tokenizer.get_vocab_size()
         if size != vocab_size:
             raise ValueError(
@@ -364,12 +367,6 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def _texts(paths: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[str]:
-    for path in paths:
-        for record in read_documents(path, Keys(text_key), advance):
-            yield record.text
 
 
 def _eod_id(folder: Path, tokenizer: Tokenizer, token: str | None) -> int:

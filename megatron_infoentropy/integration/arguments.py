@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
@@ -44,7 +45,7 @@ UNSERVED = {
 }
 
 # What cannot go with conversations, one a sequence, from .jsonl files.
-NO_CONVERSATIONS = dict.fromkeys(
+CONVERSATIONS = dict.fromkeys(
     (
         *("mock_data", "infoentropy_whole_pieces", "reset_position_ids", "reset_attention_mask"),
         "eod_mask_loss",
@@ -59,6 +60,11 @@ UNHYBRID = {
     "angles then; leave it out",
     "heterogeneous_layers_config_path": "Megatron's HybridModel ignores the flag; leave it out",
     "overlap_moe_expert_parallel_comm": "Megatron's HybridModel has no schedule plan; leave it out",
+}
+# What keeps --mtp-loss weighted from the prediction heads.
+UNWEIGHTED = {
+    "overlap_moe_expert_parallel_comm": "it computes the heads' loss when the forward step has "
+    "ended; leave one of them out"
 }
 LOCAL_LAYERS = "*-"  # attention and MLP, that Megatron-Core has without Transformer Engine
 BOUNDARIES = "|/"  # in a pattern: of pipeline stages, and before the layers of a prediction head
@@ -88,66 +94,45 @@ UNSCALED = {
 }
 
 
+# Of `megatron_infoentropy.pretrain` alone, each on where it is given.
+SWITCHES = {
+    f"{PREFIX}-whole-pieces": "a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: "
+    "its last token has no target, and nothing of another piece is seen",
+    f"{PREFIX}-conversations": "data paths are .jsonl files, "
+    '{"messages": [{"role": ..., "content": ...}, ...]} a line; a sequence is one of them in the '
+    "tokenizer's chat template, and only what the assistant says has targets",
+    f"{PREFIX}-unscaled-init": "draw every matrix from N(0, init-method-std), also the two that "
+    "end a layer's blocks, whose deviation Megatron divides by sqrt(2 layers)",
+    NO_EXPORT: "train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
+    "with a softcap or a temperature, which is refused otherwise",
+    f"{PREFIX}-hybrid": "build the GPT that the flags describe as Megatron's HybridModel: every "
+    "layer becomes one of attention and one MLP, over the same pipeline stages",
+}
+
+
 def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add a flag for every field of InfoEntropyConfig; an `extra_args_provider` for any script."""
     group = parser.add_argument_group("InfoEntropy loss")
     for field in dataclasses.fields(InfoEntropyConfig):
-        flag = f"--{PREFIX}-{field.name.replace('_', '-')}"
-        help_text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
+        kind: dict[str, Any] = {"type": field.type}
         if field.type is bool:
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text
-            )
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(field.type) is Literal:
-            group.add_argument(
-                flag, choices=get_args(field.type), default=field.default, help=help_text
-            )
-        else:
-            group.add_argument(flag, type=field.type, default=field.default, help=help_text)
+            kind = {"choices": get_args(field.type)}
+        group.add_argument(
+            f"--{PREFIX}-{field.name.replace('_', '-')}",
+            default=field.default,
+            help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+            **kind,
+        )
     return parser
 
 
 def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Those, and what only `megatron_infoentropy.pretrain` does: its batches and its reports."""
+    """Those, and those of what only `megatron_infoentropy.pretrain` does."""
     group = add_infoentropy_args(parser).add_argument_group("InfoEntropy trainer")
-    group.add_argument(
-        f"--{PREFIX}-histogram-interval",
-        type=int,
-        default=0,
-        help="training steps between histograms of entropies and weights for TensorBoard and W&B, "
-        "a multiple of --log-interval; 0 is none (default: 0)",
-    )
-    group.add_argument(
-        f"--{PREFIX}-whole-pieces",
-        action="store_true",
-        help="a sequence is one piece of `infoentropy pack --length SEQ_LENGTH`: its last token "
-        "has no target, and nothing of another piece is seen",
-    )
-    group.add_argument(
-        f"--{PREFIX}-conversations",
-        action="store_true",
-        help='data paths are .jsonl files, {"messages": [{"role": ..., "content": ...}, ...]} a '
-        "line; a sequence is one of them in the tokenizer's chat template, and only what the "
-        "assistant says has targets",
-    )
-    group.add_argument(
-        f"--{PREFIX}-unscaled-init",
-        action="store_true",
-        help="draw every matrix from N(0, init-method-std), also the two that end a layer's "
-        "blocks, whose deviation Megatron divides by sqrt(2 layers)",
-    )
-    group.add_argument(
-        f"--{NO_EXPORT}",
-        action="store_true",
-        help="train a model that cannot be exported to Hugging Face, hence not be evaluated: one "
-        "with a softcap or a temperature, which is refused otherwise",
-    )
-    group.add_argument(
-        f"--{PREFIX}-hybrid",
-        action="store_true",
-        help="build the GPT that the flags describe as Megatron's HybridModel: every layer becomes "
-        "one of attention and one MLP, over the same pipeline stages",
-    )
+    for name, help_text in SWITCHES.items():
+        group.add_argument(f"--{name}", action="store_true", help=help_text)
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
     return parser
 
@@ -160,40 +145,31 @@ def config_from_args(args: argparse.Namespace) -> InfoEntropyConfig:
 
 def check_megatron_args(args: argparse.Namespace, config: InfoEntropyConfig) -> None:
     """Refuse, before anything is built, what cannot work together."""
-    _refuse(args, UNSERVED)
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
-    instances = getattr(args, "num_distributed_optimizer_instances", 1)
-    if instances > 1 and args.data_parallel_size % instances:
-        raise ValueError(
-            f"--num-distributed-optimizer-instances {instances} must divide the "
-            f"{args.data_parallel_size} data-parallel ranks"
-        )
-    config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
-    _check_histogram_interval(args)
-    if config.mtp_loss == "weighted":
-        _check_prediction_heads(args)
-    if getattr(args, f"{PREFIX}_conversations", False):
-        _refuse(args, NO_CONVERSATIONS, f"--{PREFIX}-conversations")
     # --hybrid-override-pattern is turned into this one.
-    if getattr(args, "hybrid_layer_pattern", None) is not None:
-        _check_hybrid_model(args)
-    if config.fused_linear:
-        _check_output_layer_can_be_fused(args)
-    if getattr(args, "cuda_graph_impl", "none") == "full_iteration":
-        raise ValueError(
-            "--cuda-graph-impl full_iteration is refused: it would replay one step's gamma and "
-            "reports for ever; use local or transformer_engine, which capture the layers"
-        )
-    if config.normalization == "global":
-        _refuse(args, UNSCALED, f"--{PREFIX}-normalization global")
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    is_of_heads = config.mtp_loss == "weighted"
+    for beside, is_given, reasons in (
+        ("", True, UNSERVED),
+        (f"--{PREFIX}-conversations", getattr(args, f"{PREFIX}_conversations", 0), CONVERSATIONS),
+        (f"--{PREFIX}-mtp-loss weighted", is_of_heads, UNWEIGHTED),
+        (f"--hybrid-layer-pattern {pattern}", pattern is not None, UNHYBRID),
+        (f"--{PREFIX}-fused-linear", config.fused_linear, UNFUSED),
+        (f"--{PREFIX}-normalization global", config.normalization == "global", UNSCALED),
+    ):
+        if is_given:
+            _refuse(args, reasons, beside)
+    for is_wrong, sentence in _contradictions(args, config):
+        if is_wrong:
+            raise ValueError(sentence)
+    if pattern is not None:
+        _check_hybrid_model(args, pattern)
+    config.require_export([NO_EXPORT] * getattr(args, "infoentropy_no_export", False))
     device, rank = find_device().type, getattr(args, "local_rank", 0)
     check_weighting(config, device if device == "cpu" else f"{device}:{rank}")
 
 
-def _refuse(args: argparse.Namespace, reasons: dict[str, str], beside: str = "") -> None:
-    """Refuse the first of these flags that is given, `beside` another or in any case."""
+def _refuse(args: argparse.Namespace, reasons: dict[str, str], beside: str) -> None:
+    """Refuse the first of these flags that is given, `beside` another or, where "", in any case."""
     for name, reason in reasons.items():
         if getattr(args, name, None):
             flag = f"--{name.replace('_', '-')}"
@@ -201,32 +177,38 @@ def _refuse(args: argparse.Namespace, reasons: dict[str, str], beside: str = "")
             raise ValueError(f"{what}: {reason}")
 
 
-def _check_histogram_interval(args: argparse.Namespace) -> None:
-    interval = getattr(args, f"{PREFIX}_histogram_interval", 0)
-    if interval and (interval < 0 or interval % args.log_interval):
-        raise ValueError(
-            f"--{PREFIX}-histogram-interval must be a multiple of --log-interval "
-            f"({args.log_interval}), got {interval}: histograms are drawn where a line is logged"
-        )
+def _contradictions(
+    args: argparse.Namespace, config: InfoEntropyConfig
+) -> Iterator[tuple[bool, str]]:
+    """Yield whether it is so, and what is said then, of every number or choice that is refused."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        is_wrong = isinstance(value, float) and not math.isfinite(value)
+        yield is_wrong, f"{flag} must be a finite number, got {value}"
+    instances = getattr(args, "num_distributed_optimizer_instances", 1)
+    yield (
+        instances > 1 and args.data_parallel_size % instances > 0,
+        f"--num-distributed-optimizer-instances {instances} must divide the "
+        f"{getattr(args, 'data_parallel_size', 1)} data-parallel ranks",
+    )
+    yield (
+        config.mtp_loss == "weighted" and not args.mtp_num_layers,
+        f"--{PREFIX}-mtp-loss weighted has no effect without multi-token-prediction heads: add "
+        "--mtp-num-layers, or / and the heads' layers to --hybrid-layer-pattern, or leave it out",
+    )
+    yield (
+        config.fused_linear and getattr(args, "gtp_weight_remat_size", 1) > 1,
+        f"--{PREFIX}-fused-linear cannot go with --tensor-parallel-num-weight-shards: it gathers "
+        "the weight when the output layer is called; leave one of them out",
+    )
+    yield (
+        getattr(args, "cuda_graph_impl", "none") == "full_iteration",
+        "--cuda-graph-impl full_iteration is refused: it would replay one step's gamma and "
+        "reports for ever; use local or transformer_engine, which capture the layers",
+    )
 
 
-def _check_prediction_heads(args: argparse.Namespace) -> None:
-    if not args.mtp_num_layers:
-        raise ValueError(
-            f"--{PREFIX}-mtp-loss weighted has no effect without multi-token-prediction heads: "
-            "add --mtp-num-layers, or / and the heads' layers to --hybrid-layer-pattern, or leave "
-            "it out"
-        )
-    if getattr(args, "overlap_moe_expert_parallel_comm", False):
-        raise ValueError(
-            f"--{PREFIX}-mtp-loss weighted cannot go with --overlap-moe-expert-parallel-comm, "
-            "which computes the heads' loss when the forward step has ended; leave one of them out"
-        )
-
-
-def _check_hybrid_model(args: argparse.Namespace) -> None:
-    pattern = args.hybrid_layer_pattern
-    _refuse(args, UNHYBRID, f"--hybrid-layer-pattern {pattern}")
+def _check_hybrid_model(args: argparse.Namespace, pattern: str) -> None:
     if args.position_embedding_type in ("mrope", "relative"):
         raise ValueError(
             f"--hybrid-layer-pattern {pattern} cannot go with --position-embedding-type "
@@ -245,15 +227,6 @@ def _check_hybrid_model(args: argparse.Namespace) -> None:
             f"--hybrid-layer-pattern {pattern} has Mamba layers (M), which need the package "
             "mamba_ssm and a GPU: install mamba-ssm and causal-conv1d, or use attention (*) and "
             "MLP (-) layers alone"
-        )
-
-
-def _check_output_layer_can_be_fused(args: argparse.Namespace) -> None:
-    _refuse(args, UNFUSED, f"--{PREFIX}-fused-linear")
-    if getattr(args, "gtp_weight_remat_size", 1) > 1:
-        raise ValueError(
-            "--infoentropy-fused-linear cannot go with --tensor-parallel-num-weight-shards: it "
-            "gathers the weight when the output layer is called; leave one of them out"
         )
 
 
@@ -276,43 +249,28 @@ def other_objective(saved: argparse.Namespace, config: InfoEntropyConfig) -> str
 
     saved: the arguments in the checkpoint.
     """
-    fields = [f for f in dataclasses.fields(InfoEntropyConfig) if f.name not in MEANS]
+    before: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(InfoEntropyConfig) if f.name not in MEANS
+    }
     whose = "the checkpoint was trained with"
-    if not hasattr(saved, f"{PREFIX}_objective"):
-        theirs = dataclasses.replace(config, **_defaults(fields) | {"objective": "cross_entropy"})
-        whose += " Megatron's own cross entropy,"
-    else:
+    if hasattr(saved, f"{PREFIX}_objective"):
         # A checkpoint of an earlier version lacks the newer fields, or says None of one: they had
         # their defaults.
-        before = {name: getattr(saved, f"{PREFIX}_{name}", None) for name in _defaults(fields)}
-        before = _defaults(fields) | {n: v for n, v in before.items() if v is not None}
-        try:
-            theirs = dataclasses.replace(config, **before)
-        except ValueError as error:  # of an earlier version, which took them
-            return f"{whose} settings that are refused now: {error}"
-    theirs, ours = theirs.effective(), config.effective()
+        said = {name: getattr(saved, f"{PREFIX}_{name}", None) for name in before}
+        before |= {name: value for name, value in said.items() if value is not None}
+    else:
+        before["objective"] = "cross_entropy"
+        whose += " Megatron's own cross entropy,"
+    try:
+        theirs = dataclasses.replace(config, **before).effective()
+    except ValueError as error:  # of an earlier version, which took them
+        return f"{whose} settings that are refused now: {error}"
+    ours = config.effective()
     if theirs == ours:
         return None
-    return (
-        f"{whose} {_words(theirs, ours, fields)} and this run goes on with "
-        f"{_words(ours, theirs, fields)}"
-    )
-
-
-def _defaults(fields: list[dataclasses.Field[Any]]) -> dict[str, Any]:
-    return {f.name: f.default for f in fields}
-
-
-def _words(
-    config: InfoEntropyConfig, other: InfoEntropyConfig, fields: list[dataclasses.Field[Any]]
-) -> str:
-    """The objective and what else differs."""
-    different = [
-        f"{f.name}={getattr(config, f.name)}"
-        for f in fields
-        if f.name != "objective" and getattr(config, f.name) != getattr(other, f.name)
-    ]
-    return " ".join([f"objective={config.objective}", *different])
+    names = [n for n in before if n == "objective" or getattr(theirs, n) != getattr(ours, n)]
+    them, us = (" ".join(f"{n}={getattr(each, n)}" for n in names) for each in (theirs, ours))
+    return f"{whose} {them} and this run goes on with {us}"
 
 
 def check_rope_scaling(saved: argparse.Namespace | None, args: argparse.Namespace) -> None:

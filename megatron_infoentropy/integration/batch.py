@@ -322,33 +322,30 @@ def _is_built_on_this_rank(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(config, vp_stage)
 
 
+# Arguments that the configuration of a dataset calls as the command line does.
+_NAMED_ALIKE = (
+    *("split", "multiple_validation_sets", "full_validation", "num_dataset_builder_threads"),
+    *("mmap_bin_files", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("object_storage_cache_path", "mid_level_dataset_surplus", "allow_ambiguous_pad_tokens"),
+    "context_parallel_size",
+)
+
+
 def _dataset_config(args: Any) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
+    sequences = json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
         tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        sequences_per_dataset=sequences,
         fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8"))
-        if sequences
-        else None,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
         add_extra_token_to_sequence=not args.infoentropy_whole_pieces,
+        **{name: getattr(args, name) for name in _NAMED_ALIKE},
     )

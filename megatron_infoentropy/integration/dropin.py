@@ -8,8 +8,8 @@ does, alpha is over the unmasked tokens; elsewhere over those whose label is not
 Two hooks around the model's forward see to that, and to this: a forward that was given labels and
 did not call the bound loss is an error, whatever took its place.
 
-In megatron-core 0.17 to 0.19 GPTModel, HybridModel (0.17: MambaModel), T5Model and BertModel all
-end in `self.compute_language_model_loss(labels [b, s], logits [s, b, V/TP]) -> [b, s]`.
+In megatron-core 0.17 to 0.19 GPTModel and HybridModel (0.17: MambaModel) end in
+`self.compute_language_model_loss(labels [b, s], logits [s, b, V/TP]) -> [b, s]`.
 """
 
 import logging
@@ -24,18 +24,10 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.integration.compat import check_drop_in
-from megatron_infoentropy.integration.output import check_sharding
+from megatron_infoentropy.integration.output import Groups, check_sharding, weigh_tokens
 from megatron_infoentropy.loss.collective import Group, world_and_rank
 from megatron_infoentropy.loss.layout import as_ids
-from megatron_infoentropy.loss.objective import (
-    alpha,
-    configured_statistics,
-    reduce_sums,
-    token_sums,
-)
-from megatron_infoentropy.loss.statistics import TokenStatistics
-from megatron_infoentropy.loss.token_batch import token_batch
-from megatron_infoentropy.loss.weighting import token_loss, token_weight
+from megatron_infoentropy.loss.objective import configured_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -247,31 +239,21 @@ class BoundLoss:
         if module.training:
             self.training_calls += 1
             valid = target != self.ignore_index
-            shares = valid if mask is None else valid * mask.transpose(0, 1)
-            loss = self._weighted(statistics, target, shares)
+            tokens = weigh_tokens(
+                statistics,
+                # By the mask the trainer multiplies the loss, so alpha is over it.
+                valid if mask is None else valid * mask.transpose(0, 1),
+                self.config,
+                Groups(None, self.data_parallel_group),
+                target=target,
+                samples=self.samples,
+                normalizations=("paper", "global"),
+            )
+            loss = tokens.alpha * tokens.weight * tokens.loss
         else:
             self.evaluation_calls += 1
             loss = statistics.cross_entropy
         return loss.transpose(0, 1).contiguous()
-
-    def _weighted(
-        self, statistics: TokenStatistics, target: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """alpha w l of every token, alpha over the mask, by which the trainer multiplies it."""
-        config = self.config
-        tokens = token_batch(
-            statistics,
-            mask,
-            target=target,
-            samples=self.samples,
-            data_parallel_group=self.data_parallel_group,
-        )
-        loss, weight = token_loss(statistics, config), token_weight(tokens, config)
-        weighted = weight * loss
-        if not config.is_weighted or config.normalization == "none":
-            return weighted
-        sums = token_sums(loss.detach(), weight.detach(), tokens.mask)
-        return alpha(reduce_sums(sums, self.data_parallel_group), config.normalization) * weighted
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._loss_mask = self._argument("loss_mask", args, kwargs)

@@ -13,11 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.training import print_rank_0
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_timers,
+    get_wandb_writer,
+    print_rank_0,
+    print_rank_last,
+)
+from megatron.training.training import num_floating_point_operations
 
 from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.runtime.device import find_device
@@ -63,36 +72,23 @@ class Histogram:
             0, bin_of, counted
         )
 
-    def edges(self) -> torch.Tensor:
-        """[bins + 1] float64."""
-        return torch.linspace(self.low, self.high, self.bins + 1, dtype=torch.float64)
-
     def quantile(self, counts: torch.Tensor, share: float) -> float:
         """The value below which `share` of the mass lies, to within a bin; `low` without mass.
 
         Linear inside a bin. With share 1.0 it is the upper edge of the last bin in use.
         """
-        total = float(counts.sum())
-        if total == 0:
-            return self.low
-        reached = counts.cumsum(0)
-        index = int((reached < share * total).sum())
+        mass, reached = share * float(counts.sum()), counts.cumsum(0)
+        index = int((reached < mass).sum())
         before = float(reached[index] - counts[index])
-        inside = (share * total - before) / max(float(counts[index]), 1e-300)
+        inside = (mass - before) / max(float(counts[index]), 1e-300)
         return self.low + (index + inside) * (self.high - self.low) / self.bins
 
     def share_above(self, counts: torch.Tensor, value: float) -> float:
         """The share of the mass above `value`, linear inside its bin; 0 without mass."""
+        edges = np.linspace(self.low, self.high, self.bins + 1)
+        below = float(np.interp(value, edges, [0.0, *counts.cumsum(0).tolist()]))
         total = float(counts.sum())
-        if math.isnan(value):
-            return math.nan
-        position = (value - self.low) * self.bins / (self.high - self.low)
-        position = min(max(position, 0.0), float(self.bins))
-        whole = int(position)
-        above = float(counts[whole + 1 :].sum())
-        if whole < self.bins:
-            above += float(counts[whole]) * (1 - (position - whole))
-        return above / total if total else 0.0
+        return (total - below) / max(total, 1e-300)
 
 
 ENTROPY_BINS = 128
@@ -115,7 +111,6 @@ class TokenObserver:
         self._step: torch.Tensor | None = None  # the same of the step that is being computed
         self._last_step = 0
         self._reported_at = 0.0
-        self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
 
     def add(
         self,
@@ -171,7 +166,6 @@ class TokenObserver:
     def _read(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
         sizes = [self.entropy.bins, self.log2_weight.bins, len(SUMS)]
         entropy, weight, sums = torch.split(counts, sizes)
-        self._drawn = entropy, weight
         total = dict(zip(SUMS, sums.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
         log2_mean = math.log2(max(total["weight"] / tokens, sys.float_info.min))
@@ -189,36 +183,9 @@ class TokenObserver:
         numbers["tokens/s"] = total["positions"] / seconds
         return numbers
 
-    def draw(self, tensorboard: Any, wandb: Any, iteration: int) -> None:
-        """Histograms of the last report, for the writers that there are."""
-        entropy, log2_weight = self._drawn
-        for name, histogram, counts in (
-            ("entropy", self.entropy, entropy),
-            ("log2 weight", self.log2_weight, log2_weight),
-        ):
-            edges = histogram.edges()
-            values = (edges[1:] + edges[:-1]) / 2
-            if tensorboard:
-                tensorboard.add_histogram_raw(
-                    f"infoentropy/{name}",
-                    min=float(edges[0]),
-                    max=float(edges[-1]),
-                    num=float(counts.sum()),
-                    sum=float((values * counts).sum()),
-                    sum_squares=float((values**2 * counts).sum()),
-                    bucket_limits=edges[1:].tolist(),
-                    bucket_counts=counts.tolist(),
-                    global_step=iteration,
-                )
-            if wandb:
-                picture = wandb.Histogram(np_histogram=(counts.numpy(), edges.numpy()))
-                wandb.log({f"infoentropy/{name}": picture}, iteration)
-
 
 def utilisation(tokens_per_second: float, args: Any) -> dict[str, float]:
     """Model TFLOP/s of a rank and, on a card whose peak is known, its share of that."""
-    from megatron.training.training import num_floating_point_operations
-
     per_token = num_floating_point_operations(args, 1) / args.seq_length
     tflops = tokens_per_second * per_token / args.world_size / 1e12
     numbers = {"model TFLOP/s per rank": tflops}
@@ -232,9 +199,7 @@ def peak_tflops() -> float | None:
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def observed(
-    finalize: Callable[..., None], observer: TokenObserver, histogram_interval: int
-) -> Callable[..., None]:
+def observed(finalize: Callable[..., None], observer: TokenObserver) -> Callable[..., None]:
     """Megatron's `finalize_model_grads_func`, followed by a report where one is due.
 
     It is the one place that every rank passes once a step, after the last micro-batch.
@@ -242,41 +207,28 @@ def observed(
 
     def finalize_model_grads(model: Any, *arguments: Any, **options: Any) -> None:
         finalize(model, *arguments, **options)
-        from megatron.training import get_args
-
         iteration = get_args().curr_iteration + 1
         if observer.end_step(iteration) and iteration % get_args().log_interval == 0:
-            _report(observer, iteration, histogram_interval)
+            _report(observer, iteration)
 
     return finalize_model_grads
 
 
-def _report(observer: TokenObserver, iteration: int, histogram_interval: int) -> None:
-    from megatron.core import parallel_state
-    from megatron.training import (
-        get_args,
-        get_tensorboard_writer,
-        get_timers,
-        get_wandb_writer,
-        print_rank_last,
-    )
-
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+def _report(observer: TokenObserver, iteration: int) -> None:
     # Megatron's own timer of training steps, which leaves out validation and saving. All of its
     # time, not that since the last log line: before that, behind this, an optimizer takes its step.
     timer = get_timers()("interval-time")
     timer.elapsed(reset=False)  # brings the next up to date
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
     numbers = observer.report(group, timer.active_time())
     if numbers is None:
         return
     numbers |= utilisation(numbers["tokens/s"], get_args())
     words = " | ".join(f"{name}: {value:.6G}" for name, value in numbers.items())
     print_rank_last(f" InfoEntropy at iteration {iteration:8d} | {words} |")
-    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if tensorboard:
-        for name, value in numbers.items():
-            tensorboard.add_scalar(f"infoentropy/{name}", value, iteration)
-    if wandb:
-        wandb.log({f"infoentropy/{name}": value for name, value in numbers.items()}, iteration)
-    if histogram_interval and iteration % histogram_interval == 0:
-        observer.draw(tensorboard, wandb, iteration)
+    named = {f"infoentropy/{name}": value for name, value in numbers.items()}
+    if tensorboard := get_tensorboard_writer():
+        for name, value in named.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb := get_wandb_writer():
+        wandb.log(named, iteration)

@@ -1,5 +1,8 @@
 """Door 1: from the last hidden states to per-token statistics, inside the model's forward.
 
+What follows from them, every token's weight and the micro-batch's alpha, is the same for both doors
+(`weigh_tokens`).
+
 GPTModel of megatron-core >= 0.19 calls an output processor in place of its own output layer and
 loss. Ours applies the output layer itself, so that the logits are known to have no other reader and
 their gradient may be written over them: the peak is one tensor of logits, not two. With
@@ -13,16 +16,24 @@ forward runs (`statistics_as_loss`). Multi-token-prediction heads of both are ha
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.loss import TokenStatistics
-from megatron_infoentropy.loss.collective import Group, world_and_rank
+from megatron_infoentropy.loss.collective import Group, sum_over_group, world_and_rank
 from megatron_infoentropy.loss.layout import arguments_of, as_ids
 from megatron_infoentropy.loss.linear import linear_vocab_parallel_statistics
-from megatron_infoentropy.loss.objective import configured_statistics
+from megatron_infoentropy.loss.objective import (
+    TokenSums,
+    alpha,
+    configured_statistics,
+    reduce_sums,
+    token_sums,
+)
+from megatron_infoentropy.loss.token_batch import token_batch
+from megatron_infoentropy.loss.weighting import token_loss, token_weight
 
 IGNORED = -100
 
@@ -233,3 +244,52 @@ def check_sharding(columns: int, expected: int | None, group: Group | None) -> N
             f"ranks), got {columns}; build the model with parallel_output=True and call it without "
             "runtime_gather_output"
         )
+
+
+class Groups(NamedTuple):
+    """The process groups over which a micro-batch's tokens are spread."""
+
+    context_parallel: Group | None
+    data_parallel: Group | None
+
+
+class WeightedTokens(NamedTuple):
+    """What a micro-batch's objective is made of: the sum of mask alpha w l."""
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+    loss: torch.Tensor
+    sums: TokenSums  # on this rank
+    alpha: torch.Tensor  # a scalar; 1 where weights need none here
+
+
+def weigh_tokens(
+    statistics: TokenStatistics,
+    mask: torch.Tensor,
+    config: InfoEntropyConfig,
+    groups: Groups,
+    *,
+    target: torch.Tensor | None,
+    samples: int,
+    normalizations: tuple[str, ...] = ("paper",),
+) -> WeightedTokens:
+    """Weigh the tokens of one micro-batch, all tensors of one shape.
+
+    Ranks that share a micro-batch's sequences (context parallel) count as one.
+
+    normalizations: those whose alpha is one of the micro-batch.
+    """
+    tokens = token_batch(
+        statistics,
+        mask,
+        target=target,
+        samples=samples,
+        data_parallel_group=groups.data_parallel,
+    )
+    weight, loss = token_weight(tokens, config), token_loss(statistics, config)
+    sums = token_sums(loss.detach(), weight.detach(), tokens.mask)
+    factor = torch.ones_like(sums.tokens)
+    if config.normalization in normalizations and config.is_weighted:  # else 1: no collective
+        whole = TokenSums(*sum_over_group(torch.stack(sums), groups.context_parallel).unbind(0))
+        factor = alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
+    return WeightedTokens(tokens.mask, weight, loss, sums, factor)

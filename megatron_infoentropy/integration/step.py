@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from megatron_infoentropy.integration.compat import takes_output_processor
 from megatron_infoentropy.integration.dropin import find_language_module
 from megatron_infoentropy.integration.observe import TokenObserver
 from megatron_infoentropy.integration.output import (
+    Groups,
     OutputSettings,
     loss_of_heads,
     masked_target,
@@ -51,12 +52,9 @@ from megatron_infoentropy.integration.output import (
     statistics_of_logits,
     statistics_processor,
     unpack,
+    weigh_tokens,
 )
-from megatron_infoentropy.loss.collective import Group, sum_over_group
-from megatron_infoentropy.loss.objective import TokenSums, alpha, reduce_sums, token_sums
-from megatron_infoentropy.loss.statistics import TokenStatistics
-from megatron_infoentropy.loss.token_batch import TokenBatch, token_batch
-from megatron_infoentropy.loss.weighting import LEAST_WEIGHT, token_loss, token_weight
+from megatron_infoentropy.loss.weighting import LEAST_WEIGHT
 
 
 class GlobalBatchWeight:
@@ -136,13 +134,6 @@ SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest seen is reported, a
 
 Report = dict[str, torch.Tensor]
 LossResult = tuple[torch.Tensor, torch.Tensor, Report]
-
-
-class Groups(NamedTuple):
-    """The process groups over which a micro-batch's tokens are spread."""
-
-    context_parallel: Group | None
-    data_parallel: Group | None
 
 
 def _groups() -> Groups:
@@ -244,16 +235,9 @@ def training_loss(
     batch is not known yet and divides the gradients in the end.
     """
     statistics = unpack(output, config)
-    tokens = token_batch(
-        statistics,
-        loss_mask,
-        target=labels,
-        samples=samples,
-        data_parallel_group=groups.data_parallel,
-    )
-    mask = tokens.mask
-    weight, loss_of_token, sums, factor = _weighted(tokens, statistics, config, groups)
-    loss = factor * (mask * weight * loss_of_token).sum()
+    tokens = weigh_tokens(statistics, loss_mask, config, groups, target=labels, samples=samples)
+    mask, sums = tokens.mask, tokens.sums
+    loss = tokens.alpha * (mask * tokens.weight * tokens.loss).sum()
     divisor = sums.weight if config.normalization == "global" else sums.tokens
     report = {
         "objective": torch.stack([loss.detach(), divisor]),
@@ -263,8 +247,8 @@ def training_loss(
         "weight": torch.stack([sums.weight, sums.tokens]),
     }
     if config.normalization == "paper":
-        report["alpha"] = torch.stack([factor, torch.ones_like(factor)])
-    return loss, _whole(sums.tokens), report, weight.detach()
+        report["alpha"] = torch.stack([tokens.alpha, torch.ones_like(tokens.alpha)])
+    return loss, _whole(sums.tokens), report, tokens.weight.detach()
 
 
 class HeadLoss:
@@ -296,17 +280,12 @@ class HeadLoss:
         target = masked_target(labels, self._mask)
         output = statistics_of_logits(logits, module.output_layer, target, self._settings)
         statistics = unpack(output, config)
-        tokens = token_batch(
-            statistics,
-            self._mask,
-            target=labels,
-            samples=self._samples,
-            data_parallel_group=self._groups.data_parallel,
+        tokens = weigh_tokens(
+            *(statistics, self._mask, config, self._groups), target=labels, samples=self._samples
         )
-        weight, loss, _, factor = _weighted(tokens, statistics, config, self._groups)
         name = f"mtp_{len(self.report) + 1} cross entropy"
         self.report[name] = _mean_over(tokens.mask, statistics.cross_entropy)
-        return factor * weight * loss
+        return tokens.alpha * tokens.weight * tokens.loss
 
 
 def validation_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
@@ -324,22 +303,6 @@ def _whole(tokens: torch.Tensor) -> torch.Tensor:
 def _mean_over(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """(sum, count), which Megatron adds up over micro-batches and ranks, then divides."""
     return torch.stack([(mask * values.detach()).sum(), mask.sum()])
-
-
-def _weighted(
-    tokens: TokenBatch, statistics: TokenStatistics, config: InfoEntropyConfig, groups: Groups
-) -> tuple[torch.Tensor, torch.Tensor, TokenSums, torch.Tensor]:
-    """(w and l of every token, their sums on this rank, alpha of the micro-batch or 1).
-
-    Ranks that share a micro-batch's sequences (context parallel) count as one.
-    """
-    weight, loss = token_weight(tokens, config), token_loss(statistics, config)
-    sums = token_sums(loss.detach(), weight.detach(), tokens.mask)
-    factor = torch.ones_like(sums.tokens)
-    if config.normalization == "paper" and config.is_weighted:  # elsewhere it is 1: no collective
-        whole = TokenSums(*sum_over_group(torch.stack(sums), groups.context_parallel).unbind(0))
-        factor = alpha(reduce_sums(whole, groups.data_parallel), config.normalization)
-    return weight, loss, sums, factor
 
 
 def reject_bad_loss(loss: torch.Tensor) -> None:

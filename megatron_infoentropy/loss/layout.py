@@ -238,6 +238,10 @@ class Settings(NamedTuple):
     cut: Cut = Cut(1, 0, 0)  # of the fused output layer, as is what follows
     into_main_grad: bool = False
 
+    def main_grad_of(self, weight_VH: torch.Tensor) -> torch.Tensor | None:
+        """Return where a data-parallel wrapper keeps the weight's gradient, if it is asked for."""
+        return getattr(weight_VH, "main_grad", None) if self.into_main_grad else None
+
 
 def make_settings(
     x: torch.Tensor, width: int, arguments: StatisticsArguments, **more: Any

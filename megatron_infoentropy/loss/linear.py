@@ -37,6 +37,7 @@ from megatron_infoentropy.loss.statistics import (
     Saved,
     TokenStatistics,
     coefficients,
+    refuse_second_derivative,
     token_results,
     upstream_of,
 )
@@ -132,17 +133,14 @@ class LinearStatistics(torch.autograd.Function):
         row = start_join(statistics_RN, settings.group, settings.collective, columns, options)()
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(hidden_LH, weight_VH, target_N, inverse_temperature_N, *saved)
-        ctx.settings, ctx.main_grad = (
-            settings,
-            linear_chunks.main_grad_of(weight_VH, settings.into_main_grad),
-        )
+        ctx.settings, ctx.main_grad = settings, settings.main_grad_of(weight_VH)
         ctx.parameter = weight_VH  # its attributes: what is unpacked may be a copy without them
         ctx.mark_non_differentiable(results.is_top)
         return results.present()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        linear_chunks.refuse_second_derivative()
+        refuse_second_derivative()
         hidden_LH, weight_VH, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
         (size, shard, _), options, cut = settings.vocabulary, settings.options, settings.cut
@@ -152,7 +150,7 @@ class LinearStatistics(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         sums = LinearGradients(
             torch.empty_like(hidden_LH) if needs_hidden else None,
-            _accumulator(weight_VH, ctx.main_grad) if needs_weight else None,
+            linear_chunks.weight_total(weight_VH, ctx.main_grad) if needs_weight else None,
             cut,
             settings.group,
         )
@@ -173,13 +171,6 @@ class LinearStatistics(torch.autograd.Function):
         if total_VH is not None:
             total_VH = linear_chunks.deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
         return by_hidden_LH, total_VH, None, None, None
-
-
-def _accumulator(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> torch.Tensor:
-    """Return what the weight's gradient is added to: its main_grad where that is precise enough."""
-    if main_grad_VH is not None and main_grad_VH.dtype == statistics_dtype(weight_VH):
-        return main_grad_VH
-    return linear_chunks.new_weight_total(weight_VH)
 
 
 CANNOT_BE_CAPTURED = (
@@ -258,24 +249,11 @@ def linear_vocab_parallel_statistics(
     inverse = layout.inverse_temperature(temperature, target, statistics_dtype(hidden))
     inverse_N = None if inverse is None else taken.take(inverse)
     target_N = taken.take(layout.as_ids(target))
-    return _statistics_of(hidden_LH, weight, target_N, inverse_N, taken, settings)
-
-
-def _statistics_of(
-    hidden_LH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    target_N: torch.Tensor,
-    inverse_temperature_N: torch.Tensor | None,
-    taken: TakenTokens,
-    settings: Settings,
-) -> TokenStatistics:
-    results: Any = LinearStatistics.apply(
-        hidden_LH, weight_VH, target_N, inverse_temperature_N, settings
-    )
+    results: Any = LinearStatistics.apply(hidden_LH, weight, target_N, inverse_N, settings)
     return TokenStatistics.of_present(
         (taken.restore(result) for result in results),
-        uniform=settings.options.distance,
-        squares=settings.options.squares,
+        uniform=uniform_cross_entropy,
+        squares=sum_p_squared,
     )
 
 
@@ -329,26 +307,32 @@ def linear_infoentropy_loss(
     target, mask = layout.leave_out_masked(
         target, loss_mask, ignore_index, statistics_dtype(hidden)
     )
-    hidden_LH, weight, taken, settings = prepare_linear(
-        hidden,
-        weight,
-        target,
-        layout.arguments_of(config, group=group, vocab_size=vocab_size, ignore_index=ignore_index),
-        chunk_tokens=config.chunk_tokens,
-        sequence_parallel=sequence_parallel,
-        into_main_grad=into_main_grad,
-        skip_masked=config.skip_masked,
+    arguments = layout.arguments_of(
+        config, group=group, vocab_size=vocab_size, ignore_index=ignore_index
     )
-    target_N = taken.take(target)
+    layer: dict[str, Any] = {
+        "chunk_tokens": config.chunk_tokens,
+        "sequence_parallel": sequence_parallel,
+        "into_main_grad": into_main_grad,
+        "skip_masked": config.skip_masked,
+    }
     # Weights that compare tokens are formed of all of them at once, as without chunks.
     by_chunk = config.detach_weight and not config.compares_tokens
     if by_chunk or not config.is_weighted:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=CANNOT_BE_CAPTURED)
-        tokens, differentiate = Tokens(target_N, taken.take(mask)), torch.is_grad_enabled()
+        hidden_LH, weight, taken, settings = prepare_linear(
+            hidden, weight, target, arguments, **layer
+        )
+        tokens, differentiate = (
+            Tokens(taken.take(target), taken.take(mask)),
+            torch.is_grad_enabled(),
+        )
         sums = LinearSums.apply(hidden_LH, weight, tokens, settings, config, differentiate)
         return weighted_mean(TokenSums(*sums), config, data_parallel_group)
-    statistics = _statistics_of(hidden_LH, weight, target_N, None, taken, settings)
+    statistics = linear_vocab_parallel_statistics(
+        hidden, weight, target, **arguments._asdict(), **layer
+    )
     batch = token_batch(
         statistics,
         mask,

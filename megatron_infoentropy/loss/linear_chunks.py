@@ -6,7 +6,8 @@ rank's vocabulary shard. The number of chunks depends on L, and where masked tok
 the targets, which all ranks hold: so they issue the same collectives in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,12 +60,18 @@ def hidden_chunks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, hidden states [C, H]) of every chunk; the next one is gathered meanwhile."""
     started = ((rows, _start_gather(hidden_LH[rows], cut, group)) for rows in cut.chunks())
-    current = next(started, None)
-    while current is not None:
-        following = next(started, None)
-        rows, arrived = current
+    for rows, arrived in ahead(started, 1):
         yield rows, arrived()
-        current = following
+
+
+def ahead[Started](started: Iterable[Started], depth: int) -> Iterator[Started]:
+    """What was started, each once `depth` later ones are under way."""
+    under_way: deque[Started] = deque()
+    for one in started:
+        under_way.append(one)
+        if len(under_way) > depth:
+            yield under_way.popleft()
+    yield from under_way
 
 
 def _start_gather(
@@ -154,23 +161,13 @@ class LinearGradients:
         self._reducing = None
 
 
-def refuse_second_derivative() -> None:
-    """Raises RuntimeError under create_graph=True: torch would quietly take it for constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused InfoEntropy linear has no second derivative; call backward or "
-            "torch.autograd.grad without create_graph=True"
-        )
-
-
-def main_grad_of(weight_VH: torch.Tensor, is_asked_for: bool) -> torch.Tensor | None:
-    """Return where a data-parallel wrapper keeps the weight's gradient, if it is asked for."""
-    return getattr(weight_VH, "main_grad", None) if is_asked_for else None
-
-
-def new_weight_total(weight_VH: torch.Tensor) -> torch.Tensor:
-    """Zeros to add the weight's gradient to."""
-    return torch.zeros_like(weight_VH, dtype=statistics_dtype(weight_VH))
+def weight_total(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what the weight's gradient is added to: its main_grad where that is precise enough,
+    else zeros."""
+    dtype = statistics_dtype(weight_VH)
+    if main_grad_VH is not None and main_grad_VH.dtype == dtype:
+        return main_grad_VH
+    return torch.zeros_like(weight_VH, dtype=dtype)
 
 
 def add_product(total_VH: torch.Tensor, dz_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:

@@ -11,8 +11,7 @@ Three matrix products instead of four, for keeping dX and dW from forward to bac
 logits are alive at a time, one where there is nothing to gather. Shapes: as in `linear_chunks`.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +23,12 @@ from megatron_infoentropy.loss import linear_chunks
 from megatron_infoentropy.loss.collective import RowStatistics, start_join, world_and_rank
 from megatron_infoentropy.loss.layout import Settings
 from megatron_infoentropy.loss.linear_chunks import LinearGradients
-from megatron_infoentropy.loss.objective import TokenSums, token_sums
+from megatron_infoentropy.loss.objective import token_sums
 from megatron_infoentropy.loss.statistics import (
     TokenStatistics,
     Upstream,
     coefficients,
+    refuse_second_derivative,
     token_results,
 )
 from megatron_infoentropy.loss.token_batch import token_batch
@@ -61,18 +61,23 @@ class LinearSums(torch.autograd.Function):
         needs_hidden, needs_weight = (with_gradients and n for n in ctx.needs_input_grad[:2])
         gradients = LinearGradients(
             torch.empty_like(hidden_LH) if needs_hidden else None,
-            linear_chunks.new_weight_total(weight_VH) if needs_weight else None,
+            linear_chunks.weight_total(weight_VH) if needs_weight else None,
             settings.cut,
             settings.group,
         )
-        one_pass = _Pass(weight_VH, tokens, settings, config, gradients)
-        sums = one_pass.run(hidden_LH)
+        # Summed once at the end, so that the value does not depend on the chunks' size.
+        loss_N = hidden_LH.new_empty(len(tokens.target), dtype=statistics_dtype(hidden_LH))
+        weight_N = torch.empty_like(loss_N)
+        depth = 1 if world_and_rank(settings.group)[0] > 1 else 0  # chunks that wait for a gather
+        started = _started_chunks(hidden_LH, weight_VH, tokens, settings, depth + 1)
+        for chunk in linear_chunks.ahead(started, depth):
+            loss_C, weight_C = _finish(chunk, weight_VH, settings, config, gradients)
+            settings.cut.put(loss_N, chunk.rows, loss_C)
+            settings.cut.put(weight_N, chunk.rows, weight_C)
+        sums = token_sums(loss_N, weight_N, tokens.mask)
         ctx.save_for_backward(*gradients.finish())
-        ctx.weight, ctx.main_grad = (
-            weight_VH,
-            linear_chunks.main_grad_of(weight_VH, settings.into_main_grad),
-        )
-        ctx.cut, ctx.handed_out = settings.cut, False
+        ctx.weight, ctx.settings, ctx.handed_out = weight_VH, settings, False
+        ctx.main_grad = settings.main_grad_of(weight_VH)
         ctx.mark_non_differentiable(sums.weight, sums.tokens)
         return tuple(sums)
 
@@ -80,7 +85,7 @@ class LinearSums(torch.autograd.Function):
     def backward(
         ctx: Any, factor: torch.Tensor, *_: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        linear_chunks.refuse_second_derivative()
+        refuse_second_derivative()
         if ctx.handed_out:
             raise RuntimeError(
                 "the gradients of this loss were scaled and handed out in an earlier backward "
@@ -89,7 +94,7 @@ class LinearSums(torch.autograd.Function):
         ctx.handed_out = True
         by_hidden_LH, total_VH = ctx.saved_tensors
         if by_hidden_LH is not None:
-            for rows in ctx.cut.chunks():
+            for rows in ctx.settings.cut.chunks():
                 # A factor with dimensions: a GPU would round one without to 16 bits first.
                 by_hidden_LH[rows] = by_hidden_LH[rows] * factor.view(1, 1)
         if total_VH is not None:
@@ -109,63 +114,43 @@ class _Chunk(NamedTuple):
     arrived: Callable[[], RowStatistics]
 
 
-class _Pass:
-    """One forward pass over all chunks."""
-
-    def __init__(
-        self,
-        weight_VH: torch.Tensor,
-        tokens: Tokens,
-        settings: Settings,
-        config: InfoEntropyConfig,
-        gradients: LinearGradients,
-    ) -> None:
-        self.weight_VH, self.tokens, self.gradients = weight_VH, tokens, gradients
-        self.settings, self.config = settings, config
-        # Summed once at the end, so that the value does not depend on the chunks' size.
-        dtype = statistics_dtype(weight_VH)
-        self.token_loss_N = weight_VH.new_empty(len(tokens.target), dtype=dtype)
-        self.token_weight_N = torch.empty_like(self.token_loss_N)
-
-    def run(self, hidden_LH: torch.Tensor) -> TokenSums:
-        cut, group = self.settings.cut, self.settings.group
-        depth = 1 if world_and_rank(group)[0] > 1 else 0  # chunks that wait for their gather
-        shape = (cut.tokens, len(self.weight_VH))
-        buffers_CV = [hidden_LH.new_empty(shape) for _ in cut.chunks()[: depth + 1]]
-        under_way: deque[_Chunk] = deque()
-        for index, (rows, hidden_CH) in enumerate(
-            linear_chunks.hidden_chunks(hidden_LH, cut, group)
-        ):
-            under_way.append(self._start(rows, hidden_CH, buffers_CV[index % (depth + 1)]))
-            if len(under_way) > depth:
-                self._finish(under_way.popleft())
-        for chunk in under_way:
-            self._finish(chunk)
-        return token_sums(self.token_loss_N, self.token_weight_N, self.tokens.mask)
-
-    def _start(self, rows: slice, hidden_CH: torch.Tensor, buffer_CV: torch.Tensor) -> _Chunk:
-        settings = self.settings
-        vocabulary, options = settings.vocabulary, settings.options
-        tokens = Tokens(*(settings.cut.take(whole, rows) for whole in self.tokens))
-        logits_CV = linear_chunks.logits_of(hidden_CH, self.weight_VH, buffer_CV)
+def _started_chunks(
+    hidden_LH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    tokens: Tokens,
+    settings: Settings,
+    buffers: int,
+) -> Iterator[_Chunk]:
+    """Every chunk, its logits made in one of so many buffers, its statistics on their way."""
+    cut, vocabulary, options = settings.cut, settings.vocabulary, settings.options
+    shape = (cut.tokens, len(weight_VH))
+    buffers_CV = [hidden_LH.new_empty(shape) for _ in cut.chunks()[:buffers]]
+    hidden_chunks = linear_chunks.hidden_chunks(hidden_LH, cut, settings.group)
+    for index, (rows, hidden_CH) in enumerate(hidden_chunks):
+        part = Tokens(*(cut.take(whole, rows) for whole in tokens))
+        logits_CV = linear_chunks.logits_of(hidden_CH, weight_VH, buffers_CV[index % buffers])
         statistics_RC = ops.shard_statistics(
-            settings.kernels, logits_CV, tokens.target, vocabulary.shard, options
+            settings.kernels, logits_CV, part.target, vocabulary.shard, options
         )
         arrived = start_join(
             statistics_RC, settings.group, settings.collective, vocabulary.columns, options
         )
-        return _Chunk(rows, hidden_CH, logits_CV, tokens, arrived)
+        yield _Chunk(rows, hidden_CH, logits_CV, part, arrived)
 
-    def _finish(self, chunk: _Chunk) -> None:
-        settings, (target_C, mask_C) = self.settings, chunk.tokens
-        (size, shard, _), options = settings.vocabulary, settings.options
-        results, saved = token_results(chunk.arrived(), target_C, size, shard.ignore_index, options)
-        differentiate = self.gradients.are_needed
-        loss_C, weight_C, upstream = _token_terms(results, mask_C, self.config, differentiate)
-        settings.cut.put(self.token_loss_N, chunk.rows, loss_C)
-        settings.cut.put(self.token_weight_N, chunk.rows, weight_C)
-        if upstream is None:
-            return
+
+def _finish(
+    chunk: _Chunk,
+    weight_VH: torch.Tensor,
+    settings: Settings,
+    config: InfoEntropyConfig,
+    gradients: LinearGradients,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's loss and weight, once the chunk's part of the gradients is added."""
+    target_C, mask_C = chunk.tokens
+    (size, shard, _), options = settings.vocabulary, settings.options
+    results, saved = token_results(chunk.arrived(), target_C, size, shard.ignore_index, options)
+    loss_C, weight_C, upstream = _token_terms(results, mask_C, config, gradients.are_needed)
+    if upstream is not None:
         dz_CV = ops.shard_gradient(
             settings.kernels,
             chunk.logits_CV,
@@ -175,7 +160,8 @@ class _Pass:
             coefficients(upstream, saved, size, options),
             inplace=True,
         )
-        self.gradients.add(chunk.rows, dz_CV, chunk.hidden_CH, self.weight_VH)
+        gradients.add(chunk.rows, dz_CV, chunk.hidden_CH, weight_VH)
+    return loss_C, weight_C
 
 
 def _token_terms(

@@ -158,6 +158,15 @@ def coefficients(
     return torch.stack([saved.maximum, *rows])
 
 
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError under create_graph=True: torch would quietly treat it as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the InfoEntropy loss has no second derivative; call backward or torch.autograd.grad "
+            "without create_graph=True"
+        )
+
+
 def vocab_parallel_statistics(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -250,12 +259,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:  # torch would quietly treat it as constant
-            raise RuntimeError(
-                "the InfoEntropy statistics have no second derivative; call backward or "
-                "torch.autograd.grad without create_graph=True"
-            )
+        refuse_second_derivative()
         if ctx.overwritten:
             raise RuntimeError(
                 "the logits of this loss were overwritten by their gradient in an earlier backward "
@@ -265,7 +269,7 @@ class _Statistics(torch.autograd.Function):
         settings: Settings = ctx.settings
         options, saved = settings.options, Saved(*kept)
         upstream, size = upstream_of(gradients, options), settings.vocabulary.size
-        inplace = settings.inplace_backward and not compiling
+        inplace = settings.inplace_backward and not torch.compiler.is_compiling()
         out_NV = ops.shard_gradient(
             settings.kernels,
             logits_NV,

@@ -20,7 +20,7 @@ from megatron_infoentropy.bench.providers import (
     peers,
 )
 from megatron_infoentropy.bench.timing import (
-    clock_for,
+    Clock,
     median_difference,
     peak_mib,
     prepare,
@@ -170,7 +170,7 @@ def test_on_a_gpu_the_cache_is_flushed_before_events_mark_the_steps(monkeypatch)
     cuda.get_device_properties.return_value.L2_cache_size = 50
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "empty", cuda.empty)
-    clock = clock_for(torch.device("cuda"))
+    clock = Clock(torch.device("cuda"))
     clock.start()
     clock.mark()
     cuda.launch()

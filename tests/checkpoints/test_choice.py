@@ -12,6 +12,7 @@ from saved import ours, save
 
 from megatron_infoentropy.checkpoints import (
     MANIFEST,
+    RELEASE,
     TRACKER,
     Choice,
     DamagedCheckpointError,
@@ -34,135 +35,94 @@ def damage(folder):
     return path
 
 
-def test_a_complete_one_is_loaded_without_a_word(tmp_path):
-    assert choose(ours(tmp_path, 10, 20)) == Choice("20")
+def happen(root, events):
+    """Have a --save folder go through this, event by event."""
+    for event in filter(None, events.split(", ")):
+        match event.split(" "):
+            case ["manifests"]:  # are written from now on
+                begin_record(root)
+            case ["untracked"]:
+                (root / TRACKER).unlink()
+            case ["tracker", words]:
+                (root / TRACKER).write_text(words)
+            case ["import"]:
+                save(root, 0, complete=False).rename(root / RELEASE)
+                (root / TRACKER).write_text(RELEASE)
+            case [iteration, *how]:
+                folder = save(root, int(iteration), complete=how in ([], ["damaged"]))
+                if how == ["damaged"]:
+                    damage(folder)
+                if how == ["sizes"]:
+                    write_manifest(folder, checksums=False)
 
 
-def test_nothing_is_loaded_where_nothing_is(tmp_path):
-    assert choose(tmp_path / "new") == Choice(None)
-    begin_record(tmp_path / "new")
-    assert choose(tmp_path / "new") == Choice(None)
+GOES_ON = "training goes on from {root}/iter_00000{name}, the newest complete one before"
+CUT = "__0_0.distcp has 10239 bytes, not 10240"
+UNFINISHED = f"has no {MANIFEST}, since the training ended before all files were known to be on"
+UNVERIFIED = "since Megatron alone saved it: it is loaded unverified"
 
 
-def test_a_damaged_one_gives_way_to_the_newest_complete_one_before(tmp_path):
-    ours(tmp_path, 10, 20, 30)
-    path = damage(tmp_path / "iter_0000030")
+@pytest.mark.parametrize(
+    ("events", "name", "words"),
+    [
+        ("", None, ""),
+        ("manifests", None, ""),
+        ("manifests, 10, 20", "20", ""),
+        ("manifests, 10, 20, 30 damaged", "20", f"{CUT}: {GOES_ON}"),
+        ("manifests, 10, 20 damaged, 30 damaged", "10", f"{CUT}: {GOES_ON}"),
+        ("manifests, 10, 20 damaged, 30, tracker 20", "10", f"{CUT}: {GOES_ON}"),  # not a newer one
+        ("manifests, 10, 20 unfinished", "10", UNFINISHED),
+        ("manifests, 10, 20 sizes", "20", ""),
+        *(
+            (f"manifests, 10, 20, 30 unfinished, tracker {words}", "20", f"{TRACKER} is damaged: ")
+            for words in ("", "2x", "-1", "9" * 30, "\0")
+        ),
+        ("manifests, 10, tracker 20", "10", f"iter_0000020 is not there: {GOES_ON}"),
+        ("manifests, 10 unfinished", None, "before it: training starts at iteration 0"),
+        ("manifests, 10, 20, untracked", None, "to go on from iteration 20, write this number"),
+        ("10 unfinished", "10", UNVERIFIED),
+        ("10 unfinished, manifests", "10", UNVERIFIED),
+        ("10 unfinished, manifests, 20 damaged", "10", f"{CUT}: {GOES_ON}"),
+        # Half written by Megatron alone, whose tracker never came to it.
+        ("20 unfinished, 10 unfinished, manifests, tracker 20", "10", UNFINISHED),
+        ("import", RELEASE, UNVERIFIED),
+        ("import, manifests, 10 unfinished", RELEASE, UNFINISHED),
+    ],
+)
+def test_the_newest_complete_one_is_loaded_and_why_is_said(tmp_path, events, name, words):
+    happen(tmp_path, events)
     choice = choose(tmp_path)
-    assert (choice.name, choice.changes_tracker) == ("20", True)
-    assert choice.warning == (
-        f"{path} has 10239 bytes, not 10240: training goes on from "
-        f"{tmp_path}/iter_0000020, the newest complete one before"
-    )
-    damage(tmp_path / "iter_0000020")
+    assert choice.name == name
+    assert words.format(root=tmp_path, name=name) in choice.warning
+    assert bool(words) == bool(choice.warning)
+    assert choice.changes_tracker == (read_tracker(tmp_path) not in (name, None))
+    if choice.changes_tracker:
+        point_tracker(tmp_path, choice.name)
+        again = choose(tmp_path)
+        assert again.name == name
+        assert not again.changes_tracker
+
+
+def test_a_file_that_is_cut_off_counts_where_checksums_were_never_made(tmp_path):
+    happen(tmp_path, "manifests, 10, 20 sizes")
+    (tmp_path / "iter_0000020" / ".metadata").write_bytes(b"")
     assert choose(tmp_path).name == "10"
-
-
-def test_one_that_is_newer_than_the_tracker_is_never_taken(tmp_path):
-    ours(tmp_path, 10, 20, 30)
-    (tmp_path / TRACKER).write_text("20")
-    damage(tmp_path / "iter_0000020")
-    assert choose(tmp_path).name == "10"
-
-
-def test_one_of_which_nothing_is_known_gives_way(tmp_path):
-    ours(tmp_path, 10)
-    save(tmp_path, 20, complete=False)
-    choice = choose(tmp_path)
-    assert choice.name == "10"
-    assert f"iter_0000020 has no {MANIFEST}, since the training ended before all" in choice.warning
-
-
-def test_one_whose_checksums_were_never_made_is_loaded_when_its_sizes_are_true(tmp_path):
-    ours(tmp_path, 10)
-    folder = save(tmp_path, 20, complete=False)
-    write_manifest(folder, checksums=False)
-    choice = choose(tmp_path)
-    assert choice == Choice("20")
-    (folder / ".metadata").write_bytes(b"")
-    assert choose(tmp_path).name == "10"
-
-
-@pytest.mark.parametrize("words", ["", "2x", "-1", "9" * 30, "\0"])
-def test_a_damaged_tracker_is_overruled_by_the_newest_complete_one(tmp_path, words):
-    ours(tmp_path, 10, 20)
-    save(tmp_path, 30, complete=False)
-    (tmp_path / TRACKER).write_text(words)
-    choice = choose(tmp_path)
-    assert choice.name == "20"
-    assert f"{TRACKER} is damaged" in choice.warning
-    point_tracker(tmp_path, choice.name)
-    assert choose(tmp_path) == Choice("20")
-
-
-def test_where_the_first_was_interrupted_training_starts_anew(tmp_path):
-    begin_record(tmp_path)
-    save(tmp_path, 10, complete=False)
-    choice = choose(tmp_path)
-    assert (choice.name, choice.changes_tracker) == (None, True)
-    assert "no complete one stands before it: training starts at iteration 0" in choice.warning
-    point_tracker(tmp_path, choice.name)
-    assert choose(tmp_path) == Choice(None)
 
 
 def test_where_all_are_damaged_nothing_is_loaded_or_begun(tmp_path):
-    ours(tmp_path, 10, 20)
-    paths = [damage(tmp_path / f"iter_00000{it}0") for it in (1, 2)]
+    happen(tmp_path, "manifests, 10 damaged, 20 damaged")
     with pytest.raises(DamagedCheckpointError, match="no complete checkpoint stands") as error:
         choose(tmp_path)
-    assert all(str(path) in str(error.value) for path in paths)
-
-
-def test_a_checkpoint_of_the_tracker_that_is_gone_gives_way(tmp_path):
-    ours(tmp_path, 10)
-    (tmp_path / TRACKER).write_text("20")
-    assert "iter_0000020 is not there: training goes on from" in choose(tmp_path).warning
+    for iteration in (1, 2):
+        assert f"{tmp_path}/iter_00000{iteration}0/{CUT}" in str(error.value)
 
 
 def test_a_named_step_has_no_stand_in(tmp_path):
-    ours(tmp_path, 10, 20)
+    happen(tmp_path, "manifests, 10, 20, 30 damaged")
     assert choose(tmp_path, 10) == Choice("10")
-    damage(tmp_path / "iter_0000010")
-    with pytest.raises(DamagedCheckpointError, match="has 10239 bytes, not 10240"):
-        choose(tmp_path, 10)
-    with pytest.raises(DamagedCheckpointError, match="iter_0000015 is not there"):
-        choose(tmp_path, 15)
-
-
-def test_what_megatron_alone_saved_is_loaded_with_a_warning(tmp_path):
-    save(tmp_path, 10, complete=False)
-    choice = choose(tmp_path)
-    assert choice.name == "10"
-    assert "since Megatron alone saved it: it is loaded unverified" in choice.warning
-    begin_record(tmp_path)  # training goes on in the same folder
-    assert choose(tmp_path) == choice
-    save(tmp_path, 20)
-    damage(tmp_path / "iter_0000020")
-    assert choose(tmp_path).name == "10"
-
-
-def test_what_megatron_alone_left_half_written_is_not_taken_for_whole(tmp_path):
-    save(tmp_path, 20, complete=False)
-    save(tmp_path, 10, complete=False)  # the tracker never came to 20
-    begin_record(tmp_path)
-    (tmp_path / TRACKER).write_text("20")
-    assert choose(tmp_path).name == "10"
-
-
-def test_an_imported_model_can_be_gone_back_to(tmp_path):
-    save(tmp_path, 0, complete=False).rename(tmp_path / "release")
-    (tmp_path / TRACKER).write_text("release")
-    assert choose(tmp_path).name == "release"
-    begin_record(tmp_path)
-    save(tmp_path, 10, complete=False)
-    assert choose(tmp_path).name == "release"
-
-
-def test_a_tracker_that_was_removed_means_a_new_start_and_a_hint(tmp_path):
-    ours(tmp_path, 10, 20)
-    (tmp_path / TRACKER).unlink()
-    choice = choose(tmp_path)
-    assert (choice.name, choice.changes_tracker) == (None, False)
-    assert "to go on from iteration 20, write this number into it" in choice.warning
+    for step, words in ((30, CUT), (15, "iter_0000015 is not there")):
+        with pytest.raises(DamagedCheckpointError, match=words):
+            choose(tmp_path, step)
 
 
 @pytest.fixture
@@ -222,13 +182,11 @@ def choose_as_rank(folder, barrier, rank):
 @pytest.mark.parametrize(("complete", "left"), [((10, 20), "20"), ((), None)])
 def test_ranks_that_choose_at_once_come_to_the_same(tmp_path, complete, left):
     """Some look before another one has set the tracker, some after."""
-    ours(tmp_path, *complete)
-    save(tmp_path, 30, complete=False)
+    save(ours(tmp_path, *complete), 30, complete=False)
     context = multiprocessing.get_context("fork")  # which imports nothing again
     barrier = context.Barrier(4)
-    ranks = [
-        context.Process(target=choose_as_rank, args=(tmp_path, barrier, rank)) for rank in range(4)
-    ]
+    arguments = [(tmp_path, barrier, rank) for rank in range(4)]
+    ranks = [context.Process(target=choose_as_rank, args=each) for each in arguments]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -1,13 +1,15 @@
-"""A manifest vouches for every byte of a checkpoint, for nothing outside of it."""
+"""A manifest vouches for every byte of a checkpoint, which `infoentropy verify` reads, no other."""
 
 import json
 import os
 
 import pytest
-from saved import save
+from saved import ours, save
+from typer.testing import CliRunner
 
 from megatron_infoentropy import checkpoints
 from megatron_infoentropy.checkpoints import MANIFEST, find_damage, write_manifest
+from megatron_infoentropy.cli import app
 
 
 @pytest.fixture
@@ -45,20 +47,18 @@ def test_a_file_that_is_cut_off_longer_or_gone_is_named(folder):
     assert find_damage(folder) == f"{path} cannot be read: No such file or directory"
 
 
-def test_sizes_alone_read_no_file(folder):
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_sizes_alone_read_no_file(folder, has_checksums):
+    write_manifest(folder, checksums=has_checksums)
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    assert listed["rank/0.pt"]["bytes"] == 5
+    assert (listed["rank/0.pt"]["sha256"] is not None) == has_checksums
     path = folder / "__0_0.distcp"
     path.write_bytes(bytes(10240))
     assert find_damage(folder, checksums=False) == ""
-    assert "SHA-256" in find_damage(folder)
-
-
-def test_sizes_without_checksums_are_compared(folder):
-    write_manifest(folder, checksums=False)
-    listed = json.loads((folder / MANIFEST).read_text())["files"]
-    assert listed["rank/0.pt"] == {"bytes": 5, "sha256": None}
-    assert find_damage(folder) == ""
-    (folder / "rank" / "0.pt").write_bytes(b"stat")
-    assert find_damage(folder).endswith("0.pt has 4 bytes, not 5")
+    assert ("SHA-256" in find_damage(folder)) == has_checksums
+    path.write_bytes(b"")
+    assert find_damage(folder) == f"{path} has 0 bytes, not 10240"
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -104,3 +104,31 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         write_manifest(folder)
     assert (folder / MANIFEST).read_bytes() == before
+
+
+def verify(path):
+    return CliRunner().invoke(app, ["verify", str(path)])
+
+
+def test_all_checkpoints_of_a_folder_are_read(tmp_path):
+    ours(tmp_path, 10, 20)
+    write_manifest(save(tmp_path, 30, complete=False), checksums=False)
+    done = verify(tmp_path)
+    assert done.exit_code == 0
+    said = "".join(done.output.split("\n"))
+    assert "iter_0000010: ok" in said
+    assert "iter_0000030: the sizes are right; no checksums" in said
+    path = tmp_path / "iter_0000010" / "__0_0.distcp"
+    path.write_bytes(bytes(10240))
+    done = verify(tmp_path)
+    said = "".join(done.output.split("\n"))
+    assert f"{path} has another SHA-256 than when it was saved" in said
+    assert "iter_0000020: ok" in said
+    assert "1 of 3 checkpoints are damaged: copy them again" in str(done.exception)
+
+
+def test_one_checkpoint_is_named_by_its_own_folder(tmp_path):
+    ours(tmp_path, 10, 20)
+    (tmp_path / "iter_0000010" / ".metadata").unlink()
+    assert verify(tmp_path / "iter_0000020").exit_code == 0
+    assert "1 of 1 checkpoints are damaged" in str(verify(tmp_path / "iter_0000010").exception)

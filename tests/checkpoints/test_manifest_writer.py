@@ -40,29 +40,20 @@ def test_every_save_gets_a_manifest(tmp_path, said):
     assert said == []
 
 
-def test_a_save_at_the_very_end_gets_one_too(tmp_path, said):
-    with ManifestWriter(tmp_path, None, said.append):
-        save(tmp_path, 10, complete=False)
-    assert with_manifest(tmp_path) == [10]
-
-
 def test_what_was_there_before_is_left_alone(tmp_path, said):
     save(tmp_path, 10, complete=False)
     train(tmp_path, (20,), None, said)
     assert with_manifest(tmp_path) == [20]
 
 
-def test_the_last_stay_and_those_before_go(tmp_path, said):
+def test_the_last_complete_ones_stay_and_those_before_go(tmp_path, said):
     ours(tmp_path, 10, 20)
     train(tmp_path, (30, 40), 2, said)
     assert iterations(tmp_path) == [30, 40]
-
-
-def test_unfinished_foreign_and_newer_ones_are_not_deleted(tmp_path, said):
-    ours(tmp_path, 10, 20, 90)
-    save(tmp_path, 15, complete=False)
-    train(tmp_path, (30,), 1, said)
-    assert iterations(tmp_path) == [15, 30, 90]
+    save(tmp_path, 35, complete=False)
+    save(tmp_path, 90)
+    train(tmp_path, (50,), 1, said)
+    assert iterations(tmp_path) == [35, 50, 90], "an unfinished one or a newer one is gone"
 
 
 def test_what_is_half_deleted_is_no_checkpoint_and_goes_with_the_next(tmp_path, said, monkeypatch):
@@ -85,24 +76,26 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def test_nothing_is_deleted_for_one_that_could_not_be_completed(tmp_path, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("fails", "complete", "words"),
+    [
+        ("write_manifest", [10], "does not count as complete: [Errno 28] No space left on device"),
+        # As if killed at the first checksum: it was complete before.
+        ("file_sha256", [10, 20], "holds sizes without checksums: [Errno 28]"),
+    ],
+)
+def test_nothing_is_deleted_for_one_without_a_whole_manifest(
+    tmp_path, said, monkeypatch, fails, complete, words
+):
     ours(tmp_path, 10)
-    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    monkeypatch.setattr(checkpoints, fails, full)
     train(tmp_path, (20,), 1, said)
-    assert with_manifest(tmp_path) == [10]
-    assert "does not count as complete: [Errno 28] No space left on device" in said[0]
+    assert with_manifest(tmp_path) == complete
+    assert words in said[0]
+    assert choose(tmp_path).name == str(complete[-1])
 
 
-def test_one_is_complete_before_its_checksums_are_made(tmp_path, said, monkeypatch):
-    ours(tmp_path, 10)
-    monkeypatch.setattr(checkpoints, "file_sha256", full)  # as if killed at the first
-    train(tmp_path, (20,), 1, said)
-    assert with_manifest(tmp_path) == [10, 20]
-    assert "holds sizes without checksums: [Errno 28]" in said[0]
-    assert choose(tmp_path).name == "20"
-
-
-def test_a_tracker_caught_half_written_is_no_checkpoint(tmp_path, said):
+def test_a_tracker_caught_half_written_is_no_checkpoint_and_a_save_at_the_end_is(tmp_path, said):
     with ManifestWriter(tmp_path, None, said.append) as writer:
         (tmp_path / TRACKER).write_text("")
         writer.look()

@@ -17,21 +17,16 @@ def words(tokenizer_folder, tmp_path):
     return ("preprocess", "--input", path, "--tokenizer", tokenizer_folder, "--output")
 
 
-def test_plain_lines_become_one_dataset_and_the_screen_says_so(words, tmp_path):
-    done = command(*words, tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    assert [row.split()[1] for row in done.stdout.splitlines() if " 20 " in row] == ["all"]
-
-
 def test_mistakes_at_the_keyboard_end_with_what_to_do(words, tmp_path):
     out = tmp_path / "out"
-    assert command(*words, out).exit_code == 0
+    made = command(*words, out)
+    assert [row.split()[1] for row in made.stdout.splitlines() if " 20 " in row] == ["all"]
     for mistake, cure in (
         ((*words, tmp_path / "no", "--split-by", "meta.pile_set_name"), "--split-by ''"),
         ((*words, out, "--no-append-eod"), "give --overwrite"),
         ((*words, out, "--input", tmp_path), "is a folder; name the files in it"),
         ((*words, out, "--tokenizer", "gpt2"), "tokenizer`"),
-        (("inspect", out / "all.bin"), "without either"),
+        (("inspect", out / "all"), "is no token dataset: it has no manifest.json; make one with"),
         (("blend", out, "--tokens", "inf"), "a number of tokens, got inf"),
         (("blend", out, "--weights", "paper"), "do not name the domain 'all'"),
         (("blend", out, "--weights", "paper"), "natural, temperature:T or a .json file"),

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from golden import assert_same_files, write_golden
 from text_files import line, write
@@ -22,9 +21,7 @@ from megatron_infoentropy.data.blocks import BrokenLineError
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.journal import slug
 from megatron_infoentropy.data.manifest import (
-    PILE_DOMAIN,
     DataOptions,
-    DomainFacts,
     InputFacts,
     load_manifest,
 )
@@ -211,20 +208,6 @@ def test_unusable_arguments_are_refused_before_any_work(prepare, inputs, tmp_pat
     assert sorted(tmp_path.iterdir()) == sorted(inputs)
 
 
-def test_texts_can_be_kept_in_one_dataset_or_split_by_another_key(prepare, tmp_path):
-    lines = ['{"text": "a", "lang": "en"}', '{"text": "b", "lang": "de"}']
-    path = write(tmp_path / "a.jsonl", lines)
-    whole = prepare(path, "whole", options=DataOptions(split_by=None))
-    facts = whole.domains["all"]
-    assert facts == DomainFacts("all", 2, 4, 2, 0, 0, facts.bin_spans, facts.idx_sha256)
-    split = prepare(path, "split", options=DataOptions(split_by="lang"))
-    assert list(split.domains) == ["de", "en"]
-    options = DataOptions(split_by=None, text_key="lang")
-    assert prepare(path, "key", options=options).domains["all"].bytes == 4
-    with pytest.raises(BrokenLineError, match=r"a\.jsonl:1: no domain: .* meta\.pile_set_name"):
-        prepare(path, options=DataOptions(split_by=PILE_DOMAIN))
-
-
 @pytest.mark.parametrize(
     ("domain", "name"),
     [
@@ -268,13 +251,3 @@ preprocess([text], *folders)
     words = [sys.executable, "-c", program, inputs[0], tokenizer_folder, tmp_path / "o"]
     subprocess.run(words, check=True, cwd=Path(__file__).parents[2])
     assert (tmp_path / "o" / "manifest.json").is_file()
-
-
-def test_a_domain_without_any_token_is_left_out_and_said(prepare, tmp_path):
-    """Megatron can not open an empty dataset; failing after a day would be worse."""
-    path = write(tmp_path / "a.jsonl", [line("a", A), line("", B), line("", B)])
-    manifest = prepare(path)
-    assert list(manifest.domains) == [A]
-    assert manifest.left_out == {B: 2}
-    assert not (tmp_path / "out" / "arxiv.bin").exists()
-    assert np.load(tmp_path / "out" / manifest.token_counts).shape == (1, 600)

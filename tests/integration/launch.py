@@ -34,6 +34,11 @@ TINY_MODEL = [
     *("--untie-embeddings-and-output-weights", "--attention-dropout=0", "--hidden-dropout=0"),
     *("--eval-iters=0", "--eval-interval=1000", "--log-interval=1", "--lr-decay-style=constant"),
 ]
+TINY_TRAINING = [  # flags that follow have the last word
+    *TINY_MODEL,
+    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256", "--lr=1e-3"),
+    *("--micro-batch-size=2", "--global-batch-size=4", "--train-iters=1"),
+]
 ENVIRONMENT = {
     # The server takes its modules from here: Python 3.12 does not hand it sys.path.
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),

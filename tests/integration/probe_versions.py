@@ -1,9 +1,10 @@
 """Language models of the megatron-core on the path, with the loss bound, on two gloo ranks.
 
 `python probe_versions.py FOLDER` imports Megatron once and forks two ranks; each writes what it saw
-to FOLDER/<tensor ranks>-<rank>.pt, at two tensor-parallel ranks and then at one (two data ranks).
+to FOLDER/<tensor ranks>-<rank>.json, at two tensor-parallel ranks and then at one (two data ranks).
 """
 
+import json
 import multiprocessing
 import os
 import sys
@@ -19,26 +20,39 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import __version__, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 from megatron_bridge import infoentropy_hook  # noqa: E402
-from oracle import dense_objective  # noqa: E402
-from other_models import bert_model, hybrid_model, t5_model  # noqa: E402
+from oracle import dense_statistics, dense_weight  # noqa: E402
 
 from megatron_infoentropy import InfoEntropyConfig  # noqa: E402
 from megatron_infoentropy.integration import bound_loss, use_infoentropy_loss  # noqa: E402
 
-VOCAB, BATCH, SEQUENCE, LAYERS = 64, 2, 16, 2
+try:
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid import hybrid_model as hybrid
+except ImportError:  # 0.17
+    from megatron.core.models.mamba import mamba_model as hybrid
+    from megatron.core.ssm import mamba_block as hybrid_block
+
+VOCAB, BATCH, SEQUENCE = 64, 2, 16
+FUTURE = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
 GAMMA = 2.0
 
 
 def main(folder):
-    initialize(tensor_ranks=2)
-    found = gpt_results(by_hook=False)
-    found |= {"version": __version__, "other": [compare(*made) for made in other_models()]}
-    torch.save(found, folder / f"2-{dist.get_rank()}.pt")
-    parallel_state.destroy_model_parallel()
-    initialize(tensor_ranks=1)
-    torch.save(gpt_results(by_hook=True), folder / f"1-{dist.get_rank()}.pt")
+    for tensor_ranks in (2, 1):
+        initialize(tensor_ranks)
+        batch = batch_of(parallel_state.get_data_parallel_rank())
+        seen = [compare(*gpt_model(*batch), mask=batch[2], by_hook=tensor_ranks == 1)]
+        if tensor_ranks == 2:
+            seen.append(compare(*hybrid_model(*batch)))
+        text = json.dumps({"version": __version__, "seen": seen})
+        (folder / f"{tensor_ranks}-{dist.get_rank()}.json").write_text(text)
+        parallel_state.destroy_model_parallel()
 
 
 def initialize(tensor_ranks):
@@ -48,7 +62,7 @@ def initialize(tensor_ranks):
 
 def model_config(**settings):
     return TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=2,
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=4,
@@ -62,24 +76,43 @@ def model_config(**settings):
     )
 
 
-def gpt_model():
-    """The model of dense_gpt.py."""
+def gpt_model(tokens, labels, _):
     torch.manual_seed(1)
-    config = model_config(
-        num_query_groups=2,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-5,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+    config = model_config(num_query_groups=2, normalization="RMSNorm", add_bias_linear=False)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = GPTModel(config, spec, VOCAB, SEQUENCE, position_embedding_type="rope")
+    arguments = {
+        "input_ids": tokens,
+        "position_ids": torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
+        "attention_mask": FUTURE,
+    }
+    return model, arguments | {"labels": labels}, "labels"
+
+
+def hybrid_model(tokens, labels, _):
+    """Attention and MLP layers; a Mamba layer takes mamba_ssm, which takes a GPU."""
+    torch.manual_seed(2)
+    layer = get_gpt_layer_local_spec().submodules
+    parts = type(layer)
+    attention = parts(
+        input_layernorm=layer.input_layernorm,
+        self_attention=layer.self_attention,
+        self_attn_bda=layer.self_attn_bda,
     )
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        VOCAB,
-        SEQUENCE,
-        position_embedding_type="rope",
+    mlp = parts(pre_mlp_layernorm=layer.pre_mlp_layernorm, mlp=layer.mlp, mlp_bda=layer.mlp_bda)
+    name = "Hybrid" if hybrid_block.__name__.endswith("hybrid_block") else "Mamba"  # 0.17
+    submodules = getattr(hybrid_block, f"{name}StackSubmodules")(
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
     )
+    # Transformer Engine's, the only one that the stack asks for.
+    hybrid_block.TENorm = WrappedTorchNorm
+    spec = ModuleSpec(module=getattr(hybrid_block, f"{name}Stack"), submodules=submodules)
+    model = getattr(hybrid, f"{name}Model")(
+        model_config(), spec, VOCAB, SEQUENCE, hybrid_layer_pattern="*-"
+    )
+    arguments = {"input_ids": tokens, "position_ids": None, "attention_mask": FUTURE}
+    return model, arguments | {"labels": labels.clamp_min(0)}, "labels"
 
 
 def batch_of(data_rank):
@@ -94,39 +127,61 @@ def batch_of(data_rank):
     return text[:, :-1].contiguous(), labels, mask
 
 
-def gpt_results(*, by_hook):
-    """Losses and gradients of the bound loss, and Megatron's own loss.
+def compare(model, arguments, name, mask=None, by_hook=False):
+    """Worst relative errors of the bound loss: of gamma 0 and of evaluation to the model's own
+    loss; of losses, objective and a parameter's gradient to dense float64 on the model's own
+    gathered logits. Beside them what alpha is a mean of, and what is said where it is passed by.
 
-    by_hook: the example's, as Megatron-Bridge and megatron-core 0.19 call it.
+    by_hook: the loss is bound by the example's, as Megatron-Bridge and megatron-core 0.19 call it.
     """
-    data_rank = parallel_state.get_data_parallel_rank()
-    tokens, labels, mask = batch_of(data_rank)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1).contiguous()
-    future = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    labels = arguments.pop(name)
     real = labels.clamp_min(0)  # Megatron's own loss knows no ignored label
+    valid = (labels != -100) * (1 if mask is None else mask)
 
-    def forward(labels, **options):
-        return model(tokens, positions, future, labels=labels, **options)
+    def forward(labels=None, **options):
+        options |= {} if labels is None else {name: labels}
+        output = model(**arguments, **options)
+        return output[0] if isinstance(output, tuple) else output
 
-    model = gpt_model()
     own = forward(real).detach()
     use_infoentropy_loss([model], InfoEntropyConfig(gamma=0.0))
-    found = {"own": own, "gamma 0": forward(real).detach()}
-    found |= {"tokens": tokens, "labels": labels, "mask": mask}
+    found = {"model": type(model).__name__, "gamma 0": worst(forward(real), own)}
+
+    logits = tensor_parallel.gather_from_tensor_model_parallel_region(forward())
+    ce, entropy, _ = dense_statistics(logits, labels)
+    weight = dense_weight(ce, entropy, "infoentropy", GAMMA, 1.0).detach() * valid
+    alpha = valid.sum() / weight.sum()
+    found["inverse mean weight"] = float(alpha)
+    group = parallel_state.get_data_parallel_group()
+    dist.all_reduce(alpha, group=group)
+    expected = alpha / group.size() * weight * ce
+    truth = expected.sum() / valid.sum()
+    truth.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
 
     if by_hook:
         (model,) = infoentropy_hook(InfoEntropyConfig(gamma=GAMMA))([model])
     else:
         use_infoentropy_loss(model, InfoEntropyConfig(gamma=GAMMA), inplace_backward=True)
-    losses = forward(labels, loss_mask=mask)
-    ((losses * mask).sum() / mask.sum()).backward()
-    found |= {"losses": losses.detach(), "calls": bound_loss(model).training_calls}
-    found["parameters"] = {f"0.{n}": p.detach() for n, p in model.named_parameters()}
-    found["gradients"] = {f"0.{n}": p.grad for n, p in model.named_parameters()}
+    masked = {} if mask is None else {"loss_mask": mask}
+    losses = forward(labels, **masked)
+    objective = (losses * valid).sum() / valid.sum()
+    objective.backward()
+    errors = [
+        worst(p.grad, gradients[n])
+        for n, p in model.named_parameters()
+        if n in gradients and gradients[n].abs().max() > 1e-6
+    ]
+    found |= {"losses": worst(losses * valid, expected), "objective": worst(objective, truth)}
+    found |= {"gradient": max(errors), "calls": bound_loss(model).training_calls}
     model.eval()
-    found["evaluation"] = forward(real, loss_mask=mask).detach()
-    found["bypass"] = what_a_bypass_says(model, forward, real)
-    return found
+    found["evaluation"] = worst(forward(real, **masked), own)
+    return found | {"bypass": [] if mask is None else what_a_bypass_says(model, forward, real)}
+
+
+def worst(got, expected):
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def what_a_bypass_says(model, forward, labels):
@@ -140,44 +195,6 @@ def what_a_bypass_says(model, forward, labels):
         except (RuntimeError, TypeError) as error:
             said.append(str(error))
     return said
-
-
-def other_models():
-    """(model, arguments of its forward, name of the labels), of the classes beside GPTModel."""
-    tokens, labels, _ = batch_of(0)
-    torch.manual_seed(2)
-    for make in (hybrid_model, t5_model, bert_model):
-        yield make(model_config, VOCAB, SEQUENCE, tokens, labels.clamp_min(0))
-
-
-def compare(model, arguments, name):
-    """Of the bound loss and of dense float64 on the model's own gathered logits: (name, worst
-    error of gamma 0 to the model's own loss, of the objective, of a parameter's gradient)."""
-    labels = arguments.pop(name)
-
-    def forward(**options):
-        output = model(**arguments, **options)
-        return output[0] if isinstance(output, tuple) else output
-
-    own = forward(**{name: labels}).detach()
-    use_infoentropy_loss(model, InfoEntropyConfig(gamma=0.0))
-    plain = (forward(**{name: labels}).detach() - own).abs().max()
-
-    shards = forward()  # [b, s, V/TP]
-    logits = tensor_parallel.gather_from_tensor_model_parallel_region(shards)
-    truth = dense_objective([(logits, labels, torch.ones_like(labels))], gamma=GAMMA)
-    truth.backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    use_infoentropy_loss(model, InfoEntropyConfig(gamma=GAMMA))
-    objective = forward(**{name: labels}).mean()
-    objective.backward()
-    worst = max(
-        float((p.grad - expected[n]).abs().max() / expected[n].abs().max())
-        for n, p in model.named_parameters()
-        if n in expected and expected[n].abs().max() > 1e-6
-    )
-    return type(model).__name__, float(plain), float(objective - truth), worst
 
 
 def run_rank(rank, folder):

@@ -52,17 +52,14 @@ def test_another_interface_is_refused_in_any_version(installed, version):
         compat.check_drop_in(OtherModel)
 
 
-def test_the_trainer_runs_on_the_version_it_was_written_for(installed):
+def test_the_trainer_refuses_other_versions_and_names_the_way_out(installed):
     installed("0.19.2")
     compat.check_trainer()
-
-
-@pytest.mark.parametrize("version", ["0.17.1", "0.18.2", "0.20.0"])
-def test_the_trainer_refuses_others_and_names_the_way_out(installed, version):
-    installed(version)
-    says = rf"drives megatron-core 0.19, got {version}, .* bind the loss to its model"
-    with pytest.raises(ValueError, match=says):
-        compat.check_trainer()
+    for version in ("0.17.1", "0.18.2", "0.20.0"):
+        installed(version)
+        says = rf"drives megatron-core 0.19, got {version}, .* bind the loss to its model"
+        with pytest.raises(ValueError, match=says):
+            compat.check_trainer()
 
 
 def gpt_arguments(**changes):
@@ -72,18 +69,12 @@ def gpt_arguments(**changes):
 
 
 @pytest.mark.parametrize(
-    ("layout", "pattern"),
-    [
-        ({}, "*-*-*-*-"),
-        ({"pipeline_model_parallel_size": 2}, "*-*-|*-*-"),
-        (
-            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-            "*-|*-|*-|*-",
-        ),
-    ],
+    ("stages", "virtual", "pattern"),
+    [(1, None, "*-*-*-*-"), (2, None, "*-*-|*-*-"), (2, 2, "*-|*-|*-|*-")],
 )
-def test_a_gpt_becomes_a_hybrid_on_the_same_stages(layout, pattern):
-    args = gpt_arguments(recompute_num_layers=1, **layout)
+def test_a_gpt_becomes_a_hybrid_on_the_same_stages(stages, virtual, pattern):
+    layout = {"virtual_pipeline_model_parallel_size": virtual}
+    args = gpt_arguments(recompute_num_layers=1, pipeline_model_parallel_size=stages, **layout)
     compat.make_hybrid(args)
     assert args.hybrid_layer_pattern == pattern
     assert (args.num_layers, args.encoder_num_layers, args.recompute_num_layers) == (8, 8, 2)
@@ -100,9 +91,7 @@ def test_a_gpt_becomes_a_hybrid_on_the_same_stages(layout, pattern):
 def test_a_gpt_that_no_such_hybrid_equals_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         compat.make_hybrid(gpt_arguments(**changes))
-
-
-def test_a_checkpoint_of_a_hybrid_has_its_pattern_already():
+    # A checkpoint of a hybrid has its pattern already.
     args = gpt_arguments(hybrid_layer_pattern="*-*-", use_checkpoint_args=True)
     compat.make_hybrid(args)
     assert (args.hybrid_layer_pattern, args.num_layers) == ("*-*-", 4)

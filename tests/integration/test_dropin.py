@@ -17,12 +17,14 @@ B, S, V = 3, 5, 40
 class LanguageModel(torch.nn.Module):
     """What the binding relies on, no more."""
 
-    def __init__(self, columns=V, ranks=1, **settings):
+    def __init__(self, ranks=1, config=None, **attributes):
         super().__init__()
-        self.config = SimpleNamespace(**settings)
+        self.config = SimpleNamespace(**config or {})
         group = SimpleNamespace(size=lambda: ranks, rank=lambda: 0) if ranks > 1 else None
         self.pg_collection = SimpleNamespace(tp=group)
-        self.output_layer = SimpleNamespace(output_size_per_partition=columns)
+        self.output_layer = SimpleNamespace(output_size_per_partition=V // ranks)
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def compute_language_model_loss(self, labels, logits):
         raise AssertionError("Megatron's own loss was called")
@@ -45,30 +47,23 @@ def make_case():
     return logits, labels
 
 
-@pytest.mark.parametrize("normalization", ["paper", "global", "none"])
-def test_mean_over_valid_tokens_is_the_objective(normalization):
-    logits, labels = make_case()
-    config = InfoEntropyConfig(gamma=2.0, normalization=normalization)
-    model = use_infoentropy_loss(LanguageModel(), config)
-    ours = logits.clone().requires_grad_()
-    loss = model.compute_language_model_loss(labels, ours)
-    assert loss.shape == (B, S)
-    mean = loss.sum() / (labels != -100).sum()
-    mean.backward()
-    truth = logits.clone().requires_grad_()
-    batch = (truth.transpose(0, 1), labels, torch.ones(B, S))
-    expected = dense_objective([batch], gamma=2.0, normalization=normalization)
-    expected.backward()
-    assert_within(mean, expected, rtol=1e-12)
-    assert_within(ours.grad, truth.grad, atol=1e-13)
+OTHERS = ("lin_focal", "eaft", "dft", "deft", "eslm", "entrodrop")
 
 
-@pytest.mark.parametrize("objective", ["lin_focal", "eaft", "dft", "deft", "eslm", "entrodrop"])
-def test_every_objective_is_that_of_the_function(objective):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"gamma": 2.0, "normalization": how} for how in ("paper", "global", "none")),
+        *({"objective": other, "gamma": 0.5, "quantile": 0.4} for other in OTHERS),
+    ],
+    ids=lambda settings: settings.get("objective", settings.get("normalization")),
+)
+def test_mean_over_valid_tokens_is_the_objective_of_the_function(settings):
     logits, labels = make_case()
-    config = InfoEntropyConfig(objective=objective, gamma=0.5, quantile=0.4)
+    config = InfoEntropyConfig(**settings)
     ours, whole = (logits.clone().requires_grad_() for _ in range(2))
-    loss = use_infoentropy_loss(LanguageModel(), config).compute_language_model_loss(labels, ours)
+    loss = bound(config).compute_language_model_loss(labels, ours)
+    assert loss.shape == (B, S)
     mean = loss.sum() / (labels != -100).sum()
     expected = infoentropy_loss(whole, labels.T, config)
     for each in (mean, expected):
@@ -169,48 +164,20 @@ def test_a_run_can_prove_which_loss_it_used(caplog):
         bound_loss(model)
 
 
-def test_another_loss_in_its_place_is_an_error_not_a_fallback():
-    logits, labels = make_case()
-    with pytest.raises(RuntimeError, match="an output_processor, which took its place"):
-        bound()(logits, labels, output_processor=torch.sum)
-    model = bound()
-    model.compute_language_model_loss = lambda labels, logits: logits.sum()
-    with pytest.raises(RuntimeError, match="bound to something else afterwards"):
-        model(logits, labels)
-
+def test_a_forward_that_makes_its_loss_elsewhere_is_an_error_not_a_fallback():
     class Fused(LanguageModel):
         def forward(self, logits, lm_labels):
             return logits.sum()
 
     with pytest.raises(RuntimeError, match="without compute_language_model_loss"):
-        use_infoentropy_loss(Fused())(logits, labels)
+        use_infoentropy_loss(Fused())(*make_case())
 
 
 def test_a_stage_without_an_output_layer_may_be_given_labels():
-    stage = LanguageModel()
+    stage = LanguageModel(post_process=False, forward=lambda logits, labels: logits)
     del stage.output_layer
-    stage.post_process = False
-    stage.forward = lambda logits, labels: logits
     logits, labels = make_case()
     assert torch.equal(use_infoentropy_loss(stage)(logits, labels), logits)
-
-
-def without_parallel_output():
-    model = LanguageModel(ranks=2)
-    model.parallel_output = False
-    return model
-
-
-def with_another_head():
-    model = LanguageModel(ranks=2)
-    model.output_layer = torch.nn.Linear(2, V)
-    return model
-
-
-def in_half_precision():
-    model = LanguageModel()
-    model.fp16_lm_cross_entropy = True
-    return model
 
 
 def inside_another():
@@ -219,31 +186,38 @@ def inside_another():
     return model
 
 
+FUSED = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "linear"}
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("model", "message"),
     [
-        (lambda: torch.nn.Linear(2, 2), r"LanguageModule .* got Linear"),
-        (inside_another, r"got Module without .*; bind its \.language_model"),
-        (lambda: LanguageModel(mtp_num_layers=1), "multi-token-prediction heads"),
+        (torch.nn.Linear(2, 2), r"LanguageModule .* got Linear"),
+        (inside_another(), r"got Module without .*; bind its \.language_model"),
+        (LanguageModel(config={"mtp_num_layers": 1}), "multi-token-prediction heads"),
+        (LanguageModel(config=FUSED), "cross_entropy_fusion_impl='linear' would compute"),
         (
-            lambda: LanguageModel(
-                cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"
-            ),
-            "cross_entropy_fusion_impl='linear' would compute",
+            LanguageModel(ranks=2, parallel_output=False),
+            "built with parallel_output=False: it gathers logits",
         ),
-        (without_parallel_output, "built with parallel_output=False: it gathers logits"),
-        (with_another_head, "states neither its output layer's share of the vocabulary nor a"),
-        (in_half_precision, "built with fp16_lm_cross_entropy=True"),
+        (
+            LanguageModel(ranks=2, output_layer=torch.nn.Linear(2, V)),
+            "states neither its output layer's share of the vocabulary nor a",
+        ),
+        (LanguageModel(fp16_lm_cross_entropy=True), "built with fp16_lm_cross_entropy=True"),
     ],
 )
-def test_what_cannot_work_is_refused_in_words(make, message):
+def test_what_cannot_work_is_refused_in_words(model, message):
     with pytest.raises(ValueError, match=message):
-        use_infoentropy_loss([make()])
+        use_infoentropy_loss([model])
 
 
 def test_settings_that_a_bound_loss_cannot_serve_are_refused_in_words():
+    logits, labels = make_case()
     with pytest.raises(ValueError, match="fused_linear needs the hidden states"):
         bound(InfoEntropyConfig(fused_linear=True))
+    with pytest.raises(ValueError, match="use linear_infoentropy_loss, or the trainer"):
+        infoentropy_loss(logits, labels.T, InfoEntropyConfig(fused_linear=True))
     with pytest.raises(ValueError, match=r"mtp_loss='weighted' is for .*pretrain alone: leave it"):
         bound(InfoEntropyConfig(mtp_loss="weighted"))
     schedule = {"gamma_schedule": "linear", "gamma_samples": 10}
@@ -251,28 +225,21 @@ def test_settings_that_a_bound_loss_cannot_serve_are_refused_in_words():
         bound(InfoEntropyConfig(**schedule))
     model, later = bound(InfoEntropyConfig(gamma=0.0)), InfoEntropyConfig(gamma=0.0, **schedule)
     bound_loss(model).config = later.at(10)
-    logits, labels = make_case()
     assert torch.equal(model(logits, labels), bound(InfoEntropyConfig(gamma=1.0))(logits, labels))
 
 
-def test_fusions_inside_the_method_give_way():
-    for name in ("native", "te"):
-        settings = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": name}
-        logits, labels = make_case()
-        assert use_infoentropy_loss(LanguageModel(**settings))(logits, labels).isfinite().all()
-
-
-def test_gathered_logits_are_refused():
-    """Half the columns expected, the whole vocabulary given: off by ln 2 if it were accepted."""
-    model = use_infoentropy_loss(LanguageModel(columns=V // 2, ranks=2))
+@pytest.mark.parametrize("name", ["native", "te"])
+def test_fusions_inside_the_method_give_way(name):
     logits, labels = make_case()
+    model = LanguageModel(config=FUSED | {"cross_entropy_fusion_impl": name})
+    assert use_infoentropy_loss(model)(logits, labels).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"output_layer": torch.nn.Linear(2, V), "vocab_size": V}], ids=["", "adapter"]
+)
+def test_gathered_logits_are_refused_also_through_an_adapter(adapter):
+    """Half the columns expected, the whole vocabulary given: off by ln 2 if it were accepted."""
+    model = use_infoentropy_loss(LanguageModel(ranks=2, **adapter))
     with pytest.raises(ValueError, match="vocabulary-sharded logits with 20 columns"):
-        model(logits, labels)
-
-
-def test_an_adapter_around_the_output_layer_is_seen_through():
-    model = LanguageModel(ranks=2)
-    model.output_layer, model.vocab_size = torch.nn.Linear(2, V), 2 * V
-    use_infoentropy_loss(model)
-    with pytest.raises(ValueError, match=f"sharded logits with {V} columns"):
-        model(torch.zeros(S, B, 2 * V), torch.zeros(B, S, dtype=torch.long))
+        model(*make_case())

@@ -118,13 +118,6 @@ def test_a_trainers_step_equals_dense_float64(
         assert_within(gradient, expected[name], atol=2e-5 * size)
 
 
-def test_without_alpha_a_step_does_not_depend_on_the_cut(llama):
-    whole, cut = (dense_step(llama, GAMMA, k, "none")[0] for k in (1, 2))
-    assert_within(whole, cut, rtol=1e-12)
-    whole, cut = (dense_step(llama, GAMMA, k, "paper")[0] for k in (1, 2))
-    assert abs(whole - cut) > 1e-4 * whole
-
-
 def test_evaluation_is_plain_cross_entropy(example, llama, tmp_path):
     trainer, _ = trainer_of(example, llama, tmp_path, InfoEntropyConfig(gamma=GAMMA))
     plain, _ = dense_step(llama, 0.0, 1)
@@ -156,7 +149,9 @@ def run_example(name):
 
 
 def test_the_drop_in_example_trains(tmp_path):
+    """It asks for "cuda" and has dropout, at which Megatron would raise a false alarm on a CPU."""
     said = run_trainer(2, run_example, ("drop_in",), [], tmp_path)
     objectives = [float(x) for x in re.findall(r"objective ([\d.]+)", said)]
     assert len(objectives) == 4
     assert objectives[-1] < 0.8 * objectives[0]
+    assert "RNG state changed" not in said

@@ -8,7 +8,7 @@ import random
 import sys
 
 import pytest
-from launch import TINY_MODEL, run_trainer
+from launch import TINY_TRAINING, run_trainer
 
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.launch.failures import explain, refusal
@@ -16,9 +16,8 @@ from megatron_infoentropy.launch.limits import LIMITS
 from megatron_infoentropy.launch.recipe import read_facts
 
 FUZZED = [
-    *TINY_MODEL,
-    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=300", "--lr=0.01"),
-    *("--micro-batch-size=2", "--global-batch-size=2", "--train-iters=3", "--seed=1"),
+    *(*TINY_TRAINING, "--vocab-size=300", "--lr=0.01", "--global-batch-size=2"),
+    *("--train-iters=3", "--seed=1"),
     "--tensor-model-parallel-size=1",
     *("--lr-warmup-iters=1", "--eval-interval=2", "--eval-iters=1"),
 ]

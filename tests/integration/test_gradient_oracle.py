@@ -5,25 +5,32 @@ vocabulary; the oracle is one process, one model, float64, the published formula
 cut into ranks and micro-batches replayed.
 """
 
-import probe_gradients
+import dataclasses
+
 import pytest
 import torch
-from dense_gpt import DenseGPT, DenseHybrid, shifted
-from launch import TINY_MODEL, run_trainer
+from dense_gpt import DenseModel, shifted
+from launch import TINY_TRAINING, run_trainer
+from megatron.core import mpu
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+from megatron.training import get_args, get_tokenizer
 from oracle import dense_statistics, dense_weight
-from probe_gradients import make_batch
+
+from megatron_infoentropy import pretrain
+from megatron_infoentropy.integration import step
 
 GAMMAS = (1.0, 2.0)  # every run has one step of each
 FUSED = ("--infoentropy-fused-linear", "--infoentropy-chunk-tokens=12")  # three chunks of 32 tokens
+HEADS_BEFORE_THE_LAST = "--pipeline-model-parallel-layout=Et|t|m|L"
 VOCAB = 200  # padded to 256: both vocabulary shards hold tokens, one holds padding too
 MICRO_BATCH, SEQUENCE = 2, 16
-PLAIN = {"tp": 1, "pp": 1, "dp": 1, "micro_batches": 2, "chunks": 1, "layers": 2, "flags": ()}
+PLAIN = {"tp": 1, "pp": 1, "dp": 1, "micro_batches": 2, "flags": ()}
 LAYOUTS = {
     "tp2-pp2": {"tp": 2, "pp": 2},
     "dp2": {"dp": 2, "micro_batches": 3},
     "tp4": {"tp": 4, "flags": ("--num-query-groups=4",)},
     "pp2-interleaved": {
-        **{"pp": 2, "chunks": 2, "layers": 4},
+        "pp": 2,
         "flags": ("--num-layers=4", "--num-layers-per-virtual-pipeline-stage=1"),
     },
     "tp2-pp2-tied": {"tp": 2, "pp": 2, "tied": True},
@@ -45,7 +52,7 @@ LAYOUTS = {
     "tp2-pp2-fused": {"tp": 2, "pp": 2, "flags": FUSED},
     "tp2-pp2-tied-fused": {"tp": 2, "pp": 2, "tied": True, "flags": FUSED},
     "tp2-pp2-hybrid": {"tp": 2, "pp": 2, "pattern": "*-|--*"},
-    "pp2-hybrid-interleaved": {"pp": 2, "chunks": 2, "pattern": "*|-|*-|-"},
+    "pp2-hybrid-interleaved": {"pp": 2, "pattern": "*|-|*-|-"},
     "dp2-hybrid-tied": {"dp": 2, "micro_batches": 3, "tied": True, "pattern": "-*"},
     "tp2-hybrid-tied-fused": {"tp": 2, "tied": True, "pattern": "*-", "flags": FUSED},
     "tp2-pp2-heads": {"tp": 2, "pp": 2, "heads": 2},
@@ -60,6 +67,11 @@ LAYOUTS = {
         **{"dp": 2, "micro_batches": 3, "pattern": "*-/-", "heads": 1, "tied": True},
         **{"head_loss": "megatron", "flags": FUSED},
     },
+    "pp4-heads-before-the-last": {"pp": 4, "heads": 1, "flags": (HEADS_BEFORE_THE_LAST,)},
+    "pp4-tied-heads-before-the-last": {
+        **{"pp": 4, "heads": 1, "tied": True},
+        "flags": (HEADS_BEFORE_THE_LAST,),
+    },
     "dp2-fused-into-main-grad": {
         **{"dp": 2, "micro_batches": 3, "kind": "into main_grad"},
         "flags": (*FUSED, "--overlap-grad-reduce"),
@@ -72,6 +84,85 @@ CASES = [
     if norm == "paper" or "heads" not in LAYOUTS[layout]
 ]
 HEADS_SHARE = 0.3  # of the heads' losses, together, in the objective
+MASKED_SHARE = (0.1, 0.5, 0.8)  # by (data rank + micro-batch): masks are far from equal
+
+
+def make_batch(data_rank, micro_batch, vocab, kind):
+    """The same tokens on every rank of a layout; position 0 is never masked.
+
+    kind "empty": data rank 0 has no valid token in micro-batch 1.
+    """
+    generator = torch.Generator().manual_seed(1000 * data_rank + micro_batch)
+    text = torch.randint(0, vocab, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
+    share = MASKED_SHARE[(data_rank + micro_batch) % len(MASKED_SHARE)]
+    mask = (torch.rand(MICRO_BATCH, SEQUENCE, generator=generator) >= share).float()
+    mask[:, 0] = 1
+    if kind == "empty" and (data_rank, micro_batch) == (0, 1):
+        mask.zero_()
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "loss_mask": mask,
+        "position_ids": torch.arange(SEQUENCE).expand(MICRO_BATCH, -1).contiguous(),
+        "attention_mask": torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None],
+    }
+
+
+def train(folder, kind):
+    """On every rank: train at a rate of 0, a step with each gamma, and write down the gradients.
+
+    kind "packed": batches are Megatron's own, of documents of a few tokens, and written down;
+    "into main_grad": the output layer is told to add to it, for which Megatron's own code needs a
+    CUDA extension and is refused on a CPU, and ours does not.
+    """
+    container, forward_step = pretrain.prepare()
+    transformer = container.model.transformer
+    finalize, read = transformer.finalize_model_grads_func, step.get_batch
+    found = {"parameters": {}, "gradients": [], "batches": []}
+    served = {}  # batches by model chunk: each asks for all of them, in order
+
+    def get_batch(iterator, stage, config, *, training):
+        if kind == "packed":
+            found["batches"].append(read(iterator, stage, config, training=training))
+            return found["batches"][-1]
+        args = get_args()
+        micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
+        index = served.get(stage, 0) % micro_batches
+        served[stage] = served.get(stage, 0) + 1
+        vocab = get_tokenizer().vocab_size
+        return make_batch(mpu.get_data_parallel_rank(), index, vocab, kind)
+
+    def write_down(model, *arguments, **options):
+        finalize(model, *arguments, **options)
+        named = {
+            f"{chunk}.{name}": p
+            for chunk, part in enumerate(model)
+            for name, p in part.module.named_parameters()
+        }
+        found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
+        found["gradients"].append({name: p.main_grad.clone() for name, p in named.items()})
+        if len(found["gradients"]) < len(GAMMAS):
+            use_gamma(len(found["gradients"]))
+
+    def use_gamma(index):
+        forward_step.config = dataclasses.replace(forward_step.config, gamma=GAMMAS[index])
+
+    def fuse_accumulation(chunks):
+        for chunk in chunks:
+            if chunk.post_process:
+                chunk.output_layer.gradient_accumulation_fusion = True
+        return chunks
+
+    if kind == "into main_grad":
+        container.model.pre_wrap_hooks.append(fuse_accumulation)
+    MockGPTLowLevelDataset.max_sequence_length = 9
+    step.get_batch = get_batch
+    transformer.finalize_model_grads_func = write_down
+    use_gamma(0)
+    pretrain.run(container, forward_step)
+    found["vocab_size"] = get_tokenizer().vocab_size
+    stage, shard = mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank()
+    torch.save(found, folder / f"{stage}-{shard}-{mpu.get_data_parallel_rank()}.pt")
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
@@ -79,12 +170,10 @@ def run(request, tmp_path_factory):
     """(layout, normalization, what each rank wrote down)."""
     name, normalization = request.param
     layout = PLAIN | LAYOUTS[name]
-    model = [f for f in TINY_MODEL if not (layout.get("tied") and f.startswith("--untie"))]
+    model = [f for f in TINY_TRAINING if not (layout.get("tied") and f.startswith("--untie"))]
     folder = tmp_path_factory.mktemp(f"{name}-{normalization}")
     flags = [
-        *model,
-        *("--mock-data", "--tokenizer-type=NullTokenizer", f"--vocab-size={VOCAB}"),
-        f"--micro-batch-size={MICRO_BATCH}",
+        *(*model, f"--vocab-size={VOCAB}", f"--micro-batch-size={MICRO_BATCH}"),
         f"--global-batch-size={MICRO_BATCH * layout['dp'] * layout['micro_batches']}",
         f"--train-iters={len(GAMMAS)}",
         *("--lr=0", "--min-lr=0", "--weight-decay=0"),
@@ -102,8 +191,7 @@ def run(request, tmp_path_factory):
             f"--infoentropy-mtp-loss={layout.get('head_loss', 'weighted')}",
         ]
     world = layout["tp"] * layout["pp"] * layout["dp"]
-    arguments = (folder, GAMMAS, layout.get("kind", "plain"))
-    run_trainer(world, probe_gradients.main, arguments, flags, folder)
+    run_trainer(world, train, (folder, layout.get("kind", "plain")), flags, folder)
     found = {path.stem: torch.load(path) for path in folder.glob("*.pt")}
     assert len(found) == world
     return layout, normalization, found
@@ -161,10 +249,7 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
         for tp in range(layout["tp"])
     }
     tied = layout.get("tied", False)
-    if "pattern" in layout:
-        model = DenseHybrid(shards, layout["pattern"], layout["chunks"], tied)
-    else:
-        model = DenseGPT(shards, layout["layers"], layout["chunks"], tied)
+    model = DenseModel(shards, tied)
     vocab = next(iter(found.values()))["vocab_size"]
     batches = batches_of(layout, found, GAMMAS.index(gamma), vocab)
     objective(model, vocab, batches, layout, normalization, gamma, without).backward()
@@ -178,9 +263,10 @@ def oracle_gradients(layout, normalization, found, gamma, without=None):
         # A later stage's copy, for heads or the tied output layer, gets the sum of all uses too;
         # beside one for heads Megatron gives the output layer another, which nothing reads.
         embedding = shards[0, tp]["0.embedding.word_embeddings.weight"].grad
+        has_embedding = any("word_embeddings" in name for name in whole)
         for name in whole:
             if "word_embeddings" in name or (tied and "output_layer" in name):
-                is_read = "word_embeddings" in name or "heads" not in layout
+                is_read = "word_embeddings" in name or not has_embedding
                 whole[name] = embedding if is_read else torch.zeros_like(embedding)
         gradients[f"{pp}-{tp}"] = whole
     return gradients
@@ -232,14 +318,14 @@ def mean_alpha(sums, without):
     return 1.0 if without == "alpha" else sum(inverse) / len(inverse)
 
 
-def batches_of(layout, found, step, vocab):
+def batches_of(layout, found, index, vocab):
     """{(data rank, micro-batch): batch} of one step."""
     kind, micro_batches = layout.get("kind", "plain"), layout["micro_batches"]
     if kind == "packed":
         written = found["0-0-0"]["batches"]
-        return {(0, k): written[step * micro_batches + k] for k in range(micro_batches)}
+        return {(0, k): written[index * micro_batches + k] for k in range(micro_batches)}
     return {
-        (d, k): make_batch(d, k, MICRO_BATCH, SEQUENCE, vocab, kind)
+        (d, k): make_batch(d, k, vocab, kind)
         for d in range(layout["dp"])
         for k in range(micro_batches)
     }
@@ -248,7 +334,7 @@ def batches_of(layout, found, step, vocab):
 def micro_batch_sums(model, batch, vocab, layout, gamma, without):
     """(sum of w ce, sum of w, tokens) of the model, then of each of its heads."""
     heads, head_loss = layout.get("heads", 0), layout.get("head_loss", "weighted")
-    every = model.every_logits(batch["tokens"], batch["attention_mask"], heads)
+    every = model.logits(batch["tokens"], batch["attention_mask"], heads)
     labels, mask = batch["labels"], batch["loss_mask"].double()
     mask = torch.ones_like(mask) if without == "mask" else mask
     sums = []

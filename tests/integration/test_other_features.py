@@ -8,18 +8,17 @@ import functools
 import json
 import math
 
-import probe_losses
 import pytest
-from launch import TINY_MODEL, run_trainer
+import torch
+from launch import TINY_TRAINING, run_trainer
 
+from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import parse_log
 
 STEPS = 6
 HYBRID = "--infoentropy-hybrid"
-TRAINING = [
-    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256"),  # no padding at TP2
-    *("--micro-batch-size=2", "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"),
-]
+# The vocabulary of 256 has no padding at TP2.
+TRAINING = [*TINY_TRAINING, "--global-batch-size=8", "--lr=1e-2", f"--train-iters={STEPS}"]
 GPT = ("tp2", "ours", 1)
 HEADS = ["--mtp-num-layers=1", "--mtp-loss-scaling-factor=0.3"]
 FEATURES = {
@@ -42,8 +41,64 @@ FEATURES = {
 def losses(mode, flags, folder, name="run", ranks=2):
     """The losses of one training run and their tokens, of every micro-batch."""
     out = folder / f"{name}.json"
-    run_trainer(ranks, probe_losses.main, (out, mode), [*TINY_MODEL, *TRAINING, *flags], folder)
+    run_trainer(ranks, train, (out, mode), [*TRAINING, *flags], folder)
     return tuple(map(list, zip(*json.loads(out.read_text()), strict=True)))
+
+
+def train(out, mode):
+    """On every rank: train, and write the losses down with full precision.
+
+    ours: our forward step. megatron: the same batches through the model's own loss, summed as
+    Megatron's training script does. dropin: the latter with the loss bound to the model.
+    """
+    from megatron.core import mpu
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
+
+    from megatron_infoentropy.integration import use_infoentropy_loss
+    from megatron_infoentropy.integration.arguments import config_from_args
+    from megatron_infoentropy.integration.batch import get_batch
+    from megatron_infoentropy.integration.compat import prepare_megatron
+
+    prepare_megatron()
+    container, our_step = pretrain.prepare()
+    losses = []
+
+    def own_loss(loss_mask, output):
+        loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
+        count = loss_mask.sum().to(torch.int)
+        return loss, count, {"lm loss": torch.stack([loss.detach(), count])}
+
+    def megatron_step(data_iterator, model):
+        config = get_attr_wrapped_model(model, "config")
+        batch = get_batch(data_iterator, None, config, training=True)
+        inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+        output = model(*inputs, labels=batch["labels"])
+        return output, functools.partial(own_loss, batch["loss_mask"])
+
+    def step(data_iterator, model):
+        forward = our_step if mode == "ours" else megatron_step
+        output, loss_function = forward(data_iterator, model)
+
+        def write_down(output):
+            result = loss_function(output)
+            losses.append([float(result[0].detach()), int(result[1])])
+            return result
+
+        return output, write_down
+
+    if mode == "dropin":
+        container.model.pre_wrap_hooks.append(
+            lambda chunks: use_infoentropy_loss(chunks, config_from_args(get_args()))
+        )
+    try:
+        pretrain.run(container, step)
+    except SystemExit as end:  # --exit-interval ends the process
+        if end.code:
+            raise
+    ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
+    if mpu.is_pipeline_last_stage() and ranks == (0, 0):
+        out.write_text(json.dumps(losses))
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,15 @@
 import json
 
 import pytest
-from launch import TINY_MODEL, run_trainer
+from launch import TINY_TRAINING, run_trainer
 
 from megatron_infoentropy.bench.recipe_run import RecipeRow, rows_of_all
 from megatron_infoentropy.evaluate.runlog import read_log
 
 ROUNDS = 3
 FLAGS = [
-    *(*TINY_MODEL, "--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=512"),
-    *("--micro-batch-size=2", "--global-batch-size=4", "--train-iters=1000", "--lr=1e-3"),
-    *("--lr-warmup-iters=500", "--pipeline-model-parallel-size=2"),
+    *(*TINY_TRAINING, "--vocab-size=512", "--train-iters=1000", "--lr-warmup-iters=500"),
+    "--pipeline-model-parallel-size=2",
 ]
 
 

@@ -3,13 +3,16 @@ training that runs, narrow and shallow, on a CPU."""
 
 import gc
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from launch import TINY_MODEL, run_trainer
-from probe_recipes import count_traffic, parse, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_infoentropy import pretrain
 from megatron_infoentropy.evaluate.runlog import read_log
@@ -44,12 +47,114 @@ SMALL = [
 ]
 
 
+def parse(world, output, ranks):
+    """Write {"shape", "arguments", "built": {rank: its parameters}} of a command line for a world
+    that is not there; the model is built on the meta device, of local layers."""
+    os.environ["WORLD_SIZE"] = str(world)
+    from megatron.training import get_args
+
+    from megatron_infoentropy.integration.hybrid import local_stack_spec
+
+    container, _ = pretrain.prepare()
+    args, transformer = get_args(), container.model.transformer
+    transformer.transformer_impl = "local"
+    transformer.fp8 = None
+    transformer.sequence_parallel = False  # the local norms refuse it
+    if args.hybrid_layer_pattern is not None:
+        container.model.hybrid_stack_spec = local_stack_spec(transformer)
+    found = {
+        "shape": parsed.plain_arguments(args),
+        "arguments": {name: repr(value) for name, value in vars(args).items()},
+        "built": {rank: _parameters(container, rank, world) for rank in ranks},
+    }
+    output.write_text(json.dumps(found))
+
+
+def _parameters(container, rank, world):
+    """How many a rank of the fake world has; its tensors have shapes and no memory."""
+    from megatron.core import mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = container.model.transformer
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    mpu.initialize_model_parallel(
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    with torch.device("meta"):
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model = container.model.get_builder_cls()(container.model).build_model(groups)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    assert {parameter.device.type for parameter in matrices} == {"meta"}
+    mpu.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train(output):
+    """Train; write {parameter: standard deviation} of the model as it was built."""
+    container, forward_step = pretrain.prepare()
+
+    def write_down(chunks):
+        named = {name: p for chunk in chunks for name, p in chunk.named_parameters() if p.dim() > 1}
+        output.write_text(json.dumps({name: float(p.std()) for name, p in named.items()}))
+        return chunks
+
+    container.model.pre_wrap_hooks.append(write_down)
+    pretrain.run(container, forward_step)
+
+
+# What a ring sends of the larger side of a collective over k ranks, in units of (k - 1) / k.
+RING = {
+    "allreduce_": 2,
+    "_allgather_base_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+}
+
+
+class Sent(TorchDispatchMode):
+    """[operation, ranks of its group, shape, bytes that this rank sends] of all communication."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and (name in RING or name == "send"):
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            largest = max(tensors, key=lambda tensor: tensor.nbytes)
+            ranks = torch.distributed.ProcessGroup.unbox(group).size()
+            share = 1 if name == "send" else RING[name] * (ranks - 1) / ranks
+            self.calls.append((name, ranks, list(largest.shape), largest.nbytes * share))
+        return func(*args, **kwargs or {})
+
+
+def _is_group(value):
+    return "ProcessGroup" in str(value._type())
+
+
+def count_traffic(world, output):
+    """Train as rank 0 of a world whose other ranks are not there; write what it would have sent."""
+    os.environ["WORLD_SIZE"] = str(world)
+    from megatron.training import get_args
+
+    with Sent() as sent:
+        pretrain.main()
+    found = {"shape": parsed.plain_arguments(get_args()), "sent": sent.calls}
+    output.write_text(json.dumps(found))
+
+
 def words(name, *, without=()):
     flags = load_recipe(PAPER / f"{name}.yaml")
     return to_command_line({key: value for key, value in flags.items() if key not in without})
 
 
-def probe(tmp_path, world, flags, ranks=()):
+def probe(tmp_path, world, flags, ranks):
     output = tmp_path / "found.json"
     run_trainer(1, parse, (world, output, ranks), [*flags, *PLAIN], tmp_path)
     found = json.loads(output.read_text())

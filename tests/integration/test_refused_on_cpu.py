@@ -3,16 +3,18 @@
 GPUs train it in tests/gpu/test_layouts_on_gpus.py, whose flags are parsed here.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
+import gpu.test_layouts_on_gpus as gpu
 import plain_run
 import pytest
-from launch import TINY_MODEL, run_trainer
+from launch import TINY_TRAINING, run_trainer
 
-TESTS, DOCS = Path(__file__).parents[1], Path(__file__).parents[2] / "docs"
+from megatron_infoentropy import pretrain
+
+DOCS = Path(__file__).parents[2] / "docs"
 REFUSED = {  # ranks, flags, the symbol, what it says
     "sequence parallel": (
         2,
@@ -33,45 +35,27 @@ REFUSED = {  # ranks, flags, the symbol, what it says
         "TypeError: 'NoneType' object is not callable",
     ),
 }
-TRAINING = [
-    *("--mock-data", "--tokenizer-type=NullTokenizer", "--vocab-size=256", "--lr=1e-3"),
-    *("--micro-batch-size=1", "--global-batch-size=2", "--train-iters=1"),
-]
 
 
 @pytest.mark.parametrize("cell", REFUSED)
 def test_megatron_refuses_in_the_symbol_that_the_docs_name(cell, tmp_path):
     ranks, flags, symbol, words = REFUSED[cell]
     with pytest.raises(AssertionError) as failure:
-        run_trainer(ranks, plain_run.main, (), [*TINY_MODEL, *TRAINING, *flags], tmp_path)
+        run_trainer(ranks, plain_run.main, (), [*TINY_TRAINING, *flags], tmp_path)
     file, _, _ = symbol.partition(".")
     assert words in str(failure.value)
     assert f"{file}.py" in str(failure.value)
     assert f"`{symbol}`" in (DOCS / "loss.md").read_text()
 
 
-def gpu_layouts():
-    path = TESTS / "gpu" / "test_layouts_on_gpus.py"
-    spec = importlib.util.spec_from_file_location("layouts_on_gpus", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU = gpu_layouts()
-
-
-@pytest.mark.parametrize("layout", GPU.LAYOUTS)
+@pytest.mark.parametrize("layout", gpu.LAYOUTS)
 def test_flags_of_the_gpu_tests_are_accepted(layout, tmp_path):
-    ranks, flags, _ = GPU.LAYOUTS[layout]
+    ranks, flags, _ = gpu.LAYOUTS[layout]
     output = tmp_path / "found.json"
-    words = [*GPU.MODEL, *GPU.start_from("nowhere"), *flags, "--fake-process-group"]
+    words = [*gpu.MODEL, *gpu.start_from("nowhere"), *flags, "--fake-process-group"]
     run_trainer(1, accept, (ranks, output), words, tmp_path)
-    assert json.loads(output.read_text()) == {
-        "transformer_impl": "transformer_engine",
-        "data_parallel_size": 1,
-        "fp8": "hybrid" if "FP8" in layout else None,
-    }
+    fp8 = "hybrid" if "FP8" in layout else None
+    assert json.loads(output.read_text()) == ["transformer_engine", 1, fp8]
 
 
 def accept(world, output):
@@ -79,8 +63,6 @@ def accept(world, output):
     os.environ["WORLD_SIZE"] = str(world)
     from megatron.training import get_args
 
-    from megatron_infoentropy import pretrain
-
     pretrain.prepare()
-    names = ("transformer_impl", "data_parallel_size", "fp8")
-    output.write_text(json.dumps({name: getattr(get_args(), name) for name in names}))
+    args = get_args()
+    output.write_text(json.dumps([args.transformer_impl, args.data_parallel_size, args.fp8]))

@@ -1,122 +1,156 @@
-"""The trainer's loss function alone, over gloo ranks: alpha by data and context parallel groups."""
+"""The trainer's loss function alone, over four gloo ranks and Megatron's ways to split a batch.
 
-import functools
+    data: every rank has sequences of its own;
+    sequence: ranks of a tensor-parallel group hold slices of the sequence, Megatron's output layer
+        gathers them, and each gets back the gradient of its slice;
+    context: a rank holds the first and the last of 2 CP chunks (rank 1 the second and last but
+        one), and alpha is one number per micro-batch of a data-parallel replica.
+
+The trainers of the latter two need norms and attention of Transformer Engine; what the loss does
+there is tested here.
+"""
+
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
 from launch import run_forked
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.utils import get_batch_on_this_cp_rank
 from oracle import dense_statistics, dense_weight
 
 from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy.integration.output import pack
+from megatron_infoentropy.integration.step import Groups, training_loss
+from megatron_infoentropy.loss.statistics import vocab_parallel_statistics
 
-B, S, V = 2, 6, 30
-
-
-def make_output(rank, certain=None):
-    """([4, b, s] as the output processor gives, mask) of one rank; masks are far from equal.
-
-    certain: a rank all of whose targets have probability 1.
-    """
-    generator = torch.Generator().manual_seed(rank)
-    logits = torch.randn(B, S, V, generator=generator, dtype=torch.float64) * 3
-    labels = torch.randint(0, V, (B, S), generator=generator)
-    mask = (torch.rand(B, S, generator=generator) > 0.2 * rank).float()
-    statistics = dense_statistics(logits, labels)
-    is_top = logits.argmax(-1) == labels
-    output = torch.stack([*statistics, is_top]).float()
-    output[:2] *= rank != certain
-    return output, mask
+S, B, H, V, RANKS = 8, 2, 6, 24, 4
+GAMMA = 2.0
+LAYOUTS = {
+    "data": {},
+    "sequence": {"tensor_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+}
+CASES = [*product(("paper", "global", "none"), ("infoentropy", "focal"), (True, False))]
+REPORTED = ("objective", "cross entropy", "entropy", "accuracy", "weight")
 
 
-@functools.cache
-def groups_of(layout):
-    """Data and context groups of four ranks, context ranks next to one another; made once."""
-    from megatron_infoentropy.integration.step import Groups
-
-    if layout == "data 4":
-        return Groups(None, dist.group.WORLD)
-    context = [dist.new_group([i, i + 1]) for i in (0, 2)]
-    data = [dist.new_group([i, i + 2]) for i in (0, 1)]
-    return Groups(context[dist.get_rank() // 2], data[dist.get_rank() % 2])
-
-
-def loss_on_rank(layout, settings, certain=None):
-    from megatron_infoentropy.integration.step import training_loss
-
-    output, mask = make_output(dist.get_rank(), certain)
-    output.requires_grad_()
-    config = InfoEntropyConfig(**settings)
-    loss, count, report, _ = training_loss(mask, output, config, groups_of(layout))
-    loss.backward()
-    return loss.detach(), int(count), report, output.grad
+def make_replica(index):
+    """(hidden [S, B, H], target [B, S], mask [B, S]); masks are far from equal along a sequence."""
+    generator = torch.Generator().manual_seed(index)
+    hidden = torch.randn(S, B, H, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, V, (B, S), generator=generator)
+    likely = torch.linspace(0.1, 0.9, S) if index else torch.linspace(0.9, 0.1, S)
+    mask = (torch.rand(B, S, generator=generator) < likely).double()
+    mask[:, 0] = 1
+    return hidden, target, mask
 
 
-NORMALIZATIONS, OBJECTIVES = ("paper", "global", "none"), ("infoentropy", "focal")
-LAYOUTS = ("data 4", "context 2, data 2")
-CASES = [
-    *product(NORMALIZATIONS, OBJECTIVES, LAYOUTS, (True, False), (None,)),
-    *product(("paper", "global"), ("focal",), ("data 4",), (True,), (3,)),
-]
+def make_weight():
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(V, H, generator=generator, dtype=torch.float64)
 
 
 def losses_on_rank():
-    """{case: what loss_on_rank gives}: one start of the ranks serves all."""
-    names = ("normalization", "objective", "detach_weight")
-    return {
-        (normalization, objective, layout, detach, certain): loss_on_rank(
-            layout,
-            dict(zip(names, (normalization, objective, detach), strict=True), gamma=2.0),
-            certain,
-        )
-        for normalization, objective, layout, detach, certain in CASES
-    }
+    """{(layout, case): what the loss gives}: one start of the ranks serves all."""
+    found = {}
+    for layout, sizes in LAYOUTS.items():
+        mpu.initialize_model_parallel(**sizes)
+        for case in CASES:
+            found[layout, case] = loss_on_rank(*case)
+        mpu.destroy_model_parallel()
+    return found
+
+
+def loss_on_rank(normalization, objective, detach):
+    """The report's means over all ranks, the token count, and gradients of what the rank holds."""
+    tensor, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
+    data = mpu.get_data_parallel_group()
+    hidden, target, mask = make_replica(data.rank())
+    weight, found = make_weight(), {}
+    if tensor.size() > 1:
+        found["slice"] = hidden.chunk(2)[tensor.rank()].clone().requires_grad_()
+        found["shard"] = weight.chunk(2)[tensor.rank()].clone().requires_grad_()
+        whole = gather_from_sequence_parallel_region(found["slice"], group=tensor)
+        logits = whole @ found["shard"].T
+    else:
+        batch = {
+            "tokens": torch.arange(S).expand(B, S).contiguous(),
+            "labels": target,
+            "loss_mask": mask,
+            "logits": (hidden @ weight.T).transpose(0, 1).contiguous(),
+        }
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=context)
+        target, mask = batch["labels"], batch["loss_mask"]
+        logits = batch["logits"].transpose(0, 1).contiguous().requires_grad_()
+        found["logits"] = logits
+    statistics = vocab_parallel_statistics(logits, target.T.contiguous(), group=tensor)
+    config = InfoEntropyConfig(
+        objective=objective, gamma=GAMMA, normalization=normalization, detach_weight=detach
+    )
+    output = pack(statistics).transpose(1, 2)
+    loss, count, report, _ = training_loss(mask, output, config, Groups(context, data))
+    sums = torch.stack([report[name] for name in REPORTED]).double()
+    dist.all_reduce(sums, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    (loss / sums[0, 1]).backward()
+    gradients = {name: leaf.grad for name, leaf in found.items()}
+    if "shard" in gradients:
+        dist.all_reduce(gradients["shard"], group=data)
+    assert int(count) == mask.sum()
+    positions = batch["tokens"][0].tolist() if "logits" in found else None
+    return gradients | {"means": sums[:, 0] / sums[:, 1], "positions": positions}
 
 
 @pytest.fixture(scope="module")
-def results_by_rank():
-    return run_forked(losses_on_rank, 4)
+def found():
+    return run_forked(losses_on_rank, RANKS)
 
 
+def dense(replicas, normalization, objective, detach):
+    """(means that are reported, [gradient of hidden], of weight, [of logits]) of all replicas."""
+    output_weight = make_weight().requires_grad_()
+    hiddens, logits, parts = [], [], []
+    for index in range(replicas):
+        hidden, target, mask = make_replica(index)
+        hiddens.append(hidden.requires_grad_())
+        logits.append(hiddens[-1] @ output_weight.T)
+        logits[-1].retain_grad()
+        z = logits[-1].transpose(0, 1)
+        ce, entropy, _ = dense_statistics(z, target)
+        weight = dense_weight(ce, entropy, objective, GAMMA, 1.0)
+        weight = weight.detach() if detach else weight
+        is_top = (z.argmax(-1) == target).double()
+        parts.append([(mask * x).sum() for x in (weight * ce, ce, entropy, is_top, weight, 1.0)])
+    *sums, count = (sum(each) for each in zip(*parts, strict=True))
+    weights = torch.stack([part[4] for part in parts]).detach()  # alpha is a constant
+    counts = torch.stack([part[5] for part in parts])
+    alphas = {"paper": (counts / weights).mean(), "global": count / weights.sum(), "none": 1.0}
+    objective = alphas[normalization] * sums[0] / count
+    objective.backward()
+    means = torch.stack([objective, *(each / count for each in sums[1:])]).detach()
+    return means, [h.grad for h in hiddens], output_weight.grad, [z.grad for z in logits]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_sum_gradient_and_report_equal_the_formulas(case, results_by_rank):
-    normalization, objective, layout, detach, certain = case
-    results = [results[case] for results in results_by_rank]
-    parts = []
-    for rank in range(4):
-        output, mask = make_output(rank, certain)
-        ce, entropy, _, is_top = output.double().unbind(0)
-        ce, entropy = ce.requires_grad_(), entropy.requires_grad_()
-        weight = dense_weight(ce, entropy, objective, 2.0, 1.0)
-        parts.append((mask.double(), weight.detach() if detach else weight, ce, entropy, is_top))
-    alpha = {"none": 1.0, "global": 1.0}.get(normalization)
-    if alpha is None:
-        together = [[0], [1], [2], [3]] if layout == "data 4" else [[0, 1], [2, 3]]
-        inverse = [
-            sum(parts[r][0].sum() for r in ranks)
-            / sum((parts[r][0] * parts[r][1]).sum() for r in ranks).detach()
-            for ranks in together
-            if ranks != [certain]  # it has no weight to take the mean of
-        ]
-        alpha = sum(inverse) / len(inverse)
-    for (loss, count, report, grad), (mask, weight, ce, entropy, is_top) in zip(
-        results, parts, strict=True
-    ):
-        expected = alpha * (mask * weight * ce).sum()
-        expected.backward()
-        assert_within(loss, expected, rtol=1e-6)
-        assert count == int(mask.sum())
-        assert_within(grad[0], ce.grad, rtol=1e-5, atol=1e-7)
-        if entropy.grad is not None:
-            assert_within(grad[1], entropy.grad, rtol=1e-5, atol=1e-7)
-        assert_within(report["weight"][0], (mask * weight).sum(), rtol=1e-6)
-        assert_within(report["cross entropy"][0], (mask * ce).sum(), rtol=1e-6)
-        assert_within(report["accuracy"][0], (mask * is_top).sum())
-        assert_within(report["objective"][0], expected, rtol=1e-6)
-        divisor = (mask * weight).sum() if normalization == "global" else mask.sum()
-        assert_within(report["objective"][1], divisor, rtol=1e-6)
+def test_gradients_and_report_equal_dense_float64(found, case, layout):
+    replicas = RANKS if layout == "data" else RANKS // 2
+    means, hiddens, weight, logits = dense(replicas, *case)
+    for rank in range(RANKS):
+        replica, part = divmod(rank, RANKS // replicas)
+        mine = found[rank][layout, case]
+        assert_within(mine["means"], means, rtol=1e-6)
+        if layout == "sequence":
+            assert_within(mine["slice"], hiddens[replica].chunk(2)[part], atol=1e-6)
+            assert_within(mine["shard"], weight.chunk(2)[part], atol=1e-6)
+            continue
+        held = [[0, 1, 6, 7], [2, 3, 4, 5]][part] if layout == "context" else [*range(S)]
+        assert mine["positions"] == held
+        assert_within(mine["logits"], logits[replica][held], atol=1e-6)
 
 
 COUNTS = [  # settings, all-reduces of one loss
@@ -129,20 +163,17 @@ COUNTS = [  # settings, all-reduces of one loss
 
 def collectives_on_rank():
     """How many all-reduces a loss of every setting in COUNTS does."""
-    from unittest import mock
-
-    from megatron_infoentropy.integration.step import training_loss
-
-    output, mask = make_output(dist.get_rank())
+    output, mask = torch.ones(4, B, S), torch.ones(B, S)
     counted = mock.Mock(wraps=dist.all_reduce)
     counts = []
     with mock.patch.object(dist, "all_reduce", counted):
         for settings, _ in COUNTS:
-            training_loss(mask, output, InfoEntropyConfig(**settings), groups_of("data 4"))
+            groups = Groups(None, dist.group.WORLD)
+            training_loss(mask, output, InfoEntropyConfig(**settings), groups)
             counts.append(counted.call_count - sum(counts))
     return counts
 
 
 def test_alpha_costs_a_collective_only_where_it_is_not_one():
-    for counts in run_forked(collectives_on_rank, 4):
+    for counts in run_forked(collectives_on_rank, 2):
         assert counts == [count for _, count in COUNTS]

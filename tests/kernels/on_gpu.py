@@ -5,11 +5,12 @@ offsets and strides, and one storage where the gradient goes over the logits. Re
 """
 
 import functools
+from typing import Any
 
 import torch
 
 from megatron_infoentropy.kernels import cuda, dispatch, triton_kernels
-from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+from megatron_infoentropy.kernels.contract import Kernels
 
 MODULES = {"triton": triton_kernels, "cuda": cuda}
 DEVICE = "cuda"
@@ -26,45 +27,30 @@ class _Copies:
     def __init__(self) -> None:
         self._found: dict[int, torch.Tensor] = {}
 
-    def of[Given: (torch.Tensor, None)](self, tensor: Given) -> Given:
-        if tensor is None:
-            return None
-        address = tensor.untyped_storage().data_ptr()
+    def of(self, argument: Any) -> Any:
+        """A tensor on the GPU; anything else as it is."""
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        address = argument.untyped_storage().data_ptr()
         if address not in self._found:
-            self._found[address] = bytes_of(tensor).to(DEVICE, copy=True)
-        there = torch.empty(0, dtype=tensor.dtype, device=DEVICE)
+            self._found[address] = bytes_of(argument).to(DEVICE, copy=True)
+        there = torch.empty(0, dtype=argument.dtype, device=DEVICE)
         storage = self._found[address].untyped_storage()
-        return there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        place = (argument.storage_offset(), argument.shape, argument.stride())
+        return there.set_(storage, *place)
 
 
 def through_gpu(kernels: Kernels) -> Kernels:
     """The same two functions for CPU tensors."""
 
-    def shard_statistics(
-        logits_NV: torch.Tensor,
-        target_N: torch.Tensor,
-        shard: Shard,
-        options: Options,
-        inverse_temperature_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        there = _Copies().of
-        arguments = (there(logits_NV), there(target_N), shard, options)
-        return kernels.shard_statistics(*arguments, there(inverse_temperature_N)).cpu()
+    def shard_statistics(*arguments: Any) -> torch.Tensor:
+        return kernels.shard_statistics(*map(_Copies().of, arguments)).cpu()
 
-    def shard_gradient(
-        logits_NV: torch.Tensor,
-        target_N: torch.Tensor,
-        shard: Shard,
-        options: Options,
-        coefficients_RN: torch.Tensor,
-        out_NV: torch.Tensor,
-        inverse_temperature_N: torch.Tensor | None = None,
-    ) -> None:
-        there = _Copies().of
-        arguments = (there(logits_NV), there(target_N), shard, options, there(coefficients_RN))
-        out = there(out_NV)
-        kernels.shard_gradient(*arguments, out, there(inverse_temperature_N))
-        bytes_of(out_NV).copy_(bytes_of(out))
+    def shard_gradient(*arguments: Any) -> None:
+        there = [*map(_Copies().of, arguments)]
+        kernels.shard_gradient(*there)
+        out, its_out = arguments[5], there[5]
+        bytes_of(out).copy_(bytes_of(its_out))
 
     return Kernels(kernels.name, shard_statistics, shard_gradient)
 

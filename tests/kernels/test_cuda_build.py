@@ -61,10 +61,14 @@ def kernels_of(extension: str, architecture: str) -> dict[str, str]:
     return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True)}
 
 
+def lines_of(code: str) -> list[tuple[str, str]]:
+    """(address, instruction), in order."""
+    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+
+
 def loops_of(code: str) -> list[str]:
     """The text between each backward branch and where it goes to."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
-    found = []
+    lines, found = lines_of(code), []
     for at, line in lines:
         to = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line)
         if to and int(to[1], 16) < int(at, 16):

@@ -4,6 +4,7 @@ Triton's package brings the assembler and the disassembler.
 """
 
 import itertools
+import os
 import re
 import subprocess
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import triton
+from test_cuda_build import lines_of, loops_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -87,28 +89,9 @@ def compile_variant(arch: int, variant: dict[str, Any]) -> Any:
     )
 
 
-def instructions(sass: str) -> list[tuple[str, str]]:
-    """(opcode, operands), in order; a label is ("", label)."""
-    found = []
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        code = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", line)
-        if label:
-            found.append(("", label[1]))
-        elif code:
-            found.append((code[1], code[2]))
-    return found
-
-
-def main_loop(sass: str) -> Counter[str]:
-    """How often each opcode occurs in the first loop; empty where there is none."""
-    code = instructions(sass)
-    labels = {operands: i for i, (opcode, operands) in enumerate(code) if not opcode}
-    for i, (opcode, operands) in enumerate(code):
-        target = re.search(r"`\((\.L_\w+)\)", operands)
-        if opcode.startswith("BRA") and target and labels[target[1]] < i - 2:
-            return Counter(op for op, _ in code[labels[target[1]] : i + 1] if op)
-    return Counter()
+def opcodes_of(lines: str) -> Counter[str]:
+    """How often each opcode occurs in lines of machine code."""
+    return Counter(re.findall(r"^(?:@!?U?P\w+ )?([A-Z][\w.]*)", lines, re.MULTILINE))
 
 
 def describe(arch: int, variant: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -117,17 +100,22 @@ def describe(arch: int, variant: dict[str, Any], folder: Path) -> dict[str, Any]
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
 
-    def run(tool: str, *arguments: str) -> str:
-        command = [str(TOOLS / tool), *arguments, str(cubin)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = run("cuobjdump", "-res-usage")
-    sass = run("nvdisasm", "-c")
+    usage, sass = (
+        subprocess.run(
+            [TOOLS / "cuobjdump", what, cubin],
+            env=os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for what in ("-res-usage", "-sass")
+    )
+    loops = [opcodes_of(loop) for loop in loops_of(sass)]
     return variant | {
         "arch": arch,
         "usage": {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
-        "opcodes": Counter(opcode for opcode, _ in instructions(sass) if opcode),
-        "main_loop": main_loop(sass),
+        "opcodes": opcodes_of("\n".join(text for _, text in lines_of(sass))),
+        "main_loop": next((loop for loop in loops if loop.total() > 3), Counter()),
     }
 
 

@@ -50,7 +50,7 @@ def dense_loss(batches, config):
             logits[kept], target[kept], config.softcap or None, config.temperature
         )
         ce, entropy, lse, uniform, squares = results
-        tokens = SimpleNamespace(cross_entropy=ce, entropy=entropy, squares=squares)
+        tokens = SimpleNamespace(cross_entropy=ce, entropy=entropy, squares=squares, mask=m)
         w = WEIGHTS[config.objective](tokens, config)
         w = w.detach() if config.detach_weight else w
         w = (1 - config.blend) * w + config.blend

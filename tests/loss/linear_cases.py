@@ -1,13 +1,19 @@
-"""Scalars by both functions of the fused linear, and random inputs for them."""
+"""Scalars by both functions of the fused linear and by logits, and random inputs for them."""
 
 import pytest
 import torch
 
-from megatron_infoentropy import InfoEntropyConfig
+from megatron_infoentropy import InfoEntropyConfig, vocab_parallel_statistics
 from megatron_infoentropy.loss.linear import (
     linear_infoentropy_loss,
     linear_vocab_parallel_statistics,
 )
+
+
+def unfused_objective(hidden, weight, target, **options):
+    """By the logits of all tokens."""
+    got = vocab_parallel_statistics(hidden @ weight.T, target, **options)
+    return ((1 + got.entropy.detach()) * got.cross_entropy).sum()
 
 
 def statistics_objective(hidden, weight, target, **options):
@@ -24,6 +30,7 @@ def fused_loss(
     return linear_infoentropy_loss(hidden, weight, target, config, **options)
 
 
+EVERY = pytest.mark.parametrize("function", [unfused_objective, statistics_objective, fused_loss])
 BOTH = pytest.mark.parametrize("function", [statistics_objective, fused_loss])
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
-from dense import dense_results
-from oracle import dense_objective
+from dense import dense_loss, dense_results
 from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig
@@ -165,18 +164,26 @@ def loss_on_rank(chunks, sequence_parallel, settings, factor, group):
     return results
 
 
-@pytest.mark.parametrize("detach_weight", [True, False], ids=["detached", "attached"])
+COMPARING = {"objective": "custom", "weighting": "test_weighting:above_median"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gamma": 2.0}, {"gamma": 2.0, "detach_weight": False}, {"objective": "focal"}, COMPARING],
+    ids=["detached", "attached", "focal", "comparing"],
+)
 @LAYOUTS
-def test_loss_and_gradients_equal_dense_float64(
-    world, sequence_parallel, collective, detach_weight
-):
-    """`factor` stands for what a caller does to the loss: gradient scaling, accumulation."""
+def test_loss_and_gradients_equal_dense_float64(world, sequence_parallel, collective, settings):
+    """`factor` stands for what a caller does to the loss: gradient scaling, accumulation.
+
+    A weight that compares tokens sees all of them whatever the chunks.
+    """
     hidden, weight, target, mask = make_case()
     hidden.requires_grad_(), weight.requires_grad_()
     logits = hidden @ weight[:TRUE_SIZE].T
-    truth = dense_objective([(logits, target, mask)], gamma=2.0, detach=detach_weight)
+    truth = dense_loss([(logits, target, mask)], InfoEntropyConfig(**settings))
     (truth * -0.3).backward()
-    settings = {"gamma": 2.0, "detach_weight": detach_weight, "collective": collective}
+    settings = settings | {"collective": collective}
     found = on_ranks(loss_on_rank, world, CHUNKS, sequence_parallel, settings, -0.3)
     for of_ranks in zip(*found, strict=True):
         losses, by_hidden, by_weight = zip(*of_ranks, strict=True)
