@@ -158,7 +158,7 @@ def start_join(
     work = dist.all_gather_into_tensor(every, statistics_RN, group=group, async_op=not compiling)
 
     def arrived() -> RowStatistics:
-        if work is not None:
+        if work is not None and not compiling:  # where dynamo of torch 2.11 returns a tensor
             work.wait()
         return merge_shards(every.view(world, rows, n), columns, options)
 

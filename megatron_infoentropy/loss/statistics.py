@@ -50,8 +50,8 @@ class TokenStatistics(NamedTuple):
     ) -> "TokenStatistics":
         """The reverse of `present`."""
         ce, entropy, lse, is_top, *optional = parts
-        first = optional.pop(0) if uniform else None
-        return cls(ce, entropy, lse, is_top, first, optional.pop(0) if squares else None)
+        first, last = optional[0] if uniform else None, optional[-1] if squares else None
+        return cls(ce, entropy, lse, is_top, first, last)
 
 
 class Saved(NamedTuple):
@@ -78,8 +78,8 @@ class Upstream(NamedTuple):
 def upstream_of(gradients: Sequence[torch.Tensor | None], options: Options) -> Upstream:
     """What autograd hands back for `TokenStatistics.present`."""
     g_ce, g_entropy, g_lse, _, *optional = gradients
-    g_uniform = optional.pop(0) if options.distance else None
-    g_squares = optional.pop(0) if options.squares else None
+    g_uniform = optional[0] if options.distance else None
+    g_squares = optional[-1] if options.squares else None
     return Upstream(g_ce, g_entropy, g_lse, g_uniform, g_squares)
 
 
@@ -150,7 +150,10 @@ def coefficients(
         quadratic = 2 * g_squares / saved.z.square()
         own = own + 2 * g_squares * p_y * (p_y - saved.sum_p_squared)
     rows = [scale / saved.z, slope / saved.z, own]
-    rows += [offset] * options.distance + [quadratic] * options.squares
+    if options.distance:
+        rows.append(offset)
+    if options.squares:
+        rows.append(quadratic)
     if inverse_temperature_N is not None:
         rows = [row * inverse_temperature_N for row in rows]
     elif options.temperature != 1:
