@@ -85,7 +85,8 @@ def ours(setting: Setting) -> list[Provider]:
     with the best of them in place, what the entropy, each option and the other collective cost."""
     every = []
     for backend, reason in backends(setting).items():
-        every += [_of_backend(backend, reason, inplace) for inplace in (False, True)]
+        of_backend = partial(_ours, computes="infoentropy", backend=backend, reason=reason or "")
+        every += [of_backend(backend, inplace=False), of_backend(in_place(backend))]
     name = in_place(best_backend(setting))
     every += [
         _ours(f"{name} (cross entropy)", "cross entropy", objective="cross_entropy"),
@@ -115,17 +116,6 @@ def in_place(backend: str) -> str:
     return f"{backend} in place"
 
 
-def _of_backend(backend: str, reason: str | None, inplace: bool) -> Provider:
-    name = in_place(backend) if inplace else backend
-    if reason is None:
-        return _ours(name, "infoentropy", backend=backend, inplace=inplace)
-
-    def refuse(setting: Setting) -> Loss:
-        raise Unavailable(reason)
-
-    return Provider(name, refuse, "infoentropy", is_ours=True)
-
-
 class _Computed(torch.autograd.Function):
     """Pretends that a model computed the logits of two things, its hidden states and its
     table: in place refuses a leaf, its views and what comes of it alone."""
@@ -143,10 +133,12 @@ class _Computed(torch.autograd.Function):
 
 
 def _ours(
-    name: str, computes: Computes, *, inplace: bool = True, **settings: str | float
+    name: str, computes: Computes, *, inplace: bool = True, reason: str = "", **settings: Any
 ) -> Provider:
     def make(setting: Setting) -> Loss:
-        config = InfoEntropyConfig(**settings)  # type: ignore[arg-type]
+        if reason:
+            raise Unavailable(reason)
+        config = InfoEntropyConfig(**settings)
         table = torch.empty(0, requires_grad=True)
 
         def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

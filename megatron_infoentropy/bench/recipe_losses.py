@@ -58,7 +58,10 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
     transformer = container.model.transformer
     asked = choose(names, recipe_losses(ours, transformer.finalize_model_grads_func))
     planned = turns([loss for loss in asked if not loss.reason], rounds)
-    _shorten(get_args(), len(planned) + 1)
+    args = get_args()
+    # The learning rate stays that of the recipe's first steps.
+    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
+    args.train_iters = len(planned) + 1
     path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
 
     def write(measured: dict[str, "Measured"]) -> None:
@@ -72,12 +75,6 @@ def measure(folder: Path, rounds: int, names: list[str]) -> None:
     step = TurnTakingStep(planned, clock, meter, lambda: int(get_args().curr_iteration), write)
     transformer.finalize_model_grads_func = step.finalize_model_grads
     run(container, step)
-
-
-def _shorten(args: Any, steps: int) -> None:
-    """The learning rate stays that of the recipe's first steps."""
-    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
-    args.train_iters = steps
 
 
 def _facts(args: Any) -> dict[str, Any]:
@@ -108,21 +105,18 @@ def _precision(args: Any) -> str:
     return f"FP8 {args.fp8} {args.fp8_recipe}, else {words}" if args.fp8 else words
 
 
-Finalize = Callable[..., None]
-
-
 class RecipeLoss(NamedTuple):
     """One loss of the training, or one that cannot take part and why."""
 
     name: str
     by: str  # "ours" or "peer"
     forward_step: Callable[..., Any]
-    finalize: Finalize
+    finalize: Callable[..., None]
     calls_output_layer: bool = True
     reason: str = ""
 
 
-def recipe_losses(ours: InfoEntropyForwardStep, finalize: Finalize) -> list[RecipeLoss]:
+def recipe_losses(ours: InfoEntropyForwardStep, finalize: Callable[..., None]) -> list[RecipeLoss]:
     """Return every loss, first the recipe's own.
 
     finalize: of the recipe's own training, its reports included.
