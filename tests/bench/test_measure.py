@@ -9,7 +9,7 @@ import torch.distributed as dist
 from launch import run_forked
 
 from megatron_infoentropy.bench import losses, run
-from megatron_infoentropy.bench.cases import Case
+from megatron_infoentropy.bench.cases import Case, grid
 from megatron_infoentropy.bench.losses import Truth, rehearse
 from megatron_infoentropy.bench.providers import (
     Provider,
@@ -92,6 +92,13 @@ def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run(clock):
     assert times == {name: [each] for name, each in lengths.items()}
     assert ratio(*lengths.values()) == (20 / 2, 5, 15)  # the repeats' own ratios: 10, 5, 15
     assert spread([5, 1, 2, 4, 3, 6]) == (3.5, 2, 5)
+
+
+def test_grids_have_the_shapes_that_the_docs_name():
+    shapes = ["2048 x 32000 float32", "2048 x 32000 bfloat16", "2048 x 32000 float32, TP 2"]
+    assert [str(case) for case in grid("small")] == shapes
+    shapes = ["8192 x 128256 bfloat16", "8192 x 151936 bfloat16"]
+    assert [str(case) for case in grid("headline")] == shapes
 
 
 def test_an_interval_is_of_the_pairs_not_of_the_times():
