@@ -70,9 +70,9 @@ def test_every_field_can_be_set_by_its_flag(left_out):
 
 
 ELSEWHERE = {  # flags of Slurm, torchrun, llama.cpp and Megatron's preprocess_data.py
-    *("--array", "--batch", "--cpu-bind", "--dependency", "--exclusive", "--requeue", "--signal"),
-    *("--test-only", "--time", "--nproc-per-node", "--standalone", "--model", "--outfile"),
-    "--json-keys",
+    *("--array", "--batch", "--cpu-bind", "--cpus-per-task", "--dependency", "--exclusive"),
+    *("--mem", "--requeue", "--signal", "--test-only", "--time", "--nproc-per-node"),
+    *("--standalone", "--model", "--outfile", "--json-keys"),
 }
 
 
