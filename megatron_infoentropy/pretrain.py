@@ -62,7 +62,9 @@ def prepare() -> tuple[Any, Any]:
         finalize = batch_weight.finalize_per_token
     if is_global:
         finalize = batch_weight.finalize_model_grads
-    model_config.transformer.finalize_model_grads_func = observed(finalize, observer)
+    model_config.transformer.finalize_model_grads_func = observed(
+        finalize, observer, args.infoentropy_histogram_interval
+    )
     forward_step = InfoEntropyForwardStep(config, vocab_size, batch_weight, observer)
     return pretrain_cfg_container_from_args(args, model_config), forward_step
 

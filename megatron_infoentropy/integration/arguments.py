@@ -131,6 +131,13 @@ def add_infoentropy_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def add_trainer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Those, and those of what only `megatron_infoentropy.pretrain` does."""
     group = add_infoentropy_args(parser).add_argument_group("InfoEntropy trainer")
+    group.add_argument(
+        f"--{PREFIX}-histogram-interval",
+        type=int,
+        default=0,
+        help="training steps between histograms of entropies and weights for TensorBoard and W&B, "
+        "a multiple of --log-interval; 0 is none (default: 0)",
+    )
     for name, help_text in SWITCHES.items():
         group.add_argument(f"--{name}", action="store_true", help=help_text)
     add_checkpoint_flags(parser.add_argument_group("InfoEntropy checkpoints"))
@@ -190,6 +197,13 @@ def _contradictions(
         instances > 1 and args.data_parallel_size % instances > 0,
         f"--num-distributed-optimizer-instances {instances} must divide the "
         f"{getattr(args, 'data_parallel_size', 1)} data-parallel ranks",
+    )
+    interval = getattr(args, f"{PREFIX}_histogram_interval", 0)
+    logs = getattr(args, "log_interval", 1)
+    yield (
+        interval < 0 or interval % logs > 0,
+        f"--{PREFIX}-histogram-interval must be a multiple of --log-interval ({logs}), got "
+        f"{interval}: histograms are drawn where a line is logged",
     )
     yield (
         config.mtp_loss == "weighted" and not args.mtp_num_layers,

@@ -27,6 +27,7 @@ from megatron.training import (
     print_rank_last,
 )
 from megatron.training.training import num_floating_point_operations
+from numpy.typing import NDArray
 
 from megatron_infoentropy.loss import TokenStatistics
 from megatron_infoentropy.runtime.device import find_device
@@ -72,6 +73,10 @@ class Histogram:
             0, bin_of, counted
         )
 
+    def edges(self) -> NDArray[np.float64]:
+        """[bins + 1]."""
+        return np.linspace(self.low, self.high, self.bins + 1)
+
     def quantile(self, counts: torch.Tensor, share: float) -> float:
         """The value below which `share` of the mass lies, to within a bin; `low` without mass.
 
@@ -85,8 +90,7 @@ class Histogram:
 
     def share_above(self, counts: torch.Tensor, value: float) -> float:
         """The share of the mass above `value`, linear inside its bin; 0 without mass."""
-        edges = np.linspace(self.low, self.high, self.bins + 1)
-        below = float(np.interp(value, edges, [0.0, *counts.cumsum(0).tolist()]))
+        below = float(np.interp(value, self.edges(), [0.0, *counts.cumsum(0).tolist()]))
         total = float(counts.sum())
         return (total - below) / max(total, 1e-300)
 
@@ -111,6 +115,7 @@ class TokenObserver:
         self._step: torch.Tensor | None = None  # the same of the step that is being computed
         self._last_step = 0
         self._reported_at = 0.0
+        self._drawn = torch.zeros(0), torch.zeros(0)  # counts of the last report
 
     def add(
         self,
@@ -166,6 +171,7 @@ class TokenObserver:
     def _read(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
         sizes = [self.entropy.bins, self.log2_weight.bins, len(SUMS)]
         entropy, weight, sums = torch.split(counts, sizes)
+        self._drawn = entropy, weight
         total = dict(zip(SUMS, sums.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
         log2_mean = math.log2(max(total["weight"] / tokens, sys.float_info.min))
@@ -183,6 +189,28 @@ class TokenObserver:
         numbers["tokens/s"] = total["positions"] / seconds
         return numbers
 
+    def draw(self, tensorboard: Any, wandb: Any, iteration: int) -> None:
+        """Histograms of the last report, for the writers that there are."""
+        names, histograms = ("entropy", "log2 weight"), (self.entropy, self.log2_weight)
+        for name, histogram, drawn in zip(names, histograms, self._drawn, strict=True):
+            edges, counts = histogram.edges(), drawn.numpy()
+            values = (edges[1:] + edges[:-1]) / 2
+            if tensorboard:
+                tensorboard.add_histogram_raw(
+                    f"infoentropy/{name}",
+                    min=edges[0],
+                    max=edges[-1],
+                    num=counts.sum(),
+                    sum=(values * counts).sum(),
+                    sum_squares=(values**2 * counts).sum(),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=iteration,
+                )
+            if wandb:
+                picture = wandb.Histogram(np_histogram=(counts, edges))
+                wandb.log({f"infoentropy/{name}": picture}, iteration)
+
 
 def utilisation(tokens_per_second: float, args: Any) -> dict[str, float]:
     """Model TFLOP/s of a rank and, on a card whose peak is known, its share of that."""
@@ -199,7 +227,9 @@ def peak_tflops() -> float | None:
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def observed(finalize: Callable[..., None], observer: TokenObserver) -> Callable[..., None]:
+def observed(
+    finalize: Callable[..., None], observer: TokenObserver, histogram_interval: int
+) -> Callable[..., None]:
     """Megatron's `finalize_model_grads_func`, followed by a report where one is due.
 
     It is the one place that every rank passes once a step, after the last micro-batch.
@@ -209,12 +239,12 @@ def observed(finalize: Callable[..., None], observer: TokenObserver) -> Callable
         finalize(model, *arguments, **options)
         iteration = get_args().curr_iteration + 1
         if observer.end_step(iteration) and iteration % get_args().log_interval == 0:
-            _report(observer, iteration)
+            _report(observer, iteration, histogram_interval)
 
     return finalize_model_grads
 
 
-def _report(observer: TokenObserver, iteration: int) -> None:
+def _report(observer: TokenObserver, iteration: int, histogram_interval: int) -> None:
     # Megatron's own timer of training steps, which leaves out validation and saving. All of its
     # time, not that since the last log line: before that, behind this, an optimizer takes its step.
     timer = get_timers()("interval-time")
@@ -227,8 +257,11 @@ def _report(observer: TokenObserver, iteration: int) -> None:
     words = " | ".join(f"{name}: {value:.6G}" for name, value in numbers.items())
     print_rank_last(f" InfoEntropy at iteration {iteration:8d} | {words} |")
     named = {f"infoentropy/{name}": value for name, value in numbers.items()}
-    if tensorboard := get_tensorboard_writer():
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if tensorboard:
         for name, value in named.items():
             tensorboard.add_scalar(name, value, iteration)
-    if wandb := get_wandb_writer():
+    if wandb:
         wandb.log(named, iteration)
+    if histogram_interval and iteration % histogram_interval == 0:
+        observer.draw(tensorboard, wandb, iteration)

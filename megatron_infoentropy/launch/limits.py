@@ -51,7 +51,7 @@ LIMITS = {
     **_limits(
         """
         eval-iters start-eval-at-iter lr-warmup-iters lr-wsd-decay-iters num-workers exit-interval
-        exit-duration-in-mins manual-gc-interval
+        exit-duration-in-mins manual-gc-interval infoentropy-histogram-interval
         """,
         *(f"a whole number from 0 to {INT32}", int, lambda n: 0 <= n <= INT32),
     ),

@@ -126,6 +126,10 @@ REFUSED = [  # arguments of Megatron, settings of the loss beside which they are
         *({}, "instances 3 must divide the 4 data-parallel ranks"),
     ),
     *(
+        ({"infoentropy_histogram_interval": n, "log_interval": 2}, {}, rf"interval \(2\), got {n}:")
+        for n in (-2, 3)
+    ),
+    *(
         ({name: 1}, GLOBAL, f"cannot go with --{name.replace('_', '-')}: ")
         for name in ("num_experts", "mtp_num_layers", "dsa_indexer_loss_coeff", "use_torch_fsdp2")
     ),

@@ -1,4 +1,4 @@
-"""Percentiles and shares of entropies and weights: right, over all ranks, and in every writer."""
+"""Percentiles, shares and histograms of entropies and weights: over all ranks, in every writer."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
+from itertools import accumulate
 from unittest import mock
 
 import plain_run
@@ -169,6 +170,7 @@ def test_a_model_has_as_many_parameters_in_every_layout(is_tied):
 def train_beside_wandb(path):
     """Write what the last rank, which has the writers, logs to a stand-in for W&B."""
     sys.modules["wandb"] = wandb = mock.MagicMock()
+    wandb.Histogram = lambda np_histogram: [each.tolist() for each in np_histogram]
     plain_run.main()
     if wandb.log.called:
         path.write_text(json.dumps([c.args for c in wandb.log.call_args_list], default=float))
@@ -183,7 +185,7 @@ def run(tmp_path_factory):
         *("--log-interval=3", "--infoentropy-gamma=0", "--infoentropy-gamma-schedule=linear"),
         *("--infoentropy-gamma-end=2", "--infoentropy-gamma-samples=32"),
         *(f"--tensorboard-dir={folder}/events", "--wandb-project=p", "--wandb-exp-name=n"),
-        f"--wandb-save-dir={folder}",
+        *(f"--wandb-save-dir={folder}", "--infoentropy-histogram-interval=6"),
     ]
     first = run_trainer(2, train_beside_wandb, (folder / "wandb.json",), flags, folder)
     return folder, first + (folder / "rank1.log").read_text()
@@ -211,22 +213,31 @@ def numbers_of(log, start):
 
 
 def read_tensorboard(folder):
-    """{name: {step: value}}"""
-    events = EventAccumulator(str(folder / "events"))
+    """({name: {step: value}}, {name: {step: (counts, upper edges)}})"""
+    events = EventAccumulator(str(folder / "events"), size_guidance={"histograms": 0})
     events.Reload()
-    names = events.Tags()["scalars"]
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+    tags = events.Tags()
+    scalars = {name: {e.step: e.value for e in events.Scalars(name)} for name in tags["scalars"]}
+    histograms = {}
+    for name in tags["histograms"]:
+        drawn = {event.step: event.histogram_value for event in events.Histograms(name)}
+        histograms[name] = {step: (x.bucket, x.bucket_limit) for step, x in drawn.items()}
+    return scalars, histograms
 
 
 def read_wandb(folder):
     """The same of what W&B was given, which drops numbers of an earlier step than the last one."""
-    scalars, last = defaultdict(dict), 0
+    scalars, histograms, last = defaultdict(dict), defaultdict(dict), 0
     for values, step in json.loads((folder / "wandb.json").read_text()):
         assert step >= last
         last = step
         for name, value in values.items():
-            scalars[name][step] = value
-    return scalars
+            if isinstance(value, list):
+                counts, edges = value
+                histograms[name][step] = counts, edges[1:]
+            else:
+                scalars[name][step] = value
+    return scalars, histograms
 
 
 PERCENTILES = ("entropy p10", "entropy p50", "entropy p90", "entropy max", "weight p50")
@@ -239,7 +250,7 @@ REPORTED = (
 @pytest.mark.parametrize("read", [read_tensorboard, read_wandb])
 def test_writers_get_what_the_log_shows(read, run):
     folder, log = run
-    scalars = read(folder)
+    scalars, histograms = read(folder)
     for end in (3, 6):
         shown = numbers_of(log, f"iteration {end:8d}/       6")
         for name in ("objective", "cross entropy", "entropy", "weight", "alpha", "gamma"):
@@ -252,3 +263,12 @@ def test_writers_get_what_the_log_shows(read, run):
             written = scalars[f"infoentropy/{name}"]
             assert set(written) == {3, 6}
             assert written[end] == pytest.approx(value, rel=1e-5), name
+    tokens = 3 * 8 * 16  # of an interval
+    reported = numbers_of(log, "InfoEntropy at iteration        6")
+    for name, half in (("entropy", "entropy p50"), ("log2 weight", "weight p50")):
+        ((step, (counts, edges)),) = histograms[f"infoentropy/{name}"].items()
+        assert (step, sum(counts)) == (6, tokens)
+        assert len(counts) == len(edges)
+        median = math.log2(reported[half]) if name == "log2 weight" else reported[half]
+        middle = next(i for i, count in enumerate(accumulate(counts)) if count >= tokens / 2)
+        assert edges[middle - 1] - 1e-4 <= median <= edges[middle] + 1e-4
