@@ -8,8 +8,8 @@ does, alpha is over the unmasked tokens; elsewhere over those whose label is not
 Two hooks around the model's forward see to that, and to this: a forward that was given labels and
 did not call the bound loss is an error, whatever took its place.
 
-In megatron-core 0.17 to 0.19 GPTModel and HybridModel (0.17: MambaModel) end in
-`self.compute_language_model_loss(labels [b, s], logits [s, b, V/TP]) -> [b, s]`.
+In megatron-core 0.17 to 0.19 GPTModel, HybridModel (0.17: MambaModel), T5Model and BertModel all
+end in `self.compute_language_model_loss(labels [b, s], logits [s, b, V/TP]) -> [b, s]`.
 """
 
 import logging

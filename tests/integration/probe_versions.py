@@ -18,8 +18,12 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import __version__, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.bert import bert_layer_specs  # noqa: E402
+from megatron.core.models.bert.bert_model import BertModel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.T5 import t5_spec  # noqa: E402
+from megatron.core.models.T5.t5_model import T5Model  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
@@ -49,7 +53,8 @@ def main(folder):
         batch = batch_of(parallel_state.get_data_parallel_rank())
         seen = [compare(*gpt_model(*batch), mask=batch[2], by_hook=tensor_ranks == 1)]
         if tensor_ranks == 2:
-            seen.append(compare(*hybrid_model(*batch)))
+            others = (hybrid_model, t5_model, bert_model)
+            seen += [compare(*make(*batch)) for make in others]
         text = json.dumps({"version": __version__, "seen": seen})
         (folder / f"{tensor_ranks}-{dist.get_rank()}.json").write_text(text)
         parallel_state.destroy_model_parallel()
@@ -125,6 +130,34 @@ def batch_of(data_rank):
     labels[0, -2:] = -100
     mask[0, -2:] = 0
     return text[:, :-1].contiguous(), labels, mask
+
+
+def t5_model(tokens, labels, _):
+    torch.manual_seed(3)
+    config = model_config()
+    specs = (
+        t5_spec.get_t5_encoder_with_local_block_spec(config.num_layers),
+        t5_spec.get_t5_decoder_with_local_block_spec(config.num_layers),
+    )
+    model = T5Model(
+        *(config, config, *specs, VOCAB, SEQUENCE), share_embeddings_and_output_weights=True
+    )
+    seen = torch.zeros(BATCH, 1, SEQUENCE, SEQUENCE, dtype=torch.bool)
+    masks = ("encoder_attn_mask", "decoder_attn_mask", "encoder_decoder_attn_mask")
+    arguments = {"encoder_input_ids": tokens, "decoder_input_ids": tokens}
+    arguments |= dict.fromkeys(masks, seen)
+    return model, arguments | {"lm_labels": labels.clamp_min(0)}, "lm_labels"
+
+
+def bert_model(tokens, labels, _):
+    torch.manual_seed(4)
+    model = BertModel(
+        *(model_config(), 0, bert_layer_specs.bert_layer_local_spec, VOCAB, SEQUENCE),
+        share_embeddings_and_output_weights=True,
+        add_binary_head=False,
+    )
+    arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return model, arguments | {"lm_labels": labels.clamp_min(0)}, "lm_labels"
 
 
 def compare(model, arguments, name, mask=None, by_hook=False):
