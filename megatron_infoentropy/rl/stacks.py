@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,25 @@ import torch.distributed as dist
 from megatron_infoentropy.loss import vocab_parallel_statistics
 from megatron_infoentropy.loss.collective import Group
 from megatron_infoentropy.rl.logprob import Pair, entropy_alone, logprob_and_entropy
+
+# Of versions whose signatures these are.
+_SERIES = {"verl": "0.9", "slime": "0.3", "skyrl": "0.4", "trl": "1.16"}
+_VERL = "verl.utils.megatron.tensor_parallel:vocab_parallel_"
+_VERL_ENGINE = "verl.workers.engine.megatron.transformer_impl:MegatronEngineWithLMHead"
+_VERL_PROCESSOR = f"{_VERL_ENGINE}._lm_head_logits_processor"
+_SKYRL = "skyrl.backends.skyrl_train.distributed.megatron.model_utils"
+_TRL = "trl.trainer.utils"
+# By stack: "module:attribute" -> what stands for it.
+_functions: dict[str, dict[str, Callable[..., Any]]] = {stack: {} for stack in _SERIES}
+_stacks_own: dict[str, Any] = {}  # "module:attribute" -> what was there before
+
+
+def _stands_for[Function: Callable[..., Any]](place: str) -> Callable[[Function], Function]:
+    def note(function: Function) -> Function:
+        _functions[place.partition(".")[0]][place] = function
+        return function
+
+    return note
 
 
 def _megatrons_group() -> Group:
@@ -31,6 +50,8 @@ def _megatrons_group() -> Group:
     return group
 
 
+@_stands_for(f"{_VERL}entropy")
+@_stands_for(f"{_SKYRL}:_VocabParallelEntropy.apply")
 def verl_vocab_parallel_entropy(
     vocab_parallel_logits: torch.Tensor, *, vocab_size: int | None = None
 ) -> torch.Tensor:
@@ -42,6 +63,7 @@ def verl_vocab_parallel_entropy(
     return entropy_alone(vocab_parallel_logits, _megatrons_group(), vocab_size)
 
 
+@_stands_for(f"{_VERL}entropy_with_chunking")
 def verl_vocab_parallel_entropy_with_chunking(
     vocab_parallel_logits: torch.Tensor, chunk_size: int = 2048, *, vocab_size: int | None = None
 ) -> torch.Tensor:
@@ -49,6 +71,7 @@ def verl_vocab_parallel_entropy_with_chunking(
     return entropy_alone(vocab_parallel_logits, _megatrons_group(), vocab_size)
 
 
+@_stands_for(f"{_VERL}log_probs_from_logits")
 def verl_vocab_parallel_log_probs_from_logits(
     logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int | None = None
 ) -> torch.Tensor:
@@ -59,6 +82,7 @@ def verl_vocab_parallel_log_probs_from_logits(
     return logprob_and_entropy(logits, labels, group=_megatrons_group(), vocab_size=vocab_size)[0]
 
 
+@_stands_for(_VERL_PROCESSOR)
 def verl_lm_head_logits_processor(
     self: Any,
     logits: torch.Tensor,
@@ -117,6 +141,7 @@ def verl_lm_head_logits_processor(
     return results
 
 
+@_stands_for("slime.utils.ppo_utils:calculate_log_probs_and_entropy")
 def slime_calculate_log_probs_and_entropy(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -149,6 +174,7 @@ def slime_calculate_log_probs_and_entropy(
     return log_prob.unsqueeze(-1), entropy
 
 
+@_stands_for(f"{_SKYRL}:DistributedLogprob.apply")
 def skyrl_distributed_logprob(
     vocab_parallel_logits: torch.Tensor,
     target: torch.Tensor,
@@ -177,6 +203,7 @@ def skyrl_distributed_logprob(
     return logprob.detach() if inference_only else logprob
 
 
+@_stands_for(f"{_SKYRL}:ChunkedDistributedLogprob.apply")
 def skyrl_chunked_distributed_logprob(
     vocab_parallel_logits: torch.Tensor,
     target: torch.Tensor,
@@ -195,6 +222,7 @@ def skyrl_chunked_distributed_logprob(
     )
 
 
+@_stands_for(f"{_TRL}:selective_log_softmax")
 def trl_selective_log_softmax(
     logits: torch.Tensor,
     index: torch.Tensor,
@@ -220,11 +248,13 @@ def trl_selective_log_softmax(
     return logprob if row_mask is None else logprob.masked_fill(row_mask == 0, 0)
 
 
+@_stands_for(f"{_TRL}:entropy_from_logits")
 def trl_entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
     """Return the entropy [...], as `trl.trainer.utils.entropy_from_logits` of TRL 1.16.0."""
     return entropy_alone(logits, None, None)
 
 
+@_stands_for(f"{_TRL}:selective_log_softmax_and_entropy")
 def trl_selective_log_softmax_and_entropy(
     logits: torch.Tensor,
     index: torch.Tensor,
@@ -240,48 +270,6 @@ def trl_selective_log_softmax_and_entropy(
         loss_mask=row_mask,
         entropy_gradient=entropy_requires_grad,
     )
-
-
-class _Stack(NamedTuple):
-    series: str  # of versions whose signatures these are
-    functions: dict[str, Callable[..., Any]]  # "module:attribute" -> what stands for it
-
-
-_VERL = "verl.utils.megatron.tensor_parallel:vocab_parallel_"
-_VERL_ENGINE = "verl.workers.engine.megatron.transformer_impl:MegatronEngineWithLMHead"
-_VERL_PROCESSOR = f"{_VERL_ENGINE}._lm_head_logits_processor"
-_SLIME = "slime.utils.ppo_utils:calculate_log_probs_and_entropy"
-_SKYRL = "skyrl.backends.skyrl_train.distributed.megatron.model_utils"
-_TRL = "trl.trainer.utils"
-_STACKS = {
-    "verl": _Stack(
-        "0.9",
-        {
-            f"{_VERL}entropy": verl_vocab_parallel_entropy,
-            f"{_VERL}entropy_with_chunking": verl_vocab_parallel_entropy_with_chunking,
-            f"{_VERL}log_probs_from_logits": verl_vocab_parallel_log_probs_from_logits,
-            _VERL_PROCESSOR: verl_lm_head_logits_processor,
-        },
-    ),
-    "slime": _Stack("0.3", {_SLIME: slime_calculate_log_probs_and_entropy}),
-    "skyrl": _Stack(
-        "0.4",
-        {
-            f"{_SKYRL}:DistributedLogprob.apply": skyrl_distributed_logprob,
-            f"{_SKYRL}:ChunkedDistributedLogprob.apply": skyrl_chunked_distributed_logprob,
-            f"{_SKYRL}:_VocabParallelEntropy.apply": verl_vocab_parallel_entropy,
-        },
-    ),
-    "trl": _Stack(
-        "1.16",
-        {
-            f"{_TRL}:selective_log_softmax": trl_selective_log_softmax,
-            f"{_TRL}:entropy_from_logits": trl_entropy_from_logits,
-            f"{_TRL}:selective_log_softmax_and_entropy": trl_selective_log_softmax_and_entropy,
-        },
-    ),
-}
-_stacks_own: dict[str, Any] = {}  # "module:attribute" -> what was there before
 
 
 def use_in(stack: str, *, vocab_size: int | None = None) -> list[str]:
@@ -300,12 +288,12 @@ def use_in(stack: str, *, vocab_size: int | None = None) -> list[str]:
         RuntimeError: the stack is not installed, or in another version, or with other signatures.
             Nothing is replaced then.
     """
-    if stack not in _STACKS:
-        raise ValueError(f"expected a stack among {', '.join(_STACKS)}, got {stack!r}")
+    if stack not in _SERIES:
+        raise ValueError(f"expected a stack among {', '.join(_SERIES)}, got {stack!r}")
     if stack == "trl" and vocab_size is not None:
         raise ValueError("TRL's logits are the whole vocabulary: vocab_size is not for it")
     _require_version(stack)
-    functions = _STACKS[stack].functions
+    functions = _functions[stack]
     owners = {place: _owner_of(stack, place) for place in functions}
     for place, (owner, name) in owners.items():
         _require_signature(stack, place, owner, name)
@@ -316,7 +304,7 @@ def use_in(stack: str, *, vocab_size: int | None = None) -> list[str]:
 
 
 def _require_version(stack: str) -> None:
-    series = _STACKS[stack].series
+    series = _SERIES[stack]
     try:
         installed = version(stack)
     except PackageNotFoundError:
@@ -349,11 +337,11 @@ def _owner_of(stack: str, place: str) -> tuple[Any, str]:
 def _require_signature(stack: str, place: str, owner: Any, name: str) -> None:
     is_autograd = name == "apply"  # whose own signature is (*args); the first of forward is ctx
     theirs = _parameters(owner.forward)[1:] if is_autograd else _parameters(getattr(owner, name))
-    ours = _parameters(_STACKS[stack].functions[place])
+    ours = _parameters(_functions[stack][place])
     if theirs != ours:
         raise RuntimeError(
             f"expected {place} of {stack} {version(stack)} to take "
-            f"({', '.join(name for name, *_ in ours)}), as in {stack} {_STACKS[stack].series}, got "
+            f"({', '.join(name for name, *_ in ours)}), as in {stack} {_SERIES[stack]}, got "
             f"({', '.join(name for name, *_ in theirs)}), or other defaults; nothing was replaced"
         )
 
