@@ -1,11 +1,10 @@
-"""Every backend against dense float64, through the public function, on the same cases.
+"""Every backend against dense float64, through the public function: what is hard to get right.
 
-The grid: vocabularies around the register widths and chunk size (1..33, 1023..1025), one odd large
-one, and one row count above a thread's block.
+test_contract.py has both functions at every width and alignment, test_property.py any upstream
+gradient, padding and shards.
 """
 
 import math
-import os
 
 import pytest
 import torch
@@ -13,10 +12,6 @@ from close import assert_within, assert_within_bf16_ulp
 from oracle import dense_statistics
 
 from megatron_infoentropy import TokenStatistics, vocab_parallel_statistics
-
-VOCABULARIES = [1, 2, 3, 7, 8, 9, 16, 33, 1023, 1024, 1025, 5000, 50257]
-if os.environ.get("TRITON_INTERPRET") == "1":  # it takes milliseconds a row
-    VOCABULARIES = [1, 9, 33, 1025]
 
 
 def random_case(n, v, dtype=torch.float32, scale=3.0, seed=0):
@@ -35,34 +30,11 @@ def assert_statistics_keep_their_promise(got: TokenStatistics, logits, target, t
     assert (got.entropy <= math.log(logits.shape[-1]) + 1e-6).all()
 
 
-@pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
-@pytest.mark.parametrize("v", VOCABULARIES)
-def test_gradient_for_any_upstream_gradient(backend, v, squares):
-    logits, target = random_case(11, v)
-    upstream = torch.randn(3 + squares, 11, generator=torch.Generator().manual_seed(v))
-    upstream[:, 3] = 0
-    ours = logits.clone().requires_grad_()
-    truth = logits.double().requires_grad_()
-    got = vocab_parallel_statistics(ours, target, sum_p_squared=squares, backend=backend)
-    results, expected = list(got[:3]), list(dense_statistics(truth, target))
-    if squares:
-        results.append(got.sum_p_squared)
-        expected.append(truth.softmax(-1).square().sum(-1))
-        assert_within(results[-1], expected[-1], rtol=4e-6)
-    torch.autograd.backward(results, list(upstream))
-    torch.autograd.backward(expected, list(upstream.double()))
-    # The entropy's slope p (ln p + H) is a difference: its error is relative to p |ln p|.
-    scale = upstream.abs().sum(0).unsqueeze(-1) * (1 + truth.detach().softmax(-1) * 20)
-    assert_within(ours.grad, truth.grad, atol=4e-7 * scale.double(), rtol=1e-5)
-    assert torch.equal(ours.grad[3], torch.zeros(v))
-
-
-def exact_gradient(logits, target, weight):
-    """w (p - [y]) in float64 with p_y - 1 taken as minus the other probabilities."""
+def exact_gradient(logits, target):
+    """p - [y] in float64 with p_y - 1 taken as minus the other probabilities."""
     p = logits.double().softmax(-1)
     others = p.scatter(-1, target.unsqueeze(-1), 0)
-    own = -others.sum(-1, keepdim=True)
-    return others.scatter(-1, target.unsqueeze(-1), own) * weight.double().unsqueeze(-1)
+    return others.scatter(-1, target.unsqueeze(-1), -others.sum(-1, keepdim=True))
 
 
 def test_confident_targets_keep_their_gradient(backend):
@@ -74,7 +46,7 @@ def test_confident_targets_keep_their_gradient(backend):
     ours = logits.clone().requires_grad_()
     got = vocab_parallel_statistics(ours, target, backend=backend)
     got.cross_entropy.sum().backward()
-    expected = exact_gradient(logits, target, torch.ones(4))
+    expected = exact_gradient(logits, target)
     assert_within(ours.grad[:, 17], expected[:, 17], rtol=2e-6)
     assert_within(
         got.cross_entropy[:3], dense_statistics(logits, target)[0][:3], rtol=1e-5, atol=1e-14
@@ -102,28 +74,6 @@ def test_entropy_of_known_distributions(backend, name, row, entropy):
     assert_statistics_keep_their_promise(got, logits, target)
     if entropy is not None:
         assert_within(got.entropy, torch.full((3,), entropy), atol=1e-6)
-
-
-def infinite_rows():
-    logits = torch.randn(6, 5000, generator=torch.Generator().manual_seed(3))
-    logits[0, :4999] = -torch.inf  # one finite logit, the last
-    logits[1, :2500] = -torch.inf  # a leading block
-    logits[2, 7] = -torch.inf  # the target itself
-    logits[3, 1::2] = -torch.inf
-    return logits, torch.tensor([4999, 3000, 7, 0, 1, 2])
-
-
-def test_logits_of_minus_infinity_have_no_mass(backend):
-    logits, target = infinite_rows()
-    ours = logits.clone().requires_grad_()
-    got = vocab_parallel_statistics(ours, target, backend=backend)
-    assert_statistics_keep_their_promise(got, logits, target)
-    assert got.cross_entropy[2] == torch.inf
-    assert got.entropy[0] == 0
-    (got.cross_entropy + got.entropy + got.logsumexp).sum().backward()
-    assert ours.grad.isfinite().all()
-    untouched = (logits == -torch.inf).scatter(-1, target.unsqueeze(-1), False)
-    assert (ours.grad[untouched] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -172,37 +122,6 @@ def test_a_softcap_keeps_its_slope_where_it_is_nearly_flat(backend, size, dtype)
         assert_within(ours.grad[:, columns], truth.grad[:, columns], rtol=2e-6)
     else:
         assert_within_bf16_ulp(ours.grad[:, columns], truth.grad[:, columns])
-
-
-@pytest.mark.parametrize("ignore_index", [-100, 0, 999])
-def test_ignored_tokens_are_zero_even_where_the_row_is_nan(backend, ignore_index):
-    logits, target = random_case(6, 1000)
-    target[target == ignore_index] = 500
-    target[[1, 4]] = ignore_index
-    logits[1] = torch.nan
-    logits[4, 3] = torch.inf
-    ours = logits.clone().requires_grad_()
-    got = vocab_parallel_statistics(ours, target, backend=backend, ignore_index=ignore_index)
-    for part in got[:3]:
-        assert part[[1, 4]].tolist() == [0, 0]
-        assert part[[0, 2, 3, 5]].isfinite().all()
-    sum(part.sum() for part in got[:3]).backward()
-    assert torch.equal(ours.grad[[1, 4]], torch.zeros(2, 1000))
-    assert ours.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_padding_never_enters(backend, dtype):
-    logits, target = random_case(7, 1100, dtype)
-    target = target % 1003
-    logits[:, 1003:] = 100.0
-    logits[0, 1050] = torch.nan
-    ours = logits.clone().requires_grad_()
-    got = vocab_parallel_statistics(ours, target, vocab_size=1003, backend=backend)
-    assert_statistics_keep_their_promise(got, logits[:, :1003], target)
-    sum(part.sum() for part in got[:3]).backward()
-    assert torch.equal(ours.grad[:, 1003:], torch.zeros(7, 97, dtype=dtype))
-    assert (ours.grad[:, :1003] != 0).any(-1).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 17), (3, 0, 17), (1, 17)])

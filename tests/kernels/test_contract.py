@@ -41,19 +41,28 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def make_case(v, dtype, n=5, offset=0, scale=4.0):
-    """Rows `offset` elements into wider ones of odd length; a shard with padding where v allows.
-
-    Of the first three rows one has masked logits, one another shard's target, one is ignored.
-    """
+def random_logits(v, dtype, n=5, offset=0):
+    """Rows that begin `offset` elements into wider ones of odd length."""
     generator = torch.Generator().manual_seed(1000 * v + n)
-    wide = torch.randn(n, v + 2 * offset + 1 - v % 2, generator=generator) * scale
-    logits = wide.to(dtype)[:, offset : offset + v]
-    shard = Shard(1000, max(1, v - v // 3), -100)
+    wide = torch.randn(n, v + 2 * offset + 1 - v % 2, generator=generator) * 4
+    return wide.to(dtype)[:, offset : offset + v]
+
+
+def make_case(v, dtype, n=5, offset=0):
+    """Such rows, targets, and a shard with padding where v allows.
+
+    Of the first three rows one has masked logits, one another shard's target, one is ignored. That
+    row and the padding hold NaN. For some v the ignored index is that of a token.
+    """
+    logits = random_logits(v, dtype, n, offset)
+    shard = Shard(1000, max(1, v - v // 3), 1000 if v % 3 == 0 else -100)
+    generator = torch.Generator().manual_seed(v)
     target = shard.start + torch.randint(0, shard.columns, (n,), generator=generator)
     logits[0, 1::5] = -torch.inf
     if n > 2:
-        target[1], target[2] = shard.start + shard.columns, -100
+        target[1], target[2] = shard.start + shard.columns, shard.ignore_index
+        logits[2] = torch.nan
+    logits[:, shard.columns :] = torch.nan
     return logits, target, shard
 
 
@@ -167,7 +176,7 @@ def test_every_token_may_have_its_own_temperature(kernels, name):
 @every_dtype
 def test_masked_logits_stay_masked(kernels, dtype, options):
     v = 2500 if IS_TRITON_INTERPRETED else 20011
-    logits, target = make_case(v, dtype, offset=1)[0], torch.tensor([0, 1, 3, v - 1, 5])
+    logits, target = random_logits(v, dtype, offset=1), torch.tensor([0, 1, 3, v - 1, 5])
     logits[0] = -torch.inf
     logits[1, : v // 2] = -torch.inf
     logits[2, 1::2] = -torch.inf
@@ -194,9 +203,9 @@ def test_masked_logits_stay_masked(kernels, dtype, options):
 @every_option
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_logit_spoils_its_own_row_only(kernels, options, value):
-    logits, target, _ = make_case(2500, torch.float32)
-    logits[0], logits[1, 2400] = 1.0, value
-    got = kernels.shard_statistics(logits, target, whole(2500), options)
+    logits = random_logits(2500, torch.float32)
+    logits[1, 2400] = value
+    got = kernels.shard_statistics(logits, torch.arange(5), whole(2500), options)
     is_cap = options.softcap and value == torch.inf  # which is no mistake under a softcap
     assert got[TAIL].isnan().tolist() == [False, not is_cap, False, False, False]
     assert got[:, [0, 2, 3, 4]].isfinite().all()

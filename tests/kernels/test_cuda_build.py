@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_infoentropy.kernels import cuda
+from megatron_infoentropy.kernels import cuda, native
+from megatron_infoentropy.kernels.contract import PLAIN, Shard
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 REGISTERS = 64  # of a thread: four blocks of 256 fill a multiprocessor's 65536
@@ -110,29 +111,11 @@ def test_four_loads_of_16_bytes_are_in_flight(extension, architecture):
 def test_without_a_gpu_a_launch_says_what_is_missing(extension):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    memory = torch.zeros(8, 8)
+    memory, target = torch.zeros(8, 8), torch.zeros(8, dtype=torch.long)
+    arguments = native.arguments(memory, target, Shard(0, 8, -100), PLAIN, None)
+    place = {"out": memory.data_ptr(), "out_row_stride": 8, "width": 8, "device": 0, "stream": 0}
     with pytest.raises(RuntimeError, match="choosing the GPU failed: "):
-        cuda._C.cuda_shard_gradient(
-            logits=memory.data_ptr(),
-            dtype="float32",
-            row_stride=8,
-            tokens=8,
-            width=8,
-            target=memory.data_ptr(),
-            vocab_start=0,
-            columns=8,
-            ignore_index=-100,
-            softcap=0.0,
-            temperature=1.0,
-            inverse_temperatures=0,
-            distance=False,
-            squares=False,
-            coefficients=memory.data_ptr(),
-            out=memory.data_ptr(),
-            out_row_stride=8,
-            device=0,
-            stream=0,
-        )
+        cuda._C.cuda_shard_gradient(**arguments, **place, coefficients=memory.data_ptr())
     assert torch.equal(memory, torch.zeros(8, 8))
 
 

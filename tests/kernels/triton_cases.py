@@ -15,6 +15,7 @@ from test_contract import (
     every_dtype,
     gradient,
     make_case,
+    random_logits,
     whole,
 )
 
@@ -52,8 +53,7 @@ def test_a_large_odd_vocabulary_as_on_a_gpu(as_on_a_gpu):
 def test_rows_anywhere_in_memory_read_alike(dtype, first, gap):
     """Vectors of 16 bytes where rows start at such boundaries, single logits where they do not."""
     v, options = TILE_BYTES // dtype.itemsize + 40, Options(distance=True)
-    logits, target, shard = make_case(v, dtype, n=3)
-    logits, shard = logits.contiguous(), shard._replace(columns=v)
+    logits, target, shard = random_logits(v, dtype, n=3).contiguous(), torch.arange(3), whole(v)
     wide = torch.full((3, first + v + gap), torch.nan, dtype=dtype)
     moved = wide[:, first : first + v]
     moved.copy_(logits)

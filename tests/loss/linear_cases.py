@@ -1,7 +1,11 @@
 """Scalars by both functions of the fused linear and by logits, and random inputs for them."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_infoentropy import InfoEntropyConfig, vocab_parallel_statistics
 from megatron_infoentropy.loss.linear import (
@@ -41,3 +45,29 @@ def random_inputs(tokens, width, vocabulary, *, dtype=torch.float32, device="cpu
     weight = torch.randn(columns or vocabulary, width, generator=generator).to(device, dtype)
     target = torch.randint(0, vocabulary, (tokens,), generator=generator).to(device)
     return hidden, weight.requires_grad_(), target
+
+
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_reduce",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
+)
+
+
+@contextmanager
+def recorded():
+    """The collectives that are called meanwhile, in order: [(name, bytes of what a rank sends)]."""
+    sent = []
+
+    def noted(name, function):
+        def call(*tensors, **options):
+            sent.append((name, tensors[-1].nbytes))
+            return function(*tensors, **options)
+
+        return call
+
+    with mock.patch.multiple(dist, **{n: noted(n, getattr(dist, n)) for n in COLLECTIVES}):
+        yield sent

@@ -1,12 +1,11 @@
 """A sharded vocabulary gives what the whole one gives; all ranks agree to the bit."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch.distributed as dist
 from close import assert_within
 from dense import dense_results
+from linear_cases import recorded
 from ranks import run_ranks
 
 from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss, vocab_parallel_statistics
@@ -85,24 +84,11 @@ def test_gathered_results_are_bitwise_equal_on_all_ranks_and_runs(world, backend
 def sent_on_rank(settings):
     """The collectives of the loss, forward and backward: (name, bytes a token) of each."""
     logits, config = torch.randn(8, 32, requires_grad=True), InfoEntropyConfig(**settings)
-    names = ("all_gather_into_tensor", "all_reduce", "all_gather", "reduce_scatter", "broadcast")
-    sent = {"forward": [], "backward": []}
-
-    def noted(phase, name, function):
-        def call(*tensors, **options):
-            part = tensors[-1]
-            sent[phase].append((name, part.numel() * part.element_size() // 8))
-            return function(*tensors, **options)
-
-        return call
-
-    for phase in sent:
-        with mock.patch.multiple(dist, **{n: noted(phase, n, getattr(dist, n)) for n in names}):
-            if phase == "forward":
-                loss = infoentropy_loss(logits, torch.arange(8), config, group=dist.group.WORLD)
-            else:
-                loss.backward()
-    return sent
+    with recorded() as forward:
+        loss = infoentropy_loss(logits, torch.arange(8), config, group=dist.group.WORLD)
+    with recorded() as backward:
+        loss.backward()
+    return [(name, size // 8) for name, size in forward], backward
 
 
 @pytest.mark.parametrize(
@@ -118,7 +104,7 @@ def sent_on_rank(settings):
 )
 def test_forward_sends_what_is_promised_and_backward_nothing(settings, expected):
     for sent in run_ranks(sent_on_rank, 2, settings):
-        assert sent == {"forward": expected, "backward": []}
+        assert sent == (expected, [])
 
 
 def everything_on_rank(options, collective):

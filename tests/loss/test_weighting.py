@@ -17,14 +17,14 @@ from megatron_infoentropy.loss.weighting import check_weighting, token_weight
 NO_FUNCTION = {}
 
 
-def surprise(tokens):
+def surprise(tokens, power=2):
     """A weight that depends on both, and on nothing that the package has."""
-    return 0.5 + torch.tanh(tokens.cross_entropy - tokens.entropy) ** 2
+    return 0.5 + torch.tanh(tokens.cross_entropy - tokens.entropy) ** power
 
 
-def of_two(cross_entropy, entropy):
+def of_two(cross_entropy, entropy, power=2):
     """The same as `surprise`, in the short form."""
-    return 0.5 + torch.tanh(cross_entropy - entropy) ** 2
+    return 0.5 + torch.tanh(cross_entropy - entropy) ** power
 
 
 def of_three(cross_entropy, entropy, logsumexp):
