@@ -5,7 +5,7 @@ nodes with known shapes; everything on [tokens] between them is fused by the com
 compiled region the functions are called directly, which saves the dispatcher's time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -116,48 +116,52 @@ def _what_instead(x: torch.Tensor) -> str:
     )
 
 
-def shard_statistics(
-    kernels: Kernels,
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
-    shard: Shard,
-    options: Options,
-    inverse_temperature_N: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `kernels.contract`."""
-    if torch.compiler.is_compiling():
-        result: torch.Tensor = statistics_operator(
-            logits_NV, target_N, *shard, *options, inverse_temperature_N, kernels.name
+class ShardKernels(NamedTuple):
+    """A backend's two functions, bound to a shard and to options; see `kernels.contract`."""
+
+    kernels: Kernels
+    shard: Shard
+    options: Options
+
+    def statistics(
+        self,
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The statistics [R, N]."""
+        kernels, shard, options = self
+        if torch.compiler.is_compiling():
+            result: torch.Tensor = statistics_operator(
+                logits_NV, target_N, *shard, *options, inverse_temperature_N, kernels.name
+            )
+            return result
+        require_plain(logits=logits_NV, target=target_N)
+        return kernels.shard_statistics(logits_NV, target_N, shard, options, inverse_temperature_N)
+
+    def gradient(
+        self,
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        coefficients_RN: torch.Tensor,
+        inverse_temperature_N: torch.Tensor | None = None,
+        *,
+        inplace: bool,
+    ) -> torch.Tensor:
+        """The gradient [N, V], over the logits where `inplace`.
+
+        A compiled graph gets a new tensor whatever `inplace` says: it plans its own memory.
+        """
+        kernels, shard, options = self
+        if torch.compiler.is_compiling():
+            result: torch.Tensor = gradient_operator(
+                *(logits_NV, target_N, coefficients_RN, *shard, *options),
+                *(inverse_temperature_N, kernels.name),
+            )
+            return result
+        require_plain(logits=logits_NV, coefficients=coefficients_RN)
+        out_NV = logits_NV.detach() if inplace else torch.empty_like(logits_NV)
+        kernels.shard_gradient(
+            logits_NV, target_N, shard, options, coefficients_RN, out_NV, inverse_temperature_N
         )
-        return result
-    require_plain(logits=logits_NV, target=target_N)
-    return kernels.shard_statistics(logits_NV, target_N, shard, options, inverse_temperature_N)
-
-
-def shard_gradient(
-    kernels: Kernels,
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
-    shard: Shard,
-    options: Options,
-    coefficients_RN: torch.Tensor,
-    inverse_temperature_N: torch.Tensor | None = None,
-    *,
-    inplace: bool,
-) -> torch.Tensor:
-    """The gradient [N, V], over the logits where `inplace`; see `kernels.contract`.
-
-    A compiled graph gets a new tensor whatever `inplace` says: it plans its own memory.
-    """
-    if torch.compiler.is_compiling():
-        result: torch.Tensor = gradient_operator(
-            *(logits_NV, target_N, coefficients_RN, *shard, *options),
-            *(inverse_temperature_N, kernels.name),
-        )
-        return result
-    require_plain(logits=logits_NV, coefficients=coefficients_RN)
-    out_NV = logits_NV.detach() if inplace else torch.empty_like(logits_NV)
-    kernels.shard_gradient(
-        logits_NV, target_N, shard, options, coefficients_RN, out_NV, inverse_temperature_N
-    )
-    return out_NV
+        return out_NV

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_infoentropy import kernels
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
 from megatron_infoentropy.kernels import ops
-from megatron_infoentropy.kernels.contract import Kernels, Options, Shard
+from megatron_infoentropy.kernels.contract import Options, Shard
+from megatron_infoentropy.kernels.ops import ShardKernels
 from megatron_infoentropy.loss.collective import Group, warn_of_gathered, world_and_rank
 
 COLLECTIVES = get_args(Collective)
@@ -232,7 +233,7 @@ class Settings(NamedTuple):
     vocabulary: Vocabulary
     options: Options
     group: Group | None
-    kernels: Kernels
+    kernels: ShardKernels
     collective: Collective
     inplace_backward: bool = False  # over the logits
     cut: Cut = Cut(1, 0, 0)  # of the fused output layer, as is what follows
@@ -268,7 +269,8 @@ def make_settings(
     options = Options(float(softcap or 0), same, *asked)
     vocabulary = split_vocabulary(arguments.vocab_size, width, group, arguments.ignore_index)
     chosen = kernels.select(arguments.backend, x.device, x.dtype)
-    return Settings(vocabulary, options, group, chosen, arguments.collective, **more)
+    bound = ShardKernels(chosen, vocabulary.shard, options)
+    return Settings(vocabulary, options, group, bound, arguments.collective, **more)
 
 
 def check_logits(logits: torch.Tensor, target: torch.Tensor, inplace_backward: bool) -> None:

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from megatron_infoentropy.config import Backend, Collective, InfoEntropyConfig
-from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss import layout, linear_chunks
 from megatron_infoentropy.loss.collective import Group, start_join, world_and_rank
@@ -121,12 +120,9 @@ class LinearStatistics(torch.autograd.Function):
         statistics_RN = hidden_LH.new_empty((options.rows, len(target_N)), dtype=dtype)
         buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
         for rows, hidden_CH in linear_chunks.hidden_chunks(hidden_LH, cut, settings.group):
-            part_RC = ops.shard_statistics(
-                settings.kernels,
+            part_RC = settings.kernels.statistics(
                 linear_chunks.logits_of(hidden_CH, weight_VH, buffer_CV),
                 cut.take(target_N, rows),
-                shard,
-                options,
                 cut.take(inverse_temperature_N, rows),
             )
             cut.put(statistics_RN, rows, part_RC)
@@ -143,33 +139,26 @@ class LinearStatistics(torch.autograd.Function):
         refuse_second_derivative()
         hidden_LH, weight_VH, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
-        (size, shard, _), options, cut = settings.vocabulary, settings.options, settings.cut
+        cut, options = settings.cut, settings.options
+        upstream = upstream_of(gradients, options)
         coefficients_RN = coefficients(
-            *(upstream_of(gradients, options), Saved(*kept), size, options, inverse_temperature_N)
+            *(upstream, Saved(*kept), settings.vocabulary.size, options, inverse_temperature_N)
         )
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        sums = LinearGradients(
-            torch.empty_like(hidden_LH) if needs_hidden else None,
-            linear_chunks.weight_total(weight_VH, ctx.main_grad) if needs_weight else None,
-            cut,
-            settings.group,
-        )
+        needed, main_grad = ctx.needs_input_grad[:2], ctx.main_grad
+        sums = LinearGradients(hidden_LH, weight_VH, needed, settings, main_grad)
         buffer_CV = hidden_LH.new_empty((cut.tokens, len(weight_VH)))
         for rows, hidden_CH in linear_chunks.hidden_chunks(hidden_LH, cut, settings.group):
-            dz_CV = ops.shard_gradient(
-                settings.kernels,
+            dz_CV = settings.kernels.gradient(
                 linear_chunks.logits_of(hidden_CH, weight_VH, buffer_CV),
                 cut.take(target_N, rows),
-                shard,
-                options,
                 cut.take(coefficients_RN, rows),
                 cut.take(inverse_temperature_N, rows),
                 inplace=True,
             )
-            sums.add(rows, dz_CV, hidden_CH, weight_VH)
+            sums.add(rows, dz_CV, hidden_CH)
         by_hidden_LH, total_VH = sums.finish()
         if total_VH is not None:
-            total_VH = linear_chunks.deliver_weight_gradient(total_VH, ctx.parameter, ctx.main_grad)
+            total_VH = linear_chunks.deliver_weight_gradient(total_VH, ctx.parameter, main_grad)
         return by_hidden_LH, total_VH, None, None, None
 
 

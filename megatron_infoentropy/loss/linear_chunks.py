@@ -7,7 +7,7 @@ the targets, which all ranks hold: so they issue the same collectives in the sam
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss.collective import Group, world_and_rank
-from megatron_infoentropy.loss.layout import Cut
+from megatron_infoentropy.loss.layout import Cut, Settings
 
 
 class TakenTokens(NamedTuple):
@@ -110,15 +110,18 @@ class LinearGradients:
 
     def __init__(
         self,
-        hidden_LH: torch.Tensor | None,
-        weight_total_VH: torch.Tensor | None,
-        cut: Cut,
-        group: Group | None,
+        hidden_LH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        needed: Sequence[bool],
+        settings: Settings,
+        main_grad_VH: torch.Tensor | None = None,
     ) -> None:
-        """hidden_LH: where its gradient goes, every element is written; weight_total_VH: what the
-        weight's is added to; None where a gradient is not needed."""
-        self.hidden_LH, self.weight_total_VH = hidden_LH, weight_total_VH
-        self._cut, self._group = cut, group
+        """needed: whether each of the two is; main_grad_VH: what the weight's is added to, where it
+        is precise enough."""
+        needs_hidden, needs_weight = needed
+        self.hidden_LH = torch.empty_like(hidden_LH) if needs_hidden else None
+        self.weight_total_VH = _weight_total(weight_VH, main_grad_VH) if needs_weight else None
+        self._weight_VH, self._cut, self._group = weight_VH, settings.cut, settings.group
         self._reducing: tuple[dist.Work | None, torch.Tensor] | None = None
 
     @property
@@ -126,15 +129,13 @@ class LinearGradients:
         """Return whether anything is to be added at all."""
         return self.hidden_LH is not None or self.weight_total_VH is not None
 
-    def add(
-        self, rows: slice, dz_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor
-    ) -> None:
+    def add(self, rows: slice, dz_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         """Add the gradients of one chunk, from the gradient by its logits."""
         if self.hidden_LH is not None:
             self._wait()  # one reduction under way at a time: one chunk's memory
-            self._reducing = self._reduce(self.hidden_LH[rows], dz_CV, weight_VH)
+            self._reducing = self._reduce(self.hidden_LH[rows], dz_CV)
         if self.weight_total_VH is not None:
-            add_product(self.weight_total_VH, dz_CV, hidden_CH)
+            _add_product(self.weight_total_VH, dz_CV, hidden_CH)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(by hidden states, by weight), once every chunk was added."""
@@ -142,8 +143,9 @@ class LinearGradients:
         return self.hidden_LH, self.weight_total_VH
 
     def _reduce(
-        self, out_LH: torch.Tensor, dz_CV: torch.Tensor, weight_VH: torch.Tensor
+        self, out_LH: torch.Tensor, dz_CV: torch.Tensor
     ) -> tuple[dist.Work | None, torch.Tensor]:
+        weight_VH = self._weight_VH
         if self._cut.slices > 1:
             # Into a tensor made beforehand, as all products here: autocast leaves those alone.
             mine_CH = weight_VH.new_empty((len(dz_CV), weight_VH.shape[1]))
@@ -161,16 +163,14 @@ class LinearGradients:
         self._reducing = None
 
 
-def weight_total(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None = None) -> torch.Tensor:
-    """Return what the weight's gradient is added to: its main_grad where that is precise enough,
-    else zeros."""
+def _weight_total(weight_VH: torch.Tensor, main_grad_VH: torch.Tensor | None) -> torch.Tensor:
     dtype = statistics_dtype(weight_VH)
     if main_grad_VH is not None and main_grad_VH.dtype == dtype:
         return main_grad_VH
     return torch.zeros_like(weight_VH, dtype=dtype)
 
 
-def add_product(total_VH: torch.Tensor, dz_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+def _add_product(total_VH: torch.Tensor, dz_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
     """total += dz^T hidden, in the precision of the total.
 
     16-bit factors with an fp32 total are one matrix product on a GPU, which multiplies 16-bit

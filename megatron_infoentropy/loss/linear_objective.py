@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_infoentropy.config import InfoEntropyConfig
-from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import statistics_dtype
 from megatron_infoentropy.loss import linear_chunks
 from megatron_infoentropy.loss.collective import RowStatistics, start_join, world_and_rank
@@ -58,20 +57,15 @@ class LinearSums(torch.autograd.Function):
         config: InfoEntropyConfig,
         with_gradients: bool,
     ) -> tuple[torch.Tensor, ...]:
-        needs_hidden, needs_weight = (with_gradients and n for n in ctx.needs_input_grad[:2])
-        gradients = LinearGradients(
-            torch.empty_like(hidden_LH) if needs_hidden else None,
-            linear_chunks.weight_total(weight_VH) if needs_weight else None,
-            settings.cut,
-            settings.group,
-        )
+        needed = [with_gradients and needs for needs in ctx.needs_input_grad[:2]]
+        gradients = LinearGradients(hidden_LH, weight_VH, needed, settings)
         # Summed once at the end, so that the value does not depend on the chunks' size.
         loss_N = hidden_LH.new_empty(len(tokens.target), dtype=statistics_dtype(hidden_LH))
         weight_N = torch.empty_like(loss_N)
         depth = 1 if world_and_rank(settings.group)[0] > 1 else 0  # chunks that wait for a gather
         started = _started_chunks(hidden_LH, weight_VH, tokens, settings, depth + 1)
         for chunk in linear_chunks.ahead(started, depth):
-            loss_C, weight_C = _finish(chunk, weight_VH, settings, config, gradients)
+            loss_C, weight_C = _finish(chunk, settings, config, gradients)
             settings.cut.put(loss_N, chunk.rows, loss_C)
             settings.cut.put(weight_N, chunk.rows, weight_C)
         sums = token_sums(loss_N, weight_N, tokens.mask)
@@ -122,28 +116,23 @@ def _started_chunks(
     buffers: int,
 ) -> Iterator[_Chunk]:
     """Every chunk, its logits made in one of so many buffers, its statistics on their way."""
-    cut, vocabulary, options = settings.cut, settings.vocabulary, settings.options
+    cut = settings.cut
     shape = (cut.tokens, len(weight_VH))
     buffers_CV = [hidden_LH.new_empty(shape) for _ in cut.chunks()[:buffers]]
     hidden_chunks = linear_chunks.hidden_chunks(hidden_LH, cut, settings.group)
     for index, (rows, hidden_CH) in enumerate(hidden_chunks):
         part = Tokens(*(cut.take(whole, rows) for whole in tokens))
         logits_CV = linear_chunks.logits_of(hidden_CH, weight_VH, buffers_CV[index % buffers])
-        statistics_RC = ops.shard_statistics(
-            settings.kernels, logits_CV, part.target, vocabulary.shard, options
-        )
+        statistics_RC = settings.kernels.statistics(logits_CV, part.target)
         arrived = start_join(
-            statistics_RC, settings.group, settings.collective, vocabulary.columns, options
+            *(statistics_RC, settings.group, settings.collective),
+            *(settings.vocabulary.columns, settings.options),
         )
         yield _Chunk(rows, hidden_CH, logits_CV, part, arrived)
 
 
 def _finish(
-    chunk: _Chunk,
-    weight_VH: torch.Tensor,
-    settings: Settings,
-    config: InfoEntropyConfig,
-    gradients: LinearGradients,
+    chunk: _Chunk, settings: Settings, config: InfoEntropyConfig, gradients: LinearGradients
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's loss and weight, once the chunk's part of the gradients is added."""
     target_C, mask_C = chunk.tokens
@@ -151,16 +140,9 @@ def _finish(
     results, saved = token_results(chunk.arrived(), target_C, size, shard.ignore_index, options)
     loss_C, weight_C, upstream = _token_terms(results, mask_C, config, gradients.are_needed)
     if upstream is not None:
-        dz_CV = ops.shard_gradient(
-            settings.kernels,
-            chunk.logits_CV,
-            target_C,
-            shard,
-            options,
-            coefficients(upstream, saved, size, options),
-            inplace=True,
-        )
-        gradients.add(chunk.rows, dz_CV, chunk.hidden_CH, weight_VH)
+        coefficients_RC = coefficients(upstream, saved, size, options)
+        dz_CV = settings.kernels.gradient(chunk.logits_CV, target_C, coefficients_RC, inplace=True)
+        gradients.add(chunk.rows, dz_CV, chunk.hidden_CH)
     return loss_C, weight_C
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_infoentropy.config import Backend, Collective
-from megatron_infoentropy.kernels import ops
 from megatron_infoentropy.kernels.contract import Options, statistics_dtype
 from megatron_infoentropy.loss import layout
 from megatron_infoentropy.loss.collective import Group, RowStatistics, start_join
@@ -250,9 +249,7 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         (size, shard, columns), options = settings.vocabulary, settings.options
-        statistics_RN = ops.shard_statistics(
-            settings.kernels, logits_NV, target_N, shard, options, inverse_temperature_N
-        )
+        statistics_RN = settings.kernels.statistics(logits_NV, target_N, inverse_temperature_N)
         row = start_join(statistics_RN, settings.group, settings.collective, columns, options)()
         results, saved = token_results(row, target_N, size, shard.ignore_index, options)
         ctx.save_for_backward(logits_NV, target_N, inverse_temperature_N, *saved)
@@ -270,18 +267,13 @@ class _Statistics(torch.autograd.Function):
             )
         logits_NV, target_N, inverse_temperature_N, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
-        options, saved = settings.options, Saved(*kept)
-        upstream, size = upstream_of(gradients, options), settings.vocabulary.size
+        options, upstream = settings.options, upstream_of(gradients, settings.options)
+        coefficients_RN = coefficients(
+            *(upstream, Saved(*kept), settings.vocabulary.size, options, inverse_temperature_N)
+        )
         inplace = settings.inplace_backward and not torch.compiler.is_compiling()
-        out_NV = ops.shard_gradient(
-            settings.kernels,
-            logits_NV,
-            target_N,
-            settings.vocabulary.shard,
-            options,
-            coefficients(upstream, saved, size, options, inverse_temperature_N),
-            inverse_temperature_N,
-            inplace=inplace,
+        out_NV = settings.kernels.gradient(
+            logits_NV, target_N, coefficients_RN, inverse_temperature_N, inplace=inplace
         )
         if inplace:
             ctx.overwritten = True

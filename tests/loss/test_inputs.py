@@ -147,11 +147,11 @@ def test_a_transform_of_torch_func_is_refused():
 
 
 def test_a_gradient_that_is_not_plain_never_reaches_a_kernel():
-    logits, target, shard = torch.randn(N, V), torch.zeros(N).long(), contract.Shard(0, V, -100)
+    logits, target, zeros = torch.randn(N, V), torch.zeros(N).long(), (4, N)
     chosen = kernels.select("native", logits.device, logits.dtype)
-    zeros = torch._efficientzerotensor((4, N))
+    bound = ops.ShardKernels(chosen, contract.Shard(0, V, -100), contract.PLAIN)
     with pytest.raises(ValueError, match="a plain tensor as coefficients"):
-        ops.shard_gradient(chosen, logits, target, shard, contract.PLAIN, zeros, inplace=False)
+        bound.gradient(logits, target, torch._efficientzerotensor(zeros), inplace=False)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

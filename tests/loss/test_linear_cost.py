@@ -1,5 +1,7 @@
 """What the fused linear holds in memory, sends over the group, and in which order."""
 
+import itertools
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 import torch.distributed as dist
 from linear_cases import (
     BOTH,
+    COLLECTIVES,
     fused_loss,
     random_inputs,
+    recorded,
     statistics_objective,
     unfused_objective,
 )
@@ -18,13 +22,6 @@ from megatron_infoentropy.bench.timing import peak_mib
 from megatron_infoentropy.loss import linear_chunks, linear_objective
 
 N, H, V, CHUNK = 1024, 16, 512, 128
-COLLECTIVES = (
-    "all_gather_into_tensor",
-    "all_reduce",
-    "reduce_scatter_tensor",
-    "all_gather",
-    "broadcast",
-)
 
 
 def make_case(world=1, tokens=N):
@@ -70,17 +67,13 @@ def count_on_rank(function, sequence_parallel, all_ignored):
         hidden = hidden.detach().chunk(group.size())[group.rank()].requires_grad_()
     if all_ignored:
         target = torch.full_like(target, -100)
-    counted = []
-    with mock.patch.multiple(dist, **{n: mock.Mock(wraps=getattr(dist, n)) for n in COLLECTIVES}):
-        options = {"group": group, "chunk_tokens": 6, "sequence_parallel": sequence_parallel}
-        options["skip_masked"] = False  # shapes and collectives depend on no data then
+    options = {"group": group, "chunk_tokens": 6, "sequence_parallel": sequence_parallel}
+    options["skip_masked"] = False  # shapes and collectives depend on no data then
+    with recorded() as forward:
         loss = function(hidden, weight, target, **options)
-        counted.append({n: getattr(dist, n).call_count for n in COLLECTIVES})
+    with recorded() as backward:
         loss.backward()
-        counted.append({n: getattr(dist, n).call_count for n in COLLECTIVES})
-    before, after = counted
-    backward = {n: c - before[n] for n, c in after.items() if c > before[n]}
-    return {n: c for n, c in before.items() if c}, backward
+    return [dict(Counter(name for name, _ in sent)) for sent in (forward, backward)]
 
 
 GATHER, REDUCE, SCATTER = COLLECTIVES[:3]
@@ -101,38 +94,41 @@ def test_collectives_are_as_many_as_chunks_and_do_not_depend_on_data(
 ):
     """20 tokens in chunks of at most 6: four."""
     for counted in run_ranks(count_on_rank, 2, function, sequence_parallel, all_ignored):
-        assert counted == (forward, backward)
+        assert counted == [forward, backward]
 
 
 def order_on_rank():
-    """What the forward pass of the loss does, in order, as (what, chunk)."""
-    happened = []
+    """What the forward pass of the loss does on slices of the sequence, in order: "what chunk"."""
+    happened, group = [], dist.group.WORLD
 
-    def note(what, function):
-        calls = iter(range(100))
+    def noted(what, module, name):
+        function, chunks = getattr(module, name), itertools.count(1)
 
-        def noted(*arguments):
-            happened.append((what, next(calls)))
-            return function(*arguments)
+        def call(*arguments):
+            chunk = next(chunks)
+            happened.append(f"{what} {chunk}")
+            result = function(*arguments)
+            if what != "gather":
+                return result
+            return lambda: happened.append(f"fold {chunk}") or result()
 
-        return noted
+        return mock.patch.object(module, name, call)
 
-    def start(*arguments):
-        return note(f"fold {len([w for w, _ in happened if w == 'gather'])}", real(*arguments))
-
-    real = linear_objective.start_join
     with (
-        mock.patch.object(linear_chunks, "logits_of", note("logits", linear_chunks.logits_of)),
-        mock.patch.object(linear_objective, "start_join", note("gather", start)),
+        noted("hidden", linear_chunks, "_start_gather"),
+        noted("logits", linear_chunks, "logits_of"),
+        noted("gather", linear_objective, "start_join"),
     ):
-        hidden, weight, target = make_case(2, tokens=15)
-        fused_loss(hidden, weight, target, group=dist.group.WORLD, chunk_tokens=5)
-    return [what if what.startswith("fold") else f"{what} {chunk + 1}" for what, chunk in happened]
+        hidden, weight, target = make_case(2, tokens=16)
+        hidden = hidden.detach().chunk(2)[group.rank()].requires_grad_()
+        fused_loss(hidden, weight, target, group=group, chunk_tokens=6, sequence_parallel=True)
+    return happened
 
 
-def test_the_logits_of_the_next_chunk_are_under_way_before_a_gather_is_waited_for():
+def test_the_next_chunk_is_under_way_before_a_gather_is_waited_for():
     for order in run_ranks(order_on_rank, 2):
         assert order == [
-            *("logits 1", "gather 1", "logits 2", "gather 2", "fold 1"),
+            *("hidden 1", "hidden 2", "logits 1", "gather 1"),
+            *("hidden 3", "logits 2", "gather 2", "fold 1"),
             *("logits 3", "gather 3", "fold 2", "fold 3"),
         ]
