@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,30 +27,31 @@ class EncoderHere:
         pass
 
 
+def when_taken_in(
+    patch: pytest.MonkeyPatch, is_it: Callable[[Block], bool], act: Callable[[], object]
+) -> None:
+    """Have something happen when a run takes in a block that it is."""
+    add = journal.JournalledRun.add
+
+    def act_and_add(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
+        if is_it(block):
+            act()
+        add(self, block, encoded)
+
+    patch.setattr(journal.JournalledRun, "add", act_and_add)
+
+
+def when_reading(patch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Have something happen when the first lines of the input `name` are taken in."""
+    when_taken_in(patch, lambda block: (block.path.name, block.start.line) == (name, 1), act)
+
+
 def interrupted(
     prepare: Callable[..., object], inputs: list[Path], at: int, **options: Any
 ) -> None:
     """A run of the fixture `prepare` that is interrupted when it takes in block number `at`."""
-    taken, add = count(1), journal.JournalledRun.add
-
-    def stop(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
-        if next(taken) == at:
-            raise KeyboardInterrupt
-        add(self, block, encoded)
-
+    taken = count(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal.JournalledRun, "add", stop)
+        when_taken_in(patch, lambda _: next(taken) == at, Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(inputs, **options)
-
-
-def when_reading(patch: pytest.MonkeyPatch, name: str, change: Callable[[], object]) -> None:
-    """Have something happen when the first lines of the input `name` are taken in."""
-    add = journal.JournalledRun.add
-
-    def and_change(self: journal.JournalledRun, block: Block, encoded: Encoded) -> None:
-        if block.path.name == name and block.start.line == 1:
-            change()
-        add(self, block, encoded)
-
-    patch.setattr(journal.JournalledRun, "add", and_change)

@@ -32,7 +32,7 @@ def inputs(tmp_path):
         lines.append(line("", "never"))
         if number == 4:
             lines.append(line("only here", "C"))
-        lines.insert(10, "{")
+        lines.insert(10, '{"text": 3, "meta": {"pile_set_name": "A"}}')
         files.append(write(tmp_path / f"{number}.jsonl.zst", lines))
     return files
 
@@ -198,15 +198,17 @@ def test_datasets_are_joined_in_the_order_given_and_damage_in_each_part_is_seen(
 
 def test_datasets_of_another_kind_are_not_joined(whole, tmp_path):
     manifest = load_manifest(whole)
-    for what, other in (
-        ("tokenizer", replace(manifest.tokenizer, vocab_size=9)),
-        ("options", replace(manifest.options, append_eod=False)),
-        ("versions", {"tokenizers": "0"}),
+    for what, other, message in (
+        ("tokenizer", replace(manifest.tokenizer, vocab_size=9), "their tokenizer differ"),
+        ("options", replace(manifest.options, append_eod=False), "their options differ"),
+        ("versions", {"tokenizers": "0"}, "their versions differ"),
+        ("domains", {"a": manifest.domains["A"]}, r"'A' and 'a' would both be written to a\.bin"),
     ):
         shutil.copytree(whole, tmp_path / what)
-        replace(manifest, folder=tmp_path / what, **{what: other}).save()
-        with pytest.raises(ValueError, match=f"can not be merged .* their {what} differ"):
-            merge([whole, tmp_path / what], tmp_path / "out")
+        changed = replace(manifest, folder=tmp_path / what, **{what: other})
+        changed.save()
+        with pytest.raises(ValueError, match=message):
+            merge([whole, changed.folder], tmp_path / "out", allow_duplicates=True)
 
 
 def test_a_dataset_is_not_joined_with_itself_unless_asked(prepare, inputs, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,8 +24,6 @@ from megatron_infoentropy.data import journal, writer
 from megatron_infoentropy.data import preprocess as preprocess_module
 from megatron_infoentropy.data.blocks import read_blocks
 from megatron_infoentropy.data.manifest import DataOptions
-from megatron_infoentropy.data.preprocess import preprocess
-from megatron_infoentropy.data.tokenizer import load_tokenizer
 from megatron_infoentropy.data.workers import WorkerDied
 from megatron_infoentropy.data.writer import DiskFull
 from megatron_infoentropy.progress import progress
@@ -70,13 +69,13 @@ def die_at(moment: int) -> None:
     journal.write_all = write_all  # type: ignore[assignment]
 
 
-def survives(inputs: list[Path], tokenizer: Path, output: Path, moment: int) -> bool:
+def survives(prepare: Callable[..., object], inputs: list[Path], moment: int) -> bool:
     """Say whether a forked process that dies at that moment was done before it."""
     process = os.fork()
     if process == 0:
         try:
             die_at(moment)
-            preprocess(inputs, tokenizer, output, max_errors=5)
+            prepare(inputs, max_errors=5)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -87,21 +86,20 @@ def survives(inputs: list[Path], tokenizer: Path, output: Path, moment: int) -> 
 
 
 def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(
-    inputs, tokenizer_folder, tmp_path, monkeypatch
+    prepare, inputs, tokenizer, tmp_path, monkeypatch
 ):
     """A moment is the n-th opening, renaming, removing or making of a file, or write to one.
 
     Of that write, half gets there. Each process goes on from what the one before it left.
     """
-    loaded = load_tokenizer(tokenizer_folder)  # it opens files that are only read
-    monkeypatch.setattr(preprocess_module, "load_tokenizer", lambda _: loaded)
-    expected, out = tmp_path / "expected", tmp_path / "out"
-    preprocess(inputs, tokenizer_folder, expected, max_errors=5)
+    # It opens files that are only read.
+    monkeypatch.setattr(preprocess_module, "load_tokenizer", lambda _: tokenizer)
+    expected, out = prepare(inputs, "expected", max_errors=5).folder, tmp_path / "out"
     rng = random.Random(0)
     killed = finished = 0
     while killed < 30 or finished == 0:
         moment = rng.choice((20, 200, 2000)) * rng.randint(1, 10) // 10 + 1
-        if not survives(inputs, tokenizer_folder, out, moment):
+        if not survives(prepare, inputs, moment):
             killed += 1
             continue
         finished += 1
@@ -126,13 +124,11 @@ def test_what_is_finished_is_not_read_again(prepare, inputs, tmp_path, monkeypat
     assert_same_files(prepare(inputs, workers=2, max_errors=1).folder, expected)
     sizes = [path.stat().st_size for path in inputs]
     shown.assert_called_once_with("preprocess", sum(sizes), "bytes", sizes[0])
-    read_from = [  # other than the look whether the first block's documents name domains
-        (path.name, rest[1].line) for (path, *rest), _ in read.call_args_list if rest
-    ]
+    read_from = [(path.name, start.line) for (path, _, start, _), _ in read.call_args_list]
     assert read_from == [("b.jsonl", saved["line"]), ("c.jsonl.zst", 1)]
     read.reset_mock()
     prepare(inputs)
-    assert all(len(call.args) == 1 for call in read.call_args_list)  # done is done
+    read.assert_not_called()  # done is done
     assert not (tmp_path / ".out.partial").exists()
 
 

@@ -10,15 +10,14 @@ from unittest.mock import Mock
 
 import fsspec
 import pytest
-from encoder_here import EncoderHere, interrupted, when_reading
+from encoder_here import interrupted, when_reading
 from fsspec.implementations import memory
 from text_files import command, line, write
 
-from megatron_infoentropy.data import blocks, workers
+from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
 from megatron_infoentropy.data.manifest import DataOptions, Manifest
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.sources import find_inputs
 from megatron_infoentropy.data.verify import verify
 
@@ -32,15 +31,10 @@ ROWS = [json.loads(each) for each in LINES]
 KEY = "meta.pile_set_name"
 
 
-@pytest.fixture(scope="module")
-def expected(tokenizer_folder, tmp_path_factory):
+@pytest.fixture
+def expected(prepare, tmp_path):
     """The dataset of the same documents as lines."""
-    folder = tmp_path_factory.mktemp("lines")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_Worker", EncoderHere)
-        return preprocess(
-            [write(folder / "a.jsonl", LINES)], tokenizer_folder, folder / "out", max_errors=1
-        )
+    return prepare(write(tmp_path / "lines.jsonl", LINES), "lines")
 
 
 def assert_same_dataset(made: Manifest, expected: Manifest) -> None:

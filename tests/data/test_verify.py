@@ -6,27 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import assert_same_files
 from text_files import change, cut, line, write
 
 from megatron_infoentropy.data.indexed import IndexedReader
-from megatron_infoentropy.data.preprocess import preprocess
 from megatron_infoentropy.data.verify import Fault, inspect, verify
 
 LINES = [line(f"text {i} " * (i % 40 + 1), "AB"[i % 2]) for i in range(200)]
 
 
-@pytest.fixture(scope="module")
-def original(tokenizer_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    text = write(folder / "a.jsonl", LINES)
-    preprocess([text], tokenizer_folder, folder / "out")
-    return folder / "out"
-
-
 @pytest.fixture
-def dataset(original, tmp_path):
-    return Path(shutil.copytree(original, tmp_path / "data"))
+def dataset(prepare, tmp_path):
+    return prepare(write(tmp_path / "a.jsonl", LINES)).folder
 
 
 LENGTHS, STARTS, DOCUMENTS = 34, 34 + 4 * 100, 34 + (4 + 8) * 100  # places in an index
@@ -73,10 +63,9 @@ def test_damage_is_found_and_left_as_it_is(dataset, name, damage, problem):
 
 
 def test_a_sound_dataset_has_no_findings_and_another_tokenizer_is_one(
-    dataset, original, tokenizer_folder, tmp_path
+    dataset, tokenizer_folder, tmp_path
 ):
     assert verify(dataset, tokenizer=tokenizer_folder) == []
-    assert_same_files(dataset, original)
     other = Path(shutil.copytree(tokenizer_folder, tmp_path / "other"))
     text = (other / "tokenizer.json").read_text()
     text = text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}')
