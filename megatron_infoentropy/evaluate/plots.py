@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_infoentropy.evaluate.figure import (
     DASHES,
-    INK,
     MUTED,
     PAGE,
     SERIES,
@@ -185,23 +184,16 @@ def weights_over_entropy(data: Data) -> Figure | None:
 
     def plot(axes: Axes) -> str:
         histogram_behind(axes, weights["histogram"])
-        others = cycle(DASHES[1:])
         for curve in weights["curves"]:
-            used = curve["run"] is not None  # else one to compare with
-            group = data["groups"][data["runs"][curve["run"]]["group"]] if used else None
-            color, dash = (color_of(group), "solid") if group else (INK, next(others))
-            width = 2.4 if group else 1.3
-            label = curve["label"] + (" (used)" if group else "")
-            axes.plot(weights["entropy"], curve["weight"], color=color, linestyle=dash,
-                      linewidth=width, label=label)  # fmt: skip
+            group = data["groups"][curve["group"]]
+            axes.plot(weights["entropy"], curve["weight"], color=color_of(group), linewidth=2.4,
+                      label=named(group))  # fmt: skip
         axes.axhline(1, color=SERIES[0], linewidth=1.4, label="cross entropy")
         axes.set(xlabel="entropy of the prediction (nats)", ylabel="weight (mean 1)")
         axes.set_xlim(0, weights["entropy"][-1])
         axes.set_ylim(bottom=0)
         legend(axes, "upper left")
-        return (
-            "Weight against entropy for several gamma, over the histogram of predicted entropies."
-        )
+        return "Weight against entropy by setting, over the histogram of predicted entropies."
 
     return draw("weights", plot)
 

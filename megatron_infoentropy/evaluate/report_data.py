@@ -8,7 +8,7 @@ that trains, `loss.weighting`.
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -24,16 +24,14 @@ from megatron_infoentropy.evaluate.evaluation import Evaluation
 from megatron_infoentropy.evaluate.figure import SERIES
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import Values
-from megatron_infoentropy.evaluate.runs import GAMMA, SIGMA, Run, objective_in_words
+from megatron_infoentropy.evaluate.runs import Run
 from megatron_infoentropy.evaluate.tally import perplexity
 from megatron_infoentropy.evaluate.task_comparison import compare_tasks
 from megatron_infoentropy.tasks.results import Metric, TaskResult
 
-FORMAT = 4
+FORMAT = 5
 AVERAGES = ("weighted_average", "uniform_average", "worst_case")
 _MOST_PASSAGES = 3
-# Drawn beside the gamma in use, to show what a larger or smaller one would do.
-OTHER_GAMMAS = (0.5, 2.0)
 LEVELS = 6  # of colour
 _POINTS = 121
 _LEAST_SPAN = 0.25  # of the mean weight, that the colours span: smaller differences stay pale
@@ -55,6 +53,9 @@ def report_data(
         for index, group in enumerate(groups)
         for run in (*group.runs, *group.repeated)
     }
+    weighted = weighted_settings(groups)
+    reasons = {one.label: why_not_drawn(one.loss, weightings) for one in weighted}
+    drawn = [one for one in weighted if not reasons[one.label]]
     data = {
         "format": FORMAT,
         "version": __version__,
@@ -66,7 +67,7 @@ def report_data(
             "limits": [
                 *notes,
                 *verdict.limits(runs, groups, of_all),
-                *_weights_not_drawn(groups, weightings),
+                *(f"The weights of {n} are not drawn, {why}." for n, why in reasons.items() if why),
             ],
         },
         "groups": [
@@ -76,8 +77,8 @@ def report_data(
         "runs": [_describe_run(run, group_of[id(run)]) for run in runs],
         "comparisons": _described(comparisons),
         "task_comparisons": _described(task_comparisons),
-        "weights": weight_curves(runs, weightings),
-        "passages": _passages(groups, weightings),
+        "weights": weight_curves(drawn),
+        "passages": [one for one in map(weigh_passage, drawn) if one][:_MOST_PASSAGES],
         "tasks": task_table([group.runs for group in groups]),
     }
     finite: dict[str, Any] = json.loads(json.dumps(data), parse_constant=lambda _: None)
@@ -147,24 +148,6 @@ def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
                 series["iterations"].append(float(iteration))
                 series["values"].append(value)
     return result
-
-
-def _weights_not_drawn(groups: list[Group], weightings: Sequence[str]) -> list[str]:
-    """Return a sentence for every setting whose weights are not at hand."""
-    losses = {group.label: final_loss(group.runs[0]) for group in groups}
-    reasons = {label: why_not_drawn(loss, weightings) for label, loss in losses.items()}
-    return [
-        f"The weights of {label} are not drawn, {reason}."
-        for label, reason in reasons.items()
-        if reason
-    ]
-
-
-def _passages(groups: list[Group], weightings: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one for each weighted objective, by its first evaluated run."""
-    first = [(group.label, group.evaluated[0]) for group in groups if group.evaluated]
-    passages = [weigh_passage(label, run, weightings) for label, run in first]
-    return [passage for passage in passages if passage][:_MOST_PASSAGES]
 
 
 def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -245,60 +228,65 @@ def _cell(metrics: list[Metric | None]) -> dict[str, Any] | None:
     }
 
 
-def weight_curves(runs: list[Run], weightings: Collection[str] = ()) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Weighted:
+    """A setting that weights tokens: its place, its first evaluated run, that run's last loss."""
+
+    group: int
+    label: str
+    run: Run
+    loss: InfoEntropyConfig
+
+
+def weighted_settings(groups: list[Group]) -> list[Weighted]:
+    first = [(group.evaluated or group.runs)[0] for group in groups]
+    every = [
+        Weighted(place, group.label, run, final_loss(run))
+        for place, (group, run) in enumerate(zip(groups, first, strict=True))
+    ]
+    return [one for one in every if one.loss.is_weighted]
+
+
+def weight_curves(drawn: list[Weighted]) -> dict[str, Any] | None:
     """Return weights over entropy H at the end of trainings, of mean 1 over the scored tokens.
 
     The tokens are those of the first evaluated InfoEntropy run, or of the first evaluated run
     where there is none; without any evaluation there is nothing to scale by and None is returned.
     Where weights depend on cross entropy too, it is the mean one of the tokens of entropy H.
 
-    Args:
-        runs: the report's runs.
-        weightings: the custom weightings that may be imported and called.
-
     Returns:
-        run: the name of that run; entropy: H in nats; curves: per curve its label, objective,
-        gamma, sigma, run (the first that was trained so, by its place, or None) and the weights at
+        run: the name of that run; entropy: H in nats; curves: a setting's place and its weights at
         H; histogram: as the evaluation holds it.
     """
-    evaluated = [run for run in runs if run.evaluation is not None]
+    evaluated = [one for one in drawn if one.run.evaluation is not None]
     if not evaluated:
         return None
-    used: dict[InfoEntropyConfig, int] = {}
-    for place, run in enumerate(runs):
-        loss = final_loss(run)
-        if loss.is_weighted and not why_not_drawn(loss, weightings):
-            used.setdefault(_weight_alone(loss), place)
-    drawn = [loss for loss in used if loss.objective == "infoentropy"] or [InfoEntropyConfig()]
-    sigma = min(drawn, key=_order).sigma
-    others = [InfoEntropyConfig(gamma=gamma, sigma=sigma) for gamma in OTHER_GAMMAS]
-    losses = sorted({*used, *drawn, *others}, key=_order)
-    weighted = [run for run in evaluated if final_loss(run).objective == "infoentropy"]
-    source = (weighted or evaluated)[0]
+    source = min(evaluated, key=lambda one: one.loss.objective != "infoentropy").run
     assert source.evaluation is not None
     histogram = source.evaluation.summary["entropy_histogram"]
     entropy = np.linspace(0.0, histogram["edges"][-1], _POINTS)
     return {
         "run": source.name,
         "entropy": entropy.tolist(),
-        "curves": [_curve(loss, used.get(loss), entropy, histogram) for loss in losses],
+        "curves": [
+            {"group": one.group, "weight": _curve(one.loss, entropy, histogram)} for one in drawn
+        ],
         "histogram": histogram,
     }
 
 
-def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dict[str, Any] | None:
+def weigh_passage(weighted: Weighted) -> dict[str, Any] | None:
     """Return the passage of a run's evaluation with every token's weight, of mean 1.
 
     Returns:
         label, run, domain, document, and tokens, each with text, weight, entropy, ce and a level of
-        colour from 0 to 5; None without weights, without an evaluation, and for a custom weighting
-        that may not be called.
+        colour from 0 to 5; None without an evaluation.
     """
-    loss = final_loss(run)
-    if run.evaluation is None or not loss.is_weighted or why_not_drawn(loss, weightings):
+    run = weighted.run
+    if run.evaluation is None:
         return None
     passage = run.evaluation.summary["passage"]
-    weight = weigh(loss, passage["ce"], passage["entropy"])
+    weight = weigh(weighted.loss, passage["ce"], passage["entropy"])
     weight /= weight.mean() or 1.0
     span = max(float(np.ptp(weight)), _LEAST_SPAN)
     level = np.minimum(LEVELS * (weight - weight.min()) / span, LEVELS - 1).astype(int)
@@ -311,7 +299,7 @@ def weigh_passage(label: str, run: Run, weightings: Collection[str] = ()) -> dic
     }
     tokens = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     place = {name: passage[name] for name in ("domain", "document")}
-    return {"label": label, "run": run.name, **place, "tokens": tokens}
+    return {"label": weighted.label, "run": run.name, **place, "tokens": tokens}
 
 
 def final_loss(run: Run) -> InfoEntropyConfig:
@@ -370,22 +358,10 @@ def weigh(
     return np.asarray(weight.numpy(), dtype=np.float64)
 
 
-def _weight_alone(loss: InfoEntropyConfig) -> InfoEntropyConfig:
-    """Return the same weights, with everything else at its default."""
-    names = ("objective", "gamma", "sigma", "blend", "weighting")
-    return InfoEntropyConfig(**{name: getattr(loss, name) for name in names})
-
-
-def _order(loss: InfoEntropyConfig) -> tuple[Any, ...]:
-    return loss.objective != "infoentropy", loss.objective, loss.gamma, loss.sigma, loss.blend
-
-
 def _curve(
-    loss: InfoEntropyConfig,
-    place: int | None,
-    entropy: NDArray[np.float64],
-    histogram: dict[str, Any],
-) -> dict[str, Any]:
+    loss: InfoEntropyConfig, entropy: NDArray[np.float64], histogram: dict[str, Any]
+) -> list[float]:
+    """Return the weights of tokens of these entropies over the mean weight of the histogram."""
     filled = [i for i, tokens in enumerate(histogram["tokens"]) if tokens]
     tokens, occurring, mean_ce = (
         np.array([histogram[name][i] for i in filled], dtype=float)
@@ -395,13 +371,5 @@ def _curve(
     ce = np.interp(entropy, occurring, mean_ce)
     weight = weigh(loss, np.append(mean_ce, ce), np.append(occurring, entropy))
     mean = float((weight[: len(tokens)] * tokens).sum() / tokens.sum())
-    plain = InfoEntropyConfig(gamma=loss.gamma, sigma=loss.sigma)
-    label = f"{GAMMA} = {loss.gamma:g}" + (f", {SIGMA} = {loss.sigma:g}" if loss.sigma != 1 else "")
-    return {
-        "label": label if loss == plain else objective_in_words(loss.effective()),
-        "objective": loss.objective,
-        "gamma": loss.gamma,
-        "sigma": loss.sigma,
-        "run": place,
-        "weight": (weight[len(tokens) :] / (mean or 1.0)).tolist(),
-    }
+    curve: list[float] = (weight[len(tokens) :] / (mean or 1.0)).tolist()
+    return curve

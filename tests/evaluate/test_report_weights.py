@@ -52,7 +52,8 @@ def test_curve_and_passage_are_the_weights_of_the_last_step(write, loss, formula
         for name in ("tokens", "mean_entropy", "mean_ce")
     )
     mean = np.average(formula(ce, entropy), weights=tokens)
-    (curve,) = [curve for curve in data["weights"]["curves"] if curve["run"] == 0]
+    (curve,) = data["weights"]["curves"]
+    assert curve["group"] == 0
     drawn = np.interp(entropy, data["weights"]["entropy"], curve["weight"])
     # Between the points of the curve weights are not straight.
     assert drawn[1:] == pytest.approx((formula(ce, entropy) / mean)[1:], rel=0.02)
@@ -68,7 +69,7 @@ def test_a_gamma_that_is_0_at_the_end_weighs_nothing(write):
     loss = {"gamma": 1.0, "gamma_schedule": "cosine", "gamma_end": 0.0, "gamma_samples": 100}
     data = report_data([load_run(write(loss))])
     assert data["passages"] == []
-    assert [curve["run"] for curve in data["weights"]["curves"]] == [None] * 3
+    assert data["weights"] is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_weighting_of_what_no_evaluation_keeps_is_not_drawn(write, weigh):
     sys.modules["own"].weigh = weigh
     data = report_data([run], weightings=["own:weigh"])
     assert data["passages"] == []
-    assert all(curve["run"] is None for curve in data["weights"]["curves"])
+    assert data["weights"] is None
     assert "depend on more than cross entropy and entropy" in data["verdict"]["limits"][-1]
 
 
@@ -114,5 +115,5 @@ def test_a_run_folder_alone_makes_no_code_run(write, monkeypatch, tmp_path):
     assert "own" not in sys.modules
     data = json.loads(page.with_suffix(".json").read_text())
     assert data["passages"] == []
-    assert all(curve["run"] is None for curve in data["weights"]["curves"])
+    assert data["weights"] is None
     assert "The weights of custom own:weigh are not drawn" in page.read_text()
