@@ -9,12 +9,11 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +39,7 @@ _LINE, _HALF_LINE = 66, 28  # characters that fit into a figure's width beside a
 _FEW = 4  # lines of a legend that hides no curve
 _LINE_HEIGHT = 0.19  # inches
 _FONT = "system-ui, sans-serif"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 11,
     "text.parse_math": False,  # a run called "a$b$" is no formula
@@ -90,20 +89,23 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> None:
             path.unlink()
 
 
-def draw(name: str, plot: Callable[[Axes], str], *, height: float = 3.5) -> Figure:
-    """Draw one panel.
+def panel(height: float = 3.5) -> Axes:
+    """Return an empty panel, 5.6 inches wide; draw and finish it in the style `STYLE`."""
+    return matplotlib.figure.Figure(figsize=(5.6, height), layout="constrained").add_subplot()
+
+
+def finished(name: str, axes: Axes, alternative: str) -> Figure:
+    """Return the panel as SVG.
 
     Args:
         name: of the figure; prefixes its ids, so that several figures can share a page.
-        plot: draws on the axes it is given and returns what a reader who cannot see it is told.
-        height: inches, at a width of 5.6.
+        axes: the panel.
+        alternative: what a reader who cannot see it is told.
     """
-    with mpl.rc_context(_STYLE):
-        figure = mpl.figure.Figure(figsize=(5.6, height), layout="constrained")
-        alternative = plot(figure.add_subplot())
-        target = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+    target, figure = io.StringIO(), axes.get_figure(root=True)
+    assert figure is not None
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(target, format="svg", transparent=True, metadata=nothing)
     return Figure(name, _inline(target.getvalue(), name, alternative))
 
 

@@ -16,11 +16,12 @@ from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_infoentropy.evaluate import plots, wording
-from megatron_infoentropy.evaluate.figure import Data, Figure, write_figures
+from megatron_infoentropy.evaluate.figure import STYLE, Data, Figure, write_figures
 from megatron_infoentropy.evaluate.report_data import report_data
 from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.files import write_whole
@@ -65,12 +66,13 @@ def write_report(
 _FIRST_FIGURES = ("difficulty", "differences", "tasks", "training")
 
 
+@mpl.rc_context(STYLE)
 def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
         "training": plots.training_curves(data),
-        "entropies": plots.entropies_over_training(data),
-        "weights_in_training": plots.weights_over_training(data),
+        "entropies": plots.distribution_over_training(data, "entropy"),
+        "weights_in_training": plots.distribution_over_training(data, "weight"),
         "differences": plots.differences(data),
         "tasks": plots.task_differences(data),
         "deciles": plots.differences_by(data, "decile"),

@@ -171,16 +171,9 @@ def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkey
     ]
     log = (runs[1] / "train.log").read_text()
     (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
-    tops = []
-
-    def draw(name: str, plot, *_) -> None:
-        axes = Figure().add_subplot()
-        plot(axes)
-        tops.append(axes.get_ylim()[1] - max(line.get_ydata().max() for line in axes.lines))
-
-    monkeypatch.setattr(plots, "draw", draw)
-    plots.weights_over_training(report_data([load_run(run) for run in runs]))
-    assert tops[0] >= 0
+    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
+    axes = plots.distribution_over_training(report_data([load_run(run) for run in runs]), "weight")
+    assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in axes.lines)
 
 
 def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypatch):
@@ -189,11 +182,8 @@ def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypa
     for run in data["runs"][-2:]:
         values = run["training"]["cross entropy"]["values"]
         run["training"]["cross entropy"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
-    drawn = []
-    monkeypatch.setattr(plots, "draw", lambda name, plot, *_: drawn.append(plot))
-    plots.training_curves(data)
-    axes = Figure().add_subplot()
-    drawn[0](axes)
+    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
+    axes = plots.training_curves(data)
     assert axes.get_ylim()[1] < 10
     legend = {line.get_label() for line in axes.lines}
     assert {text for text in legend if text.endswith("(off the scale)")} == (
