@@ -49,9 +49,6 @@ def evaluate(
         Path | None, typer.Option(help="of a checkpoint, where it has moved since the training")
     ] = None,
     iteration: Annotated[int | None, typer.Option(help="of a checkpoint; default: last")] = None,
-    token_scores: Annotated[
-        bool, typer.Option(help="keep every token's scores, 4 bytes each, for `compare`")
-    ] = True,
     restart: Annotated[
         bool, typer.Option("--restart", help="discard what an interrupted evaluation left")
     ] = False,
@@ -90,7 +87,6 @@ def evaluate(
         options,
         token_counts=token_counts,
         output=output,
-        token_scores=token_scores,
         restart=restart,
         overwrite=overwrite,
     )
@@ -164,13 +160,7 @@ def compare(
         list[str],
         typer.Argument(help="run or evaluation folders; A1,A2: seeds of one setting"),
     ],
-    difficulty_from: Annotated[
-        Path | None,
-        typer.Option(help="evaluation whose entropies say what is hard; default: all compared"),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="folder for comparison.json and comparison.csv")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for comparison.json")] = None,
 ) -> None:
     """Differences to the first setting, with intervals over documents and seeds: did it help?
 
@@ -179,7 +169,7 @@ def compare(
     from megatron_infoentropy.evaluate.compare import compare_folders
     from megatron_infoentropy.evaluate.verdict import answers, chances, not_compared
 
-    made = compare_folders(runs, difficulty_from=difficulty_from, output=output)
+    made = compare_folders(runs, output=output)
     for comparison in made:
         _show_comparison(comparison)
     for sentence in not_compared(made):

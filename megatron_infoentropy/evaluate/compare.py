@@ -7,15 +7,12 @@ Folders joined by commas are the seeds of one setting: by run.json where all hav
 gives its name, otherwise in the order of the seeds.
 """
 
-import csv
-import io
 import json
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from megatron_infoentropy.evaluate.comparison import Comparison, Difference, compare_pairs
+from megatron_infoentropy.evaluate.comparison import Comparison, compare_pairs
 from megatron_infoentropy.evaluate.evaluation import SUMMARY_FILE, load_evaluation
 from megatron_infoentropy.evaluate.groups import Group, group_runs
 from megatron_infoentropy.evaluate.runlog import TrainingLog
@@ -28,16 +25,12 @@ from megatron_infoentropy.tasks.results import load_results
 FORMAT = 3
 
 
-def compare_folders(
-    names: list[str], *, difficulty_from: Path | None = None, output: Path | None = None
-) -> list[Comparison]:
+def compare_folders(names: list[str], *, output: Path | None = None) -> list[Comparison]:
     """Compare every further setting with the first one.
 
     Args:
         names: folders, or folders joined by commas; see the module's text.
-        difficulty_from: an evaluation of the same tokens by whose entropy they are easy or hard;
-            default: the mean entropy of the evaluations compared.
-        output: folder to write comparison.json and comparison.csv into.
+        output: folder to write comparison.json into.
 
     Raises:
         ValueError: fewer than two settings, a folder without an evaluation and answers, or settings
@@ -49,10 +42,9 @@ def compare_folders(
             f"expected folders of at least two settings, got {len(groups)}: "
             f"{', '.join(group.label for group in groups)}"
         )
-    references = None if difficulty_from is None else [load_evaluation(difficulty_from)]
     first, *others = groups
     pairs: list[tuple[Group, Group | None]] = [(group, first) for group in others]
-    made = compare_pairs(pairs, references) if any(group.evaluated for group in groups) else []
+    made = compare_pairs(pairs) if any(group.evaluated for group in groups) else []
     if any(run.tasks for group in groups for run in group.runs):
         made += compare_tasks(pairs)
     for comparison in made:
@@ -62,7 +54,13 @@ def compare_folders(
                 f"{comparison.group} and {first.label} cannot be compared: {comparison.refusal}"
             )
     if output is not None:
-        _write(made, output)
+        content = {
+            "format": FORMAT,
+            "answers": answers(made),
+            "comparisons": list(map(asdict, made)),
+        }
+        text = json.dumps(content, indent=1, allow_nan=False)
+        write_whole(output / "comparison.json", text + "\n")
     return made
 
 
@@ -151,22 +149,3 @@ def _require_one_setting(groups: list[Group]) -> None:
         raise ValueError(
             f"{one} and {again.name} have the same seed {again.seed}: join one run of each seed"
         )
-
-
-def _write(comparisons: list[Comparison], output: Path) -> None:
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "answers": answers(comparisons),
-        "comparisons": list(map(asdict, comparisons)),
-    }
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_whole(output / "comparison.json", text + "\n")
-    # `group` is a column of Difference, its nats; the settings' names come first.
-    columns = ["setting", "against", *(field.name for field in fields(Difference))]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    for one in comparisons:
-        names = {"setting": one.group, "against": one.baseline}
-        writer.writerows(names | asdict(row) for row in one.rows)
-    write_whole(output / "comparison.csv", table.getvalue())

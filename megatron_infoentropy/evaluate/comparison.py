@@ -10,13 +10,12 @@ Easy, medium and hard tokens are the same ones for every evaluation that is comp
 difficulty is an entropy, but whose? That of one of the models compared would bend the
 comparison: its own uncertain tokens hold the ones it is needlessly uncertain about, where the other
 is better for no other reason. So it is the mean entropy over all settings compared, each the mean
-of its seeds: it favours none of them, however many runs each has. Or it is that of a reference
-model outside the comparison. The thirds are as equal in tokens as bins of 0.004 nats allow.
+of its seeds: it favours none of them, however many runs each has. The thirds are as equal in tokens
+as bins of 0.004 nats allow.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
@@ -123,20 +122,12 @@ def with_baselines(groups: list[Group]) -> list[tuple[Group, Group | None]]:
     return [(group, baselines.get(group.runs[0].setup)) for group in others]
 
 
-def compare_pairs(
-    pairs: list[tuple[Group, Group | None]], references: list[Evaluation] | None = None
-) -> list[Comparison]:
-    """Compare each group with its baseline; one correction over all of them.
-
-    references: whose mean entropy makes tokens easy or hard; default: of all settings compared.
-    """
-    if references is None:  # all, so that "hard" is the same tokens in every row of a family
-        groups = {id(group): group for pair in pairs for group in pair if group is not None}
-        every = [group.evaluations for group in groups.values()]
-        made = [_compare(*pair, _scored_alike(pair[0], every)) for pair in pairs]
-    else:
-        made = [_compare(*pair, [references]) for pair in pairs]
-    return corrected(made)
+def compare_pairs(pairs: list[tuple[Group, Group | None]]) -> list[Comparison]:
+    """Compare each group with its baseline; one correction over all of them."""
+    # All, so that "hard" is the same tokens in every row of a family.
+    groups = {id(group): group for pair in pairs for group in pair if group is not None}
+    every = [group.evaluations for group in groups.values()]
+    return corrected([_compare(*pair, _scored_alike(pair[0], every)) for pair in pairs])
 
 
 def _compare(
@@ -147,7 +138,7 @@ def _compare(
         return without_baseline(group, NO_BASELINE if group.evaluated else NOT_EVALUATED), []
     matched = match(group, baseline)
     made = described(group, baseline, matched)
-    if refusal := _refusal(group, baseline, matched, references):
+    if refusal := _refusal(group, baseline, matched):
         return replace(made, refusal=refusal), []
     compared = [run.evaluation for run in (*matched.ours, *matched.theirs) if run.evaluation]
     rows = differences(*statistics(compared, references), matched)
@@ -184,15 +175,12 @@ def described(group: Group, baseline: Group, matched: Match) -> Comparison:
     )
 
 
-def _refusal(
-    group: Group, baseline: Group, matched: Match, references: list[list[Evaluation]]
-) -> str | None:
+def _refusal(group: Group, baseline: Group, matched: Match) -> str | None:
     """Return why two settings cannot be compared, if so."""
     if not group.evaluated:
         return NOT_EVALUATED
-    scored = [*group.evaluations, *baseline.evaluations, *chain(*references)]
     return (
-        _scored_differently(scored)
+        _scored_differently([*group.evaluations, *baseline.evaluations])
         or one_model_twice(group.evaluated, _are_one_model, "evaluated")
         or one_model_twice(baseline.evaluated, _are_one_model, "evaluated")
         or (None if matched.ours else "no seed was trained and evaluated with both objectives")
@@ -222,10 +210,7 @@ def _scored_differently(evaluations: list[Evaluation]) -> str | None:
 def _scored_alike(group: Group, every: list[list[Evaluation]]) -> list[list[Evaluation]]:
     """Return those that can guide the group's comparison: a page may show others too."""
     own = {_way_of_scoring(evaluation) for evaluation in group.evaluations}
-    kept = [
-        [e for e in evaluations if _way_of_scoring(e) in own and e.token_scores is not None]
-        for evaluations in every
-    ]
+    kept = [[e for e in evaluations if _way_of_scoring(e) in own] for evaluations in every]
     return [evaluations for evaluations in kept if evaluations]
 
 
@@ -302,10 +287,9 @@ def statistics(
     parts += [by_band[:, :, BANDS_OF[n]].sum(axis=2, keepdims=True) for n in (*BUCKETS, *DECILES)]
     places: list[Place] = [("total", "all tokens"), *(("bucket", name) for name in BUCKETS)]
     places += [("decile", name) for name in DECILES]
-    by_difficulty = difficulty_sums(evaluations, references)
-    if by_difficulty is not None:
-        parts.append(np.concatenate([by_difficulty[0][None], by_difficulty[1]]))
-        places += [("difficulty", name) for name in DIFFICULTY]
+    tokens, ce = difficulty_sums(evaluations, references)
+    parts.append(np.concatenate([tokens[None], ce]))
+    places += [("difficulty", name) for name in DIFFICULTY]
     parts.append(total * in_domain)
     places += [("domain", name) for name in evaluations[0].domains]
     table = np.concatenate(parts, axis=2)
@@ -314,17 +298,14 @@ def statistics(
 
 def difficulty_sums(
     evaluations: list[Evaluation], references: list[list[Evaluation]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens [D, 3] per document and third, and each evaluation's cross entropies [E, D, 3].
 
-    references: the settings whose mean entropy is the difficulty, each a list of evaluations.
-    None where an evaluation keeps no scores of its tokens. All must have scored the same tokens.
+    references: the settings whose mean entropy is the difficulty, each a list of evaluations;
+    all must have scored the same tokens.
     """
-    scores = [e.token_scores for e in evaluations if e.token_scores is not None]
-    guides = [[e.token_scores for e in s if e.token_scores is not None] for s in references]
-    kept, given = ([len(setting) for setting in sides] for sides in (guides, references))
-    if not guides or len(scores) < len(evaluations) or kept != given:
-        return None
+    scores = [evaluation.token_scores for evaluation in evaluations]
+    guides = [[evaluation.token_scores for evaluation in setting] for setting in references]
     scored = len(scores[0])
     lengths = evaluations[0].documents.tokens.sum(axis=1)
     counts = np.zeros(_BINS)

@@ -25,14 +25,13 @@ evaluation.json, the numbers a reader wants (nats are natural; None where there 
     passage           domain, document, start, and of each of its first tokens: text, ce, entropy
     files             {name: sha256} of the arrays below
 
-evaluation.npz, sums per document and frequency band, see `DocumentSums`; token_scores.npy, unless
-it was left out, cross entropy and entropy of every scored token, float16 [tokens, 2] (65504 where a
-diverged model has more), documents in the order of evaluation.npz. evaluation.json is written last
-and names the others' checksums, so files of different evaluations are never taken together.
+evaluation.npz, sums per document and frequency band, see `DocumentSums`; token_scores.npy, cross
+entropy and entropy of every scored token, float16 [tokens, 2] (65504 where a diverged model has
+more), documents in the order of evaluation.npz. evaluation.json is written last and names the
+others' checksums, so files of different evaluations are never taken together.
 """
 
 import json
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,12 +76,12 @@ class DocumentSums:
 class Evaluation:
     """Numbers (`summary`, what evaluation.json holds) and the sums per document behind them.
 
-    `token_scores` is float16 [tokens, 2], read from disk as it is used, or None.
+    `token_scores` is float16 [tokens, 2], read from disk as it is used.
     """
 
     summary: dict[str, Any]
     documents: DocumentSums
-    token_scores: NDArray[np.float16] | None = None
+    token_scores: NDArray[np.float16]
 
     @property
     def fingerprint(self) -> str:
@@ -98,14 +97,9 @@ class Evaluation:
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier one: no longer whole
         with write_atomically(folder / DOCUMENTS_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **vars(self.documents))
-        written = [DOCUMENTS_FILE]
-        if self.token_scores is None:
-            (folder / TOKENS_FILE).unlink(missing_ok=True)
-        else:
-            with write_atomically(folder / TOKENS_FILE) as temporary:
-                _save_token_scores(self.token_scores, temporary)
-            written.append(TOKENS_FILE)
-        checksums = {name: file_sha256(folder / name) for name in written}
+        with write_atomically(folder / TOKENS_FILE) as temporary, temporary.open("wb") as file:
+            np.save(file, self.token_scores)
+        checksums = {name: file_sha256(folder / name) for name in _ARRAYS}
         text = json.dumps(self.summary | {"files": checksums}, indent=2, allow_nan=False)
         write_whole(folder / SUMMARY_FILE, text + "\n")
         return folder / SUMMARY_FILE
@@ -129,35 +123,14 @@ def load_evaluation(folder: Path) -> Evaluation:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         if summary.get("format") != FORMAT:
             raise ValueError(f"format {summary.get('format')!r}, expected {FORMAT}")
-        for name, checksum in summary["files"].items():
-            if name in _ARRAYS and file_sha256(folder / name) != checksum:
+        for name in _ARRAYS:
+            if file_sha256(folder / name) != summary["files"][name]:
                 raise ValueError(f"{SUMMARY_FILE} and {name} belong to different evaluations")
         with np.load(folder / DOCUMENTS_FILE, allow_pickle=False) as arrays:
             documents = DocumentSums(**{f.name: arrays[f.name] for f in fields(DocumentSums)})
-        token_scores = _load_token_scores(folder, summary, documents)
+        token_scores = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
+        if token_scores.shape != (int(documents.tokens.sum()), 2):
+            raise ValueError(f"{TOKENS_FILE} has shape {token_scores.shape}, of another evaluation")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no readable evaluation in {folder}: {error}; {advice}") from error
     return Evaluation(summary, documents, token_scores)
-
-
-def _save_token_scores(scores: NDArray[np.float16], path: Path) -> None:
-    """Write .npy; a file that is one already is copied, as its pages would count as memory."""
-    with path.open("wb") as file:
-        if isinstance(scores, np.memmap) and scores.filename:
-            source = Path(scores.filename)
-            if source.stat().st_size == scores.offset + scores.nbytes:
-                with source.open("rb") as saved:
-                    shutil.copyfileobj(saved, file)
-                return
-        np.save(file, scores)
-
-
-def _load_token_scores(
-    folder: Path, summary: dict[str, Any], documents: DocumentSums
-) -> NDArray[np.float16] | None:
-    if TOKENS_FILE not in summary["files"]:
-        return None
-    scores: NDArray[np.float16] = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
-    if scores.shape != (int(documents.tokens.sum()), 2):
-        raise ValueError(f"{TOKENS_FILE} has shape {scores.shape}, of another evaluation")
-    return scores

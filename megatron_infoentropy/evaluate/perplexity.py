@@ -95,7 +95,6 @@ def evaluate_model(
     *,
     token_counts: Path,
     output: Path | None = None,
-    token_scores: bool = True,
     restart: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
@@ -109,8 +108,6 @@ def evaluate_model(
         token_counts: token_counts.npy of the *training* data, which defines the buckets.
         output: folder to write the evaluation into, which an interrupted one resumes from; several
             processes need one that they share.
-        token_scores: keep every token's cross entropy and entropy, 4 bytes a token: `compare` needs
-            them to set hard tokens against easy ones.
         restart: discard what an interrupted evaluation has left in `output`.
         overwrite: replace a finished evaluation in `output`, once the new one is whole.
 
@@ -137,11 +134,11 @@ def evaluate_model(
         journal = ChunkJournal(folder)
         _score(job, ranks, journal, restart=restart)
         if ranks.rank == 0:
-            assemble(job, journal, token_scores=token_scores).save(folder)
+            assemble(job, journal).save(folder)
             journal.finish()
         ranks.wait()
         evaluation = load_evaluation(folder)
-        if output is None and evaluation.token_scores is not None:
+        if output is None:
             evaluation = replace(evaluation, token_scores=np.array(evaluation.token_scores))
     return evaluation
 
@@ -208,7 +205,7 @@ def _score(job: ScoringJob, ranks: Ranks, journal: ChunkJournal, *, restart: boo
     ranks.wait()
 
 
-def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> Evaluation:
+def assemble(job: ScoringJob, journal: ChunkJournal) -> Evaluation:
     """Return the evaluation whose chunks are all in the journal.
 
     Raises:
@@ -243,7 +240,7 @@ def assemble(job: ScoringJob, journal: ChunkJournal, *, token_scores: bool) -> E
         "calibration": tally.calibration(),
         "passage": _passage(job, scores),
     }
-    return Evaluation(summary, documents, scores if token_scores else None)
+    return Evaluation(summary, documents, scores)
 
 
 def _by_band(

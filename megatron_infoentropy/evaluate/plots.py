@@ -40,8 +40,7 @@ Shown = list[tuple[Data, list[Data]]]  # settings and rows of their comparison
 
 def differences_by(data: Data, kind: str) -> Figure | None:
     """Draw differences to cross entropy by frequency decile or difficulty, beside all tokens."""
-    every = _shown(data, data["comparisons"], ("total", kind))
-    shown = [(group, rows) for group, rows in every if len(rows) > 1]
+    shown = _shown(data, data["comparisons"], ("total", kind))
     if not shown:
         return None
     axes = panel()

@@ -63,7 +63,7 @@ def write_report(
 
 
 # The one beside the three answers: the first of these that there is.
-_FIRST_FIGURES = ("difficulty", "differences", "tasks", "training")
+_FIRST_FIGURES = ("difficulty", "tasks", "training")
 
 
 @mpl.rc_context(STYLE)
