@@ -1,53 +1,88 @@
-"""The report: what it shows, what it must not claim, and that it stands alone."""
+"""The report's page and the files beside it: whole, escaped, in need of nothing else."""
 
-import html.parser
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from example_runs import DOMAINS, write_run, write_runs
+from matplotlib.figure import Figure
 
+from megatron_infoentropy.evaluate import plots, wording
+from megatron_infoentropy.evaluate.figure import legend
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
+from megatron_infoentropy.tasks.results import Metric, TaskResult
 
 FIGURES = ("differences-by-difficulty", "train-cross-entropy", "train-entropy-distribution",
            "train-weight-distribution", "differences", "differences-by-decile", "weights",
            "calibration")  # fmt: skip
+EVIL = "<script>alert(1)</script>"
+NOTE = "2 of 6 planned runs are missing: x, y."
 
 
-def written(runs: list[Path], output: Path) -> tuple[str, dict]:
-    page = write_report(runs, output)
-    assert page == output / "report.html"
-    data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    return page.read_text(encoding="utf-8"), data
+class Parsed(HTMLParser):
+    """The text between the tags of a page, and the names of the tags, which are nested."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    folder = tmp_path_factory.mktemp("four")
-    shifts = {"cross_entropy": 0.0, "infoentropy": -0.3}
-    return written(write_runs(folder / "runs", shifts, (1, 2)), folder)
+def folder(tmp_path_factory) -> Path:
+    """A report of four runs: three have answered a task, one corpus text is a script."""
+    folder = tmp_path_factory.mktemp("parts")
+    runs = write_runs(folder, {"cross_entropy": 0.0, "infoentropy": -0.3}, (1, 2))
+    for index, run in enumerate(runs[:3]):
+        metrics = {"acc": Metric(0.3 + index / 100, 0.02)}
+        result = TaskResult("arc_easy", 5, None, 200, "key", metrics)
+        result.save(run / "tasks" / "arc_easy-5shot.json")
+    summary = json.loads((runs[2] / "evaluation.json").read_text())
+    summary["passage"]["text"][0] = EVIL
+    (runs[2] / "evaluation.json").write_text(json.dumps(summary))
+    (folder / "report.figures").mkdir()
+    (folder / "report.figures" / "old.svg").touch()
+    assert write_report(runs, folder, notes=[NOTE]) == folder / "report.html"
+    return folder
 
 
-def data_of(*runs: Path) -> dict:
-    return report_data([load_run(run) for run in runs])
+@pytest.fixture(scope="module")
+def page(folder) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def answers_of(data: dict) -> list[str]:
-    return [answer["short"] for answer in data["verdict"]["answers"]]
+@pytest.fixture(scope="module")
+def data(folder) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def figures_of(page: str) -> list[str]:
     return re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
 
 
-def test_the_page_holds_every_figure_as_well_formed_inline_svg(four):
-    page, _ = four
-    figures = figures_of(page)
-    assert len(figures) == len(FIGURES)
-    for name, figure in zip(FIGURES, figures, strict=True):
+def test_every_figure_is_well_formed_in_the_page_and_a_file_of_its_own(folder, page):
+    figures = dict(zip(FIGURES, figures_of(page), strict=True))
+    assert {path.stem for path in (folder / "report.figures").iterdir()} == set(FIGURES)
+    every: list[str] = []
+    for name, figure in figures.items():
         root = ElementTree.fromstring(figure)
         assert root.get("role") == "img"
         assert root.get("aria-label")
@@ -56,42 +91,24 @@ def test_the_page_holds_every_figure_as_well_formed_inline_svg(four):
         assert all(identifier.startswith(f"{name}-") for identifier in ids)
         for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', figure):
             assert "".join(reference) in ids
-    ids = [name for figure in figures for name in re.findall(r'\bid="([^"]+)"', figure)]
-    assert len(ids) == len(set(ids))
+        every += ids
+        bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", figure)
+        assert re.findall(r"#[0-9a-f]{6}\b", bare) == [], "a colour that follows no theme"
+        assert f'href="report.figures/{name}.svg"' in page
+        alone = (folder / "report.figures" / f"{name}.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(alone)
+        assert "var(" not in alone
+    assert len(every) == len(set(every))
 
 
-def test_the_page_needs_nothing_from_outside(four):
-    page, _ = four
+def test_the_page_needs_nothing_from_outside_and_its_tags_are_closed(page):
     namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert set(re.findall(r"https?://[^\s\"'<)]+", page)) == namespaces
-    assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import|url\((?!#)", page)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & Parsed(page).tags
 
 
-def test_every_colour_of_a_figure_follows_the_theme(four):
-    page, _ = four
-    for figure in figures_of(page):
-        bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", figure)
-        assert re.findall(r"#[0-9a-f]{6}\b", bare) == []
-
-
-def test_tags_are_closed_and_nested(four):
-    class Nesting(html.parser.HTMLParser):
-        open: list[str] = []  # noqa: RUF012
-
-        def handle_starttag(self, tag, attributes):
-            if tag not in ("meta", "br"):
-                self.open.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open.pop() == tag
-
-    parser = Nesting()
-    parser.feed(four[0])
-    assert parser.open == []
-
-
-def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
-    page, data = four
+def test_the_json_beside_it_holds_what_the_page_is_made_of(page, data):
     assert [group["label"] for group in data["groups"]] == [
         "cross entropy",
         "InfoEntropy \N{GREEK SMALL LETTER GAMMA}=1",
@@ -126,95 +143,70 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(four):
     assert "of 2 seeds and 250 documents" in sure["more"]
 
 
-@pytest.mark.parametrize(
-    ("shift", "helped", "where"),
-    [
-        (-0.3, "Yes.", "Better on less frequent tokens, rare tokens, hard tokens"),
-        (0.0, "No difference shown.", "No part shows a difference."),
-        (0.4, "No, it hurt.", "Worse on less frequent tokens, rare tokens, hard tokens"),
-    ],
+def test_a_passage_shows_which_tokens_weigh_most_and_corpus_text_is_escaped(page, data):
+    assert "&lt;script&gt;alert(1)" in page
+    (passage,) = data["passages"]
+    assert passage["tokens"][0]["text"] == EVIL
+    weights = [token["weight"] for token in passage["tokens"]]
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    entropies = [token["entropy"] for token in passage["tokens"]]
+    assert weights[0] / weights[4] == pytest.approx((1 + entropies[0]) / (1 + entropies[4]))
+    assert passage["tokens"][0]["level"] == 5
+    assert f'class="w5" title="weight {weights[0]:.2f}, entropy 6.10, cross entropy 5.10"' in page
+
+
+NAMES = (
+    "<img src=x>&amp;\"'",
+    "<script>1</script>]]>--><!--x",
+    "[bold]a[/b] :smile:",
+    "a$b$ {{ 1 }} %s",
+    '#0072b2 id="a',
+    "_nolegend_",
 )
-def test_the_answers_say_whether_it_helped_and_on_what(tmp_path, shift, helped, where):
-    shifts = {"cross_entropy": 0.0, "infoentropy": shift}
-    data = data_of(*write_runs(tmp_path, shifts, (1, 2, 3)))
-    answers = data["verdict"]["answers"]
-    assert answers[0]["short"] == helped
-    assert answers[1]["short"].startswith(where)
-    rows = {(row["kind"], row["name"]): row for row in data["comparisons"][0]["rows"]}
-    if shift:
-        size = abs(rows["total", "all tokens"]["difference"])
-        assert f"by {size:.4f} nats per token" in answers[0]["more"]
-        assert (
-            f"rare tokens by {abs(rows['bucket', 'low']['difference']):.4f}" in (answers[1]["more"])
-        )
-    assert "the second in at most 15" in answers[2]["more"], "buckets, difficulty, domains"
-    assert "need not hold there" in data["verdict"]["limits"][0]
 
 
-def test_settings_are_counted_and_one_far_off_does_not_hide_the_others(tmp_path):
-    shifts = {"cross_entropy": 0.0, "infoentropy": -0.3, "focal": 0.0, "dft": 4.0}
-    runs = write_runs(tmp_path, shifts, (1, 2, 3))
-    runs.append(write_run(tmp_path / "eaft", objective="eaft", fingerprint="e" * 64))
-    page, data = written(runs, tmp_path)
-    assert ", paper normalization is not compared: the runs were evaluated on different" in page
-    helped, where, sure = data["verdict"]["answers"]
-    assert helped["short"] == "It depends: 1 of 3 helped, 1 hurt."
-    assert "Over all held-out text nothing tells focal" in helped["more"]
-    assert where["short"] == "1 of 3 settings gain somewhere and 1 of 3 settings lose somewhere."
-    assert re.match(r"True differences of 0\.\d{4} to 0\.\d{4} nats per token, by", sure["short"])
-    for number, figure in enumerate(figures_of(page)):
-        assert ("(off the scale)" in figure) == (number in (0, 4, 5)), FIGURES[number]
-    assert len(figures_of(page)) == len(FIGURES)
-    assert len(data["passages"]) == 3, "of four weighted settings"
+def test_names_stand_on_the_page_and_in_its_figures_as_they_are(tmp_path):
+    runs = []
+    for seed, name in enumerate(NAMES, start=1):
+        facts = {"device": name, "versions": {name: name}, "command": [name]}
+        run = tmp_path / str(seed)
+        write_run(run, name=name, objective="infoentropy", seed=seed, **facts)
+        text = (run / "evaluation.json").read_text()
+        text = text.replace('"Python documentation"', json.dumps(name))
+        (run / "evaluation.json").write_text(text)
+        result = TaskResult(name, None, None, 9, "key", {"acc": Metric(0.5, 0.1)})
+        result.save(run / "tasks" / f"{seed}.json")
+        runs.append(run)
+    text = write_report(runs, tmp_path, notes=NAMES).read_text(encoding="utf-8")
+    page = Parsed(text)
+    assert not {"img", "script"} & page.tags
+    figures = Parsed("".join(re.findall(r"<svg .*?</svg>", text, re.DOTALL)))
+    for name in NAMES:
+        named = [one for one in page.texts if name in one]
+        assert len(named) > 7, name  # tables, versions, a legend, domain, note, ...
+        assert name in "".join(figures.texts)
 
 
-def test_with_one_seed_each_nothing_is_decided(tmp_path):
-    runs = [
-        write_run(tmp_path / "a", objective="cross_entropy"),
-        write_run(tmp_path / "b", objective="infoentropy", shift=-0.3),
-    ]
-    page, data = written(runs, tmp_path)
-    (comparison,) = data["comparisons"]
-    assert answers_of(data)[0] == "Undecided."
-    assert {row["detectable"] for row in comparison["rows"]} == {None}
-    assert "better" not in {row["reading"] for row in comparison["rows"]}
-    assert "No difference of any size" in data["verdict"]["answers"][2]["more"]
-    assert "seed noise unknown" in page
+def test_tasks_are_shown_by_setting_and_missing_runs_are_named(page, data):
+    (row,) = data["tasks"]
+    assert (row["task"], row["metric"], row["samples"]) == ("arc_easy-5shot", "acc", 200)
+    first, second = row["cells"]
+    assert first["mean"] == pytest.approx(0.305)
+    assert first["stderr"] == pytest.approx(0.02)
+    assert second["runs"] == 1
+    assert "0.3050 &plusmn; 0.0200" in page
+    assert NOTE in page
 
 
-def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
-    run = write_run(tmp_path / "a", evaluated=False, steps=200)
-    page, data = written([run], tmp_path)
-    assert len(figures_of(page)) == 2
-    assert answers_of(data) == ["Not measured.", "Unknown.", "Not at all."]
-    assert page.index("<svg ") < page.index("<h2>"), "the curves are on the first screen"
-    assert "a has logged 200 of 400 steps." in page
-
-
-def test_one_evaluated_run_and_a_run_without_log_are_enough(tmp_path):
-    run = write_run(tmp_path / "a", objective="infoentropy", gamma=2.0)
-    (run / "train.log").unlink()
-    page, data = written([run], tmp_path)
-    assert len(figures_of(page)) == 2
-    assert "there is no cross-entropy run" in data["verdict"]["answers"][0]["more"]
-    assert data["runs"][0]["last_iteration"] == 0
-
-
-def test_runs_of_other_length_seed_or_data_are_not_compared(tmp_path):
-    def refusal(**other) -> str:
-        run = write_run(tmp_path / next(iter(other)), objective="infoentropy", **other)
-        return data_of(baseline, run)["comparisons"][0]["refusal"]
-
-    baseline = write_run(tmp_path / "ce", objective="cross_entropy", seed=1)
-    assert "no cross-entropy run of the same size" in refusal(train_iters=800)
-    assert "no seed was trained and evaluated" in refusal(seed=7)
-    assert "were evaluated on different tokens, or with" in refusal(fingerprint="e" * 64)
-
-
-def test_a_repeated_seed_is_drawn_but_not_compared(tmp_path):
-    data = data_of(*(write_run(tmp_path / name, seed=1) for name in ("a", "b")))
-    assert data["groups"][0]["repeated"] == [1]
-    assert "b, as it repeats objective, set-up and seed of a" in " ".join(data["verdict"]["limits"])
+def test_commands_name_no_folder_of_the_machine_that_ran_them(tmp_path, monkeypatch):
+    words = ["/opt/venv/bin/python3", "--save", str(tmp_path / "out" / "a" / "checkpoints"),
+             "--seed", "1", "--data", str(tmp_path / "tokens")]  # fmt: skip
+    run = load_run(write_run(tmp_path / "out" / "a", command=words, evaluated=False))
+    monkeypatch.chdir(tmp_path)
+    command = report_data([run])["runs"][0]["info"]["command"]
+    assert command == ["python", "--save", "out/a/checkpoints", "--seed", "1", "--data", "tokens"]
+    monkeypatch.chdir("/")
+    assert report_data([run])["runs"][0]["info"]["command"][0] == "python"
 
 
 def test_a_bucket_that_does_not_occur_is_left_blank(tmp_path):
@@ -224,24 +216,8 @@ def test_a_bucket_that_does_not_occur_is_left_blank(tmp_path):
         "tokens": 0, "nats_per_token": None, "perplexity": None, "mean_entropy": None
     }  # fmt: skip
     (run / "evaluation.json").write_text(json.dumps(summary))
-    page, _ = written([run], tmp_path)
+    page = write_report([run], tmp_path).read_text()
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower().split()
-
-
-def test_gamma_zero_counts_as_cross_entropy(tmp_path):
-    zero = write_run(tmp_path / "zero", objective="infoentropy", gamma=0)
-    data = data_of(zero, write_run(tmp_path / "one", objective="infoentropy"))
-    assert data["comparisons"][0]["baseline"] == "cross entropy"
-    assert data["comparisons"][0]["rows"]
-
-
-def test_a_diverged_run_is_reported_not_fatal(tmp_path):
-    run = write_run(tmp_path / "a", evaluated=False)
-    log = (run / "train.log").read_text()
-    (run / "train.log").write_text(re.sub(r"grad norm: 0.812", "grad norm: nan", log))
-    data = data_of(run)
-    assert "grad norm" not in data["runs"][0]["training"]
-    assert "cross entropy" in data["runs"][0]["training"]
 
 
 def test_runs_that_logged_no_step_in_common_are_reported(tmp_path):
@@ -267,13 +243,6 @@ def test_runs_of_one_name_have_each_its_own_curves(tmp_path):
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         write_report([], tmp_path)
-    for text in ("[]", "{"):
-        (tmp_path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match=r"run\.json is not a readable run description"):
-            write_report([tmp_path], tmp_path)
-    (tmp_path / "run.json").write_text('{"name": "x"}')
-    with pytest.raises(ValueError, match="does not say objective"):
-        write_report([tmp_path], tmp_path)
     run = write_run(tmp_path / "a")
     (run / "evaluation.npz").write_bytes(b"torn")
     with pytest.raises(ValueError, match="no readable evaluation"):
@@ -288,3 +257,65 @@ def test_the_page_can_be_named(tmp_path):
     names = ["page.figures", "page.html", "page.json"]
     assert sorted(path.name for path in page.parent.iterdir()) == names
     assert "page.json" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "words"),
+    [
+        (wording.nats, 0.01534, "0.0153"),
+        (wording.nats, 16.5314, "16.53"),
+        (wording.signed, -16.5314, "\N{MINUS SIGN}16.53"),
+        (wording.perplexity, 83.14, "83.14"),
+        (wording.perplexity, 9_584.4, "9,584"),
+        (wording.perplexity, 8_181_254_191.0, "8.18B"),
+        (wording.relative, 0.0134, "+1.35\N{NO-BREAK SPACE}%"),
+        (wording.relative, 16.5314, "\N{MULTIPLICATION SIGN} 15.1M"),
+        (wording.relative, 800.0, "\N{MULTIPLICATION SIGN} e^800"),
+    ],
+)
+def test_numbers_of_a_model_that_has_diverged_can_be_read_too(write, value, words):
+    assert write(value) == words
+
+
+def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / objective, objective=objective, evaluated=False)
+        for objective in ("focal", "infoentropy")
+    ]
+    log = (runs[1] / "train.log").read_text()
+    (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
+    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
+    axes = plots.distribution_over_training(report_data([load_run(run) for run in runs]), "weight")
+    assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in axes.lines)
+
+
+def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypatch):
+    runs = write_runs(tmp_path, {"cross_entropy": 0.0, "focal": 0.0, "dft": 0.0}, (1, 2))
+    data = report_data([load_run(run) for run in runs])
+    for run in data["runs"][-2:]:
+        values = run["training"]["cross entropy"]["values"]
+        run["training"]["cross entropy"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
+    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
+    axes = plots.training_curves(data)
+    assert axes.get_ylim()[1] < 10
+    legend = {line.get_label() for line in axes.lines}
+    assert {text for text in legend if text.endswith("(off the scale)")} == (
+        {"dft-1 (off the scale)", "dft-2 (off the scale)"}
+    )
+
+
+@pytest.mark.parametrize("settings", [4, 5])
+def test_a_legend_that_would_hide_curves_stands_above_the_panel(settings):
+    figure = Figure()
+    axes = figure.add_subplot()
+    for number in range(settings):
+        axes.plot([0, 1], [number, number], label=str(number))
+    legend(axes, "upper right")
+    assert bool(figure.legends) == (settings > 4)
+    assert bool(axes.get_legend()) == (settings <= 4)
+
+
+def test_an_axis_of_no_differences_has_two_ends():
+    row = {"kind": "total", "name": "all tokens", "difference": 0.0, "low": 0.0, "high": 0.0}
+    (low, high), _ = plots._scale([({"letter": "B", "label": "focal"}, [row])])
+    assert low < 0 < high

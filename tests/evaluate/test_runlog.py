@@ -37,13 +37,49 @@ Number of parameters in billions: 0.01
 """
 
 
-def test_an_observation_line_gives_percentiles_of_entropies_and_weights():
-    text = (
-        " InfoEntropy at iteration       20 | entropy p10: 6.17 | weight max: 7.33603 | x: 5E-05 |"
-    )
-    log = parse_log([TRAINING, text])
-    assert log.observed == {20: {"entropy p10": 6.17, "weight max": 7.33603, "x": 5e-5}}
-    assert list(log.training) == [10]
+OBSERVED = " InfoEntropy at iteration       20 | entropy p10: 6.17 | weight max: 7.336 | x: 5E-05 |"
+VALUES = {
+    "consumed samples": 160,
+    "elapsed time per iteration (ms)": 612.3,
+    "learning rate": 3e-4,
+    "global batch size": 16,
+    "objective": 8.912345,
+    "cross entropy": 8.9,
+    "entropy": 8.7,
+    "weight": 9.7,
+    "loss scale": 1,
+    "grad norm": 2.345,
+    "number of skipped iterations": 0,
+    "number of nan iterations": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TRAINING, LogLine("training", 10, VALUES, 100)),
+        ("[rank1]: warning" + TRAINING, LogLine("training", 10, VALUES, 100)),
+        (VALIDATION, LogLine("validation", 50, {"cross entropy": 7.1, "cross entropy PPL": 1200},
+                             split="validation")),
+        (OBSERVED, LogLine("observed", 20, {"entropy p10": 6.17, "weight max": 7.336, "x": 5e-5})),
+        # Numbers of two ranks in one, and a line that was torn within a word.
+        (" iteration 5/ 10 | grad norm: 1.5.2 | objective: 6.5 | le",
+         LogLine("training", 5, {"objective": 6.5}, 10)),
+        (" iteration 1/ 2 | grad norm: inf | loss: -1.5E+00 | note: see log |",
+         LogLine("training", 1, {"grad norm": math.inf, "loss": -1.5}, 2)),
+        ("", None),
+        ("iteration 3 of 10", None),
+        ("loss at iteration 5", None),
+        ("saved checkpoint at iteration 100 to x | y", None),
+    ],
+)  # fmt: skip
+def test_a_line_gives_every_whole_number_by_name(text, line):
+    assert parse_line(text) == line
+
+
+def test_nan_is_a_number():
+    (loss,) = parse_line(f" iteration 1/ 2 | loss: {math.nan:.6E} |").values.values()
+    assert math.isnan(loss)
 
 
 def test_the_last_step_is_known_by_its_validation_where_it_is_not_logged():
@@ -59,62 +95,14 @@ def test_means_over_steps_that_were_all_skipped_are_no_numbers():
     assert {"objective", "cross entropy", "entropy", "weight"}.isdisjoint(values)
 
 
-def test_a_training_line_gives_every_number_by_name():
-    line = parse_line(TRAINING)
-    assert (line.kind, line.iteration, line.train_iters) == ("training", 10, 100)
-    assert line.values == {
-        "consumed samples": 160,
-        "elapsed time per iteration (ms)": 612.3,
-        "learning rate": 3e-4,
-        "global batch size": 16,
-        "objective": 8.912345,
-        "cross entropy": 8.9,
-        "entropy": 8.7,
-        "weight": 9.7,
-        "loss scale": 1,
-        "grad norm": 2.345,
-        "number of skipped iterations": 0,
-        "number of nan iterations": 0,
-    }
-
-
-def test_a_validation_line_keeps_loss_and_perplexity_apart():
-    values = {"cross entropy": 7.1, "cross entropy PPL": 1200}
-    assert parse_line(VALIDATION) == LogLine("validation", 50, values, split="validation")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "iteration 3 of 10", "loss at iteration 5", "saved checkpoint at iteration 100 to x | y"],
-)
-def test_other_text_is_none(text):
-    assert parse_line(text) is None
-
-
-def test_a_line_behind_another_ranks_output_is_still_understood():
-    assert parse_line("[rank1]: warning" + TRAINING) == parse_line(TRAINING)
-
-
-def test_a_torn_line_gives_what_is_whole():
-    line = parse_line(TRAINING[: TRAINING.index("8.912345") + 4])
-    assert line is not None
-    assert "learning rate" in line.values
-    line = parse_line(f" iteration 1/ 2 | loss: {math.nan:.6E} | grad norm: inf | note: see log |")
-    assert line.values == pytest.approx({"loss": math.nan, "grad norm": math.inf}, nan_ok=True)
-
-
-def test_numbers_of_two_ranks_in_one_are_left_out():
-    torn = " iteration 5/ 10 | grad norm: 1.5.2 | objective: 6.5 |"
-    assert parse_line(torn).values == {"objective": 6.5}
-
-
 def test_a_log_is_collected_and_a_resumed_iteration_counts_once():
-    log = parse_log(LOG.splitlines())
+    log = parse_log([*LOG.splitlines(), OBSERVED, OBSERVED.replace("x:", "objective:")])
     assert log.train_iters == 100
     assert log.last_iteration == 100, "validated, not logged"
     assert [values["cross entropy"] for values in log.training.values()] == [8.9, 7.5]
-    assert [i for i, values in log.training.items() if "objective" in values] == [10]
+    assert [values.get("objective") for values in log.training.values()] == [8.912345, 5e-5]
     assert {i: v["cross entropy"] for i, v in log.validation.items()} == {50: 7.1, 100: 6.5}
+    assert log.observed[20]["entropy p10"] == 6.17
 
 
 def test_a_file_with_broken_bytes_is_read(tmp_path):
