@@ -211,17 +211,13 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders to compare")],
     output: Annotated[Path, typer.Option(help="HTML file to write; JSON goes beside it")],
     show: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
-    weighting: Annotated[
-        list[str] | None,
-        typer.Option(help="package.module:function that runs were trained with: draw its weights"),
-    ] = None,
 ) -> None:
     """Write one self-contained page that compares runs, with the noise stated."""
     import webbrowser
 
     from megatron_infoentropy.evaluate.report import write_report
 
-    page = write_report(runs, output, weightings=weighting or ())
+    page = write_report(runs, output)
     out.print(f"report: {page.resolve().as_uri()}")
     if show and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         webbrowser.open(page.resolve().as_uri())  # without a screen it might open in a terminal

@@ -27,13 +27,7 @@ from megatron_infoentropy.evaluate.runs import load_run
 from megatron_infoentropy.files import write_whole
 
 
-def write_report(
-    runs: list[Path],
-    output: Path,
-    *,
-    notes: Sequence[str] = (),
-    weightings: Sequence[str] = (),
-) -> Path:
+def write_report(runs: list[Path], output: Path, *, notes: Sequence[str] = ()) -> Path:
     """Compare run folders on one HTML page.
 
     Args:
@@ -41,20 +35,17 @@ def write_report(
         output: the page, or a folder to write report.html into; the JSON and the folder of figures
             come beside it, under the page's name.
         notes: sentences that the page must not leave out, such as which planned runs are missing.
-        weightings: the custom weightings (package.module:function) that may be imported and called,
-            for runs that were trained with them; a run folder alone makes nothing run.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: no runs, a folder that is no run or holds a damaged evaluation, or a weighting
-            that cannot be called.
+        ValueError: no runs, or a folder that is no run or holds a damaged evaluation.
     """
     if not runs:
         raise ValueError("a report needs at least one run folder, got none")
     page = output if output.suffix in (".html", ".htm") else output / "report.html"
-    data = report_data([load_run(folder) for folder in runs], notes, weightings)
+    data = report_data([load_run(folder) for folder in runs], notes)
     write_whole(page.with_suffix(".json"), json.dumps(data, indent=1, allow_nan=False) + "\n")
     figures = all_figures(data)
     write_figures([figure for figure in figures.values() if figure], page.with_suffix(".figures"))

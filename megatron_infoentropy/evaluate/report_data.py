@@ -7,7 +7,7 @@ that trains, `loss.weighting`.
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -37,9 +37,7 @@ _POINTS = 121
 _LEAST_SPAN = 0.25  # of the mean weight, that the colours span: smaller differences stay pale
 
 
-def report_data(
-    runs: list[Run], notes: Sequence[str] = (), weightings: Sequence[str] = ()
-) -> dict[str, Any]:
+def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return everything the page shows, as JSON; numbers that are not finite become None."""
     groups = group_runs(runs)
     pairs = with_baselines(groups)
@@ -54,7 +52,7 @@ def report_data(
         for run in (*group.runs, *group.repeated)
     }
     weighted = weighted_settings(groups)
-    reasons = {one.label: why_not_drawn(one.loss, weightings) for one in weighted}
+    reasons = {one.label: why_not_drawn(one.loss) for one in weighted}
     drawn = [one for one in weighted if not reasons[one.label]]
     data = {
         "format": FORMAT,
@@ -308,41 +306,17 @@ def final_loss(run: Run) -> InfoEntropyConfig:
     return run.loss.at(steps * int(run.info["global_batch_size"])).effective()
 
 
-def why_not_drawn(loss: InfoEntropyConfig, weightings: Collection[str]) -> str:
+def why_not_drawn(loss: InfoEntropyConfig) -> str:
     """Return why an evaluation, with its cross entropies and entropies, gives no weights, or ""."""
     if loss.needs_sum_p_squared:
         return "as they depend on the sum of squared probabilities, which no evaluation keeps"
     if loss.objective == "custom":
-        if loss.weighting not in weightings:
-            return "as that takes its code: name it with --weighting"
-        return _why_more_is_needed(loss)
+        return "as that takes its code, and a run folder alone makes no code run"
     return "as they depend on the other tokens of a micro-batch" if loss.compares_tokens else ""
 
 
-def _why_more_is_needed(loss: InfoEntropyConfig) -> str:
-    """Return why a weighting of one's own cannot go by cross entropy and entropy alone, or ""."""
-    why = (
-        "as they depend on more than cross entropy and entropy, which is all that an evaluation "
-        "keeps of a token"
-    )
-    tokens = [0.0, 1.0, 9.0, 11.0], [0.0, 2.0, 0.1, 11.0]
-    try:
-        weights = weigh(loss, *tokens)
-        others = weigh(loss, *tokens, is_top=True, samples=10**12)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever the user's code makes of a target that is None
-        return f"{why} ({type(error).__name__}: {error})"
-    return "" if np.array_equal(weights, others) else why  # NaN equals nothing
-
-
-def weigh(
-    loss: InfoEntropyConfig, ce: Any, entropy: Any, *, is_top: bool = False, samples: int = 0
-) -> NDArray[np.float64]:
-    """Return the weights that a training gives to such tokens, before normalisation.
-
-    Those of a weighting that needs the log-sum-exp, which no evaluation keeps, are NaN.
-    """
+def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]:
+    """Return the weights that a training gives to such tokens, before normalisation."""
     import torch
 
     from megatron_infoentropy.loss.statistics import TokenStatistics
@@ -351,8 +325,8 @@ def weigh(
 
     known = [torch.tensor(np.maximum(each, 0.0), dtype=torch.float64) for each in (ce, entropy)]
     unknown = torch.full_like(known[0], torch.nan)
-    top = torch.full_like(unknown, is_top, dtype=torch.bool)
-    tokens = token_batch(TokenStatistics(known[0], known[1], unknown, top), samples=samples)
+    is_top = torch.zeros_like(unknown, dtype=torch.bool)
+    tokens = token_batch(TokenStatistics(known[0], known[1], unknown, is_top))
     with torch.no_grad():
         weight = token_weight(tokens, replace(loss, detach_weight=True))
     return np.asarray(weight.numpy(), dtype=np.float64)
@@ -367,9 +341,7 @@ def _curve(
         np.array([histogram[name][i] for i in filled], dtype=float)
         for name in ("tokens", "mean_entropy", "mean_ce")
     )
-    # At once: a weighting of one's own may look at all tokens.
-    ce = np.interp(entropy, occurring, mean_ce)
-    weight = weigh(loss, np.append(mean_ce, ce), np.append(occurring, entropy))
-    mean = float((weight[: len(tokens)] * tokens).sum() / tokens.sum())
-    curve: list[float] = (weight[len(tokens) :] / (mean or 1.0)).tolist()
+    mean = np.average(weigh(loss, mean_ce, occurring), weights=tokens)
+    weight = weigh(loss, np.interp(entropy, occurring, mean_ce), entropy)
+    curve: list[float] = (weight / (mean or 1.0)).tolist()
     return curve

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,15 +22,12 @@ SETTINGS = [
         {"objective": "focal", "gamma": 1.0, "blend": 0.5},
         lambda ce, h: 0.5 * (1 - np.exp(-ce)) + 0.5,
     ),
-    ({"objective": "custom", "weighting": "own:weigh"}, lambda ce, h: ce**2 + h),
 ]
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes a run with a loss; the module `own` is there to be imported."""
-    own = SimpleNamespace(weigh=lambda tokens: tokens.cross_entropy**2 + tokens.entropy)
-    monkeypatch.setitem(sys.modules, "own", own)
+def write(tmp_path):
+    """Writes a run with a loss."""
 
     def write_one(loss):
         first = {"objective": "infoentropy", "gamma": 1.0} | loss
@@ -44,7 +40,7 @@ def write(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("loss", "formula"), SETTINGS, ids=[str(loss) for loss, _ in SETTINGS])
 def test_curve_and_passage_are_the_weights_of_the_last_step(write, loss, formula):
     run = load_run(write(loss))
-    data = report_data([run], weightings=["own:weigh"])
+    data = report_data([run])
     histogram = run.evaluation.summary["entropy_histogram"]
     filled = [i for i, tokens in enumerate(histogram["tokens"]) if tokens]
     tokens, entropy, ce = (
@@ -86,29 +82,7 @@ def test_weights_that_an_evaluation_does_not_give_are_not_drawn(write, objective
     assert reason in data["verdict"]["limits"][-1]
 
 
-@pytest.mark.parametrize(
-    "weigh",
-    [
-        lambda tokens: tokens.target % 2 + 1,
-        lambda tokens: tokens.cross_entropy * tokens.token_input,
-        lambda tokens: tokens.logsumexp.abs(),
-        lambda tokens: 1 + tokens.is_top.double(),
-        lambda tokens: tokens.entropy + min(tokens.samples / 1000, 1),
-        lambda tokens: 1 + tokens.uniform(),
-    ],
-    ids=["target", "token_input", "logsumexp", "is_top", "samples", "uniform"],
-)
-def test_a_weighting_of_what_no_evaluation_keeps_is_not_drawn(write, weigh):
-    run = load_run(write({"objective": "custom", "weighting": "own:weigh"}))
-    sys.modules["own"].weigh = weigh
-    data = report_data([run], weightings=["own:weigh"])
-    assert data["passages"] == []
-    assert data["weights"] is None
-    assert "depend on more than cross entropy and entropy" in data["verdict"]["limits"][-1]
-
-
 def test_a_run_folder_alone_makes_no_code_run(write, monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "own")
     (tmp_path / "own.py").write_text("raise SystemExit('must not be imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     page = write_report([write({"objective": "custom", "weighting": "own:weigh"})], tmp_path)
