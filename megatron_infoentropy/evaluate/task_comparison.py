@@ -32,7 +32,7 @@ from megatron_infoentropy.evaluate.comparison import (
 from megatron_infoentropy.evaluate.groups import Group, Match, match, one_model_twice
 from megatron_infoentropy.evaluate.inference import FEWEST_DOCUMENTS, Sums
 from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.tasks.results import Items, TaskResult
+from megatron_infoentropy.tasks.results import Items
 
 ALL_TASKS = "mean over tasks"
 _KINDS: tuple[Kind, ...] = ("task", "accuracy")
@@ -71,7 +71,7 @@ def _compare(group: Group, baseline: Group | None) -> tuple[Comparison, Rows]:
     for side in (matched.ours, matched.theirs):
         if refusal := one_model_twice(side, is_same, "asked"):
             return replace(made, refusal=refusal), []
-    rows = _rows({name: [_items(run.tasks[name]) for run in runs] for name in questions}, matched)
+    rows = _rows({name: [run.tasks[name].items for run in runs] for name in questions}, matched)
     rows.sort(key=lambda row: ("tasks", *_KINDS).index(row[0].kind))
     return replace(made, identical=matched.identical(is_same)), rows
 
@@ -88,15 +88,9 @@ def _why_not(name: str, runs: Sequence[Run]) -> str | None:
                 f"{one.name} and {other.name} were asked versions {versions[0]} and {versions[1]} "
                 "of it: ask both again with one lm-eval"
             )
-    for run in runs:
-        if run.tasks[name].items is None:
-            return (
-                f"the result of {run.name} is of an earlier version, which kept no items: run "
-                "`infoentropy tasks` again"
-            )
-    first = _items(runs[0].tasks[name])
+    first = runs[0].tasks[name].items
     for run in runs[1:]:
-        items = _items(run.tasks[name])
+        items = run.tasks[name].items
         if items.ids != first.ids:
             shared = len(set(items.ids) & set(first.ids))
             return (
@@ -105,11 +99,6 @@ def _why_not(name: str, runs: Sequence[Run]) -> str | None:
                 "the same --limit and the same task description"
             )
     return None
-
-
-def _items(result: TaskResult) -> Items:
-    assert result.items is not None
-    return result.items
 
 
 def _rows(questions: dict[str, list[Items]], matched: Match) -> Rows:

@@ -5,7 +5,7 @@ key       hash of all that the answer depends on; another key is another questio
 metrics   {name: {value, stderr or null}}
 subtasks  {name: metrics} of a group
 versions  of lm_eval, torch, transformers and of the task itself
-items     one number an item, in the order asked, see `Items`; null in files of format 1
+items     one number an item, in the order asked, see `Items`
 
 Beside it NAME.samples.jsonl.gz, a line an item: what lm-evaluation-harness logs (prompts, answers,
 metrics), the bits per byte of every choice, and which of them is right.
@@ -13,7 +13,7 @@ metrics), the bits per byte of every choice, and which of them is right.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ class TaskResult:
     samples: int
     key: str
     metrics: Metrics
-    subtasks: dict[str, Metrics] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    items: Items | None = None
+    subtasks: dict[str, Metrics]
+    versions: dict[str, str]
+    items: Items
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -98,13 +98,12 @@ def load_result(path: Path) -> TaskResult:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") not in (1, FORMAT):
+        if content.pop("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         content["metrics"] = _metrics(content["metrics"])
         subtasks = content["subtasks"].items()
         content["subtasks"] = {name: _metrics(metrics) for name, metrics in subtasks}
-        if content.get("items") is not None:
-            content["items"] = Items(**content["items"])
+        content["items"] = Items(**content["items"])
         return TaskResult(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TaskResultError(
