@@ -38,9 +38,9 @@ class Domain:
     bytes: int
     skipped: int = 0
 
-    def read(self, document: int, start: int, stop: int) -> Integers:
-        """Return token ids `start` to `stop` (excluded) of one document."""
-        return self.reader[document][self.skipped + start : self.skipped + stop]
+    def read(self, document: int, length: int) -> Integers:
+        """Return the first so many token ids of one document."""
+        return self.reader[document][self.skipped : self.skipped + length]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Selection:
         """Return the scored tokens of the documents `rows`, which are of one domain."""
         domain = dataset.domains[self.domain[rows.start]]
         places = zip(self.document[rows], self.length[rows], strict=True)
-        return [domain.read(int(n), 0, int(length)).astype(np.int64) for n, length in places]
+        return [domain.read(int(n), int(length)).astype(np.int64) for n, length in places]
 
 
 def select_documents(dataset: TokenDataset, max_tokens: int | None = None) -> Selection:

@@ -141,15 +141,16 @@ def load_hugging_face(folder: Path, dtype: torch.dtype) -> Any:
         ValueError: a part of the model that config.json describes has no weights.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    with _without_progress_bars():
-        network, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=dtype,
-            output_loading_info=True,
-        )
+    disable_progress_bar()  # between ours
+    network, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype=dtype,
+        output_loading_info=True,
+    )
     if missing := sorted(info["missing_keys"]):  # random now, and but for a warning unseen
         raise ValueError(
             f"the weights in {folder} lack {len(missing)} tensors of the model that "
@@ -169,20 +170,6 @@ def load_model(source: ModelSource, device: torch.device, dtype: str) -> Scoring
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     network = source.load(DTYPES[dtype])
     return ScoringModel(network.to(device).eval(), device, DTYPES[dtype])
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own between ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def require_same_tokenizer(source: ModelSource, sha256: str) -> None:

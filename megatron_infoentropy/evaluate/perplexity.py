@@ -7,10 +7,9 @@ was trained with. In memory are one chunk of tokens, one batch of logits, and 90
 """
 
 import hashlib
-import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def evaluate_model(
     options: ScoringOptions | None = None,
     *,
     token_counts: Path,
-    output: Path | None = None,
+    output: Path,
     restart: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
@@ -106,8 +105,8 @@ def evaluate_model(
             each, by the name that it shall have.
         options: how.
         token_counts: token_counts.npy of the *training* data, which defines the buckets.
-        output: folder to write the evaluation into, which an interrupted one resumes from; several
-            processes need one that they share.
+        output: folder to write the evaluation into, which an interrupted one resumes from, and
+            which several processes share.
         restart: discard what an interrupted evaluation has left in `output`.
         overwrite: replace a finished evaluation in `output`, once the new one is whole.
 
@@ -119,28 +118,21 @@ def evaluate_model(
             one is damaged.
         ValueError: what does not fit, such as another tokenizer or a longer context.
     """
-    if output is not None and (output / SUMMARY_FILE).exists() and not overwrite:
+    if (output / SUMMARY_FILE).exists() and not overwrite:
         raise ValueError(
             f"{output} holds a finished evaluation: name another --output, or --overwrite to "
             "replace it"
         )
     source = hugging_face(model) if isinstance(model, Path) else model
-    with ExitStack() as stack:
-        ranks = stack.enter_context(joined_ranks())
-        if output is None and ranks.size > 1:
-            raise ValueError("several processes need an output folder that they share; name one")
+    with joined_ranks() as ranks:
         job = open_job(source, data, token_counts, options or ScoringOptions())
-        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        journal = ChunkJournal(folder)
+        journal = ChunkJournal(output)
         _score(job, ranks, journal, restart=restart)
         if ranks.rank == 0:
-            assemble(job, journal).save(folder)
+            assemble(job, journal).save(output)
             journal.finish()
         ranks.wait()
-        evaluation = load_evaluation(folder)
-        if output is None:
-            evaluation = replace(evaluation, token_scores=np.array(evaluation.token_scores))
-    return evaluation
+        return load_evaluation(output)
 
 
 def open_job(
@@ -307,7 +299,7 @@ def _passage(job: ScoringJob, scores: NDArray[np.float16]) -> dict[str, Any]:
     length = min(int(selection.length[row]), _PASSAGE_TOKENS)
     first = int(selection.length[:row].sum())
     domain = job.dataset.domains[selection.domain[row]]
-    tokens = domain.read(int(selection.document[row]), 0, length).tolist()
+    tokens = domain.read(int(selection.document[row]), length).tolist()
     ce, entropy = np.round(scores[first : first + length].astype(np.float64), 4).T
     return {
         "domain": domain.name,

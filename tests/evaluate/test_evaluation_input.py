@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,24 +12,17 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import CONTEXT, score, write_model
 from token_folder import VOCAB, random_documents, write_token_folder
 
-from megatron_infoentropy.evaluate.evaluation import (
-    load_evaluation,
-)
+from megatron_infoentropy.evaluate.evaluation import load_evaluation
 from megatron_infoentropy.evaluate.model import hugging_face
 
 
 @pytest.fixture(scope="module")
-def saved(model, dataset, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
+def saved(model, other_model, dataset, tmp_path_factory) -> Path:
+    """An evaluation; and beside it `other`, of the same tokens."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
     score(model, dataset, output=folder)
+    score(other_model, dataset, output=folder.with_name("other"))
     return folder
-
-
-def copy_of(folder: Path, place: Path) -> Path:
-    place.mkdir()
-    for path in folder.iterdir():
-        (place / path.name).write_bytes(path.read_bytes())
-    return place
 
 
 def test_an_evaluation_is_read_back_as_it_was_saved(saved, tmp_path):
@@ -42,41 +36,54 @@ def test_an_evaluation_is_read_back_as_it_was_saved(saved, tmp_path):
     np.testing.assert_array_equal(again.token_scores, loaded.token_scores)
 
 
-@pytest.mark.parametrize("name", ["evaluation.npz", "token_scores.npy"])
-def test_files_of_different_evaluations_are_refused(saved, other_model, dataset, tmp_path, name):
-    other = tmp_path / "other"
-    score(other_model, dataset, output=other)  # of the same tokens
-    mixed = copy_of(saved, tmp_path / "mixed")
-    (mixed / name).write_bytes((other / name).read_bytes())
-    with pytest.raises(ValueError, match="different evaluations"):
-        load_evaluation(mixed)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.npz", "of the other", "different evaluations"),
+        ("token_scores.npy", "of the other", "different evaluations"),
+        ("evaluation.npz", None, "no readable evaluation"),
+        ("token_scores.npy", None, "no readable evaluation"),
+        ("evaluation.json", "[]", "no readable evaluation"),
+        ("evaluation.json", "null", "no readable evaluation"),
+        ("evaluation.json", '{"format": 2, "files": []}', "no readable evaluation"),
+        ("evaluation.json", '{"format": 1}', "format 1, expected 2; run `infoentropy eval"),
+    ],
+)
+def test_files_that_are_not_those_of_one_evaluation_are_refused(
+    saved, tmp_path, name, content, message
+):
+    mixed = shutil.copytree(saved, tmp_path / "mixed")
     (mixed / name).unlink()
-    with pytest.raises(ValueError, match="no readable evaluation"):
+    if content == "of the other":
+        shutil.copy(saved.with_name("other") / name, mixed)
+    elif content:
+        (mixed / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
         load_evaluation(mixed)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"format": 2, "files": []}'])
-def test_json_of_another_shape_is_refused(tmp_path, text):
-    (tmp_path / "evaluation.json").write_text(text)
-    with pytest.raises(ValueError, match="no readable evaluation"):
-        load_evaluation(tmp_path)
+def add_a_layer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}  # of 2
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_an_older_format_is_refused_with_what_to_do(saved, tmp_path):
-    old = copy_of(saved, tmp_path / "old")
-    summary = json.loads((old / "evaluation.json").read_text()) | {"format": 1}
-    (old / "evaluation.json").write_text(json.dumps(summary))
-    with pytest.raises(ValueError, match="format 1, expected 2; run `infoentropy eval"):
-        load_evaluation(old)
-
-
-def test_another_tokenizer_is_refused(dataset, tmp_path):
-    folder = write_model(tmp_path / "model", seed=1)
-    (folder / "tokenizer.json").write_bytes(b"{}")
-    with pytest.raises(ValueError, match="preprocess the data with this tokenizer"):
-        score(folder, dataset)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").write_bytes(b"{}"),
+         "preprocess the data with this tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"holds no tokenizer\.json"),
+        (lambda folder: (folder / "config.json").unlink(),
+         "a Hugging Face model folder or a Megatron"),
+        (add_a_layer, r"lack 9 tensors .* first model\.layers\.2\."),
+        (lambda folder: write_model(folder, seed=1, vocab_size=VOCAB - 1), f"{VOCAB - 1}.*{VOCAB}"),
+    ],
+    ids=["another tokenizer", "no tokenizer", "no model", "lost weights", "smaller vocabulary"],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_is_refused(model, dataset, tmp_path, change, message):
+    folder = shutil.copytree(model, tmp_path / "model")
+    change(folder)
+    with pytest.raises(ValueError, match=message):
         score(folder, dataset)
 
 
@@ -86,21 +93,10 @@ def test_a_model_trained_on_data_of_another_tokenizer_is_refused(model, dataset)
         score(source, dataset)
 
 
-def test_a_smaller_vocabulary_is_refused(model, dataset, tmp_path):
-    small = write_model(tmp_path / "model", seed=1, vocab_size=VOCAB - 1)
-    with pytest.raises(ValueError, match=f"{VOCAB - 1}.*{VOCAB}"):
-        score(small, dataset)
-    counts = tmp_path / "counts.npy"
-    np.save(counts, np.ones((2, VOCAB + 3), dtype=np.int64))
+def test_counts_of_another_vocabulary_are_refused(model, dataset, tmp_path):
+    np.save(tmp_path / "counts.npy", np.ones((2, VOCAB + 3), dtype=np.int64))
     with pytest.raises(ValueError, match="token counts of shape"):
-        score(model, dataset, token_counts=counts)
-
-
-def test_a_context_beyond_the_models_positions_is_refused(model, dataset):
-    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens.*{CONTEXT} positions"):
-        score(model, dataset, context_length=CONTEXT + 1)
-    with pytest.raises(ValueError, match="stride must be between 1 and the context length 8"):
-        score(model, dataset, context_length=8, stride=9)
+        score(model, dataset, token_counts=tmp_path / "counts.npy")
 
 
 @pytest.mark.parametrize("documents", [[], [np.zeros(0, dtype=int)]])
@@ -111,7 +107,7 @@ def test_a_domain_without_tokens_is_refused_by_name(model, tmp_path, documents):
 
 
 def test_a_model_that_gives_nan_is_refused_with_the_document_that_met_it(model, tmp_path):
-    bad_model = copy_of(model, tmp_path / "model")
+    bad_model = shutil.copytree(model, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][7, 0] = math.nan  # 0 x NaN: the whole document
     save_file(weights, bad_model / "model.safetensors", {"format": "pt"})
@@ -123,7 +119,7 @@ def test_a_model_that_gives_nan_is_refused_with_the_document_that_met_it(model, 
 
 
 def test_a_diverged_model_is_scored_beyond_what_16_bits_hold(model, dataset, tmp_path):
-    diverged = copy_of(model, tmp_path / "model")
+    diverged = shutil.copytree(model, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     weights["lm_head.weight"] *= 1e5
     save_file(weights, diverged / "model.safetensors", {"format": "pt"})
@@ -133,24 +129,28 @@ def test_a_diverged_model_is_scored_beyond_what_16_bits_hold(model, dataset, tmp
     assert max(evaluation.summary["passage"]["ce"]) == 65504
 
 
-def test_a_model_without_some_of_its_weights_is_refused(dataset, tmp_path):
-    folder = write_model(tmp_path / "model", seed=1)
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}  # of 2
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lack 9 tensors .* first model\.layers\.2\."):
-        score(folder, dataset)
-
-
-def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
-    with pytest.raises(ValueError, match="a Hugging Face model folder or a Megatron"):
-        score(tmp_path, dataset)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": CONTEXT + 1}, f"{CONTEXT + 1} tokens.*{CONTEXT} positions"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
+        ({"context_length": 8, "stride": 9}, "stride must be between 1 and the context length 8"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"max_tokens": 1}, "at least one token for each of the 2 domains, got 1"),
+        ({"dtype": "int3"}, "dtype must be one of float32, bfloat16, float16, got 'int3'"),
+        ({"domain_weights": "pile"}, "must be auto, scored, paper or a .json file"),
+        ({"domain_weights": "paper"}, "a number for each of \\['Code', 'Prose <b>'\\]"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(model, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(model, dataset, **options)
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("pile", "must be auto, scored, paper or a .json file"),
-        ("paper", "a number for each of \\['Code', 'Prose <b>'\\]"),
         ('{"Code": 1}', "a number for each of"),
         ('{"Code": 0, "Prose <b>": 0}', "not all 0"),
         ('{"Code": NaN, "Prose <b>": 1}', "a weight from 0 to 1e30 for 'Code', got nan"),
@@ -158,12 +158,12 @@ def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
         ("[1, 2", "no readable domain weights"),
     ],
 )
-def test_domain_weights_that_do_not_fit_are_refused(model, dataset, tmp_path, weights, message):
-    if weights[0] in "{[":
-        (tmp_path / "weights.json").write_text(weights)
-        weights = str(tmp_path / "weights.json")
+def test_a_file_of_domain_weights_that_do_not_fit_is_refused(
+    model, dataset, tmp_path, weights, message
+):
+    (tmp_path / "weights.json").write_text(weights)
     with pytest.raises(ValueError, match=message):
-        score(model, dataset, domain_weights=weights)
+        score(model, dataset, domain_weights=str(tmp_path / "weights.json"))
 
 
 def test_domain_weights_are_taken_from_a_file(model, dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from token_folder import TOKENIZER, VOCAB
@@ -34,14 +35,23 @@ def write_model(
     return folder
 
 
-def score(model: Path, dataset: Path, *, token_counts: Path | None = None, **options) -> Evaluation:
+def score(
+    model: Path,
+    dataset: Path,
+    *,
+    token_counts: Path | None = None,
+    output: Path | None = None,
+    **options,
+) -> Evaluation:
     """Evaluate on the CPU; `options` are those of `evaluate_model` and of `ScoringOptions`."""
     names = {field.name for field in fields(ScoringOptions)}
     how = {name: value for name, value in options.items() if name in names}
-    return evaluate_model(
-        model,
-        dataset,
-        ScoringOptions(device="cpu", **how),
-        token_counts=token_counts or dataset / "token_counts.npy",
-        **{name: value for name, value in options.items() if name not in names},
-    )
+    with TemporaryDirectory() as nowhere:  # files that are mapped stay until they are let go
+        return evaluate_model(
+            model,
+            dataset,
+            ScoringOptions(device="cpu", **how),
+            token_counts=token_counts or dataset / "token_counts.npy",
+            output=output or Path(nowhere),
+            **{name: value for name, value in options.items() if name not in names},
+        )
