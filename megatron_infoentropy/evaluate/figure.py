@@ -2,7 +2,7 @@
 
 Text stays text, in the reader's font; every colour is a CSS variable with the light theme's value
 as its fallback, so that a figure follows its page into the dark and still stands alone. Below are
-the parts that the plots share: colours of groups, dashes, thinned curves, a histogram behind.
+the parts that the plots share: colours of groups, thinned curves, a histogram behind.
 """
 
 import html
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -33,10 +33,8 @@ _COLOR = re.compile(rf"(?<=[: ])({'|'.join(_VARIABLES)})\b")
 
 Data = dict[str, Any]
 
-DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
 _MOST_POINTS = 400
 _LINE, _HALF_LINE = 66, 28  # characters that fit into a figure's width beside a legend's handle
-_FEW = 4  # lines of a legend that hides no curve
 _LINE_HEIGHT = 0.19  # inches
 _FONT = "system-ui, sans-serif"
 STYLE: dict[Any, Any] = {
@@ -59,10 +57,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.facecolor": PAGE,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 1.0,
-    "legend.fancybox": False,
+    "legend.frameon": False,
     "legend.fontsize": 10,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
@@ -141,25 +136,16 @@ def named(group: Data) -> str:
     return f"{group['letter']} {group['label']}"
 
 
-def legend(axes: Axes, inside: Literal["upper left", "upper right"] | None = None) -> None:
-    """Draw the legend above the panel or, where it is small, `inside`; none is cut."""
+def legend(axes: Axes) -> None:
+    """Draw the legend above the panel, where it hides no curve; none is cut."""
     handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    if inside and longest <= _HALF_LINE and len(labels) <= _FEW:
-        axes.legend(loc=inside)
-        return
-    columns = 2 if longest <= _HALF_LINE else 1
+    columns = 2 if max(map(len, labels)) <= _HALF_LINE else 1
     wrapped = [textwrap.fill(label, _LINE) for label in labels]
     lines = sum(label.count("\n") + 1 for label in wrapped) / columns
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.set_figheight(figure.get_figheight() + _LINE_HEIGHT * max(0, lines - 2))
     figure.legend(handles, wrapped, loc="outside upper left", ncols=columns)
-
-
-def legend_label(name: str) -> str:
-    """Return a name that matplotlib shows: a label that begins with _ is left out of a legend."""
-    return f"\N{HAIR SPACE}{name}" if name.startswith("_") else name
 
 
 def short(text: str, most: int) -> str:

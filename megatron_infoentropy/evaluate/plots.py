@@ -1,19 +1,16 @@
 """The report's figures.
 
-Of scores: differences to cross entropy by frequency, difficulty, domain and task. Of training:
-losses, and how entropies and weights are distributed, step by step. Of weights and entropy: what a
-token weighs, and whether entropy means doubt.
+Of scores: differences to cross entropy by frequency, difficulty, domain and task. Of training: the
+losses. Of weights and entropy: what a token weighs, and whether entropy means doubt.
 """
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_infoentropy.evaluate.figure import (
-    DASHES,
     MUTED,
     PAGE,
     SERIES,
@@ -23,7 +20,6 @@ from megatron_infoentropy.evaluate.figure import (
     finished,
     histogram_behind,
     legend,
-    legend_label,
     named,
     panel,
     short,
@@ -179,7 +175,7 @@ def weights_over_entropy(data: Data) -> Figure | None:
     axes.axhline(1, color=SERIES[0], linewidth=1.4, label="cross entropy")
     axes.set(xlabel=_ENTROPY, ylabel="weight (mean 1)", xlim=(0, weights["entropy"][-1]))
     axes.set_ylim(bottom=0)
-    legend(axes, "upper left")
+    legend(axes)
     words = "Weight against entropy by setting, over the histogram of predicted entropies."
     return finished("weights", axes, words)
 
@@ -199,69 +195,53 @@ def entropy_calibration(data: Data) -> Figure | None:
         x, y = ([one[name][i] for i in kept] for name in ("mean_entropy", "mean_ce"))
         axes.plot(x, y, color=color_of(group), label=named(group))
         top = max([top, *x, *y])
-    axes.plot([0, top], [0, top], color=MUTED, linestyle=DASHES[2], label="entropy itself")
+    axes.plot([0, top], [0, top], color=MUTED, linestyle="dotted", label="entropy itself")
     axes.set(xlabel=_ENTROPY, ylabel="mean cross entropy (nats)")
     axes.set_xlim(0, histograms[0][1]["edges"][-1])
     axes.set_ylim(bottom=0)
-    legend(axes, "upper left")
+    legend(axes)
     words = "Mean cross entropy against predicted entropy; on the diagonal they are equal."
     return finished("calibration", axes, words)
 
 
-_CE = "cross entropy"
-_MOST_NAMED = 6  # runs, beyond which only groups are named
 _FEWEST_TO_CUT = 40  # points of a curve, for its start to be cut off
 
 
 def training_curves(data: Data) -> Figure | None:
-    """Draw every run's cross entropy on training batches, and on validation sets as points.
+    """Draw cross entropy on training batches, and on validation sets as points.
 
-    Of many runs the thin lines are runs, and a bold one is the mean of a group.
+    Thin lines are runs, and a bold one is the mean of a group.
     """
-    runs = [run for run in data["runs"] if _CE in run["training"]]
+    runs = [run for run in data["runs"] if run["training"]["values"]]
     if not runs:
         return None
-    many = len(runs) > _MOST_NAMED
-    top = _top_after_start([run["training"][_CE] for run in runs])
-    dashes = {group: cycle(DASHES) for group in range(len(data["groups"]))}
+    top = _top_after_start([run["training"] for run in runs])
     axes = panel()
     for run in runs:
         color = color_of(data["groups"][run["group"]])
-        name = short(run["name"], 30) + _beyond(top, run["training"][_CE]["values"])
-        label = "_nolegend_" if many else legend_label(name)
-        dash = "solid" if many else next(dashes[run["group"]])
-        width, alpha = (0.7, 0.5) if many else (1.6, 1.0)
-        axes.plot(*thin(run["training"][_CE]), color=color, linestyle=dash, label=label,
-                  linewidth=width, alpha=alpha)  # fmt: skip
-        if points := run["validation"].get(_CE):
-            size = 3.5 if many else 6
-            axes.plot(*points.values(), "o", color=color, markersize=size, markeredgecolor=PAGE)
-    if many:
-        _means(axes, data, top)
+        axes.plot(*thin(run["training"]), color=color, linewidth=0.7, alpha=0.5)
+        points = run["validation"].values()
+        axes.plot(*points, "o", color=color, markersize=4, markeredgecolor=PAGE)
+    for group in data["groups"]:
+        curves = [data["runs"][index]["training"] for index in group["runs"]]
+        if logged := [curve for curve in curves if curve["values"]]:
+            _draw_mean(axes, group, logged, top)
     axes.set(ylabel="nats per token", ylim=(None, top))
     step_axis(axes)
-    legend(axes, "upper right")
+    legend(axes)
     words = f"Training curves of cross entropy for {len(runs)} runs, in nats per token over steps."
     return finished("train-cross-entropy", axes, words)
 
 
-def _means(axes: Axes, data: Data, top: float | None) -> None:
-    """Draw the mean over a group's runs, at the steps that all of them logged."""
-    for group in data["groups"]:
-        every = [data["runs"][index]["training"].get(_CE) for index in group["runs"]]
-        curves = [dict(zip(*one.values(), strict=True)) for one in every if one]
-        if not curves:
-            continue
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = [float(np.mean([curve[step] for curve in curves])) for step in steps]
-        mean = thin({"iterations": steps, "values": values})
-        label = named(group) + _beyond(top, values)
-        axes.plot(*mean, color=color_of(group), linewidth=1.8, label=label)
-
-
-def _beyond(top: float | None, values: list[float]) -> str:
-    """Return what the legend adds to a curve that ends beyond the top of the axis."""
-    return OFF if top is not None and values and values[-1] > top else ""
+def _draw_mean(axes: Axes, group: Data, every: list[Data], top: float | None) -> None:
+    """Draw the mean over a group's curves, at the steps that all of them logged."""
+    curves = [dict(zip(*one.values(), strict=True)) for one in every]
+    steps = sorted(set.intersection(*map(set, curves)))
+    values = [float(np.mean([curve[step] for curve in curves])) for step in steps]
+    is_beyond = top is not None and bool(values) and values[-1] > top
+    mean = thin({"iterations": steps, "values": values})
+    label = named(group) + OFF * is_beyond
+    axes.plot(*mean, color=color_of(group), linewidth=1.8, label=label)
 
 
 def _top_after_start(curves: list[Data]) -> float | None:
@@ -273,47 +253,3 @@ def _top_after_start(curves: list[Data]) -> float | None:
     rises = [float(part.max()) - low for part in late]
     are_far = _are_far(rises, _DIVERGED)
     return low + 1.05 * max(r for r, is_far in zip(rises, are_far, strict=True) if not is_far)
-
-
-_PERCENTILES = {"entropy": ("p50", "p10", "p90"), "weight": ("p50", "p99", "max")}
-
-
-def distribution_over_training(data: Data, kind: str) -> Figure | None:
-    """Draw percentiles of the entropies or relative weights of the first run of every setting.
-
-    Solid is the median.
-    """
-    groups = [g for g in data["groups"] if kind == "entropy" or not g["is_baseline"]]
-    first = [(group, data["runs"][group["runs"][0]]) for group in groups]
-    shown = [(group, run) for group, run in first if f"{kind} p50" in run["observed"]]
-    if not shown:
-        return None
-    axes = panel()
-    for group, run in shown:
-        dashes = DASHES if kind == "weight" else (DASHES[0], DASHES[1], DASHES[1])
-        for name, dash in zip(_PERCENTILES[kind], dashes, strict=False):
-            label = named(group) if name == "p50" else "_nolegend_"
-            curve = thin(_relative(run, f"{kind} {name}", kind))
-            width = 1.6 if name == "p50" else 1.0
-            axes.plot(*curve, color=color_of(group), linestyle=dash, label=label, linewidth=width)
-    axes.set_ylabel("entropy (nats)" if kind == "entropy" else "weight / mean weight")
-    if kind == "weight":
-        axes.set_ylim(bottom=0)
-    step_axis(axes)
-    legend(axes)
-    words = f"Median and other percentiles of the {kind} of tokens over training."
-    return finished(f"train-{kind}-distribution", axes, words)
-
-
-def _relative(run: Data, name: str, kind: str) -> Data:
-    """Return an observed series; weights over the mean weight of the same steps."""
-    series: Data = run["observed"][name]
-    if kind == "entropy" or "weight" not in run["training"]:
-        return series
-    mean = dict(zip(*run["training"]["weight"].values(), strict=True))
-    points = [
-        (step, value / mean[step])
-        for step, value in zip(series["iterations"], series["values"], strict=True)
-        if mean.get(step)
-    ]
-    return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}

@@ -62,8 +62,6 @@ def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
         "training": plots.training_curves(data),
-        "entropies": plots.distribution_over_training(data, "entropy"),
-        "weights_in_training": plots.distribution_over_training(data, "weight"),
         "differences": plots.differences(data),
         "tasks": plots.task_differences(data),
         "deciles": plots.differences_by(data, "decile"),

@@ -58,10 +58,7 @@ def report_data(runs: list[Run], notes: Sequence[str] = ()) -> dict[str, Any]:
         "format": FORMAT,
         "version": __version__,
         "verdict": {
-            "answers": verdict.answers(
-                of_all, measured=any(run.evaluation or run.tasks for run in runs)
-            ),
-            "chances": verdict.chances(of_all),
+            "answers": verdict.answers(of_all),
             "limits": [
                 *notes,
                 *verdict.limits(runs, groups, of_all),
@@ -109,16 +106,11 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "name": run.name,
         "group": group,
         "objective_label": run.objective_label,
-        "stages": [
-            {"from_step": stage.from_step, "loss": asdict(stage.loss), "seed": stage.seed}
-            for stage in run.stages
-        ],
         "info": run.info | {"command": _portable(run)},
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,
-        "training": _series(run.log.training),
-        "validation": _series(run.log.validation),
-        "observed": _series(run.log.observed),
+        "training": _curve_of(run.log.training),
+        "validation": _curve_of(run.log.validation),
         "evaluation": run.evaluation.summary if run.evaluation else None,
     }
 
@@ -136,16 +128,11 @@ def _portable(run: Run) -> list[str]:
     return words
 
 
-def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
-    """Return every number of a log as iterations and values, without those not finite."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for iteration, values in sorted(logged.items()):
-        for name, value in values.items():
-            if math.isfinite(value):
-                series = result.setdefault(name, {"iterations": [], "values": []})
-                series["iterations"].append(float(iteration))
-                series["values"].append(value)
-    return result
+def _curve_of(logged: dict[int, Values]) -> dict[str, list[float]]:
+    """Return the logged cross entropies as iterations and values, without those not finite."""
+    every = [(step, values.get("cross entropy", math.nan)) for step, values in logged.items()]
+    points = sorted((step, value) for step, value in every if math.isfinite(value))
+    return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}
 
 
 def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -267,7 +254,8 @@ def weight_curves(drawn: list[Weighted]) -> dict[str, Any] | None:
         "run": source.name,
         "entropy": entropy.tolist(),
         "curves": [
-            {"group": one.group, "weight": _curve(one.loss, entropy, histogram)} for one in drawn
+            {"group": one.group, "weight": _relative_weights(one.loss, entropy, histogram)}
+            for one in drawn
         ],
         "histogram": histogram,
     }
@@ -332,7 +320,7 @@ def weigh(loss: InfoEntropyConfig, ce: Any, entropy: Any) -> NDArray[np.float64]
     return np.asarray(weight.numpy(), dtype=np.float64)
 
 
-def _curve(
+def _relative_weights(
     loss: InfoEntropyConfig, entropy: NDArray[np.float64], histogram: dict[str, Any]
 ) -> list[float]:
     """Return the weights of tokens of these entropies over the mean weight of the histogram."""

@@ -40,29 +40,22 @@ _PLACES = {
 _VERDICTS = ("better", "worse", "mixed", "none", "undecided", "too little", "identical")
 
 
-def answers(comparisons: list[Comparison], *, measured: bool = True) -> list[dict[str, str]]:
+def answers(comparisons: list[Comparison]) -> list[dict[str, str]]:
     """Return three questions of a reader and their answers, a short one and more about it.
 
-    comparisons: of tokens and of tasks. measured: whether any run was evaluated or asked tasks.
+    comparisons: of tokens and of tasks.
     """
     made = [comparison for comparison in comparisons if not comparison.refusal]
     asked = {
-        "Did it help?": _did_it_help(comparisons, made, measured=measured),
+        "Did it help?": _did_it_help(comparisons, made),
         "On what?": _on_what(made),
         "How sure is that?": _how_sure(made),
     }
     return [{"question": q, "short": short, "more": more} for q, (short, more) in asked.items()]
 
 
-def _did_it_help(
-    comparisons: list[Comparison], made: list[Comparison], *, measured: bool
-) -> tuple[str, str]:
+def _did_it_help(comparisons: list[Comparison], made: list[Comparison]) -> tuple[str, str]:
     """Judge by all tokens alone, or where only tasks are compared by their mean: one family."""
-    if not measured:
-        return (
-            "Not measured.",
-            "These are training curves only: no run has been evaluated, so nothing is compared.",
-        )
     if not made:
         reasons = {comparison.refusal for comparison in comparisons}
         reason = reasons.pop() if len(reasons) == 1 else "no two runs differ in the objective alone"
@@ -165,8 +158,7 @@ def _on_what(made: list[Comparison]) -> tuple[str, str]:
         looked = listed([words for kind, words in KINDS.items() if kind in kinds])
         return "No part shows a difference.", f"Looked at, and corrected for: {looked}."
     if len(of_group) == 1:
-        ((rows),) = of_group.values()
-        return _parts(rows, sizes=False), f"By how much: {_parts(rows, sizes=True)}"
+        return _parts(*of_group.values()), "The tables say by how much."
     verbs = {"better": "gain somewhere", "worse": "lose somewhere"}
     short = [
         f"{number} of {len(of_group)} settings {verbs[reading]}"
@@ -175,7 +167,7 @@ def _on_what(made: list[Comparison]) -> tuple[str, str]:
     ]
     alike: dict[str, list[str]] = {}
     for group, rows in of_group.items():
-        alike.setdefault(_parts(rows, sizes=False), []).append(group)
+        alike.setdefault(_parts(rows), []).append(group)
     more = [
         f"{listed(names)}: {text[0].lower()}{text[1:]}" for text, names in alike.items() if text
     ]
@@ -186,24 +178,16 @@ def _is_part(row: Difference) -> bool:
     return row.kind not in ("total", "decile", "tasks")
 
 
-def _parts(rows: list[Difference], *, sizes: bool) -> str:
+def _parts(rows: list[Difference]) -> str:
     """Say on which parts a setting is better and worse; empty where on none."""
     said = []
     for reading in _SHOWN:
         shown = [row for row in rows if row.reading == reading]
-        of_tokens = [row for row in shown if row.kind not in ("task", "accuracy")]
-        places = [_PLACES.get((row.kind, row.name), row.name) for row in of_tokens]
-        if sizes and places:
-            values = [nats(abs(row.difference)) for row in of_tokens]
-            places = [f"{one} by {value}" for one, value in zip(places, values, strict=True)]
-            places[0] += f" {unit_of(of_tokens[0])}"
+        places = [_PLACES.get((row.kind, row.name), row.name)
+                  for row in shown if row.kind not in ("task", "accuracy")]  # fmt: skip
         for kind, words in (("task", "{} of {} tasks"), ("accuracy", "{} of {} in accuracy")):
-            of_kind = [row for row in shown if row.kind == kind]
-            if of_kind:
-                largest = max(abs(row.difference) for row in of_kind)
-                size = f" by at most {nats(largest)} {unit_of(of_kind[0])}" if sizes else ""
-                tasks = sum(row.kind == kind for row in rows)
-                places.append(words.format(len(of_kind), tasks) + size)
+            if number := sum(row.kind == kind for row in shown):
+                places.append(words.format(number, sum(row.kind == kind for row in rows)))
         if places:
             said.append(f"{reading} on {listed(places)}")
     return sentence("; ".join(said)) if said else ""
@@ -211,8 +195,6 @@ def _parts(rows: list[Difference], *, sizes: bool) -> str:
 
 def unit_of(row: Difference) -> str:
     """Return the unit of a difference, after a number."""
-    if row.kind == "accuracy":
-        return "of all items"
     return "bits per byte" if row.kind in ("task", "tasks") else "nats per token"
 
 
@@ -293,7 +275,8 @@ def limits(runs: list[Run], groups: list[Group], comparisons: list[Comparison]) 
             " The paper reports its gains at 468M to 6.7B parameters; what a smaller model shows, "
             "or does not, need not hold there."
         )
-    sentences += _tests_sentences(comparisons)
+    if chance := chances(comparisons):
+        sentences.append(chance)
     if any(run.evaluation and not run.evaluation.summary["data"]["complete"] for run in runs):
         sentences.append("The evaluation scored a sample of the data, not all of it.")
     for run in runs:
@@ -324,19 +307,6 @@ def not_compared(comparisons: list[Comparison]) -> list[str]:
             sentences += [f"{c.group} is not compared{words}: {c.refusal}."
                           for c in of_kind if c.refusal]  # fmt: skip
     return sentences
-
-
-def _tests_sentences(comparisons: list[Comparison]) -> list[str]:
-    rows = [row for comparison in comparisons for row in comparison.rows]
-    if not rows:
-        return []
-    kinds = {row.kind for row in rows}
-    sentences = [
-        f"{len(rows)} differences are tested. Their p-values are corrected (Holm) in "
-        f"{plural(len(kinds), 'kind')}. Intervals are single: they are not corrected."
-    ]
-    chance = chances(comparisons)
-    return [*sentences, chance] if chance else sentences
 
 
 def _size(runs: list[Run]) -> str:

@@ -47,9 +47,6 @@ def test_the_answers_say_whether_it_helped_and_on_what(tmp_path, shift, helped, 
     if shift:
         size = abs(rows["total", "all tokens"]["difference"])
         assert f"by {size:.4f} nats per token" in answers[0]["more"]
-        assert (
-            f"rare tokens by {abs(rows['bucket', 'low']['difference']):.4f}" in (answers[1]["more"])
-        )
     assert "the second in at most 15" in answers[2]["more"], "buckets, difficulty, domains"
     assert "need not hold there" in data["verdict"]["limits"][0]
 
@@ -66,8 +63,8 @@ def test_settings_are_counted_and_one_far_off_does_not_hide_the_others(tmp_path)
     assert where["short"] == "1 of 3 settings gain somewhere and 1 of 3 settings lose somewhere."
     assert re.match(r"True differences of 0\.\d{4} to 0\.\d{4} nats per token, by", sure["short"])
     for number, figure in enumerate(figures_of(page)):
-        assert ("(off the scale)" in figure) == (number in (0, 4, 5)), number
-    assert len(figures_of(page)) == 8
+        assert ("(off the scale)" in figure) == (number in (0, 2, 3)), number
+    assert len(figures_of(page)) == 6
     assert len(data["passages"]) == 3, "of four weighted settings"
 
 
@@ -88,8 +85,8 @@ def test_with_one_seed_each_nothing_is_decided(tmp_path):
 def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
     run = write_run(tmp_path / "a", evaluated=False, steps=200)
     page, data = written([run], tmp_path)
-    assert len(figures_of(page)) == 2
-    assert answers_of(data) == ["Not measured.", "Unknown.", "Not at all."]
+    assert len(figures_of(page)) == 1
+    assert answers_of(data) == ["Nothing to compare.", "Unknown.", "Not at all."]
     assert page.index("<svg ") < page.index("<h2>"), "the curves are on the first screen"
     assert "a has logged 200 of 400 steps." in page
 
@@ -130,7 +127,8 @@ def test_gamma_zero_counts_as_cross_entropy(tmp_path):
 def test_a_diverged_run_is_reported_not_fatal(tmp_path):
     run = write_run(tmp_path / "a", evaluated=False)
     log = (run / "train.log").read_text()
-    (run / "train.log").write_text(re.sub(r"grad norm: 0.812", "grad norm: nan", log))
+    (run / "train.log").write_text(
+        re.sub(r"cross entropy: [\d.E+]+ \| grad", "cross entropy: nan | grad", log, count=1)
+    )
     data = data_of(run)
-    assert "grad norm" not in data["runs"][0]["training"]
-    assert "cross entropy" in data["runs"][0]["training"]
+    assert data["runs"][0]["training"]["iterations"] == list(range(20, 401, 10))

@@ -33,7 +33,7 @@ OTHERS = {
     "longer-2": {"seed": 2, "train_iters": 800},
     "again": {"seed": 1, "model_seed": 7},
     "elsewhere": {"objective": "focal", "fingerprint": "e" * 64},
-    "copy": {"objective": "infoentropy", "seed": 1, "same_as": "cross_entropy"},
+    "copy": {"objective": "infoentropy", "same_as": "cross_entropy", "model_seed": 4},
     "mixed": {
         "objective": "infoentropy",
         "seed": 3,
@@ -58,7 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, (objective, shift) in SETTINGS.items():
         for seed in (1, 2, 3):
-            write_run(folder / f"{name}-{seed}", objective=objective, seed=seed, shift=shift)
+            facts = {"objective": objective, "seed": seed, "model_seed": seed + 3}
+            write_run(folder / f"{name}-{seed}", shift=shift, **facts)
     for name, changes in OTHERS.items():
         write_run(folder / name, **changes)
     for seed in (1, 2, 3, 4):

@@ -7,18 +7,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from example_answers import write_answers
 from example_runs import DOMAINS, write_run, write_runs
-from matplotlib.figure import Figure
 
 from megatron_infoentropy.evaluate import plots, wording
-from megatron_infoentropy.evaluate.figure import legend
+from megatron_infoentropy.evaluate.figure import short
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
-from megatron_infoentropy.tasks.results import Metric, TaskResult
 
-FIGURES = ("differences-by-difficulty", "train-cross-entropy", "train-entropy-distribution",
-           "train-weight-distribution", "differences", "differences-by-decile", "weights",
-           "calibration")  # fmt: skip
+FIGURES = ("differences-by-difficulty", "train-cross-entropy", "differences",
+           "differences-by-decile", "weights", "calibration", "differences-by-task")  # fmt: skip
 EVIL = "<script>alert(1)</script>"
 NOTE = "2 of 6 planned runs are missing: x, y."
 
@@ -52,9 +50,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     runs = write_runs(folder, {"cross_entropy": 0.0, "infoentropy": -0.3}, (1, 2))
     for index, run in enumerate(runs[:3]):
-        metrics = {"acc": Metric(0.3 + index / 100, 0.02)}
-        result = TaskResult("arc_easy", 5, None, 200, "key", metrics)
-        result.save(run / "tasks" / "arc_easy-5shot.json")
+        write_answers(run, index, tasks=["arc_easy-5shot"], items=200, acc=0.3 + index / 100)
     summary = json.loads((runs[2] / "evaluation.json").read_text())
     summary["passage"]["text"][0] = EVIL
     (runs[2] / "evaluation.json").write_text(json.dumps(summary))
@@ -115,9 +111,8 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(page, data):
     ]
     assert len(data["runs"]) == 4
     for run in data["runs"]:
-        assert len(run["training"]["cross entropy"]["values"]) == 40
-        assert len(run["training"]["objective"]["iterations"]) == 40
-        assert run["validation"]["cross entropy"]["iterations"] == [100, 200, 300, 400]
+        assert len(run["training"]["values"]) == 40
+        assert run["validation"]["iterations"] == [100, 200, 300, 400]
         assert run["tokens_seen"] == 400 * 16 * 256
         assert run["info"]["command"][0] == "torchrun"
         assert sum(run["evaluation"]["entropy_histogram"]["tokens"]) > 0
@@ -165,26 +160,29 @@ NAMES = (
 )
 
 
-def test_names_stand_on_the_page_and_in_its_figures_as_they_are(tmp_path):
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES[2:4], NAMES[4:]])
+def test_names_stand_on_the_page_and_in_its_figures_as_they_are(tmp_path, names):
     runs = []
-    for seed, name in enumerate(NAMES, start=1):
+    for name, objective in zip(names, ("cross_entropy", "infoentropy"), strict=True):
+        run = tmp_path / objective
         facts = {"device": name, "versions": {name: name}, "command": [name]}
-        run = tmp_path / str(seed)
-        write_run(run, name=name, objective="infoentropy", seed=seed, **facts)
+        write_run(run, name=name, objective=objective, **facts)
         text = (run / "evaluation.json").read_text()
-        text = text.replace('"Python documentation"', json.dumps(name))
+        for domain, other in zip(DOMAINS, names, strict=True):
+            text = text.replace(f'"{domain}"', json.dumps(other))
         (run / "evaluation.json").write_text(text)
-        result = TaskResult(name, None, None, 9, "key", {"acc": Metric(0.5, 0.1)})
-        result.save(run / "tasks" / f"{seed}.json")
+        write_answers(run, 1)
+        for path in (run / "tasks").iterdir():
+            path.write_text(path.read_text().replace('"acc"', json.dumps(name)))
         runs.append(run)
-    text = write_report(runs, tmp_path, notes=NAMES).read_text(encoding="utf-8")
+    text = write_report(runs, tmp_path, notes=names).read_text(encoding="utf-8")
     page = Parsed(text)
     assert not {"img", "script"} & page.tags
-    figures = Parsed("".join(re.findall(r"<svg .*?</svg>", text, re.DOTALL)))
-    for name in NAMES:
+    figures = "".join(Parsed("".join(figures_of(text))).texts)
+    for name in names:
         named = [one for one in page.texts if name in one]
-        assert len(named) > 7, name  # tables, versions, a legend, domain, note, ...
-        assert name in "".join(figures.texts)
+        assert len(named) > 7, name  # tables, versions, metrics, domain, note, ...
+        assert short(name, 24) in figures
 
 
 def test_tasks_are_shown_by_setting_and_missing_runs_are_named(page, data):
@@ -228,18 +226,6 @@ def test_runs_that_logged_no_step_in_common_are_reported(tmp_path):
     assert "train-cross-entropy" in write_report(runs, tmp_path).read_text()
 
 
-def test_runs_of_one_name_have_each_its_own_curves(tmp_path):
-    objectives = ("cross_entropy", "infoentropy")
-    runs = [
-        write_run(tmp_path / name / "seed1", objective=name, evaluated=False) for name in objectives
-    ]
-    page = write_report(runs, tmp_path)
-    (figure,) = [one for one in figures_of(page.read_text()) if "train-entropy" in one]
-    lines = re.findall(r'd="([^"]*)"[^>]*fill: none; stroke: var\(--series', figure)
-    one, other = sorted(lines, key=len)[-2:]  # the others are the key's
-    assert one != other
-
-
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         write_report([], tmp_path)
@@ -277,45 +263,14 @@ def test_numbers_of_a_model_that_has_diverged_can_be_read_too(write, value, word
     assert write(value) == words
 
 
-def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkeypatch):
-    runs = [
-        write_run(tmp_path / objective, objective=objective, evaluated=False)
-        for objective in ("focal", "infoentropy")
-    ]
-    log = (runs[1] / "train.log").read_text()
-    (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
-    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
-    axes = plots.distribution_over_training(report_data([load_run(run) for run in runs]), "weight")
-    assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in axes.lines)
-
-
 def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypatch):
     runs = write_runs(tmp_path, {"cross_entropy": 0.0, "focal": 0.0, "dft": 0.0}, (1, 2))
     data = report_data([load_run(run) for run in runs])
     for run in data["runs"][-2:]:
-        values = run["training"]["cross entropy"]["values"]
-        run["training"]["cross entropy"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
+        values = run["training"]["values"]
+        run["training"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
     monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
     axes = plots.training_curves(data)
     assert axes.get_ylim()[1] < 10
-    legend = {line.get_label() for line in axes.lines}
-    assert {text for text in legend if text.endswith("(off the scale)")} == (
-        {"dft-1 (off the scale)", "dft-2 (off the scale)"}
-    )
-
-
-@pytest.mark.parametrize("settings", [4, 5])
-def test_a_legend_that_would_hide_curves_stands_above_the_panel(settings):
-    figure = Figure()
-    axes = figure.add_subplot()
-    for number in range(settings):
-        axes.plot([0, 1], [number, number], label=str(number))
-    legend(axes, "upper right")
-    assert bool(figure.legends) == (settings > 4)
-    assert bool(axes.get_legend()) == (settings <= 4)
-
-
-def test_an_axis_of_no_differences_has_two_ends():
-    row = {"kind": "total", "name": "all tokens", "difference": 0.0, "low": 0.0, "high": 0.0}
-    (low, high), _ = plots._scale([({"letter": "B", "label": "focal"}, [row])])
-    assert low < 0 < high
+    (label,) = [line.get_label() for line in axes.lines if "off the scale" in line.get_label()]
+    assert "DFT" in label
