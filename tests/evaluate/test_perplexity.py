@@ -12,6 +12,7 @@ from token_folder import EOD, VOCAB, random_documents, write_token_folder
 from transformers import LlamaForCausalLM
 
 from megatron_infoentropy.evaluate.evaluation import Evaluation
+from megatron_infoentropy.evaluate.scoring import batches_of_similar_length, cut_windows
 from megatron_infoentropy.evaluate.tally import BANDS, frequency_bands
 
 LN2 = math.log(2)
@@ -243,3 +244,14 @@ def test_a_model_with_more_rows_than_tokens_is_scored_over_all_of_them(dataset, 
     assert summary["total"]["nats_per_token"] == pytest.approx(expected[:, 3].mean(), abs=1e-6)
     assert summary["model"]["vocab_size"] == VOCAB + 30
     assert summary["entropy_histogram"]["edges"][-1] == pytest.approx(math.log(VOCAB + 30))
+
+
+def test_batches_hold_every_window_longest_first_and_stay_within_the_budget():
+    windows = cut_windows(range(1, 60), 16, 12)
+    batches = list(batches_of_similar_length(windows, 40))
+    assert sorted(window.first for batch in batches for window in batch) == sorted(
+        window.first for window in windows
+    )
+    assert all(len(batch) * batch[0].positions <= 40 for batch in batches)
+    longest_first = [window.positions for batch in batches for window in batch]
+    assert longest_first == sorted(longest_first, reverse=True)

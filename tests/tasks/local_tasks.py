@@ -9,82 +9,56 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_infoentropy.data.tokenizer import train_tokenizer
 
 COLOURS = ("red", "green", "blue")
-CHOICE = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {file}}}
-output_type: multiple_choice
-test_split: test
-fewshot_split: test
-doc_to_text: "Q: {{{{question}}}}\\nA:"
-doc_to_choice: [red, green, blue]
-doc_to_target: answer
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
-ROLLING = """\
-task: prose
-dataset_path: json
-dataset_kwargs:
-  data_files: {test: prose.jsonl}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: question
-metric_list:
-  - metric: bits_per_byte
-"""
-WRITTEN = """\
-task: written
-dataset_path: json
-dataset_kwargs:
-  data_files: {test: colours.jsonl}
-output_type: generate_until
-generation_kwargs: {until: ["\\n"], max_gen_toks: 3}
-test_split: test
-doc_to_text: "Q: {{question}}\\nA:"
-doc_to_target: "{{['gr\u00fcn', 'verde']}}"
-metric_list:
-  - metric: exact_match
-"""
-# The choices stand in the prompt, and one continuation follows each.
-BLANKS = """\
-task: blanks
-dataset_path: json
-dataset_kwargs:
-  data_files: {test: colours.jsonl}
-output_type: multiple_choice
-test_split: test
-doc_to_text: answer
-doc_to_choice: "{{['Red', 'Green', 'Blue']}}"
-doc_to_target: "{{question}}"
-metric_list:
-  - metric: acc
-"""
-GROUP = """\
-group: both
-task: [colours, again]
-aggregate_metric_list:
-  - metric: acc
-"""
+ACC = [{"metric": "acc"}]
+PROMPT = "Q: {{question}}\nA:"
+CHOICE = {
+    "output_type": "multiple_choice",
+    "fewshot_split": "test",
+    "doc_to_text": PROMPT,
+    "doc_to_choice": list(COLOURS),
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+TASKS = {
+    "colours": CHOICE,
+    "again": CHOICE,
+    "gone": CHOICE,  # its file is not there
+    "prose": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "question",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "written": {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
+        "doc_to_text": PROMPT,
+        "doc_to_target": "{{['gr\u00fcn', 'verde']}}",
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    # The choices stand in the prompt, and one continuation follows each.
+    "blanks": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "answer",
+        "doc_to_choice": "{{['Red', 'Green', 'Blue']}}",
+        "doc_to_target": "{{question}}",
+        "metric_list": ACC,
+    },
+}
 
 
 def write_tasks(folder: Path) -> Path:
-    """Tasks colours, again (the same), prose, written and blanks; the group both of the first two;
-    and one without its file, gone."""
+    """Tasks of twelve items, in JSON, which is YAML; and `both`, the group of the first two."""
     folder.mkdir()
     rows = [{"question": f"What is number {i}?", "answer": i % 3} for i in range(12)]
-    for file in ("colours", "prose"):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{file}.jsonl").write_text(text)
-    files = {"colours": "colours.jsonl", "again": "colours.jsonl", "gone": "gone.jsonl"}
-    for name, file in files.items():
-        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=file))
-    others = {"prose": ROLLING, "written": WRITTEN, "blanks": BLANKS, "both": GROUP}
-    for name, description in others.items():
-        (folder / f"{name}.yaml").write_text(description, encoding="utf-8")
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    group = {"group": "both", "task": ["colours", "again"], "aggregate_metric_list": ACC}
+    (folder / "both.yaml").write_text(json.dumps(group))
+    for name, description in TASKS.items():
+        file = "gone.jsonl" if name == "gone" else "colours.jsonl"
+        where = {"dataset_kwargs": {"data_files": {"test": file}}, "test_split": "test"}
+        content = {"task": name, "dataset_path": "json"} | where | description
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
     return folder
 
 
