@@ -14,12 +14,7 @@ from megatron_infoentropy.convert.to_hf import (
     convert_checkpoint,
     why_not_exported,
 )
-from megatron_infoentropy.convert.verify import (
-    Proof,
-    Verification,
-    prove,
-    verify_conversion,
-)
+from megatron_infoentropy.convert.verify import Proof, Verification, prove, verify_conversion
 
 __all__ = [
     "ConversionError",

@@ -19,11 +19,7 @@ from tiny_tokenizer import write_tokenizer
 from torch import Tensor
 
 from megatron_infoentropy.checkpoints import write_manifest
-from megatron_infoentropy.convert import (
-    ConversionError,
-    convert_checkpoint,
-    convert_from_hf,
-)
+from megatron_infoentropy.convert import ConversionError, convert_checkpoint, convert_from_hf
 from megatron_infoentropy.convert.checkpoint import MegatronCheckpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

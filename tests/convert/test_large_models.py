@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import (
-    tiny_args,
-    tiny_tensors,
-    weights_of,
-    write_checkpoint,
-    write_tiny,
-)
+from tiny_checkpoint import tiny_args, tiny_tensors, weights_of, write_checkpoint, write_tiny
 
 from megatron_infoentropy.convert import convert_checkpoint, convert_from_hf
 from megatron_infoentropy.convert.distcp import DistcpReader

@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import (
-    FAMILIES,
-    TOKENS,
-    tiny_args,
-    write_tiny,
-)
+from tiny_checkpoint import FAMILIES, TOKENS, tiny_args, write_tiny
 from torch import Tensor
 
 from megatron_infoentropy.convert import convert_checkpoint, verify_conversion

@@ -26,11 +26,7 @@ from megatron_infoentropy.convert import (
     verify,
 )
 from megatron_infoentropy.convert.tokenizer import tokenizer_differences
-from megatron_infoentropy.convert.verify import (
-    LONGEST,
-    sequences_for,
-    why_not_now,
-)
+from megatron_infoentropy.convert.verify import LONGEST, sequences_for, why_not_now
 from megatron_infoentropy.data.writer import DatasetWriter
 
 

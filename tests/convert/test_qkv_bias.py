@@ -11,11 +11,7 @@ from tiny_checkpoint import FAMILIES, write_tiny
 from tiny_tokenizer import write_gpt2_tokenizer, write_qwen2_tokenizer
 from transformers import AutoTokenizer
 
-from megatron_infoentropy.convert import (
-    ConversionError,
-    convert_checkpoint,
-    convert_from_hf,
-)
+from megatron_infoentropy.convert import ConversionError, convert_checkpoint, convert_from_hf
 from megatron_infoentropy.convert.tokenizer import cuts_as_qwen2, tokenizer_differences
 
 O_BIAS = "model.layers.1.self_attn.o_proj.bias"

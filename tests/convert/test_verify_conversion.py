@@ -19,11 +19,7 @@ from tiny_checkpoint import (
 )
 from torch import Tensor
 
-from megatron_infoentropy.convert import (
-    convert_checkpoint,
-    verify,
-    verify_conversion,
-)
+from megatron_infoentropy.convert import convert_checkpoint, verify, verify_conversion
 from megatron_infoentropy.convert.architecture import Architecture
 from megatron_infoentropy.convert.layout import LAYOUTS, split_qkv
 from megatron_infoentropy.convert.reference_model import ReferenceModel

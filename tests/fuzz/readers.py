@@ -36,12 +36,7 @@ from megatron_infoentropy.convert.unpickle import load_object
 from megatron_infoentropy.data.blocks import SUFFIXES, BrokenLineError, Keys
 from megatron_infoentropy.data.indexed import IndexedReader
 from megatron_infoentropy.data.jsonl import read_documents
-from megatron_infoentropy.launch.recipe import (
-    RecipeError,
-    load_plan,
-    load_recipe,
-    to_command_line,
-)
+from megatron_infoentropy.launch.recipe import RecipeError, load_plan, load_recipe, to_command_line
 
 
 def text(data: bytes, folder: Path) -> None:
