@@ -136,42 +136,43 @@ def test_every_form_of_a_checkpoint_is_exported_as_the_same_to_the_bit(
         assert MegatronCheckpoint(form).iteration == (9 if form.name == "fsdp" else 7)
 
 
-@pytest.mark.parametrize("form", ["save", "forms/fsdp", "forms/hybrid", "forms/stages"])
 def test_both_forms_of_megatrons_side_compute_what_transformers_does(
-    made: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not (made / form).exists():
-        pytest.skip("no HybridModel computes this")
-    real = verify_conversion(made / form, made / "hf", TOKENS)
-    assert real.passed, real
-    assert (real.tokens, real.max_logit > 1) == (96, True)
-    assert "Megatron's side is its own forward pass" in str(real)
-    monkeypatch.setattr(verify, "why_not_megatron", lambda: "it is not there")
-    plain = verify_conversion(made / form, made / "hf", TOKENS)
-    assert plain.passed, plain
-    assert "arguments: it is not there" in str(plain)
-    assert real.megatron_loss == pytest.approx(plain.megatron_loss, rel=1e-6)
+    losses = []
+    for missing in ("", "it is not there"):
+        if missing:
+            monkeypatch.setattr(verify, "why_not_megatron", lambda: "it is not there")
+        for form in (made / "save", *(made / "forms").iterdir()):
+            result = verify_conversion(form, made / "hf", TOKENS)
+            assert result.passed, result
+            assert (result.tokens, result.not_megatron) == (96, missing)
+            assert result.max_logit > 1, "logits near zero would hide mistakes"
+            assert (missing or "Megatron's side is its own forward pass") in str(result)
+            losses.append(result.megatron_loss)
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-6)
 
 
-@pytest.mark.parametrize("form", ["save", "forms/hybrid"])
-def test_there_and_back_is_the_same_to_the_bit(made: Path, tmp_path: Path, form: str) -> None:
-    if not (made / form).exists():
-        pytest.skip("no HybridModel computes this")
-    summary = convert_from_hf(made / "hf", tmp_path / "start", hybrid=form != "save")
-    assert (summary.family, summary.vocab_size) == (config_of(made / "hf")["model_type"], 60)
-    assert load_recipe(tmp_path / "start" / "model.yaml") == summary.flags
-    theirs, ours = MegatronCheckpoint(made / form), MegatronCheckpoint(tmp_path / "start")
-    assert ours.tensors.keys() >= theirs.tensors.keys()
-    for name in ("num_layers", "hybrid_layer_pattern", "add_qkv_bias", "use_rope_scaling"):
-        said, expected = (getattr(args, name, None) or None for args in (ours.args, theirs.args))
-        assert said == expected, name
-    convert_checkpoint(tmp_path / "start", tmp_path / "again")
-    assert same(made / "hf", tmp_path / "again")
-    assert config_of(made / "hf") == config_of(tmp_path / "again")
-    for checkpoint in (theirs, ours):
-        require_same_fields(read_config(made / "hf"), config_of(made / "hf"), checkpoint.args)
-    verification = verify_conversion(tmp_path / "start", made / "hf", TOKENS, imported=True)
-    assert verification.passed, verification
+def test_there_and_back_is_the_same_to_the_bit(made: Path, tmp_path: Path) -> None:
+    """As a GPT, and as a HybridModel where there is one."""
+    hf, config = made / "hf", config_of(made / "hf")
+    for form in filter(Path.exists, (made / "save", made / "forms" / "hybrid")):
+        start, again = tmp_path / f"{form.name}-start", tmp_path / form.name
+        summary = convert_from_hf(hf, start, hybrid=form.name == "hybrid")
+        assert (summary.family, summary.vocab_size) == (config["model_type"], 60)
+        assert load_recipe(start / "model.yaml") == summary.flags
+        theirs, ours = MegatronCheckpoint(form), MegatronCheckpoint(start)
+        assert ours.tensors.keys() >= theirs.tensors.keys()
+        for name in ("num_layers", "hybrid_layer_pattern", "add_qkv_bias", "use_rope_scaling"):
+            pair = [getattr(args, name, None) or None for args in (ours.args, theirs.args)]
+            assert pair[0] == pair[1], name
+        convert_checkpoint(start, again)
+        assert same(hf, again)
+        assert config == config_of(again)
+        for checkpoint in (theirs, ours):
+            require_same_fields(read_config(hf), config, checkpoint.args)
+        verification = verify_conversion(start, hf, TOKENS, imported=True)
+        assert verification.passed, verification
 
 
 def test_all_of_transformers_forms_compute_the_same_to_the_bit(made: Path, tmp_path: Path) -> None:
