@@ -199,6 +199,7 @@ def require_same_fields(config: Any, written: dict[str, Any], args: Namespace) -
     assert config.initializer_range == args.init_method_std
     window = getattr(config, "sliding_window", None)
     assert window in (None, args.max_position_embeddings)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
     assert written.get("n_ctx") == written.get("n_positions"), "where llama.cpp looks"
     if rope := written.get("rope_parameters"):
         assert written.get("rope_theta", written.get("rotary_emb_base")) == rope["rope_theta"]

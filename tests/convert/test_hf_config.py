@@ -63,39 +63,38 @@ def test_equal_activations_are_those_of_transformers() -> None:
         assert equal == [kind for kind in [activation_named(name)] if kind is not None], name
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_fast"])
 @pytest.mark.parametrize(
-    ("kind", "field"), [("gpt2", "activation_function"), ("gpt_neox", "hidden_act")]
-)
-def test_every_form_of_gelu_has_its_flag(
-    tmp_path: Path, kind: str, field: str, activation: str
-) -> None:
-    found = flags(tmp_path, defaults(kind) | {field: activation})
-    assert ("no-bias-gelu-fusion" in found) == (activation == "gelu")
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "attention", "hidden"),
+    ("kind", "changes", "expected"),
     [
-        ("llama", {}, 0.0, 0.0),
-        ("qwen3", {"attention_dropout": 0.2}, 0.2, 0.0),
-        ("gpt_neox", {"hidden_dropout": 0.3}, 0.0, 0.3),
-        ("gpt2", {"attn_pdrop": 0.2, "embd_pdrop": 0.4}, 0.2, 0.1),
+        *(
+            (kind, {field: name}, {"no-bias-gelu-fusion": True if name == "gelu" else None})
+            for kind, field in (("gpt2", "activation_function"), ("gpt_neox", "hidden_act"))
+            for name in ("gelu", "gelu_new", "gelu_fast")
+        ),
+        ("llama", {}, {"attention-dropout": 0.0, "hidden-dropout": 0.0}),
+        ("qwen3", {"attention_dropout": 0.2}, {"attention-dropout": 0.2, "hidden-dropout": 0.0}),
+        ("gpt_neox", {"hidden_dropout": 0.3}, {"attention-dropout": 0.0, "hidden-dropout": 0.3}),
+        (
+            "gpt2",
+            {"attn_pdrop": 0.2, "embd_pdrop": 0.4},  # and resid_pdrop 0.1
+            {"attention-dropout": 0.2, "hidden-dropout": 0.1},
+        ),
+        *(
+            ("llama", {"max_position_embeddings": positions}, {"seq-length": length})
+            for positions, length in ((131072, 4096), (1000, 1000))
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA_3 | {"rope_type": "default"}},
+            {"use-rope-scaling": None},  # which is said, and not switched on
+        ),
     ],
 )
-def test_both_dropouts_are_those_of_the_configuration(
-    tmp_path: Path, kind: str, changes: dict[str, Any], attention: float, hidden: float
+def test_a_field_becomes_its_flags(
+    tmp_path: Path, kind: str, changes: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    found = flags(tmp_path, defaults(kind) | changes)
-    assert (found["attention-dropout"], found["hidden-dropout"]) == (attention, hidden)
-
-
-@pytest.mark.parametrize(("positions", "length"), [(131072, 4096), (1000, 1000)])
-def test_sequences_are_not_as_long_as_the_model_might_take(
-    tmp_path: Path, positions: int, length: int
-) -> None:
-    found = flags(tmp_path, defaults("llama") | {"max_position_embeddings": positions})
-    assert (found["max-position-embeddings"], found["seq-length"]) == (positions, length)
+    said = flags(tmp_path, defaults(kind) | changes)
+    assert {name: said.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -162,11 +161,6 @@ def test_a_model_megatron_cannot_compute_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConversionError, match=named):
         flags(tmp_path, defaults(kind) | changes)
-
-
-def test_scaling_that_is_not_switched_on_is_not_taken_over(tmp_path: Path) -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0}
-    assert "use-rope-scaling" not in flags(tmp_path, defaults("llama") | {"rope_parameters": rope})
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\xff"])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -215,27 +214,20 @@ def test_the_card_states_how_the_model_was_trained(tmp_path: Path) -> None:
 
 
 def test_the_card_names_the_model_that_training_started_from(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "save")
-    hub = tmp_path / "models--some--model-1B" / "snapshots" / "0123abc"
-    convert_checkpoint(tmp_path / "save", hub)
-    convert_from_hf(hub, tmp_path / "start")
-
-    def card(checkpoint: Path, name: str) -> tuple[dict[str, Any], str]:
-        convert_checkpoint(checkpoint, tmp_path / name)
-        _, facts, text = (tmp_path / name / "README.md").read_text().split("---\n", 2)
-        return yaml.safe_load(facts), text
-
-    facts, text = card(tmp_path / "save", "scratch")
-    assert "base_model" not in facts
-    assert "Pre-trained with Megatron-Core" in text
-    facts, text = card(tmp_path / "start", "converted")
-    assert (facts["base_model"], facts["base_model_relation"]) == ("some/model-1B", "finetune")
-    assert "Converted from `some/model-1B`, and not trained since" in text
-    write_tiny(tmp_path / "run", pretrained_checkpoint=str(tmp_path / "start"))
-    facts, text = card(tmp_path / "run", "trained")
-    assert facts["base_model"] == "some/model-1B"
-    assert "Trained further, from `some/model-1B`, with" in text
-    (tmp_path / "start").rename(tmp_path / "elsewhere")
-    facts, text = card(tmp_path / "run", "again")
-    assert "base_model" not in facts
-    assert "Trained further, from `start`, with" in text
+    hub, start = tmp_path / "models--some--model-1B" / "snapshots" / "0123abc", tmp_path / "start"
+    convert_checkpoint(write_tiny(tmp_path / "save"), hub)
+    convert_from_hf(hub, start)
+    write_tiny(tmp_path / "run", pretrained_checkpoint=str(start))
+    for name, base, said in (
+        ("save", None, "Pre-trained with Megatron-Core"),
+        ("start", "some/model-1B", "Converted from `some/model-1B`, and not trained since"),
+        ("run", "some/model-1B", "Trained further, from `some/model-1B`, with"),
+        ("run", None, "Trained further, from `start`, with"),  # which has gone since
+    ):
+        convert_checkpoint(tmp_path / name, tmp_path / "hf", overwrite=True)
+        _, facts, text = (tmp_path / "hf" / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(facts).get("base_model") == base
+        assert ("base_model_relation: finetune" in facts) == (base is not None)
+        assert said in text
+        if name == "run" and start.exists():
+            start.rename(tmp_path / "elsewhere")

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from launch import run_trainer
 
+from megatron_infoentropy.convert import convert_from_hf
 from megatron_infoentropy.convert.megatron_model import one_rank_inputs
 
 COMMON = """
@@ -70,12 +72,11 @@ PROMPT, NEW_TOKENS = 16, 12
 def golden_tokens() -> list[list[int]]:
     """Three sequences of text, one byte a token."""
     text = (__doc__ or "").encode()
-    return [list(text[start : start + 64]) for start in (0, 200, 400)]
+    return [list(text[start : start + 64]) for start in (0, 150, 300)]
 
 
 def train(folder: Path) -> None:
     """Train one rank's part of a case, let Megatron save it, and record what it computes."""
-    import torch
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -110,16 +111,12 @@ def inputs_of(tokens: Any) -> tuple[Any, Any, Any]:
 
 
 def sum_and_count(loss: Any) -> tuple[Any, Any, dict[str, Any]]:
-    import torch
-
     count = torch.tensor(loss.numel(), dtype=torch.int)
     return loss.sum(), count, {"loss": torch.stack([loss.detach().sum(), count.float()])}
 
 
 def record(model: Any, path: Path) -> None:
     """Save what the trained model computes, from the ranks of the last pipeline stage."""
-    import torch
-
     model.eval()
     sequences = golden_tokens()
     logits = [full_logits(model, sequence) for sequence in sequences]
@@ -136,7 +133,6 @@ def record(model: Any, path: Path) -> None:
 
 def full_logits(model: Any, sequence: list[int]) -> Any:
     """Return logits [length, padded vocabulary]; None on ranks before the last pipeline stage."""
-    import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
 
@@ -174,10 +170,7 @@ def train_case(case: Path, flags: str, world: int) -> None:
 
 def import_model(case: Path, kind: str, config: dict[str, Any], hybrid: bool) -> str:
     """Make a Hugging Face model and a Megatron checkpoint of it; return the flags to load it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_infoentropy.convert.from_hf import convert_from_hf
+    from transformers import AutoConfig, AutoModelForCausalLM  # which ranks need not
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
