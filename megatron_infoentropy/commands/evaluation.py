@@ -56,7 +56,7 @@ def evaluate(
         bool, typer.Option("--overwrite", help="replace a finished evaluation")
     ] = False,
 ) -> None:
-    """Perplexity by domain and by how frequent a token is, and calibration.
+    """Perplexity by domain, by how frequent and how hard a token is, and calibration.
 
     Runs on one process or, started by torchrun, on several. Interrupted, it resumes.
     Memory: the model, batch tokens x vocabulary x 4 bytes (bfloat16: 2) for logits, 900 bytes a
@@ -132,6 +132,7 @@ def _show(summary: dict[str, Any]) -> None:
     places = [("total", summary["total"])]
     for kind in ("domains", "buckets", "deciles"):
         places += [(f"{kind.removesuffix('s')} {k}", v) for k, v in summary[kind].items()]
+    places += [(k, v) for k, v in summary["difficulty"]["buckets"].items()]
     for name, values in places:
         line = f"{name:32} {values['tokens']:10} tokens"
         if values["tokens"]:
@@ -139,6 +140,8 @@ def _show(summary: dict[str, Any]) -> None:
             line += f" perplexity {values['perplexity'] or math.inf:10.3f}"
         if values.get("bits_per_byte"):
             line += f" {values['bits_per_byte']:7.4f} bits/byte"
+        if name in summary["difficulty"]["buckets"]:
+            line += f" {values['tokens'] / summary['total']['tokens']:.1%} of all tokens"
         out.print(line)
     for name in ("weighted_average", "uniform_average", "worst_case"):
         values = summary[name]

@@ -37,7 +37,7 @@ from megatron_infoentropy.evaluate.inference import (
     holm,
 )
 from megatron_infoentropy.evaluate.runs import Run
-from megatron_infoentropy.evaluate.tally import BANDS_OF, BUCKETS, DECILES
+from megatron_infoentropy.evaluate.tally import BANDS_OF, BUCKETS, DECILES, DIFFICULTY
 
 Kind = Literal["total", "bucket", "decile", "difficulty", "domain", "tasks", "task", "accuracy"]
 Place = tuple[Kind, str]
@@ -52,7 +52,6 @@ _SETTINGS = {
     "stride": "stride of windows",
     "batch_tokens": "number of batch tokens, which says where packs start",
 }
-DIFFICULTY = ("easy", "medium", "hard")
 _BLOCK = 1 << 22  # tokens that are in memory at once
 _BINS = 4096
 _LARGEST = 16.0  # nats; ln of nine million

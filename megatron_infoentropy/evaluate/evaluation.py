@@ -17,6 +17,8 @@ evaluation.json, the numbers a reader wants (nats are natural; None where there 
     weighted_average  nats_per_token, perplexity, weights: {domain: share}, weights_are (a sentence)
     uniform_average   nats_per_token, perplexity
     worst_case        nats_per_token, perplexity, domain
+    difficulty        rule, buckets: {easy, medium, hard: M + entropy_from, entropy_to}: thirds of
+                      the tokens by this model's own entropy
     entropy_histogram edges [65], tokens, mean_ce, mean_entropy [64]: 64 equal bins up to ln V
     calibration       of the most probable token: accuracy, mean_confidence, expected_error (ECE),
                       edges [21], tokens, accuracy_in_bin, confidence_in_bin [20]

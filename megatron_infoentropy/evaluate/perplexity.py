@@ -1,4 +1,4 @@
-"""Scoring a model: by domain, by how frequent a token is, and how well calibrated.
+"""Scoring a model: by domain, by how frequent and how hard a token is, and how well calibrated.
 
 Steps: check that model, data and token counts speak of the same vocabulary; cut the documents into
 chunks, which are scored by turns of the ranks and written down one by one; add the chunks up in
@@ -228,6 +228,7 @@ def assemble(job: ScoringJob, journal: ChunkJournal) -> Evaluation:
     summary = {
         **_description(job, fingerprint.hexdigest()),
         **_numbers(job, documents),
+        "difficulty": tally.difficulty(),
         "entropy_histogram": tally.histogram(),
         "calibration": tally.calibration(),
         "passage": _passage(job, scores),

@@ -1,7 +1,7 @@
 """The sums over scored tokens, and the numbers that are reported of them.
 
-Bins of entropy are of equal width, from 0 to ln(vocabulary), the largest entropy there is. Sums are
-fp64.
+Bins of entropy are of equal width, from 0 to ln(vocabulary), the largest entropy there is: 1024 of
+them, of which the reported histogram joins 16 each. Sums are fp64.
 
 Bands of the vocabulary say which tokens are frequent. Tokens are sorted by how often they occur in
 the training data, most frequent first, equal counts by token id. Walking down that list, a token
@@ -175,7 +175,14 @@ def _sums(documents: DocumentSums, rows: Rows = _ALL, bands: slice = _ALL) -> di
 
 
 HISTOGRAM_BINS = 64
+FINE_BINS = 16 * HISTOGRAM_BINS
 CONFIDENCE_BINS = 20
+DIFFICULTY = ("easy", "medium", "hard")
+DIFFICULTY_RULE = (
+    "easy, medium and hard: about a third of the scored tokens each, by the entropy of this "
+    f"model's own prediction, cut at the nearest of {FINE_BINS} equal bins; two models' own "
+    "thirds hold different tokens, so only `infoentropy compare` sets them side by side"
+)
 
 Floats = NDArray[np.floating[Any]]
 
@@ -187,33 +194,50 @@ class Tally:
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self.edges = np.linspace(0.0, math.log(vocab_size), HISTOGRAM_BINS + 1)
-        self.by_entropy = np.zeros((3, HISTOGRAM_BINS))
+        self.edges = np.linspace(0.0, math.log(vocab_size), FINE_BINS + 1)
+        self.by_entropy = np.zeros((3, FINE_BINS))
         self.by_confidence = np.zeros((3, CONFIDENCE_BINS))
 
     def add(self, ce: Floats, entropy: Floats, confidence: Floats, right: Floats) -> None:
         """Add tokens, each [tokens]; `right` is 1 where the most probable token was the target."""
         # Rounding may put an entropy a hair above ln V or below 0: the outer bins take it.
         place = np.searchsorted(self.edges[1:-1], entropy, side="right")
-        self.by_entropy += _binned(place, HISTOGRAM_BINS, ce, entropy)
+        self.by_entropy += _binned(place, FINE_BINS, ce, entropy)
         place = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
         self.by_confidence += _binned(place, CONFIDENCE_BINS, confidence, right)
 
     def histogram(self) -> dict[str, Any]:
         """Return tokens by predicted entropy, with each bin's mean cross entropy and entropy."""
-        tokens, ce, entropy = self.by_entropy
+        tokens, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)
         return {
-            "edges": self.edges.tolist(),
+            "edges": self.edges[:: FINE_BINS // HISTOGRAM_BINS].tolist(),
             "tokens": tokens.astype(int).tolist(),
             "mean_ce": _means(ce, tokens),
             "mean_entropy": _means(entropy, tokens),
         }
 
+    def difficulty(self) -> dict[str, Any]:
+        """Return the model's own easy, medium and hard third of the tokens."""
+        tokens = self.by_entropy[0]
+        middle = np.cumsum(tokens) - tokens / 2  # a bin goes where most of its tokens belong
+        third = np.minimum(3 * middle // max(tokens.sum(), 1), 2)
+        buckets = {}
+        for index, name in enumerate(DIFFICULTY):
+            inside = third == index
+            count, ce, entropy = self.by_entropy[:, inside].sum(axis=1)
+            bins = np.flatnonzero(inside)
+            ends = (bins[0], bins[-1] + 1) if bins.size else (0, 0)
+            buckets[name] = measures(int(count), float(ce), float(entropy)) | {
+                "entropy_from": float(self.edges[ends[0]]),
+                "entropy_to": float(self.edges[ends[1]]),
+            }
+        return {"rule": DIFFICULTY_RULE, "buckets": buckets}
+
     def calibration(self) -> dict[str, Any]:
         """Return how often the most probable token is right, and how probable it is held to be."""
         tokens, confidence, right = self.by_confidence
         total = tokens.sum()
-        _, ce, entropy = self.by_entropy
+        fine, ce, entropy = self.by_entropy.reshape(3, HISTOGRAM_BINS, -1).sum(axis=2)
         return {
             "accuracy": float(right.sum() / total),
             "mean_confidence": float(confidence.sum() / total),
@@ -222,7 +246,7 @@ class Tally:
             "tokens": tokens.astype(int).tolist(),
             "accuracy_in_bin": _means(right, tokens),
             "confidence_in_bin": _means(confidence, tokens),
-            "entropy_error": float(np.abs(ce - entropy).sum() / total),
+            "entropy_error": float(np.abs(ce - entropy).sum() / fine.sum()),
         }
 
 

@@ -146,6 +146,7 @@ def example_summary(sums: DocumentSums, tally: Tally, fingerprint: str) -> dict:
         **numbers,
         "weighted_average": weighted_average(nats, dict.fromkeys(nats, 1.0))
         | {"weights_are": "equal"},
+        "difficulty": tally.difficulty(),
         "entropy_histogram": tally.histogram(),
         "calibration": tally.calibration(),
         "passage": {

@@ -35,6 +35,17 @@ def test_windows_that_do_not_overlap_are_called_separate(said, tmp_path):
     assert f"separate windows of {CONTEXT} tokens, packed;" in packed
 
 
+def test_the_thirds_are_printed_with_the_share_that_they_really_hold(said):
+    printed = said()
+    total = int(printed.split("total ", 1)[1].split()[0])
+    shares = []
+    for name in ("easy", "medium", "hard"):
+        line = printed.split(f" {name} ")[-1]  # the bucket of that name comes before
+        shares.append(float(line.split("% of all")[0].split()[-1]))
+        assert shares[-1] == pytest.approx(100 * int(line.split()[0]) / total, abs=0.06)
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
 def test_a_finished_evaluation_is_replaced_only_when_asked(said, tmp_path):
     said("--max-tokens", "100")
     before = (tmp_path / "run" / SUMMARY_FILE).read_bytes()

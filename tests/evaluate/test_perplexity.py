@@ -149,6 +149,17 @@ def test_calibration_is_that_of_the_most_probable_token(whole, expected):
     assert sum(found["tokens"]) == len(right)
 
 
+def test_difficulty_cuts_the_tokens_into_thirds_by_the_models_own_entropy(whole, expected):
+    entropy = expected[:, 4]
+    order = np.argsort(entropy)
+    thirds = whole.summary["difficulty"]["buckets"]
+    assert list(thirds) == ["easy", "medium", "hard"]
+    for numbers, tokens in zip(thirds.values(), np.array_split(order, 3), strict=True):
+        assert numbers["tokens"] == pytest.approx(len(order) / 3, abs=8)  # ties: first windows
+        assert numbers["mean_entropy"] == pytest.approx(entropy[tokens].mean(), abs=0.05)
+        assert numbers["entropy_from"] <= numbers["mean_entropy"] <= numbers["entropy_to"]
+
+
 def test_the_entropy_histogram_has_the_means_of_64_bins_up_to_the_largest_entropy(whole, expected):
     histogram = whole.summary["entropy_histogram"]
     edges = np.linspace(0, math.log(VOCAB), 65)
