@@ -1,10 +1,11 @@
-"""A figure of the report: one matplotlib panel as an SVG element.
+"""A figure of the report: one matplotlib panel as an SVG element, and the numbers it is drawn from.
 
 Text stays text, in the reader's font; every colour is a CSS variable with the light theme's value
 as its fallback, so that a figure follows its page into the dark and still stands alone. Below are
 the parts that the plots share: colours of groups, thinned curves, a histogram behind.
 """
 
+import csv
 import html
 import io
 import re
@@ -33,6 +34,7 @@ _COLOR = re.compile(rf"(?<=[: ])({'|'.join(_VARIABLES)})\b")
 
 Data = dict[str, Any]
 
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.6, 1.4)))
 _MOST_POINTS = 400
 _LINE, _HALF_LINE = 66, 28  # characters that fit into a figure's width beside a legend's handle
 _LINE_HEIGHT = 0.19  # inches
@@ -68,19 +70,30 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One panel."""
+    """One panel; `rows` are the numbers it shows, None where one is missing."""
 
-    name: str  # of the file, and before the ids in the SVG
+    name: str  # of the files, and before the ids in the SVG
     svg: str
+    rows: Sequence[Data]
+
+    def csv(self) -> str:
+        """Return the numbers, with a line of column names."""
+        text = io.StringIO()
+        columns = list(self.rows[0]) if self.rows else []
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Write FOLDER/NAME.svg of every figure, and leave no older ones there."""
+    """Write FOLDER/NAME.svg and FOLDER/NAME.csv of every figure, and leave no older ones there."""
     for figure in figures:
         write_whole(folder / f"{figure.name}.svg", standalone(figure.svg))
+        write_whole(folder / f"{figure.name}.csv", figure.csv())
     names = {figure.name for figure in figures}
-    for path in folder.glob("*.svg"):
-        if path.stem not in names:
+    for path in folder.glob("*"):
+        if path.suffix in (".svg", ".csv") and path.stem not in names:
             path.unlink()
 
 
@@ -89,19 +102,20 @@ def panel(height: float = 3.5) -> Axes:
     return matplotlib.figure.Figure(figsize=(5.6, height), layout="constrained").add_subplot()
 
 
-def finished(name: str, axes: Axes, alternative: str) -> Figure:
-    """Return the panel as SVG.
+def finished(name: str, axes: Axes, alternative: str, rows: Sequence[Data]) -> Figure:
+    """Return the panel as SVG, with its numbers.
 
     Args:
         name: of the figure; prefixes its ids, so that several figures can share a page.
         axes: the panel.
         alternative: what a reader who cannot see it is told.
+        rows: the numbers that are drawn.
     """
     target, figure = io.StringIO(), axes.get_figure(root=True)
     assert figure is not None
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    return Figure(name, _inline(target.getvalue(), name, alternative))
+    return Figure(name, _inline(target.getvalue(), name, alternative), rows)
 
 
 def standalone(svg: str) -> str:

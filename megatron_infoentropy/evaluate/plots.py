@@ -1,7 +1,8 @@
 """The report's figures.
 
-Of scores: differences to cross entropy by frequency, difficulty, domain and task. Of training: the
-losses. Of weights and entropy: what a token weighs, and whether entropy means doubt.
+Of scores: differences to cross entropy by frequency, difficulty, domain and task. Of training:
+losses, and how entropies and weights are distributed, step by step. Of weights and entropy: what a
+token weighs, and whether entropy means doubt.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_infoentropy.evaluate.figure import (
+    DASHES,
     MUTED,
     PAGE,
     SERIES,
@@ -47,7 +49,7 @@ def differences_by(data: Data, kind: str) -> Figure | None:
         else "third of the tokens by predicted entropy"
     )
     words = f"Difference to cross entropy by {kind}, with 95 percent intervals."
-    return finished(f"differences-by-{kind}", axes, words)
+    return finished(f"differences-by-{kind}", axes, words, _cells(shown))
 
 
 def differences(data: Data) -> Figure | None:
@@ -71,7 +73,7 @@ def _differences(name: str, shown: Shown, unit: str) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     words = "Differences to cross entropy with intervals; the tables below have the numbers."
-    return finished(name, axes, words)
+    return finished(name, axes, words, _cells(shown))
 
 
 def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
@@ -82,6 +84,10 @@ def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
         for c in comparisons
     ]
     return [(group, rows) for group, rows in every if rows]
+
+
+def _cells(shown: Shown) -> list[Data]:
+    return [{"setting": group["label"], **row} for group, rows in shown for row in rows]
 
 
 def _places(shown: Shown) -> list[tuple[str, str]]:
@@ -177,7 +183,12 @@ def weights_over_entropy(data: Data) -> Figure | None:
     axes.set_ylim(bottom=0)
     legend(axes)
     words = "Weight against entropy by setting, over the histogram of predicted entropies."
-    return finished("weights", axes, words)
+    rows = [
+        {"setting": data["groups"][c["group"]]["label"], "entropy_nats": x, "weight_mean_1": y}
+        for c in weights["curves"]
+        for x, y in zip(weights["entropy"], c["weight"], strict=True)
+    ]
+    return finished("weights", axes, words, rows)
 
 
 def entropy_calibration(data: Data) -> Figure | None:
@@ -188,49 +199,66 @@ def entropy_calibration(data: Data) -> Figure | None:
         return None
     axes = panel()
     histogram_behind(axes, histograms[0][1])
-    top = 0.0
+    top, rows = 0.0, []
     for group, one in histograms:
         enough = max(_ENOUGH, sum(one["tokens"]) // 2000)
         kept = [i for i, tokens in enumerate(one["tokens"]) if tokens >= enough]
         x, y = ([one[name][i] for i in kept] for name in ("mean_entropy", "mean_ce"))
         axes.plot(x, y, color=color_of(group), label=named(group))
         top = max([top, *x, *y])
-    axes.plot([0, top], [0, top], color=MUTED, linestyle="dotted", label="entropy itself")
+        rows += [
+            {"setting": group["label"], "mean_entropy": entropy, "mean_cross_entropy": ce}
+            for entropy, ce in zip(x, y, strict=True)
+        ]
+    axes.plot([0, top], [0, top], color=MUTED, linestyle=DASHES[2], label="entropy itself")
     axes.set(xlabel=_ENTROPY, ylabel="mean cross entropy (nats)")
     axes.set_xlim(0, histograms[0][1]["edges"][-1])
     axes.set_ylim(bottom=0)
     legend(axes)
     words = "Mean cross entropy against predicted entropy; on the diagonal they are equal."
-    return finished("calibration", axes, words)
+    return finished("calibration", axes, words, rows)
 
 
 _FEWEST_TO_CUT = 40  # points of a curve, for its start to be cut off
 
 
-def training_curves(data: Data) -> Figure | None:
-    """Draw cross entropy on training batches, and on validation sets as points.
+def training_curves(data: Data, series: str) -> Figure | None:
+    """Draw a number of every run's training log; as points, that of validation where it has one.
 
     Thin lines are runs, and a bold one is the mean of a group.
     """
-    runs = [run for run in data["runs"] if run["training"]["values"]]
+    runs = [run for run in data["runs"] if series in run["training"]]
     if not runs:
         return None
-    top = _top_after_start([run["training"] for run in runs])
+    top = _top_after_start([run["training"][series] for run in runs])
     axes = panel()
     for run in runs:
         color = color_of(data["groups"][run["group"]])
-        axes.plot(*thin(run["training"]), color=color, linewidth=0.7, alpha=0.5)
-        points = run["validation"].values()
-        axes.plot(*points, "o", color=color, markersize=4, markeredgecolor=PAGE)
+        axes.plot(*thin(run["training"][series]), color=color, linewidth=0.7, alpha=0.5)
+        if points := run["validation"].get(series):
+            axes.plot(*points.values(), "o", color=color, markersize=4, markeredgecolor=PAGE)
     for group in data["groups"]:
-        curves = [data["runs"][index]["training"] for index in group["runs"]]
-        if logged := [curve for curve in curves if curve["values"]]:
+        every = [data["runs"][index]["training"].get(series) for index in group["runs"]]
+        if logged := [curve for curve in every if curve]:
             _draw_mean(axes, group, logged, top)
     axes.set(ylabel="nats per token", ylim=(None, top))
     step_axis(axes)
     legend(axes)
-    words = f"Training curves of cross entropy for {len(runs)} runs, in nats per token over steps."
-    return finished("train-cross-entropy", axes, words)
+    words = f"Training curves of {series} for {len(runs)} runs, in nats per token over steps."
+    rows = [
+        _step(data, run, {"part": part}, step, nats_per_token=value)
+        for run in runs
+        for part in ("training", "validation")
+        if series in run[part]
+        for step, value in zip(*run[part][series].values(), strict=True)
+    ]
+    return finished(f"train-{series.replace(' ', '-')}", axes, words, rows)
+
+
+def _step(data: Data, run: Data, what: Data, step: float, **value: float) -> Data:
+    """Return the row of a number at a step of a run."""
+    setting = data["groups"][run["group"]]["label"]
+    return {"run": run["name"], "setting": setting, **what, "step": step, **value}
 
 
 def _draw_mean(axes: Axes, group: Data, every: list[Data], top: float | None) -> None:
@@ -253,3 +281,53 @@ def _top_after_start(curves: list[Data]) -> float | None:
     rises = [float(part.max()) - low for part in late]
     are_far = _are_far(rises, _DIVERGED)
     return low + 1.05 * max(r for r, is_far in zip(rises, are_far, strict=True) if not is_far)
+
+
+_PERCENTILES = {"entropy": ("p50", "p10", "p90"), "weight": ("p50", "p99", "max")}
+
+
+def distribution_over_training(data: Data, kind: str) -> Figure | None:
+    """Draw percentiles of the entropies or relative weights of the first run of every setting.
+
+    Solid is the median.
+    """
+    groups = [g for g in data["groups"] if kind == "entropy" or not g["is_baseline"]]
+    first = [(group, data["runs"][group["runs"][0]]) for group in groups]
+    shown = [(group, run) for group, run in first if f"{kind} p50" in run["observed"]]
+    if not shown:
+        return None
+    unit = "nats" if kind == "entropy" else "relative_to_mean"
+    axes, rows = panel(), []
+    for group, run in shown:
+        dashes = DASHES if kind == "weight" else (DASHES[0], DASHES[1], DASHES[1])
+        for name, dash in zip(_PERCENTILES[kind], dashes, strict=False):
+            label = named(group) if name == "p50" else "_nolegend_"
+            curve = _relative(run, f"{kind} {name}", kind)
+            width = 1.6 if name == "p50" else 1.0
+            axes.plot(*thin(curve), color=color_of(group), linestyle=dash, label=label,
+                      linewidth=width)  # fmt: skip
+            rows += [
+                _step(data, run, {"percentile": name}, step, **{unit: value})
+                for step, value in zip(*curve.values(), strict=True)
+            ]
+    axes.set_ylabel("entropy (nats)" if kind == "entropy" else "weight / mean weight")
+    if kind == "weight":
+        axes.set_ylim(bottom=0)
+    step_axis(axes)
+    legend(axes)
+    words = f"Median and other percentiles of the {kind} of tokens over training."
+    return finished(f"train-{kind}-distribution", axes, words, rows)
+
+
+def _relative(run: Data, name: str, kind: str) -> Data:
+    """Return an observed series; weights over the mean weight of the same steps."""
+    series: Data = run["observed"][name]
+    if kind == "entropy" or "weight" not in run["training"]:
+        return series
+    mean = dict(zip(*run["training"]["weight"].values(), strict=True))
+    points = [
+        (step, value / mean[step])
+        for step, value in zip(series["iterations"], series["values"], strict=True)
+        if mean.get(step)
+    ]
+    return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}

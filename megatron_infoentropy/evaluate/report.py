@@ -2,7 +2,7 @@
 
     NAME.html            the page: figures are inline SVG, styles are inline; no network, no scripts
     NAME.json            everything the page shows, as one plain structure
-    NAME.figures/*.svg   every figure as a file of its own
+    NAME.figures/*.svg   every figure as a file of its own, and as *.csv the numbers that it shows
 
 Verdict, tables and figures are functions of that structure. The page stands alone; its links to the
 figures' files need them beside it. Every figure is one panel, so that a phone can show it in full
@@ -61,7 +61,10 @@ _FIRST_FIGURES = ("difficulty", "tasks", "training")
 def all_figures(data: Data) -> dict[str, Figure | None]:
     """Return the figures by their names on the page, None without anything to draw."""
     return {
-        "training": plots.training_curves(data),
+        "training": plots.training_curves(data, "cross entropy"),
+        "training_objective": plots.training_curves(data, "objective"),
+        "entropies": plots.distribution_over_training(data, "entropy"),
+        "weights_in_training": plots.distribution_over_training(data, "weight"),
         "differences": plots.differences(data),
         "tasks": plots.task_differences(data),
         "deciles": plots.differences_by(data, "decile"),

@@ -109,8 +109,9 @@ def _describe_run(run: Run, group: int) -> dict[str, Any]:
         "info": run.info | {"command": _portable(run)},
         "last_iteration": run.log.last_iteration,
         "tokens_seen": run.tokens_seen,
-        "training": _curve_of(run.log.training),
-        "validation": _curve_of(run.log.validation),
+        "training": _series(run.log.training),
+        "validation": _series(run.log.validation),
+        "observed": _series(run.log.observed),
         "evaluation": run.evaluation.summary if run.evaluation else None,
     }
 
@@ -128,11 +129,16 @@ def _portable(run: Run) -> list[str]:
     return words
 
 
-def _curve_of(logged: dict[int, Values]) -> dict[str, list[float]]:
-    """Return the logged cross entropies as iterations and values, without those not finite."""
-    every = [(step, values.get("cross entropy", math.nan)) for step, values in logged.items()]
-    points = sorted((step, value) for step, value in every if math.isfinite(value))
-    return {"iterations": [step for step, _ in points], "values": [value for _, value in points]}
+def _series(logged: dict[int, Values]) -> dict[str, dict[str, list[float]]]:
+    """Return every number of a log as iterations and values, without those not finite."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for iteration, values in sorted(logged.items()):
+        for name, value in values.items():
+            if math.isfinite(value):
+                series = result.setdefault(name, {"iterations": [], "values": []})
+                series["iterations"].append(float(iteration))
+                series["values"].append(value)
+    return result
 
 
 def mean_scores(evaluations: list[Evaluation]) -> dict[str, Any]:

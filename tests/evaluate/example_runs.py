@@ -86,9 +86,15 @@ def training_log(objective: str, seed: int, steps: int) -> str:
     lines = ["using world size: 2, data-parallel size: 1", "[before the start of training step]"]
     for step in range(10, steps + 1, 10):
         ce = 4.1 + 4.9 * (1 + step / 22) ** -0.75 + generator.normal(0, 0.03)
+        weight = 1 + ce if objective == "infoentropy" else 1.0
         lines.append(
             f" [2026-11-23 05:00:00.123456] iteration {step:8d}/     400 | lr: 3.0E-04 | "
-            f"objective: {1.04 * ce:.6E} | cross entropy: {ce:.6E} | grad norm: 0.812 |"
+            f"objective: {1.04 * ce:.6E} | cross entropy: {ce:.6E} | weight: {weight:.6E} |"
+        )
+        entropies = " | ".join(f"entropy p{p}: {ce * (0.3 + p / 125):.6G}" for p in (10, 50, 90))
+        lines.append(
+            f" InfoEntropy at iteration {step:8d} | {entropies} | weight p50: {weight:.6G} | "
+            f"weight p99: {1.8 * weight:.6G} | weight max: {2.1 * weight:.6G} |"
         )
         if step % 100 == 0:
             lines.append(

@@ -1,5 +1,6 @@
 """The report's page and the files beside it: whole, escaped, in need of nothing else."""
 
+import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,8 @@ from megatron_infoentropy.evaluate.figure import short
 from megatron_infoentropy.evaluate.report import report_data, write_report
 from megatron_infoentropy.evaluate.runs import load_run
 
-FIGURES = ("differences-by-difficulty", "train-cross-entropy", "differences",
+FIGURES = ("differences-by-difficulty", "train-cross-entropy", "train-objective",
+           "train-entropy-distribution", "train-weight-distribution", "differences",
            "differences-by-decile", "weights", "calibration", "differences-by-task")  # fmt: skip
 EVIL = "<script>alert(1)</script>"
 NOTE = "2 of 6 planned runs are missing: x, y."
@@ -76,7 +78,9 @@ def figures_of(page: str) -> list[str]:
 
 def test_every_figure_is_well_formed_in_the_page_and_a_file_of_its_own(folder, page):
     figures = dict(zip(FIGURES, figures_of(page), strict=True))
-    assert {path.stem for path in (folder / "report.figures").iterdir()} == set(FIGURES)
+    files = {path.name for path in (folder / "report.figures").iterdir()}
+    assert files == {f"{name}.{ending}" for name in FIGURES for ending in ("svg", "csv")}
+    assert all(f'href="report.figures/{name}"' in page for name in files)
     every: list[str] = []
     for name, figure in figures.items():
         root = ElementTree.fromstring(figure)
@@ -90,11 +94,26 @@ def test_every_figure_is_well_formed_in_the_page_and_a_file_of_its_own(folder, p
         every += ids
         bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", figure)
         assert re.findall(r"#[0-9a-f]{6}\b", bare) == [], "a colour that follows no theme"
-        assert f'href="report.figures/{name}.svg"' in page
         alone = (folder / "report.figures" / f"{name}.svg").read_text(encoding="utf-8")
         ElementTree.fromstring(alone)
         assert "var(" not in alone
     assert len(every) == len(set(every))
+
+
+def test_beside_every_figure_are_its_numbers(folder, data):
+    texts = {name: (folder / "report.figures" / f"{name}.csv").read_text() for name in FIGURES}
+    tables = {name: list(csv.DictReader(text.splitlines())) for name, text in texts.items()}
+    assert all(table and None not in table[0] for table in tables.values())
+    (row,) = [row for row in tables["differences"] if row["name"] == "low"]
+    (expected,) = [r for r in data["comparisons"][0]["rows"] if r["name"] == "low"]
+    assert float(row["difference"]) == expected["difference"]
+    for name, values in data["runs"][2]["observed"].items():
+        kind, _, percentile = name.partition(" ")
+        of_run = [
+            row for row in tables[f"train-{kind}-distribution"]
+            if (row["run"], row["percentile"]) == (data["runs"][2]["name"], percentile)
+        ]  # fmt: skip
+        assert [float(row["step"]) for row in of_run] == values["iterations"]
 
 
 def test_the_page_needs_nothing_from_outside_and_its_tags_are_closed(page):
@@ -111,8 +130,9 @@ def test_the_json_beside_it_holds_what_the_page_is_made_of(page, data):
     ]
     assert len(data["runs"]) == 4
     for run in data["runs"]:
-        assert len(run["training"]["values"]) == 40
-        assert run["validation"]["iterations"] == [100, 200, 300, 400]
+        assert len(run["training"]["cross entropy"]["values"]) == 40
+        assert len(run["training"]["objective"]["iterations"]) == 40
+        assert run["validation"]["cross entropy"]["iterations"] == [100, 200, 300, 400]
         assert run["tokens_seen"] == 400 * 16 * 256
         assert run["info"]["command"][0] == "torchrun"
         assert sum(run["evaluation"]["entropy_histogram"]["tokens"]) > 0
@@ -226,6 +246,21 @@ def test_runs_that_logged_no_step_in_common_are_reported(tmp_path):
     assert "train-cross-entropy" in write_report(runs, tmp_path).read_text()
 
 
+def test_runs_of_one_name_have_each_its_own_curves(tmp_path):
+    objectives = ("cross_entropy", "infoentropy")
+    runs = [
+        write_run(tmp_path / name / "seed1", objective=name, evaluated=False) for name in objectives
+    ]
+    page = write_report(runs, tmp_path)
+    table = page.with_suffix(".figures") / "train-entropy-distribution.csv"
+    curves: dict[str, list[str]] = {}
+    for row in csv.DictReader(table.read_text().splitlines()):
+        assert row["run"] == "seed1"
+        curves.setdefault(row["setting"], []).append(row["nats"])
+    one, other = curves.values()
+    assert one != other
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         write_report([], tmp_path)
@@ -263,14 +298,26 @@ def test_numbers_of_a_model_that_has_diverged_can_be_read_too(write, value, word
     assert write(value) == words
 
 
+def test_no_setting_s_weights_are_cut_off_by_those_of_the_first(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / objective, objective=objective, evaluated=False)
+        for objective in ("focal", "infoentropy")
+    ]
+    log = (runs[1] / "train.log").read_text()
+    (runs[1] / "train.log").write_text(re.sub(r"weight max: [\d.]+", "weight max: 99", log))
+    monkeypatch.setattr(plots, "finished", lambda name, axes, *_: axes)
+    axes = plots.distribution_over_training(report_data([load_run(run) for run in runs]), "weight")
+    assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in axes.lines)
+
+
 def test_a_diverged_training_does_not_hide_how_the_others_end(tmp_path, monkeypatch):
     runs = write_runs(tmp_path, {"cross_entropy": 0.0, "focal": 0.0, "dft": 0.0}, (1, 2))
     data = report_data([load_run(run) for run in runs])
     for run in data["runs"][-2:]:
-        values = run["training"]["values"]
-        run["training"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
-    monkeypatch.setattr(plots, "finished", lambda name, axes, words: axes)
-    axes = plots.training_curves(data)
+        values = run["training"]["cross entropy"]["values"]
+        run["training"]["cross entropy"]["values"] = [max(values)] * 2 + [20.0] * (len(values) - 2)
+    monkeypatch.setattr(plots, "finished", lambda name, axes, *_: axes)
+    axes = plots.training_curves(data, "cross entropy")
     assert axes.get_ylim()[1] < 10
     (label,) = [line.get_label() for line in axes.lines if "off the scale" in line.get_label()]
     assert "DFT" in label

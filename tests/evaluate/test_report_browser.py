@@ -15,7 +15,7 @@ from megatron_infoentropy.evaluate.report import write_report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium is not on PATH")
 
-FIGURES = 6
+FIGURES = 9
 FRAME = """<!doctype html><iframe width={width} height=900 src="{page}"></iframe>
 <script>onload = () => {{
   const page = document.querySelector("iframe").contentWindow;
