@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_infoentropy.data.blend import PAPER_WEIGHTS, shares_of
-from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path
+from megatron_infoentropy.data.indexed import IndexedReader, Integers, bin_path, require_whole
 from megatron_infoentropy.data.manifest import MANIFEST, load_manifest
 
 
@@ -119,14 +119,9 @@ def _open_folder(folder: Path, *, packed: bool) -> TokenDataset:
     start = () if packed or manifest.options.piece_tokens else tokenizer.start_ids
     domains = []
     for name, facts in manifest.domains.items():
+        require_whole(manifest.prefix(name), facts.tokens)
         reader = IndexedReader(manifest.prefix(name))
-        lengths = reader.lengths
-        if (len(lengths), int(lengths.sum())) != (facts.documents, facts.tokens):
-            raise ValueError(
-                f"{manifest.prefix(name)}.bin holds {len(lengths)} documents and {lengths.sum()} "
-                f"tokens, the manifest says {facts.documents} and {facts.tokens}: preprocess again"
-            )
-        lengths = np.maximum(lengths - len(start), 0)
+        lengths = np.maximum(reader.lengths - len(start), 0)
         domains.append(Domain(name, reader, lengths, facts.bytes, len(start)))
     files = [folder / MANIFEST, *(bin_path(manifest.prefix(name)) for name in manifest.domains)]
     state = hashlib.sha256((folder / MANIFEST).read_bytes())
