@@ -173,7 +173,7 @@ run_step() {
     tests)
       if [ $dry = 1 ]; then tests 120 tests/kernels/test_on_gpu.py; else
         tests 240 -m gpu tests/gpu/test_loss_on_gpu.py tests/gpu/test_kernels_on_gpu.py \
-          tests/kernels/test_cuda_gpu.py tests/loss/test_linear_devices.py tests/bench/test_measure.py
+          tests/kernels/test_cuda_gpu.py tests/loss/test_linear_autograd.py tests/bench/test_measure.py
       fi ;;
     trainings)
       if [ $dry = 1 ]; then tests 120 tests/bench/test_recipe_bench.py; else

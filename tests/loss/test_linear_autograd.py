@@ -20,15 +20,19 @@ from megatron_infoentropy.loss.linear import (
     linear_vocab_parallel_statistics,
 )
 
-N, H, V = 96, 16, 65
+N, H, V = 96, 16, 264
 
 
-def make_case(dtype=torch.float32, tokens=N):
-    return random_inputs(tokens, H, V, dtype=dtype)
+ON_BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+UNSEEN = {"chunk_tokens": 20, "skip_masked": False}  # shapes and values depend on no data
 
 
-def gradients(function, *arguments, dtype=torch.float32, tokens=N, **options):
-    hidden, weight, target = make_case(dtype, tokens)
+def make_case(dtype=torch.float32, tokens=N, device="cpu"):
+    return random_inputs(tokens, H, V, dtype=dtype, device=device)
+
+
+def gradients(function, *arguments, dtype=torch.float32, tokens=N, device="cpu", **options):
+    hidden, weight, target = make_case(dtype, tokens, device)
     function(hidden, weight, target, *arguments, **options).backward()
     return hidden.grad, weight.grad
 
@@ -89,16 +93,39 @@ def test_the_weight_gradient_of_16_bit_inputs_is_added_up_in_fp32(function):
     assert ours < theirs / 3, f"{ours:.2e} against {theirs:.2e}"
 
 
-def test_the_factor_of_a_loss_is_not_rounded_to_16_bits():
-    """1 + 2^-9 vanishes in bf16: the sum of all gradients would be off by that share."""
+@ON_BOTH
+def test_the_factor_of_a_loss_is_not_rounded_to_16_bits(device):
+    """1 + 2^-9 vanishes in bf16, also as what a GPU makes of a factor without dimensions."""
     factor = 1 + 2**-9
-    hidden, weight, target = make_case(torch.bfloat16)
-    loss = linear_infoentropy_loss(hidden, weight, target)
+    hidden, weight, target = make_case(torch.bfloat16, device=device)
+    loss = fused_loss(hidden, weight, target, chunk_tokens=20)
     (loss * factor).backward()
-    plain = gradients(fused_loss, dtype=torch.bfloat16)
+    plain = gradients(fused_loss, dtype=torch.bfloat16, device=device, chunk_tokens=20)
     for scaled, once in zip((hidden.grad, weight.grad), plain, strict=True):
         assert not torch.equal(scaled, once)
-        assert_within_bf16_ulp(scaled, once.double() * factor, ulps=1.01)
+        assert_within_bf16_ulp(scaled.cpu(), once.cpu().double() * factor, ulps=1.01)
+
+
+@BOTH
+def test_no_number_is_looked_at(function):
+    """Tensors on "meta" have none: a look, or a shape that depends on one, would raise."""
+    hidden, weight, target = make_case(torch.bfloat16, device="meta")
+    function(hidden, weight, target, backend="reference", **UNSEEN).backward()
+    assert (hidden.grad.shape, weight.grad.dtype) == (hidden.shape, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@BOTH
+def test_a_gpu_gives_what_a_cpu_gives_without_a_look_at_numbers(function):
+    expected = gradients(function, dtype=torch.float64, backend="reference", **UNSEEN)
+    case = make_case(torch.bfloat16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*case, **UNSEEN).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for leaf, truth in zip(case[:2], expected, strict=True):
+        assert_within(leaf.grad, truth, atol=2e-2 * truth.abs().max().item())
 
 
 @BOTH
@@ -122,9 +149,11 @@ def test_main_grad_takes_the_weight_gradient(function, dtype, main_dtype):
 
 
 @BOTH
-def test_main_grad_of_16_bit_weights_is_not_rounded_to_16_bits(function):
-    hidden, weight, target = make_case(torch.bfloat16)
-    weight.main_grad = torch.zeros(V, H)
+@ON_BOTH
+def test_main_grad_of_16_bit_weights_is_not_rounded_to_16_bits(function, device):
+    """On a GPU cuBLAS multiplies bf16 and adds in fp32."""
+    hidden, weight, target = make_case(torch.bfloat16, device=device)
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
     function(hidden, weight, target, into_main_grad=True, chunk_tokens=20).backward()
     assert weight.grad is None  # as Megatron without `grad_added_to_main_grad`
     assert (weight.main_grad != weight.main_grad.bfloat16().float()).any()
@@ -143,7 +172,7 @@ def test_main_grad_is_left_alone_unless_asked_for(function):
 @BOTH
 @pytest.mark.parametrize("into_main_grad", [False, True])
 def test_a_tied_weight_gets_the_gradient_of_both_its_uses(function, into_main_grad):
-    tokens = torch.arange(N) % V
+    tokens = torch.arange(N) % 50
     dense = make_case(torch.float64)[1].detach().requires_grad_()
     target = make_case()[2]
     logits = dense[tokens] @ dense.T
