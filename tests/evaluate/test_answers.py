@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from example_answers import write_answers
 from example_runs import write_run, write_runs
 
 from megatron_infoentropy.evaluate.report import report_data, write_report
@@ -94,8 +95,10 @@ def test_one_run_without_evaluation_gives_its_curves_and_no_claim(tmp_path):
 def test_one_evaluated_run_and_a_run_without_log_are_enough(tmp_path):
     run = write_run(tmp_path / "a", objective="infoentropy", gamma=2.0)
     (run / "train.log").unlink()
+    write_answers(run, 1)
     page, data = written([run], tmp_path)
     assert len(figures_of(page)) == 2
+    assert "there is no cross-entropy run" in data["task_comparisons"][0]["refusal"]
     assert "there is no cross-entropy run" in data["verdict"]["answers"][0]["more"]
     assert data["runs"][0]["last_iteration"] == 0
 
