@@ -36,44 +36,37 @@ OFF = " (off the scale)"
 Shown = list[tuple[Data, list[Data]]]  # settings and rows of their comparison
 
 
-def differences_by(data: Data, kind: str) -> Figure | None:
-    """Draw differences to cross entropy by frequency decile or difficulty, beside all tokens."""
-    shown = _shown(data, data["comparisons"], ("total", kind))
+_NATS = "nats per token"
+# Of every figure: whose comparisons, which rows, their unit, and what lies along the lower axis;
+# where nothing does, what is compared stands line by line.
+_DIFFERENCES = {
+    "differences": ("comparisons", ("total", "bucket", "domain"), _NATS, ""),
+    "differences-by-task": ("task_comparisons", ("tasks", "task"),
+                            "bits per byte of the right answers", ""),
+    "differences-by-decile": ("comparisons", ("total", "decile"), _NATS,
+                              "decile of the training occurrences, 1 is the most frequent"),
+    "differences-by-difficulty": ("comparisons", ("total", "difficulty"), _NATS,
+                                  "third of the tokens by predicted entropy"),
+}  # fmt: skip
+
+
+def differences(data: Data, name: str) -> Figure | None:
+    """Draw differences to cross entropy with intervals, as `_DIFFERENCES` says of the figure."""
+    comparisons, kinds, unit, along = _DIFFERENCES[name]
+    shown = _shown(data, data[comparisons], kinds)
     if not shown:
         return None
-    axes = panel()
-    _draw_differences(axes, shown, "nats per token\n(below 0: better)", upright=True)
-    axes.set_xlabel(
-        "decile of the training occurrences, 1 is the most frequent"
-        if kind == "decile"
-        else "third of the tokens by predicted entropy"
-    )
-    words = f"Difference to cross entropy by {kind}, with 95 percent intervals."
-    return finished(f"differences-by-{kind}", axes, words, _cells(shown))
-
-
-def differences(data: Data) -> Figure | None:
-    """Draw differences to cross entropy: all tokens, by bucket, by domain."""
-    shown = _shown(data, data["comparisons"], ("total", "bucket", "domain"))
-    return _differences("differences", shown, "nats per token (below 0: better)")
-
-
-def task_differences(data: Data) -> Figure | None:
-    """Draw differences in bits per byte of the right answers: by task, and their mean."""
-    shown = _shown(data, data["task_comparisons"], ("tasks", "task"))
-    unit = "bits per byte of the right answers (below 0: better)"
-    return _differences("differences-by-task", shown, unit)
-
-
-def _differences(name: str, shown: Shown, unit: str) -> Figure | None:
-    if not shown:
-        return None
-    axes = panel(1.2 + (0.26 + 0.12 * len(shown)) * len(_places(shown)))
-    _draw_differences(axes, shown, unit, upright=False)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    words = "Differences to cross entropy with intervals; the tables below have the numbers."
-    return finished(name, axes, words, _cells(shown))
+    lines = 1.2 + (0.26 + 0.12 * len(shown)) * len(_places(shown))
+    axes = panel(3.5 if along else lines)
+    _draw_differences(axes, shown, f"{unit} (below 0: better)", upright=bool(along))
+    if along:
+        axes.set_xlabel(along)
+    else:
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    words = "Differences to cross entropy with 95 percent intervals; tables have the numbers."
+    rows = [{"setting": group["label"], **row} for group, of_one in shown for row in of_one]
+    return finished(name, axes, words, rows)
 
 
 def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
@@ -84,10 +77,6 @@ def _shown(data: Data, comparisons: list[Data], kinds: Sequence[str]) -> Shown:
         for c in comparisons
     ]
     return [(group, rows) for group, rows in every if rows]
-
-
-def _cells(shown: Shown) -> list[Data]:
-    return [{"setting": group["label"], **row} for group, rows in shown for row in rows]
 
 
 def _places(shown: Shown) -> list[tuple[str, str]]:
@@ -122,7 +111,7 @@ def _draw_differences(axes: Axes, shown: Shown, unit: str, *, upright: bool) -> 
     along.set_ticks(range(len(places)), words)
     along.grid(visible=False)
     across.grid(visible=True)
-    across.set_label_text(unit)
+    across.set_label_text(unit.replace(" (", "\n(") if upright else unit)
     legend(axes)
 
 
