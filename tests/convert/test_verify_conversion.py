@@ -185,9 +185,15 @@ def test_only_rounding_may_send_a_token_to_other_experts(
         monkeypatch.setattr(verify, "why_not_megatron", lambda: "the other form is wanted")
     choose = getattr(of, name)
 
-    def swapped(*arguments: Any, **named: Any) -> Any:
-        turned = [a[:, [0, 1, 3, 2]] if isinstance(a, Tensor) else a for a in arguments]
-        return choose(*turned, **named)
+    def swapped(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Choose as if the two were each other, and give what is chosen its own shares."""
+        logits = next(each for each in arguments if isinstance(each, Tensor))
+        turned = (logits[:, [0, 1, 3, 2]] if each is logits else each for each in arguments)
+        _, chosen = choose(*turned, **named)
+        shares = logits.softmax(-1)
+        shares = shares.gather(1, chosen) if side == "plain" else shares * chosen
+        whole = 1.0 if family == "qwen3_moe" else shares.sum(-1, keepdim=True)
+        return shares / whole, chosen
 
     monkeypatch.setattr(of, name, swapped)
     result = verify_conversion(tmp_path / "save", tmp_path / "hf", TOKENS)
