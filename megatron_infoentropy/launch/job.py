@@ -77,43 +77,39 @@ def command_line(
     chosen = chosen_flags(device, load_recipe(recipe), settings)
     words = [*chosen, *extra_flags]
     read_facts(words)  # what was mistyped, before any file is opened
-    if data is None:
-        places = _stand_ins(recipe, words, tokenizer)
-    elif tokenizer is None:
+    if tokenizer is not None:
+        places = {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": tokenizer}
+        places |= _reading_flags(recipe, words, data, tokenizer)
+    elif data is not None:
         raise ValueError("--data needs the --tokenizer it was made with")
+    elif last_value(words, "vocab-size") is None:
+        raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")
     else:
-        places = _reading_flags(recipe, words, data, tokenizer)
+        places = {"tokenizer-type": "NullTokenizer", "mock-data": True}
     if run is not None:
         places |= dict.fromkeys(("save", "load"), run / "checkpoints")
     return [*chosen, *to_command_line(places), *extra_flags]
 
 
-def _stand_ins(recipe: Path, words: list[str], tokenizer: Path | None) -> dict[str, Any]:
-    """Return flags for a tokenizer, if there is none yet, and for data, which nobody has."""
-    if tokenizer is not None:
-        require_tokenizer(tokenizer)
-        named: dict[str, Any] = {"tokenizer-type": "HuggingFaceTokenizer"}
-        return named | {"tokenizer-model": tokenizer, "mock-data": True}
-    if last_value(words, "vocab-size") is None:
-        raise RecipeError(f"{recipe} does not say vocab-size: add it, or name a --tokenizer")
-    return {"tokenizer-type": "NullTokenizer", "mock-data": True}
-
-
-def _reading_flags(recipe: Path, words: list[str], data: Path, tokenizer: Path) -> dict[str, Any]:
-    """Return the flags of tokenizer and data, the latter blended as the recipe plans.
+def _reading_flags(
+    recipe: Path, words: list[str], data: Path | None, tokenizer: Path
+) -> dict[str, Any]:
+    """Return the flags of the data, blended as the recipe plans; without any, made-up ones.
 
     With --eval-iters 0 only training data are named: Megatron fails on others of which it wants no
     sample.
     """
+    if data is None:
+        require_tokenizer(tokenizer)
+        return {"mock-data": True}
     if conversation_files(data):
         return _conversation_flags(recipe, words, data, tokenizer)
-    _require_vocabulary(recipe, words, load_manifest(data / "train").tokenizer.vocab_size)
-    require_tokenizer(tokenizer, load_manifest(data / "train").tokenizer.sha256)
+    made_with = load_manifest(data / "train").tokenizer
+    _require_vocabulary(recipe, words, made_with.vocab_size)
+    require_tokenizer(tokenizer, made_with.sha256)
     weights = {"train": load_plan(recipe).data_weights}
     splits = [s for s in SPLITS if s == "train" or last_value(words, "eval-iters") != "0"]
     return {
-        "tokenizer-type": "HuggingFaceTokenizer",
-        "tokenizer-model": tokenizer,
         **{SPLITS[split]: _blend(data / split, weights.get(split, "natural")) for split in splits},
         "data-cache-path": _index_cache(data, splits),
     }
@@ -129,7 +125,7 @@ def conversation_files(data: Path) -> dict[str, Path]:
 def _conversation_flags(
     recipe: Path, words: list[str], data: Path, tokenizer: Path
 ) -> dict[str, Any]:
-    """Return the flags of tokenizer and data where these are conversations, a file a split."""
+    """Return the flags of data that are conversations, a file a split."""
     require_tokenizer(tokenizer)
     used = load_with_transformers(tokenizer)
     _require_vocabulary(recipe, words, len(used))
@@ -146,12 +142,8 @@ def _conversation_flags(
             f"{data / CONVERSATIONS.format('validation')} is not there: put conversations for "
             "validation there, or give --eval-iters 0"
         )
-    return {
-        "tokenizer-type": "HuggingFaceTokenizer",
-        "tokenizer-model": tokenizer,
-        f"{PREFIX}-conversations": True,
-        **{SPLITS[split]: path for split, path in paths.items()},
-    }
+    by_split = {SPLITS[split]: path for split, path in paths.items()}
+    return {f"{PREFIX}-conversations": True, **by_split}
 
 
 def _index_cache(data: Path, splits: Iterable[str]) -> Path:
