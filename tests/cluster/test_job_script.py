@@ -10,7 +10,6 @@ import subprocess
 import pytest
 from cluster_runs import Job, wait_until, words_of
 from light_run import LightRun
-from machines import NODES
 
 from megatron_infoentropy.launch.cluster import Cluster
 
@@ -190,18 +189,3 @@ def _signal_script(slurm):
     for pid in [pid for node in slurm.nodes.values() for pid in node.processes()]:
         if b"slurm_script" in words_of(pid):
             os.kill(pid, signal.SIGUSR1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", NODES)
-def test_a_node_that_dies_has_it_requeued(new, slurm, victim):
-    run = new(nodes=2)
-    job = submit(run)
-    node = slurm.nodes[victim]
-    node.power_off()
-    job.until(run.log, "PENDING", restarts=1)
-    node.power_on()
-    slurm.start_slurmd(victim)
-    slurm.wait_for_nodes()
-    job.start_now()
-    run.until_started(2)

@@ -136,10 +136,3 @@ def test_a_checkpoint_is_evaluated_as_its_export_is(evaluated, monkeypatch):
     assert direct["data"] == exported["data"]
     nats = exported["total"]["nats_per_token"]
     assert direct["total"]["nats_per_token"] == pytest.approx(nats, rel=1e-6)
-
-
-def test_the_report_is_written(evaluated):
-    infoentropy("report", "whole", "resumed", "--output", "report.html", cwd=evaluated)
-    page = (evaluated / "report.html").read_text()
-    assert "<svg" in page
-    assert json.loads((evaluated / "report.json").read_text())
