@@ -8,18 +8,12 @@ import pytest
 
 from megatron_infoentropy.checkpoints import write_manifest
 from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
-from megatron_infoentropy.launch.recipe import chosen_flags, warnings
-from megatron_infoentropy.launch.run_folder import (
-    recorded,
-    require_same,
-    write_facts,
-)
+from megatron_infoentropy.launch.recipe import warnings, written_flags
+from megatron_infoentropy.launch.run_folder import recorded, require_same, write_facts
 from megatron_infoentropy.launch.train import finish
-from megatron_infoentropy.runtime.device import Device
 
-CE = {"infoentropy-objective": "cross_entropy"}
-IE = {"infoentropy-objective": "infoentropy"}
-MODEL = {"num-layers": 2, "train-iters": 24, "global-batch-size": 8, "micro-batch-size": 8}
+CE, IE = (f"--infoentropy-objective={name}" for name in ("cross_entropy", "infoentropy"))
+MODEL = ("--num-layers=2", "--train-iters=24", "--global-batch-size=8", "--micro-batch-size=8")
 
 
 @pytest.fixture
@@ -30,11 +24,9 @@ def run(tmp_path):
     return folder
 
 
-def words(run, *settings, load=None):
-    flags = {**MODEL, "load": load or run / "checkpoints"}
-    for each in settings:
-        flags |= each
-    return chosen_flags(Device("cpu", "gloo", 1), flags, {})
+def words(run, *more, load=None):
+    load = load or run / "checkpoints"
+    return [*written_flags({}, {}), *MODEL, "--load", str(load), *more]
 
 
 def save(run, step):
@@ -45,9 +37,9 @@ def save(run, step):
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
-def train(run, to, *settings, load=None):
+def train(run, to, *more, load=None):
     """What `infoentropy train` does around its ranks, which save nothing if `to` is None."""
-    line = words(run, *settings, load=load)
+    line = words(run, *more, load=load)
     with recorded(run, Path("r.yaml"), line, 1, "CPU"):
         if to is not None:
             save(run, to)
@@ -61,18 +53,18 @@ def stages(run):
     return [(each["from_step"], each["objective"]) for each in facts(run).get("lineage", [])]
 
 
-def require(run, *settings, switch=False, load=None):
-    require_same(run, words(run, *settings, load=load), switch=switch)
+def require(run, *more, switch=False, load=None):
+    require_same(run, words(run, *more, load=load), switch=switch)
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         (IE, "objective cross_entropy, and this command line says objective infoentropy"),
-        ({"seed": 2}, "seed 1234, and this command line says seed 2"),
-        ({"infoentropy-z-loss": 0.1}, "z_loss 0.0, and this command line says z_loss 0.1"),
-        ({"infoentropy-mtp-loss": "weighted"}, "mtp_loss megatron, and .* says mtp_loss weighted"),
-        ({"infoentropy-ignore-target": 0}, "ignore_target -1, and .* says ignore_target 0"),
+        ("--seed=2", "seed 1234, and this command line says seed 2"),
+        ("--infoentropy-z-loss=0.1", "z_loss 0.0, and this command line says z_loss 0.1"),
+        ("--infoentropy-mtp-loss=weighted", "mtp_loss megatron, and .* says mtp_loss weighted"),
+        ("--infoentropy-ignore-target=0", "ignore_target -1, and .* says ignore_target 0"),
     ],
 )
 def test_another_loss_or_seed_needs_a_switch_once_there_is_a_checkpoint(run, other, said):
@@ -83,17 +75,19 @@ def test_another_loss_or_seed_needs_a_switch_once_there_is_a_checkpoint(run, oth
         require(run, CE, other)
     require(run, CE, other, switch=True)
     with pytest.raises(ValueError, match="has no step to train so: make train-iters"):
-        require(run, CE, other, {"train-iters": 16}, switch=True)
+        require(run, CE, other, "--train-iters=16", switch=True)
 
 
 @pytest.mark.parametrize(
     "same",
-    [{}, {"train-iters": 99}, {"lr": 0.1}, {"tensor-model-parallel-size": 2},
-     {"infoentropy-gamma": 3}, {"infoentropy-backend": "reference"}],
-    ids=str,
-)  # fmt: skip
+    [
+        *("--train-iters=99", "--lr=0.1", "--tensor-model-parallel-size=2"),
+        *("--infoentropy-gamma=3", "--infoentropy-backend=reference"),
+    ],
+)
 def test_length_rate_layout_and_what_has_no_effect_may_change(run, same):
     train(run, 16, CE)
+    require(run, CE)
     require(run, CE, same)
     train(run, 20, CE, same)
     assert stages(run) == []
@@ -103,15 +97,16 @@ def test_another_model_is_refused_with_a_switch_too(run):
     train(run, 16, CE)
     for switch in (False, True):
         with pytest.raises(ValueError, match=r"model of num-layers 2, .* makes one of 3"):
-            require(run, CE, {"num-layers": 3}, switch=switch)
+            require(run, CE, "--num-layers=3", switch=switch)
 
 
 def test_a_gpt_goes_on_as_a_hybrid_and_a_hybrid_as_nothing_else(run):
     train(run, 16, CE)
-    hybrid = {"infoentropy-hybrid": True}
+    hybrid = "--infoentropy-hybrid"
     require(run, CE, hybrid)
     train(run, 20, CE, hybrid)
-    require(run, CE, {"num-layers": None, "hybrid-layer-pattern": "*-*-"})
+    pattern = words(run, CE, "--hybrid-layer-pattern=*-*-")
+    require_same(run, [word for word in pattern if word != "--num-layers=2"], switch=False)
     for switch in (False, True):
         with pytest.raises(ValueError, match=r"holds a hybrid model, .* add --infoentropy-hybrid"):
             require(run, CE, switch=switch)
@@ -120,12 +115,12 @@ def test_a_gpt_goes_on_as_a_hybrid_and_a_hybrid_as_nothing_else(run):
 def test_a_switch_is_told_of_and_taken_back_if_it_trained_no_step(run):
     train(run, 16, CE)
     before = facts(run)
-    train(run, None, IE, {"train-iters": 99})
+    train(run, None, IE, "--train-iters=99")
     assert facts(run) == before | {"parameters": 7}
     train(run, 20, IE)
     assert stages(run) == [(0, "cross_entropy"), (16, "infoentropy")]
     assert facts(run)["objective"] == "infoentropy"
-    train(run, 24, IE, {"seed": 3})
+    train(run, 24, IE, "--seed=3")
     assert [each["seed"] for each in facts(run)["lineage"]] == [1234, 1234, 3]
     assert [each["from_step"] for each in facts(run)["lineage"]] == [0, 16, 20]
 
@@ -142,7 +137,7 @@ def test_under_slurm_a_switch_without_a_step_is_taken_back_at_the_end(run):
 def test_an_earlier_checkpoint_drops_what_came_after_it(run):
     train(run, 16, CE)
     train(run, 20, IE)
-    back = {"ckpt-step": 16}
+    back = "--ckpt-step=16"
     require(run, CE, back)
     with pytest.raises(ValueError, match="16 steps trained with"):
         require(run, IE, back)
@@ -161,7 +156,7 @@ def test_a_run_that_goes_on_from_another_folder_inherits_its_stages(run, tmp_pat
     assert stages(other) == [(0, "cross_entropy"), (16, "infoentropy")]
     tuned = tmp_path / "tuned"
     tuned.mkdir()
-    train(tuned, 20, IE, {"finetune": True}, load=load)
+    train(tuned, 20, IE, "--finetune", load=load)
     assert stages(tuned) == []  # its steps are all of one loss
     assert facts(tuned)["objective"] == "infoentropy"
 
@@ -178,25 +173,21 @@ def test_facts_of_an_earlier_version_or_none_are_no_reason_to_refuse(run):
     require(run, IE)
 
 
+SCHEDULE = ("--infoentropy-gamma-schedule=linear", "--infoentropy-gamma-samples=9")
+
+
 @pytest.mark.parametrize(
-    ("settings", "warned"),
+    ("more", "warned"),
     [
-        ({"infoentropy-gamma": -1}, "gamma -1 is negative"),
-        ({"infoentropy-gamma": 1}, ""),
-        ({"infoentropy-gamma": -1, "infoentropy-objective": "cross_entropy"}, ""),
-        (
-            {
-                "infoentropy-gamma-schedule": "linear",
-                "infoentropy-gamma-samples": 9,
-                "infoentropy-gamma-end": -2,
-            },
-            "gamma -2 is negative",
-        ),
+        (["--infoentropy-gamma=-1"], "gamma -1 is negative"),
+        (["--infoentropy-gamma=1"], ""),
+        (["--infoentropy-gamma=-1", CE], ""),
+        ([*SCHEDULE, "--infoentropy-gamma-end=-2"], "gamma -2 is negative"),
     ],
     ids=str,
 )
-def test_what_is_hardly_ever_meant_is_warned_of(tmp_path, settings, warned):
-    said = warnings(words(tmp_path, settings))
+def test_what_is_hardly_ever_meant_is_warned_of(tmp_path, more, warned):
+    said = warnings(words(tmp_path, *more))
     assert len(said) == bool(warned)
     assert re.search(warned, "".join(said))
 
@@ -205,24 +196,24 @@ def test_conversations_go_on_with_their_own_tokenizer_alone(run, tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": name}))
-    chats = {"infoentropy-conversations": True, "train-data-path": "chats/train.jsonl"}
-    one, other = ({**CE, **chats, "tokenizer-model": tmp_path / n} for n in ("one", "other"))
-    train(run, 16, one)
-    require(run, one)
+    chats = (CE, "--infoentropy-conversations", "--train-data-path", "chats/train.jsonl")
+    one, other = ((*chats, f"--tokenizer-model={tmp_path / name}") for name in ("one", "other"))
+    train(run, 16, *one)
+    require(run, *one)
     for switch in (False, True):
         with pytest.raises(ValueError, match=r"holds a model of tokenizer .* name another --run"):
-            require(run, other, switch=switch)
+            require(run, *other, switch=switch)
 
 
 def test_the_recorded_tokenizer_is_that_of_the_data(run, tmp_path):
     """None where the manifest is not there, or the flags name no data."""
-    data = {"train-data-path": [0.5, tmp_path / "a", 0.5, tmp_path / "b"]}
+    data = ("--train-data-path", "0.5", str(tmp_path / "a"), "0.5", str(tmp_path / "b"))
     told = []
-    for there, flags in ((False, data), (True, data), (True, {})):
+    for there, flags in ((False, data), (True, data), (True, ())):
         if there:
             tokenizer = TokenizerFacts("ab12", 300, 0)
             choices = {"tokenizer": tokenizer, "dtype": "uint16", "append_eod": True}
             Manifest(folder=tmp_path, domains={}, **choices).save()
-        train(run, None, CE, flags)
+        train(run, None, CE, *flags)
         told.append(facts(run)["tokenizer_sha256"])
     assert told == [None, "ab12", None]
