@@ -91,6 +91,7 @@ def start_ranks(words: Sequence[str], ranks: int) -> int:
     """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun: the ranks say what is wrong
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -99,7 +100,7 @@ def start_ranks(words: Sequence[str], ranks: int) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_infoentropy", "doctor", *words)
-    except ChildFailedError:  # the ranks have said why
+    except (ChildFailedError, SignalException):  # the ranks have said why, or were told to end
         return 1
     return 0
 
@@ -191,16 +192,12 @@ def arrive(store: Any, me: JobRank, where: str, timeout_s: float) -> None:
     """
     from torch.distributed import DistStoreError
 
-    store.set(f"doctor/{where}/{me.rank}", socket.gethostname())
-    deadline = time.monotonic() + timeout_s
-    came: dict[int, str] = {}
-    for rank in range(me.world):
-        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
-        try:
-            store.wait([f"doctor/{where}/{rank}"], left)
-            came[rank] = store.get(f"doctor/{where}/{rank}").decode()
-        except DistStoreError:
-            continue
+    keys = [f"doctor/{where}/{rank}" for rank in range(me.world)]
+    store.set(keys[me.rank], socket.gethostname())
+    with suppress(DistStoreError):
+        store.wait(keys, timedelta(seconds=timeout_s))
+        return
+    came = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
     names = []
     for rank in (rank for rank in range(me.world) if rank not in came):
         node = rank // me.local_world

@@ -371,6 +371,13 @@ def test_a_training_that_ends_without_a_loss_says_why(job, values, why):
     assert said.outcome().startswith(f"trained to step 2 of 3: {why}")
 
 
+def test_a_failed_run_shows_the_ranks_own_words_and_where_the_log_is(job):
+    with pytest.raises(launch.TrainingFailed, match="reasons of their own") as failure:
+        trained(job, "raise ValueError('the ranks have reasons of their own')")
+    assert str(job.run / "train.log") in str(failure.value)
+    assert facts_in(job.run)["parameters"] is None
+
+
 def test_of_flags_that_are_refused_there_is_one_sentence_and_no_page(job):
     refuse = 'import sys; sys.exit("usage: [--num-layers N]\\nx.py: error: argument --lr: no")'
     with pytest.raises(launch.TrainingFailed) as failure:
@@ -409,8 +416,6 @@ def test_of_a_deep_traceback_the_end_is_shown(job, write):
     with pytest.raises(launch.TrainingFailed) as failure:
         trained(job, DEEP_RANKS.replace("{write}", write))
     said = str(failure.value)
-    assert f"the whole log is {job.run / 'train.log'}\n" in said
-    assert facts_in(job.run)["parameters"] is None
     assert said.endswith("RuntimeError: what was raised\nin two lines")
     assert said.count("Traceback (most recent call last)") == 1
     assert "\n  ...\n" in said
