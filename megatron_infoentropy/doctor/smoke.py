@@ -6,6 +6,7 @@ every rank saw and a sentence for each trouble.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -90,17 +91,17 @@ class Collective(NamedTuple):
 def start_ranks(words: Sequence[str], ranks: int) -> int:
     """Run `infoentropy doctor WORDS` on so many ranks of this machine; return their exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun: the ranks say what is wrong
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
+    where = {"run_id": "doctor", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, ranks, max_restarts=0, **where)  # type: ignore[arg-type]
+    # The ranks say what is wrong.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_infoentropy", "doctor", *words)
-    except (ChildFailedError, SignalException):  # the ranks have said why, or were told to end
+    except (ChildFailedError, SignalException):
         return 1
     return 0
 
