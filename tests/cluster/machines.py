@@ -238,16 +238,7 @@ class Machines:
             time.sleep(0.05)
 
     def sinfo(self) -> list[str]:
-        words = [
-            str(self.programs / "sinfo"),
-            "-hN",
-            "-p",
-            "low",
-            "-t",
-            "idle,mix,alloc",
-            "-o",
-            "%N",
-        ]
+        words = f"{self.programs}/sinfo -hN -p low -t idle,mix,alloc -o %N".split()
         done = subprocess.run(words, capture_output=True, text=True)
         return sorted(done.stdout.split())
 

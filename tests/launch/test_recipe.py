@@ -40,21 +40,21 @@ def test_flags_of_all_sections_in_order(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- a\n- b\n", "expected sections of flags, got list"),
-        ("lr: 1\n", "section 'lr' must hold"),
-        ("a:\n  lr: 1\nb:\n  lr: 2\n", "flag 'lr' is given twice"),
-        ("a:\n  lr: 1\n  x: 3\n  lr: 2\n", "line 4: 'lr' is given twice"),
-        ("a:\n  lr: 1\na:\n  x: 2\n", "line 3: 'a' is given twice"),
-        ("a:\n  lr:\n    b: 1\n", "flag 'lr' has a section as its value"),
-        ("a: [\n", "is not YAML"),
-        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
-    ],
-)
-def test_anything_else_is_refused_in_words(tmp_path, text, message):
-    with pytest.raises(RecipeError, match=message):
+TEXTS = {
+    "- a\n- b\n": "expected sections of flags, got list",
+    "lr: 1\n": "section 'lr' must hold",
+    "a:\n  lr: 1\nb:\n  lr: 2\n": "flag 'lr' is given twice",
+    "a:\n  lr: 1\n  x: 3\n  lr: 2\n": "line 4: 'lr' is given twice",
+    "a:\n  lr: 1\na:\n  x: 2\n": "line 3: 'a' is given twice",
+    "a:\n  lr:\n    b: 1\n": "flag 'lr' has a section as its value",
+    "a: [\n": "is not YAML",
+    "a: !!python/object/apply:os.getcwd []\n": "is not YAML",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_anything_else_is_refused_in_words(tmp_path, text):
+    with pytest.raises(RecipeError, match=TEXTS[text]):
         load_recipe(write(tmp_path, text))
 
 
@@ -71,18 +71,18 @@ def test_the_launch_section_is_not_megatrons(tmp_path):
     assert load_plan(write(tmp_path, "a:\n  lr: 1\n")) == LaunchSection(None, "natural")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("world: 8", "no setting 'world', only ranks and data-weights"),
-        ("ranks: many", "ranks must be of type int, got 'many'"),
-        ("ranks: true", "ranks must be of type int, got True"),
-        ("ranks: 0", "ranks must be at least 1, got 0"),
-        ("data-weights: 3", "data-weights must be of type str, got 3"),
-    ],
-)
-def test_a_launch_section_is_read_strictly(tmp_path, line, message):
-    with pytest.raises(RecipeError, match=message):
+LINES = {
+    "world: 8": "no setting 'world', only ranks and data-weights",
+    "ranks: many": "ranks must be of type int, got 'many'",
+    "ranks: true": "ranks must be of type int, got True",
+    "ranks: 0": "ranks must be at least 1, got 0",
+    "data-weights: 3": "data-weights must be of type str, got 3",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_launch_section_is_read_strictly(tmp_path, line):
+    with pytest.raises(RecipeError, match=LINES[line]):
         load_plan(write(tmp_path, f"launch:\n  {line}\n"))
 
 
