@@ -74,7 +74,7 @@ docs: $(READY)
 
 # The loss beside its peers. OUTPUT=FILE.csv writes the result file (only at a clean commit).
 bench: $(READY)
-	$(BIN)/infoentropy bench --grid small $(if $(OUTPUT),--output $(OUTPUT))
+	$(BIN)/infoentropy bench --grid small --hidden 256 $(if $(OUTPUT),--output $(OUTPUT))
 
 # What needs a GPU, in one command that goes on where it stopped: see tools/gpu.sh for PYTHON, OUT and
 # for what is packed before, where a card is lent for minutes. STEPS="kernels headline" does a part.

@@ -1,5 +1,6 @@
 """Rows of the losses: forward, backward and both of every provider, and how often it takes ours;
-and of the kernels alone, beside a copy of the same logits by PyTorch in the same turns.
+of the kernels alone, beside a copy of the same logits by PyTorch in the same turns; and of the
+output layer with the loss, fused and unfused.
 
 A fast wrong number is worth nothing, so every provider's loss, and its gradient at a few rows, are
 compared with float64 from the very same logits before it is timed. That is done in its untimed
@@ -7,7 +8,7 @@ passes, which also compile and warm it up, weigh its memory and count its collec
 dispatcher. A provider that fails there is listed with the reason instead of timed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +17,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_infoentropy import InfoEntropyConfig, infoentropy_loss
 from megatron_infoentropy.bench import providers
+from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.providers import Computes, Loss, Provider, Unavailable, failure
-from megatron_infoentropy.bench.results import Row
+from megatron_infoentropy.bench.results import Row, row_of_case
 from megatron_infoentropy.bench.timing import (
+    LOGITS_SCALE,
+    Clock,
     Experiment,
     Pass,
     columns_of,
@@ -29,6 +34,10 @@ from megatron_infoentropy.bench.timing import (
 )
 from megatron_infoentropy.kernels import dispatch
 from megatron_infoentropy.kernels.contract import MAX, PLAIN, SCALE, SHIFT, Kernels, Shard
+from megatron_infoentropy.loss.linear import (
+    linear_infoentropy_loss,
+    linear_vocab_parallel_statistics,
+)
 from megatron_infoentropy.progress import progress
 
 CHUNK_BYTES = 1 << 27  # of one float64 temporary
@@ -343,4 +352,94 @@ def _copy(logits: torch.Tensor) -> Iterator[None]:
     out = torch.zeros_like(logits)
     yield
     out.copy_(logits)
+    yield
+
+
+LinearLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def linear_losses(chunk_tokens: int) -> dict[str, LinearLoss]:
+    """Return the ways from hidden states, weight and target to the loss, and the last of them where
+    a part of the tokens is valid alone.
+    """
+    config = InfoEntropyConfig(chunk_tokens=chunk_tokens)
+
+    def unfused(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return infoentropy_loss(hidden @ weight.t(), target, config, inplace_backward=True)
+
+    def statistics(
+        hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        of = linear_vocab_parallel_statistics(hidden, weight, target, chunk_tokens=chunk_tokens)
+        weights = 1 + of.entropy.detach()
+        return (weights * of.cross_entropy).sum() / weights.sum()
+
+    def fused(
+        tenths: int, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        masked = torch.arange(len(target), device=target.device) % 10 >= tenths
+        return linear_infoentropy_loss(hidden, weight, target.masked_fill(masked, -100), config)
+
+    return {
+        "unfused, gradient over the logits": unfused,
+        f"fused statistics, chunks of {chunk_tokens}": statistics,
+        f"fused loss, chunks of {chunk_tokens}": partial(fused, 10),
+        "the same, 50 % of the tokens valid": partial(fused, 5),
+        "the same, 10 % of the tokens valid": partial(fused, 1),
+    }
+
+
+def measure_linear(
+    case: Case, hidden: int, chunk_tokens: int, device: torch.device, *, repeats: int, computes: str
+) -> list[Row]:
+    """Time forward and backward of the output layer with the loss on one rank, a row a way.
+
+    Memory is beside hidden states and weight. Expected, with L the logits of all tokens, C those of
+    a chunk, dX and dW the gradients, S dW as it is summed in fp32: unfused L + dX + dW; fused
+    C + dX + S, or where that is more dX + S + dW (16-bit dW).
+    """
+    inputs = _linear_inputs(case, hidden, device)
+    losses = linear_losses(chunk_tokens)
+    passes = {name: partial(_linear_pass, loss, *inputs) for name, loss in losses.items()}
+    clock = Clock(device)
+    with progress("output layer", (repeats + 1) * len(passes), "passes") as advance:
+        peaks = {}
+        for name, one_pass in passes.items():  # also compiles and warms up
+            peaks[name] = peak_mib(lambda run=one_pass: list(run()), device)  # type: ignore[misc]
+            advance(1)
+        times = time_in_turn(passes, clock, repeats, advance=advance)
+    common = {"kind": "linear", "by": "ours", "computes": computes, "step": "both"}
+    common |= {"clock": clock.name}
+    threads = torch.get_num_threads()
+    return [
+        row_of_case(
+            case,
+            threads=threads,
+            provider=name,
+            peak_mib=peaks[name],
+            **common,
+            **columns_of(values),
+        )
+        for name, (values,) in times.items()
+    ]
+
+
+def _linear_inputs(case: Case, hidden: int, device: torch.device) -> list[torch.Tensor]:
+    """[hidden states, weight, target]: the logits' standard deviation is the other tables'."""
+    generator = torch.Generator(device).manual_seed(0)
+    states = torch.randn(case.tokens, hidden, device=device, generator=generator)
+    weight = torch.randn(case.vocabulary, hidden, device=device, generator=generator)
+    weight.mul_(LOGITS_SCALE / hidden**0.5)
+    target = torch.randint(case.vocabulary, (case.tokens,), device=device, generator=generator)
+    dtype = getattr(torch, case.dtype)
+    return [states.to(dtype), weight.to(dtype), target]
+
+
+def _linear_pass(
+    loss: LinearLoss, states: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> Iterator[None]:
+    """Forward and backward; gradients are dropped with the leaves."""
+    leaves = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    yield
+    _backward(loss(*leaves, target))
     yield

@@ -80,7 +80,7 @@ def _version(package: str) -> str:
         return ""
 
 
-Kind = Literal["loss", "kernel", "limit", "unavailable"]
+Kind = Literal["loss", "linear", "kernel", "limit", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Row:
     gb_per_s: float | None = None
     limit: str = ""  # what bounds a kernel here, measured in the same run
     percent_of_limit: float | None = None
-    peak_mib: float | None = None  # beside the logits
+    peak_mib: float | None = None  # beside the logits; of an output layer, beside its inputs
     collectives: int | None = None
     collective_bytes: int | None = None  # that one rank contributes
     loss_error: float | None = None  # against float64, nats

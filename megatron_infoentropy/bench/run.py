@@ -3,19 +3,21 @@
 import gc
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from megatron_infoentropy import InfoEntropyConfig
 from megatron_infoentropy.bench import results
 from megatron_infoentropy.bench.cases import Case
-from megatron_infoentropy.bench.losses import measure_kernels, measure_losses
+from megatron_infoentropy.bench.losses import measure_kernels, measure_linear, measure_losses
 from megatron_infoentropy.bench.providers import Setting, failure
 from megatron_infoentropy.bench.results import Row
 from megatron_infoentropy.bench.timing import prepare
@@ -29,12 +31,14 @@ def bench(
     *,
     repeats: int,
     compiled: bool = True,
+    hidden: int | None = None,
     output: Path | None = None,
     resume: bool = False,
 ) -> list[Row]:
-    """Measure every case, where `compiled` with what torch.compile makes of the peers. Write the
-    rows to `output` where that is given, anew after every case; with `resume` what it has already
-    of this device and commit is kept and not measured.
+    """Measure every case, where `compiled` with what torch.compile makes of the peers; with
+    `hidden` also, at the first one's shape, the output layer of that size, fused and unfused. Write
+    the rows to `output` where that is given, anew after every case; with `resume` what it has
+    already of this device and commit is kept and not measured.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
@@ -43,8 +47,14 @@ def bench(
     rows = _measured_before(output, facts) if output and resume else []
     device = find_device()
     for case in cases:
-        if case not in {row.case for row in rows}:
-            rows += _measured(case, compiled, device, repeats)
+        if case not in {row.case for row in rows if row.kind != "linear"}:
+            measure = partial(_measure, case, compiled, device, repeats)
+            rows += _measured(case, "every provider", measure)
+        layer = f"output layer, hidden size {hidden}, and loss"
+        is_measured = any(layer in (row.computes, row.provider) for row in rows)
+        if hidden and not is_measured:
+            measure = partial(_measure_linear, case, hidden, layer, device, repeats)
+            rows += _measured(case, layer, measure)
         if output:
             results.write_csv([asdict(row) for row in rows], facts, output)
     return rows
@@ -60,21 +70,28 @@ def _measured_before(path: Path, facts: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _measured(case: Case, compiled: bool, device: Device, repeats: int) -> list[Row]:
+def _measured(case: Case, what: str, measure: Callable[[], list[Row]]) -> list[Row]:
     """Its rows, or one with the reason where it fails: hours of others do not go with it."""
     try:
-        return _measure(case, compiled, device, repeats)
+        return measure()
     except Exception as error:  # out of memory, say, or whatever a trainer fails with
-        return [_left_out(case, failure(error))]
+        return [_left_out(case, what, failure(error))]
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # for what follows in another process
 
 
+def _measure_linear(case: Case, hidden: int, layer: str, device: Device, repeats: int) -> list[Row]:
+    whole = replace(case, tensor_parallel=1)  # what is measured, and what its rows say
+    chunk_tokens = max(1, min(InfoEntropyConfig().chunk_tokens, case.tokens // 2))
+    place = torch.device(device.type)
+    return measure_linear(whole, hidden, chunk_tokens, place, repeats=repeats, computes=layer)
+
+
 def _measure(case: Case, compiled: bool, device: Device, repeats: int) -> list[Row]:
     if device.type == "cuda" and case.tensor_parallel > device.count:
         reason = f"it needs {case.tensor_parallel} GPUs, found {device.count}"
-        return [_left_out(case, reason)]
+        return [_left_out(case, "every provider", reason)]
     with tempfile.TemporaryDirectory() as folder:
         if case.tensor_parallel == 1:
             return _on_rank(0, case, compiled, device, repeats, torch.get_num_threads(), folder)
@@ -123,7 +140,6 @@ def _group(rank: int, case: Case, device: Device, folder: str) -> Iterator[dist.
         dist.destroy_process_group()
 
 
-def _left_out(case: Case, reason: str) -> Row:
+def _left_out(case: Case, what: str, reason: str) -> Row:
     nothing = {"threads": 0, "clock": "", "by": "", "computes": "", "step": ""}
-    names = {"kind": "unavailable", "provider": "every provider"}
-    return results.row_of_case(case, reason=reason, **names, **nothing)
+    return results.row_of_case(case, kind="unavailable", provider=what, reason=reason, **nothing)

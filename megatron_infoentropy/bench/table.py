@@ -1,4 +1,4 @@
-"""What `infoentropy bench` prints: a table a case, what was not measured and why, the kernels."""
+"""What `infoentropy bench` prints: tables of every case, what was not measured and why."""
 
 from collections import defaultdict
 
@@ -16,6 +16,8 @@ def tables(rows: list[Row]) -> list[Table | str]:
     for case in dict.fromkeys(row.case for row in rows):
         of_case = [row for row in rows if row.case == case]
         parts += [_losses(case, of_case), _kernels(of_case)]
+        for layer in dict.fromkeys(row.computes for row in of_case if row.kind == "linear"):
+            parts.append(_output_layer([row for row in of_case if row.computes == layer]))
         parts += not_measured(of_case)
     return [part for part in parts if not isinstance(part, Table) or part.row_count]
 
@@ -57,6 +59,22 @@ def _kernels(rows: list[Row]) -> Table:
             share = f"{number(row.percent_of_limit)} of {row.limit}" if row.limit else ""
             table.add_row(row.provider, row.step, time_of(row), number(row.gb_per_s), share)
     return table
+
+
+def _output_layer(rows: list[Row]) -> Table:
+    heads = ["output layer and loss", "", "ms (p20-p80)", "MiB beside the inputs"]
+    heads += ["x fused loss: ms, MiB"]
+    table = table_of(f"{rows[0].computes}, forward + backward", heads)
+    fused = next(row for row in rows if row.provider.startswith("fused loss"))
+    for row in rows:
+        ms = _times(row.median_ms, fused.median_ms)
+        mib = _times(row.peak_mib, fused.peak_mib)
+        table.add_row(row.provider, "", time_of(row), number(row.peak_mib), f"{ms}, {mib}")
+    return table
+
+
+def _times(value: float | None, whole: float | None) -> str:
+    return number(value / whole) if value and whole else ""
 
 
 def table_of(title: str, heads: list[str]) -> Table:

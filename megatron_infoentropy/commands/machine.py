@@ -101,6 +101,9 @@ def bench(
         bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")
     ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="passes per provider")] = 5,
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="also an output layer of this size, fused and unfused")
+    ] = None,
     output: CsvFile = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="keep what the output has of this device and commit")
@@ -114,7 +117,7 @@ def bench(
     shape = (tokens, vocabulary, dtype, tensor_parallel)
     chosen = cases.grid(grid) if grid else [cases.Case(*shape)]  # type: ignore[arg-type]
     for part in tables(
-        run(chosen, repeats=repeats, compiled=compiled, output=output, resume=resume)
+        run(chosen, repeats=repeats, compiled=compiled, hidden=hidden, output=output, resume=resume)
     ):
         out.print(part)
 

@@ -1,12 +1,15 @@
 """One small case measured whole: nobody is missing, and counts are what the algorithms say."""
 
+import re
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from close import assert_within
 from launch import run_forked
+from oracle import dense_statistics
 
 from megatron_infoentropy.bench import losses, run
 from megatron_infoentropy.bench.cases import Case, grid
@@ -76,6 +79,41 @@ def test_kernels_are_held_against_a_copy_of_the_same_logits(experiment):
         assert (row.kind, row.limit) == ("kernel", "copy")
         assert row.bytes == (1 if row.step == "statistics" else 2) * LOGITS_BYTES
         assert row.percent_of_limit == pytest.approx(100 * row.gb_per_s / copy.gb_per_s)
+
+
+def test_an_output_layer_is_right_however_it_is_formed():
+    hidden, weight, target = losses._linear_inputs(Case(40, 70), 8, torch.device("cpu"))
+    for name, loss in losses.linear_losses(chunk_tokens=16).items():
+        count = re.search(r"(\d+) % of", name)
+        kept = torch.arange(40) % 10 < (int(count[1]) // 10 if count else 10)
+        truth = [each.double().requires_grad_() for each in (hidden, weight)]
+        ce, entropy, _ = dense_statistics((truth[0] @ truth[1].t())[kept], target[kept])
+        weights = 1 + entropy.detach()
+        expected = (weights * ce).sum() / weights.sum()
+        leaves = [each.clone().requires_grad_() for each in (hidden, weight)]
+        value = loss(*leaves, target)
+        assert_within(value, expected, rtol=1e-6)
+        gradients = zip(
+            torch.autograd.grad(value, leaves), torch.autograd.grad(expected, truth), strict=True
+        )
+        for gradient, true in gradients:
+            assert_within(gradient, true, atol=1e-5 * float(true.abs().max()))
+
+
+def test_an_output_layer_needs_the_predicted_memory():
+    tokens, hidden, vocabulary, chunk = 512, 32, 4096, 64
+    case = Case(tokens, vocabulary)
+    rows = losses.measure_linear(
+        case, hidden, chunk, torch.device("cpu"), repeats=1, computes="output layer"
+    )
+    assert [row.provider for row in rows] == list(losses.linear_losses(chunk))
+    gradients = (tokens + vocabulary) * hidden * 4
+    for row, rows_of_logits in zip(rows[:3], (tokens, chunk, chunk), strict=True):
+        predicted = (rows_of_logits * vocabulary * 4 + gradients) / 2**20
+        slack = 200 * tokens / 2**20  # statistics, coefficients and their temporaries
+        assert predicted <= row.peak_mib <= predicted + slack, row.provider
+        assert row.median_ms > 0
+    assert rows[4].peak_mib < rows[3].peak_mib < rows[2].peak_mib
 
 
 def test_passes_take_turns_and_ratios_are_of_medians_in_the_same_run(clock):

@@ -2,7 +2,8 @@
 from them."""
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -140,12 +141,17 @@ def test_targets_of_a_gpu_are_judged_at_the_headline(status):
     rows.append(row(case, plain, "both", 1.6, by="ours", times_in_place=0.95))
     rows.append(row(case, "megatron unfused", "both", 13.0, times_in_place=7.6))
     rows.append(row(case, "triton", "gradient", 1.1, kind="kernel", percent_of_limit=89.0))
+    layer = {"kind": "linear", "computes": "output layer, hidden size 4096, and loss"}
+    rows.append(row(case, "fused loss, chunks of 4096", "both", 36.0, **layer))
     met = {words: (value, met) for words, value, met in status.targets(rows)}
     assert met["Megatron unfused, times ours: >= 7.5"] == ("7.60", "yes")
     assert met["gradient, % of the copy bandwidth: >= 90"] == ("89.0", "**no**")
     assert met["entropy, % over our plain cross entropy: <= 3"] == ("5.26", "**no**")
     assert met["peak memory, times the logits: <= 1.01"] == ("1.01", "**no**")  # 1.015
     assert met["Liger vocab-parallel, times ours: >= 3"] == ("", "not measured")
+    assert met["fused output layer, hidden size 4096, ms: <= 37"] == ("36.0", "yes")
+    rows[-1] = replace(rows[-1], computes="output layer, hidden size 1024, and loss")
+    assert list(status.targets(rows))[-1][1:] == ["", "not measured"]
 
 
 def test_result_files_of_older_commits_are_read():
@@ -184,6 +190,30 @@ def test_a_stopped_run_keeps_its_rows_and_goes_on_at_the_same_commit(measure, tm
     facts["commit"], measure.side_effect = "0000000", ROWS
     run.bench(CASES, repeats=1, output=path, resume=True)
     assert [call.args[0].vocabulary // 64 for call in measure.mock_calls] == [1, 2, 2, 3, 1, 2, 3]
+
+
+def test_an_output_layer_is_measured_whole_and_once_also_where_it_fails(
+    measure, monkeypatch, tmp_path
+):
+    layer = "output layer, hidden size 3, and loss"
+    fused = row(CASES[0], "fused loss, chunks of 4", "both", 3.0, kind="linear", computes=layer)
+    linear = mock.Mock(side_effect=[[fused], MemoryError("17 GiB")])
+    monkeypatch.setattr(run, "measure_linear", linear)
+    go_on = partial(run.bench, repeats=1, output=tmp_path / "bench.csv", resume=True)
+    split = [replace(CASES[0], tensor_parallel=2), *CASES[:2]]
+    whole_too = [[row(case, "native", "both", 2.0)] for case in split]
+    measure.side_effect = whole_too
+    for _ in range(2):
+        assert go_on(split, hidden=3) == [*whole_too[0], fused, *ROWS[0], *ROWS[1]]
+    for _ in range(2):
+        *_, failed = go_on(split, hidden=5)
+        assert (failed.provider, failed.reason) == (
+            "output layer, hidden size 5, and loss",
+            "it failed: MemoryError: 17 GiB",
+        )
+    whole, hidden, chunk, *_ = linear.mock_calls[0].args
+    assert (whole, hidden, chunk) == (CASES[0], 3, 4)
+    assert linear.call_count == 2
 
 
 def test_a_case_that_fails_is_a_row_with_the_reason(measure):
