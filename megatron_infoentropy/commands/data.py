@@ -52,8 +52,8 @@ def preprocess(
         list[str],
         typer.Option(
             help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet or .arrow file, a quoted pattern, a "
-            "folder that `datasets` saved or of .parquet files, or an address such as s3://...; "
-            "repeatable"
+            "folder that `datasets` saved or of .parquet files, an address such as s3://..., or - "
+            "for lines on standard input; repeatable"
         ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder")],
@@ -92,7 +92,7 @@ def preprocess(
     executor: Annotated[
         str | None,
         typer.Option(
-            help="local or slurm: make and merge --tasks shards as tasks of datatrove "
+            help="local, slurm or ray: make and merge --tasks shards as tasks of datatrove "
             '(pip install "megatron-infoentropy[cluster]")'
         ),
     ] = None,
@@ -132,7 +132,7 @@ def preprocess(
     }
     if executor is None:
         if tasks is not None or executor_option:
-            raise ValueError("--tasks and --executor-option need --executor local or slurm")
+            raise ValueError("--tasks and --executor-option need --executor local, slurm or ray")
         _print_domains(
             run(**asked, shard=None if shard is None else parse_shard(shard), restart=restart)
         )

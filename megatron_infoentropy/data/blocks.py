@@ -12,6 +12,7 @@ ten times, such files ten thousand times.
 
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
+
+from megatron_infoentropy.data.sources import StandardInput
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 TABLES = (".parquet", ".arrow")
@@ -40,6 +43,8 @@ def require_readable(path: Path) -> None:
     Raises:
         ValueError: it does not exist, is a folder, or its name ends as that of no kind of file.
     """
+    if isinstance(path, StandardInput):
+        return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it, such as '{path}/*.jsonl'")
     if not path.is_file():
@@ -75,8 +80,10 @@ def read_chunks(
 def _blocks(
     file: BinaryIO, advance: Callable[[int], None], look: Callable[[bytes], object]
 ) -> Iterator[bytes]:
-    left = file.seek(0, os.SEEK_END)  # what is written to it meanwhile may never end
-    file.seek(0)
+    left = sys.maxsize
+    if file.seekable():  # what is written to it meanwhile may never end
+        left = file.seek(0, os.SEEK_END)
+        file.seek(0)
     while block := file.read(min(left, _READ_BYTES)):
         left -= len(block)
         look(block)

@@ -1,4 +1,4 @@
-"""`preprocess` as tasks of datatrove: on this machine, or as Slurm jobs.
+"""`preprocess` as tasks of datatrove: on this machine, as Slurm jobs, or on a Ray cluster.
 
 A task is a shard of the inputs; a last one, which depends on them, merges them into the output.
 Marks of completion, logs, arrays and requeueing are datatrove's; nothing else imports it. The
@@ -37,17 +37,18 @@ def run_tasks(
 ) -> Manifest | None:
     """Make what `preprocess(**asked)` makes, in shards and a merge; None when they are queued.
 
-    `kind` is local or slurm, `given` are KEY=VALUE for datatrove's executor; `say` is told
+    `kind` is local, slurm or ray, `given` are KEY=VALUE for datatrove's executor; `say` is told
     of the engine that all shards use. Called again after whatever ended it, the same call does
     what is missing.
 
     Raises:
         ValueError: an unknown executor or option, more tasks than files, an unusable output.
-        RuntimeError: datatrove or Slurm is not there; a task failed, with its reason.
+        RuntimeError: datatrove, Slurm or Ray is not there; a task failed, with its reason.
     """
     make = _executor(kind)
     chosen = _options(kind, make, given, asked["workers"])
     single.require_usable(asked["inputs"], asked["workers"], asked["max_errors"])
+    single.require_parts(asked["inputs"])
     inputs = asked["inputs"] = [path.resolve() for path in asked["inputs"]]
     if not 1 <= tasks <= len(inputs):
         raise ValueError(f"--tasks must be 1 to {len(inputs)}, the number of files; got {tasks}")
@@ -70,20 +71,23 @@ def run_tasks(
     leave_none()  # else datatrove's manager process outlives this one, if that is killed
     for executor in (parts, last):
         executor.run()
+        if failed := executor.get_incomplete_ranks():  # Ray's does not raise
+            raise RuntimeError(f"tasks {failed} failed: see {executor.logging_dir.path}/logs")
     return load_manifest(output)
 
 
 def _executor(kind: str) -> Any:
-    if kind not in ("local", "slurm"):
-        raise ValueError(f"--executor must be local or slurm, got {kind!r}")
+    if kind not in ("local", "slurm", "ray"):
+        raise ValueError(f"--executor must be local, slurm or ray, got {kind!r}")
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise RuntimeError("--executor slurm needs sbatch: give the command where jobs are queued")
     try:
         executors = import_module("datatrove.executor")
+        if kind == "ray":
+            import_module("ray")
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"--executor {kind} needs {error.name}: pip install 'megatron-infoentropy[cluster]'"
-        ) from error
+        cure = "ray" if error.name == "ray" else "'megatron-infoentropy[cluster]'"
+        raise RuntimeError(f"--executor {kind} needs {error.name}: pip install {cure}") from error
     return getattr(executors, f"{kind.title()}PipelineExecutor")
 
 

@@ -58,7 +58,7 @@ class JournalledRun:
 
     `job` is what must be the same for a run to go on, plain JSON; `inputs` say what is known of the
     files before any is read. `max_errors` lines that hold no document are skipped, the next one
-    ends the run.
+    ends the run. Without `is_saved` there is no journal: what the inputs are is gone with the run.
 
     Raises:
         ValueError: there is a journal of another job.
@@ -72,6 +72,7 @@ class JournalledRun:
         inputs: Sequence[InputFacts],
         vocab_size: int,
         max_errors: int,
+        is_saved: bool = True,
     ) -> None:
         self.dataset = work / "dataset"
         self.writers: dict[str, DatasetWriter] = {}
@@ -80,7 +81,7 @@ class JournalledRun:
         saved = load_journal(work, job)
         self.state, counts = saved or (RunState(list(inputs)), {})
         self._rejects = self._open_as_journalled(counts)
-        self._saved_at = time.monotonic()
+        self._is_saved, self._saved_at = is_saved, time.monotonic()
 
     def _open_as_journalled(self, counts: dict[str, Counts]) -> FileIO:
         """Cut every file back to the journal's place; what it does not know goes."""
@@ -126,7 +127,7 @@ class JournalledRun:
         else:
             self._end_input(block)
         pause = SAVE_EVERY_S if block.lines else SAVE_AFTER_INPUT_S
-        if time.monotonic() - self._saved_at >= pause:
+        if self._is_saved and time.monotonic() - self._saved_at >= pause:
             self.save()
 
     def _add_lines(self, block: Block, encoded: Encoded) -> None:
@@ -187,6 +188,7 @@ class JournalledRun:
         for writer in self.writers.values():
             writer.end_span()
         facts.sha256 = block.sha256
+        facts.bytes = facts.bytes or block.end.offset  # of standard input it is only known now
         self.state.file, self.state.offset, self.state.line = self.state.file + 1, 0, 1
 
     def save(self) -> None:

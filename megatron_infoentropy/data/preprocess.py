@@ -45,7 +45,7 @@ from megatron_infoentropy.data.manifest import (
     TokenizerFacts,
     load_manifest,
 )
-from megatron_infoentropy.data.sources import UNDATED
+from megatron_infoentropy.data.sources import UNDATED, StandardInput
 from megatron_infoentropy.data.tokenizer import LoadedTokenizer, load_tokenizer
 from megatron_infoentropy.data.workers import WorkerSettings, encode_blocks
 from megatron_infoentropy.data.writer import finish, full_disk_is_said
@@ -68,10 +68,11 @@ def input_of(path: Path) -> Input:
     """Look at a file as it is now; all of a small one, 64 KiB at eight places of a large one."""
     digest, status = hashlib.sha256(), path.stat()
     last = max(status.st_size - _SAMPLE_BYTES, (_SAMPLES - 1) * _SAMPLE_BYTES)
-    with path.open("rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(sample * last // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    if not isinstance(path, StandardInput):
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(sample * last // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     facts = InputFacts(path.name, status.st_size, 0, 0, 0, 0, 0, samples=digest.hexdigest())
     return Input(path, facts, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -109,6 +110,10 @@ class Task:
         """Return what the manifest says of the engine; the version of hf is that of tokenizers."""
         return self.engine if self.engine == "hf" else f"{self.engine} {version(self.engine)}"
 
+    def can_go_on(self) -> bool:
+        """Say whether what was read of the inputs can be read again."""
+        return not any(isinstance(each.path, StandardInput) for each in self.inputs)
+
     def versions(self) -> dict[str, str]:
         """Return the versions that the ids depend on."""
         packages = ("tokenizers", "transformers")
@@ -116,6 +121,8 @@ class Task:
 
     def is_done(self) -> bool:
         """Say whether `output` is what this would make: of these inputs, tokenizer and options."""
+        if not self.can_go_on():
+            return False
         try:
             made = load_manifest(self.output)
             for name, facts in made.domains.items():
@@ -216,6 +223,19 @@ def shard_name(shard: tuple[int, int]) -> str:
     return f"shard-{shard[0]:05d}-of-{shard[1]:05d}"
 
 
+def require_parts(inputs: Sequence[Path]) -> None:
+    """Check that the inputs can be shared out.
+
+    Raises:
+        ValueError: standard input is one of them.
+    """
+    if any(isinstance(path, StandardInput) for path in inputs):
+        raise ValueError(
+            "standard input (-) can not be shared out among shards or tasks, as each would have to "
+            "read all of it: write it to files and name those"
+        )
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Return (3, 10) for `3/10`.
 
@@ -261,6 +281,7 @@ def preprocess(
     require_usable(inputs, workers, max_errors)
     shards_of = "" if shard is None else shards_digest(inputs)
     if shard is not None:
+        require_parts(inputs)
         inputs, output = shard_inputs(inputs, shard), output / shard_name(shard)
     files = list(map(input_of, inputs))
     task = Task(files, output, load_tokenizer(tokenizer), options, shard, shards_of)
@@ -300,6 +321,7 @@ def _make(task: Task, settings: WorkerSettings, work: Path, workers: int, max_er
         inputs=[replace(each.facts) for each in task.inputs],
         vocab_size=task.loaded.vocab_size,
         max_errors=max_errors,
+        is_saved=task.can_go_on(),
     )
     with closing(run):
         sizes = [each.facts.bytes for each in task.inputs]

@@ -1,7 +1,7 @@
-"""The sources that `--input` names: files, patterns, `datasets` folders, stores' objects.
+"""The sources that `--input` names: files, patterns, `datasets` folders, stores' objects, `-`.
 
-The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) are Paths too, as
-far as reading goes: they have a name, and are opened and looked at.
+The files are Paths. Those behind fsspec (`s3://bucket/name`, `hf://`, `gcs://`) and standard input
+are Paths too, as far as reading goes: they have a name, and are opened and looked at.
 """
 
 import glob
@@ -117,6 +117,25 @@ class _RemoteReader(io.RawIOBase):
         super().close()
 
 
+class StandardInput(Path):
+    """Lines of JSON on standard input, which can be read once."""
+
+    def __init__(self) -> None:
+        super().__init__("-")
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Return what is there to be read."""
+        return sys.stdin.buffer
+
+    def stat(self, **_: Any) -> Any:
+        """Return nothing that is known: it has no size, and is never what it was."""
+        return InputStatus(0, 0, 0, -1, -1)
+
+    def resolve(self, strict: bool = False) -> "StandardInput":
+        """Return standard input itself."""
+        return self
+
+
 def find_inputs(given: Iterable[str]) -> list[Path]:
     """Return the files that are named, in the order given; the matches of a pattern are sorted.
 
@@ -127,7 +146,9 @@ def find_inputs(given: Iterable[str]) -> list[Path]:
     """
     files: list[Path] = []
     for name in given:
-        if "://" in name:
+        if name == "-":
+            files.append(StandardInput())
+        elif "://" in name:
             files += _remote(name)
         elif Path(name).is_dir():
             files += _files_of(Path(name))

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from golden import assert_same_files
@@ -80,14 +81,38 @@ def test_failed_killed_and_given_again_it_writes_what_one_process_writes(
     assert (marks(tmp_path), output.stat().st_ctime_ns) == before
 
 
+@pytest.mark.slow
+def test_ray_writes_what_one_process_writes(prepare, asked, blocked, tmp_path, monkeypatch):
+    """A cluster of this machine, two tasks at a time; a failed one is done again, alone."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    words = (*asked, "--executor", "ray", "--tasks", "2", "--executor-option", "workers=2")
+    words += ("--executor-option", "cpus_per_task=1")
+    # tmp_path is too long for its sockets.
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as own:
+        monkeypatch.setenv("RAY_TMPDIR", own)
+        failing = start(*words)
+        said = failing.communicate()[0]
+        assert failing.returncode == 1
+        assert re.search(r"tasks \[1\] failed: see .*/logs", said), said[-3000:]
+        done = marks(tmp_path)
+        assert list(done) == ["00000"]
+        blocked.unlink()
+        again = start(*words)
+        said = again.communicate()[0]
+    assert again.returncode == 0, said[-3000:]
+    assert marks(tmp_path) == done | {"00001": marks(tmp_path)["00001"]}
+    whole = prepare(sorted(tmp_path.glob("*.jsonl")), "whole").folder
+    assert_same_files(tmp_path / "out", whole)
+
+
 @pytest.mark.parametrize(
     ("words", "cure"),
     [
-        (("--tasks", "2"), "need --executor local or slurm"),
+        (("--tasks", "2"), "need --executor local, slurm or ray"),
         (("--executor", "local"), "needs --tasks N"),
         ((*TASKS, "--shard", "0/2"), "give neither --shard nor --restart"),
         ((*TASKS, "--restart"), "give neither --shard nor --restart"),
-        (("--executor", "cloud", "--tasks", "2"), "must be local or slurm, got 'cloud'"),
+        (("--executor", "cloud", "--tasks", "2"), "must be local, slurm or ray, got 'cloud'"),
         (("--executor", "local", "--tasks", "3"), "1 to 2, the number of files; got 3"),
         (("--executor", "local", "--tasks", "0"), "1 to 2, the number of files; got 0"),
         ((*TASKS, "--input", "none.jsonl"), "^no such input file: none.jsonl$"),
@@ -109,6 +134,7 @@ def test_mistakes_are_named(asked, words, cure, tmp_path):
     ("kind", "missing", "cure"),
     [
         ("local", "datatrove.executor", r"pip install 'megatron-infoentropy\[cluster\]'"),
+        ("ray", "ray", "pip install ray"),
         ("slurm", "", "needs sbatch"),
     ],
 )

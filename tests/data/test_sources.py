@@ -1,4 +1,4 @@
-"""Parquet, folders of `datasets`, stores: they give the bytes of .jsonl files."""
+"""Parquet, folders of `datasets`, stores, standard input: they give the bytes of .jsonl files."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from text_files import command, line, write
 from megatron_infoentropy.data import blocks
 from megatron_infoentropy.data.blocks import Block, BrokenLineError, Keys, read_blocks
 from megatron_infoentropy.data.jsonl import rows_of
-from megatron_infoentropy.data.manifest import DataOptions, Manifest
+from megatron_infoentropy.data.manifest import DataOptions, Manifest, load_manifest
 from megatron_infoentropy.data.sources import find_inputs
 from megatron_infoentropy.data.verify import verify
 
@@ -373,3 +373,26 @@ def test_an_object_is_known_by_its_store_and_its_path(prepare, store, tmp_path, 
     when_reading(monkeypatch, found[0].name, lambda: store.pipe(same_crc32[0], more))
     with pytest.raises(ValueError, match=r"599430bd25\.jsonl changed while it was read"):
         prepare(found, "no")
+
+
+def test_standard_input_is_read_once_and_neither_resumed_nor_sharded(
+    expected, tokenizer_folder, tmp_path
+):
+    words = ("preprocess", "--input", "-", "--tokenizer", tokenizer_folder, "--output")
+    text = "".join(f"{each}\n" for each in LINES)
+    ran = command(*words, tmp_path / "out", given=text)
+    assert ran.exit_code == 0, ran.output
+    made = load_manifest(tmp_path / "out")
+    assert_same_dataset(made, expected)
+    assert replace(made.inputs[0], name="lines.jsonl", samples="") == replace(
+        expected.inputs[0], samples=""
+    )
+    again = command(*words, tmp_path / "out", given=text)
+    assert "is not empty" in str(again.exception)  # what it was made of cannot be looked at
+    before = set(tmp_path.iterdir())
+    broken = command(*words, tmp_path / "no", given=f"{text}no document\n")
+    assert str(broken.exception).startswith(f"-:{len(LINES) + 1}: not JSON")
+    assert set(tmp_path.iterdir()) == before  # nothing to go on from
+    for more in (("--shard", "0/1"), ("--executor", "local", "--tasks", "1")):
+        refused = command(*words, tmp_path / "no", *more, given=text)
+        assert "standard input (-) can not be shared out" in str(refused.exception)

@@ -39,8 +39,8 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def command(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
+def command(*words: object, given: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], input=given)
 
 
 def assert_ids(encoded: tuple[np.ndarray, np.ndarray], expected: list[list[int]]) -> None:
