@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*) setup.py
 # Where this is set, every process compiles torch and Megatron anew: 25 seconds of importing, not 10.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-clients test-cluster faults fuzz sanitize audit lint docs bench gpu \
+.PHONY: demo test test-slow test-clients test-cluster faults fuzz sanitize audit lint docs bench bench-gpu gpu \
   gpu-6.7b build status pages clean
 
 demo: $(READY)
@@ -75,6 +75,12 @@ docs: $(READY)
 # The loss beside its peers. OUTPUT=FILE.csv writes the result file (only at a clean commit).
 bench: $(READY)
 	$(BIN)/infoentropy bench --grid small --hidden 256 $(if $(OUTPUT),--output $(OUTPUT))
+
+# The same on one large GPU, without compiled peers, which tools/gpu.sh measures at the headline; it goes
+# on with what OUTPUT has of this device and commit. See tools/gpu.sh for a card without a network.
+bench-gpu: $(READY)
+	$(BIN)/infoentropy bench --grid full --hidden 4096 --no-compiled --resume \
+	  --output $(or $(OUTPUT),runs/bench_gpu.csv)
 
 # What needs a GPU, in one command that goes on where it stopped: see tools/gpu.sh for PYTHON, OUT and
 # for what is packed before, where a card is lent for minutes. STEPS="kernels headline" does a part.

@@ -79,7 +79,7 @@ def test_the_version_is_the_packages(call):
         ("bench --dtype int8", "dtype must be float32 or bfloat16"),
         ("bench --tokens 0", "must be positive"),
         ("bench --vocabulary 65 --tensor-parallel 2", "does not split evenly over 2 ranks"),
-        ("bench --grid huge", "grid must be one of small, headline, tiny"),
+        ("bench --grid huge", "grid must be one of small, headline, full, tiny"),
         ("tokenizer no.jsonl --output t", "no.jsonl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The cases that are measured: shapes of logits, and the grids of `make bench` and `make gpu`."""
+"""The cases that are measured: shapes of logits, and grids of them by name."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -39,10 +39,18 @@ class Case:
         return words + (f", TP {self.tensor_parallel}" if self.tensor_parallel > 1 else "")
 
 
+HEADLINE_CASE = Case(*HEADLINE, "bfloat16")
+FULL = [
+    Case(tokens, vocabulary, dtype)
+    for dtype in DTYPES[::-1]
+    for tokens in (4096, 8192, 16384)
+    for vocabulary in (32000, 128256, 262144)
+]
 GRIDS = {
     "small": [Case(2048, 32000), Case(2048, 32000, "bfloat16"), Case(2048, 32000, "float32", 2)],
     # For one large GPU; the second is the shape for which the authors of "trl" publish a time.
-    "headline": [Case(*HEADLINE, "bfloat16"), Case(8192, 151936, "bfloat16")],
+    "headline": [HEADLINE_CASE, Case(8192, 151936, "bfloat16")],
+    "full": sorted(FULL, key=lambda case: case != HEADLINE_CASE),  # of one large GPU too
     "tiny": [Case(64, 4008, "bfloat16"), Case(64, 4748, "bfloat16")],  # to see that it runs
 }
 

@@ -95,7 +95,7 @@ def bench(
         int, typer.Option(min=1, help="ranks to split the vocabulary over")
     ] = 1,
     grid: Annotated[
-        str | None, typer.Option(help="small, headline or tiny: measure these shapes instead")
+        str | None, typer.Option(help="small, headline, full or tiny: measure these shapes instead")
     ] = None,
     compiled: Annotated[
         bool, typer.Option(help="also what torch.compile makes of the peers (seconds each)")

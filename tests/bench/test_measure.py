@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -137,6 +138,10 @@ def test_grids_have_the_shapes_that_the_docs_name():
     assert [str(case) for case in grid("small")] == shapes
     shapes = ["8192 x 128256 bfloat16", "8192 x 151936 bfloat16"]
     assert [str(case) for case in grid("headline")] == shapes
+    first, *others = map(str, grid("full"))
+    assert first == shapes[0]  # which the targets of a file are judged at
+    sizes = product((4096, 8192, 16384), (32000, 128256, 262144), ("bfloat16", "float32"))
+    assert sorted([first, *others]) == sorted(f"{n} x {v} {dtype}" for n, v, dtype in sizes)
 
 
 def test_an_interval_is_of_the_pairs_not_of_the_times():
