@@ -198,6 +198,13 @@ def launch(
     save_seconds: Annotated[
         int, typer.Option(min=10, help="Slurm: save and requeue so long before the time limit")
     ] = 120,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slurm: CPUs of a node, for all its ranks; default: all"),
+    ] = None,
+    mem: Annotated[
+        str | None, typer.Option(help="Slurm: memory of a node, such as 64G; default: all")
+    ] = None,
     max_requeues: Annotated[
         int | None,
         typer.Option(min=0, help="Slurm: times that the job may start again; default: any"),
@@ -238,7 +245,7 @@ def launch(
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         hosts=named,
-        slurm=None if slurm is None else machines.parse_slurm(slurm),
+        slurm=machines.sbatch_options(slurm, {"--cpus-per-task": cpus_per_task, "--mem": mem}),
         image=container_image,
         engine=container_engine or ("pyxis" if slurm is not None else "apptainer"),
         mounts=tuple(container_mount or ()),

@@ -22,6 +22,8 @@ SET_BY_US = {
     *("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node", "--gpus-per-node", "--signal"),
     *("--output", "-o", "--error", "-e", "--open-mode", "--no-requeue", "--array", "-a"),
 }
+# Options of sbatch of which Slurm takes one at most, by the one that is an option of `launch` too.
+ABOUT = {"--cpus-per-task": re.compile("--cpus-per-|-c"), "--mem": re.compile("--mem(-per-|=)")}
 
 _LABEL = r"[\w-]{1,63}"
 # A zone ("fe80::1%eth0") means something on one machine only.
@@ -249,6 +251,31 @@ def parse_slurm(text: str) -> tuple[str, ...]:
                 "--gpus-per-node, --run and --save-seconds; edit the script for more"
             )
     return tuple(options)
+
+
+def sbatch_options(text: str | None, own: dict[str, int | str | None]) -> tuple[str, ...] | None:
+    """Return the options in the `text` of --slurm, and those of sbatch that are options of ours.
+
+    Raises:
+        ValueError: what `parse_slurm` refuses, one that is given both ways, or no Slurm at all.
+    """
+    given = {name: value for name, value in own.items() if value is not None}
+    if text is None and given:
+        raise ValueError(f"{' and '.join(given)}: what a node of Slurm gives the job; add --slurm")
+    mem = given.get("--mem", "0")
+    if not re.fullmatch("[0-9]+[KMGT]?", str(mem), re.IGNORECASE):
+        raise ValueError(
+            "--mem must be a node's memory as sbatch takes it, a whole number of megabytes, or "
+            f"with K, M, G or T behind it, and 0 for all of it; got {mem!r}"
+        )
+    if text is None:
+        return None
+    options = parse_slurm(text)
+    for name in given:
+        for option in options:
+            if ABOUT[name].match(option):
+                raise ValueError(f"--slurm may not hold {option} beside {name}: say one of them")
+    return (*options, *(f"{name}={value}" for name, value in given.items()))
 
 
 def _set_by_us(option: str) -> str | None:

@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_infoentropy.files import write_whole
-from megatron_infoentropy.launch.cluster import PORT, Cluster, absolute
+from megatron_infoentropy.launch.cluster import ABOUT, PORT, Cluster, absolute
 from megatron_infoentropy.launch.job import TrainingJob
 from megatron_infoentropy.launch.recipe import last_value, ranks_of_a_model, read_facts
 from megatron_infoentropy.launch.run_folder import (
@@ -240,7 +240,7 @@ def _whole_nodes(slurm: tuple[str, ...]) -> list[str]:
     about_cpus = re.compile(r"--(cpus-|mincpus|exclusive|oversubscribe)|-[cs]")
     if any(about_cpus.match(option) for option in slurm):
         return []
-    has_memory = any(re.match("--mem(-per-|=)", option) for option in slurm)
+    has_memory = any(ABOUT["--mem"].match(option) for option in slurm)
     return ["--exclusive", *([] if has_memory else ["--mem=0"])]
 
 

@@ -20,6 +20,7 @@ from megatron_infoentropy.launch.cluster import (
     absolute,
     parse_hosts,
     parse_slurm,
+    sbatch_options,
 )
 from megatron_infoentropy.launch.recipe import written_flags
 from megatron_infoentropy.launch.run_folder import write_facts
@@ -155,6 +156,39 @@ def test_a_node_is_asked_for_as_a_whole_unless_its_cpus_are_chosen(tmp_path, opt
     assert [word for word in words if word in ("--exclusive", "--mem=0")] == whole
 
 
+OWN = {"--cpus-per-task": 8, "--mem": "64G"}
+
+
+@pytest.mark.parametrize(
+    ("slurm", "own", "options"),
+    [
+        (None, dict.fromkeys(OWN), None),
+        ("-p gpu", dict.fromkeys(OWN), ("-p gpu",)),
+        ("", OWN, ("--cpus-per-task=8", "--mem=64G")),
+        ("--mem-bind=local", {"--mem": "0"}, ("--mem-bind=local", "--mem=0")),
+        ("--mem=64G", {"--cpus-per-task": 8}, ("--mem=64G", "--cpus-per-task=8")),
+    ],
+)
+def test_cpus_and_memory_are_asked_of_sbatch_by_its_own_names(slurm, own, options):
+    assert sbatch_options(slurm, own) == options
+
+
+@pytest.mark.parametrize(
+    ("slurm", "own", "said"),
+    [
+        (None, OWN, "--cpus-per-task and --mem: what a node of Slurm gives the job; add --slurm"),
+        ("-c 4", OWN, "--slurm may not hold -c 4 beside --cpus-per-task: say one of them"),
+        ("--mem-per-cpu=2G", OWN, "may not hold --mem-per-cpu=2G beside --mem"),
+        ("--nodes=2", OWN, "may not hold --nodes: the job script sets it"),
+        *(("", {"--mem": mem}, f"0 for all of it; got '{mem}'$")
+          for mem in ("", "-1", "1.5G", "64GB", "8 G", "all", "\u0663")),
+    ],
+)  # fmt: skip
+def test_cpus_and_memory_that_sbatch_would_not_take_are_refused(slurm, own, said):
+    with pytest.raises(ValueError, match=said):
+        sbatch_options(slurm, own)
+
+
 def test_what_sbatch_reads_is_quoted(tmp_path):
     """It takes quotes, # and % much as a shell does."""
     words = asked(tmp_path / "a'b#%j", """--comment "it's # b" -A 'x y' --time=1:00""")
@@ -216,14 +250,15 @@ def test_the_command_hands_on_what_slurm_is_asked_for_and_its_lines_as_one_comme
         raise ValueError("enough")
 
     words = ["launch", "x.yaml", "--data", "d", "--tokenizer", "t", "--run", str(tmp_path),
-             "--slurm", "--time=1:00\n  --mem=64G", "--max-requeues=3",
+             "--slurm", "--time=1:00\n  --partition=gpu",
+             "--cpus-per-task=8", "--mem=64G", "--max-requeues=3",
              "--gpus-per-node=2", "--ranks-per-node=2"]  # fmt: skip
     monkeypatch.setattr("megatron_infoentropy.launch.scripts.prepare", prepare)
     monkeypatch.setattr("sys.argv", ["infoentropy", *words])
     CliRunner().invoke(app, words)
     cluster, made_by = made
-    assert "--slurm '--time=1:00 --mem=64G' --max-requeues=3" in made_by
-    assert cluster.slurm == ("--time=1:00", "--mem=64G")
+    assert "--slurm '--time=1:00 --partition=gpu' --cpus-per-task=8" in made_by
+    assert cluster.slurm[-3:] == ("--partition=gpu", "--cpus-per-task=8", "--mem=64G")
     assert "\nmax_requeues=3\n" in job_script(Plan(tmp_path, FLAGS, cluster, "a test"))
 
 
