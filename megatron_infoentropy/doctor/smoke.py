@@ -36,6 +36,7 @@ PACKAGES = ("megatron-infoentropy", "torch", "megatron-core", "transformers", "t
 GIB, MIB = 2**30, 2**20
 LOOKING_S = 6 * 3600  # the longest that a rank may take to look, or to plan
 BUCKET_BYTES = 256 * MIB  # of gradients, which are more; enough to see the network's speed
+CLOCK_S = 1.0  # apart; logs and Slurm's limits are compared by eye, certificates by machines
 ON_TOP = 1.1  # of the counted memory: workspaces, communication buffers, fragmentation
 
 
@@ -76,6 +77,7 @@ class Facts:
     seen: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     made_with: str = ""  # SHA-256 of the data's tokenizer
+    clock_s: float = 0.0  # ahead of rank 0's
 
 
 class Collective(NamedTuple):
@@ -136,6 +138,7 @@ def examine_job(order: Order, tell: Callable[[str], object]) -> list[str]:
     )
     dist.broadcast_object_list(plan)
     collectives, memory, refused = plan[0]
+    facts.clock_s = clock_at_once()
     require_memory(facts, memory)
     done = [do_collective(each, device) for each in collectives]
     everyone = gathered(facts)
@@ -326,6 +329,15 @@ def gathered(mine: Any) -> list[Any]:
     return everyone
 
 
+def clock_at_once(clock: Callable[[], float] = time.time) -> float:
+    """Return by how much this rank's clock is ahead of rank 0's, as all leave a barrier."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    now = clock()
+    return float(now - gathered(now)[0])
+
+
 def do_collective(collective: Collective, device: Any) -> tuple[str, list[str]]:
     """Do it some times; every rank calls this. Returns a line about it, and what was wrong."""
     import torch
@@ -389,7 +401,13 @@ def troubles(facts: list[Facts]) -> list[str]:
             )
     for said in sorted({problem for one in facts for problem in one.problems}):
         sentences.append(f"{_who([one for one in facts if said in one.problems])}: {said}")
-    return sentences
+    return sentences + [
+        f"{_who([one])}: its clock is {abs(one.clock_s):.1f} s "
+        f"{'ahead of' if one.clock_s > 0 else 'behind'} rank 0's: synchronise the hosts "
+        "(chrony or ntpd)"
+        for one in facts
+        if abs(one.clock_s) > CLOCK_S
+    ]
 
 
 def _who(facts: list[Facts]) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -73,6 +74,7 @@ def test_conversations_are_read_by_every_rank(tmp_path):
     [
         ({"same": SAME | {"torch": "2.14.0"}}, "torch 2.14.0, elsewhere 2.15.0: every host must"),
         ({"same": SAME | {"device": "NVIDIA A100"}}, "device NVIDIA A100, elsewhere NVIDIA H200"),
+        ({"clock_s": -7.5}, "its clock is 7.5 s behind rank 0's: synchronise"),
         ({"problems": ["no file"]}, "no file"),
     ],
 )
@@ -95,18 +97,20 @@ def test_disk_and_memory_that_are_short_are_problems(tmp_path):
 
 def two_ranks():
     rank, (work, broken) = dist.get_rank(), (dist.all_reduce, dist.all_reduce)
+    ahead = smoke.clock_at_once(time.time if rank == 0 else lambda: time.time() + 5)
     cpu = torch.device("cpu")
     sums, gathers = Collective("r", 4096, 2), Collective("g", 4096, 2, gathers=True)
     done = [smoke.do_collective(each, cpu) for each in (sums, gathers)]
     dist.all_reduce = lambda mine, group: (work(mine, group=group), mine.add_(rank))
     try:
-        return *done, smoke.do_collective(sums, cpu)
+        return ahead, *done, smoke.do_collective(sums, cpu)
     finally:
         dist.all_reduce = broken
 
 
-def test_two_ranks_see_a_wrong_collective():
-    first, second = run_ranks(two_ranks, 2)
+def test_two_ranks_see_a_skewed_clock_and_a_wrong_collective():
+    (_, *first), (ahead, *second) = run_ranks(two_ranks, 2)
+    assert ahead == pytest.approx(5, abs=0.5)
     assert first == second
     (line, wrong), (other, none), (_, trouble) = first
     assert line.startswith("r: all-reduce of 0.00391 MiB over 2 ranks: ")
