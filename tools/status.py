@@ -2,7 +2,7 @@
 
     tools/status.py run      run the tests of every feature this machine can run; write the results
     tools/status.py pages    rewrite the generated parts of the README, of docs/status.md and of
-                             docs/benchmarks.md from the result files
+                             docs/benchmarks.md from the result files, with its pictures
 
 No number stands there without its file under tools/results/.
 """
@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import yaml
+from matplotlib.patches import Patch
 from rich.table import Table
 
 from megatron_infoentropy.bench.cases import HEADLINE
 from megatron_infoentropy.bench.results import Row, provenance, read_csv, write_csv
 from megatron_infoentropy.bench.table import number, tables
+from megatron_infoentropy.evaluate import figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
@@ -81,14 +84,15 @@ def features() -> list[dict[str, Any]]:
 
 
 def generated() -> dict[Path, str]:
-    """Return the pages that have generated parts, with those renewed."""
+    """Return the pages that have generated parts, with those renewed, and the pictures."""
     docs = ROOT / "docs"
     parts = {
         ROOT / "README.md": {"speed": speed()},
         docs / "status.md": {"status": status_table()},
         docs / "benchmarks.md": {"bench": every_case()},
     }
-    return {page: renewed(page.read_text(encoding="utf-8"), parts[page]) for page in parts}
+    pages = {page: renewed(page.read_text(encoding="utf-8"), parts[page]) for page in parts}
+    return pages | {docs / f"{path.stem}.svg": picture(path) for path in result_files()}
 
 
 def renewed(page: str, parts: dict[str, str]) -> str:
@@ -153,6 +157,7 @@ def every_case() -> str:
     for path in result_files():
         rows, facts = read_csv(path)
         text += f"### {facts['device']} ([file](../tools/results/{path.name}))\n\n"
+        text += f"![time of forward and backward by provider]({path.stem}.svg)\n\n"
         if judged := list(targets(rows)):
             text += f"{_table([['target', 'measured', 'met'], ['---'] * 3, *judged])}\n"
         text += f"torch {facts['torch']}, {facts['date']}, commit {facts['commit']}.\n\n"
@@ -161,6 +166,43 @@ def every_case() -> str:
                 text += f"{_sentence(part)}\n" if isinstance(part, str) else _markdown(part)
             text += "\n"
     return text
+
+
+SHADES = {  # forward, backward: ours in blue, the others in grey
+    "ours": (figure.SERIES[0], figure.SERIES[4]),
+    "peer": (figure.MUTED, figure.GRID),
+}
+
+
+def picture(path: Path) -> str:
+    """Return an SVG of the first case of a result file: a bar a provider, the fastest on top."""
+    rows, facts = read_csv(path)
+    first = [row for row in rows if row.kind == "loss" and row.case == rows[0].case]
+    ms = {(row.provider, row.step): row.median_ms or 0.0 for row in first}
+    whole = sorted(
+        (row for row in first if row.step == "both"), key=lambda row: ms[row.provider, "both"]
+    )
+    names = [f"{row.provider}{'' if row.computes == 'cross entropy' else ' *'}" for row in whole]
+    words = [f"{number(row.median_ms)} ms, {number(row.times_in_place)} x" for row in whole]
+    with mpl.rc_context(figure.STYLE | {"font.size": 9, "axes.grid.axis": "x"}):
+        axes = figure.panel(1.7 + 0.24 * len(whole))
+        for step, shade in (("both", 1), ("forward", 0)):  # what shows of the first is backward
+            lengths = [ms[row.provider, step] for row in whole]
+            bars = axes.barh(names, lengths, color=[SHADES[row.by][shade] for row in whole])
+            if step == "both":
+                axes.bar_label(bars, words, padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.5)  # for the words beside the longest
+        axes.set_xlabel("median ms; x: times ours in place\n*: with the entropy")
+        axes.set_title(f"{rows[0].case}\n{facts['device']}, {facts['date']}", loc="left")
+        keys = [
+            Patch(color=SHADES[by][shade], label=f"{who}, {step}")
+            for by, who in (("ours", "ours"), ("peer", "others"))
+            for shade, step in enumerate(("forward", "backward"))
+        ]
+        axes.legend(handles=keys, loc="upper right", fontsize=9)
+        alternative = f"time of forward and backward by provider, {rows[0].case}"
+        return figure.standalone(figure.finished(path.stem, axes, alternative, []).svg)
 
 
 def _markdown(table: Table) -> str:

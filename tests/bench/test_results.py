@@ -2,6 +2,7 @@
 from them."""
 
 import importlib.util
+import re
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,25 @@ def test_pages_are_made_from_result_files(status, rows, facts, tmp_path, monkeyp
     assert "| statistics, % of what bounds them: >= 80 | 80.0 | yes |" in page
     assert "| paper eager, times ours: >= 20 |  | not measured |" in page
     assert "](../tools/results/bench_cpu_202611.csv)" in page
+
+
+def test_a_picture_shows_the_first_case_of_its_file(status, rows, facts, tmp_path):
+    write_csv([asdict(row) for row in reversed(rows)], facts, tmp_path / "bench.csv")
+    svg = status.picture(tmp_path / "bench.csv")
+    bars = re.findall(
+        r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+)[^"]*z\n" clip-path[^>]*fill: (#\w+)', svg
+    )
+    assert len(bars) == 4
+    widths = {color: float(end) - float(start) for start, _, end, color in bars}
+    below = {color: float(y) for _, y, _, color in bars}
+    ours, peer = status.SHADES["ours"], status.SHADES["peer"]
+    times = dict(zip((*ours, *peer), (20, 50, 180, 450), strict=True))  # backward lies behind
+    scale = widths[ours[0]] / 20
+    assert widths == pytest.approx({color: ms * scale for color, ms in times.items()}, rel=1e-3)
+    assert below[ours[0]] < below[peer[0]]  # the faster one on top
+    words = re.findall(r"<text.*?>(.*?)</text>", svg)
+    assert {"native in place *", "torch *", "50.0 ms, 1.00 x", "450 ms, 9.00 x"} <= set(words)
+    assert "2048 x 32000 bfloat16, TP 2" in words
 
 
 def test_targets_of_a_gpu_are_judged_at_the_headline(status):
