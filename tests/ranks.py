@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,18 @@ class _Pool:
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         for pipe in self.ranks.values():
             pipe.send((function, arguments))
-        results = []
-        for (rank, _), pipe in self.ranks.items():
-            if not pipe.poll(TIMEOUT_S):
-                raise TimeoutError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
-            failed, value = pipe.recv()
-            if failed:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results.append(value)
-        return results
+        waiting = {pipe: rank for (rank, _), pipe in self.ranks.items()}
+        results = {}
+        while waiting:  # not in turn: the others may wait for one that has failed
+            if not (ready := wait(list(waiting), TIMEOUT_S)):
+                ranks = ", ".join(map(str, waiting.values()))
+                raise TimeoutError(f"ranks {ranks} gave no answer within {TIMEOUT_S} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                failed, results[rank] = pipe.recv()
+                if failed:
+                    raise AssertionError(f"rank {rank} failed:\n{results[rank]}")
+        return [results[rank] for rank in sorted(results)]
 
     def kill(self) -> None:
         for _, pid in self.ranks:
