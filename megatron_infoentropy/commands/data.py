@@ -248,7 +248,7 @@ def blend(
 
 
 def inspect(
-    dataset: Annotated[Path, typer.Argument(help="dataset folder")],
+    dataset: Annotated[Path, typer.Argument(help="dataset folder, or prefix of a .bin and .idx")],
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder: show text")] = None,
     document: Annotated[
         list[int] | None, typer.Option(help="number of one to show; repeatable")
@@ -262,7 +262,10 @@ def inspect(
 
 
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="dataset folder, or folder of checkpoints")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(help="dataset folder, prefix of a .bin and .idx, or folder of checkpoints"),
+    ],
     tokenizer: Annotated[Path | None, typer.Option(help="that it must have been made with")] = None,
     inputs: Annotated[
         list[str] | None,

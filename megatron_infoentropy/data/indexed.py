@@ -171,6 +171,19 @@ def _require_files(prefix: Path) -> None:
             )
 
 
+def require_prefix(target: Path) -> None:
+    """Check that there is a file of a dataset of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not bin_path(target).is_file() and not idx_path(target).is_file():
+        raise ValueError(
+            f"no dataset folder and no dataset: {target}; name the folder, or one of its datasets "
+            "by the path of its .bin and .idx without either"
+        )
+
+
 def _read_header(path: Path) -> tuple[int, int, int]:
     """(dtype code, sequences, boundaries) of an index that has the size it says."""
     with path.open("rb") as file:

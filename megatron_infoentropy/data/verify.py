@@ -16,6 +16,7 @@ from megatron_infoentropy.data.indexed import (
     IndexedReader,
     bin_path,
     idx_path,
+    require_prefix,
     token_dtype,
 )
 from megatron_infoentropy.data.manifest import (
@@ -34,11 +35,11 @@ _BAR = 40
 
 
 def inspect(
-    folder: Path, *, tokenizer: Path | None = None, documents: Sequence[int] | None = None
+    target: Path, *, tokenizer: Path | None = None, documents: Sequence[int] | None = None
 ) -> Iterator[str]:
-    """Yield lines that show a dataset folder.
+    """Yield lines that show a dataset folder, or a single dataset by its prefix.
 
-    Of each domain: its counts, a histogram of the documents' lengths, and how the given
+    Of each dataset: its counts, a histogram of the documents' lengths, and how the given
     `documents` begin (negative numbers count from the end; by default the first and the last), as
     text if there is a tokenizer folder.
 
@@ -47,9 +48,13 @@ def inspect(
             ids that the tokenizer does not.
     """
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    manifest = load_manifest(folder)
-    for name in manifest.domains:
-        prefix = manifest.prefix(name)
+    prefixes = {target.name: target}
+    if target.is_dir():
+        manifest = load_manifest(target)
+        prefixes = {name: manifest.prefix(name) for name in manifest.domains}
+    else:
+        require_prefix(target)
+    for name, prefix in prefixes.items():
         reader = IndexedReader(prefix)
         yield from _lengths(name, reader.lengths)
         ends = [0, len(reader) - 1] if len(reader) else []
@@ -95,21 +100,33 @@ class Fault:
 
 
 def verify(
-    folder: Path, *, tokenizer: Path | None = None, inputs: Sequence[Path] = ()
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    inputs: Sequence[Path] = (),
 ) -> list[Fault]:
-    """Check a dataset folder; an empty list means all is well.
+    """Check a dataset folder, or a single dataset by its prefix; an empty list means all is well.
 
-    With `tokenizer`, a folder, it must be the one that the dataset was made with. `inputs` must be
-    the files that the dataset was made of, byte by byte, and all of them.
+    With `tokenizer`, a folder, it must be the one that the dataset was made with; of a single
+    dataset, which does not say, the ids must be of its vocabulary. `inputs` must be the files that
+    the dataset was made of, byte by byte, and all of them.
 
     Raises:
-        ValueError: there is no manifest; a tokenizer that can not be read.
+        ValueError: there is neither a manifest nor a dataset; a tokenizer that can not be read.
     """
-    manifest = load_manifest(folder)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    if not target.is_dir():
+        require_prefix(target)
+        if inputs:
+            raise ValueError(f"{target} is one dataset: only the manifest of its folder has inputs")
+        reader = _open(target)
+        vocab_size = None if loaded is None else loaded.vocab_size
+        return [reader] if isinstance(reader, Fault) else list(_check(reader, vocab_size, None))
+    manifest = load_manifest(target)
     faults = []
-    if tokenizer is not None and load_tokenizer(tokenizer).sha256 != manifest.tokenizer.sha256:
+    if loaded is not None and loaded.sha256 != manifest.tokenizer.sha256:
         problem = f"was made with another tokenizer than {tokenizer}"
-        faults.append(Fault(folder / MANIFEST, problem))
+        faults.append(Fault(target / MANIFEST, problem))
     if inputs:
         faults += _check_inputs(manifest, inputs)
     with progress("verify", len(manifest.domains), "domains") as advance:
@@ -150,10 +167,7 @@ def _check_domain(manifest: Manifest, name: str) -> Iterator[Fault]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         digests = pool.map(lambda part: file_sha256(part[0], part[1], part[2].bytes), parts)
         eod = manifest.tokenizer.eod_id if manifest.append_eod else None
-        if disorder := reader.disorder():
-            yield Fault(idx_path(reader.prefix), disorder)
-        else:
-            yield from _check_tokens(reader, manifest.tokenizer.vocab_size, eod)
+        yield from _check(reader, manifest.tokenizer.vocab_size, eod)
         size = (len(reader), reader.tokens.size)
         if size != (facts.documents, facts.tokens):
             problem = f"has {size[0]} documents and {size[1]} tokens, the manifest says "
@@ -162,6 +176,14 @@ def _check_domain(manifest: Manifest, name: str) -> Iterator[Fault]:
             if digest != span.sha256:
                 problem = "does not have the checksum that the manifest says, from byte "
                 yield Fault(path, f"{problem}{start} on")
+
+
+def _check(reader: IndexedReader, vocab_size: int | None, eod: int | None) -> Iterator[Fault]:
+    disorder = reader.disorder()
+    if disorder:
+        yield Fault(idx_path(reader.prefix), disorder)
+    else:
+        yield from _check_tokens(reader, vocab_size, eod)
 
 
 def _open(prefix: Path) -> IndexedReader | Fault:
@@ -177,9 +199,11 @@ def _open(prefix: Path) -> IndexedReader | Fault:
     return Fault(idx_path(prefix), problem)
 
 
-def _check_tokens(reader: IndexedReader, vocab_size: int, eod: int | None) -> Iterator[Fault]:
+def _check_tokens(
+    reader: IndexedReader, vocab_size: int | None, eod: int | None
+) -> Iterator[Fault]:
     path = bin_path(reader.prefix)
-    if reader.dtype != token_dtype(vocab_size):
+    if vocab_size is not None and reader.dtype != token_dtype(vocab_size):
         wanted = token_dtype(vocab_size).name
         yield Fault(
             idx_path(reader.prefix),
@@ -199,7 +223,7 @@ def _check_tokens(reader: IndexedReader, vocab_size: int, eod: int | None) -> It
             if example is None and wrong.size:
                 example = first + int(wrong[0])
         first += lengths.size
-    if largest >= vocab_size or smallest < 0:
+    if vocab_size is not None and (largest >= vocab_size or smallest < 0):
         yield Fault(path, f"has ids {smallest}..{largest}, the vocabulary is {vocab_size}")
     if unended:
         yield Fault(path, f"{unended} documents lack the end token {eod}, the first is {example}")

@@ -26,7 +26,7 @@ def test_mistakes_at_the_keyboard_end_with_what_to_do(words, tmp_path):
         ((*words, out, "--no-append-eod"), "give --overwrite"),
         ((*words, out, "--input", tmp_path), "is a folder; name the files in it"),
         ((*words, out, "--tokenizer", "gpt2"), "tokenizer`"),
-        (("inspect", out / "all"), "is no token dataset: it has no manifest.json; make one with"),
+        (("inspect", out / "all.bin"), "without either"),
         (("blend", out, "--tokens", "inf"), "a number of tokens, got inf"),
         (("blend", out, "--weights", "paper"), "do not name the domain 'all'"),
         (("blend", out, "--weights", "paper"), "natural, temperature:T or a .json file"),

@@ -93,6 +93,8 @@ def test_inputs_are_verified_by_name_and_content(prepare, tmp_path):
     assert verify(out, inputs=texts[::-1]) == []
     for given, wrong in ((texts[:2], out / "manifest.json"), ([*texts, other], other)):
         assert [fault.path for fault in verify(out, inputs=given)] == [wrong]
+    with pytest.raises(ValueError, match="only the manifest of its folder has inputs"):
+        verify(out / "a", inputs=texts)
 
 
 def test_another_end_token_is_another_dataset_and_another_run(prepare, tokenizer_folder, tmp_path):

@@ -66,12 +66,20 @@ def test_a_sound_dataset_has_no_findings_and_another_tokenizer_is_one(
     dataset, tokenizer_folder, tmp_path
 ):
     assert verify(dataset, tokenizer=tokenizer_folder) == []
+    assert verify(dataset / "a", tokenizer=tokenizer_folder) == []
     other = Path(shutil.copytree(tokenizer_folder, tmp_path / "other"))
     text = (other / "tokenizer.json").read_text()
     text = text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}')
     (other / "tokenizer.json").write_text(text)
     problem = f"was made with another tokenizer than {other}"
     assert verify(dataset, tokenizer=other) == [Fault(dataset / "manifest.json", problem)]
+
+
+def test_what_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no dataset folder and no dataset: .* without either"):
+        verify(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is no token dataset"):
+        verify(tmp_path)
 
 
 def test_a_look_shows_lengths_and_texts(dataset, tokenizer_folder):
@@ -89,9 +97,9 @@ def test_a_look_shows_lengths_and_texts(dataset, tokenizer_folder):
     assert int(bars[-1][0]) <= longest <= int(bars[-1][2])
     assert lines[first + 1].startswith("document 99, ")
     assert "tokens: 'text 198 text 198" in lines[first + 1]
-    assert list(inspect(dataset)) == list(inspect(dataset, documents=[0, 99]))
+    assert list(inspect(dataset / "a")) == list(inspect(dataset / "a", documents=[0, 99]))
     with pytest.raises(ValueError, match="has documents 0 to 99, not 100"):
-        list(inspect(dataset, documents=[100]))
+        list(inspect(dataset / "a", documents=[100]))
     change(dataset / "a.bin", 0, b"\xff\xff")
     with pytest.raises(ValueError, match=r"has the id 65535, .* 0 to 599; name the one"):
-        list(inspect(dataset, tokenizer=tokenizer_folder))
+        list(inspect(dataset / "a", tokenizer=tokenizer_folder))
