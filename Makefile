@@ -72,7 +72,7 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# The loss beside its peers. OUTPUT=FILE.csv writes the result file (only at a clean commit).
+# The loss beside its peers. OUTPUT=tools/results writes the result file (only at a clean commit).
 bench: $(READY)
 	$(BIN)/infoentropy bench --grid small --hidden 256 $(if $(OUTPUT),--output $(OUTPUT))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_infoentropy.bench.results import provenance, write_csv
+from megatron_infoentropy.bench.results import file_to_write, provenance, write_csv
 from megatron_infoentropy.bench.table import number, table_of, with_range
 from megatron_infoentropy.config import InfoEntropyConfig
 from megatron_infoentropy.launch.job import command_line, require_layout
@@ -96,7 +96,8 @@ def bench_recipe(
     """A row a loss, the recipe's own first, or of these losses alone; settings and flags as in
     `TrainingJob`. Where the training ends early (--exit-duration-in-mins) there are fewer rounds.
 
-    Without data Megatron makes some up. Rows are written to `output` where that is given.
+    Without data Megatron makes some up. Rows are written to `output`, a file or a folder to
+    name it in, where that is given.
 
     Raises:
         ValueError: a recipe, a layout or a loss that cannot be, or results without the commit they
@@ -127,7 +128,8 @@ def bench_recipe(
     shutil.rmtree(folder)
     rows = rows_of_all(of_ranks, recipe=recipe.stem, parameters=parameters)
     if output:
-        write_csv([asdict(row) for row in rows], facts, output)
+        path = file_to_write(output, facts, f"recipe_{recipe.stem}")
+        write_csv([asdict(row) for row in rows], facts, path)
     return rows
 
 

@@ -43,6 +43,19 @@ def provenance() -> dict[str, str]:
     }
 
 
+def file_to_write(output: Path, facts: dict[str, str], what: str = "bench") -> Path:
+    """Return `output` or, where that is a folder, <what>_<device>_<yyyymm>.csv in it.
+
+    The device is "cpu", or the GPU's model.
+    """
+    if not output.is_dir():
+        return output
+    words = re.findall(r"[a-z0-9]+", facts["device"].lower())
+    model = next((word for word in words if re.search(r"\d", word)), "gpu")  # "NVIDIA H200"
+    device = model if find_device().type == "cuda" else "cpu"
+    return output / f"{what}_{device}_{facts['date'].replace('-', '')[:6]}.csv"
+
+
 def device_name() -> str:
     """The GPU's name, or the processor's and its number of cores."""
     if find_device().type == "cuda":

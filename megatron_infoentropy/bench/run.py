@@ -37,13 +37,14 @@ def bench(
 ) -> list[Row]:
     """Measure every case, where `compiled` with what torch.compile makes of the peers; with
     `hidden` also, at the first one's shape, the output layer of that size, fused and unfused. Write
-    the rows to `output` where that is given, anew after every case; with `resume` what it has
-    already of this device and commit is kept and not measured.
+    the rows to `output`, a file or a folder to name it in, where that is given, anew after every
+    case; with `resume` what it has already of this device and commit is kept and not measured.
 
     Raises:
         ValueError: results would be written without the commit they belong to.
     """
     facts = results.provenance() if output else {}  # refuses before the work, not after it
+    output = output and results.file_to_write(output, facts)
     rows = _measured_before(output, facts) if output and resume else []
     device = find_device()
     for case in cases:

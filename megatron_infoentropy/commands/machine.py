@@ -9,7 +9,7 @@ import typer
 
 from megatron_infoentropy.commands import out, training
 
-CsvFile = Annotated[Path | None, typer.Option(dir_okay=False, help="CSV file to write")]
+CsvFile = Annotated[Path | None, typer.Option(help="CSV file to write, or a folder to name it in")]
 
 
 def doctor(

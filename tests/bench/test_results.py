@@ -14,6 +14,7 @@ from megatron_infoentropy.bench import run
 from megatron_infoentropy.bench.cases import Case
 from megatron_infoentropy.bench.results import (
     commit_of_this_tree,
+    file_to_write,
     read_csv,
     row_of_case,
     write_csv,
@@ -240,3 +241,20 @@ def test_a_case_that_fails_is_a_row_with_the_reason(measure):
     measure.side_effect = [ROWS[0], MemoryError("17 GiB"), ROWS[2]]
     rows = run.bench(CASES, repeats=1)
     assert [row.reason for row in rows] == ["", "it failed: MemoryError: 17 GiB", ""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "name"),
+    [
+        ("cuda", "NVIDIA H200", "h200"),
+        ("cuda", "NVIDIA GeForce RTX 4090", "4090"),
+        ("cuda", "Tesla V100-SXM2", "v100"),
+        ("cpu", "AMD EPYC 9654, 2 cores", "cpu"),
+    ],
+)
+def test_in_a_folder_a_file_is_named_by_device_and_month(tmp_path, kind, device, name):
+    facts = {"device": device, "date": "2026-11-23"}
+    with mock.patch("megatron_infoentropy.bench.results.find_device") as found:
+        found.return_value.type = kind
+        assert file_to_write(tmp_path, facts) == tmp_path / f"bench_{name}_202611.csv"
+        assert file_to_write(tmp_path / "a.csv", facts) == tmp_path / "a.csv"
