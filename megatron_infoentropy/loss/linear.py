@@ -195,7 +195,7 @@ def linear_vocab_parallel_statistics(
             the first dimension.
         weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
         target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
-        group: the tensor-parallel group; None where the weight is whole.
+        group: the tensor-parallel group, of shards equally wide; None where the weight is whole.
         vocab_size: the true size of the whole vocabulary, where the shards are padded.
         ignore_index: the target of tokens that take no part.
         softcap: logits become softcap * tanh(z / softcap).
@@ -276,7 +276,7 @@ def linear_infoentropy_loss(
         weight: [V/T, H], in the dtype of `hidden`, of an output layer without bias.
         target: [...], integer ids in the whole vocabulary, of all tokens on every rank.
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
-        group: the tensor-parallel group; None where the weight is whole.
+        group: the tensor-parallel group, of shards equally wide; None where the weight is whole.
         loss_mask: [...], in the target's shape; each token's weight is multiplied by it.
         data_parallel_group: ranks that hold other tokens of the same micro-batch step.
         vocab_size: the true size of the whole vocabulary, where the shards are padded.

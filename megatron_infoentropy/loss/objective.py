@@ -65,7 +65,7 @@ def infoentropy_loss(
         logits: [..., V/T], this rank's vocab shard.
         target: [...], integer ids in the whole vocabulary.
         config: objective, gamma, sigma, normalization, ...; None is the published setting.
-        group: the tensor-parallel group; None where the logits are whole.
+        group: the tensor-parallel group, of shards equally wide; None where the logits are whole.
         loss_mask: [...], in the target's shape, 0 to 1; each token's weight is multiplied by it,
             and means are over its sum. Tokens with 0 take no part.
         data_parallel_group: ranks that hold other tokens of the same micro-batch step; the mean

@@ -191,7 +191,8 @@ def vocab_parallel_statistics(
             floating dtype. Leading dimensions may be transposed without a copy. A plain tensor, or
             a DTensor that is sharded evenly along its last dimension over `group` alone.
         target: [...], integer ids in the whole vocabulary.
-        group: the tensor-parallel group the vocabulary is split over; None where it is not.
+        group: the tensor-parallel group the vocabulary is split over; None where it is not. All its
+            shards must be equally wide: pad the last, and name `vocab_size`.
         vocab_size: true vocabulary size where the table is padded: columns at or beyond it never
             enter the softmax or the entropy, and their gradient is exactly 0.
         ignore_index: tokens with this target get 0 everywhere and a gradient of exactly 0.
