@@ -286,12 +286,8 @@ def _names(provider: Provider) -> dict[str, str]:
     return {"provider": provider.name, "by": by, "computes": provider.computes}
 
 
-KERNEL_MOVES = {
-    "copy": 2,
-    "statistics": 1,
-    "gradient": 2,
-    "gradient in place": 2,
-}  # logits, in and out
+# step -> logits read or written
+KERNEL_MOVES = {"copy": 2, "statistics": 1, "gradient": 2, "gradient in place": 2}
 
 
 def measure_kernels(experiment: Experiment) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What `infoentropy bench` prints: tables of every case, what was not measured and why."""
+"""The tables that `infoentropy bench` prints of every case, what was not measured, and why."""
 
 from collections import defaultdict
 

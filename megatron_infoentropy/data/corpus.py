@@ -112,12 +112,12 @@ def build_corpus(
 def _collect(root: Path, limit: int) -> list[Unit]:
     """Return units in the order of their hashes, each text once, tests up to `limit` bytes."""
     units = []
-    seen: set[str] = set()
+    seen: set[bytes] = set()  # digests: the texts themselves would stay in memory
     left = limit
     with progress("build corpus", limit, "bytes") as advance:
         for name, documents in _units(root):
-            fresh = [document for document in documents if document.text not in seen]
-            seen.update(document.text for document in fresh)
+            fresh = [document for document in documents if _digest(document.text) not in seen]
+            seen.update(_digest(document.text) for document in fresh)
             size = _domain_bytes(fresh).total()
             if size > left:
                 break

@@ -41,13 +41,25 @@ _NATS = "nats per token"
 # where nothing does, what is compared stands line by line.
 _DIFFERENCES = {
     "differences": ("comparisons", ("total", "bucket", "domain"), _NATS, ""),
-    "differences-by-task": ("task_comparisons", ("tasks", "task"),
-                            "bits per byte of the right answers", ""),
-    "differences-by-decile": ("comparisons", ("total", "decile"), _NATS,
-                              "decile of the training occurrences, 1 is the most frequent"),
-    "differences-by-difficulty": ("comparisons", ("total", "difficulty"), _NATS,
-                                  "third of the tokens by predicted entropy"),
-}  # fmt: skip
+    "differences-by-task": (
+        "task_comparisons",
+        ("tasks", "task"),
+        "bits per byte of the right answers",
+        "",
+    ),
+    "differences-by-decile": (
+        "comparisons",
+        ("total", "decile"),
+        _NATS,
+        "decile of the training occurrences, 1 is the most frequent",
+    ),
+    "differences-by-difficulty": (
+        "comparisons",
+        ("total", "difficulty"),
+        _NATS,
+        "third of the tokens by predicted entropy",
+    ),
+}
 
 
 def differences(data: Data, name: str) -> Figure | None:

@@ -183,8 +183,8 @@ def _parts(rows: list[Difference]) -> str:
     said = []
     for reading in _SHOWN:
         shown = [row for row in rows if row.reading == reading]
-        places = [_PLACES.get((row.kind, row.name), row.name)
-                  for row in shown if row.kind not in ("task", "accuracy")]  # fmt: skip
+        of_tokens = [row for row in shown if row.kind not in ("task", "accuracy")]
+        places = [_PLACES.get((row.kind, row.name), row.name) for row in of_tokens]
         for kind, words in (("task", "{} of {} tasks"), ("accuracy", "{} of {} in accuracy")):
             if number := sum(row.kind == kind for row in shown):
                 places.append(words.format(number, sum(row.kind == kind for row in rows)))

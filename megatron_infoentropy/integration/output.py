@@ -254,7 +254,7 @@ class Groups(NamedTuple):
 
 
 class WeightedTokens(NamedTuple):
-    """What a micro-batch's objective is made of: the sum of mask alpha w l."""
+    """The tokens of a micro-batch, whose objective is the sum of mask alpha w l."""
 
     mask: torch.Tensor
     weight: torch.Tensor

@@ -65,7 +65,7 @@ def hidden_chunks(
 
 
 def ahead[Started](started: Iterable[Started], depth: int) -> Iterator[Started]:
-    """What was started, each once `depth` later ones are under way."""
+    """Yield each of the started chunks once `depth` later ones are under way."""
     under_way: deque[Started] = deque()
     for one in started:
         under_way.append(one)
