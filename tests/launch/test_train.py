@@ -3,14 +3,14 @@
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 
-from megatron_infoentropy.config import InfoEntropyConfig, Objective
+from megatron_infoentropy.config import MEANS, InfoEntropyConfig, Objective
 from megatron_infoentropy.data.manifest import Manifest, TokenizerFacts
 from megatron_infoentropy.data.tokenizer import tokenizer_digest
 from megatron_infoentropy.data.writer import DatasetWriter
@@ -419,3 +419,15 @@ def test_of_a_deep_traceback_the_end_is_shown(job, write):
     assert said.endswith("RuntimeError: what was raised\nin two lines")
     assert said.count("Traceback (most recent call last)") == 1
     assert "\n  ...\n" in said
+
+
+def test_run_json_holds_the_whole_loss():
+    """Runs that differ in any of it must not be taken for seeds of one setting."""
+    words = ["--infoentropy-objective", "focal", "--infoentropy-z-loss", "1e-4"]
+    words += ["--infoentropy-blend", "0.5", "--infoentropy-gamma-schedule", "linear"]
+    words += ["--infoentropy-gamma-samples", "500", "--infoentropy-backend", "reference"]
+    loss = read_facts(words)["loss"]
+    assert (loss["objective"], loss["z_loss"], loss["blend"]) == ("focal", 1e-4, 0.5)
+    assert (loss["gamma_schedule"], loss["gamma_samples"]) == ("linear", 500)
+    assert loss.keys() == {field.name for field in fields(InfoEntropyConfig)} - set(MEANS)
+    assert "backend" not in loss
