@@ -238,6 +238,12 @@ SCATTERED, GATHERED = 4 * TOTAL // 2, 2 * TOTAL // 2  # over two ranks, as a rin
         (PP4, "pipeline parallel", 2 * 2 * HIDDEN),
         (PP4 | TP2, "pipeline parallel", 2 * 2 * HIDDEN),
         (PP4 | TP2 | {"sequence_parallel": True}, "pipeline parallel", 2 * HIDDEN),
+        # An all-reduce of two ranks sends half a hidden state twice: two a block and micro-batch,
+        # a third where it is recomputed, one of the output layer, and of the embedding where the
+        # same rank has it; and the statistics, 16 bytes a token.
+        (TP2, "tensor parallel", 2 * ((8 * 4 + 2 + 2) * HIDDEN // 2 + 30 * 16)),
+        (PP2 | TP2, "tensor parallel", 2 * ((4 * 4 + 2) * HIDDEN // 2 + 30 * 16)),
+        (PP2 | TP2 | FULL, "tensor parallel", 2 * ((4 * 6 + 2) * HIDDEN // 2 + 30 * 16)),
     ],
 )
 def test_traffic_is_counted_by_kind(changes, kind, sent):
